@@ -1,0 +1,56 @@
+"""On a GPU: attention kernels against each other, and the reference's outputs."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import FIXTURES, relative_error
+from wan_dist.errors import InputError
+from wan_dist.models.attention import InnerAttention, choose_attention
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.weights.checkpoint import open_checkpoint
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("backend", ["fa4", "cudnn", "flash", "sdpa"])
+@pytest.mark.parametrize(("queries", "keys"), [(1560, 1560), (1003, 1003), (1003, 512)])
+def test_attention_kernels_agree_with_float64(backend: str, queries: int, keys: int) -> None:
+    try:
+        attention = choose_attention(backend, device=CUDA, dtype=torch.bfloat16, head_dim=128)
+    except InputError as fault:
+        if "is not installed" in str(fault):
+            pytest.skip(str(fault))
+        raise
+    q, k, v = (torch.randn(1, length, 5, 128, device=CUDA).bfloat16() for length in (queries, keys, keys))
+    out = attention(q, k, v)
+    exact = InnerAttention()(q.double(), k.double(), v.double())
+    assert out.shape == q.shape
+    assert relative_error(out, exact) < 5e-3  # bf16 has 8 bits: one rounding of the result is 2e-3
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_transformer_steps(dtype: torch.dtype, tolerance: float) -> None:
+    model = open_checkpoint(FIXTURES / "wan2.1-t2v", dtype).transformer.load(CUDA)
+    expected = {key: value.to(CUDA) for key, value in load_file(FIXTURES / "wan2.1-t2v/expected/unipc.safetensors").items()}
+    for branch, context in (("cond", "input.context"), ("uncond", "input.context_null")):
+        error = relative_error(_predict(model, expected, context), expected[f"step1.{branch}"])
+        print(f"{dtype} {branch} {error:.2e}")
+        assert error < tolerance
+
+
+def _predict(model: WanTransformer, expected: dict[str, torch.Tensor], context: str) -> torch.Tensor:
+    latents = expected["step1.latent"].unsqueeze(0)
+    text = model.project_text(expected[context])
+    return model(latents, expected["timesteps"][1:2], text, model.rotary(latents))[0]
+
+
+def test_vae(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as a run in float32 does
+    vae = open_checkpoint(FIXTURES / "wan2.1-t2v", torch.float32).vae.load(CUDA)
+    golden = load_file(FIXTURES / "components/wan21.safetensors")
+    frames = torch.cat(list(vae.decode(golden["vae21.latent"][None].to(CUDA))), dim=2)[0]
+    torch.testing.assert_close(frames.cpu(), golden["vae21.decoded"], atol=1e-4, rtol=0)
+    latents = vae.encode(golden["vae21.video"][None].to(CUDA))[0]
+    torch.testing.assert_close(latents.cpu(), golden["vae21.latent"], atol=1e-4, rtol=0)

@@ -1,0 +1,222 @@
+"""Whole runs through the command, as a user types it, against the reference implementation's videos."""
+
+import json
+import shlex
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import FIXTURES
+from tests.unit.test_video import read_video
+from wan_dist import generate as generate_module
+from wan_dist.run import main
+from wan_dist.video import SaveError
+
+CHECKPOINT = FIXTURES / "wan2.1-t2v"
+TINY = ["task=toy", "size=64*48", "frame_num=5", "sample.steps=2"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["wan_dist"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def reference_arguments(case: str, task: str = "t2v-1.3B") -> list[str]:
+    run = json.loads((CHECKPOINT / f"expected/{case}.json").read_text(encoding="utf-8"))
+    return [
+        f"task={task}",
+        f"ckpt_dir={CHECKPOINT}",
+        f"prompt={run['prompt']}",
+        f"negative_prompt={run['negative_prompt']}",
+        f"size={run['size_wh'][0]}*{run['size_wh'][1]}",
+        f"frame_num={run['frame_num']}",
+        f"seed={run['seed']}",
+        f"sample.solver={run['solver']}",
+        f"sample.steps={run['steps']}",
+        f"sample.shift={run['shift']}",
+        f"sample.guide_scale={run['guide_scale']}",
+        "output.name=out",
+        "output.save_tensor=true",
+    ]
+
+
+@pytest.mark.parametrize("case", ["unipc", "dpmpp", "odd"])
+def test_the_video_is_the_reference_implementations(case: str, tmp_path: Path) -> None:
+    assert main([*reference_arguments(case), "dtype=float32"]) == 0
+    out = tmp_path / "outputs"
+    video = load_file(out / "out.safetensors")["video"]
+    expected = load_file(CHECKPOINT / f"expected/{case}.safetensors")["video"]
+    torch.testing.assert_close(video, expected, rtol=0, atol=1e-3)
+    facts, frames = read_video(out / "out.mp4", width=video.shape[3], height=video.shape[2])
+    assert "16 fps" in facts
+    assert frames.shape == (*video.shape[1:], 3)
+    record = json.loads((out / "out.json").read_text(encoding="utf-8"))
+    assert record["config"]["sample"]["steps"] == len(load_file(CHECKPOINT / f"expected/{case}.safetensors")["timesteps"])
+    assert list(record["stages"]) == ["check", "text", "load", "denoise", "decode"]
+    assert record["peak_host_gib"] > 0
+    assert record["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("case", ["unipc", "dpmpp", "odd"])
+def test_bfloat16_stays_close(case: str, tmp_path: Path) -> None:
+    """Stated distance: a mean of 0.02 over frames that span [-1, 1], that is 2.5 of 255 levels."""
+    assert main([*reference_arguments(case), "dtype=bfloat16"]) == 0
+    video = load_file(tmp_path / "outputs/out.safetensors")["video"]
+    expected = load_file(CHECKPOINT / f"expected/{case}.safetensors")["video"]
+    distance = (video - expected).abs().mean().item()
+    print(f"{case}: {distance:.4f}")
+    assert distance < 0.02
+
+
+def test_the_toy_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(TINY) == 0
+    names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
+    stem = "toy_two-cats-boxing-on-a-stage_42"
+    assert names == [f"{stem}.json", f"{stem}.latents.safetensors", f"{stem}.mp4"]
+    told = capsys.readouterr().err
+    assert "toy: 5 frames of 64x48 at 16 fps = 0.3 s of video, seed 42" in told
+    assert "2/2 steps" in told
+    assert f"saved     outputs/{stem}.mp4" in told
+
+
+def test_a_made_up_name_never_overwrites(tmp_path: Path) -> None:
+    assert main(TINY) == main(TINY) == 0
+    assert len(list((tmp_path / "outputs").glob("*.mp4"))) == 2
+    assert len(list((tmp_path / "outputs").glob("*.latents.safetensors"))) == 2
+
+
+def test_the_same_seed_gives_the_same_video(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert main([*TINY, f"output.name={name}", f"seed={seed}", "output.save_tensor=true"]) == 0
+    a, b, c = (load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_guidance_of_one_is_the_prompt_alone(tmp_path: Path) -> None:
+    for name, negative in (("a", "x"), ("b", "something else")):
+        assert (
+            main(
+                [
+                    *TINY,
+                    f"output.name={name}",
+                    "sample.guide_scale=1",
+                    f"negative_prompt={negative}",
+                    "output.save_tensor=true",
+                ]
+            )
+            == 0
+        )
+    assert torch.equal(*(load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab"))
+
+
+def test_t2i_saves_a_png(tmp_path: Path) -> None:
+    assert main([*(a for a in reference_arguments("unipc", "t2i-14B") if not a.startswith("frame_num")), "dtype=float32"]) == 0
+    from PIL import Image
+
+    with Image.open(tmp_path / "outputs/out.png") as image:
+        assert image.size == (80, 48)
+    assert not list((tmp_path / "outputs").glob("*.mp4"))
+
+
+def test_a_failed_save_keeps_the_latents_and_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*TINY, "output.name=whole", "output.save_tensor=true"]) == 0
+
+    def fail(*_: object, **__: object) -> None:
+        raise SaveError("cannot write: disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate_module, "save_video", fail)
+        assert main([*TINY, "output.name=two words", "output.save_latents=false"]) == 1
+    out = tmp_path / "outputs"
+    assert sorted(path.name for path in out.glob("two*")) == ["two words.latents.safetensors"]
+    told = capsys.readouterr().err
+    assert told.endswith("wan_dist: error: SaveError: cannot write: disk is full\n")
+    command = shlex.split(next(line for line in told.splitlines() if "the latents are kept" in line).partition("with: ")[2])
+    assert command[:3] == ["python", "-m", "wan_dist.run"]
+    assert main([*command[3:], "output.save_tensor=true"]) == 0
+    again, whole = (load_file(out / f"{name}.safetensors")["video"] for name in ("two words", "whole"))
+    assert torch.equal(again, whole)
+    assert (out / "two words.mp4").exists()
+
+
+def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from wan_dist.models.transformer import WanTransformer
+
+    monkeypatch.setattr(WanTransformer, "forward", lambda self, latents, *_: latents * float("nan"))
+    assert main(TINY) == 1
+    assert "the latents are not finite after step 2" in capsys.readouterr().err
+    assert not list((tmp_path / "outputs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task=i2v-14B"], "task i2v-14B is not supported yet"),
+        (["task=toy", "frame_num=abc"], "frame_num: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["task=toy", "frame_num=80"], "the nearest that work are 77 and 81"),
+        (["task=toy", "ckpt_dir=nowhere"], "ckpt_dir=nowhere is not a folder"),
+        (["task=toy", "ckpt_dir=."], "is not a complete Wan checkpoint: it has no config.json"),
+        (["task=toy", "output.dir=/proc/nowhere"], "output.dir=/proc/nowhere cannot be written"),
+        (["task=toy", "attention=fa4", "device=cpu"], "attention=fa4 does not work here: needs a GPU"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("wan_dist: error: ")
+    assert message in last
+
+
+def test_weights_are_not_read_before_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wan_dist.weights.files import TensorFiles
+
+    monkeypatch.setattr(TensorFiles, "read", lambda *_: pytest.fail("weights were read"))
+    assert main([*TINY, "attention=cudnn", "device=cpu"]) == 2
+
+
+def test_models_are_on_the_device_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When one is loaded, the one before is gone from memory."""
+    from wan_dist.weights.checkpoint import Component
+
+    load, alive = Component.load, []
+
+    def counted(self: Component, device: torch.device, **options: object) -> torch.nn.Module:
+        assert not [ref() for ref in alive if ref() is not None]
+        model = load(self, device, **options)
+        alive.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(Component, "load", counted)
+    assert main(TINY) == 0
+    assert len(alive) == 3
+
+
+def test_help_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert "sample.guide_scale" in told
+    assert "python -m wan_dist.run task=toy" in told
+    assert main(["task=t2v-1.3B", "--cfg", "job", "prompt=a, b"]) == 0
+    assert "prompt: a, b" in capsys.readouterr().out
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    """In a process of its own: the installed entry, its exit codes, and nothing left in the folder but the outputs."""
+    command = [sys.executable, "-m", "wan_dist.run"]
+    done = subprocess.run([*command, *TINY, "prompt=it's one, two"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs/toy_it-s-one-two_42.mp4").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "outputs"]
+    bad = subprocess.run([*command, "task=toy", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert bad.stderr.count("\n") == 1

@@ -1,0 +1,104 @@
+import random
+
+import pytest
+
+from wan_dist.arguments import prepare, quote, require_task
+from wan_dist.errors import InputError
+from wan_dist.run import compose
+
+PROMPTS = [
+    "two cats, boxing",
+    "it's a cat's world",
+    'she said "hello, world"',
+    "'tis the season, isn't it",
+    "a = b",
+    "[1, 2] {a: b} (c)",
+    "costs $5, or ${10}, or \\${x}",
+    "${oc.env:HOME}",
+    "back\\slash, C:\\new\\table\\",
+    "trailing backslash and quote \\'",
+    "一只猫，在下雨。",
+    "emoji 😀🐈, mixed",
+    "two\nlines,\ttabbed",
+    "true",
+    "42",
+    "@ at, # hash; semicolon: colon | pipe & and * star ? mark ! bang ~ tilde ` tick % percent",
+    "choice(a,b)",
+    "  spaces around  ",
+    "Null",
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_prompt_is_plain_text(prompt: str) -> None:
+    config = compose(prepare(["task=toy", f"prompt={prompt}", f"output.dir={prompt}"]))
+    assert config is not None
+    assert config.prompt == prompt
+    assert config.output.dir == prompt
+
+
+def test_any_text_survives_hydra_and_omegaconf() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
+
+    parser, draw = OverridesParser.create(), random.Random(0)
+    for _ in range(2000):
+        text = "".join(draw.choice("\\'\"${}[](),=: ab\n猫") for _ in range(draw.randrange(1, 12)))
+        if quote(text) == text:
+            continue  # quoted by the user already
+        value = parser.parse_override(f"prompt={quote(text)}").value()
+        assert OmegaConf.create({"prompt": value}).prompt == text
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [("'two cats, boxing'", "two cats, boxing"), ('"it\'s"', "it's"), ("null", "two cats boxing on a stage")],
+)
+def test_quotes_for_hydra_still_work(typed: str, expected: str) -> None:
+    config = compose(prepare(["task=toy", f"prompt={typed}"]))
+    assert config is not None
+    assert (config.prompt or "two cats boxing on a stage") == expected
+
+
+def test_flags_may_stand_anywhere() -> None:
+    assert prepare(["--cfg", "job", "task=toy", "--resolve", "seed=1"]) == [
+        "task=toy",
+        "seed=1",
+        "--cfg",
+        "job",
+        "--resolve",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("frames_num=5", "unknown key 'frames_num'; did you mean 'frame_num'?"),
+        ("steps=5", "did you mean 'sample.steps'?"),
+        ("sample.stepz=5", "did you mean 'sample.steps'?"),
+        ("+new.key=5", "unknown key 'new.key'"),
+        ("cats", "'cats' is not key=value"),
+        ("--sample_steps", "--sample_steps is spelled sample.steps=... here"),
+        ("--base_seed=3", "--base_seed is spelled seed=3 here"),
+        ("--multirun", "unknown flag --multirun"),
+    ],
+)
+def test_bad_arguments_are_explained(argument: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        prepare(["task=toy", argument])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what to generate: task=NAME, one of t2v-1.3B, t2v-14B, t2i-14B, toy"),
+        (["task=t2v"], "did you mean 't2v-1.3B'?"),
+        (["task=i2v-14B"], "task i2v-14B is not supported yet"),
+        (["task=animate-14B"], "task animate-14B is not supported yet"),
+    ],
+)
+def test_the_task_must_be_one_of_ours(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        require_task(arguments)
+    assert message in str(caught.value)

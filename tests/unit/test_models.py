@@ -1,0 +1,182 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import FIXTURES, relative_error
+from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
+from wan_dist.models.text_encoder import TextEncoder, clean_prompt
+from wan_dist.models.transformer import PatchEmbedding, TransformerDims, WanTransformer
+from wan_dist.models.vae import VaeDims, WanVae
+from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
+
+CPU = torch.device("cpu")
+COMPONENTS = load_file(FIXTURES / "components/wan21.safetensors")
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return open_checkpoint(FIXTURES / "wan2.1-t2v", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def vae(checkpoint: Checkpoint) -> WanVae:
+    return checkpoint.vae.load(CPU)
+
+
+def test_text_encoder(checkpoint: Checkpoint) -> None:
+    encode = TextEncoder(checkpoint.text_encoder.load(CPU), checkpoint.tokenizer, text_len=512)
+    for index, text in enumerate(json.loads((FIXTURES / "components/t5_texts.json").read_text(encoding="utf-8"))):
+        torch.testing.assert_close(encode(text), COMPONENTS[f"t5.{index}"], rtol=0, atol=1e-4)
+
+
+def test_prompts_are_cleaned() -> None:
+    assert clean_prompt("  two &amp;amp; cats \n\t schÃ¶n ") == "two & cats schön"
+
+
+def test_vae_encode(vae: WanVae) -> None:
+    latents = vae.encode(COMPONENTS["vae21.video"].unsqueeze(0))[0]
+    torch.testing.assert_close(latents, COMPONENTS["vae21.latent"], rtol=0, atol=1e-4)
+
+
+def test_vae_decode_yields_frames_as_they_are_ready(vae: WanVae) -> None:
+    chunks = list(vae.decode(COMPONENTS["vae21.latent"].unsqueeze(0)))
+    assert [chunk.shape[2] for chunk in chunks] == [1, 4, 4, 4]
+    torch.testing.assert_close(torch.cat(chunks, dim=2)[0], COMPONENTS["vae21.decoded"], rtol=0, atol=1e-4)
+
+
+def test_vae_encodes_a_single_frame(vae: WanVae) -> None:
+    video = COMPONENTS["vae21.video"].unsqueeze(0)
+    torch.testing.assert_close(vae.encode(video[:, :, :1])[:, :, 0], vae.encode(video)[:, :, 0])
+
+
+def test_vae_chunks_are_independent_of_their_length(vae: WanVae) -> None:
+    """The causal cache makes any split in time the same computation: all later latents in one chunk against one by one."""
+    latents = COMPONENTS["vae21.latent"].unsqueeze(0)
+    one_by_one, together = {}, {}
+    expected = torch.cat([vae.decoder(latent, one_by_one) for latent in latents.split(1, dim=2)], dim=2)
+    actual = torch.cat([vae.decoder(chunk, together) for chunk in (latents[:, :, :1], latents[:, :, 1:])], dim=2)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["unipc", "dpmpp", "odd"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_every_step_of_the_transformer(case: str, dtype: torch.dtype, tolerance: float) -> None:
+    model = open_checkpoint(FIXTURES / "wan2.1-t2v", dtype).transformer.load(CPU)
+    golden = load_file(FIXTURES / f"wan2.1-t2v/expected/{case}.safetensors")
+    text = {
+        "cond": model.project_text(golden["input.context"]),
+        "uncond": model.project_text(golden["input.context_null"]),
+    }
+    rotary = model.rotary(golden["step0.latent"].unsqueeze(0))
+    for step in range(len(golden["timesteps"])):
+        latents, timestep = golden[f"step{step}.latent"].unsqueeze(0), golden["timesteps"][step : step + 1]
+        for branch in ("cond", "uncond"):
+            velocity = model(latents, timestep, text[branch], rotary)
+            assert velocity.dtype == torch.float32
+            assert relative_error(velocity[0], golden[f"step{step}.{branch}"]) < tolerance
+
+
+TINY = {
+    "num_layers": 2,
+    "dim": 48,
+    "ffn_dim": 64,
+    "num_heads": 4,
+    "in_dim": 4,
+    "out_dim": 4,
+    "text_dim": 8,
+    "text_len": 6,
+}
+
+
+def tiny_transformer(dtype: torch.dtype = torch.float32, **changes: int) -> WanTransformer:
+    dims = {**TINY, **changes}
+    torch.manual_seed(0)
+    model = WanTransformer(TransformerDims(**dims), dtype)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    return model
+
+
+def test_a_batch_is_its_samples() -> None:
+    model = tiny_transformer()
+    latents, timesteps = torch.randn(2, 4, 3, 4, 6), torch.tensor([10.0, 900.0])
+    text, rotary = model.project_text(torch.randn(3, 8)), model.rotary(latents)
+    both = [(k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)) for k, v in text]
+    together = model(latents, timesteps, both, rotary)
+    for i in range(2):
+        torch.testing.assert_close(together[i : i + 1], model(latents[i : i + 1], timesteps[i : i + 1], text, rotary))
+
+
+def test_inner_attention_is_a_seam() -> None:
+    """Self-attention goes through the parameter-free module and nothing else: replacing it changes the result, keys stay."""
+    model = tiny_transformer()
+    keys = set(model.state_dict())
+    seen = []
+
+    class Spy(InnerAttention):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            seen.append(q.shape)
+            return super().forward(q, k, v)
+
+    for block in model.blocks:
+        block.self_attn.inner_attention = Spy()
+    assert set(model.state_dict()) == keys
+    latents = torch.randn(1, 4, 3, 4, 6)
+    model(latents, torch.tensor([500.0]), model.project_text(torch.randn(3, 8)), model.rotary(latents))
+    assert seen == [(1, 18, 4, 12)] * 2
+
+
+def test_timestep_modulation_is_not_expanded_over_tokens() -> None:
+    model = tiny_transformer()
+    _, block_time = model.embed_time(torch.tensor([500.0]))
+    assert block_time.shape == (1, 6, 48)
+    assert block_time.dtype == torch.float32
+
+
+def test_precision_of_each_part() -> None:
+    model = tiny_transformer(torch.bfloat16)
+    float32 = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    parts = ("norm", "modulation", "time_embedding", "time_projection", "head")
+    assert float32 == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+
+
+def test_patch_embedding_is_the_convolution() -> None:
+    embedding = tiny_transformer().patch_embedding
+    assert isinstance(embedding, PatchEmbedding)
+    latents = torch.randn(2, 4, 3, 4, 6)
+    expected = torch.nn.functional.conv3d(latents, embedding.weight, embedding.bias, stride=(1, 2, 2)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(embedding(latents), expected)
+
+
+def test_rotary_is_a_complex_rotation_per_axis() -> None:
+    grid, width = (3, 4, 5), 128
+    x = torch.randn(1, 60, 2, width, dtype=torch.float64)
+    positions = torch.cartesian_prod(*(torch.arange(length) for length in grid)).double()
+    angles = torch.cat(
+        [torch.outer(positions[:, axis], 10000 ** (-2 * torch.arange(n).double() / (2 * n))) for axis, n in enumerate((22, 21, 21))],
+        dim=1,
+    )
+    rotation = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+    cos, sin = rotary_tables(grid, width, device=CPU)
+    assert cos.dtype == sin.dtype == torch.float32
+    torch.testing.assert_close(apply_rotary(x, (cos.double(), sin.double())), expected, atol=1e-6, rtol=0)
+
+
+def test_decoding_memory_does_not_grow_with_frames(vae: WanVae) -> None:
+    """What the decoder remembers between chunks is the same after 2 latent frames and after 6."""
+
+    def remembered(num_latents: int) -> int:
+        cache: dict = {}
+        for _ in range(num_latents):
+            vae.decoder(torch.randn(1, 16, 1, 4, 4), cache)
+        return sum(value.untyped_storage().nbytes() for value in cache.values() if value is not None)
+
+    assert remembered(2) == remembered(6)
+
+
+def test_vae_width_comes_from_its_dims() -> None:
+    with torch.device("meta"):
+        assert WanVae(VaeDims(dim=12)).decoder.conv1.weight.shape == (48, 16, 3, 3, 3)

@@ -1,0 +1,119 @@
+"""Command-line arguments as people write them -> arguments that Hydra reads as they were meant.
+
+Hydra's grammar gives commas, quotes, brackets and ``$`` a meaning (``prompt=two cats, boxing`` is a sweep to it), so values of
+text keys are quoted here, before Hydra parses them. Unknown keys and the reference's flags get an answer that helps.
+"""
+
+import re
+from collections.abc import Iterable
+
+from wan_dist.catalog import TASKS, get_task
+from wan_dist.config import leaf_fields
+from wan_dist.errors import InputError, nearest
+
+REFERENCE_FLAGS = {
+    "--task": "task",
+    "--size": "size",
+    "--frame_num": "frame_num",
+    "--ckpt_dir": "ckpt_dir",
+    "--prompt": "prompt",
+    "--base_seed": "seed",
+    "--sample_solver": "sample.solver",
+    "--sample_steps": "sample.steps",
+    "--sample_shift": "sample.shift",
+    "--sample_guide_scale": "sample.guide_scale",
+    "--save_file": "output.dir=FOLDER output.name",
+}
+"""Flags of the reference implementation's ``generate.py`` and the key that does the same here."""
+
+_FLAGS_WITH_VALUE = {
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+}
+_FLAGS = {
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "--run",
+    "-r",
+    "--info",
+    "-i",
+    "--shell-completion",
+    "-sc",
+} | _FLAGS_WITH_VALUE
+_GROUPS = ("task", "hydra")
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Check the arguments' keys and quote the text values; raises InputError for what Hydra could only reject or misread."""
+    text_keys = {key for key, item in leaf_fields().items() if item.type in (str, str | None) and key != "task"}
+    overrides: list[str] = []
+    flags: list[str] = []
+    awaits_value = False
+    for argument in arguments:
+        if awaits_value:
+            flags.append(argument)
+        elif argument.startswith("-"):
+            _check_flag(argument)
+            flags.append(argument)
+        else:
+            overrides.append(_prepare_override(argument, text_keys))
+        awaits_value = not awaits_value and argument in _FLAGS_WITH_VALUE
+    return overrides + flags  # Hydra wants them apart
+
+
+def require_task(arguments: Iterable[str]) -> None:
+    """Raise InputError unless ``task=NAME`` is among the arguments and NAME is a supported task."""
+    names = [argument.partition("=")[2] for argument in arguments if argument.startswith("task=")]
+    if not names:
+        raise InputError(f"say what to generate: task=NAME, one of {', '.join(TASKS)} (see --help)")
+    get_task(names[-1])
+
+
+def _check_flag(argument: str) -> None:
+    flag, _, value = argument.partition("=")
+    if flag in REFERENCE_FLAGS:
+        raise InputError(f"{flag} is spelled {REFERENCE_FLAGS[flag]}={value or '...'} here")
+    if flag not in _FLAGS:
+        raise InputError(f"unknown flag {flag}; settings are given as key=value (--help lists them)")
+
+
+def _prepare_override(argument: str, text_keys: set[str]) -> str:
+    if argument.startswith("~"):
+        return argument
+    key, equals, value = argument.partition("=")
+    if not equals:
+        raise InputError(
+            f"{argument!r} is not key=value; a value with spaces needs the shell's quotes around it, as in 'prompt=two cats boxing'"
+        )
+    name = key.lstrip("+")
+    _check_key(name)
+    return f"{key}={quote(value)}" if name in text_keys else argument
+
+
+def _check_key(name: str) -> None:
+    keys = leaf_fields()
+    sections = {key.rpartition(".")[0] for key in keys} - {""}
+    if name in keys or name in sections or name.split(".")[0].split("@")[0].split("/")[0] in _GROUPS:
+        return
+    short = {key.rpartition(".")[2]: key for key in keys}  # people drop the section: steps for sample.steps
+    hint = f"; did you mean {short[name]!r}?" if name in short else nearest(name, keys)
+    raise InputError(f"unknown key {name!r}{hint} (--help lists them all)")
+
+
+def quote(value: str) -> str:
+    """Quote ``value`` so that Hydra and OmegaConf give back exactly this text; ``null`` and quoted text are left as they are."""
+    if value in ("", "null") or re.fullmatch(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", value, re.DOTALL):
+        return value
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf: an escaped interpolation is plain text
+    value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # Hydra: backslashes count only before a quote
+    value = re.sub(r"(\\+)\Z", r"\1\1", value)
+    return f"'{value}'"

@@ -1,0 +1,116 @@
+"""The schema of a run: what can be set on the command line and in ``conf/``, with types and single-field checks.
+
+Errors that cross fields belong to ``plan.py``. Strings such as ``size`` are parsed here, once.
+"""
+
+import re
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from wan_dist.errors import InputError, nearest
+
+SOLVERS = ("unipc", "dpm++", "euler")
+DTYPES = ("bfloat16", "float32")
+ATTENTION_BACKENDS = ("auto", "fa4", "cudnn", "flash", "sdpa")
+DEVICES = ("auto", "cuda", "cpu")
+NOISE_DEVICES = ("cpu", "cuda")
+
+
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise InputError(f"{key}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """How the latents are denoised."""
+
+    solver: str = _key("unipc", "unipc, dpm++ or euler")
+    steps: int = _key(50, "denoising steps")
+    shift: float = _key(5.0, "shift of the noise schedule: larger spends more steps on strong noise")
+    guide_scale: float = _key(5.0, "scale of classifier-free guidance; 1 turns it off and halves the time")
+
+    def __post_init__(self) -> None:
+        _check_choice("sample.solver", self.solver, SOLVERS)
+        if self.steps < 1:
+            raise InputError(f"sample.steps={self.steps}: at least 1 step is needed")
+        if self.shift <= 0:
+            raise InputError(f"sample.shift={self.shift}: it must be above 0 (published defaults are 3.0 to 16.0)")
+
+
+@dataclass(kw_only=True)
+class OutputConfig:
+    """Where the results go."""
+
+    dir: str = _key("outputs", "folder of the results; made if missing")
+    name: str | None = _key(None, "file name without suffix; null: from task, prompt and seed")
+    save_latents: bool = _key(True, "keep the denoised latents beside the video")
+    save_tensor: bool = _key(False, "also save the frames as safetensors: video, float32 (3, F, H, W) in [-1, 1]")
+
+    def __post_init__(self) -> None:
+        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
+            raise InputError(f"output.name={self.name!r} must be a plain file name; folders go into output.dir")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """One run. ``null`` means: the task's default, or chosen by the program."""
+
+    task: str = _key(MISSING, "what to generate (required)")
+    ckpt_dir: str | None = _key(None, "checkpoint folder; null: the task's repository from the Hugging Face cache, or downloaded")
+    prompt: str | None = _key(None, "what to show, as plain text; prompt=@file.txt reads a file")
+    negative_prompt: str | None = _key(None, "what to keep away from; null: the task's; @file.txt works too")
+    size: str = _key(MISSING, "width*height in pixels, as 832*480 or 832x480")
+    frame_num: int = _key(MISSING, "frames, 4n + 1")
+    fps: int = _key(MISSING, "frames a second of the video file")
+    seed: int = _key(42, "seed of the noise; -1 draws one and prints it")
+    noise_device: str = _key("cpu", "where the noise is drawn: cpu (the same everywhere) or cuda (the reference's on a GPU)")
+    device: str = _key("auto", "auto, cuda or cpu")
+    dtype: str = _key("bfloat16", "bfloat16, or float32 for comparisons")
+    attention: str = _key("auto", "auto, fa4 (FlashAttention-4), cudnn, flash or sdpa")
+    latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("attention", self.attention, ATTENTION_BACKENDS)
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("noise_device", self.noise_device, NOISE_DEVICES)
+        self.width_height()
+        if self.fps < 1:
+            raise InputError(f"fps={self.fps}: at least 1 frame a second is needed")
+        if self.seed < -1:
+            raise InputError(f"seed={self.seed}: use a number from 0 on, or -1 to have one drawn")
+        if self.prompt is not None and not self.prompt.strip():
+            raise InputError('the prompt is empty; say what to show, e.g. prompt="two cats boxing on a stage"')
+
+    def width_height(self) -> tuple[int, int]:
+        """Return ``size`` as (width, height) in pixels."""
+        match = re.fullmatch(r"(\d+)[*xX×](\d+)", self.size.strip())
+        if not match or "0" in match.groups():
+            raise InputError(f"size={self.size} is not width*height, e.g. size=832*480")
+        return int(match[1]), int(match[2])
+
+
+def leaf_fields(schema: type = RunConfig, prefix: str = "") -> dict[str, Field[Any]]:
+    """Return every settable key of a schema, dotted, with its dataclass field."""
+    leaves: dict[str, Field[Any]] = {}
+    for item in fields(schema):
+        if isinstance(item.type, type) and is_dataclass(item.type):
+            leaves |= leaf_fields(item.type, f"{prefix}{item.name}.")
+        else:
+            leaves[prefix + item.name] = item
+    return leaves
+
+
+def register_configs() -> None:
+    """Make the schema known to Hydra, as the base of ``conf/config.yaml``."""
+    ConfigStore.instance().store(name="base_config", node=RunConfig)

@@ -1,0 +1,176 @@
+"""One job, in call order: encode the text, denoise, keep the latents, decode, write, record."""
+
+import gc
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from wan_dist.config import RunConfig
+from wan_dist.errors import InputError
+from wan_dist.log import logger
+from wan_dist.models.attention import InnerAttention, choose_attention
+from wan_dist.models.text_encoder import TextEncoder
+from wan_dist.models.vae import WanVae
+from wan_dist.plan import Plan
+from wan_dist.report import Report
+from wan_dist.sampling.conditioning import Conditioning, initial_noise
+from wan_dist.sampling.denoise import Guidance, denoise
+from wan_dist.sampling.solvers import make_solver
+from wan_dist.toy import toy_checkpoint
+from wan_dist.video import check_output, save_image, save_tensors, save_video, to_uint8
+from wan_dist.weights.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+
+
+@torch.no_grad()
+def generate(config: RunConfig, plan: Plan) -> Path:
+    """Run one job and return the video's (or image's) path.
+
+    Raises InputError for what is wrong with checkpoint, device or output folder, before weights are read. If decoding or writing
+    fails, the latents are on disk and the error says how to go on from them.
+    """
+    logger.info(plan.summary)
+    if plan.advice:
+        logger.info("note      %s", plan.advice)
+    device = _device(config)
+    dtype = getattr(torch, config.dtype)
+    # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 was asked for.
+    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
+    report = Report(config, device)
+    folder = Path(config.output.dir).expanduser()
+    with report.stage("check", f"output {folder}"):
+        check_output(folder, width=plan.width, height=plan.height, fps=plan.fps)
+        checkpoint = open_checkpoint(_checkpoint_folder(config, plan), dtype)
+        attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=checkpoint.transformer.dims.head_dim)
+    report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name}
+    result = _free_path(folder, plan, fixed=config.output.name is not None)
+    if config.latents is None:
+        conditioning = _encode_text(checkpoint, plan, report)
+        latents = _denoise(checkpoint, config, plan, conditioning, attention, report)
+        kept = result.with_suffix(".latents.safetensors")
+        save_tensors(kept, {"latents": latents.cpu()})
+    else:
+        kept = Path(config.latents).expanduser()
+        latents = load_file(kept)["latents"]
+    try:
+        _decode(checkpoint, config, plan, latents.to(device), result, report)
+    except BaseException:
+        logger.error("the latents are kept; make the video from them with: %s", _resume_command(config, checkpoint, kept, result))
+        raise
+    report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result)}
+    report.save(result.with_suffix(".json"))
+    if config.latents is None and not config.output.save_latents:
+        kept.unlink()
+    logger.info("saved     %s", result)
+    return result
+
+
+def _encode_text(checkpoint: Checkpoint, plan: Plan, report: Report) -> Conditioning:
+    """Embed the prompts; the text encoder is gone from the device when this returns."""
+    with report.stage("text", f"umT5 on {report.device.type}"):
+        dims = checkpoint.transformer.dims
+        encode = TextEncoder(checkpoint.text_encoder.load(report.device), checkpoint.tokenizer, text_len=dims.text_len)
+        conditioning = Conditioning(encode(plan.prompt), None if plan.negative_prompt is None else encode(plan.negative_prompt))
+        del encode
+        _free()
+    return conditioning
+
+
+def _denoise(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    plan: Plan,
+    conditioning: Conditioning,
+    attention: InnerAttention,
+    report: Report,
+) -> Tensor:
+    """Return the latents (C, T, h, w), float32; the transformer is gone from the device then."""
+    dims = checkpoint.transformer.dims
+    device = report.device
+    with report.stage("load", f"transformer {dims.num_layers} x {dims.dim}, {config.dtype}"):
+        model = checkpoint.transformer.load(device, inner_attention=attention)
+    logger.info("attention %s (%s)", attention.name, attention.reason)
+    solver = make_solver(config.sample.solver, config.sample.steps, config.sample.shift)
+    with report.stage("denoise", f"{len(solver)} steps of {config.sample.solver}"):
+        noise = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=device).unsqueeze(0)
+        predict = Guidance(model, conditioning, noise, scale=config.sample.guide_scale)
+        latents = denoise(predict, noise, solver, _progress_bar)
+        del model, predict
+        _free()
+    return latents.squeeze(0)
+
+
+def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tensor, result: Path, report: Report) -> None:
+    """Decode latents (C, T, h, w) and write the result, chunk by chunk."""
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError("the latents are not finite: the video would be black")
+    with report.stage("decode", f"VAE, {plan.frame_num} frames"):
+        vae = checkpoint.vae.load(latents.device)
+        kept_chunks: list[Tensor] | None = [] if config.output.save_tensor else None
+        frames = _frames(vae, latents, kept_chunks)
+        if plan.task.still:
+            save_image(result, next(frames)[0])
+        else:
+            save_video(result, frames, fps=plan.fps, num_frames=plan.frame_num)
+        if kept_chunks is not None:
+            save_tensors(result.with_suffix(".safetensors"), {"video": torch.cat(kept_chunks, dim=1)})
+
+
+def _frames(vae: WanVae, latents: Tensor, kept_chunks: list[Tensor] | None) -> Iterator[Tensor]:
+    """Yield uint8 frames (n, H, W, 3); float32 ones (3, n, H, W) go to ``kept_chunks`` on the CPU, if there is such a list."""
+    for chunk in vae.decode(latents.unsqueeze(0)):
+        if kept_chunks is not None:
+            kept_chunks.append(chunk[0].float().cpu())
+        yield to_uint8(chunk[0])
+
+
+def _device(config: RunConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if "cuda" in (config.device, config.noise_device) and not available:
+        key = "device" if config.device == "cuda" else "noise_device"
+        raise InputError(f"{key}=cuda, but PyTorch {torch.__version__} sees no GPU here; {key}=cpu works")
+    return torch.device("cuda" if config.device == "cuda" or (config.device == "auto" and available) else "cpu")
+
+
+def _checkpoint_folder(config: RunConfig, plan: Plan) -> Path:
+    if config.ckpt_dir is not None:
+        return Path(config.ckpt_dir).expanduser()
+    return toy_checkpoint() if plan.task.name == "toy" else find_checkpoint(plan.task)
+
+
+def _free_path(folder: Path, plan: Plan, *, fixed: bool) -> Path:
+    """Return the result's path: a name the user chose is replaced, one we made up gets a number rather than overwrite."""
+    suffix = ".png" if plan.task.still else ".mp4"
+    path, number = folder / f"{plan.name}{suffix}", 1
+    while not fixed and path.exists():
+        number += 1
+        path = folder / f"{plan.name}_{number}{suffix}"
+    return path
+
+
+def _resume_command(config: RunConfig, checkpoint: Checkpoint, kept: Path, result: Path) -> str:
+    settings = {
+        "task": config.task,
+        "ckpt_dir": checkpoint.folder,
+        "latents": kept,
+        "output.dir": result.parent,
+        "output.name": result.stem,
+        "fps": config.fps,
+    }
+    return shlex.join(["python", "-m", "wan_dist.run", *(f"{key}={value}" for key, value in settings.items())])
+
+
+def _progress_bar(steps: Iterable[int]) -> Iterable[int]:
+    form = "denoise   {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left"
+    return tqdm(steps, bar_format=form, mininterval=0.1 if sys.stderr.isatty() else 10.0)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,1 @@
+"""Plain single-device models; they know nothing of ranks, configuration or files."""

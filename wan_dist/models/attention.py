@@ -1,0 +1,140 @@
+"""Attention as parameter-free modules with the kernel chosen once, and rotary position embedding.
+
+Layout everywhere: (B, L, H, D) = batch, tokens, heads, head width.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from wan_dist.errors import InputError
+
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)  # (B, L, H, D)
+
+
+def _sdpa_with(backend: SDPBackend) -> Kernel:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return _sdpa(q, k, v)
+
+    return attend
+
+
+def _flash_attention_4() -> Kernel:
+    from flash_attn.cute import flash_attn_func  # optional, and it imports a compiler
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = flash_attn_func(q, k, v)
+        return out[0] if isinstance(out, tuple) else out  # releases differ in whether they return the log-sum-exp too
+
+    return attend
+
+
+_KERNELS: dict[str, Callable[[], Kernel]] = {
+    "fa4": _flash_attention_4,
+    "cudnn": lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION),
+    "flash": lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION),
+    "sdpa": lambda: _sdpa,
+}
+_FASTEST_FIRST = ("fa4", "cudnn", "flash", "sdpa")
+
+
+class InnerAttention(nn.Module):
+    """Scaled dot-product attention without parameters: the seam that sequence-parallel attention wraps.
+
+    Softmax statistics are float32 in every kernel. ``name`` is the kernel's, ``reason`` says why it was taken.
+    """
+
+    def __init__(self, kernel: Kernel = _sdpa, name: str = "sdpa", reason: str = "default") -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.name = name
+        self.reason = reason
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return softmax(q kᵀ / √D) v; q (B, Lq, H, D), k and v (B, Lk, H, D) -> (B, Lq, H, D)."""
+        return self.kernel(q, k, v)
+
+
+def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> InnerAttention:
+    """Return the attention called ``name``, tried on a tiny tensor first; ``auto`` takes the fastest that works.
+
+    Raises InputError if a kernel asked for by name does not work here.
+    """
+    if name != "auto":
+        kernel, fault = _try(name, device, dtype, head_dim)
+        if kernel is None:
+            raise InputError(f"attention={name} does not work here: {fault}; attention=auto takes what does")
+        return InnerAttention(kernel, name, "asked for")
+    if device.type != "cuda" or dtype == torch.float32:
+        return InnerAttention(_sdpa, "sdpa", f"the one for {dtype_name(dtype)} on {device.type}")
+    faults: list[str] = []
+    for candidate in _FASTEST_FIRST:
+        kernel, fault = _try(candidate, device, dtype, head_dim)
+        if kernel is not None:
+            return InnerAttention(kernel, candidate, "; ".join(faults) or "the fastest known")
+        faults.append(f"no {candidate}: {fault}")
+    raise InputError("no attention kernel works here: " + "; ".join(faults))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the dtype as people write it, e.g. bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _try(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Kernel | None, str]:
+    """Return (kernel, "") or (None, what is wrong)."""
+    if name != "sdpa":
+        if device.type != "cuda":
+            return None, f"needs a GPU, runs on {device.type}"
+        if dtype == torch.float32:
+            return None, "needs bfloat16 or float16, dtype is float32"
+    if name == "fa4":
+        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+            return None, "package flash-attn-4 is not installed"
+        if torch.cuda.get_device_capability(device) < (9, 0):
+            return None, "needs a Hopper or Blackwell GPU"
+    q = torch.linspace(-1, 1, 128 * head_dim, device=device).view(1, 128, 1, head_dim).to(dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a kernel that is compiled here warns about its compiler's own code
+            kernel = _KERNELS[name]()
+            error = (kernel(q, q, q).float() - _sdpa(*(q.float() for _ in range(3)))).abs().max().item()
+    except (RuntimeError, ImportError, AttributeError, TypeError) as fault:
+        return None, str(fault).strip().split("\n")[0]
+    return (kernel, "") if error < 2e-2 else (None, f"its result is off by {error:.2g}")
+
+
+def rotary_tables(grid: tuple[int, int, int], head_dim: int, *, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines of 3-D rotary position embedding, each (L, 1, D / 2) float32, L = frames * rows * columns.
+
+    The head's D / 2 pairs are split over (frame, row, column) as (D/2 - 2 (D//6), D//6, D//6): 22, 21, 21 for D = 128. Angles
+    are computed in float64 and rounded once. Source: RoFormer (arXiv:2104.09864), per axis as in Wan2.1.
+    """
+    sixth = head_dim // 6
+    angles = []
+    for axis, (length, pairs) in enumerate(zip(grid, (head_dim // 2 - 2 * sixth, sixth, sixth), strict=True)):
+        frequency = base ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
+        shape = [1, 1, 1, pairs]
+        shape[axis] = length
+        position = torch.arange(length, dtype=torch.float64, device=device)
+        angles.append(torch.outer(position, frequency).view(shape).expand(*grid, pairs))
+    angle = torch.cat(angles, dim=-1).reshape(-1, 1, head_dim // 2)  # (L, 1, D / 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate each pair of neighbouring channels of x (B, L, H, D) float32 by its token's angles."""
+    cos, sin = rotary
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)

@@ -1,0 +1,73 @@
+"""The umT5 text encoder (transformers' modules), prompt cleaning and tokenizer."""
+
+import html
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import ftfy
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderDims:
+    """Hyperparameters, as read off a checkpoint."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    head_dim: int
+    vocab_size: int
+    num_buckets: int = 32
+
+
+def clean_prompt(text: str) -> str:
+    """Repair encoding damage, undo HTML escapes (twice) and fold white space, as the models' training captions were."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def build_text_encoder(dims: TextEncoderDims, dtype: torch.dtype) -> nn.Module:
+    """Return umT5's encoder stack in ``dtype``; parameters are uninitialised where the default device is meta."""
+    config = UMT5Config(
+        vocab_size=dims.vocab_size,
+        d_model=dims.dim,
+        d_kv=dims.head_dim,
+        d_ff=dims.ffn_dim,
+        num_layers=dims.num_layers,
+        num_heads=dims.num_heads,
+        relative_attention_num_buckets=dims.num_buckets,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=True,
+    )
+    return UMT5EncoderModel(config).encoder.to(dtype)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a local folder."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+class TextEncoder:
+    """Prompts to embeddings.
+
+    Only the prompt's own tokens are computed: attention to padding is masked in the published pipeline, so leaving the padding out
+    gives the same rows.
+    """
+
+    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, *, text_len: int) -> None:
+        self.encoder = encoder
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    def tokens(self, prompt: str) -> Tensor:
+        """Return the token ids (1, n) of the cleaned prompt with its end mark, cut to ``text_len``."""
+        return self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self.text_len, return_tensors="pt").input_ids
+
+    def __call__(self, prompt: str) -> Tensor:
+        """Return the prompt's embedding (n, text_dim), n at most ``text_len``, on the encoder's device."""
+        ids = self.tokens(prompt).to(next(self.encoder.parameters()).device)
+        return self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]

@@ -1,0 +1,236 @@
+"""The Wan diffusion transformer, for one device.
+
+Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, R rows of timestep modulation. The residual
+stream and the linears are in the run's dtype; norms, modulation, gates, rotary, the timestep branch and the head are float32.
+Layer names are those of the published checkpoints, except that q, k, v (and k, v of cross-attention) are one linear.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
+
+TextKV = list[tuple[Tensor, Tensor]]
+"""Cross-attention's k and v of one prompt, for each block, (B, 512, H, D)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerDims:
+    """Hyperparameters, as read off a checkpoint."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    in_dim: int
+    out_dim: int
+    text_dim: int
+    text_len: int = 512
+    freq_dim: int = 256
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dim in float32 (arXiv:1910.07467); returns float32."""
+    return F.rms_norm(x.float(), weight.shape, weight, eps)
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, times (1 + scale) plus shift, as in DiT's adaLN (arXiv:2212.09748); returns float32."""
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Return x + gate * y, computed in float32, in x's dtype."""
+    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+
+
+class Norm(nn.Module):
+    """The weight (and bias) of a norm, kept in float32."""
+
+    def __init__(self, dim: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over all tokens, with RMSNorm over the whole width on q and k, and rotary embedding."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
+        super().__init__()
+        self.num_heads = dims.num_heads
+        self.eps = dims.eps
+        self.qkv = nn.Linear(dims.dim, 3 * dims.dim, dtype=dtype)
+        self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
+        self.norm_q = Norm(dims.dim, bias=False)
+        self.norm_k = Norm(dims.dim, bias=False)
+        self.inner_attention = inner_attention
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """X (B, L, D) -> (B, L, D)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = (
+            apply_rotary(rms_norm(part, norm.weight, self.eps).unflatten(-1, (self.num_heads, -1)), rotary).to(x.dtype)
+            for part, norm in ((q, self.norm_q), (k, self.norm_k))
+        )
+        out = self.inner_attention(q, k, v.unflatten(-1, (self.num_heads, -1)))  # (B, L, H, D)
+        return self.o(out.flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the video's tokens to the text's, whose k and v are projected once per prompt."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
+        super().__init__()
+        self.num_heads = dims.num_heads
+        self.eps = dims.eps
+        self.q = nn.Linear(dims.dim, dims.dim, dtype=dtype)
+        self.kv = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
+        self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
+        self.norm_q = Norm(dims.dim, bias=False)
+        self.norm_k = Norm(dims.dim, bias=False)
+        self.inner_attention = inner_attention
+
+    def project(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return k and v, each (B, 512, H, D), of the embedded text (B, 512, D)."""
+        k, v = self.kv(text).chunk(2, dim=-1)
+        k = rms_norm(k, self.norm_k.weight, self.eps).to(text.dtype)
+        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
+        """X (B, L, D) -> (B, L, D)."""
+        q = rms_norm(self.q(x), self.norm_q.weight, self.eps).to(x.dtype)
+        return self.o(self.inner_attention(q.unflatten(-1, (self.num_heads, -1)), *kv).flatten(2))
+
+
+class Block(nn.Module):
+    """One transformer block: self-attention, cross-attention, feed-forward."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
+        super().__init__()
+        self.eps = dims.eps
+        self.self_attn = SelfAttention(dims, dtype, inner_attention)
+        # Sequence-parallel attention wraps the self-attention's seam only: every rank holds the whole text.
+        self.cross_attn = CrossAttention(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name))
+        self.norm3 = Norm(dims.dim, bias=True)
+        self.ffn = nn.Sequential(
+            nn.Linear(dims.dim, dims.ffn_dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(dims.ffn_dim, dims.dim, dtype=dtype),
+        )
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
+
+    def forward(self, x: Tensor, time: Tensor, text_kv: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """X (B, L, D); time (B, 6, D) float32, one row for all tokens -> (B, L, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(2).unbind(1)  # each (B, 1, D)
+        y = self.self_attn(modulated_norm(x, scale1, shift1, self.eps).to(x.dtype), rotary)
+        x = gated_residual(x, y, gate1)
+        y = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight, self.norm3.bias, self.eps)
+        x = x + self.cross_attn(y.to(x.dtype), text_kv)
+        y = self.ffn(modulated_norm(x, scale2, shift2, self.eps).to(x.dtype))
+        return gated_residual(x, y, gate2)
+
+
+class PatchEmbedding(nn.Module):
+    """Latents to tokens: a convolution whose stride is its kernel, computed as one matrix product."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.patch = dims.patch
+        self.weight = nn.Parameter(torch.zeros(dims.dim, dims.in_dim, *dims.patch, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(dims.dim, dtype=dtype))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, T, h, w) -> tokens (B, L, D)."""
+        for dim, size in zip((2, 4, 6), self.patch, strict=True):
+            latents = latents.unflatten(dim, (-1, size))
+        patches = latents.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, L, C * patch volume)
+        return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
+
+
+class Head(nn.Module):
+    """The last norm and linear, in float32: its rounding would land in the latents as it is."""
+
+    def __init__(self, dims: TransformerDims) -> None:
+        super().__init__()
+        self.eps = dims.eps
+        self.head = nn.Linear(dims.dim, math.prod(dims.patch) * dims.out_dim)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, dims.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """X (B, L, D); time (B, D) float32 -> (B, L, patch volume * C) float32."""
+        shift, scale = (self.modulation + time.unsqueeze(1)).unsqueeze(2).unbind(1)
+        return self.head(modulated_norm(x, scale, shift, self.eps))
+
+
+class WanTransformer(nn.Module):
+    """Predicts the velocity of noisy video latents for a text prompt (Wan technical report, arXiv:2503.20314)."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention | None = None) -> None:
+        super().__init__()
+        self.dims = dims
+        self.dtype = dtype
+        inner_attention = inner_attention or InnerAttention()
+        self.patch_embedding = PatchEmbedding(dims, dtype)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(dims.text_dim, dims.dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(dims.dim, dims.dim, dtype=dtype),
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(dims.freq_dim, dims.dim), nn.SiLU(), nn.Linear(dims.dim, dims.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dims.dim, 6 * dims.dim))
+        self.blocks = nn.ModuleList(
+            Block(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)) for _ in range(dims.num_layers)
+        )
+        self.head = Head(dims)
+
+    def rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rotary tables for latents of this shape, to be kept for all steps; latents (B, C, T, h, w)."""
+        t, h, w = (size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True))
+        return rotary_tables((t, h, w), self.dims.head_dim, device=latents.device)
+
+    def project_text(self, context: Tensor) -> TextKV:
+        """Return every block's cross-attention k and v of one prompt; context (tokens, text_dim), at most 512 tokens.
+
+        The text is padded to 512 rows of zeros, which ARE attended to: the published weights were trained so.
+        """
+        padded = F.pad(context.to(self.dtype), (0, 0, 0, self.dims.text_len - context.shape[0]))
+        text = self.text_embedding(padded.unsqueeze(0))  # (1, 512, D)
+        return [cast(Block, block).cross_attn.project(text) for block in self.blocks]
+
+    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, D) for the head and (B, 6, D) for the blocks, float32, of timesteps (B,) in [0, 1000]."""
+        half = self.dims.freq_dim // 2
+        frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+        angle = torch.outer(timestep.double(), frequency)
+        time = self.time_embedding(torch.cat([angle.cos(), angle.sin()], dim=1).float())
+        return time, self.time_projection(time).unflatten(1, (6, self.dims.dim))
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: TextKV, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the velocity (B, C_out, T, h, w) float32 of latents (B, C_in, T, h, w) at timesteps (B,).
+
+        T, h, w must be multiples of the patch. ``text`` comes from `project_text`, ``rotary`` from `rotary`.
+        """
+        time, block_time = self.embed_time(timestep)
+        x = self.patch_embedding(latents)
+        for block, text_kv in zip(self.blocks, text, strict=True):
+            x = block(x, block_time, text_kv, rotary)
+        return self.unpatchify(self.head(x, time), latents.shape[2:])
+
+    def unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:
+        """X (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""
+        grid = [length // patch for length, patch in zip(size, self.dims.patch, strict=True)]
+        x = x.unflatten(1, grid).unflatten(-1, (*self.dims.patch, -1))  # (B, t, y, x, pt, py, px, C)
+        return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape[0], -1, *size)

@@ -1,0 +1,103 @@
+"""The command: ``python -m wan_dist.run task=... prompt=...``. Exit codes: 0 done, 1 the run failed, 2 bad input."""
+
+import os
+import sys
+from pathlib import Path
+from typing import cast
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wan_dist.arguments import prepare, require_task
+from wan_dist.catalog import TASKS
+from wan_dist.config import RunConfig, leaf_fields, register_configs
+from wan_dist.errors import InputError
+from wan_dist.log import logger, open_log
+from wan_dist.plan import make_plan
+
+_PACKAGE = Path(__file__).parent
+CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"  # installed, or a checkout
+
+EXAMPLES = """\
+  python -m wan_dist.run task=toy
+  python -m wan_dist.run task=t2v-1.3B prompt="Two cats, boxing on a stage" seed=7
+  python -m wan_dist.run task=t2v-14B ckpt_dir=/models/Wan2.1-T2V-14B prompt=@prompt.txt size=832*480 sample.steps=30
+  python -m wan_dist.run task=t2v-1.3B latents=outputs/NAME.latents.safetensors     # decode again, without denoising
+  python -m wan_dist.run task=t2v-1.3B --cfg job                                    # print all settings, run nothing"""
+
+
+def help_text() -> str:
+    """Return what ``--help`` prints."""
+    keys = [f"  {key:22} {item.metadata['help']}" for key, item in leaf_fields().items()]
+    return "\n".join(
+        [
+            "Make a video with the Wan models: python -m wan_dist.run task=NAME [key=value ...]",
+            f"\nTasks: {', '.join(TASKS)}\n\nKeys (a task sets its own defaults in conf/task/NAME.yaml):",
+            *keys,
+            f"\nExamples:\n{EXAMPLES}\n\n--hydra-help lists the flags of Hydra, which reads the configuration.",
+        ]
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command with these arguments and return its exit code."""
+    if {"--help", "-h"} & set(arguments):
+        sys.stdout.write(help_text() + "\n")
+        return 0
+    open_log()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
+    try:
+        prepared = prepare(arguments)
+        if "--hydra-help" not in prepared:
+            require_task(prepared)
+        config = compose(prepared)
+        if config is not None:
+            _run(config)
+    except InputError as fault:
+        return _fail(2, str(fault))
+    except (HydraException, OmegaConfBaseException) as fault:
+        return _fail(2, _readable(fault))
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
+    except Exception as fault:
+        logger.exception("the run failed")
+        return _fail(1, f"{type(fault).__name__}: {fault}")
+    return 0
+
+
+def compose(arguments: list[str]) -> RunConfig | None:
+    """Return the configuration of these arguments, or None after a flag that only prints, such as ``--cfg job``."""
+    register_configs()
+    composed: list[DictConfig] = []
+
+    def keep(config: DictConfig) -> None:
+        composed.append(config)
+
+    sys.argv[1:] = arguments
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(keep)()
+    return cast(RunConfig, OmegaConf.to_object(composed[0])) if composed else None
+
+
+def _run(config: RunConfig) -> None:
+    plan = make_plan(config)
+    from wan_dist.generate import generate  # after the checks: it imports torch and transformers, which takes seconds
+
+    generate(config, plan)
+
+
+def _readable(fault: Exception) -> str:
+    cause = fault.__cause__ if isinstance(fault.__cause__, OmegaConfBaseException) else fault  # Hydra's own says less
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def _fail(code: int, message: str) -> int:
+    sys.stderr.write(f"wan_dist: error: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

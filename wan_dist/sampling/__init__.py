@@ -1,0 +1,1 @@
+"""Solvers, conditioning and the denoising loop."""

@@ -1,0 +1,98 @@
+"""A tiny checkpoint in the published layout, made on the spot, so that the whole pipeline runs anywhere without a download.
+
+Its weights are random: the video is coloured noise. Benchmarks make full-size ones the same way.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+
+from wan_dist.catalog import ORIGINAL_LAYOUT
+from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder
+from wan_dist.models.transformer import TransformerDims, WanTransformer
+from wan_dist.models.vae import VaeDims, WanVae
+from wan_dist.weights.names import KeyMap, text_encoder_keys, transformer_keys, vae_keys
+
+_VERSION = 1
+_SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointDims:
+    """Hyperparameters of all models of a checkpoint."""
+
+    transformer: TransformerDims
+    text_encoder: TextEncoderDims
+    vae: VaeDims
+
+
+TOY = CheckpointDims(
+    transformer=TransformerDims(num_layers=4, dim=96, ffn_dim=256, num_heads=4, in_dim=16, out_dim=16, text_dim=32),
+    text_encoder=TextEncoderDims(num_layers=2, dim=32, ffn_dim=64, num_heads=4, head_dim=8, vocab_size=256 + len(_SPECIAL_TOKENS)),
+    vae=VaeDims(dim=8),
+)
+
+
+def toy_checkpoint() -> Path:
+    """Return the folder of the toy checkpoint in the user's cache, made there if it is new."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
+    folder = cache / f"toy-{_VERSION}"
+    if not folder.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=cache))
+        make_checkpoint(aside, TOY)
+        try:
+            aside.rename(folder)
+        except OSError:  # another run was faster
+            if not folder.exists():
+                raise
+    return folder
+
+
+def make_checkpoint(folder: Path, dims: CheckpointDims, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Write a checkpoint with random weights into ``folder``; drawn on the CPU they are the same on every machine.
+
+    ``dtype`` is that of the transformer's linears and of the text encoder.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    names = ORIGINAL_LAYOUT
+    with torch.device("meta"):
+        transformer = WanTransformer(dims.transformer, dtype)
+        text_encoder = build_text_encoder(dims.text_encoder, dtype)
+        vae = WanVae(dims.vae)
+    save_file(dict(_stored_tensors(transformer, transformer_keys, generator)), folder / f"{names.transformer}.safetensors")
+    torch.save(dict(_stored_tensors(text_encoder, text_encoder_keys, generator)), folder / names.text_encoder)
+    torch.save(dict(_stored_tensors(vae, vae_keys, generator)), folder / names.vae)
+    keys = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
+    config = {"_class_name": "WanModel", "model_type": "t2v"} | {key: getattr(dims.transformer, key) for key in keys}
+    (folder / names.config).write_text(json.dumps(config, indent=2))
+    _byte_tokenizer().save_pretrained(folder / names.tokenizer)
+
+
+def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """Yield random values for every parameter under the checkpoint's keys, scaled to keep activations near 1."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and "gamma" not in name:
+            value = torch.randn(parameter.shape, generator=generator, device=generator.device) / parameter[0].numel() ** 0.5
+        else:
+            value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
+        for key, part in zip(keys(name), value.chunk(len(keys(name))), strict=True):
+            yield key, part.to("cpu", parameter.dtype, copy=True)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are the bytes of the text, with an end mark, so that any text has one."""
+    alphabet = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

@@ -1,0 +1,133 @@
+"""Frames -> files: H.264 video streamed to ffmpeg as frames arrive, or a PNG; written aside and renamed when whole."""
+
+import contextlib
+import itertools
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import imageio_ffmpeg
+import torch
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
+
+from wan_dist.errors import InputError
+
+_ENCODING = [
+    *(
+        "-c:v",
+        "libx264",
+        "-crf",
+        "10",
+        "-pix_fmt",
+        "yuv420p",
+    ),  # the rate factor is what the reference's quality=8 means
+    *("-vf", "scale=out_color_matrix=bt709:out_range=tv"),
+    *(
+        "-colorspace",
+        "bt709",
+        "-color_primaries",
+        "bt709",
+        "-color_trc",
+        "bt709",
+    ),  # untagged, players guess by the size
+    *("-movflags", "+faststart"),
+]
+
+
+class SaveError(RuntimeError):
+    """The video could not be written."""
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Return frames (3, n, H, W) in [-1, 1] as (n, H, W, 3) in 0 ... 255, rounded to nearest, on the same device."""
+    return (frames.float() * 127.5 + 127.5).round_().clamp_(0, 255).byte().permute(1, 2, 3, 0).contiguous()
+
+
+def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: int) -> None:
+    """Write uint8 chunks (n, H, W, 3) as they arrive to an mp4 (H.264, yuv420p).
+
+    ``path`` appears only when the file holds all ``num_frames`` frames. Raises SaveError otherwise; an error from ``chunks`` passes.
+    """
+    aside = path.with_name(f".{path.stem}.partial.mp4")
+    try:
+        _encode(aside, iter(chunks), fps)
+        found, _ = imageio_ffmpeg.count_frames_and_secs(str(aside))
+        if found != num_frames:
+            raise SaveError(f"cannot write {path}: it has {found} frames, not {num_frames}")
+        aside.replace(path)
+    except OSError as fault:
+        raise SaveError(f"cannot write {path}: {fault}") from fault
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _encode(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
+    first = next(chunks)
+    height, width = first.shape[1:3]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *_ENCODING, str(path)]
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors) as ffmpeg,
+    ):
+        assert ffmpeg.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # ffmpeg gave up; its exit code and last words follow
+                for chunk in itertools.chain([first], chunks):
+                    ffmpeg.stdin.write(chunk.cpu().numpy().data)
+        except BaseException:
+            ffmpeg.kill()
+            raise
+        finally:
+            with contextlib.suppress(BrokenPipeError):
+                ffmpeg.stdin.close()
+        if ffmpeg.wait():
+            errors.seek(0)
+            last_words = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise SaveError(f"cannot write {path}: ffmpeg says {' '.join(last_words) or 'nothing'} (exit code {ffmpeg.returncode})")
+
+
+def save_image(path: Path, frame: Tensor) -> None:
+    """Write one uint8 frame (H, W, 3) as PNG; raises SaveError."""
+    aside = path.with_name(f".{path.stem}.partial.png")
+    try:
+        Image.fromarray(frame.cpu().numpy()).save(aside)
+        aside.replace(path)
+    except OSError as fault:
+        raise SaveError(f"cannot write {path}: {fault}") from fault
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as safetensors; ``path`` appears when the file is whole. Raises SaveError."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        aside.write_bytes(save(tensors))
+        aside.replace(path)
+    except OSError as fault:
+        raise SaveError(f"cannot write {path}: {fault}") from fault
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def check_output(folder: Path, *, width: int, height: int, fps: int) -> None:
+    """Make the folder and encode two frames into it, so that a run cannot fail there after hours; raises InputError."""
+    probe = folder / ".wan-dist-probe.mp4"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    except OSError as fault:
+        raise InputError(f"output.dir={folder} cannot be written: {fault.strerror}; choose another output.dir") from None
+    try:
+        save_video(probe, [torch.zeros(2, height, width, 3, dtype=torch.uint8)], fps=fps, num_frames=2)
+    except SaveError as fault:
+        raise InputError(
+            f"a test video could not be encoded to output.dir={folder}: {fault}. If ffmpeg lacks libx264, "
+            "unset IMAGEIO_FFMPEG_EXE (the package imageio-ffmpeg brings a full one)"
+        ) from None
+    finally:
+        probe.unlink(missing_ok=True)
