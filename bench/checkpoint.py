@@ -1,6 +1,6 @@
-"""Write a full-size checkpoint with random weights in the published layout, to try loading and memory without a download.
+"""Write a full-size checkpoint with random bfloat16 weights in the published layout, to try a whole run without a download.
 
-    python bench/checkpoint.py --task t2v-1.3B FOLDER        # 17 GB: transformer 5.7, umT5 11.4, VAE 0.5
+python bench/checkpoint.py --task t2v-1.3B FOLDER        # 15 GB; t2v-14B: 41 GB
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main() -> None:
     dims = CheckpointDims(transformer=transformer, text_encoder=UMT5_XXL, vae=VaeDims(dim=96))
     options.folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    make_checkpoint(options.folder, dims, device=device, text_dtype=torch.bfloat16)
+    make_checkpoint(options.folder, dims, device=device, dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,12 @@ def measure(task: Task, size: tuple[int, int], frames: int, backend: str, steps:
     model = random_transformer(task, attention, device)
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    shape = (task.latent_channels, (frames - 1) // task.stride[0] + 1, size[1] // task.stride[1], size[0] // task.stride[2])
+    shape = (
+        task.latent_channels,
+        (frames - 1) // task.stride[0] + 1,
+        size[1] // task.stride[1],
+        size[0] // task.stride[2],
+    )
     latents = torch.randn(1, *shape, device=device)
     text_dim = model.dims.text_dim
     texts = [torch.randn(tokens, text_dim, device=device, dtype=torch.bfloat16) for tokens in (60, 126)]
@@ -92,7 +97,8 @@ def main() -> None:
     (options.out / name).write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
     print(f"{options.task} {width}x{height}x{options.frames} on {machine['gpu']}, torch {machine['torch']}, bfloat16")
     for row in rows:
-        print(f"  {row['attention']:6} {row['seconds_per_step']:7.3f} s/it   weights {row['weights_gib']:6.2f} GiB   peak {row['peak_gib']:6.2f} GiB")
+        memory = f"weights {row['weights_gib']:6.2f} GiB   peak {row['peak_gib']:6.2f} GiB"
+        print(f"  {row['attention']:6} {row['seconds_per_step']:7.3f} s/it   {memory}")
 
 
 if __name__ == "__main__":
