@@ -109,7 +109,7 @@ def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tens
     """Decode latents (C, T, h, w) and write the result, chunk by chunk."""
     if not torch.isfinite(latents).all():
         raise FloatingPointError("the latents are not finite: the video would be black")
-    with report.stage("decode", f"VAE, {plan.frame_num} frames"):
+    with report.stage("decode", f"VAE, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"):
         vae = checkpoint.vae.load(latents.device)
         kept_chunks: list[Tensor] | None = [] if config.output.save_tensor else None
         frames = _frames(vae, latents, kept_chunks)
