@@ -79,7 +79,7 @@ class SelfAttention(nn.Module):
         self.inner_attention = inner_attention
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """X (B, L, D) -> (B, L, D)."""
+        """x (B, L, D) -> (B, L, D)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = (
             apply_rotary(rms_norm(part, norm.weight, self.eps).unflatten(-1, (self.num_heads, -1)), rotary).to(x.dtype)
@@ -110,7 +110,7 @@ class CrossAttention(nn.Module):
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        """X (B, L, D) -> (B, L, D)."""
+        """x (B, L, D) -> (B, L, D)."""
         q = rms_norm(self.q(x), self.norm_q.weight, self.eps).to(x.dtype)
         return self.o(self.inner_attention(q.unflatten(-1, (self.num_heads, -1)), *kv).flatten(2))
 
@@ -133,7 +133,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
 
     def forward(self, x: Tensor, time: Tensor, text_kv: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """X (B, L, D); time (B, 6, D) float32, one row for all tokens -> (B, L, D)."""
+        """x (B, L, D); time (B, 6, D) float32, one row for all tokens -> (B, L, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(2).unbind(1)  # each (B, 1, D)
         y = self.self_attn(modulated_norm(x, scale1, shift1, self.eps).to(x.dtype), rotary)
         x = gated_residual(x, y, gate1)
@@ -153,7 +153,7 @@ class PatchEmbedding(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dims.dim, dtype=dtype))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, T, h, w) -> tokens (B, L, D)."""
+        """latents (B, C, T, h, w) -> tokens (B, L, D)."""
         for dim, size in zip((2, 4, 6), self.patch, strict=True):
             latents = latents.unflatten(dim, (-1, size))
         patches = latents.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, L, C * patch volume)
@@ -170,7 +170,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, dims.dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """X (B, L, D); time (B, D) float32 -> (B, L, patch volume * C) float32."""
+        """x (B, L, D); time (B, D) float32 -> (B, L, patch volume * C) float32."""
         shift, scale = (self.modulation + time.unsqueeze(1)).unsqueeze(2).unbind(1)
         return self.head(modulated_norm(x, scale, shift, self.eps))
 
@@ -230,7 +230,7 @@ class WanTransformer(nn.Module):
         return self.unpatchify(self.head(x, time), latents.shape[2:])
 
     def unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:
-        """X (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""
+        """x (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""
         grid = [length // patch for length, patch in zip(size, self.dims.patch, strict=True)]
         x = x.unflatten(1, grid).unflatten(-1, (*self.dims.patch, -1))  # (B, t, y, x, pt, py, px, C)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape[0], -1, *size)

@@ -1,4 +1,8 @@
-"""The Wan2.1 video VAE: 4 x 8 x 8 compression, causal in time, decoded and encoded in chunks of frames."""
+"""The Wan video VAEs, causal in time, decoded and encoded in chunks of frames.
+
+2.1 compresses 4 x 8 x 8 into 16 channels; 2.2 compresses 4 x 16 x 16 into 48, with 2 x 2 blocks of pixels as input channels and
+shortcuts around its stages.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -12,20 +16,41 @@ from wan_dist.models.vae_layers import (
     CausalCache,
     CausalConv3d,
     Downsample,
+    DownStage,
     ResidualBlock,
     RMSNorm,
     Upsample,
+    UpStage,
+    channels_to_pixels,
+    pixels_to_channels,
 )
 
-# Mean and standard deviation of each latent channel over the training data, from the published Diffusers-layout vae/config.json.
-LATENT_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
-LATENT_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
+# Mean and standard deviation of each latent channel over the training data, by the number of channels, from the published
+# Diffusers-layout vae/config.json.
+LATENT_MEAN = {
+    16: (
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    ),
+    48: (
+        *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
+        *(0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+        *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723),
+        *(-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+    ),
+}
+LATENT_STD = {
+    16: (
+        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+    ),
+    48: (
+        *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901),
+        *(0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+        *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
+        *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +58,19 @@ class VaeDims:
     """Hyperparameters, as read off a checkpoint."""
 
     dim: int
+    decoder_dim: int
     latent_dim: int = 16
+    residual: bool = False
+    """VAE 2.2: shortcuts around the stages, and pixels in 2 x 2 blocks."""
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     num_blocks: int = 2
     temporal: tuple[bool, ...] = (False, True, True)
     """Which of the encoder's downsamplings halve the frames too; the decoder's doublings mirror it."""
+
+    @property
+    def pixel_channels(self) -> int:
+        """Channels of the encoder's input and of the decoder's output."""
+        return 12 if self.residual else 3
 
 
 class Encoder(nn.Module):
@@ -46,18 +79,26 @@ class Encoder(nn.Module):
     def __init__(self, dims: VaeDims) -> None:
         super().__init__()
         widths = [dims.dim * multiplier for multiplier in (1, *dims.multipliers)]
-        self.conv1 = CausalConv3d(3, widths[0], 3)
+        self.conv1 = CausalConv3d(dims.pixel_channels, widths[0], 3)
         layers: list[nn.Module] = []
         for stage, (in_dim, out_dim) in enumerate(itertools.pairwise(widths)):
-            layers += [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(dims.num_blocks)]
-            if stage < len(dims.temporal):
-                layers.append(Downsample(out_dim, temporal=dims.temporal[stage]))
+            blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(dims.num_blocks)]
+            is_down = stage < len(dims.temporal)
+            temporal = is_down and dims.temporal[stage]
+            if is_down:
+                blocks.append(Downsample(out_dim, temporal=temporal))
+            if dims.residual:
+                blocks = [DownStage(blocks, out_dim, temporal=1 + temporal, spatial=1 + is_down)]
+            layers += blocks
         self.downsamples = nn.ModuleList(layers)
         self.middle = _middle(widths[-1])
         self.head = _head(widths[-1], 2 * dims.latent_dim)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """Encode a chunk (B, 3, F, H, W) -> (B, 2 C, f, H / 8, W / 8); f = 1 for the video's first frame, F / 4 afterwards."""
+        """Encode a chunk (B, pixel channels, F, H, W) -> (B, 2 C, f, H / 8, W / 8).
+
+        f is 1 for the video's first frame, which is a chunk of its own, F / 4 afterwards.
+        """
         x = self.conv1(x, cache)
         for layer in (*self.downsamples, *self.middle):
             x = layer(x, cache)
@@ -69,24 +110,47 @@ class Decoder(nn.Module):
 
     def __init__(self, dims: VaeDims) -> None:
         super().__init__()
-        widths = [dims.dim * multiplier for multiplier in (dims.multipliers[-1], *reversed(dims.multipliers))]
+        widths = [dims.decoder_dim * multiplier for multiplier in (dims.multipliers[-1], *reversed(dims.multipliers))]
         self.conv1 = CausalConv3d(dims.latent_dim, widths[0], 3)
         self.middle = _middle(widths[0])
         layers: list[nn.Module] = []
         for stage, (in_dim, out_dim) in enumerate(itertools.pairwise(widths)):
-            in_dim = in_dim // 2 if stage else in_dim  # every upsampling before halved the channels
-            layers += [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(dims.num_blocks + 1)]
+            if stage and not dims.residual:
+                in_dim = in_dim // 2  # the upsampling before halved the channels
+            blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(dims.num_blocks + 1)]
             if stage < len(dims.temporal):
-                layers.append(Upsample(out_dim, temporal=dims.temporal[::-1][stage]))
+                temporal = dims.temporal[::-1][stage]
+                blocks.append(Upsample(out_dim, out_dim if dims.residual else out_dim // 2, temporal=temporal))
+                if dims.residual:
+                    blocks = [UpStage(blocks, out_dim, temporal=1 + temporal)]
+            elif dims.residual:
+                blocks = [_Stage(blocks)]
+            layers += blocks
         self.upsamples = nn.ModuleList(layers)
-        self.head = _head(widths[-1], 3)
+        self.head = _head(widths[-1], dims.pixel_channels)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """Decode a chunk (B, C, f, h, w) -> (B, 3, F, 8 h, 8 w); F = 1 for the video's first latent frame, 4 f afterwards."""
+        """Decode a chunk (B, C, f, h, w) -> (B, pixel channels, F, 8 h, 8 w).
+
+        F is 1 for the video's first latent frame, which is a chunk of its own, 4 f afterwards.
+        """
         x = self.conv1(x, cache)
         for layer in (*self.middle, *self.upsamples):
             x = layer(x, cache)
         return _apply_head(self.head, x, cache)
+
+
+class _Stage(nn.Module):
+    """The decoder's last stage in VAE 2.2, which has no shortcut; there for its name in the checkpoint."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.upsamples = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        for layer in self.upsamples:
+            x = layer(x, cache)
+        return x
 
 
 def _middle(dim: int) -> nn.ModuleList:
@@ -114,27 +178,31 @@ class WanVae(nn.Module):
         self.decoder = Decoder(dims)
 
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (1, -1, 1, 1, 1)
-        return like.new_tensor(LATENT_MEAN).view(shape), like.new_tensor(LATENT_STD).view(shape)
+        mean, std = (like.new_tensor(table[self.dims.latent_dim]) for table in (LATENT_MEAN, LATENT_STD))
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Return the normalised mean latents (B, C, T, H / 8, W / 8), T = (F - 1) / 4 + 1, of video (B, 3, F, H, W) in [-1, 1].
+        """Return the normalised mean latents (B, C, T, h, w), T = (F - 1) / 4 + 1, of video (B, 3, F, H, W) in [-1, 1].
 
-        F must be 4n + 1, H and W multiples of 8. Frames go through in chunks of 1, 4, 4, ...
+        F must be 4n + 1, H and W multiples of the compression. Frames go through in chunks of 1, 4, 4, ...
         """
         cache: CausalCache = {}
         first, rest = video[:, :, :1], video[:, :, 1:]
-        chunks = [self.encoder(chunk, cache) for chunk in (first, *rest.split(4, dim=2)) if chunk.shape[2]]
-        mean_latents = self.conv1(torch.cat(chunks, dim=2), cache).chunk(2, dim=1)[0]
+        latents = []
+        for chunk in (first, *rest.split(4, dim=2)):
+            if chunk.shape[2]:
+                latents.append(self.encoder(pixels_to_channels(chunk) if self.dims.residual else chunk, cache))
+        mean_latents = self.conv1(torch.cat(latents, dim=2), cache).chunk(2, dim=1)[0]
         mean, std = self._moments(mean_latents)
         return (mean_latents - mean) / std
 
     def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the frames (B, 3, n, 8 h, 8 w) in [-1, 1] of each latent frame in turn: n is 1 for the first, 4 for the others.
+        """Yield the frames (B, 3, n, H, W) in [-1, 1] of each latent frame in turn: n is 1 for the first, 4 for the others.
 
         latents (B, C, T, h, w), normalised. Memory does not grow with T.
         """
         cache: CausalCache = {}
         mean, std = self._moments(latents)
         for latent in latents.split(1, dim=2):
-            yield self.decoder(self.conv2(latent * std + mean, cache), cache).clamp(-1, 1)
+            frames = self.decoder(self.conv2(latent * std + mean, cache), cache)
+            yield (channels_to_pixels(frames) if self.dims.residual else frames).clamp(-1, 1)

@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * num_trailing))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (B, C, ...) of any number of trailing dims -> the same shape."""
+        """x (B, C, ...) of any number of trailing dims -> the same shape."""
         scale = self.gamma.shape[0] ** 0.5
         return (F.normalize(x.float(), dim=1) * scale * self.gamma).to(x.dtype)
 
@@ -61,7 +61,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """X (B, C_in, F, H, W) -> (B, C_out, F, H, W)."""
+        """x (B, C_in, F, H, W) -> (B, C_out, F, H, W)."""
         out = x
         for layer in self.residual:
             out = layer(out, cache) if isinstance(layer, CausalConv3d) else layer(out)
@@ -78,7 +78,7 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """X (B, C, F, H, W) -> the same shape."""
+        """x (B, C, F, H, W) -> the same shape."""
         frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # (B F, H W, 3 C)
         q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))
@@ -96,7 +96,7 @@ class Upsample(nn.Module):
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """X (B, C, F, H, W) -> (B, C / 2, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
+        """x (B, C, F, H, W) -> (B, C / 2, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
         if self.time_conv is not None:
             if self in cache:
                 x = self.time_conv(x, cache).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
@@ -116,7 +116,7 @@ class Downsample(nn.Module):
         self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """X (B, C, F, H, W) -> (B, C, F or F / 2, H / 2, W / 2); the video's first frame stays one."""
+        """x (B, C, F, H, W) -> (B, C, F or F / 2, H / 2, W / 2); the video's first frame stays one."""
         frames = self.resample(x.transpose(1, 2).flatten(0, 1))
         x = frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
         if self.time_conv is None:
