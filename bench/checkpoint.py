@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--task", default="t2v-1.3B", choices=[name for name, task in TASKS.items() if task.transformer])
     options = parser.parse_args()
     transformer = TransformerDims(**vars(TASKS[options.task].transformer))
-    dims = CheckpointDims(transformer=transformer, text_encoder=UMT5_XXL, vae=VaeDims(dim=96))
+    dims = CheckpointDims(transformer=transformer, text_encoder=UMT5_XXL, vae=VaeDims(dim=96, decoder_dim=96))
     options.folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     make_checkpoint(options.folder, dims, device=device, dtype=torch.bfloat16)

@@ -6,6 +6,16 @@ import pytest
 import torch
 
 FIXTURES = Path(__file__).parent / "fixtures"
+SHARED_GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
+
+
+def golden_folder(name: str) -> Path:
+    """Return a golden checkpoint's folder: the one that travels with the code, or one of the larger set beside the checkout."""
+    here = FIXTURES / name
+    folder = here if here.exists() else SHARED_GOLDENS / name
+    if not folder.exists():
+        pytest.skip(f"the golden {name} is not beside this checkout")
+    return folder
 
 
 @pytest.fixture(autouse=True)

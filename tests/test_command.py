@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, golden_folder
 from tests.unit.test_video import read_video
 from wan_dist import generate as generate_module
+from wan_dist.catalog import TASKS
 from wan_dist.run import main
 from wan_dist.video import SaveError
 
@@ -28,38 +29,63 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def reference_arguments(case: str, task: str = "t2v-1.3B") -> list[str]:
-    run = json.loads((CHECKPOINT / f"expected/{case}.json").read_text(encoding="utf-8"))
+def reference_arguments(folder: Path, case: str, task: str, checkpoint: Path | None = None) -> list[str]:
+    """Return the command's arguments for a run of the reference implementation, with its checkpoint or another copy of that."""
+    run = json.loads((folder / f"expected/{case}.json").read_text(encoding="utf-8"))
+    scale = run["guide_scale"] if "guide_scale" in run else str(run["guide_scale_low_high"]).replace(" ", "")
+    images = {"image": "image", "first": "first_frame", "last": "last_frame"}
     return [
         f"task={task}",
-        f"ckpt_dir={CHECKPOINT}",
+        f"ckpt_dir={checkpoint or folder}",
         f"prompt={run['prompt']}",
         f"negative_prompt={run['negative_prompt']}",
-        f"size={run['size_wh'][0]}*{run['size_wh'][1]}",
+        *(f"{ours}={folder / run[theirs]}" for theirs, ours in images.items() if theirs in run),
+        f"max_area={run['max_area']}" if "max_area" in run else f"size={run['size_wh'][0]}*{run['size_wh'][1]}",
         f"frame_num={run['frame_num']}",
         f"seed={run['seed']}",
         f"sample.solver={run['solver']}",
         f"sample.steps={run['steps']}",
         f"sample.shift={run['shift']}",
-        f"sample.guide_scale={run['guide_scale']}",
+        f"sample.guide_scale={scale}",
         "output.name=out",
         "output.save_tensor=true",
     ]
 
 
-@pytest.mark.parametrize("case", ["unipc", "dpmpp", "odd"])
-def test_the_video_is_the_reference_implementations(case: str, tmp_path: Path) -> None:
-    assert main([*reference_arguments(case), "dtype=float32"]) == 0
+RUNS = [
+    ("t2v-1.3B", "wan2.1-t2v", "unipc"),
+    ("t2v-1.3B", "wan2.1-t2v", "dpmpp"),
+    ("t2v-1.3B", "wan2.1-t2v", "odd"),
+    ("i2v-14B", "wan2.1-i2v", "unipc"),
+    ("i2v-14B", "wan2.1-i2v", "dpmpp"),
+    ("flf2v-14B", "wan2.1-flf2v", "unipc"),
+    ("t2v-A14B", "wan2.2-t2v-a14b", "unipc"),
+    ("t2v-A14B", "wan2.2-t2v-a14b", "dpmpp"),
+    ("i2v-A14B", "wan2.2-i2v-a14b", "unipc"),
+    ("ti2v-5B", "wan2.2-ti2v-5b", "t2v"),
+    ("ti2v-5B", "wan2.2-ti2v-5b", "i2v"),
+]
+
+
+@pytest.mark.parametrize(("task", "name", "case"), RUNS)
+@pytest.mark.parametrize("layout", ["original", "diffusers"])
+def test_the_video_is_the_reference_implementations(task: str, name: str, case: str, layout: str, tmp_path: Path) -> None:
+    folder = golden_folder(name)
+    checkpoint = folder if layout == "original" else golden_folder("diffusers") / name
+    if not checkpoint.exists():
+        pytest.skip("there is no golden of this task in this layout")
+    assert main([*reference_arguments(folder, case, task, checkpoint), "dtype=float32"]) == 0
     out = tmp_path / "outputs"
     video = load_file(out / "out.safetensors")["video"]
-    expected = load_file(CHECKPOINT / f"expected/{case}.safetensors")["video"]
+    expected = load_file(folder / f"expected/{case}.safetensors")["video"]
     torch.testing.assert_close(video, expected, rtol=0, atol=1e-3)
     facts, frames = read_video(out / "out.mp4", width=video.shape[3], height=video.shape[2])
-    assert "16 fps" in facts
+    assert f"{24 if task == 'ti2v-5B' else 16} fps" in facts
     assert frames.shape == (*video.shape[1:], 3)
     record = json.loads((out / "out.json").read_text(encoding="utf-8"))
-    assert record["config"]["sample"]["steps"] == len(load_file(CHECKPOINT / f"expected/{case}.safetensors")["timesteps"])
-    assert list(record["stages"]) == ["check", "text", "load", "denoise", "decode"]
+    stages = {"check", "text", "denoise", "decode"} | ({"load high", "load low"} if TASKS[task].boundary else {"load"})
+    has_image = record["config"]["image"] or record["config"]["first_frame"]
+    assert set(record["stages"]) == (stages | {"image"} if has_image else stages)
     assert record["peak_host_gib"] > 0
     assert record["versions"]["torch"] == torch.__version__
 
@@ -67,7 +93,7 @@ def test_the_video_is_the_reference_implementations(case: str, tmp_path: Path) -
 @pytest.mark.parametrize("case", ["unipc", "dpmpp", "odd"])
 def test_bfloat16_stays_close(case: str, tmp_path: Path) -> None:
     """Stated distance: a mean of 0.02 over frames that span [-1, 1], that is 2.5 of 255 levels."""
-    assert main([*reference_arguments(case), "dtype=bfloat16"]) == 0
+    assert main([*reference_arguments(CHECKPOINT, case, "t2v-1.3B"), "dtype=bfloat16"]) == 0
     video = load_file(tmp_path / "outputs/out.safetensors")["video"]
     expected = load_file(CHECKPOINT / f"expected/{case}.safetensors")["video"]
     distance = (video - expected).abs().mean().item()
@@ -118,7 +144,7 @@ def test_guidance_of_one_is_the_prompt_alone(tmp_path: Path) -> None:
 
 
 def test_t2i_saves_a_png(tmp_path: Path) -> None:
-    assert main([*(a for a in reference_arguments("unipc", "t2i-14B") if not a.startswith("frame_num")), "dtype=float32"]) == 0
+    assert main([*(a for a in reference_arguments(CHECKPOINT, "unipc", "t2i-14B") if not a.startswith("frame_num")), "dtype=float32"]) == 0
     from PIL import Image
 
     with Image.open(tmp_path / "outputs/out.png") as image:
@@ -161,11 +187,11 @@ def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task=i2v-14B"], "task i2v-14B is not supported yet"),
+        (["task=s2v-14B"], "task s2v-14B is not supported yet"),
         (["task=toy", "frame_num=abc"], "frame_num: Value 'abc' of type 'str' could not be converted to Integer"),
         (["task=toy", "frame_num=80"], "the nearest that work are 77 and 81"),
         (["task=toy", "ckpt_dir=nowhere"], "ckpt_dir=nowhere is not a folder"),
-        (["task=toy", "ckpt_dir=."], "is not a complete Wan checkpoint: it has no config.json"),
+        (["task=toy", "ckpt_dir=."], "is not a whole toy checkpoint in the original layout: it has no config.json"),
         (["task=toy", "output.dir=/proc/nowhere"], "output.dir=/proc/nowhere cannot be written"),
         (["task=toy", "attention=fa4", "device=cpu"], "attention=fa4 does not work here: needs a GPU"),
     ],
@@ -184,8 +210,9 @@ def test_weights_are_not_read_before_the_checks(monkeypatch: pytest.MonkeyPatch)
     assert main([*TINY, "attention=cudnn", "device=cpu"]) == 2
 
 
-def test_models_are_on_the_device_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When one is loaded, the one before is gone from memory."""
+@pytest.mark.parametrize(("task", "name", "models"), [("toy", "", 3), ("i2v-14B", "wan2.1-i2v", 5), ("t2v-A14B", "wan2.2-t2v-a14b", 4)])
+def test_models_are_on_the_device_one_after_the_other(task: str, name: str, models: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When one is loaded, the one before is gone from memory; so it is for two experts."""
     from wan_dist.weights.checkpoint import Component
 
     load, alive = Component.load, []
@@ -197,8 +224,9 @@ def test_models_are_on_the_device_one_after_the_other(monkeypatch: pytest.Monkey
         return model
 
     monkeypatch.setattr(Component, "load", counted)
-    assert main(TINY) == 0
-    assert len(alive) == 3
+    arguments = reference_arguments(golden_folder(name), "unipc", task) if name else TINY
+    assert main(arguments) == 0
+    assert len(alive) == models
 
 
 def test_help_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,14 +1,16 @@
-"""What each task is: shapes of its models, where its checkpoint is published, which files that has.
+"""What each task is: which models it takes and their shapes, where its checkpoint is published.
 
 Defaults of a run (frames, steps, guidance ...) are in ``conf/task/*.yaml``; this file holds what the user cannot change.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
 from wan_dist.errors import InputError, nearest
 
 NUM_TRAIN_TIMESTEPS = 1000
 TEXT_LEN = 512
+AREA_480P = 832 * 480
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,26 @@ class TransformerShape:
     in_dim: int = 16
     out_dim: int = 16
     text_dim: int = 4096
+    image_dim: int = 0
+    """Width of the CLIP features it looks at; 0: none."""
+    image_positions: int = 0
+    """Length of the position embedding over the features of two images; 0: none."""
+
+
+class Images(Enum):
+    """Which images a task starts from."""
+
+    NONE = "no image"
+    FIRST = "image=FILE"
+    OPTIONAL = "image=FILE, or none"
+    FIRST_AND_LAST = "first_frame=FILE last_frame=FILE"
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The settings that name them."""
+        if self is Images.FIRST_AND_LAST:
+            return ("first_frame", "last_frame")
+        return () if self is Images.NONE else ("image",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +56,15 @@ class Task:
 
     name: str
     repository: str
+    """On the Hugging Face hub, in the original layout."""
+    repository_480p: str | None = None
+    """Another checkpoint of the same task, for areas up to 480P."""
     transformer: TransformerShape | None
+    images: Images = Images.NONE
+    boundary: float | None = None
+    """Where the noise level of the two experts' switch is, as a fraction of the timesteps; None: there is one transformer."""
+    shifts: tuple[float, float] | None = None
+    """Schedule shift for areas up to 480P and above, where it depends on that; else it is in the task's YAML."""
     latent_channels: int = 16
     stride: tuple[int, int, int] = (4, 8, 8)
     patch: tuple[int, int, int] = (1, 2, 2)
@@ -47,58 +77,89 @@ class Task:
         """What (width, height) in pixels must be multiples of."""
         return self.stride[2] * self.patch[2], self.stride[1] * self.patch[1]
 
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointFiles:
-    """File names of the layout that Wan publishes, relative to the checkpoint's folder."""
-
-    config: str = "config.json"
-    transformer: str = "diffusion_pytorch_model"
-    text_encoder: str = "models_t5_umt5-xxl-enc-bf16.pth"
-    vae: str = "Wan2.1_VAE.pth"
-    tokenizer: str = "google/umt5-xxl"
+    @property
+    def looks_at_images(self) -> bool:
+        """Whether CLIP features of the images go into cross-attention."""
+        return self.transformer is not None and self.transformer.image_dim > 0
 
     @property
-    def patterns(self) -> list[str]:
-        """Glob patterns of everything a run reads: what to download and nothing else."""
-        return [self.config, f"{self.transformer}*.safetensors*", self.text_encoder, self.vae, f"{self.tokenizer}/*"]
+    def known_first_frame(self) -> bool:
+        """Whether an image becomes the first latent frame as it is, with a timestep of its own, rather than extra channels."""
+        return self.images is Images.OPTIONAL
+
+    def hub_repository(self, area: int) -> str:
+        """Return the repository whose checkpoint was trained for videos of this area, in pixels."""
+        return self.repository_480p if self.repository_480p and area <= AREA_480P else self.repository
 
 
-ORIGINAL_LAYOUT = CheckpointFiles()
-
-_SIZES_480P = ((832, 480), (480, 832))
-_SIZES_720P = (*_SIZES_480P, (1280, 720), (720, 1280))
-_WAN_1_3B = TransformerShape(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
-_WAN_14B = TransformerShape(num_layers=40, dim=5120, ffn_dim=13824, num_heads=40)
-_T2V_14B = "Wan-AI/Wan2.1-T2V-14B"
+_480P = ((832, 480), (480, 832))
+_720P = (*_480P, (1280, 720), (720, 1280))
+_704P = ((1280, 704), (704, 1280))
+_1_3B = {"num_layers": 30, "dim": 1536, "ffn_dim": 8960, "num_heads": 12}
+_5B = {"num_layers": 30, "dim": 3072, "ffn_dim": 14336, "num_heads": 24, "in_dim": 48, "out_dim": 48}
+_14B = {"num_layers": 40, "dim": 5120, "ffn_dim": 13824, "num_heads": 40}
+_T2V_14B = TransformerShape(**_14B)
+_I2V_A14B = TransformerShape(**_14B, in_dim=36)
+_I2V_14B = TransformerShape(**_14B, in_dim=36, image_dim=1280)
+_FLF2V_14B = TransformerShape(**_14B, in_dim=36, image_dim=1280, image_positions=2 * 257)
 
 TASKS = {
     task.name: task
     for task in (
-        Task(name="t2v-1.3B", repository="Wan-AI/Wan2.1-T2V-1.3B", transformer=_WAN_1_3B, sizes=_SIZES_480P),
-        Task(name="t2v-14B", repository=_T2V_14B, transformer=_WAN_14B, sizes=_SIZES_720P),
+        Task(name="t2v-1.3B", repository="Wan-AI/Wan2.1-T2V-1.3B", transformer=TransformerShape(**_1_3B), sizes=_480P),
+        Task(name="t2v-14B", repository="Wan-AI/Wan2.1-T2V-14B", transformer=_T2V_14B, sizes=_720P),
         Task(
             name="t2i-14B",
-            repository=_T2V_14B,
-            transformer=_WAN_14B,
-            sizes=(*_SIZES_720P, (1024, 1024)),
+            repository="Wan-AI/Wan2.1-T2V-14B",
+            transformer=_T2V_14B,
+            sizes=(*_720P, (1024, 1024)),
             still=True,
+        ),
+        Task(
+            name="i2v-14B",
+            repository="Wan-AI/Wan2.1-I2V-14B-720P",
+            repository_480p="Wan-AI/Wan2.1-I2V-14B-480P",
+            transformer=_I2V_14B,
+            images=Images.FIRST,
+            shifts=(3.0, 5.0),
+            sizes=_720P,
+        ),
+        Task(
+            name="flf2v-14B",
+            repository="Wan-AI/Wan2.1-FLF2V-14B-720P",
+            transformer=_FLF2V_14B,
+            images=Images.FIRST_AND_LAST,
+            sizes=_720P,
+        ),
+        Task(
+            name="t2v-A14B",
+            repository="Wan-AI/Wan2.2-T2V-A14B",
+            transformer=_T2V_14B,
+            boundary=0.875,
+            sizes=_720P,
+        ),
+        Task(
+            name="i2v-A14B",
+            repository="Wan-AI/Wan2.2-I2V-A14B",
+            transformer=_I2V_A14B,
+            images=Images.FIRST,
+            boundary=0.9,
+            sizes=_720P,
+        ),
+        Task(
+            name="ti2v-5B",
+            repository="Wan-AI/Wan2.2-TI2V-5B",
+            transformer=TransformerShape(**_5B),
+            images=Images.OPTIONAL,
+            latent_channels=48,
+            stride=(4, 16, 16),
+            sizes=_704P,
         ),
         Task(name="toy", repository="", transformer=None),
     )
 }
 
-KNOWN_BUT_UNSUPPORTED = (
-    "i2v-14B",
-    "flf2v-14B",
-    "vace-1.3B",
-    "vace-14B",
-    "t2v-A14B",
-    "i2v-A14B",
-    "ti2v-5B",
-    "s2v-14B",
-    "animate-14B",
-)
+KNOWN_BUT_UNSUPPORTED = ("vace-1.3B", "vace-14B", "s2v-14B", "animate-14B")
 
 
 def get_task(name: str) -> Task:
@@ -108,4 +169,5 @@ def get_task(name: str) -> Task:
     supported = ", ".join(TASKS)
     if name in KNOWN_BUT_UNSUPPORTED:
         raise InputError(f"task {name} is not supported yet; supported: {supported}")
-    raise InputError(f"there is no task {name!r}{nearest(name, (*TASKS, *KNOWN_BUT_UNSUPPORTED))} (supported: {supported})")
+    hint = nearest(name, (*TASKS, *KNOWN_BUT_UNSUPPORTED))
+    raise InputError(f"there is no task {name!r}{hint} (supported: {supported})")

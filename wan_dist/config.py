@@ -34,15 +34,23 @@ class SampleConfig:
 
     solver: str = _key("unipc", "unipc, dpm++ or euler")
     steps: int = _key(50, "denoising steps")
-    shift: float = _key(5.0, "shift of the noise schedule: larger spends more steps on strong noise")
-    guide_scale: float = _key(5.0, "scale of classifier-free guidance; 1 turns it off and halves the time")
+    shift: float | None = _key(None, "shift of the noise schedule: larger spends more steps on strong noise; null: by the size")
+    guide_scale: Any = _key(5.0, "scale of classifier-free guidance, or [low, high] noise for two experts; 1 turns it off")
 
     def __post_init__(self) -> None:
         _check_choice("sample.solver", self.solver, SOLVERS)
         if self.steps < 1:
             raise InputError(f"sample.steps={self.steps}: at least 1 step is needed")
-        if self.shift <= 0:
+        if self.shift is not None and self.shift <= 0:
             raise InputError(f"sample.shift={self.shift}: it must be above 0 (published defaults are 3.0 to 16.0)")
+        self.guide_scales()
+
+    def guide_scales(self) -> tuple[float, float]:
+        """Return the scales for (low, high) noise."""
+        scales = self.guide_scale if isinstance(self.guide_scale, list) else [self.guide_scale] * 2
+        if len(scales) != 2 or any(isinstance(scale, bool) or not isinstance(scale, int | float) for scale in scales):
+            raise InputError(f"sample.guide_scale={self.guide_scale} is neither a number nor [low, high], e.g. 5.0 or [3.0,4.0]")
+        return float(scales[0]), float(scales[1])
 
 
 @dataclass(kw_only=True)
@@ -67,7 +75,11 @@ class RunConfig:
     ckpt_dir: str | None = _key(None, "checkpoint folder; null: the task's repository from the Hugging Face cache, or downloaded")
     prompt: str | None = _key(None, "what to show, as plain text; prompt=@file.txt reads a file")
     negative_prompt: str | None = _key(None, "what to keep away from; null: the task's; @file.txt works too")
-    size: str = _key(MISSING, "width*height in pixels, as 832*480 or 832x480")
+    image: str | None = _key(None, "image to start from")
+    first_frame: str | None = _key(None, "image to start from, of two")
+    last_frame: str | None = _key(None, "image to end with; scaled and cut to the first one's shape")
+    size: str = _key(MISSING, "width*height in pixels, as 832*480 or 832x480; with an image an area, which keeps the image's aspect")
+    max_area: int | None = _key(None, "area in pixels, instead of size where there is an image")
     frame_num: int = _key(MISSING, "frames, 4n + 1")
     fps: int = _key(MISSING, "frames a second of the video file")
     seed: int = _key(42, "seed of the noise; -1 draws one and prints it")
@@ -89,6 +101,8 @@ class RunConfig:
             raise InputError(f"fps={self.fps}: at least 1 frame a second is needed")
         if self.seed < -1:
             raise InputError(f"seed={self.seed}: use a number from 0 on, or -1 to have one drawn")
+        if self.max_area is not None and self.max_area < 1:
+            raise InputError(f"max_area={self.max_area}: it must be above 0, in pixels")
         if self.prompt is not None and not self.prompt.strip():
             raise InputError('the prompt is empty; say what to show, e.g. prompt="two cats boxing on a stage"')
 

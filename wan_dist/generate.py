@@ -1,30 +1,38 @@
-"""One job, in call order: encode the text, denoise, keep the latents, decode, write, record."""
+"""One job, in call order: encode text and images, denoise, keep the latents, decode, write, record."""
 
 import gc
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
+from wan_dist.images import cover
 from wan_dist.log import logger
 from wan_dist.models.attention import InnerAttention, choose_attention
+from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder
 from wan_dist.models.vae import WanVae
 from wan_dist.plan import Plan
 from wan_dist.report import Report
-from wan_dist.sampling.conditioning import Conditioning, initial_noise
-from wan_dist.sampling.denoise import Guidance, denoise
+from wan_dist.sampling.conditioning import Conditioning, initial_noise, mask_of_images, video_of_images
+from wan_dist.sampling.denoise import Guidance, Predict, TwoExperts, denoise
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.toy import toy_checkpoint
 from wan_dist.video import check_output, save_image, save_tensors, save_video, to_uint8
-from wan_dist.weights.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
+from wan_dist.weights.hub import find_checkpoint
 
 
 @torch.no_grad()
@@ -45,12 +53,13 @@ def generate(config: RunConfig, plan: Plan) -> Path:
     folder = Path(config.output.dir).expanduser()
     with report.stage("check", f"output {folder}"):
         check_output(folder, width=plan.width, height=plan.height, fps=plan.fps)
-        checkpoint = open_checkpoint(_checkpoint_folder(config, plan), dtype)
-        attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=checkpoint.transformer.dims.head_dim)
+        checkpoint = open_checkpoint(_checkpoint_folder(config, plan), plan.task, dtype)
+        head_dim = checkpoint.transformers[0].dims.head_dim
+        attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=head_dim)
     report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name}
     result = _free_path(folder, plan, fixed=config.output.name is not None)
     if config.latents is None:
-        conditioning = _encode_text(checkpoint, plan, report)
+        conditioning = replace(_encode_text(checkpoint, plan, report), **_encode_images(checkpoint, plan, report))
         latents = _denoise(checkpoint, config, plan, conditioning, attention, report)
         kept = result.with_suffix(".latents.safetensors")
         save_tensors(kept, {"latents": latents.cpu()})
@@ -73,7 +82,7 @@ def generate(config: RunConfig, plan: Plan) -> Path:
 def _encode_text(checkpoint: Checkpoint, plan: Plan, report: Report) -> Conditioning:
     """Embed the prompts; the text encoder is gone from the device when this returns."""
     with report.stage("text", f"umT5 on {report.device.type}"):
-        dims = checkpoint.transformer.dims
+        dims = checkpoint.transformers[0].dims
         encode = TextEncoder(checkpoint.text_encoder.load(report.device), checkpoint.tokenizer, text_len=dims.text_len)
         conditioning = Conditioning(encode(plan.prompt), None if plan.negative_prompt is None else encode(plan.negative_prompt))
         del encode
@@ -81,26 +90,67 @@ def _encode_text(checkpoint: Checkpoint, plan: Plan, report: Report) -> Conditio
     return conditioning
 
 
+def _encode_images(checkpoint: Checkpoint, plan: Plan, report: Report) -> dict[str, Tensor]:
+    """Return the entries of `Conditioning` that come from images; the encoders are gone from the device then."""
+    if not plan.images:
+        return {}
+    found: dict[str, Tensor] = {}
+    device, size = report.device, (plan.width, plan.height)
+    with report.stage("image", ", ".join(f"{image.width}x{image.height}" for image in plan.images)):
+        if checkpoint.image_encoder is not None:
+            clip = checkpoint.image_encoder.load(device)
+            image_size = checkpoint.image_encoder.dims.image_size
+            found["image_features"] = encode_images(clip, [pixels(image) for image in plan.images], image_size=image_size)
+            del clip
+            _free()
+        vae = checkpoint.vae.load(device)
+        if plan.task.known_first_frame:
+            first = pixels(cover(plan.images[0], size))
+            found["known_latents"] = vae.encode(first.view(1, 3, 1, *first.shape[1:]).to(device))
+        else:
+            first, last = pixels(plan.images[0]), pixels(plan.images[1]) if len(plan.images) == 2 else None
+            video = video_of_images(first, last, frame_num=plan.frame_num, width=plan.width, height=plan.height)
+            mask = mask_of_images(plan.latent_shape, has_last=last is not None).to(device)
+            found["extra_channels"] = torch.cat([mask, vae.encode(video.to(device))], dim=1)
+        del vae
+        _free()
+    return found
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """Return (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
 def _denoise(
-    checkpoint: Checkpoint,
-    config: RunConfig,
-    plan: Plan,
-    conditioning: Conditioning,
-    attention: InnerAttention,
-    report: Report,
+    checkpoint: Checkpoint, config: RunConfig, plan: Plan, conditioning: Conditioning, attention: InnerAttention, report: Report
 ) -> Tensor:
     """Return the latents (C, T, h, w), float32; the transformer is gone from the device then."""
-    dims = checkpoint.transformer.dims
-    device = report.device
-    with report.stage("load", f"transformer {dims.num_layers} x {dims.dim}, {config.dtype}"):
-        model = checkpoint.transformer.load(device, inner_attention=attention)
+    solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
+    noise = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=report.device).unsqueeze(0)
     logger.info("attention %s (%s)", attention.name, attention.reason)
-    solver = make_solver(config.sample.solver, config.sample.steps, config.sample.shift)
-    with report.stage("denoise", f"{len(solver)} steps of {config.sample.solver}"):
-        noise = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=device).unsqueeze(0)
-        predict = Guidance(model, conditioning, noise, scale=config.sample.guide_scale)
-        latents = denoise(predict, noise, solver, _progress_bar)
-        del model, predict
+    low_scale, high_scale = plan.guide_scales
+
+    def opener(which: int, name: str, scale: float) -> Callable[[], Predict]:
+        def open_transformer() -> Predict:
+            _free()  # what was there before
+            component = checkpoint.transformers[which]
+            with report.stage(name, f"transformer {component.dims.num_layers} x {component.dims.dim}, {config.dtype}"):
+                model = component.load(report.device, inner_attention=attention)
+            return Guidance(model, conditioning, noise, scale=scale)
+
+        return open_transformer
+
+    if plan.task.boundary is None:
+        predict = opener(0, "load", high_scale)()
+    else:
+        openers = opener(0, "load high", high_scale), opener(1, "load low", low_scale)
+        predict = TwoExperts(*openers, boundary=plan.task.boundary * NUM_TRAIN_TIMESTEPS)
+        high = sum(timestep >= predict.boundary for timestep in solver.timesteps)
+        logger.info("experts   high noise for the first %d steps, low noise for the other %d", high, len(solver) - high)
+    with report.stage("denoise", f"{len(solver)} steps of {config.sample.solver}"), logging_redirect_tqdm([logger]):
+        latents = denoise(predict, noise, solver, known_latents=conditioning.known_latents, progress=_progress_bar)
+        del predict
         _free()
     return latents.squeeze(0)
 
@@ -140,7 +190,7 @@ def _device(config: RunConfig) -> torch.device:
 def _checkpoint_folder(config: RunConfig, plan: Plan) -> Path:
     if config.ckpt_dir is not None:
         return Path(config.ckpt_dir).expanduser()
-    return toy_checkpoint() if plan.task.name == "toy" else find_checkpoint(plan.task)
+    return toy_checkpoint() if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
 
 
 def _free_path(folder: Path, plan: Plan, *, fixed: bool) -> Path:

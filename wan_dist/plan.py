@@ -6,11 +6,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from wan_dist.catalog import Task, get_task
+from wan_dist.catalog import AREA_480P, TASKS, Images, Task, get_task
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
+from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +23,18 @@ class Plan:
     prompt: str
     negative_prompt: str | None
     """None where guidance is off."""
+    images: tuple[Image.Image, ...]
+    """The images to start from: none, the first frame, or first and last, in 8-bit RGB."""
     width: int
     height: int
+    size_note: str
+    """How the size came about, where that is not plain."""
     frame_num: int
     fps: int
     seed: int
+    shift: float
+    guide_scales: tuple[float, float]
+    """For low and for high noise."""
     latent_shape: tuple[int, int, int, int]
     """(C, T, h, w)."""
     num_tokens: int
@@ -35,7 +44,10 @@ class Plan:
     @property
     def advice(self) -> str | None:
         """What the user should know before it starts, if anything."""
+        areas = {width * height for width, height in self.task.sizes}
         if not self.task.sizes or (self.width, self.height) in self.task.sizes:
+            return None
+        if self.images and max(areas) >= self.width * self.height >= 0.9 * min(areas):
             return None
         sizes = ", ".join(f"{width}*{height}" for width, height in self.task.sizes)
         return f"{self.task.name} was published for the sizes {sizes}; {self.width}*{self.height} works but may look worse"
@@ -43,11 +55,12 @@ class Plan:
     @property
     def summary(self) -> str:
         """The result in one line."""
+        size = f"{self.width}x{self.height}{self.size_note}"
         if self.task.still:
-            return f"{self.task.name}: an image of {self.width}x{self.height}, seed {self.seed}"
+            return f"{self.task.name}: an image of {size}, seed {self.seed}"
         seconds = self.frame_num / self.fps
         return (
-            f"{self.task.name}: {self.frame_num} frames of {self.width}x{self.height} at {self.fps} fps = {seconds:.1f} s of video, "
+            f"{self.task.name}: {self.frame_num} frames of {size} at {self.fps} fps = {seconds:.1f} s of video, "
             f"seed {self.seed}, {self.num_tokens} tokens"
         )
 
@@ -56,27 +69,35 @@ def make_plan(config: RunConfig) -> Plan:
     """Resolve what the configuration leaves open; raises InputError with what would work if the fields do not fit together."""
     task = get_task(config.task)
     _check_ranks()
-    width, height = config.width_height()
-    frame_num = config.frame_num
+    images: tuple[Image.Image, ...] = ()
+    size_note, frame_num = "", config.frame_num
     if config.latents is not None:
         width, height, frame_num = _size_of_latents(config.latents, task)
+    else:
+        images = _read_images(config, task)
+        width, height, size_note = _video_size(config, task, images)
     _check_size(width, height, task)
     _check_frames(frame_num, task)
     prompt = _text("prompt", config.prompt)
     if prompt is None and config.latents is None:
         raise InputError('prompt is missing; say what to show, e.g. prompt="two cats boxing on a stage", or prompt=@file.txt')
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
+    guide_scales = _guide_scales(config, task)
     latent_frames = (frame_num - 1) // task.stride[0] + 1
     rows, columns = height // task.stride[1], width // task.stride[2]
     return Plan(
         task=task,
         prompt=prompt or "",
-        negative_prompt=None if config.sample.guide_scale == 1 else _text("negative_prompt", config.negative_prompt) or "",
+        negative_prompt=None if guide_scales == (1, 1) else _text("negative_prompt", config.negative_prompt) or "",
+        images=images,
         width=width,
         height=height,
+        size_note=size_note,
         frame_num=frame_num,
         fps=config.fps,
         seed=seed,
+        shift=_shift(config, task, width * height if config.max_area is None else config.max_area),
+        guide_scales=guide_scales,
         latent_shape=(task.latent_channels, latent_frames, rows, columns),
         num_tokens=(latent_frames // task.patch[0]) * (rows // task.patch[1]) * (columns // task.patch[2]),
         name=_file_name(config, prompt, seed),
@@ -89,6 +110,53 @@ def _check_ranks() -> None:
         raise InputError(f"{num_ranks} ranks were launched, but only one is supported yet; start with python -m wan_dist.run")
 
 
+def _read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
+    """Return the images the task starts from; raises InputError if one is missing, unreadable or not wanted."""
+    given = {key: file for key in ("image", "first_frame", "last_frame") if (file := getattr(config, key)) is not None}
+    wanted = task.images.keys
+    if unwanted := [key for key in given if key not in wanted]:
+        takers = [name for name, other in TASKS.items() if unwanted[0] in other.images.keys]
+        raise InputError(f"{unwanted[0]} is given, but {task.name} takes {task.images.value}; {', '.join(takers)} would take {unwanted[0]}")
+    missing = [key for key in wanted if key not in given]
+    if missing and task.images is not Images.OPTIONAL:
+        raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: {task.name} takes {task.images.value}")
+    images = tuple(read_image(file, key) for key, file in given.items())
+    if len(images) == 2:
+        images = (images[0], cover(images[1], images[0].size))
+    return images
+
+
+def _video_size(config: RunConfig, task: Task, images: tuple[Image.Image, ...]) -> tuple[int, int, str]:
+    """Return width, height and how they came about: with an image, the size is an area and the image gives the aspect."""
+    width, height = config.width_height()
+    if not images:
+        if config.max_area is not None:
+            raise InputError(f"max_area={config.max_area} is for tasks with an image; {task.name} without one takes size=width*height")
+        return width, height, ""
+    area = config.max_area or width * height
+    fit = best_size_of_area if task.known_first_frame else size_of_area
+    image = images[0]
+    fitted = fit(image.width, image.height, area, task.multiple)
+    asked = f"max_area={config.max_area}" if config.max_area else f"size={width}*{height}"
+    note = "" if fitted == (width, height) else f" ({asked} is an area, the image of {image.width}x{image.height} gives the aspect)"
+    return *fitted, note
+
+
+def _guide_scales(config: RunConfig, task: Task) -> tuple[float, float]:
+    scales = config.sample.guide_scales()
+    if task.boundary is None and scales[0] != scales[1]:
+        raise InputError(f"sample.guide_scale={config.sample.guide_scale}: {task.name} has one transformer and takes one number")
+    return scales
+
+
+def _shift(config: RunConfig, task: Task, area: int) -> float:
+    if config.sample.shift is not None:
+        return config.sample.shift
+    if task.shifts is None:
+        raise InputError(f"sample.shift is null, but {task.name} has no default by size; published defaults are 3.0 to 16.0")
+    return task.shifts[0] if area <= AREA_480P else task.shifts[1]
+
+
 def _check_frames(frame_num: int, task: Task) -> None:
     if task.still and frame_num != 1:
         raise InputError(f"frame_num={frame_num}: {task.name} makes one image, frame_num=1")
@@ -96,6 +164,8 @@ def _check_frames(frame_num: int, task: Task) -> None:
     if frame_num < 1 or (frame_num - 1) % stride:
         below = max(frame_num - 1, 0) // stride * stride + 1
         raise InputError(f"frame_num={frame_num} is not {stride}n + 1; the nearest that work are {below} and {below + stride}")
+    if task.images is Images.FIRST_AND_LAST and frame_num == 1:
+        raise InputError(f"frame_num=1: a first and a last frame need at least frame_num={stride + 1}")
 
 
 def _check_size(width: int, height: int, task: Task) -> None:

@@ -30,6 +30,8 @@ class Report:
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.device = device
+        self.start = time.perf_counter()
+        self._peaks_of_open_stages: list[int] = []
         self.stages: dict[str, dict[str, float]] = {}
         self.facts: dict[str, Any] = {
             "config": asdict(config),
@@ -39,17 +41,21 @@ class Report:
 
     @contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
-        """Time a stage and log one line when it is done."""
+        """Time a stage and log one line when it is done; stages may nest."""
         cuda = self.device.type == "cuda"
         if cuda:
+            peak = torch.cuda.max_memory_allocated(self.device)  # the counter starts anew; an open stage keeps what it saw
+            self._peaks_of_open_stages = [max(peak, seen) for seen in self._peaks_of_open_stages]
             torch.cuda.reset_peak_memory_stats(self.device)
+        self._peaks_of_open_stages.append(0)
         start = time.perf_counter()
         yield
         if cuda:
             torch.cuda.synchronize(self.device)
+        peak_seen = self._peaks_of_open_stages.pop()
         entry = {"seconds": round(time.perf_counter() - start, 3), "peak_host_gib": round(_peak_host_bytes() / _GIB, 3)}
         if cuda:
-            entry["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated(self.device) / _GIB, 3)
+            entry["peak_gpu_gib"] = round(max(peak_seen, torch.cuda.max_memory_allocated(self.device)) / _GIB, 3)
         self.stages[name] = entry
         memory = f", GPU peak {entry['peak_gpu_gib']:.1f} GiB" if cuda else ""
         logger.info("%-9s %6.1f s%s%s", name, entry["seconds"], memory, f"  {detail}" if detail else "")
@@ -60,7 +66,7 @@ class Report:
             key: max((stage[key] for stage in self.stages.values() if key in stage), default=None)
             for key in ("peak_host_gib", "peak_gpu_gib")
         }
-        seconds = round(sum(stage["seconds"] for stage in self.stages.values()), 3)
+        seconds = round(time.perf_counter() - self.start, 3)
         record = self.facts | {"stages": self.stages, "seconds": seconds} | peaks
         path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from wan_dist.catalog import ORIGINAL_LAYOUT
 from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder
 from wan_dist.models.transformer import TransformerDims, WanTransformer
 from wan_dist.models.vae import VaeDims, WanVae
-from wan_dist.weights.names import KeyMap, text_encoder_keys, transformer_keys, vae_keys
+from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
+from wan_dist.weights.names import KeyMap, original_text_encoder, original_transformer, original_vae
 
 _VERSION = 1
 _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
@@ -38,7 +38,7 @@ class CheckpointDims:
 TOY = CheckpointDims(
     transformer=TransformerDims(num_layers=4, dim=96, ffn_dim=256, num_heads=4, in_dim=16, out_dim=16, text_dim=32),
     text_encoder=TextEncoderDims(num_layers=2, dim=32, ffn_dim=64, num_heads=4, head_dim=8, vocab_size=256 + len(_SPECIAL_TOKENS)),
-    vae=VaeDims(dim=8),
+    vae=VaeDims(dim=8, decoder_dim=8),
 )
 
 
@@ -64,18 +64,17 @@ def make_checkpoint(folder: Path, dims: CheckpointDims, *, device: str = "cpu", 
     ``dtype`` is that of the transformer's linears and of the text encoder.
     """
     generator = torch.Generator(device).manual_seed(0)
-    names = ORIGINAL_LAYOUT
     with torch.device("meta"):
         transformer = WanTransformer(dims.transformer, dtype)
         text_encoder = build_text_encoder(dims.text_encoder, dtype)
         vae = WanVae(dims.vae)
-    save_file(dict(_stored_tensors(transformer, transformer_keys, generator)), folder / f"{names.transformer}.safetensors")
-    torch.save(dict(_stored_tensors(text_encoder, text_encoder_keys, generator)), folder / names.text_encoder)
-    torch.save(dict(_stored_tensors(vae, vae_keys, generator)), folder / names.vae)
+    save_file(dict(_stored_tensors(transformer, original_transformer([]), generator)), folder / f"{WEIGHTS}.safetensors")
+    torch.save(dict(_stored_tensors(text_encoder, original_text_encoder([]), generator)), folder / TEXT_ENCODER)
+    torch.save(dict(_stored_tensors(vae, original_vae([]), generator)), folder / "Wan2.1_VAE.pth")
     keys = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
     config = {"_class_name": "WanModel", "model_type": "t2v"} | {key: getattr(dims.transformer, key) for key in keys}
-    (folder / names.config).write_text(json.dumps(config, indent=2))
-    _byte_tokenizer().save_pretrained(folder / names.tokenizer)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    _byte_tokenizer().save_pretrained(folder / TOKENIZER)
 
 
 def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -85,8 +84,9 @@ def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) 
             value = torch.randn(parameter.shape, generator=generator, device=generator.device) / parameter[0].numel() ** 0.5
         else:
             value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
-        for key, part in zip(keys(name), value.chunk(len(keys(name))), strict=True):
-            yield key, part.to("cpu", parameter.dtype, copy=True)
+        sources = keys.sources(name)
+        for source, part in zip(sources, value.chunk(len(sources)), strict=True):
+            yield source.key, part.to("cpu", parameter.dtype, copy=True)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

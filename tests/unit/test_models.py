@@ -4,11 +4,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import FIXTURES, relative_error
+from tests.conftest import FIXTURES, golden_folder, relative_error
+from wan_dist.catalog import TASKS
+from wan_dist.generate import pixels
+from wan_dist.images import read_image
 from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
+from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
 from wan_dist.models.transformer import PatchEmbedding, TransformerDims, WanTransformer
 from wan_dist.models.vae import VaeDims, WanVae
+from wan_dist.models.vae_layers import channels_to_pixels, pixels_to_channels
+from wan_dist.sampling.conditioning import mask_of_images, video_of_images
+from wan_dist.sampling.solvers import make_solver
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 
 CPU = torch.device("cpu")
@@ -17,7 +24,7 @@ COMPONENTS = load_file(FIXTURES / "components/wan21.safetensors")
 
 @pytest.fixture(scope="module")
 def checkpoint() -> Checkpoint:
-    return open_checkpoint(FIXTURES / "wan2.1-t2v", torch.float32)
+    return open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +67,70 @@ def test_vae_chunks_are_independent_of_their_length(vae: WanVae) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["unipc", "dpmpp", "odd"])
+STEPS = [
+    ("wan2.1-t2v", "t2v-1.3B", "unipc"),
+    ("wan2.1-t2v", "t2v-1.3B", "dpmpp"),
+    ("wan2.1-t2v", "t2v-1.3B", "odd"),
+    ("wan2.1-i2v", "i2v-14B", "unipc"),
+    ("wan2.1-flf2v", "flf2v-14B", "unipc"),
+    ("wan2.2-t2v-a14b", "t2v-A14B", "unipc"),
+    ("wan2.2-i2v-a14b", "i2v-A14B", "unipc"),
+    ("wan2.2-ti2v-5b", "ti2v-5B", "t2v"),
+    ("wan2.2-ti2v-5b", "ti2v-5B", "i2v"),
+]
+
+
+@pytest.mark.parametrize(("folder", "task", "case"), STEPS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_every_step_of_the_transformer(case: str, dtype: torch.dtype, tolerance: float) -> None:
-    model = open_checkpoint(FIXTURES / "wan2.1-t2v", dtype).transformer.load(CPU)
-    golden = load_file(FIXTURES / f"wan2.1-t2v/expected/{case}.safetensors")
-    text = {
-        "cond": model.project_text(golden["input.context"]),
-        "uncond": model.project_text(golden["input.context_null"]),
-    }
-    rotary = model.rotary(golden["step0.latent"].unsqueeze(0))
-    for step in range(len(golden["timesteps"])):
-        latents, timestep = golden[f"step{step}.latent"].unsqueeze(0), golden["timesteps"][step : step + 1]
-        for branch in ("cond", "uncond"):
-            velocity = model(latents, timestep, text[branch], rotary)
+def test_every_step_of_the_transformer(folder: str, task: str, case: str, dtype: torch.dtype, tolerance: float) -> None:
+    checkpoint = open_checkpoint(golden_folder(folder), TASKS[task], dtype)
+    models = [component.load(CPU) for component in checkpoint.transformers]
+    golden = load_file(golden_folder(folder) / f"expected/{case}.safetensors")
+    extra, features = golden.get("input.y"), golden.get("input.clip_fea")
+    rotary = models[0].rotary(golden["step0.latent"].unsqueeze(0))
+    boundary = (TASKS[task].boundary or 0) * 1000
+    run = json.loads((golden_folder(folder) / f"expected/{case}.json").read_text(encoding="utf-8"))
+    # Not the file's own timesteps: of two for a step, where an image is given, it holds the first, which is always 0.
+    for step, timestep in enumerate(make_solver(run["solver"], run["steps"], run["shift"]).timesteps):
+        model = models[0] if timestep >= boundary else models[1]
+        latents = golden[f"step{step}.latent"] if extra is None else torch.cat([golden[f"step{step}.latent"], extra])
+        timesteps = torch.tensor([[0, timestep]] if case == "i2v" else [[timestep]])
+        for branch, text in (("cond", "input.context"), ("uncond", "input.context_null")):
+            velocity = model(latents.unsqueeze(0), timesteps, model.project_context(golden[text], features), rotary)
             assert velocity.dtype == torch.float32
             assert relative_error(velocity[0], golden[f"step{step}.{branch}"]) < tolerance
+
+
+@pytest.mark.parametrize(("folder", "task", "case"), [("wan2.1-i2v", "i2v-14B", "unipc"), ("wan2.1-flf2v", "flf2v-14B", "unipc")])
+def test_what_images_become(folder: str, task: str, case: str) -> None:
+    checkpoint = open_checkpoint(golden_folder(folder), TASKS[task], torch.float32)
+    golden = load_file(golden_folder(folder) / f"expected/{case}.safetensors")
+    images = [pixels(read_image(str(path), "image")) for path in sorted(golden_folder(folder).glob("*.png"))]
+    assert checkpoint.image_encoder is not None
+    features = encode_images(checkpoint.image_encoder.load(CPU), images, image_size=224)
+    torch.testing.assert_close(features, golden["input.clip_fea"], rtol=0, atol=1e-4)
+    frames, height, width = golden["video"].shape[1:]
+    video = video_of_images(images[0], images[1] if images[1:] else None, frame_num=frames, height=height, width=width)
+    mask = mask_of_images(tuple(golden["step0.latent"].shape), has_last=len(images) > 1)
+    extra = torch.cat([mask, checkpoint.vae.load(CPU).encode(video)], dim=1)
+    torch.testing.assert_close(extra[0], golden["input.y"], rtol=0, atol=1e-4)
+
+
+def test_vae_2_2() -> None:
+    path = golden_folder("wan2.2-ti2v-5b").parent / "components/wan22.safetensors"
+    golden = load_file(path)
+    vae = open_checkpoint(golden_folder("wan2.2-ti2v-5b"), TASKS["ti2v-5B"], torch.float32).vae.load(CPU)
+    latents = vae.encode(golden["vae22.video"].unsqueeze(0))[0]
+    torch.testing.assert_close(latents, golden["vae22.latent"], rtol=0, atol=1e-4)
+    frames = torch.cat(list(vae.decode(golden["vae22.latent"].unsqueeze(0))), dim=2)[0]
+    torch.testing.assert_close(frames, golden["vae22.decoded"], rtol=0, atol=1e-4)
+
+
+def test_pixels_and_channels_are_the_same_video() -> None:
+    video = torch.randn(2, 3, 5, 6, 8)
+    channels = pixels_to_channels(video)
+    assert channels.shape == (2, 12, 5, 3, 4)
+    assert torch.equal(channels_to_pixels(channels), video)
 
 
 TINY = {
@@ -101,8 +156,8 @@ def tiny_transformer(dtype: torch.dtype = torch.float32, **changes: int) -> WanT
 
 def test_a_batch_is_its_samples() -> None:
     model = tiny_transformer()
-    latents, timesteps = torch.randn(2, 4, 3, 4, 6), torch.tensor([10.0, 900.0])
-    text, rotary = model.project_text(torch.randn(3, 8)), model.rotary(latents)
+    latents, timesteps = torch.randn(2, 4, 3, 4, 6), torch.tensor([[10.0], [900.0]])
+    text, rotary = model.project_context(torch.randn(3, 8)), model.rotary(latents)
     both = [(k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)) for k, v in text]
     together = model(latents, timesteps, both, rotary)
     for i in range(2):
@@ -124,21 +179,31 @@ def test_inner_attention_is_a_seam() -> None:
         block.self_attn.inner_attention = Spy()
     assert set(model.state_dict()) == keys
     latents = torch.randn(1, 4, 3, 4, 6)
-    model(latents, torch.tensor([500.0]), model.project_text(torch.randn(3, 8)), model.rotary(latents))
+    model(latents, torch.tensor([[500.0]]), model.project_context(torch.randn(3, 8)), model.rotary(latents))
     assert seen == [(1, 18, 4, 12)] * 2
 
 
 def test_timestep_modulation_is_not_expanded_over_tokens() -> None:
     model = tiny_transformer()
-    _, block_time = model.embed_time(torch.tensor([500.0]))
-    assert block_time.shape == (1, 6, 48)
+    _, block_time = model.embed_time(torch.tensor([[500.0]]))
+    assert block_time.shape == (1, 1, 6, 48)
     assert block_time.dtype == torch.float32
 
 
+def test_two_timesteps_are_two_rows_and_the_same_as_one_where_they_agree() -> None:
+    model = tiny_transformer()
+    latents = torch.randn(1, 4, 3, 4, 6)
+    context, rotary = model.project_context(torch.randn(3, 8)), model.rotary(latents)
+    once = model(latents, torch.tensor([[500.0]]), context, rotary)
+    torch.testing.assert_close(model(latents, torch.tensor([[500.0, 500.0]]), context, rotary), once)
+    assert relative_error(model(latents, torch.tensor([[0.0, 500.0]]), context, rotary), once) > 1e-3
+    assert model.embed_time(torch.tensor([[0.0, 500.0]]))[1].shape == (1, 2, 6, 48)
+
+
 def test_precision_of_each_part() -> None:
-    model = tiny_transformer(torch.bfloat16)
+    model = tiny_transformer(torch.bfloat16, image_dim=10, image_positions=4)
     float32 = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
-    parts = ("norm", "modulation", "time_embedding", "time_projection", "head")
+    parts = ("norm", "modulation", "time_embedding", "time_projection", "head", "img_emb")
     assert float32 == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
 
 
@@ -179,4 +244,4 @@ def test_decoding_memory_does_not_grow_with_frames(vae: WanVae) -> None:
 
 def test_vae_width_comes_from_its_dims() -> None:
     with torch.device("meta"):
-        assert WanVae(VaeDims(dim=12)).decoder.conv1.weight.shape == (48, 16, 3, 3, 3)
+        assert WanVae(VaeDims(dim=8, decoder_dim=12)).decoder.conv1.weight.shape == (48, 16, 3, 3, 3)

@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from wan_dist.arguments import prepare
-from wan_dist.catalog import TASKS
+from wan_dist.catalog import TASKS, Images
 from wan_dist.errors import InputError
 from wan_dist.plan import Plan, make_plan
 from wan_dist.run import compose
@@ -17,32 +18,133 @@ def plan(*arguments: str) -> Plan:
     return make_plan(config)
 
 
-# Rows of the published table: size, frames, fps, solver, steps, shift, guidance.
+# Rows of the published table: size, frames, fps, solver, steps, shift, guidance for low and high noise.
 PUBLISHED = {
-    "t2v-1.3B": ("832*480", 81, 16, "unipc", 50, 5.0, 5.0),
-    "t2v-14B": ("1280*720", 81, 16, "unipc", 50, 5.0, 5.0),
-    "t2i-14B": ("1024*1024", 1, 16, "unipc", 50, 5.0, 5.0),
+    "t2v-1.3B": ("832*480", 81, 16, "unipc", 50, 5.0, (5.0, 5.0)),
+    "t2v-14B": ("1280*720", 81, 16, "unipc", 50, 5.0, (5.0, 5.0)),
+    "t2i-14B": ("1024*1024", 1, 16, "unipc", 50, 5.0, (5.0, 5.0)),
+    "i2v-14B": ("1280*720", 81, 16, "unipc", 40, 5.0, (5.0, 5.0)),
+    "flf2v-14B": ("1280*720", 81, 16, "unipc", 50, 16.0, (5.0, 5.0)),
+    "t2v-A14B": ("1280*720", 81, 16, "unipc", 40, 12.0, (3.0, 4.0)),
+    "i2v-A14B": ("1280*720", 81, 16, "unipc", 40, 5.0, (3.5, 3.5)),
+    "ti2v-5B": ("1280*704", 121, 24, "unipc", 50, 5.0, (5.0, 5.0)),
 }
+BOUNDARIES = {"t2v-A14B": 0.875, "i2v-A14B": 0.9}
+PREFIXES = {"i2v-14B": "镜头晃动，", "flf2v-14B": "镜头切换，镜头晃动，"}
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    Image.new("RGB", (1920, 1080)).save(tmp_path / "wide.png")
+    return str(tmp_path / "wide.png")
+
+
+def inputs(task: str, image: str) -> list[str]:
+    """Return what the task needs beside a prompt."""
+    return {
+        Images.FIRST: [f"image={image}"],
+        Images.FIRST_AND_LAST: [f"first_frame={image}", f"last_frame={image}"],
+    }.get(TASKS[task].images, [])
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
-def test_defaults_are_the_published_ones(task: str) -> None:
-    config = compose(["task=" + task])
+def test_defaults_are_the_published_ones(task: str, image: str) -> None:
+    config = compose(prepare([f"task={task}", *inputs(task, image), "prompt=x"]))
     assert config is not None
-    sample = config.sample
-    assert (
-        config.size,
-        config.frame_num,
-        config.fps,
-        sample.solver,
-        sample.steps,
-        sample.shift,
-        sample.guide_scale,
-    ) == PUBLISHED[task]
-    assert config.negative_prompt is not None
-    assert config.negative_prompt.startswith("色调艳丽，过曝，静态")
-    assert config.negative_prompt.endswith("背景人很多，倒着走")
-    assert config.width_height() in TASKS[task].sizes
+    made, sample = make_plan(config), config.sample
+    found = (config.size, made.frame_num, made.fps, sample.solver, sample.steps, made.shift, made.guide_scales)
+    assert found == PUBLISHED[task]
+    assert made.negative_prompt is not None
+    assert made.negative_prompt.startswith(PREFIXES.get(task, "") + "色调艳丽，过曝，静态")
+    assert made.negative_prompt.endswith("背景人很多，倒着走")
+    assert config.width_height() in (*TASKS[task].sizes, (1024, 1024))
+    assert TASKS[task].boundary == BOUNDARIES.get(task)
+
+
+def test_every_task_is_in_the_table() -> None:
+    assert {*PUBLISHED, "toy"} == set(TASKS)
+
+
+def test_the_shift_of_i2v_follows_the_size(image: str) -> None:
+    shifts = {size: plan("task=i2v-14B", f"image={image}", "prompt=x", size).shift for size in ("size=832*480", "size=1280*720")}
+    assert shifts == {"size=832*480": 3.0, "size=1280*720": 5.0}
+    assert plan("task=i2v-14B", f"image={image}", "prompt=x", "max_area=399360").shift == 3.0
+    assert plan("task=i2v-14B", f"image={image}", "prompt=x", "size=832*480", "sample.shift=7").shift == 7.0
+
+
+def test_a_size_with_an_image_is_an_area(image: str) -> None:
+    made = plan("task=i2v-14B", f"image={image}", "prompt=x", "size=832*480")
+    assert (made.width, made.height) == (832, 464)
+    assert "81 frames of 832x464 (size=832*480 is an area, the image of 1920x1080 gives the aspect)" in made.summary
+    assert made.advice is None
+
+
+# Worked by hand from the formulas of the reference (Wan2.1 image2video.py, Wan2.2 textimage2video.py).
+@pytest.mark.parametrize(
+    ("task", "shape", "area", "expected"),
+    [
+        ("i2v-14B", (1920, 1080), "size=1280*720", (1280, 720)),
+        ("i2v-14B", (1080, 1920), "size=832*480", (464, 832)),
+        ("i2v-14B", (1000, 1000), "size=832*480", (624, 624)),
+        ("i2v-A14B", (400, 300), "size=832*480", (720, 544)),
+        ("ti2v-5B", (1920, 1080), "size=1280*704", (1248, 704)),
+        ("ti2v-5B", (170, 120), "max_area=12288", (128, 96)),
+    ],
+)
+def test_sizes_from_areas(task: str, shape: tuple[int, int], area: str, expected: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("RGB", shape).save(tmp_path / "x.png")
+    made = plan(f"task={task}", f"image={tmp_path / 'x.png'}", "prompt=x", area)
+    assert (made.width, made.height) == expected
+
+
+def test_the_last_frame_takes_the_shape_of_the_first(tmp_path: Path) -> None:
+    Image.new("RGB", (160, 120), "red").save(tmp_path / "first.png")
+    last = Image.new("RGB", (400, 100), "white")
+    last.paste("blue", (133, 0, 267, 100))  # what remains when the centre is cut out
+    last.save(tmp_path / "last.png")
+    files = [f"first_frame={tmp_path / 'first.png'}", f"last_frame={tmp_path / 'last.png'}"]
+    made = plan("task=flf2v-14B", *files, "prompt=x", "frame_num=13")
+    assert [image.size for image in made.images] == [(160, 120), (160, 120)]
+    assert made.images[1].getpixel((80, 60)) == (0, 0, 255)
+    assert made.latent_shape[1] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["task=i2v-14B"], "image is missing: i2v-14B takes image=FILE"),
+        (["task=i2v-14B", "image=nowhere.png"], "image=nowhere.png: there is no such file"),
+        (["task=i2v-14B", "image=broken.png"], "image=broken.png cannot be read as an image"),
+        (["task=i2v-14B", "first_frame=IMAGE"], "first_frame is given, but i2v-14B takes image=FILE; flf2v-14B would take first_frame"),
+        (["task=t2v-14B", "image=IMAGE"], "image is given, but t2v-14B takes no image; i2v-14B, i2v-A14B, ti2v-5B would take image"),
+        (["task=flf2v-14B"], "first_frame and last_frame are missing: flf2v-14B takes first_frame=FILE last_frame=FILE"),
+        (["task=flf2v-14B", "first_frame=IMAGE"], "last_frame is missing"),
+        (["task=flf2v-14B", "last_frame=IMAGE"], "first_frame is missing"),
+        (["task=flf2v-14B", "first_frame=IMAGE", "last_frame=IMAGE", "frame_num=1"], "need at least frame_num=5"),
+        (["task=ti2v-5B", "max_area=1000"], "max_area=1000 is for tasks with an image"),
+        (["task=ti2v-5B", "size=1280*720"], "the nearest that work are 1280*704 and 1280*736"),
+        (["task=ti2v-5B", "image=IMAGE", "max_area=10"], "an area of 10 pixels is too small for this image's shape"),
+        (["task=t2v-14B", "sample.guide_scale=[3,4]"], "t2v-14B has one transformer and takes one number"),
+        (["task=t2v-A14B", "sample.guide_scale=[3]"], "is neither a number nor [low, high]"),
+        (["task=t2v-A14B", "sample.guide_scale=high"], "is neither a number nor [low, high]"),
+        (["task=t2v-14B", "sample.shift=null"], "t2v-14B has no default by size"),
+        (["task=t2v-14B", "max_area=0"], "max_area=0: it must be above 0"),
+    ],
+)
+def test_bad_images_say_what_would_work(
+    arguments: list[str], message: str, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(InputError) as caught:
+        plan(*(argument.replace("IMAGE", image) for argument in arguments), "prompt=x")
+    assert message in str(caught.value)
+
+
+def test_one_scale_is_for_both_experts() -> None:
+    assert plan("task=t2v-A14B", "prompt=x", "sample.guide_scale=2").guide_scales == (2.0, 2.0)
+    assert plan("task=t2v-A14B", "prompt=x", "sample.guide_scale=1").negative_prompt is None
+    assert plan("task=t2v-A14B", "prompt=x", "sample.guide_scale=[1,2]").negative_prompt is not None
 
 
 @pytest.mark.parametrize(
@@ -52,6 +154,8 @@ def test_defaults_are_the_published_ones(task: str) -> None:
         (["task=t2v-1.3B"], (16, 21, 60, 104), 32760),
         (["task=t2v-1.3B", "size=480x832", "frame_num=1"], (16, 1, 104, 60), 1560),
         (["task=t2i-14B"], (16, 1, 128, 128), 4096),
+        (["task=ti2v-5B"], (48, 31, 44, 80), 27280),
+        (["task=t2v-A14B"], (16, 21, 90, 160), 75600),
     ],
 )
 def test_token_counts(arguments: list[str], latent_shape: tuple[int, ...], num_tokens: int) -> None:

@@ -10,27 +10,30 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import FIXTURES
-from wan_dist.catalog import ORIGINAL_LAYOUT, TASKS
+from wan_dist.catalog import TASKS
 from wan_dist.errors import InputError
+from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.transformer import TransformerDims, WanTransformer
 from wan_dist.models.vae import WanVae
-from wan_dist.weights import checkpoint as checkpoint_module
-from wan_dist.weights.checkpoint import find_checkpoint, open_checkpoint
+from wan_dist.weights import dims, hub, names
+from wan_dist.weights.checkpoint import Checkpoint
+from wan_dist.weights.checkpoint import open_checkpoint as open_any_checkpoint
 from wan_dist.weights.files import Shape, TensorFiles, open_sharded
+from wan_dist.weights.hub import find_checkpoint
+from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER
 from wan_dist.weights.load import check_keys, fill
-from wan_dist.weights.names import (
-    KeyMap,
-    text_encoder_dims,
-    text_encoder_keys,
-    transformer_dims,
-    transformer_keys,
-    vae_dims,
-    vae_keys,
-)
 
 CPU = torch.device("cpu")
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
+
+
+VAE = "Wan2.1_VAE.pth"
+T2V = TASKS["t2v-1.3B"]
+
+
+def open_checkpoint(folder: Path, dtype: torch.dtype) -> Checkpoint:
+    return open_any_checkpoint(folder, T2V, dtype)
 
 
 class Manifest(TensorFiles):
@@ -38,42 +41,57 @@ class Manifest(TensorFiles):
 
     def __init__(self, name: str) -> None:
         content = json.loads((FIXTURES / f"manifests/{name}.json").read_text())
-        self.config = content.get("config")
+        self.config = content.get("config") or {}
         self.num_params = content["num_params"]
         self.paths = (Path(name),)
         self.shapes: dict[str, Shape] = {key: tuple(shape) for key, shape in content["tensors"].items()}
 
 
-def _transformer(files: Manifest) -> nn.Module:
-    return WanTransformer(transformer_dims(files.config, files.shapes), torch.bfloat16)
+def transformer(found: TransformerDims) -> nn.Module:
+    return WanTransformer(found, torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("name", "build", "keys"),
-    [
-        ("wan2.1-t2v-1.3B", _transformer, transformer_keys),
-        ("wan2.1-t2v-14B", _transformer, transformer_keys),
-        (
-            "umt5-xxl-encoder",
-            lambda files: build_text_encoder(text_encoder_dims(files.shapes), torch.bfloat16),
-            text_encoder_keys,
-        ),
-        ("vae-2.1", lambda files: WanVae(vae_dims(files.shapes)), vae_keys),
-    ],
-)
-def test_published_checkpoints_fit(name: str, build: Callable[[Manifest], nn.Module], keys: KeyMap) -> None:
+TRANSFORMERS = {
+    "wan2.1-t2v-1.3B": "t2v-1.3B",
+    "wan2.1-t2v-14B": "t2v-14B",
+    "wan2.1-i2v-14B": "i2v-14B",
+    "wan2.1-flf2v-14B": "flf2v-14B",
+    "wan2.2-t2v-A14B": "t2v-A14B",
+    "wan2.2-i2v-A14B": "i2v-A14B",
+    "wan2.2-ti2v-5B": "ti2v-5B",
+}
+PUBLISHED = [(name, dims.transformer_dims, transformer, names.original_transformer) for name in TRANSFORMERS] + [
+    ("umt5-xxl-encoder", dims.text_encoder_dims, lambda d: build_text_encoder(d, torch.bfloat16), names.original_text_encoder),
+    ("vae-2.1", dims.vae_dims, WanVae, names.original_vae),
+    ("vae-2.2", dims.vae_dims, WanVae, names.original_vae),
+    ("clip-vit-h-14", dims.image_encoder_dims, build_image_encoder, names.original_image_encoder),
+]
+
+
+@pytest.mark.parametrize(("name", "read", "build", "key_map"), PUBLISHED, ids=[row[0] for row in PUBLISHED])
+def test_published_checkpoints_fit(name: str, read: Callable, build: Callable, key_map: Callable) -> None:
     files = Manifest(name)
+    keys = key_map(files.shapes)
     with torch.device("meta"):
-        model = build(files)
+        model = build(read(files.config, files, keys))
     check_keys(model, files, keys)
-    assert sum(parameter.numel() for parameter in model.parameters()) == files.num_params
+    unused = sum(torch.Size(shape).numel() for key, shape in files.shapes.items() if keys.ignores(key))
+    assert sum(parameter.numel() for parameter in model.parameters()) == files.num_params - unused
+    assert (unused > 0) == (name == "clip-vit-h-14")
 
 
-@pytest.mark.parametrize(("task", "manifest"), [("t2v-1.3B", "wan2.1-t2v-1.3B"), ("t2v-14B", "wan2.1-t2v-14B")])
-def test_the_catalog_knows_the_published_sizes(task: str, manifest: str) -> None:
+@pytest.mark.parametrize(("manifest", "task"), TRANSFORMERS.items())
+def test_the_catalog_knows_the_published_sizes(manifest: str, task: str) -> None:
     files, shape = Manifest(manifest), TASKS[task].transformer
     assert shape is not None
-    assert TransformerDims(**vars(shape)) == transformer_dims(files.config, files.shapes)
+    found = dims.transformer_dims(files.config, files, names.original_transformer(files.shapes))
+    assert TransformerDims(**vars(shape)) == found
+
+
+def test_clip_has_sixteen_heads() -> None:
+    files = Manifest("clip-vit-h-14")
+    found = dims.image_encoder_dims({}, files, names.original_image_encoder(files.shapes))
+    assert (found.num_layers, found.dim, found.num_heads, found.patch, found.image_size) == (32, 1280, 16, 14, 224)
 
 
 @pytest.fixture
@@ -133,7 +151,7 @@ def test_a_git_lfs_pointer(folder: Path) -> None:
     assert "is a Git LFS pointer" in _refusal(folder)
 
 
-@pytest.mark.parametrize("name", [ORIGINAL_LAYOUT.text_encoder, ORIGINAL_LAYOUT.vae])
+@pytest.mark.parametrize("name", [TEXT_ENCODER, VAE])
 @pytest.mark.parametrize("keep", [0, 1000, 50_000])
 def test_a_truncated_pth_file(folder: Path, name: str, keep: int) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:keep])
@@ -142,7 +160,7 @@ def test_a_truncated_pth_file(folder: Path, name: str, keep: int) -> None:
 
 
 def test_a_pth_file_cannot_run_code(folder: Path) -> None:
-    torch.save({"weight": _Evil()}, folder / ORIGINAL_LAYOUT.vae)
+    torch.save({"weight": _Evil()}, folder / VAE)
     assert "cannot be read as PyTorch weights" in _refusal(folder)
 
 
@@ -151,37 +169,68 @@ class _Evil:
         return print, ("code ran",)
 
 
-@pytest.mark.parametrize("name", [ORIGINAL_LAYOUT.config, ORIGINAL_LAYOUT.text_encoder, ORIGINAL_LAYOUT.vae, ORIGINAL_LAYOUT.tokenizer])
+@pytest.mark.parametrize("name", ["config.json", TEXT_ENCODER, VAE, TOKENIZER])
 def test_a_folder_that_lacks_something(folder: Path, name: str) -> None:
     path = folder / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert _refusal(folder) == f"{folder} is not a complete Wan checkpoint: it has no {name}"
+    message = _refusal(folder)
+    assert message.startswith(f"{folder} is not a whole t2v-1.3B checkpoint in the original layout: it has no {name} (found: ")
 
 
 def test_a_broken_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"dim": 64')
     assert "config.json is not valid JSON" in _refusal(folder)
     (folder / "config.json").write_text('{"dim": 64}')
-    assert "config.json lacks num_layers, ffn_dim" in _refusal(folder)
+    assert "gives no number of heads that divides 64" in _refusal(folder)
 
 
 def test_a_broken_tokenizer(folder: Path) -> None:
-    for file in (folder / ORIGINAL_LAYOUT.tokenizer).iterdir():
+    for file in (folder / TOKENIZER).iterdir():
         file.write_text("{}")
     assert "holds no tokenizer that can be read" in _refusal(folder)
-    for file in (folder / ORIGINAL_LAYOUT.tokenizer).iterdir():
+    for file in (folder / TOKENIZER).iterdir():
         file.unlink()
     assert "holds no tokenizer that can be read" in _refusal(folder)
 
 
 def test_weights_of_another_model(folder: Path) -> None:
-    shutil.copy(folder / ORIGINAL_LAYOUT.vae, folder / ORIGINAL_LAYOUT.text_encoder)
-    assert "the weights hold no token_embedding.weight" in _refusal(folder)
+    shutil.copy(folder / VAE, folder / TEXT_ENCODER)
+    assert f"{TEXT_ENCODER} holds no token_embedding.weight: it is not of the kind expected there" in _refusal(folder)
 
 
-def test_the_diffusers_layout_is_recognised(folder: Path) -> None:
+def test_a_half_downloaded_diffusers_folder(folder: Path) -> None:
     (folder / "model_index.json").write_text("{}")
-    assert "is in the Diffusers layout, which is not supported yet" in _refusal(folder)
+    message = _refusal(folder)
+    assert "is not a whole t2v-1.3B checkpoint in the Diffusers layout: it has no transformer/config.json" in message
+    assert "text_encoder/config.json, vae/config.json, tokenizer (found: " in message
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("i2v-14B", "it has no models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"),
+        ("i2v-A14B", "it has no high_noise_model/config.json, low_noise_model/config.json"),
+        ("ti2v-5B", "it has no Wan2.2_VAE.pth"),
+    ],
+)
+def test_a_folder_of_another_task(folder: Path, task: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        open_any_checkpoint(folder, TASKS[task], torch.float32)
+    assert message in str(caught.value)
+
+
+def test_a_transformer_of_another_task(folder: Path) -> None:
+    """Everything is there, but the transformer is the text-to-video one."""
+    (folder / "high_noise_model").mkdir()
+    for file in ("config.json", TRANSFORMER):
+        shutil.copy(folder / file, folder / "high_noise_model")
+    shutil.copytree(folder / "high_noise_model", folder / "low_noise_model")
+    with pytest.raises(InputError, match="is not a i2v-A14B checkpoint: its transformer has 16 input channels, not 36"):
+        open_any_checkpoint(folder, TASKS["i2v-A14B"], torch.float32)
+    open_any_checkpoint(folder, TASKS["t2v-A14B"], torch.float32)
+    (folder / "low_noise_model" / TRANSFORMER).unlink()
+    with pytest.raises(InputError, match=r"it has no low_noise_model/diffusion_pytorch_model\*\.safetensors"):
+        open_any_checkpoint(folder, TASKS["t2v-A14B"], torch.float32)
 
 
 def _shard(folder: Path) -> list[str]:
@@ -208,7 +257,7 @@ def test_shards_are_one_checkpoint(folder: Path) -> None:
 
 
 def test_fused_linears_hold_their_parts(folder: Path) -> None:
-    model = open_checkpoint(folder, torch.float32).transformer.load(CPU)
+    model = open_checkpoint(folder, torch.float32).transformers[0].load(CPU)
     stored = load_file(folder / TRANSFORMER)
     q, k, v = model.blocks[2].self_attn.qkv.weight.chunk(3)
     for name, part in (("q", q), ("k", k), ("v", v)):
@@ -228,7 +277,7 @@ def test_loading_holds_the_model_and_one_tensor(folder: Path, monkeypatch: pytes
         return tensor
 
     monkeypatch.setattr(TensorFiles, "read", counted)
-    model = open_checkpoint(folder, torch.bfloat16).transformer.load(CPU)
+    model = open_checkpoint(folder, torch.bfloat16).transformers[0].load(CPU)
     assert len(alive) == len(load_file(folder / TRANSFORMER))
     assert most == 1
     assert not any(parameter.is_meta or parameter.requires_grad for parameter in model.parameters())
@@ -239,10 +288,11 @@ def test_fill_rejects_nothing_silently(folder: Path) -> None:
     """A parameter that the files lack cannot be left uninitialised even if the check was skipped."""
     _change(folder, lambda tensors: tensors.pop("head.head.bias"))
     files = open_sharded(folder, "diffusion_pytorch_model")
+    keys = names.original_transformer(files.shapes)
     with torch.device("meta"):
-        model = WanTransformer(transformer_dims(json.loads((folder / "config.json").read_text()), files.shapes), torch.float32)
+        model = WanTransformer(dims.transformer_dims({"num_heads": 4}, files, keys), torch.float32)
     with pytest.raises(KeyError):
-        fill(model, files, transformer_keys, CPU)
+        fill(model, files, keys, CPU)
 
 
 def test_a_cached_repository_is_used_without_the_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,13 +302,13 @@ def test_a_cached_repository_is_used_without_the_network(folder: Path, monkeypat
         calls.append((repository, local_files_only))
         return str(folder)
 
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", snapshot)
-    assert find_checkpoint(TASKS["t2v-1.3B"]) == folder
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    assert find_checkpoint(TASKS["t2v-1.3B"], area=832 * 480) == folder
     assert calls == [("Wan-AI/Wan2.1-T2V-1.3B", True)]
 
 
 def test_a_half_downloaded_repository_is_completed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = folder / ORIGINAL_LAYOUT.vae
+    vae = folder / VAE
     content = vae.read_bytes()
     vae.unlink()
 
@@ -267,8 +317,8 @@ def test_a_half_downloaded_repository_is_completed(folder: Path, monkeypatch: py
             vae.write_bytes(content)
         return str(folder)
 
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", snapshot)
-    assert open_checkpoint(find_checkpoint(TASKS["t2v-1.3B"]), torch.float32).folder == folder
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    assert open_checkpoint(find_checkpoint(TASKS["t2v-1.3B"], area=832 * 480), torch.float32).folder == folder
 
 
 def test_offline_says_which_folder_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +327,15 @@ def test_offline_says_which_folder_it_wants(monkeypatch: pytest.MonkeyPatch) -> 
     def snapshot(*_: object, **__: object) -> str:
         raise LocalEntryNotFoundError("offline")
 
-    monkeypatch.setattr(checkpoint_module, "snapshot_download", snapshot)
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
     with pytest.raises(InputError) as caught:
-        find_checkpoint(TASKS["t2v-14B"])
+        find_checkpoint(TASKS["t2v-14B"], area=832 * 480)
     assert "hf download Wan-AI/Wan2.1-T2V-14B --local-dir FOLDER" in str(caught.value)
     assert "ckpt_dir=FOLDER" in str(caught.value)
+
+
+def test_each_size_has_its_checkpoint() -> None:
+    task = TASKS["i2v-14B"]
+    assert task.hub_repository(832 * 480) == "Wan-AI/Wan2.1-I2V-14B-480P"
+    assert task.hub_repository(1280 * 720) == "Wan-AI/Wan2.1-I2V-14B-720P"
+    assert TASKS["t2v-A14B"].hub_repository(832 * 480) == "Wan-AI/Wan2.2-T2V-A14B"

@@ -1,7 +1,8 @@
 """The Wan diffusion transformer, for one device.
 
-Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, R rows of timestep modulation. The residual
-stream and the linears are in the run's dtype; norms, modulation, gates, rotary, the timestep branch and the head are float32.
+Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, R rows of timestep modulation (one for each
+run of tokens that share a timestep, never one for each token). The residual stream and the linears are in the run's dtype; norms,
+modulation, gates, rotary, the timestep and image branches and the head are float32.
 Layer names are those of the published checkpoints, except that q, k, v (and k, v of cross-attention) are one linear.
 """
 
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 
 from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
 
-TextKV = list[tuple[Tensor, Tensor]]
-"""Cross-attention's k and v of one prompt, for each block, (B, 512, H, D)."""
+ContextKV = list[tuple[Tensor, ...]]
+"""Cross-attention's k and v, for each block: two tensors (B, 512, H, D) of the text, and two (B, 257 n, H, D) of n images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,10 @@ class TransformerDims:
     freq_dim: int = 256
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    image_dim: int = 0
+    """Width of the image features that cross-attention looks at; 0: it has no image branch."""
+    image_positions: int = 0
+    """Length of the position embedding over the features of several images; 0: there is none."""
 
     @property
     def head_dim(self) -> int:
@@ -46,14 +51,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, eps)
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """LayerNorm without affine, times (1 + scale) plus shift, as in DiT's adaLN (arXiv:2212.09748); returns float32."""
-    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale)
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, segments: tuple[int, ...], eps: float) -> Tensor:
+    """LayerNorm without affine, times (1 + scale) plus shift, as in DiT's adaLN (arXiv:2212.09748); returns float32.
+
+    x (B, L, D); scale and shift (B, R, 1, D), one row for each segment of tokens.
+    """
+    parts = [
+        torch.addcmul(shift[:, row], F.layer_norm(part.float(), part.shape[-1:], eps=eps), 1 + scale[:, row])
+        for row, part in enumerate(x.split(segments, dim=1))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """Return x + gate * y, computed in float32, in x's dtype."""
-    return torch.addcmul(x.float(), y.float(), gate).to(x.dtype)
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, segments: tuple[int, ...]) -> Tensor:
+    """Return x + gate * y, computed in float32, in x's dtype; x and y (B, L, D), gate (B, R, 1, D), one row for each segment."""
+    parts = [
+        torch.addcmul(x_part.float(), y_part.float(), gate[:, row]).to(x.dtype)
+        for row, (x_part, y_part) in enumerate(zip(x.split(segments, dim=1), y.split(segments, dim=1), strict=True))
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class Norm(nn.Module):
@@ -90,7 +106,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from the video's tokens to the text's, whose k and v are projected once per prompt."""
+    """Attention from the video's tokens to the text's and the image's, whose k and v are projected once per prompt."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
         super().__init__()
@@ -101,18 +117,28 @@ class CrossAttention(nn.Module):
         self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
         self.norm_q = Norm(dims.dim, bias=False)
         self.norm_k = Norm(dims.dim, bias=False)
+        if dims.image_dim:
+            self.kv_img = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
+            self.norm_k_img = Norm(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
-    def project(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Return k and v, each (B, 512, H, D), of the embedded text (B, 512, D)."""
-        k, v = self.kv(text).chunk(2, dim=-1)
-        k = rms_norm(k, self.norm_k.weight, self.eps).to(text.dtype)
+    def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
+        """Return k and v of the embedded text (B, 512, D), then those of the embedded image (B, N, D) if there is one."""
+        kv = self._keys_values(self.kv(text), self.norm_k)
+        return kv if image is None else kv + self._keys_values(self.kv_img(image), self.norm_k_img)
+
+    def _keys_values(self, kv: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        k, v = kv.chunk(2, dim=-1)
+        k = rms_norm(k, norm.weight, self.eps).to(kv.dtype)
         return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, x: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
-        q = rms_norm(self.q(x), self.norm_q.weight, self.eps).to(x.dtype)
-        return self.o(self.inner_attention(q.unflatten(-1, (self.num_heads, -1)), *kv).flatten(2))
+    def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
+        """x (B, L, D) -> (B, L, D); kv as `project` returns it."""
+        q = rms_norm(self.q(x), self.norm_q.weight, self.eps).to(x.dtype).unflatten(-1, (self.num_heads, -1))
+        out = self.inner_attention(q, *kv[:2])
+        if len(kv) > 2:
+            out = out + self.inner_attention(q, *kv[2:])
+        return self.o(out.flatten(2))
 
 
 class Block(nn.Module):
@@ -132,15 +158,22 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
 
-    def forward(self, x: Tensor, time: Tensor, text_kv: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, L, D); time (B, 6, D) float32, one row for all tokens -> (B, L, D)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(2).unbind(1)  # each (B, 1, D)
-        y = self.self_attn(modulated_norm(x, scale1, shift1, self.eps).to(x.dtype), rotary)
-        x = gated_residual(x, y, gate1)
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context_kv: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor],
+        segments: tuple[int, ...],
+    ) -> Tensor:
+        """x (B, L, D) -> (B, L, D); time (B, R, 6, D) float32: row r modulates the ``segments[r]`` tokens after those of row r - 1."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(2)  # each (B, R, 1, D)
+        y = self.self_attn(modulated_norm(x, scale1, shift1, segments, self.eps).to(x.dtype), rotary)
+        x = gated_residual(x, y, gate1, segments)
         y = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight, self.norm3.bias, self.eps)
-        x = x + self.cross_attn(y.to(x.dtype), text_kv)
-        y = self.ffn(modulated_norm(x, scale2, shift2, self.eps).to(x.dtype))
-        return gated_residual(x, y, gate2)
+        x = x + self.cross_attn(y.to(x.dtype), context_kv)
+        y = self.ffn(modulated_norm(x, scale2, shift2, segments, self.eps).to(x.dtype))
+        return gated_residual(x, y, gate2, segments)
 
 
 class PatchEmbedding(nn.Module):
@@ -169,14 +202,31 @@ class Head(nn.Module):
         self.head = nn.Linear(dims.dim, math.prod(dims.patch) * dims.out_dim)
         self.modulation = nn.Parameter(torch.zeros(1, 2, dims.dim))
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, L, D); time (B, D) float32 -> (B, L, patch volume * C) float32."""
-        shift, scale = (self.modulation + time.unsqueeze(1)).unsqueeze(2).unbind(1)
-        return self.head(modulated_norm(x, scale, shift, self.eps))
+    def forward(self, x: Tensor, time: Tensor, segments: tuple[int, ...]) -> Tensor:
+        """x (B, L, D); time (B, R, D) float32, a row for each segment of tokens -> (B, L, patch volume * C) float32."""
+        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+        return self.head(modulated_norm(x, scale, shift, segments, self.eps))
+
+
+class ImageEmbedding(nn.Module):
+    """Image features to cross-attention's width, in float32; several images get a position embedding where the model has one."""
+
+    def __init__(self, dims: TransformerDims) -> None:
+        super().__init__()
+        width = dims.image_dim
+        self.proj = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dims.dim), nn.LayerNorm(dims.dim)
+        )
+        self.emb_pos = nn.Parameter(torch.zeros(1, dims.image_positions, width)) if dims.image_positions else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (n, 257, image_dim) of n images -> (1, 257 n, D)."""
+        features = features.float().flatten(0, 1).unsqueeze(0)
+        return self.proj(features if self.emb_pos is None else features + self.emb_pos)
 
 
 class WanTransformer(nn.Module):
-    """Predicts the velocity of noisy video latents for a text prompt (Wan technical report, arXiv:2503.20314)."""
+    """Predicts the velocity of noisy video latents for a prompt and images (Wan technical report, arXiv:2503.20314)."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention | None = None) -> None:
         super().__init__()
@@ -191,6 +241,8 @@ class WanTransformer(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(dims.freq_dim, dims.dim), nn.SiLU(), nn.Linear(dims.dim, dims.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dims.dim, 6 * dims.dim))
+        if dims.image_dim:
+            self.img_emb = ImageEmbedding(dims)
         self.blocks = nn.ModuleList(
             Block(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)) for _ in range(dims.num_layers)
         )
@@ -201,33 +253,39 @@ class WanTransformer(nn.Module):
         t, h, w = (size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True))
         return rotary_tables((t, h, w), self.dims.head_dim, device=latents.device)
 
-    def project_text(self, context: Tensor) -> TextKV:
-        """Return every block's cross-attention k and v of one prompt; context (tokens, text_dim), at most 512 tokens.
+    def project_context(self, context: Tensor, image_features: Tensor | None = None) -> ContextKV:
+        """Return every block's cross-attention k and v of a prompt and images, which stay the same for all steps.
 
-        The text is padded to 512 rows of zeros, which ARE attended to: the published weights were trained so.
+        context (tokens, text_dim), at most 512 tokens; image_features (n, 257, image_dim) of n images where the model looks at
+        images. The text is padded to 512 rows of zeros, which ARE attended to: the published weights were trained so.
         """
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.dims.text_len - context.shape[0]))
         text = self.text_embedding(padded.unsqueeze(0))  # (1, 512, D)
-        return [cast(Block, block).cross_attn.project(text) for block in self.blocks]
+        image = None if image_features is None else self.img_emb(image_features).to(self.dtype)
+        return [cast(Block, block).cross_attn.project(text, image) for block in self.blocks]
 
-    def embed_time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, D) for the head and (B, 6, D) for the blocks, float32, of timesteps (B,) in [0, 1000]."""
+    def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, R, D) for the head and (B, R, 6, D) for the blocks, float32, of timesteps (B, R) in [0, 1000]."""
         half = self.dims.freq_dim // 2
-        frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-        angle = torch.outer(timestep.double(), frequency)
-        time = self.time_embedding(torch.cat([angle.cos(), angle.sin()], dim=1).float())
-        return time, self.time_projection(time).unflatten(1, (6, self.dims.dim))
+        frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
+        angle = timesteps.double().unsqueeze(-1) * frequency
+        time = self.time_embedding(torch.cat([angle.cos(), angle.sin()], dim=-1).float())
+        return time, self.time_projection(time).unflatten(-1, (6, self.dims.dim))
 
-    def forward(self, latents: Tensor, timestep: Tensor, text: TextKV, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the velocity (B, C_out, T, h, w) float32 of latents (B, C_in, T, h, w) at timesteps (B,).
+    def forward(self, latents: Tensor, timesteps: Tensor, context: ContextKV, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the velocity (B, C_out, T, h, w) float32 of latents (B, C_in, T, h, w).
 
-        T, h, w must be multiples of the patch. ``text`` comes from `project_text`, ``rotary`` from `rotary`.
+        timesteps (B, 1), or (B, 2) where the first latent frame has a timestep of its own, the first of the two. T, h, w must be
+        multiples of the patch. ``context`` comes from `project_context`, ``rotary`` from `rotary`.
         """
-        time, block_time = self.embed_time(timestep)
+        time, block_time = self.embed_time(timesteps)
         x = self.patch_embedding(latents)
-        for block, text_kv in zip(self.blocks, text, strict=True):
-            x = block(x, block_time, text_kv, rotary)
-        return self.unpatchify(self.head(x, time), latents.shape[2:])
+        num_tokens = x.shape[1]
+        num_first = num_tokens // (latents.shape[2] // self.dims.patch[0])
+        segments = (num_tokens,) if timesteps.shape[1] == 1 else (num_first, num_tokens - num_first)
+        for block, context_kv in zip(self.blocks, context, strict=True):
+            x = block(x, block_time, context_kv, rotary, segments)
+        return self.unpatchify(self.head(x, time, segments), latents.shape[2:])
 
     def unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""

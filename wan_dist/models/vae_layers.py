@@ -88,15 +88,15 @@ class AttentionBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double rows and columns, and frames too where ``temporal``; halve the channels."""
+    """Double rows and columns, and frames too where ``temporal``."""
 
-    def __init__(self, dim: int, *, temporal: bool) -> None:
+    def __init__(self, dim: int, out_dim: int, *, temporal: bool) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1))
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
-        """x (B, C, F, H, W) -> (B, C / 2, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
+        """x (B, C, F, H, W) -> (B, C_out, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
         if self.time_conv is not None:
             if self in cache:
                 x = self.time_conv(x, cache).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
@@ -124,3 +124,69 @@ class Downsample(nn.Module):
         past = cache.get(self)
         cache[self] = x[:, :, -1:].clone()
         return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
+
+
+class DownStage(nn.Module):
+    """Residual blocks and a downsampling beside a shortcut that averages (VAE 2.2)."""
+
+    def __init__(self, layers: list[nn.Module], out_dim: int, *, temporal: int, spatial: int) -> None:
+        super().__init__()
+        self.downsamples = nn.ModuleList(layers)
+        self.out_dim, self.temporal, self.spatial = out_dim, temporal, spatial
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """x (B, C, F, H, W) -> (B, C_out, F / temporal, H / spatial, W / spatial)."""
+        out = x
+        for layer in self.downsamples:
+            out = layer(out, cache)
+        return out + average_down(x, self.out_dim, temporal=self.temporal, spatial=self.spatial)
+
+
+class UpStage(nn.Module):
+    """Residual blocks and an upsampling beside a shortcut that repeats (VAE 2.2)."""
+
+    def __init__(self, layers: list[nn.Module], out_dim: int, *, temporal: int) -> None:
+        super().__init__()
+        self.upsamples = nn.ModuleList(layers)
+        self.out_dim, self.temporal = out_dim, temporal
+
+    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+        """x (B, C, F, H, W) -> (B, C_out, F * temporal, 2 H, 2 W); the video's first frame stays one."""
+        is_first = self not in cache
+        cache[self] = None
+        out = x
+        for layer in self.upsamples:
+            out = layer(out, cache)
+        repeated = repeat_up(x, self.out_dim, temporal=self.temporal)
+        return out + (repeated[:, :, self.temporal - 1 :] if is_first else repeated)
+
+
+def average_down(x: Tensor, out_dim: int, *, temporal: int, spatial: int) -> Tensor:
+    """Move blocks of (temporal, spatial, spatial) neighbours into channels and average groups of those down to ``out_dim``.
+
+    x (B, C, F, H, W); frames that do not fill a block are preceded by zeros.
+    """
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % temporal, 0))
+    for dim, factor in ((2, temporal), (4, spatial), (6, spatial)):
+        x = x.unflatten(dim, (-1, factor))  # at last (B, C, F, ft, H, fh, W, fw)
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+    return x.unflatten(1, (out_dim, -1)).mean(dim=2)
+
+
+def repeat_up(x: Tensor, out_dim: int, *, temporal: int) -> Tensor:
+    """Repeat channels and move them into blocks of (temporal, 2, 2) neighbours, to ``out_dim`` channels; x (B, C, F, H, W)."""
+    x = x.repeat_interleave(out_dim * temporal * 4 // x.shape[1], dim=1)
+    x = x.unflatten(1, (out_dim, temporal, 2, 2))  # (B, C_out, ft, fh, fw, F, H, W)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def pixels_to_channels(video: Tensor) -> Tensor:
+    """video (B, 3, F, H, W) -> (B, 12, F, H / 2, W / 2): each 2 x 2 block of pixels becomes channels, columns before rows."""
+    x = video.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # (B, C, F, h, row, w, column)
+    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+
+
+def channels_to_pixels(x: Tensor) -> Tensor:
+    """Undo `pixels_to_channels`."""
+    x = x.unflatten(1, (-1, 2, 2))  # (B, C, column, row, F, h, w)
+    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)

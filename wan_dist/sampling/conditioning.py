@@ -1,17 +1,29 @@
-"""What the transformer is given beside the noise, and the noise itself."""
+"""What the transformer is given beside the noise, and the noise itself.
+
+Shapes: F frames, H W pixels; T h w latent frames, rows and columns.
+"""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text embeddings (tokens, text_dim) of the prompt and, where guidance is on, of the negative prompt."""
+    """Everything that stays the same for all steps."""
 
     context: Tensor
+    """Text embedding (tokens, text_dim) of the prompt."""
     negative_context: Tensor | None
+    """That of the negative prompt; None where guidance is off."""
+    image_features: Tensor | None = None
+    """CLIP features (n, 257, image_dim) of n images."""
+    extra_channels: Tensor | None = None
+    """(1, C', T, h, w), appended to the noisy latents: which frames are given, and the latents of a video that holds them."""
+    known_latents: Tensor | None = None
+    """(1, C, 1, h, w): the first latent frame, which is given and never noisy."""
 
 
 def initial_noise(shape: tuple[int, ...], *, seed: int, noise_device: str, device: torch.device) -> Tensor:
@@ -21,3 +33,25 @@ def initial_noise(shape: tuple[int, ...], *, seed: int, noise_device: str, devic
     """
     generator = torch.Generator(noise_device).manual_seed(seed)
     return torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32).to(device)
+
+
+def video_of_images(first: Tensor, last: Tensor | None, *, frame_num: int, height: int, width: int) -> Tensor:
+    """Return a video (1, 3, F, H, W) of the images (3, any, any) in [-1, 1] at its ends and zeros, mid-grey, between.
+
+    Images are scaled to the video's size, bicubic and without antialiasing, as in the reference.
+    """
+    video = first.new_zeros(1, 3, frame_num, height, width)
+    for index, image in ((0, first), (-1, last)):
+        if image is not None:
+            video[:, :, index] = F.interpolate(image.unsqueeze(0), size=(height, width), mode="bicubic")
+    return video
+
+
+def mask_of_images(latent_shape: tuple[int, int, int, int], *, has_last: bool) -> Tensor:
+    """Return (1, 4, T, h, w): 1 where a frame is given. Channels are the frames of a latent frame; the first has one, four times."""
+    _, num_latents, rows, columns = latent_shape
+    mask = torch.zeros(1, 4, num_latents, rows, columns)
+    mask[:, :, 0] = 1
+    if has_last:
+        mask[:, -1, -1] = 1
+    return mask

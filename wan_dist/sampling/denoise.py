@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from wan_dist.models.transformer import TextKV, WanTransformer
+from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.solvers import Solver
 
@@ -16,37 +16,79 @@ Predict = Callable[[Tensor, int], Tensor]
 class Guidance:
     """Classifier-free guidance (arXiv:2207.12598), both branches one after the other: u + scale (c - u).
 
-    Whatever does not change from step to step is computed here, once: rotary tables, and the text's keys and values.
+    Whatever does not change from step to step is computed here, once: rotary tables, and the context's keys and values.
     """
 
     def __init__(self, model: WanTransformer, conditioning: Conditioning, latents: Tensor, *, scale: float) -> None:
         self.model = model
         self.scale = scale
+        self.extra_channels = conditioning.extra_channels
+        self.has_known_frame = conditioning.known_latents is not None
         self.rotary = model.rotary(latents)
-        self.text: TextKV = model.project_text(conditioning.context)
-        self.negative_text = None if conditioning.negative_context is None else model.project_text(conditioning.negative_context)
+        self.context: ContextKV = model.project_context(conditioning.context, conditioning.image_features)
+        self.negative_context: ContextKV | None = None
+        if scale != 1 and conditioning.negative_context is not None:
+            self.negative_context = model.project_context(conditioning.negative_context, conditioning.image_features)
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32."""
-        t = torch.full((latents.shape[0],), timestep, device=latents.device)
-        conditional: Tensor = self.model(latents, t, self.text, self.rotary)
-        if self.negative_text is None:
+        rows = (0, timestep) if self.has_known_frame else (timestep,)  # a frame that is known has no noise
+        timesteps = torch.tensor([rows], device=latents.device).expand(latents.shape[0], -1)
+        if self.extra_channels is not None:
+            latents = torch.cat([latents, self.extra_channels], dim=1)
+        conditional: Tensor = self.model(latents, timesteps, self.context, self.rotary)
+        if self.negative_context is None:
             return conditional
-        unconditional: Tensor = self.model(latents, t, self.negative_text, self.rotary)
+        unconditional: Tensor = self.model(latents, timesteps, self.negative_context, self.rotary)
         return unconditional + self.scale * (conditional - unconditional)
 
 
-def denoise(predict: Predict, latents: Tensor, solver: Solver, progress: Callable[[Iterable[int]], Iterable[int]] = iter) -> Tensor:
+class TwoExperts:
+    """One prediction for strong noise, another for weak, of which only one exists at a time.
+
+    ``open_high`` and ``open_low`` load an expert when its first timestep comes; the other is let go before.
+    """
+
+    def __init__(self, open_high: Callable[[], Predict], open_low: Callable[[], Predict], *, boundary: float) -> None:
+        self.openers = {True: open_high, False: open_low}
+        self.boundary = boundary
+        self.is_high: bool | None = None
+        self.predict: Predict | None = None
+
+    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+        """Return the velocity by the expert for this timestep: the high-noise one from the boundary on."""
+        is_high = timestep >= self.boundary
+        if self.predict is None or is_high != self.is_high:
+            self.predict = None
+            self.is_high = is_high
+            self.predict = self.openers[is_high]()
+        return self.predict(latents, timestep)
+
+
+def denoise(
+    predict: Predict,
+    latents: Tensor,
+    solver: Solver,
+    *,
+    known_latents: Tensor | None = None,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Tensor:
     """Return the latents at the end of the solver's schedule; latents (B, C, T, h, w) float32 noise.
 
-    ``progress`` wraps the step numbers, e.g. with a bar. Raises FloatingPointError if the result is not finite, as early as after
-    the second step.
+    ``known_latents`` (B, C, 1, h, w) replace the first latent frame before and after every step. ``progress`` wraps the step
+    numbers, e.g. with a bar. Raises FloatingPointError if the result is not finite, as early as after the second step.
     """
+    latents = _with_known(latents, known_latents)
     for index in progress(range(len(solver))):
         latents = solver.step(index, latents, predict(latents, solver.timesteps[index]))
+        latents = _with_known(latents, known_latents)
         if index in (1, len(solver) - 1) and not torch.isfinite(latents).all():
             raise FloatingPointError(
                 f"the latents are not finite after step {index + 1}: the video would be black. Try another attention backend "
                 "(attention=sdpa) or dtype=float32; if both fail too, the weights are damaged"
             )
     return latents
+
+
+def _with_known(latents: Tensor, known: Tensor | None) -> Tensor:
+    return latents if known is None else torch.cat([known, latents[:, :, known.shape[2] :]], dim=2)

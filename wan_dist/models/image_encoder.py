@@ -1,0 +1,58 @@
+"""The CLIP vision tower that Wan2.1's image tasks look through (transformers' modules)."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+# CLIP's normalisation of RGB in [0, 1] (openai/CLIP, clip.py).
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderDims:
+    """Hyperparameters, as read off a checkpoint; ``num_layers`` counts all layers, of which the last is not used."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    patch: int = 14
+    image_size: int = 224
+
+
+def build_image_encoder(dims: ImageEncoderDims) -> nn.Module:
+    """Return the tower in float32 up to the penultimate layer, which is the one Wan reads."""
+    config = CLIPVisionConfig(
+        hidden_size=dims.dim,
+        intermediate_size=dims.ffn_dim,
+        num_hidden_layers=dims.num_layers - 1,
+        num_attention_heads=dims.num_heads,
+        patch_size=dims.patch,
+        image_size=dims.image_size,
+        hidden_act="gelu",
+    )
+    model = CLIPVisionModel(config)
+    tower = getattr(model, "vision_model", model)  # releases of transformers differ in whether it is wrapped
+    tower.post_layernorm = nn.Identity()  # only the pooled output goes through it
+    # A buffer that no checkpoint has: it must hold its values though the rest may be built on meta.
+    num_positions = (dims.image_size // dims.patch) ** 2 + 1
+    tower.embeddings.position_ids = torch.arange(num_positions, device="cpu").unsqueeze(0)
+    return tower
+
+
+def encode_images(encoder: nn.Module, images: list[Tensor], *, image_size: int) -> Tensor:
+    """Return the features (n, 257, dim), class token first, of images (3, H, W) in [-1, 1] of any size.
+
+    Each is resized, bicubic and without antialiasing, to ``image_size`` squared: its aspect is not kept, as in the reference.
+    """
+    device = next(encoder.parameters()).device
+    squares = torch.cat(
+        [F.interpolate(image.unsqueeze(0), size=(image_size, image_size), mode="bicubic", align_corners=False) for image in images]
+    )
+    mean, std = (squares.new_tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+    pixels = (squares * 0.5 + 0.5 - mean) / std
+    return encoder(pixel_values=pixels.to(device)).last_hidden_state
