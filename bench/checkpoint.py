@@ -1,6 +1,6 @@
 """Write a full-size checkpoint with random bfloat16 weights in the published layout, to try a whole run without a download.
 
-python bench/checkpoint.py --task t2v-1.3B FOLDER        # 15 GB; t2v-14B: 41 GB
+python bench/checkpoint.py --task t2v-1.3B FOLDER        # 15 GB; t2v-14B and A14B (both experts are one file): 41 GB; ti2v-5B: 25 GB
 """
 
 import argparse
@@ -15,19 +15,23 @@ from wan_dist.models.vae import VaeDims
 from wan_dist.toy import CheckpointDims, make_checkpoint
 
 UMT5_XXL = TextEncoderDims(num_layers=24, dim=4096, ffn_dim=10240, num_heads=64, head_dim=64, vocab_size=256384)
+VAE = {16: VaeDims(dim=96, decoder_dim=96), 48: VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)}
 
 
 def main() -> None:
     """Make the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--task", default="t2v-1.3B", choices=[name for name, task in TASKS.items() if task.transformer])
+    tasks = [name for name, task in TASKS.items() if task.transformer and not task.looks_at_images]
+    parser.add_argument("--task", default="t2v-1.3B", choices=tasks)
     options = parser.parse_args()
-    transformer = TransformerDims(**vars(TASKS[options.task].transformer))
-    dims = CheckpointDims(transformer=transformer, text_encoder=UMT5_XXL, vae=VaeDims(dim=96, decoder_dim=96))
-    options.folder.mkdir(parents=True, exist_ok=True)
+    task = TASKS[options.task]
+    dims = CheckpointDims(transformer=TransformerDims(**vars(task.transformer)), text_encoder=UMT5_XXL, vae=VAE[task.latent_channels])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    make_checkpoint(options.folder, dims, device=device, dtype=torch.bfloat16)
+    place = "high_noise_model" if task.boundary else "."
+    make_checkpoint(options.folder, dims, device=device, dtype=torch.bfloat16, transformer_folder=place)
+    if task.boundary:
+        (options.folder / "low_noise_model").symlink_to(place)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python bench/step.py --task t2v-14B --size 832*480 --frames 81
 
-A step is both guidance passes. Prints a table and writes bench/results/NAME.json.
+A step is both guidance passes, with an image where the task takes one. Prints a table and writes bench/results/NAME.json.
 """
 
 import argparse
@@ -53,8 +53,16 @@ def measure(task: Task, size: tuple[int, int], frames: int, backend: str, steps:
     )
     latents = torch.randn(1, *shape, device=device)
     text_dim = model.dims.text_dim
-    texts = [torch.randn(tokens, text_dim, device=device, dtype=torch.bfloat16) for tokens in (60, 126)]
-    predict = Guidance(model, Conditioning(*texts), latents, scale=5.0)
+    prompt, negative = (torch.randn(tokens, text_dim, device=device, dtype=torch.bfloat16) for tokens in (60, 126))
+    num_extra = model.dims.in_dim - model.dims.out_dim
+    conditioning = Conditioning(
+        context=prompt,
+        negative_context=negative,
+        image_features=torch.randn(1 + bool(model.dims.image_positions), 257, 1280, device=device) if task.looks_at_images else None,
+        extra_channels=torch.randn(1, num_extra, *shape[1:], device=device) if num_extra else None,
+        known_latents=torch.randn(1, shape[0], 1, *shape[2:], device=device) if task.known_first_frame else None,
+    )
+    predict = Guidance(model, conditioning, latents, scale=5.0)
     seconds = []
     for _ in range(steps + 1):
         torch.cuda.synchronize()

@@ -17,7 +17,7 @@ from wan_dist import __version__
 from wan_dist.config import RunConfig
 from wan_dist.log import logger
 
-_PACKAGES = ("torch", "transformers", "safetensors", "hydra-core", "imageio-ffmpeg", "numpy")
+_PACKAGES = ("transformers", "safetensors", "hydra-core", "imageio-ffmpeg", "numpy")
 _GIB = 2**30
 
 
@@ -35,7 +35,8 @@ class Report:
         self.stages: dict[str, dict[str, float]] = {}
         self.facts: dict[str, Any] = {
             "config": asdict(config),
-            "versions": {"wan-dist": __version__, "python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+            "versions": {"wan-dist": __version__, "python": platform.python_version(), "torch": torch.__version__}
+            | {name: version(name) for name in _PACKAGES},
             "device": _device_name(device),
         }
 

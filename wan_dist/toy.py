@@ -58,22 +58,31 @@ def toy_checkpoint() -> Path:
     return folder
 
 
-def make_checkpoint(folder: Path, dims: CheckpointDims, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+def make_checkpoint(
+    folder: Path,
+    dims: CheckpointDims,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    transformer_folder: str = ".",
+) -> None:
     """Write a checkpoint with random weights into ``folder``; drawn on the CPU they are the same on every machine.
 
     ``dtype`` is that of the transformer's linears and of the text encoder.
     """
+    place = folder / transformer_folder
+    place.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         transformer = WanTransformer(dims.transformer, dtype)
         text_encoder = build_text_encoder(dims.text_encoder, dtype)
         vae = WanVae(dims.vae)
-    save_file(dict(_stored_tensors(transformer, original_transformer([]), generator)), folder / f"{WEIGHTS}.safetensors")
+    save_file(dict(_stored_tensors(transformer, original_transformer([]), generator)), place / f"{WEIGHTS}.safetensors")
     torch.save(dict(_stored_tensors(text_encoder, original_text_encoder([]), generator)), folder / TEXT_ENCODER)
-    torch.save(dict(_stored_tensors(vae, original_vae([]), generator)), folder / "Wan2.1_VAE.pth")
+    torch.save(dict(_stored_tensors(vae, original_vae([]), generator)), folder / f"Wan2.{2 if dims.vae.residual else 1}_VAE.pth")
     keys = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
     config = {"_class_name": "WanModel", "model_type": "t2v"} | {key: getattr(dims.transformer, key) for key in keys}
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (place / "config.json").write_text(json.dumps(config, indent=2))
     _byte_tokenizer().save_pretrained(folder / TOKENIZER)
 
 

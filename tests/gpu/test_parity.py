@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, relative_error
+from wan_dist.catalog import TASKS
 from wan_dist.errors import InputError
 from wan_dist.models.attention import InnerAttention, choose_attention
 from wan_dist.models.transformer import WanTransformer
@@ -32,7 +33,7 @@ def test_attention_kernels_agree_with_float64(backend: str, queries: int, keys: 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_transformer_steps(dtype: torch.dtype, tolerance: float) -> None:
-    model = open_checkpoint(FIXTURES / "wan2.1-t2v", dtype).transformer.load(CUDA)
+    model = open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], dtype).transformers[0].load(CUDA)
     expected = {key: value.to(CUDA) for key, value in load_file(FIXTURES / "wan2.1-t2v/expected/unipc.safetensors").items()}
     for branch, context in (("cond", "input.context"), ("uncond", "input.context_null")):
         error = relative_error(_predict(model, expected, context), expected[f"step1.{branch}"])
@@ -42,13 +43,13 @@ def test_transformer_steps(dtype: torch.dtype, tolerance: float) -> None:
 
 def _predict(model: WanTransformer, expected: dict[str, torch.Tensor], context: str) -> torch.Tensor:
     latents = expected["step1.latent"].unsqueeze(0)
-    text = model.project_text(expected[context])
-    return model(latents, expected["timesteps"][1:2], text, model.rotary(latents))[0]
+    text = model.project_context(expected[context])
+    return model(latents, expected["timesteps"][1:2].unsqueeze(0), text, model.rotary(latents))[0]
 
 
 def test_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as a run in float32 does
-    vae = open_checkpoint(FIXTURES / "wan2.1-t2v", torch.float32).vae.load(CUDA)
+    vae = open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32).vae.load(CUDA)
     golden = load_file(FIXTURES / "components/wan21.safetensors")
     frames = torch.cat(list(vae.decode(golden["vae21.latent"][None].to(CUDA))), dim=2)[0]
     torch.testing.assert_close(frames.cpu(), golden["vae21.decoded"], atol=1e-4, rtol=0)
