@@ -206,7 +206,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: st
 def test_weights_are_not_read_before_the_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     from wan_dist.weights.files import TensorFiles
 
-    monkeypatch.setattr(TensorFiles, "read", lambda *_: pytest.fail("weights were read"))
+    for method in ("read", "read_rows"):
+        monkeypatch.setattr(TensorFiles, method, lambda *_: pytest.fail("weights were read"))
     assert main([*TINY, "attention=cudnn", "device=cpu"]) == 2
 
 

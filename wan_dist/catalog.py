@@ -29,6 +29,12 @@ class TransformerShape:
     image_positions: int = 0
     """Length of the position embedding over the features of two images; 0: none."""
 
+    @property
+    def gib(self) -> float:
+        """Size of the blocks, which are nearly all of it, in bfloat16."""
+        attention = (10 if self.image_dim else 8) * self.dim**2
+        return self.num_layers * (attention + 2 * self.dim * self.ffn_dim) * 2 / 2**30
+
 
 class Images(Enum):
     """Which images a task starts from."""
@@ -59,7 +65,7 @@ class Task:
     """On the Hugging Face hub, in the original layout."""
     repository_480p: str | None = None
     """Another checkpoint of the same task, for areas up to 480P."""
-    transformer: TransformerShape | None
+    transformer: TransformerShape
     images: Images = Images.NONE
     boundary: float | None = None
     """Where the noise level of the two experts' switch is, as a fraction of the timesteps; None: there is one transformer."""
@@ -80,7 +86,7 @@ class Task:
     @property
     def looks_at_images(self) -> bool:
         """Whether CLIP features of the images go into cross-attention."""
-        return self.transformer is not None and self.transformer.image_dim > 0
+        return self.transformer.image_dim > 0
 
     @property
     def known_first_frame(self) -> bool:
@@ -95,6 +101,7 @@ class Task:
 _480P = ((832, 480), (480, 832))
 _720P = (*_480P, (1280, 720), (720, 1280))
 _704P = ((1280, 704), (704, 1280))
+_TOY = {"num_layers": 4, "dim": 96, "ffn_dim": 256, "num_heads": 4}
 _1_3B = {"num_layers": 30, "dim": 1536, "ffn_dim": 8960, "num_heads": 12}
 _5B = {"num_layers": 30, "dim": 3072, "ffn_dim": 14336, "num_heads": 24, "in_dim": 48, "out_dim": 48}
 _14B = {"num_layers": 40, "dim": 5120, "ffn_dim": 13824, "num_heads": 40}
@@ -155,7 +162,7 @@ TASKS = {
             stride=(4, 16, 16),
             sizes=_704P,
         ),
-        Task(name="toy", repository="", transformer=None),
+        Task(name="toy", repository="", transformer=TransformerShape(**_TOY, text_dim=32)),
     )
 }
 

@@ -54,6 +54,24 @@ class SampleConfig:
 
 
 @dataclass(kw_only=True)
+class ParallelConfig:
+    """How a run is spread over ranks; the product of the degrees is the number of ranks."""
+
+    dp: int | None = _key(None, "replicas, each for videos of its own; null: planned")
+    cfg: int | None = _key(None, "2: the two passes of guidance side by side; null: planned")
+    ring: int | None = _key(None, "ranks that pass keys and values around; null: planned")
+    ulysses: int | None = _key(None, "ranks that trade tokens for heads, a divisor of the heads; null: planned")
+
+
+@dataclass(kw_only=True)
+class FsdpConfig:
+    """Which weights are sharded over the ranks."""
+
+    dit: bool | None = _key(None, "shard the transformer; null: where it is larger than 12 GiB")
+    t5: bool | None = _key(None, "shard the text encoder; null: no, the first rank has it while it encodes")
+
+
+@dataclass(kw_only=True)
 class OutputConfig:
     """Where the results go."""
 
@@ -88,6 +106,8 @@ class RunConfig:
     dtype: str = _key("bfloat16", "bfloat16, or float32 for comparisons")
     attention: str = _key("auto", "auto, fa4 (FlashAttention-4), cudnn, flash or sdpa")
     latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 

@@ -1,15 +1,12 @@
 """One job, in call order: encode text and images, denoise, keep the latents, decode, write, record."""
 
-import gc
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -17,16 +14,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import RunConfig
+from wan_dist.encode import encode, free_memory
 from wan_dist.errors import InputError
-from wan_dist.images import cover
 from wan_dist.log import logger
 from wan_dist.models.attention import InnerAttention, choose_attention
-from wan_dist.models.image_encoder import encode_images
-from wan_dist.models.text_encoder import TextEncoder
+from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
+from wan_dist.parallel.agreement import Agreeing
+from wan_dist.parallel.apply import parallelize_transformer
+from wan_dist.parallel.cfg import ParallelGuidance
+from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node
+from wan_dist.parallel.mesh import Groups, local_device, open_groups
 from wan_dist.plan import Plan
 from wan_dist.report import Report
-from wan_dist.sampling.conditioning import Conditioning, initial_noise, mask_of_images, video_of_images
+from wan_dist.sampling.conditioning import Conditioning, initial_noise
 from wan_dist.sampling.denoise import Guidance, Predict, TwoExperts, denoise
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.toy import toy_checkpoint
@@ -35,34 +36,46 @@ from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.hub import find_checkpoint
 
 
-@torch.no_grad()
-def generate(config: RunConfig, plan: Plan) -> Path:
-    """Run one job and return the video's (or image's) path.
+def run_job(config: RunConfig, plan: Plan) -> None:
+    """Open the groups of ranks and run one job in them. Raises what `generate` raises."""
+    device = _device(config)
+    with open_groups(plan.degrees, device) as groups:
+        first = broadcast_object((plan.seed, plan.name), groups.replica)  # a drawn seed is the first rank's
+        generate(config, replace(plan, seed=first[0], name=first[1]), groups, device)
 
-    Raises InputError for what is wrong with checkpoint, device or output folder, before weights are read. If decoding or writing
-    fails, the latents are on disk and the error says how to go on from them.
+
+@torch.no_grad()
+def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device) -> Path | None:
+    """Run one job; the first rank decodes and writes, and returns the video's (or image's) path.
+
+    Raises InputError for what is wrong with checkpoint or output folder, before weights are read. If decoding or writing fails, the
+    latents are on disk and the error says how to go on from them.
     """
     logger.info(plan.summary)
     if plan.advice:
         logger.info("note      %s", plan.advice)
-    device = _device(config)
     dtype = getattr(torch, config.dtype)
     # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 was asked for.
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     report = Report(config, device)
     folder = Path(config.output.dir).expanduser()
     with report.stage("check", f"output {folder}"):
-        check_output(folder, width=plan.width, height=plan.height, fps=plan.fps)
-        checkpoint = open_checkpoint(_checkpoint_folder(config, plan), plan.task, dtype)
+        if groups.rank == 0:
+            check_output(folder, width=plan.width, height=plan.height, fps=plan.fps)
+        checkpoint = open_checkpoint(_checkpoint_folder(config, plan, groups), plan.task, dtype)
         head_dim = checkpoint.transformers[0].dims.head_dim
         attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=head_dim)
-    report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name}
+    report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name, "degrees": vars(plan.degrees)}
     result = _free_path(folder, plan, fixed=config.output.name is not None)
     if config.latents is None:
-        conditioning = replace(_encode_text(checkpoint, plan, report), **_encode_images(checkpoint, plan, report))
-        latents = _denoise(checkpoint, config, plan, conditioning, attention, report)
+        conditioning = encode(checkpoint, plan, groups, report)
+        latents = _denoise(checkpoint, config, plan, conditioning, attention, groups, report)
+        if groups.rank != 0:
+            return None
         kept = result.with_suffix(".latents.safetensors")
         save_tensors(kept, {"latents": latents.cpu()})
+    elif groups.rank != 0:
+        return None
     else:
         kept = Path(config.latents).expanduser()
         latents = load_file(kept)["latents"]
@@ -79,79 +92,56 @@ def generate(config: RunConfig, plan: Plan) -> Path:
     return result
 
 
-def _encode_text(checkpoint: Checkpoint, plan: Plan, report: Report) -> Conditioning:
-    """Embed the prompts; the text encoder is gone from the device when this returns."""
-    with report.stage("text", f"umT5 on {report.device.type}"):
-        dims = checkpoint.transformers[0].dims
-        encode = TextEncoder(checkpoint.text_encoder.load(report.device), checkpoint.tokenizer, text_len=dims.text_len)
-        conditioning = Conditioning(encode(plan.prompt), None if plan.negative_prompt is None else encode(plan.negative_prompt))
-        del encode
-        _free()
-    return conditioning
-
-
-def _encode_images(checkpoint: Checkpoint, plan: Plan, report: Report) -> dict[str, Tensor]:
-    """Return the entries of `Conditioning` that come from images; the encoders are gone from the device then."""
-    if not plan.images:
-        return {}
-    found: dict[str, Tensor] = {}
-    device, size = report.device, (plan.width, plan.height)
-    with report.stage("image", ", ".join(f"{image.width}x{image.height}" for image in plan.images)):
-        if checkpoint.image_encoder is not None:
-            clip = checkpoint.image_encoder.load(device)
-            image_size = checkpoint.image_encoder.dims.image_size
-            found["image_features"] = encode_images(clip, [pixels(image) for image in plan.images], image_size=image_size)
-            del clip
-            _free()
-        vae = checkpoint.vae.load(device)
-        if plan.task.known_first_frame:
-            first = pixels(cover(plan.images[0], size))
-            found["known_latents"] = vae.encode(first.view(1, 3, 1, *first.shape[1:]).to(device))
-        else:
-            first, last = pixels(plan.images[0]), pixels(plan.images[1]) if len(plan.images) == 2 else None
-            video = video_of_images(first, last, frame_num=plan.frame_num, width=plan.width, height=plan.height)
-            mask = mask_of_images(plan.latent_shape, has_last=last is not None).to(device)
-            found["extra_channels"] = torch.cat([mask, vae.encode(video.to(device))], dim=1)
-        del vae
-        _free()
-    return found
-
-
-def pixels(image: Image.Image) -> Tensor:
-    """Return (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def _denoise(
-    checkpoint: Checkpoint, config: RunConfig, plan: Plan, conditioning: Conditioning, attention: InnerAttention, report: Report
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    plan: Plan,
+    conditioning: Conditioning,
+    attention: InnerAttention,
+    groups: Groups,
+    report: Report,
 ) -> Tensor:
-    """Return the latents (C, T, h, w), float32; the transformer is gone from the device then."""
+    """Return the latents (C, T, h, w), float32, on every rank; the transformer is gone from the device then."""
     solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
-    noise = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=report.device).unsqueeze(0)
+    drawn = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=report.device).unsqueeze(0)
+    noise = broadcast(drawn, groups.replica, report.device)
+    assert noise is not None
     logger.info("attention %s (%s)", attention.name, attention.reason)
+    if plan.degrees.num_ranks > 1:
+        logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.shard_dit else "on every rank")
     low_scale, high_scale = plan.guide_scales
 
     def opener(which: int, name: str, scale: float) -> Callable[[], Predict]:
         def open_transformer() -> Predict:
-            _free()  # what was there before
+            free_memory()  # what was there before
             component = checkpoint.transformers[which]
+
+            def spread(model: WanTransformer) -> None:
+                parallelize_transformer(model, groups, shard=plan.shard_dit)
+
             with report.stage(name, f"transformer {component.dims.num_layers} x {component.dims.dim}, {config.dtype}"):
-                model = component.load(report.device, inner_attention=attention)
+                model = component.load(report.device, spread=spread, inner_attention=attention)
+            if groups.cfg.size == 2:
+                return ParallelGuidance(model, conditioning, noise, scale=scale, axis=groups.cfg)
             return Guidance(model, conditioning, noise, scale=scale)
 
         return open_transformer
 
+    predict: Predict
     if plan.task.boundary is None:
         predict = opener(0, "load", high_scale)()
     else:
         openers = opener(0, "load high", high_scale), opener(1, "load low", low_scale)
-        predict = TwoExperts(*openers, boundary=plan.task.boundary * NUM_TRAIN_TIMESTEPS)
-        high = sum(timestep >= predict.boundary for timestep in solver.timesteps)
+        boundary = plan.task.boundary * NUM_TRAIN_TIMESTEPS
+        predict = TwoExperts(*openers, boundary=boundary)
+        high = sum(timestep >= boundary for timestep in solver.timesteps)
         logger.info("experts   high noise for the first %d steps, low noise for the other %d", high, len(solver) - high)
+    predict = Agreeing(predict, groups.replica)
     with report.stage("denoise", f"{len(solver)} steps of {config.sample.solver}"), logging_redirect_tqdm([logger]):
-        latents = denoise(predict, noise, solver, known_latents=conditioning.known_latents, progress=_progress_bar)
+        bar = _progress_bar if groups.rank == 0 else iter
+        latents = denoise(predict, noise, solver, known_latents=conditioning.known_latents, progress=bar)
         del predict
-        _free()
+        free_memory()
     return latents.squeeze(0)
 
 
@@ -184,13 +174,18 @@ def _device(config: RunConfig) -> torch.device:
     if "cuda" in (config.device, config.noise_device) and not available:
         key = "device" if config.device == "cuda" else "noise_device"
         raise InputError(f"{key}=cuda, but PyTorch {torch.__version__} sees no GPU here; {key}=cpu works")
-    return torch.device("cuda" if config.device == "cuda" or (config.device == "auto" and available) else "cpu")
+    return local_device("cuda" if config.device == "cuda" or (config.device == "auto" and available) else "cpu")
 
 
-def _checkpoint_folder(config: RunConfig, plan: Plan) -> Path:
+def _checkpoint_folder(config: RunConfig, plan: Plan, groups: Groups) -> Path:
+    """Return the checkpoint's folder; what must be made or fetched is so by the first rank of each node."""
     if config.ckpt_dir is not None:
         return Path(config.ckpt_dir).expanduser()
-    return toy_checkpoint() if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
+
+    def find() -> Path:
+        return toy_checkpoint() if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
+
+    return first_on_each_node(find, groups)
 
 
 def _free_path(folder: Path, plan: Plan, *, fixed: bool) -> Path:
@@ -218,9 +213,3 @@ def _resume_command(config: RunConfig, checkpoint: Checkpoint, kept: Path, resul
 def _progress_bar(steps: Iterable[int]) -> Iterable[int]:
     form = "denoise   {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left"
     return tqdm(steps, bar_format=form, mininterval=0.1 if sys.stderr.isatty() else 10.0)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """RunConfig + task -> Plan: every derived number and every error that crosses fields. No torch, so that it answers at once."""
 
+import json
 import os
 import random
 import re
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from wan_dist.catalog import AREA_480P, TASKS, Images, Task, get_task
 from wan_dist.config import RunConfig
+from wan_dist.degrees import Degrees, plan_degrees
 from wan_dist.errors import InputError
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
 
@@ -38,6 +40,9 @@ class Plan:
     latent_shape: tuple[int, int, int, int]
     """(C, T, h, w)."""
     num_tokens: int
+    degrees: Degrees
+    shard_dit: bool
+    shard_t5: bool
     name: str
     """File name of the results, without suffix."""
 
@@ -68,7 +73,6 @@ class Plan:
 def make_plan(config: RunConfig) -> Plan:
     """Resolve what the configuration leaves open; raises InputError with what would work if the fields do not fit together."""
     task = get_task(config.task)
-    _check_ranks()
     images: tuple[Image.Image, ...] = ()
     size_note, frame_num = "", config.frame_num
     if config.latents is not None:
@@ -83,6 +87,7 @@ def make_plan(config: RunConfig) -> Plan:
         raise InputError('prompt is missing; say what to show, e.g. prompt="two cats boxing on a stage", or prompt=@file.txt')
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
     guide_scales = _guide_scales(config, task)
+    degrees = _degrees(config, task, guided=guide_scales != (1, 1))
     latent_frames = (frame_num - 1) // task.stride[0] + 1
     rows, columns = height // task.stride[1], width // task.stride[2]
     return Plan(
@@ -100,14 +105,44 @@ def make_plan(config: RunConfig) -> Plan:
         guide_scales=guide_scales,
         latent_shape=(task.latent_channels, latent_frames, rows, columns),
         num_tokens=(latent_frames // task.patch[0]) * (rows // task.patch[1]) * (columns // task.patch[2]),
+        degrees=degrees,
+        shard_dit=_shard("dit", config.fsdp.dit, degrees, default=task.transformer.gib > 12),
+        shard_t5=_shard("t5", config.fsdp.t5, degrees, default=False),
         name=_file_name(config, prompt, seed),
     )
 
 
-def _check_ranks() -> None:
+def _degrees(config: RunConfig, task: Task, *, guided: bool) -> Degrees:
+    """Spread the ranks that torchrun has launched over the axes."""
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if num_ranks > 1:
-        raise InputError(f"{num_ranks} ranks were launched, but only one is supported yet; start with python -m wan_dist.run")
+    degrees = plan_degrees(
+        num_ranks,
+        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)),
+        num_heads=_num_heads(config, task),
+        guided=guided,
+        **vars(config.parallel),
+    )
+    if degrees.dp > 1:
+        raise InputError(f"parallel.dp={degrees.dp}: replicas are for several videos, and this run makes one; use parallel.dp=1")
+    return degrees
+
+
+def _num_heads(config: RunConfig, task: Task) -> int:
+    """Return the heads of the checkpoint that is used, where its config can be read, else those of the published one."""
+    if config.ckpt_dir is not None:
+        for place in (".", "high_noise_model", "transformer"):
+            try:
+                found = json.loads((Path(config.ckpt_dir).expanduser() / place / "config.json").read_text(encoding="utf-8"))
+                return int(found.get("num_heads") or found["num_attention_heads"])
+            except (OSError, ValueError, KeyError, AttributeError):
+                continue  # whatever is wrong with the folder is said when it is opened
+    return task.transformer.num_heads
+
+
+def _shard(what: str, asked: bool | None, degrees: Degrees, *, default: bool) -> bool:
+    if asked and degrees.num_ranks == 1:
+        raise InputError(f"fsdp.{what}=true shards weights over several ranks, but there is one; leave it out, or start with torchrun")
+    return degrees.num_ranks > 1 and (default if asked is None else asked)
 
 
 def _read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:

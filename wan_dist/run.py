@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import cast
 
@@ -56,6 +57,8 @@ def main(arguments: list[str]) -> int:
         if config is not None:
             _run(config)
     except InputError as fault:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # the first rank says the same, and torchrun ends us meanwhile
         return _fail(2, str(fault))
     except (HydraException, OmegaConfBaseException) as fault:
         return _fail(2, _readable(fault))
@@ -82,9 +85,9 @@ def compose(arguments: list[str]) -> RunConfig | None:
 
 def _run(config: RunConfig) -> None:
     plan = make_plan(config)
-    from wan_dist.generate import generate  # after the checks: it imports torch and transformers, which takes seconds
+    from wan_dist.generate import run_job  # after the checks: it imports torch and transformers, which takes seconds
 
-    generate(config, plan)
+    run_job(config, plan)
 
 
 def _readable(fault: Exception) -> str:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from wan_dist.catalog import TASKS
 from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder
 from wan_dist.models.transformer import TransformerDims, WanTransformer
 from wan_dist.models.vae import VaeDims, WanVae
@@ -36,7 +37,7 @@ class CheckpointDims:
 
 
 TOY = CheckpointDims(
-    transformer=TransformerDims(num_layers=4, dim=96, ffn_dim=256, num_heads=4, in_dim=16, out_dim=16, text_dim=32),
+    transformer=TransformerDims(**vars(TASKS["toy"].transformer)),
     text_encoder=TextEncoderDims(num_layers=2, dim=32, ffn_dim=64, num_heads=4, head_dim=8, vocab_size=256 + len(_SPECIAL_TOKENS)),
     vae=VaeDims(dim=8, decoder_dim=8),
 )

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder, relative_error
 from wan_dist.catalog import TASKS
-from wan_dist.generate import pixels
+from wan_dist.encode import pixels
 from wan_dist.images import read_image
 from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
 from wan_dist.models.image_encoder import encode_images
@@ -33,7 +33,7 @@ def vae(checkpoint: Checkpoint) -> WanVae:
 
 
 def test_text_encoder(checkpoint: Checkpoint) -> None:
-    encode = TextEncoder(checkpoint.text_encoder.load(CPU), checkpoint.tokenizer, text_len=512)
+    encode = TextEncoder(checkpoint.text_encoder.load(CPU), checkpoint.tokenizer, text_len=512, device=CPU)
     for index, text in enumerate(json.loads((FIXTURES / "components/t5_texts.json").read_text(encoding="utf-8"))):
         torch.testing.assert_close(encode(text), COMPONENTS[f"t5.{index}"], rtol=0, atol=1e-4)
 

@@ -5,8 +5,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.conftest import FIXTURES
 from wan_dist.arguments import prepare
 from wan_dist.catalog import TASKS, Images
+from wan_dist.degrees import plan_degrees
 from wan_dist.errors import InputError
 from wan_dist.plan import Plan, make_plan
 from wan_dist.run import compose
@@ -225,7 +227,85 @@ def test_kept_latents_decide_the_size(tmp_path: Path) -> None:
         plan("task=t2v-14B", f"latents={file}")
 
 
-def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(InputError, match="4 ranks were launched"):
-        plan("task=toy")
+def launched(monkeypatch: pytest.MonkeyPatch, num_ranks: int, ranks_per_node: int) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_per_node))
+
+
+@pytest.mark.parametrize(
+    ("task", "num_ranks", "ranks_per_node", "arguments", "degrees"),
+    [
+        ("t2v-14B", 8, 8, [], (1, 2, 1, 4)),
+        ("t2v-14B", 8, 8, ["sample.guide_scale=1"], (1, 1, 1, 8)),
+        ("t2v-1.3B", 8, 8, [], (1, 2, 1, 4)),
+        ("t2v-1.3B", 8, 8, ["parallel.cfg=1"], (1, 1, 2, 4)),
+        ("t2v-14B", 16, 8, [], (1, 2, 1, 8)),
+        ("t2v-14B", 16, 8, ["parallel.cfg=1"], (1, 1, 2, 8)),
+        ("t2v-14B", 3, 3, [], (1, 1, 3, 1)),
+        ("t2v-14B", 5, 5, [], (1, 1, 1, 5)),
+        ("t2v-14B", 7, 7, [], (1, 1, 7, 1)),
+        ("ti2v-5B", 6, 6, [], (1, 2, 1, 3)),
+        ("t2v-14B", 4, 2, [], (1, 2, 1, 2)),
+        ("t2v-14B", 8, 8, ["parallel.ulysses=2"], (1, 2, 2, 2)),
+        ("t2v-14B", 8, 8, ["parallel.ring=8"], (1, 1, 8, 1)),
+    ],
+)
+def test_degrees(
+    task: str, num_ranks: int, ranks_per_node: int, arguments: list[str], degrees: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched(monkeypatch, num_ranks, ranks_per_node)
+    found = plan(f"task={task}", "prompt=x", *arguments).degrees
+    assert (found.dp, found.cfg, found.ring, found.ulysses) == degrees
+
+
+@pytest.mark.parametrize("num_heads", [4, 12, 24, 40])
+@pytest.mark.parametrize("guided", [True, False])
+def test_any_number_of_ranks_works(num_heads: int, guided: bool) -> None:
+    for num_ranks in range(1, 65):
+        for ranks_per_node in (degree for degree in range(1, num_ranks + 1) if num_ranks % degree == 0):
+            found = plan_degrees(num_ranks, ranks_per_node=ranks_per_node, num_heads=num_heads, guided=guided)
+            assert found.num_ranks == num_ranks
+            assert num_heads % found.ulysses == 0
+            assert ranks_per_node % found.ulysses == 0
+            assert found.cfg == (2 if guided and num_ranks % 2 == 0 else 1)
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "arguments", "message"),
+    [
+        (
+            8,
+            ["parallel.ulysses=8"],
+            "parallel.ulysses=8 does not divide the 12 heads (it may be 1, 2, 3, 4, 6, 12); on 8 ranks use dp 1 x cfg 2",
+        ),
+        (4, ["parallel.ulysses=2", "parallel.ring=4"], "parallel.ring=4 x parallel.ulysses=2 does not fit 4 ranks"),
+        (3, ["parallel.cfg=2"], "parallel.cfg=2 does not fit 3 ranks"),
+        (4, ["parallel.cfg=4"], "guidance has two branches"),
+        (4, ["parallel.cfg=2", "sample.guide_scale=1"], "parallel.cfg=2 needs guidance"),
+        (4, ["parallel.ring=0"], "parallel.ring=0: a degree is at least 1"),
+        (4, ["parallel.dp=2"], "replicas are for several videos, and this run makes one"),
+        (1, ["fsdp.dit=true"], "fsdp.dit=true shards weights over several ranks, but there is one"),
+        (1, ["fsdp.t5=true"], "fsdp.t5=true shards weights over several ranks, but there is one"),
+        (1, ["parallel.ulysses=2"], "parallel.ulysses=2 does not fit 1 rank"),
+    ],
+)
+def test_impossible_degrees(num_ranks: int, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, num_ranks, num_ranks)
+    with pytest.raises(InputError) as caught:
+        plan("task=t2v-1.3B", "prompt=x", *arguments)
+    assert message in str(caught.value)
+
+
+def test_heads_are_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched(monkeypatch, 3, 3)
+    assert plan("task=t2v-1.3B", "prompt=x").degrees.ulysses == 3
+    assert plan("task=t2v-1.3B", "prompt=x", f"ckpt_dir={FIXTURES / 'wan2.1-t2v'}").degrees.ring == 3  # it has 4
+
+
+def test_large_weights_are_sharded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not plan("task=t2v-14B", "prompt=x").shard_dit
+    launched(monkeypatch, 4, 4)
+    assert plan("task=t2v-14B", "prompt=x").shard_dit
+    assert not plan("task=t2v-1.3B", "prompt=x").shard_dit
+    assert not plan("task=t2v-14B", "prompt=x", "fsdp.dit=false").shard_dit
+    assert plan("task=t2v-1.3B", "prompt=x", "fsdp.dit=true", "fsdp.t5=true").shard_t5

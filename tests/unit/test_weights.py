@@ -267,16 +267,16 @@ def test_fused_linears_hold_their_parts(folder: Path) -> None:
 def test_loading_holds_the_model_and_one_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
-    read = TensorFiles.read
+    read = TensorFiles.read_rows
 
-    def counted(self: TensorFiles, name: str) -> torch.Tensor:
+    def counted(self: TensorFiles, name: str, start: int, stop: int) -> torch.Tensor:
         nonlocal most
-        tensor = read(self, name)
+        tensor = read(self, name, start, stop)
         alive.append(weakref.ref(tensor))
         most = max(most, sum(ref() is not None for ref in alive))
         return tensor
 
-    monkeypatch.setattr(TensorFiles, "read", counted)
+    monkeypatch.setattr(TensorFiles, "read_rows", counted)
     model = open_checkpoint(folder, torch.bfloat16).transformers[0].load(CPU)
     assert len(alive) == len(load_file(folder / TRANSFORMER))
     assert most == 1

@@ -49,6 +49,18 @@ _KERNELS: dict[str, Callable[[], Kernel]] = {
 _FASTEST_FIRST = ("fa4", "cudnn", "flash", "sdpa")
 
 
+def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return attention's result (B, Lq, H, D) and its log-sum-exp (B, Lq, H), float32; shapes as in `InnerAttention.forward`."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, L, D)
+    if q.is_cuda and q.dtype != torch.float32:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    else:
+        scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+        lse = scores.logsumexp(dim=-1)
+        out = (scores - lse.unsqueeze(-1)).exp() @ v.float()
+    return out.transpose(1, 2).to(v.dtype), lse.float().transpose(1, 2)
+
+
 class InnerAttention(nn.Module):
     """Scaled dot-product attention without parameters: the seam that sequence-parallel attention wraps.
 

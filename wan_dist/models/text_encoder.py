@@ -58,8 +58,9 @@ class TextEncoder:
     gives the same rows.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, *, text_len: int) -> None:
+    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, *, text_len: int, device: torch.device) -> None:
         self.encoder = encoder
+        self.device = device
         self.tokenizer = tokenizer
         self.text_len = text_len
 
@@ -68,6 +69,6 @@ class TextEncoder:
         return self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self.text_len, return_tensors="pt").input_ids
 
     def __call__(self, prompt: str) -> Tensor:
-        """Return the prompt's embedding (n, text_dim), n at most ``text_len``, on the encoder's device."""
-        ids = self.tokens(prompt).to(next(self.encoder.parameters()).device)
+        """Return the prompt's embedding (n, text_dim), n at most ``text_len``, on the device."""
+        ids = self.tokens(prompt).to(self.device)
         return self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]

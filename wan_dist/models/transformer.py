@@ -7,6 +7,7 @@ Layer names are those of the published checkpoints, except that q, k, v (and k, 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -158,6 +159,10 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
 
+    def project_context(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
+        """See `CrossAttention.project`."""
+        return self.cross_attn.project(text, image)
+
     def forward(
         self,
         x: Tensor,
@@ -174,6 +179,20 @@ class Block(nn.Module):
         x = x + self.cross_attn(y.to(x.dtype), context_kv)
         y = self.ffn(modulated_norm(x, scale2, shift2, segments, self.eps).to(x.dtype))
         return gated_residual(x, y, gate2, segments)
+
+
+class WholeSequence(nn.Module):
+    """The sequence on one device: nothing to split. The seam that sequence parallelism replaces."""
+
+    def split(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[int, ...]]:
+        """Return this device's share of the tokens x (B, L, D), of their rotary tables (L, 1, D / 2) and of the segments."""
+        return x, rotary, segments
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return all tokens (B, L, C) of this device's share."""
+        return x
 
 
 class PatchEmbedding(nn.Module):
@@ -247,6 +266,12 @@ class WanTransformer(nn.Module):
             Block(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)) for _ in range(dims.num_layers)
         )
         self.head = Head(dims)
+        self.sequence = WholeSequence()
+
+    @property
+    def self_attentions(self) -> Iterator[SelfAttention]:
+        """Every block's self-attention, whose ``inner_attention`` may be wrapped."""
+        return (cast(Block, block).self_attn for block in self.blocks)
 
     def rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotary tables for latents of this shape, to be kept for all steps; latents (B, C, T, h, w)."""
@@ -262,7 +287,7 @@ class WanTransformer(nn.Module):
         padded = F.pad(context.to(self.dtype), (0, 0, 0, self.dims.text_len - context.shape[0]))
         text = self.text_embedding(padded.unsqueeze(0))  # (1, 512, D)
         image = None if image_features is None else self.img_emb(image_features).to(self.dtype)
-        return [cast(Block, block).cross_attn.project(text, image) for block in self.blocks]
+        return [cast(Block, block).project_context(text, image) for block in self.blocks]
 
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, R, D) for the head and (B, R, 6, D) for the blocks, float32, of timesteps (B, R) in [0, 1000]."""
@@ -282,10 +307,11 @@ class WanTransformer(nn.Module):
         x = self.patch_embedding(latents)
         num_tokens = x.shape[1]
         num_first = num_tokens // (latents.shape[2] // self.dims.patch[0])
-        segments = (num_tokens,) if timesteps.shape[1] == 1 else (num_first, num_tokens - num_first)
+        segments: tuple[int, ...] = (num_tokens,) if timesteps.shape[1] == 1 else (num_first, num_tokens - num_first)
+        x, rotary, segments = self.sequence.split(x, rotary, segments)
         for block, context_kv in zip(self.blocks, context, strict=True):
             x = block(x, block_time, context_kv, rotary, segments)
-        return self.unpatchify(self.head(x, time, segments), latents.shape[2:])
+        return self.unpatchify(self.sequence.gather(self.head(x, time, segments)), latents.shape[2:])
 
     def unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""

@@ -13,33 +13,45 @@ Predict = Callable[[Tensor, int], Tensor]
 """(latents (B, C, T, h, w), timestep) -> velocity of the same shape."""
 
 
-class Guidance:
-    """Classifier-free guidance (arXiv:2207.12598), both branches one after the other: u + scale (c - u).
+class Branch:
+    """The velocity for one text.
 
     Whatever does not change from step to step is computed here, once: rotary tables, and the context's keys and values.
     """
 
-    def __init__(self, model: WanTransformer, conditioning: Conditioning, latents: Tensor, *, scale: float) -> None:
+    def __init__(self, model: WanTransformer, context: Tensor, conditioning: Conditioning, latents: Tensor) -> None:
         self.model = model
-        self.scale = scale
         self.extra_channels = conditioning.extra_channels
         self.has_known_frame = conditioning.known_latents is not None
         self.rotary = model.rotary(latents)
-        self.context: ContextKV = model.project_context(conditioning.context, conditioning.image_features)
-        self.negative_context: ContextKV | None = None
-        if scale != 1 and conditioning.negative_context is not None:
-            self.negative_context = model.project_context(conditioning.negative_context, conditioning.image_features)
+        self.context: ContextKV = model.project_context(context, conditioning.image_features)
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
-        """Return the guided velocity (B, C, T, h, w), float32."""
+        """Return the velocity (B, C, T, h, w), float32."""
         rows = (0, timestep) if self.has_known_frame else (timestep,)  # a frame that is known has no noise
         timesteps = torch.tensor([rows], device=latents.device).expand(latents.shape[0], -1)
         if self.extra_channels is not None:
             latents = torch.cat([latents, self.extra_channels], dim=1)
-        conditional: Tensor = self.model(latents, timesteps, self.context, self.rotary)
-        if self.negative_context is None:
+        velocity: Tensor = self.model(latents, timesteps, self.context, self.rotary)
+        return velocity
+
+
+class Guidance:
+    """Classifier-free guidance (arXiv:2207.12598), both branches one after the other: u + scale (c - u)."""
+
+    def __init__(self, model: WanTransformer, conditioning: Conditioning, latents: Tensor, *, scale: float) -> None:
+        self.scale = scale
+        self.conditional = Branch(model, conditioning.context, conditioning, latents)
+        self.unconditional: Branch | None = None
+        if scale != 1 and conditioning.negative_context is not None:
+            self.unconditional = Branch(model, conditioning.negative_context, conditioning, latents)
+
+    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+        """Return the guided velocity (B, C, T, h, w), float32."""
+        conditional = self.conditional(latents, timestep)
+        if self.unconditional is None:
             return conditional
-        unconditional: Tensor = self.model(latents, timesteps, self.negative_context, self.rotary)
+        unconditional = self.unconditional(latents, timestep)
         return unconditional + self.scale * (conditional - unconditional)
 
 

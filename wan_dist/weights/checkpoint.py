@@ -34,10 +34,12 @@ class Component(Generic[Model, Dims]):
     files: TensorFiles
     keys: KeyMap
 
-    def load(self, device: torch.device, **options: object) -> Model:
-        """Return the model on ``device``; ``options`` go to its constructor."""
+    def load(self, device: torch.device, *, spread: Callable[[Model], None] | None = None, **options: object) -> Model:
+        """Return the model on ``device``; ``options`` go to its constructor, ``spread`` may shard it before it is filled."""
         with torch.device("meta"):
             model = self.build(**options)
+        if spread is not None:
+            spread(model)
         fill(model, self.files, self.keys, device)
         return model
 
@@ -91,8 +93,6 @@ def _component(part: Part, read: Callable[..., Dims], build: Callable[..., Model
 def _check_task(checkpoint: Checkpoint, task: Task) -> None:
     """Raise InputError if the checkpoint is of another task; its size is its own affair."""
     wanted = task.transformer
-    if wanted is None:
-        return
     for component in checkpoint.transformers:
         found = component.dims
         traits = {

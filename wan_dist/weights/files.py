@@ -35,6 +35,11 @@ class TensorFiles:
         reader = self._readers[name]
         return reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows of one tensor; only their bytes are read."""
+        reader = self._readers[name]
+        return reader[name][start:stop] if isinstance(reader, dict) else reader.get_slice(name)[start:stop]
+
     def __str__(self) -> str:
         first = str(self.paths[0])
         return first if len(self.paths) == 1 else f"{first} and {len(self.paths) - 1} more"

@@ -1,11 +1,13 @@
 """Fill a model that was built on the meta device from checkpoint files, strictly and one tensor at a time."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from wan_dist.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles, first_ten
-from wan_dist.weights.names import KeyMap
+from wan_dist.weights.names import KeyMap, Source
 
 
 def check_keys(model: nn.Module, files: TensorFiles, keys: KeyMap) -> None:
@@ -42,20 +44,41 @@ def _fits(stored: Shape, expected: Shape) -> bool:
 
 @torch.no_grad()
 def fill(model: nn.Module, files: TensorFiles, keys: KeyMap, device: torch.device) -> nn.Module:
-    """Replace the model's meta parameters by the files' tensors, in each parameter's own dtype, on ``device``.
+    """Give the model's meta parameters the files' values, in each parameter's own dtype, on ``device``.
 
-    Holds at most the model and one tensor of the files. `check_keys` must have passed.
+    Of a sharded parameter only this rank's rows are read. Holds at most the model and one tensor of the files. `check_keys` must
+    have passed.
     """
+    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if is_sharded:
+        model.to_empty(device=device)
     for name, parameter in list(model.named_parameters()):
+        if isinstance(parameter, DTensor):
+            _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+            _copy_rows(parameter.to_local(), offset[0], parameter.shape[0], files, keys.sources(name))
+            continue
         filled = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        sources = keys.sources(name)
-        for target, source in zip(filled.chunk(len(sources)), sources, strict=True):
-            stored = files.read(source.key).to(device)  # the dtype is converted on the device: one pass, no copy on the host
-            target.copy_(stored.reshape(-1, *target.shape[1:]).chunk(source.parts)[source.part].view(target.shape))
-            del stored
+        _copy_rows(filled, 0, parameter.shape[0], files, keys.sources(name))
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, nn.Parameter(filled, requires_grad=False))
     for name, buffer in list(model.named_buffers()):
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffer.to(device))
     return model.eval().requires_grad_(False)
+
+
+def _copy_rows(target: Tensor, offset: int, num_rows: int, files: TensorFiles, sources: tuple[Source, ...]) -> None:
+    """Copy rows ``offset`` and on of a parameter, which has ``num_rows`` and consists of ``sources``, into ``target``."""
+    each = num_rows // len(sources)
+    for index, source in enumerate(sources):
+        start, stop = max(offset, index * each), min(offset + len(target), (index + 1) * each)
+        if start >= stop:
+            continue
+        first = start - index * each + source.part * each  # within the stored tensor
+        if len(files.shapes[source.key]) == target.dim():
+            stored = files.read_rows(source.key, first, first + stop - start)
+        else:
+            stored = files.read(source.key).reshape(-1, *target.shape[1:])[first : first + stop - start]
+        # The dtype is converted on the device: one pass, no copy on the host.
+        target[start - offset : stop - offset].copy_(stored.to(target.device))
+        del stored  # before the next one is read

@@ -1,0 +1,133 @@
+"""Whole runs on several ranks (gloo, CPU) against the reference implementation's videos, at one rank's tolerance."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import golden_folder
+from tests.test_command import reference_arguments
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: which golden, and how it is spread."""
+
+    task: str
+    golden: str
+    case: str
+    spread: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.case}-{self.spread.replace(' ', '-').replace('parallel.', '')}"
+
+
+T2V, ODD = ("t2v-1.3B", "wan2.1-t2v", "unipc"), ("t2v-1.3B", "wan2.1-t2v", "odd")
+I2V, A14B, TI2V = ("i2v-14B", "wan2.1-i2v", "unipc"), ("t2v-A14B", "wan2.2-t2v-a14b", "unipc"), ("ti2v-5B", "wan2.2-ti2v-5b", "i2v")
+FLF2V, I2V_A14B = ("flf2v-14B", "wan2.1-flf2v", "unipc"), ("i2v-A14B", "wan2.2-i2v-a14b", "unipc")
+
+# The models have 4 heads; token counts are 45 (t2v), 84 (odd), 72 (i2v), 84 (flf2v), 54 (i2v-A14B) and 36 (ti2v).
+CASES = {
+    2: [
+        Case(*T2V, "parallel.ulysses=2"),
+        Case(*T2V, "parallel.ring=2"),
+        Case(*T2V, "parallel.cfg=2"),
+        Case(*T2V, "parallel.ulysses=2 fsdp.dit=true fsdp.t5=true"),
+        Case(*T2V, ""),
+        Case(*ODD, "parallel.cfg=2 fsdp.dit=true"),
+        Case(*I2V, "parallel.ulysses=2"),
+        Case(*I2V, "parallel.cfg=2 fsdp.dit=true"),
+        Case(*A14B, "parallel.cfg=2 fsdp.dit=true"),
+        Case(*A14B, "parallel.ring=2"),
+        Case(*TI2V, "parallel.ulysses=2"),
+        Case(*TI2V, "parallel.ring=2 fsdp.dit=true"),
+    ],
+    3: [
+        Case(*T2V, ""),
+        Case(*I2V, "parallel.ring=3 fsdp.dit=true fsdp.t5=true"),
+        Case(*TI2V, "parallel.ring=3"),
+    ],
+    4: [
+        Case(*T2V, ""),
+        Case(*T2V, "parallel.ulysses=4"),
+        Case(*T2V, "parallel.ring=4"),
+        Case(*T2V, "parallel.ring=2 parallel.ulysses=2 fsdp.dit=true"),
+        Case(*ODD, "parallel.cfg=2 parallel.ring=2"),
+        Case(*I2V, "parallel.cfg=2 parallel.ulysses=2 fsdp.dit=true"),
+        Case(*I2V_A14B, "parallel.ring=2 parallel.ulysses=2 fsdp.dit=true fsdp.t5=true"),
+        Case(*A14B, "parallel.cfg=2 parallel.ulysses=2 fsdp.dit=true"),
+        Case(*TI2V, "parallel.ring=2 parallel.ulysses=2"),
+        Case(*TI2V, "parallel.cfg=2 parallel.ulysses=2 fsdp.dit=true"),
+        Case(*FLF2V, "parallel.ulysses=4"),
+    ],
+}
+
+
+def free_ports(count: int) -> int:
+    """Return the first of ``count`` neighbouring ports that are free now."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            first = probe.getsockname()[1]
+        if first + count < 60000:
+            return first
+
+
+def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[list[list[int]], str]:
+    """Run every row's arguments on this many ranks; returns each rank's exit codes and what they printed."""
+    file = folder / "table.json"
+    file.write_text(json.dumps(table), encoding="utf-8")
+    port = free_ports(len(table))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    logs = [(folder / f"log-{rank}").open("w+") for rank in range(num_ranks)]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.ranks.worker", file, str(rank), str(num_ranks), str(port)],
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=Path(__file__).parents[2],
+        )
+        for rank in range(num_ranks)
+    ]
+    try:
+        for worker in workers:
+            worker.wait(timeout=240)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        told = []
+        for log in logs:
+            log.seek(0)
+            told.append(log.read())
+            log.close()
+    return [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(num_ranks)], "\n".join(told)
+
+
+@pytest.mark.parametrize("num_ranks", CASES)
+def test_any_spread_gives_the_reference_implementations_video(num_ranks: int, tmp_path: Path) -> None:
+    cases = CASES[num_ranks]
+    table = []
+    for case in cases:
+        arguments = reference_arguments(golden_folder(case.golden), case.case, case.task)
+        table.append([*arguments, *case.spread.split(), "dtype=float32", "device=cpu", f"output.dir={tmp_path / case.name}"])
+    codes, told = run_table(table, num_ranks, tmp_path)
+    assert codes == [[0] * len(cases)] * num_ranks, told
+    errors = {}
+    for case in cases:
+        video = load_file(tmp_path / case.name / "out.safetensors")["video"]
+        expected = load_file(golden_folder(case.golden) / f"expected/{case.case}.safetensors")["video"]
+        errors[case.name] = (video - expected).abs().max().item()
+        assert (tmp_path / case.name / "out.mp4").exists()
+    print(json.dumps(errors, indent=2))
+    assert max(errors.values()) < 1e-3
+    assert not torch.tensor(list(errors.values())).isnan().any()

@@ -1,0 +1,64 @@
+"""Rank arithmetic for up to 64 ranks in one process: PyTorch's fake process group stands for the others."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from wan_dist.degrees import Degrees
+from wan_dist.parallel.mesh import Axis, _groups
+from wan_dist.parallel.sequence import SplitSequence
+
+SPREADS = [
+    Degrees(dp=1, cfg=2, ring=1, ulysses=4),
+    Degrees(dp=2, cfg=2, ring=2, ulysses=8),
+    Degrees(dp=4, cfg=2, ring=2, ulysses=4),
+    Degrees(cfg=1, ring=7),
+    Degrees(dp=3, cfg=2, ring=1, ulysses=5),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("degrees", SPREADS, ids=str)
+def test_groups_are_neighbours_from_ulysses_outwards(degrees: Degrees) -> None:
+    num_ranks = degrees.num_ranks
+    for rank in {0, 1, num_ranks // 2, num_ranks - 1}:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+        try:
+            groups = _groups(degrees, "cpu")
+            rest, ulysses = divmod(rank, degrees.ulysses)
+            rest, ring = divmod(rest, degrees.ring)
+            dp, cfg = divmod(rest, degrees.cfg)
+            assert (groups.dp.rank, groups.cfg.rank, groups.ring.rank, groups.ulysses.rank) == (dp, cfg, ring, ulysses)
+            assert groups.sp.rank == ring * degrees.ulysses + ulysses
+            assert groups.replica.rank == rank % (num_ranks // degrees.dp)
+            strides = {"ulysses": 1, "ring": degrees.ulysses, "cfg": degrees.ulysses * degrees.ring}
+            for name, stride in strides.items():
+                axis = getattr(groups, name)
+                if axis.size > 1:
+                    members = dist.get_process_group_ranks(axis.group)
+                    assert members == [rank + (i - axis.rank) * stride for i in range(axis.size)]
+        finally:
+            dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 45, 64, 97])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7, 64])
+def test_shares_are_the_sequence(num_tokens: int, num_ranks: int) -> None:
+    """Every token is in one share, in order; rotary rows go with their tokens; segments count what is there."""
+    tokens = torch.arange(1, num_tokens + 1.0).view(1, -1, 1)
+    table = torch.arange(1, num_tokens + 1.0).view(-1, 1, 1)
+    first = num_tokens // 3
+    segments = (num_tokens,) if first == 0 else (first, num_tokens - first)
+    seen, counted = [], []
+    for rank in range(num_ranks):
+        sequence = SplitSequence(Axis(rank, num_ranks))
+        x, (cos, sin), parts = sequence.split(tokens, (table, table), segments)
+        assert x.shape[1] == len(cos) == len(sin) == sum(parts) == sequence.share
+        assert torch.equal(x.flatten(), cos.flatten())
+        num_valid = sequence.num_valid(rank, 1)
+        assert bool((x[:, num_valid:] == 0).all())
+        seen += x[0, :num_valid, 0].tolist()
+        counted += [row for row, count in enumerate(parts) for _ in range(count)][:num_valid]
+    assert seen == tokens.flatten().tolist()
+    assert counted == [row for row, count in enumerate(segments) for _ in range(count)]

@@ -1,0 +1,90 @@
+"""Text and images -> `Conditioning`: once in a replica, on its first rank, and sent to the others."""
+
+import gc
+from collections.abc import Callable
+from dataclasses import fields
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from wan_dist.images import cover
+from wan_dist.models.image_encoder import encode_images
+from wan_dist.models.text_encoder import TextEncoder
+from wan_dist.parallel.collectives import broadcast
+from wan_dist.parallel.fsdp import apply_fsdp
+from wan_dist.parallel.mesh import Groups
+from wan_dist.plan import Plan
+from wan_dist.report import Report
+from wan_dist.sampling.conditioning import Conditioning, mask_of_images, video_of_images
+from wan_dist.weights.checkpoint import Checkpoint
+
+
+def encode(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -> Conditioning:
+    """Return what stays the same for all steps, on every rank; the encoders are gone from the device then."""
+    found: dict[str, Tensor] = {}
+    is_first = groups.replica.rank == 0
+    if is_first or plan.shard_t5:
+        found |= _encode_text(checkpoint, plan, groups, report)
+    if is_first and plan.images:
+        found |= _encode_images(checkpoint, plan, report)
+    everywhere = {field.name: broadcast(found.get(field.name), groups.replica, report.device) for field in fields(Conditioning)}
+    context = everywhere.pop("context")
+    assert context is not None
+    return Conditioning(context=context, negative_context=everywhere.pop("negative_context"), **everywhere)
+
+
+def free_memory() -> None:
+    """Give back to the device what is no longer referred to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _encode_text(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
+    spread: Callable[[nn.Module], None] | None = None
+    if plan.shard_t5 and (mesh := groups.replica_mesh) is not None:
+
+        def spread(encoder: nn.Module) -> None:
+            apply_fsdp(encoder, encoder.get_submodule("block").children(), mesh)
+
+    with report.stage("text", f"umT5 on {report.device.type}" + (", sharded" if plan.shard_t5 else "")):
+        dims = checkpoint.transformers[0].dims
+        encoder = checkpoint.text_encoder.load(report.device, spread=spread)
+        embed = TextEncoder(encoder, checkpoint.tokenizer, text_len=dims.text_len, device=report.device)
+        found = {"context": embed(plan.prompt)}
+        if plan.negative_prompt is not None:
+            found["negative_context"] = embed(plan.negative_prompt)
+        del embed, encoder
+        free_memory()
+    return found
+
+
+def _encode_images(checkpoint: Checkpoint, plan: Plan, report: Report) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    device, size = report.device, (plan.width, plan.height)
+    with report.stage("image", ", ".join(f"{image.width}x{image.height}" for image in plan.images)):
+        if checkpoint.image_encoder is not None:
+            clip = checkpoint.image_encoder.load(device)
+            image_size = checkpoint.image_encoder.dims.image_size
+            found["image_features"] = encode_images(clip, [pixels(image) for image in plan.images], image_size=image_size)
+            del clip
+            free_memory()
+        vae = checkpoint.vae.load(device)
+        if plan.task.known_first_frame:
+            first = pixels(cover(plan.images[0], size))
+            found["known_latents"] = vae.encode(first.view(1, 3, 1, *first.shape[1:]).to(device))
+        else:
+            first, last = pixels(plan.images[0]), pixels(plan.images[1]) if len(plan.images) == 2 else None
+            video = video_of_images(first, last, frame_num=plan.frame_num, width=plan.width, height=plan.height)
+            mask = mask_of_images(plan.latent_shape, has_last=last is not None).to(device)
+            found["extra_channels"] = torch.cat([mask, vae.encode(video.to(device))], dim=1)
+        del vae
+        free_memory()
+    return found
+
+
+def pixels(image: Image.Image) -> Tensor:
+    """Return (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

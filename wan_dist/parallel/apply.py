@@ -1,0 +1,19 @@
+"""The order in which parallelism is applied, and nothing else."""
+
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.parallel.fsdp import apply_fsdp
+from wan_dist.parallel.mesh import Groups
+from wan_dist.parallel.ring import apply_ring
+from wan_dist.parallel.sequence import apply_sequence_split
+from wan_dist.parallel.ulysses import apply_ulysses
+
+
+def parallelize_transformer(model: WanTransformer, groups: Groups, *, shard: bool) -> None:
+    """Spread a transformer, still on meta, over the ranks: sequence, attention, then weights."""
+    if groups.sp.size > 1:
+        sequence = apply_sequence_split(model, groups.sp)
+        apply_ring(model, sequence, groups.ring, num_inside=groups.ulysses.size)
+        apply_ulysses(model, sequence, groups.ulysses)
+    if shard and groups.replica_mesh is not None:
+        methods = [(model, "project_context"), *((block, "project_context") for block in model.blocks)]
+        apply_fsdp(model, model.blocks, groups.replica_mesh, methods=methods)

@@ -1,0 +1,28 @@
+"""Guidance-parallel: each branch of classifier-free guidance on ranks of its own."""
+
+from torch import Tensor
+
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.parallel.collectives import all_gather
+from wan_dist.parallel.mesh import Axis
+from wan_dist.sampling.conditioning import Conditioning
+from wan_dist.sampling.denoise import Branch
+
+
+class ParallelGuidance:
+    """u + scale (c - u), where the first rank of the axis computes c and the second u; one small exchange a step.
+
+    Both are computed whatever the scale, so that all ranks make the same number of forward calls, as sharded weights need.
+    """
+
+    def __init__(self, model: WanTransformer, conditioning: Conditioning, latents: Tensor, *, scale: float, axis: Axis) -> None:
+        assert conditioning.negative_context is not None
+        self.axis = axis
+        self.scale = scale
+        context = conditioning.context if axis.rank == 0 else conditioning.negative_context
+        self.branch = Branch(model, context, conditioning, latents)
+
+    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+        """Return the guided velocity (B, C, T, h, w), float32, the same on both ranks."""
+        conditional, unconditional = all_gather(self.branch(latents, timestep), self.axis)
+        return conditional if self.scale == 1 else unconditional + self.scale * (conditional - unconditional)

@@ -1,0 +1,75 @@
+"""The only place that sends tensors between ranks. On an axis of size 1 every function returns its input."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wan_dist.parallel.mesh import Axis, Groups
+
+T = TypeVar("T")
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
+
+def all_to_all(x: Tensor, axis: Axis) -> Tensor:
+    """x (N, ...): share i goes to rank i of the axis; returns (N, ...), share j from rank j."""
+    if axis.size == 1:
+        return x
+    out = torch.empty_like(x)
+    dist.all_to_all_single(out, x.contiguous(), group=axis.group)
+    return out
+
+
+def all_gather(x: Tensor, axis: Axis) -> Tensor:
+    """Return (N, ...): every rank's x, in the order of ranks."""
+    if axis.size == 1:
+        return x.unsqueeze(0)
+    out = x.new_empty(axis.size * x.numel())
+    _ALL_GATHER(out, x.contiguous().view(-1), group=axis.group)
+    return out.view(axis.size, *x.shape)
+
+
+def pass_on(tensors: list[Tensor], axis: Axis) -> list[Tensor]:
+    """Send tensors to the next rank of the axis and return those of the one before; all ranks' shapes are equal."""
+    received = [torch.empty_like(tensor) for tensor in tensors]
+    assert axis.group is not None
+    ranks = dist.get_process_group_ranks(axis.group)
+    after, before = ranks[(axis.rank + 1) % axis.size], ranks[(axis.rank - 1) % axis.size]
+    operations = [dist.P2POp(dist.isend, tensor.contiguous(), after, axis.group) for tensor in tensors]
+    operations += [dist.P2POp(dist.irecv, tensor, before, axis.group) for tensor in received]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return received
+
+
+def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | None:
+    """Return the first rank's tensor, or None if that has none, on all ranks of the axis."""
+    if axis.size == 1:
+        return x
+    described = broadcast_object(None if x is None else (tuple(x.shape), x.dtype), axis)
+    if described is None:
+        return None
+    shape, dtype = described
+    out = x.to(device).contiguous() if axis.rank == 0 and x is not None else torch.empty(shape, dtype=dtype, device=device)
+    dist.broadcast(out, group=axis.group, group_src=0)
+    return out
+
+
+def broadcast_object(value: T, axis: Axis) -> T:
+    """Return the first rank's value, any that can be pickled, on all ranks of the axis."""
+    if axis.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, group=axis.group, group_src=0)
+    return box[0]
+
+
+def first_on_each_node(find: Callable[[], T], groups: Groups) -> T:
+    """Call ``find`` on the first rank of each node, then on the others, which find what it left."""
+    if groups.replica.size == 1:
+        return find()
+    found = find() if groups.local_rank == 0 else None
+    dist.barrier(group=groups.replica.group)
+    return find() if found is None else found

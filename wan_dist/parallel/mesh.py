@@ -1,0 +1,85 @@
+"""Degrees -> process groups. All four axes always exist; on an axis of size 1 nothing is sent."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from wan_dist.degrees import Degrees
+
+AXES = ("dp", "cfg", "ring", "ulysses")
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where this rank is on one axis of the mesh, or on several taken together."""
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+    """None where the size is 1."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The axes of a run. ``sp``: ring and ulysses together; ``replica``: everything that works on one video."""
+
+    rank: int = 0
+    local_rank: int = 0
+    dp: Axis = Axis()
+    cfg: Axis = Axis()
+    ring: Axis = Axis()
+    ulysses: Axis = Axis()
+    sp: Axis = Axis()
+    replica: Axis = Axis()
+    replica_mesh: DeviceMesh | None = None
+    """Over which weights are sharded; None for one rank."""
+
+
+def local_device(name: str) -> torch.device:
+    """Return this rank's device of the kind ``name``: on a node, ranks take the GPUs in order of LOCAL_RANK."""
+    if name != "cuda":
+        return torch.device(name)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def open_groups(degrees: Degrees, device: torch.device) -> Iterator[Groups]:
+    """Make the process groups for these degrees, and end them on any exit; for one rank there are none."""
+    if degrees.num_ranks == 1:
+        yield Groups()
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+    try:
+        yield _groups(degrees, device.type)
+    finally:
+        dist.destroy_process_group()
+
+
+def _groups(degrees: Degrees, device_type: str) -> Groups:
+    mesh = init_device_mesh(device_type, (degrees.dp, degrees.cfg, degrees.ring, degrees.ulysses), mesh_dim_names=AXES)
+    replica = mesh["cfg", "ring", "ulysses"]._flatten("replica")
+    axes = {name: _axis(mesh[name]) for name in AXES}
+    return Groups(
+        rank=dist.get_rank(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        sp=_axis(mesh["ring", "ulysses"]._flatten("sp")),
+        replica=_axis(replica),
+        replica_mesh=replica if replica.size() > 1 else None,
+        **axes,
+    )
+
+
+def _axis(mesh: DeviceMesh) -> Axis:
+    if mesh.size() == 1:
+        return Axis()
+    return Axis(mesh.get_local_rank(), mesh.size(), mesh.get_group())
