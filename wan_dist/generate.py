@@ -120,7 +120,9 @@ def _denoise(
                 parallelize_transformer(model, groups, shard=plan.shard_dit)
 
             with report.stage(name, f"transformer {component.dims.num_layers} x {component.dims.dim}, {config.dtype}"):
+                before = component.files.bytes_read
                 model = component.load(report.device, spread=spread, inner_attention=attention)
+            report.rate(name, component.files.bytes_read - before)
             if groups.cfg.size == 2:
                 return ParallelGuidance(model, conditioning, noise, scale=scale, axis=groups.cfg)
             return Guidance(model, conditioning, noise, scale=scale)
@@ -133,7 +135,7 @@ def _denoise(
     else:
         openers = opener(0, "load high", high_scale), opener(1, "load low", low_scale)
         boundary = plan.task.boundary * NUM_TRAIN_TIMESTEPS
-        predict = TwoExperts(*openers, boundary=boundary)
+        predict = TwoExperts(*openers, boundary=boundary, early=plan.shard_dit)  # two shards are less than one whole expert
         high = sum(timestep >= boundary for timestep in solver.timesteps)
         logger.info("experts   high noise for the first %d steps, low noise for the other %d", high, len(solver) - high)
     predict = Agreeing(predict, groups.replica)

@@ -61,6 +61,12 @@ class Report:
         memory = f", GPU peak {entry['peak_gpu_gib']:.1f} GiB" if cuda else ""
         logger.info("%-9s %6.1f s%s%s", name, entry["seconds"], memory, f"  {detail}" if detail else "")
 
+    def rate(self, name: str, num_bytes: int) -> None:
+        """Note and log how fast a stage that is done has read this rank's share of a file."""
+        speed = num_bytes / 1e9 / max(self.stages[name]["seconds"], 1e-3)
+        self.stages[name] |= {"read_gb": round(num_bytes / 1e9, 3), "gb_per_second": round(speed, 2)}
+        logger.info("read      %.1f GB at %.1f GB/s", num_bytes / 1e9, speed)
+
     def save(self, path: Path) -> None:
         """Write the record."""
         peaks = {

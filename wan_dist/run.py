@@ -1,5 +1,6 @@
 """The command: ``python -m wan_dist.run task=... prompt=...``. Exit codes: 0 done, 1 the run failed, 2 bad input."""
 
+import json
 import os
 import sys
 import time
@@ -99,6 +100,9 @@ def _readable(fault: Exception) -> str:
 
 def _fail(code: int, message: str) -> int:
     sys.stderr.write(f"wan_dist: error: {message}\n")
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with the first failing rank's message
+        entry = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": entry}))
     return code
 
 

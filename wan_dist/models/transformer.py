@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
 
 ContextKV = list[tuple[Tensor, ...]]
-"""Cross-attention's k and v, for each block: two tensors (B, 512, H, D) of the text, and two (B, 257 n, H, D) of n images."""
+"""Cross-attention's k and v, for each block: two tensors (B, n + 1, H, D) of the text's n tokens and of the padding, whose rows
+are all the same, and two (B, 257 m, H, D) of m images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
         super().__init__()
         self.num_heads = dims.num_heads
+        self.text_len = dims.text_len
         self.eps = dims.eps
         self.q = nn.Linear(dims.dim, dims.dim, dtype=dtype)
         self.kv = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
@@ -124,7 +126,7 @@ class CrossAttention(nn.Module):
         self.inner_attention = inner_attention
 
     def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
-        """Return k and v of the embedded text (B, 512, D), then those of the embedded image (B, N, D) if there is one."""
+        """Return k and v of the embedded text (B, n + 1, D), then those of the embedded image (B, N, D) if there is one."""
         kv = self._keys_values(self.kv(text), self.norm_k)
         return kv if image is None else kv + self._keys_values(self.kv_img(image), self.norm_k_img)
 
@@ -136,7 +138,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
         """x (B, L, D) -> (B, L, D); kv as `project` returns it."""
         q = rms_norm(self.q(x), self.norm_q.weight, self.eps).to(x.dtype).unflatten(-1, (self.num_heads, -1))
-        out = self.inner_attention(q, *kv[:2])
+        # The published pipeline attends to the padding up to 512 tokens; one row of it is kept and repeated here.
+        num_padding = self.text_len - kv[0].shape[1]
+        out = self.inner_attention(q, *(torch.cat([part, part[:, -1:].expand(-1, num_padding, -1, -1)], dim=1) for part in kv[:2]))
         if len(kv) > 2:
             out = out + self.inner_attention(q, *kv[2:])
         return self.o(out.flatten(2))
@@ -282,10 +286,10 @@ class WanTransformer(nn.Module):
         """Return every block's cross-attention k and v of a prompt and images, which stay the same for all steps.
 
         context (tokens, text_dim), at most 512 tokens; image_features (n, 257, image_dim) of n images where the model looks at
-        images. The text is padded to 512 rows of zeros, which ARE attended to: the published weights were trained so.
+        images. Rows of zeros follow the text up to 512, and ARE attended to: the published weights were trained so.
         """
-        padded = F.pad(context.to(self.dtype), (0, 0, 0, self.dims.text_len - context.shape[0]))
-        text = self.text_embedding(padded.unsqueeze(0))  # (1, 512, D)
+        is_padded = context.shape[0] < self.dims.text_len
+        text = self.text_embedding(F.pad(context.to(self.dtype), (0, 0, 0, int(is_padded))).unsqueeze(0))  # (1, n + 1, D)
         image = None if image_features is None else self.img_emb(image_features).to(self.dtype)
         return [cast(Block, block).project_context(text, image) for block in self.blocks]
 

@@ -56,25 +56,25 @@ class Guidance:
 
 
 class TwoExperts:
-    """One prediction for strong noise, another for weak, of which only one exists at a time.
+    """One prediction for strong noise, another for weak; what will not be needed any more is let go.
 
-    ``open_high`` and ``open_low`` load an expert when its first timestep comes; the other is let go before.
+    ``open_high`` and ``open_low`` load an expert: when its first timestep comes, after the other has gone, so that only one exists
+    at a time; or, with ``early``, both before the first step, so that nothing waits at the switch.
     """
 
-    def __init__(self, open_high: Callable[[], Predict], open_low: Callable[[], Predict], *, boundary: float) -> None:
+    def __init__(self, open_high: Callable[[], Predict], open_low: Callable[[], Predict], *, boundary: float, early: bool = False) -> None:
         self.openers = {True: open_high, False: open_low}
         self.boundary = boundary
-        self.is_high: bool | None = None
-        self.predict: Predict | None = None
+        self.opened: dict[bool, Predict] = {is_high: opener() for is_high, opener in self.openers.items()} if early else {}
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the velocity by the expert for this timestep: the high-noise one from the boundary on."""
         is_high = timestep >= self.boundary
-        if self.predict is None or is_high != self.is_high:
-            self.predict = None
-            self.is_high = is_high
-            self.predict = self.openers[is_high]()
-        return self.predict(latents, timestep)
+        if not is_high:
+            self.opened.pop(True, None)  # the noise never grows
+        if is_high not in self.opened:
+            self.opened[is_high] = self.openers[is_high]()
+        return self.opened[is_high](latents, timestep)
 
 
 def denoise(

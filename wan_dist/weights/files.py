@@ -23,6 +23,7 @@ class TensorFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
+        self.bytes_read = 0
         self.shapes: dict[str, Shape] = {}
         self._readers: dict[str, Any] = {}
         for path in self.paths:
@@ -33,12 +34,16 @@ class TensorFiles:
     def read(self, name: str) -> Tensor:
         """Return one tensor, in the file's dtype, on the CPU; pages are read from disk as they are touched."""
         reader = self._readers[name]
-        return reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
+        return self._counted(reader[name] if isinstance(reader, dict) else reader.get_tensor(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of one tensor; only their bytes are read."""
         reader = self._readers[name]
-        return reader[name][start:stop] if isinstance(reader, dict) else reader.get_slice(name)[start:stop]
+        return self._counted(reader[name][start:stop] if isinstance(reader, dict) else reader.get_slice(name)[start:stop])
+
+    def _counted(self, tensor: Tensor) -> Tensor:
+        self.bytes_read += tensor.nbytes
+        return tensor
 
     def __str__(self) -> str:
         first = str(self.paths[0])

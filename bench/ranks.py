@@ -1,0 +1,197 @@
+"""Time one denoising step of a published transformer on several GPUs, for each way to spread it, beside diffusers.
+
+    torchrun --nproc_per_node=4 bench/ranks.py --task i2v-14B --size 832*480 --frames 81 --peer
+
+Random weights at full size, bfloat16, both guidance passes in a step. Prints a table and writes bench/results/NAME.json.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from wan_dist.catalog import TASKS, Task
+from wan_dist.degrees import Degrees
+from wan_dist.models.attention import choose_attention
+from wan_dist.models.transformer import TransformerDims, WanTransformer
+from wan_dist.parallel.apply import parallelize_transformer
+from wan_dist.parallel.cfg import ParallelGuidance
+from wan_dist.parallel.mesh import _groups, local_device
+from wan_dist.sampling.conditioning import Conditioning
+from wan_dist.sampling.denoise import Guidance
+
+GIB = 2**30
+
+
+def spreads(num_ranks: int) -> list[tuple[Degrees, bool]]:
+    """Return what is measured: Ulysses alone, with guidance-parallel, and a ring, replicated and sharded."""
+    half = num_ranks // 2
+    return [
+        (Degrees(ulysses=num_ranks), False),
+        (Degrees(ulysses=num_ranks), True),
+        (Degrees(cfg=2, ulysses=half), False),
+        (Degrees(cfg=2, ulysses=half), True),
+        (Degrees(cfg=2, ring=half), False),
+        (Degrees(ring=2, ulysses=half), False),
+    ]
+
+
+def random_inputs(task: Task, size: tuple[int, int], frames: int, device: torch.device) -> tuple[torch.Tensor, Conditioning]:
+    """Return latents and conditioning, the same on all ranks."""
+    torch.manual_seed(0)
+    shape = (task.latent_channels, (frames - 1) // task.stride[0] + 1, size[1] // task.stride[1], size[0] // task.stride[2])
+    extra = task.transformer.in_dim - task.transformer.out_dim
+    prompt, negative = (torch.randn(tokens, 4096, device=device).bfloat16() for tokens in (60, 126))
+    conditioning = Conditioning(
+        context=prompt,
+        negative_context=negative,
+        image_features=torch.randn(1, 257, 1280, device=device) if task.looks_at_images else None,
+        extra_channels=torch.randn(1, extra, *shape[1:], device=device) if extra else None,
+    )
+    return torch.randn(1, *shape, device=device), conditioning
+
+
+def timed(predict: Callable[[], torch.Tensor], steps: int) -> tuple[list[float], torch.Tensor]:
+    """Return the seconds of each step, the first one included, and the last result."""
+    seconds = []
+    for _ in range(steps + 1):
+        dist.barrier()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = predict()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds, result
+
+
+def row(name: str, seconds: list[float], weights: int) -> dict[str, object]:
+    """Return a line of the table; memory is the largest of all ranks'."""
+    peak = torch.tensor([weights, torch.cuda.max_memory_allocated()], device="cuda", dtype=torch.float64)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return {
+        "spread": name,
+        "seconds_per_step": round(statistics.median(seconds[1:]), 3),
+        "all_seconds": [round(second, 3) for second in seconds],
+        "weights_gib": round(peak[0].item() / GIB, 2),
+        "peak_gib": round(peak[1].item() / GIB, 2),
+    }
+
+
+def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], degrees: Degrees, shard: bool) -> dict[str, object]:
+    """Time our transformer under one spread."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    groups = _groups(degrees, "cuda")
+    attention = choose_attention(options.attention, device=device, dtype=torch.bfloat16, head_dim=128)
+    with torch.device("meta"):
+        model = WanTransformer(TransformerDims(**vars(task.transformer)), torch.bfloat16, attention)
+    parallelize_transformer(model, groups, shard=shard)
+    model.to_empty(device=device).eval().requires_grad_(False)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if parameter.dim() > 1:
+            local.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            local.fill_(0.0 if name.endswith("bias") else 1.0)
+    weights = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    latents, conditioning = random_inputs(task, size, options.frames, device)
+    if degrees.cfg == 2:
+        predict = ParallelGuidance(model, conditioning, latents, scale=5.0, axis=groups.cfg)
+    else:
+        predict = Guidance(model, conditioning, latents, scale=5.0)
+    seconds, velocity = timed(lambda: predict(latents, 700), options.steps)
+    assert torch.isfinite(velocity).all()
+    return row(f"{degrees}{', sharded' if shard else ''}, {attention.name}", seconds, weights)
+
+
+def measure_diffusers(task: Task, options: argparse.Namespace, size: tuple[int, int]) -> dict[str, object]:
+    """Time diffusers' transformer with its own context parallelism (Ulysses) and cuDNN attention, not compiled."""
+    from diffusers import ContextParallelConfig, WanTransformer3DModel
+
+    shape = task.transformer
+    config = {
+        "num_attention_heads": shape.num_heads,
+        "attention_head_dim": 128,
+        "in_channels": shape.in_dim,
+        "out_channels": shape.out_dim,
+        "ffn_dim": shape.ffn_dim,
+        "num_layers": shape.num_layers,
+        "image_dim": shape.image_dim or None,
+        "added_kv_proj_dim": shape.dim if shape.image_dim else None,
+    }
+    device = torch.device("cuda", torch.cuda.current_device())
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**config).to(torch.bfloat16)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02)
+    for module in model.modules():  # rotary tables are buffers, which to_empty left without values
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.randn_like(buffer, dtype=torch.float32).clamp(-1, 1).to(buffer.dtype))
+    model.set_attention_backend("_native_cudnn")
+    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    weights = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    latents, conditioning = random_inputs(task, size, options.frames, device)
+    latents = torch.cat([latents, conditioning.extra_channels], dim=1).bfloat16()
+    texts = [torch.randn(1, 512, 4096, device=device).bfloat16() for _ in range(2)]
+    image = conditioning.image_features.bfloat16() if conditioning.image_features is not None else None
+    timestep = torch.tensor([700], device=device)
+
+    def step() -> torch.Tensor:
+        out = [model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)[0] for text in texts]
+        return out[1] + 5.0 * (out[0] - out[1])
+
+    seconds, _ = timed(step, options.steps)
+    return row(f"diffusers, context parallel ulysses {dist.get_world_size()}, cudnn, eager", seconds, weights)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure every spread, and the peer if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="i2v-14B", choices=[name for name in TASKS if name != "toy"])
+    parser.add_argument("--size", default="832*480")
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    options = parser.parse_args()
+    width, height = (int(side) for side in options.size.split("*"))
+    device = local_device("cuda")
+    dist.init_process_group("nccl", device_id=device)
+    num_ranks, task = dist.get_world_size(), TASKS[options.task]
+    runs: list[Callable[[], dict[str, object]]] = [
+        lambda d=degrees, s=shard: measure(task, options, (width, height), d, s) for degrees, shard in spreads(num_ranks)
+    ]
+    if options.peer:
+        runs.append(lambda: measure_diffusers(task, options, (width, height)))
+    rows = []
+    for run in runs:
+        try:
+            rows.append(run())
+        except Exception as fault:  # one spread's failure must not hide the others' figures
+            rows.append({"spread": "failed", "error": f"{type(fault).__name__}: {str(fault)[:300]}"})
+        if int(os.environ["RANK"]) == 0:
+            print(rows[-1], flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    if int(os.environ["RANK"]) == 0:
+        machine = {"gpu": f"{num_ranks} x {torch.cuda.get_device_name()}", "torch": torch.__version__, "cuda": torch.version.cuda}
+        options.out.mkdir(parents=True, exist_ok=True)
+        file = options.out / f"ranks-{options.task}-{width}x{height}x{options.frames}-{num_ranks}gpu.json"
+        file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What becomes of a run when one of its ranks fails: all end within seconds, and what is said last names the cause."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOY = ["task=toy", "size=64*48", "frame_num=5", "sample.steps=4", "parallel.ulysses=2", "device=cpu"]
+
+
+def start(program: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start two ranks under torchrun, in a process group of their own."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)} | environment
+    return subprocess.Popen(
+        command, cwd=folder, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def nothing_is_left(group: int) -> bool:
+    """Whether the process group has no live member."""
+    for _ in range(50):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_failing_ends_all(rank: int, tmp_path: Path) -> None:
+    job = start([str(ROOT / "tests/ranks/failing.py"), *TOY], tmp_path, BREAK_RANK=str(rank))
+    told, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert told.count("wan_dist: error: RuntimeError: this rank broke") == 1
+    summary = told[told.index("Root Cause") :]
+    assert f"rank      : {rank} " in summary
+    assert "RuntimeError: this rank broke" in summary
+    assert nothing_is_left(job.pid)
+
+
+def test_bad_input_is_said_once(tmp_path: Path) -> None:
+    job = start(["-m", "wan_dist.run", *TOY, "frame_num=6"], tmp_path)
+    told, _ = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert told.count("wan_dist: error: frame_num=6 is not 4n + 1") == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_leaves_no_process(how: signal.Signals, tmp_path: Path) -> None:
+    job = start(["-m", "wan_dist.run", *TOY, "sample.steps=100000"], tmp_path)
+    assert job.stdout is not None
+    for line in iter(job.stdout.readline, ""):
+        if "ranks     dp 1" in line:
+            break
+    time.sleep(2)  # it is denoising now
+    os.kill(job.pid, how)
+    start_of_end = time.perf_counter()
+    job.communicate(timeout=45)
+    assert job.returncode != 0
+    assert time.perf_counter() - start_of_end < 40
+    assert nothing_is_left(job.pid)
