@@ -61,6 +61,11 @@ class ParallelConfig:
     cfg: int | None = _key(None, "2: the two passes of guidance side by side; null: planned")
     ring: int | None = _key(None, "ranks that pass keys and values around; null: planned")
     ulysses: int | None = _key(None, "ranks that trade tokens for heads, a divisor of the heads; null: planned")
+    timeout: float = _key(600.0, "seconds that ranks wait for each other before the run is given up")
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise InputError(f"parallel.timeout={self.timeout}: it must be above 0, in seconds")
 
 
 @dataclass(kw_only=True)

@@ -39,7 +39,7 @@ from wan_dist.weights.hub import find_checkpoint
 def run_job(config: RunConfig, plan: Plan) -> None:
     """Open the groups of ranks and run one job in them. Raises what `generate` raises."""
     device = _device(config)
-    with open_groups(plan.degrees, device) as groups:
+    with open_groups(plan.degrees, device, timeout=config.parallel.timeout) as groups:
         first = broadcast_object((plan.seed, plan.name), groups.replica)  # a drawn seed is the first rank's
         generate(config, replace(plan, seed=first[0], name=first[1]), groups, device)
 

@@ -120,7 +120,10 @@ def _degrees(config: RunConfig, task: Task, *, guided: bool) -> Degrees:
         ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)),
         num_heads=_num_heads(config, task),
         guided=guided,
-        **vars(config.parallel),
+        dp=config.parallel.dp,
+        cfg=config.parallel.cfg,
+        ring=config.parallel.ring,
+        ulysses=config.parallel.ulysses,
     )
     if degrees.dp > 1:
         raise InputError(f"parallel.dp={degrees.dp}: replicas are for several videos, and this run makes one; use parallel.dp=1")

@@ -50,7 +50,11 @@ class Report:
             torch.cuda.reset_peak_memory_stats(self.device)
         self._peaks_of_open_stages.append(0)
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except BaseException as fault:
+            fault.add_note(f"in stage {name}, after {time.perf_counter() - start:.0f} s")
+            raise
         if cuda:
             torch.cuda.synchronize(self.device)
         peak_seen = self._peaks_of_open_stages.pop()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from wan_dist.arguments import prepare, require_task
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, register_configs
 from wan_dist.errors import InputError
+from wan_dist.launcher import bury_launcher, die_with_launcher
 from wan_dist.log import logger, open_log
 from wan_dist.plan import make_plan
 
@@ -49,6 +51,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(help_text() + "\n")
         return 0
     open_log()
+    die_with_launcher()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
     try:
         prepared = prepare(arguments)
@@ -67,7 +70,8 @@ def main(arguments: list[str]) -> int:
         return _fail(130, "interrupted")
     except Exception as fault:
         logger.exception("the run failed")
-        return _fail(1, f"{type(fault).__name__}: {fault}")
+        bury_launcher()
+        return _fail(1, _described(fault))
     return 0
 
 
@@ -96,6 +100,15 @@ def _readable(fault: Exception) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def _described(fault: Exception) -> str:
+    """Return an error in a line: what, where, and on which rank of which host."""
+    first = next(iter(str(fault).splitlines()), "")
+    where = "; ".join(getattr(fault, "__notes__", [])[:2])
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        where = "; ".join(part for part in (where, f"rank {os.environ.get('RANK')} on {socket.gethostname()}") if part)
+    return f"{type(fault).__name__}: {first}" + (f" ({where})" if where else "")
 
 
 def _fail(code: int, message: str) -> int:

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tests.conftest import FIXTURES, relative_error
 from wan_dist.catalog import TASKS
 from wan_dist.errors import InputError
-from wan_dist.models.attention import InnerAttention, choose_attention
+from wan_dist.models.attention import InnerAttention, attend_with_lse, choose_attention
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.weights.checkpoint import open_checkpoint
 
@@ -55,3 +55,16 @@ def test_vae(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(frames.cpu(), golden["vae21.decoded"], atol=1e-4, rtol=0)
     latents = vae.encode(golden["vae21.video"][None].to(CUDA))[0]
     torch.testing.assert_close(latents.cpu(), golden["vae21.latent"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["fa4", "cudnn"])
+def test_partial_attention_is_exact_when_merged(name: str) -> None:
+    """Ring attention merges parts by their log-sum-exp: result and log-sum-exp of each part against float64."""
+    if name == "fa4":
+        pytest.importorskip("flash_attn.cute")
+    q, k, v = (torch.randn(1, length, 5, 128, device=CUDA).bfloat16() for length in (1003, 515, 515))
+    out, lse = attend_with_lse(name, q, k, v)
+    scores = torch.einsum("bqhd,bkhd->bqhk", q.double(), k.double()) / 128**0.5
+    assert out.shape == q.shape
+    assert relative_error(lse, scores.logsumexp(dim=-1)) < 1e-3
+    assert relative_error(out, torch.einsum("bqhk,bkhd->bqhd", scores.softmax(dim=-1), v.double())) < 5e-3

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors"},
-    {"catalog", "log"},
+    {"catalog", "log", "launcher"},
     {"config", "degrees"},
     {"images", "arguments", "models"},
     {"plan"},

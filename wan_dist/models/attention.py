@@ -49,8 +49,16 @@ _KERNELS: dict[str, Callable[[], Kernel]] = {
 _FASTEST_FIRST = ("fa4", "cudnn", "flash", "sdpa")
 
 
-def attend_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention's result (B, Lq, H, D) and its log-sum-exp (B, Lq, H), float32; shapes as in `InnerAttention.forward`."""
+def attend_with_lse(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return attention's result (B, Lq, H, D) and its log-sum-exp (B, Lq, H), float32; shapes as in `InnerAttention.forward`.
+
+    FlashAttention-4 where ``name`` is fa4, else FlashAttention-2 on a GPU in half precision, else plain arithmetic in float32.
+    """
+    if name == "fa4":
+        from flash_attn.cute import flash_attn_func  # optional, and it imports a compiler
+
+        out, lse = flash_attn_func(q, k, v, return_lse=True)
+        return out, lse.float().transpose(1, 2)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, L, D)
     if q.is_cuda and q.dtype != torch.float32:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)

@@ -1,6 +1,7 @@
 """The only place that sends tensors between ranks. On an axis of size 1 every function returns its input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -13,12 +14,25 @@ T = TypeVar("T")
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
 
+@contextmanager
+def _naming(axis: Axis) -> Iterator[None]:
+    """Say in an error for which other ranks this one was waiting."""
+    try:
+        yield
+    except RuntimeError as fault:
+        assert axis.group is not None
+        others = [rank for rank in dist.get_process_group_ranks(axis.group) if rank != dist.get_rank()]
+        fault.add_note(f"waiting for rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}")
+        raise
+
+
 def all_to_all(x: Tensor, axis: Axis) -> Tensor:
     """x (N, ...): share i goes to rank i of the axis; returns (N, ...), share j from rank j."""
     if axis.size == 1:
         return x
     out = torch.empty_like(x)
-    dist.all_to_all_single(out, x.contiguous(), group=axis.group)
+    with _naming(axis):
+        dist.all_to_all_single(out, x.contiguous(), group=axis.group)
     return out
 
 
@@ -27,21 +41,32 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x.unsqueeze(0)
     out = x.new_empty(axis.size * x.numel())
-    _ALL_GATHER(out, x.contiguous().view(-1), group=axis.group)
+    with _naming(axis):
+        _ALL_GATHER(out, x.contiguous().view(-1), group=axis.group)
     return out.view(axis.size, *x.shape)
 
 
-def pass_on(tensors: list[Tensor], axis: Axis) -> list[Tensor]:
-    """Send tensors to the next rank of the axis and return those of the one before; all ranks' shapes are equal."""
+def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
+    """Begin to send tensors to the next rank of the axis; the call that comes back waits for those of the one before.
+
+    All ranks' shapes are equal.
+    """
     received = [torch.empty_like(tensor) for tensor in tensors]
     assert axis.group is not None
     ranks = dist.get_process_group_ranks(axis.group)
     after, before = ranks[(axis.rank + 1) % axis.size], ranks[(axis.rank - 1) % axis.size]
     operations = [dist.P2POp(dist.isend, tensor.contiguous(), after, axis.group) for tensor in tensors]
     operations += [dist.P2POp(dist.irecv, tensor, before, axis.group) for tensor in received]
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
-    return received
+    with _naming(axis):
+        works = dist.batch_isend_irecv(operations)
+
+    def wait() -> list[Tensor]:
+        with _naming(axis):
+            for work in works:
+                work.wait()
+        return received
+
+    return wait
 
 
 def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | None:
@@ -53,7 +78,8 @@ def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | No
         return None
     shape, dtype = described
     out = x.to(device).contiguous() if axis.rank == 0 and x is not None else torch.empty(shape, dtype=dtype, device=device)
-    dist.broadcast(out, group=axis.group, group_src=0)
+    with _naming(axis):
+        dist.broadcast(out, group=axis.group, group_src=0)
     return out
 
 
@@ -62,7 +88,8 @@ def broadcast_object(value: T, axis: Axis) -> T:
     if axis.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, group=axis.group, group_src=0)
+    with _naming(axis):
+        dist.broadcast_object_list(box, group=axis.group, group_src=0)
     return box[0]
 
 

@@ -9,11 +9,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from wan_dist.degrees import Degrees
 
 AXES = ("dp", "cfg", "ring", "ulysses")
-TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,22 @@ def local_device(name: str) -> torch.device:
 
 
 @contextmanager
-def open_groups(degrees: Degrees, device: torch.device) -> Iterator[Groups]:
-    """Make the process groups for these degrees, and end them on any exit; for one rank there are none."""
+def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> Iterator[Groups]:
+    """Make the process groups for these degrees, and end them on any exit; for one rank there are none.
+
+    Ranks that wait for each other longer than ``timeout`` seconds give up with an error.
+    """
     if degrees.num_ranks == 1:
         yield Groups()
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
     try:
-        yield _groups(degrees, device.type)
+        groups = _groups(degrees, device.type)
+        for axis in (groups.dp, groups.cfg, groups.ring, groups.ulysses, groups.sp, groups.replica):
+            if axis.group is not None:  # groups that a mesh makes do not take over the limit
+                _set_pg_timeout(timedelta(seconds=timeout), axis.group)
+        yield groups
     finally:
         dist.destroy_process_group()
 

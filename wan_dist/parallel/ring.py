@@ -4,6 +4,7 @@ Partial results are merged by their log-sum-exp, which is exact.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wan_dist.models.attention import InnerAttention, attend_with_lse
@@ -29,18 +30,19 @@ class RingAttention(InnerAttention):
         """q, k, v (B, L', H, D) of this rank's tokens, without or with padding -> (B, L', H, D)."""
         length = self.num_inside * self.sequence.share
         padding = length - k.shape[1]
-        moving = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, padding)) for part in (k, v)]  # equal shapes on all ranks
+        moving = [F.pad(part, (0, 0, 0, 0, 0, padding)).contiguous() for part in (k, v)]  # equal shapes on all ranks
         out, lse = q.new_zeros(q.shape, dtype=torch.float32), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         for step in range(self.axis.size):
             source = (self.axis.rank - step) % self.axis.size
             num_valid = self.sequence.num_valid(source * self.num_inside, self.num_inside)
+            arriving = pass_on(moving, self.axis) if step < self.axis.size - 1 else None  # while this part is attended to
             if num_valid and q.shape[1]:
-                part, part_lse = attend_with_lse(q, *(tensor[:, :num_valid] for tensor in moving))
+                part, part_lse = attend_with_lse(self.name, q, *(tensor[:, :num_valid] for tensor in moving))
                 merged = torch.logaddexp(lse, part_lse)  # (B, L', H)
                 out = out * (lse - merged).exp().unsqueeze(-1) + part.float() * (part_lse - merged).exp().unsqueeze(-1)
                 lse = merged
-            if step < self.axis.size - 1:
-                moving = pass_on(moving, self.axis)
+            if arriving is not None:
+                moving = arriving()
         return out.to(q.dtype)
 
 
