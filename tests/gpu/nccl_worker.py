@@ -1,0 +1,58 @@
+"""One rank of the check that attention spread over GPUs is attention: Ulysses, ring, and both, on token counts that do not divide.
+
+Runs on CPUs too: torchrun --standalone --nproc_per_node=4 -m tests.gpu.nccl_worker sdpa
+"""
+
+import os
+import sys
+
+import torch
+
+from wan_dist.degrees import Degrees
+from wan_dist.models.attention import InnerAttention, choose_attention
+from wan_dist.parallel.mesh import Groups, _groups, local_device, open_groups
+from wan_dist.parallel.ring import RingAttention
+from wan_dist.parallel.sequence import SplitSequence
+from wan_dist.parallel.ulysses import UlyssesAttention
+
+HEADS, WIDTH = 8, 128
+
+
+def spread_attention(groups: Groups, attention: InnerAttention, whole: list[torch.Tensor]) -> torch.Tensor:
+    """Return attention of whole q, k, v (1, L, H, D) as (1, L, H D), computed from this rank's shares and the others'."""
+    sequence = SplitSequence(groups.sp)
+    num_tokens = whole[0].shape[1]
+    table = torch.zeros(num_tokens, 1, 1)
+    shares = [sequence.split(part.flatten(2), (table, table), (num_tokens,))[0].unflatten(2, (HEADS, WIDTH)) for part in whole]
+    if groups.ring.size > 1:
+        attention = RingAttention(attention, sequence, groups.ring, groups.ulysses.size)
+    if groups.ulysses.size > 1:
+        attention = UlyssesAttention(attention, sequence, groups.ulysses)
+    return sequence.gather(attention(*shares).flatten(2))
+
+
+def main(name: str) -> None:
+    device = local_device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    attention = choose_attention(name, device=device, dtype=dtype, head_dim=WIDTH)
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    spreads = [Degrees(ring=num_ranks), Degrees(ulysses=num_ranks)]
+    if num_ranks == 4:
+        spreads.append(Degrees(ring=2, ulysses=2))
+    with open_groups(spreads[0], device, timeout=60):
+        for degrees in spreads:
+            groups = _groups(degrees, device.type)
+            for num_tokens in (2048, 1003):
+                torch.manual_seed(num_tokens)
+                whole = [torch.randn(1, num_tokens, HEADS, WIDTH).to(device, dtype) for _ in range(3)]
+                first, again = (spread_attention(groups, attention, whole) for _ in range(2))
+                exact = InnerAttention()(*(part.double() for part in whole)).flatten(2)
+                error = ((first.double() - exact).norm() / exact.norm()).item()
+                if groups.rank == 0:
+                    print(f"{attention.name} {degrees} {num_tokens} tokens: {error:.2e}", flush=True)
+                assert error < 5e-3, (degrees, num_tokens, error)
+                assert torch.equal(first, again), "the same again is not the same"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
