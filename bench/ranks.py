@@ -23,7 +23,7 @@ from wan_dist.models.attention import choose_attention
 from wan_dist.models.transformer import TransformerDims, WanTransformer
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
-from wan_dist.parallel.mesh import _groups, local_device
+from wan_dist.parallel.mesh import local_device, make_groups
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import Guidance
 
@@ -87,7 +87,7 @@ def row(name: str, seconds: list[float], weights: int) -> dict[str, object]:
 def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], degrees: Degrees, shard: bool) -> dict[str, object]:
     """Time our transformer under one spread."""
     device = torch.device("cuda", torch.cuda.current_device())
-    groups = _groups(degrees, "cuda")
+    groups = make_groups(degrees, "cuda")
     attention = choose_attention(options.attention, device=device, dtype=torch.bfloat16, head_dim=128)
     with torch.device("meta"):
         model = WanTransformer(TransformerDims(**vars(task.transformer)), torch.bfloat16, attention)

@@ -9,13 +9,16 @@ FIXTURES = Path(__file__).parent / "fixtures"
 SHARED_GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
 
 
+def has_golden(name: str) -> bool:
+    return (FIXTURES / name).exists() or (SHARED_GOLDENS / name).exists()
+
+
 def golden_folder(name: str) -> Path:
     """Return a golden checkpoint's folder: the one that travels with the code, or one of the larger set beside the checkout."""
-    here = FIXTURES / name
-    folder = here if here.exists() else SHARED_GOLDENS / name
-    if not folder.exists():
+    if not has_golden(name):
         pytest.skip(f"the golden {name} is not beside this checkout")
-    return folder
+    here = FIXTURES / name
+    return here if here.exists() else SHARED_GOLDENS / name
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import torch
 
 from wan_dist.degrees import Degrees
 from wan_dist.models.attention import InnerAttention, choose_attention
-from wan_dist.parallel.mesh import Groups, _groups, local_device, open_groups
+from wan_dist.parallel.mesh import Groups, local_device, make_groups, open_groups
 from wan_dist.parallel.ring import RingAttention
 from wan_dist.parallel.sequence import SplitSequence
 from wan_dist.parallel.ulysses import UlyssesAttention
@@ -41,7 +41,7 @@ def main(name: str) -> None:
         spreads.append(Degrees(ring=2, ulysses=2))
     with open_groups(spreads[0], device, timeout=60):
         for degrees in spreads:
-            groups = _groups(degrees, device.type)
+            groups = make_groups(degrees, device.type)
             for num_tokens in (2048, 1003):
                 torch.manual_seed(num_tokens)
                 whole = [torch.randn(1, num_tokens, HEADS, WIDTH).to(device, dtype) for _ in range(3)]

@@ -82,4 +82,4 @@ def test_a_cut_link_ends_both_hosts_in_time(network: Path) -> None:
         assert "; in stage denoise" in told
         assert "(waiting for rank" in told
     print(f"both ended {took:.0f} s after the cut")
-    assert took < TIMEOUT + 35
+    assert took < 60  # the limit, 20 s of patience with torchrun, and what a busy machine adds

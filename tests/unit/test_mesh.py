@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wan_dist.degrees import Degrees
-from wan_dist.parallel.mesh import Axis, _groups
+from wan_dist.parallel.mesh import Axis, make_groups
 from wan_dist.parallel.sequence import SplitSequence
 
 SPREADS = [
@@ -25,7 +25,7 @@ def test_groups_are_neighbours_from_ulysses_outwards(degrees: Degrees) -> None:
     for rank in {0, 1, num_ranks // 2, num_ranks - 1}:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
         try:
-            groups = _groups(degrees, "cpu")
+            groups = make_groups(degrees, "cpu")
             rest, ulysses = divmod(rank, degrees.ulysses)
             rest, ring = divmod(rest, degrees.ring)
             dp, cfg = divmod(rest, degrees.cfg)

@@ -63,7 +63,7 @@ def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> It
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
     try:
-        groups = _groups(degrees, device.type)
+        groups = make_groups(degrees, device.type)
         for axis in (groups.dp, groups.cfg, groups.ring, groups.ulysses, groups.sp, groups.replica):
             if axis.group is not None:  # groups that a mesh makes do not take over the limit
                 _set_pg_timeout(timedelta(seconds=timeout), axis.group)
@@ -72,7 +72,8 @@ def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> It
         dist.destroy_process_group()
 
 
-def _groups(degrees: Degrees, device_type: str) -> Groups:
+def make_groups(degrees: Degrees, device_type: str) -> Groups:
+    """Cut the ranks of the default process group into the axes; called by all of them."""
     mesh = init_device_mesh(device_type, (degrees.dp, degrees.cfg, degrees.ring, degrees.ulysses), mesh_dim_names=AXES)
     replica = mesh["cfg", "ring", "ulysses"]._flatten("replica")
     axes = {name: _axis(mesh[name]) for name in AXES}
