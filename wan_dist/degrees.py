@@ -23,6 +23,12 @@ class Degrees:
         """Product of all."""
         return self.dp * self.cfg * self.ring * self.ulysses
 
+    @property
+    def settings(self) -> str:
+        """The same as command-line settings."""
+        degrees = {name: degree for name, degree in vars(self).items() if degree > 1}
+        return " ".join(f"parallel.{name}={degree}" for name, degree in degrees.items()) or "no parallel settings"
+
     def __str__(self) -> str:
         return f"dp {self.dp} x cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
 
@@ -48,7 +54,9 @@ def plan_degrees(
     for name, value in given.items():
         if value is not None and value < 1:
             raise InputError(f"parallel.{name}={value}: a degree is at least 1")
-    suggestion = _fit(num_ranks, ranks_per_node, num_heads, guided, {"dp": 1})
+    planned = _fit(num_ranks, ranks_per_node, num_heads, guided, {"dp": 1})
+    assert planned is not None
+    suggestion = planned.settings
     if cfg is not None and cfg > 2:
         raise InputError(f"parallel.cfg={cfg}: guidance has two branches, so parallel.cfg is 1 or 2")
     if cfg == 2 and not guided:
