@@ -9,7 +9,6 @@ from enum import Enum
 from wan_dist.errors import InputError, nearest
 
 NUM_TRAIN_TIMESTEPS = 1000
-TEXT_LEN = 512
 AREA_480P = 832 * 480
 
 

@@ -6,11 +6,11 @@ from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
 from wan_dist.sampling.conditioning import Conditioning
-from wan_dist.sampling.denoise import Branch
+from wan_dist.sampling.denoise import Branch, guided
 
 
 class ParallelGuidance:
-    """u + scale (c - u), where the first rank of the axis computes c and the second u; one small exchange a step.
+    """Classifier-free guidance, where the first rank of the axis has the prompt and the second the negative one; one small exchange a step.
 
     Both are computed whatever the scale, so that all ranks make the same number of forward calls, as sharded weights need.
     """
@@ -25,4 +25,4 @@ class ParallelGuidance:
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32, the same on both ranks."""
         conditional, unconditional = all_gather(self.branch(latents, timestep), self.axis)
-        return conditional if self.scale == 1 else unconditional + self.scale * (conditional - unconditional)
+        return conditional if self.scale == 1 else guided(conditional, unconditional, self.scale)

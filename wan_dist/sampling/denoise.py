@@ -36,8 +36,13 @@ class Branch:
         return velocity
 
 
+def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Return u + scale (c - u), classifier-free guidance (arXiv:2207.12598)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
 class Guidance:
-    """Classifier-free guidance (arXiv:2207.12598), both branches one after the other: u + scale (c - u)."""
+    """Classifier-free guidance, both branches one after the other."""
 
     def __init__(self, model: WanTransformer, conditioning: Conditioning, latents: Tensor, *, scale: float) -> None:
         self.scale = scale
@@ -51,8 +56,7 @@ class Guidance:
         conditional = self.conditional(latents, timestep)
         if self.unconditional is None:
             return conditional
-        unconditional = self.unconditional(latents, timestep)
-        return unconditional + self.scale * (conditional - unconditional)
+        return guided(conditional, self.unconditional(latents, timestep), self.scale)
 
 
 class TwoExperts:

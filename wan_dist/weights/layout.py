@@ -78,7 +78,7 @@ def find_layout(folder: Path, task: Task) -> Layout:
     is_diffusers = (folder / "model_index.json").exists() or (folder / "transformer").is_dir()
     layout = _diffusers(folder, task) if is_diffusers else _original(folder, task)
     parts = (*layout.transformers, layout.text_encoder, layout.image_encoder, layout.vae)
-    missing = [_relative(part, folder) for part in parts if part is not None and not _exists(part)]
+    missing = [str(path.relative_to(folder)) for part in parts if part is not None and (path := _missing(part)) is not None]
     if not layout.tokenizer.is_dir():
         missing.append(str(layout.tokenizer.relative_to(folder)))
     if missing:
@@ -114,14 +114,10 @@ def _diffusers(folder: Path, task: Task) -> Layout:
     )
 
 
-def _exists(part: Part) -> bool:
+def _missing(part: Part) -> Path | None:
+    """Return the first of a part's files that is not there, as a pattern where it may be sharded."""
     if part.config is not None and not (part.folder / part.config).exists():
-        return False
-    return any(part.folder.glob(f"{part.file}*"))
-
-
-def _relative(part: Part, folder: Path) -> str:
-    wanted = part.file if part.file.endswith(".pth") else f"{part.file}*.safetensors"
-    if part.config is not None and not (part.folder / part.config).exists():
-        wanted = part.config
-    return str((part.folder / wanted).relative_to(folder))
+        return part.folder / part.config
+    if any(part.folder.glob(f"{part.file}*")):
+        return None
+    return part.folder / (part.file if part.file.endswith(".pth") else f"{part.file}*.safetensors")
