@@ -69,6 +69,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except Exception as fault:
+        if any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
+            time.sleep(3)  # the rank that broke ends first, so that torchrun names it and not those it left waiting
         logger.exception("the run failed")
         bury_launcher()
         return _fail(1, _described(fault))
