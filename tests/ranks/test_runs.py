@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import TCPStore
 
 from tests.conftest import golden_folder, has_golden
 from tests.test_command import reference_arguments
@@ -71,26 +71,20 @@ CASES = {
 }
 
 
-def free_ports(count: int) -> int:
-    """Return the first of ``count`` neighbouring ports that are free now."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = probe.getsockname()[1]
-        if first + count < 60000:
-            return first
-
-
 def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[list[list[int]], str]:
-    """Run every row's arguments on this many ranks; returns each rank's exit codes and what they printed."""
+    """Run every row's arguments on this many ranks; returns each rank's exit codes and what they printed.
+
+    Each row has a store of its own, held open here as torchrun's agent does, so that no row can find its port taken.
+    """
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in table]
     file = folder / "table.json"
-    file.write_text(json.dumps(table), encoding="utf-8")
-    port = free_ports(len(table))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    file.write_text(json.dumps([[store.port, arguments] for store, arguments in zip(stores, table, strict=True)]), encoding="utf-8")
+    store_of_the_agent = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment = os.environ | store_of_the_agent | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
     logs = [(folder / f"log-{rank}").open("w+") for rank in range(num_ranks)]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.ranks.worker", file, str(rank), str(num_ranks), str(port)],
+            [sys.executable, "-W", "ignore", "-m", "tests.ranks.worker", file, str(rank), str(num_ranks)],
             stdout=logs[rank],
             stderr=subprocess.STDOUT,
             env=environment,

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 
-def main(table: Path, rank: int, num_ranks: int, first_port: int) -> None:
+def main(table: Path, rank: int, num_ranks: int) -> None:
     from wan_dist.run import main as run
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
     codes = []
-    for number, arguments in enumerate(json.loads(table.read_text(encoding="utf-8"))):
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(first_port + number)}
+    for port, arguments in json.loads(table.read_text(encoding="utf-8")):
+        os.environ["MASTER_PORT"] = str(port)
         try:
             codes.append(run(arguments))
         except BaseException:
@@ -26,4 +26,4 @@ def main(table: Path, rank: int, num_ranks: int, first_port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *(int(argument) for argument in sys.argv[2:5]))
+    main(Path(sys.argv[1]), *(int(argument) for argument in sys.argv[2:4]))
