@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from random_model import random_inputs, random_transformer
 
 from wan_dist.catalog import TASKS, Task
 from wan_dist.degrees import Degrees
 from wan_dist.models.attention import choose_attention
-from wan_dist.models.transformer import TransformerDims, WanTransformer
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
 from wan_dist.parallel.mesh import local_device, make_groups
-from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import Guidance
 
 GIB = 2**30
@@ -41,21 +40,6 @@ def spreads(num_ranks: int) -> list[tuple[Degrees, bool]]:
         (Degrees(cfg=2, ring=half), False),
         (Degrees(ring=2, ulysses=half), False),
     ]
-
-
-def random_inputs(task: Task, size: tuple[int, int], frames: int, device: torch.device) -> tuple[torch.Tensor, Conditioning]:
-    """Return latents and conditioning, the same on all ranks."""
-    torch.manual_seed(0)
-    shape = (task.latent_channels, (frames - 1) // task.stride[0] + 1, size[1] // task.stride[1], size[0] // task.stride[2])
-    extra = task.transformer.in_dim - task.transformer.out_dim
-    prompt, negative = (torch.randn(tokens, 4096, device=device).bfloat16() for tokens in (60, 126))
-    conditioning = Conditioning(
-        context=prompt,
-        negative_context=negative,
-        image_features=torch.randn(1, 257, 1280, device=device) if task.looks_at_images else None,
-        extra_channels=torch.randn(1, extra, *shape[1:], device=device) if extra else None,
-    )
-    return torch.randn(1, *shape, device=device), conditioning
 
 
 def timed(predict: Callable[[], torch.Tensor], steps: int) -> tuple[list[float], torch.Tensor]:
@@ -89,24 +73,15 @@ def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], degr
     device = torch.device("cuda", torch.cuda.current_device())
     groups = make_groups(degrees, "cuda")
     attention = choose_attention(options.attention, device=device, dtype=torch.bfloat16, head_dim=128)
-    with torch.device("meta"):
-        model = WanTransformer(TransformerDims(**vars(task.transformer)), torch.bfloat16, attention)
-    parallelize_transformer(model, groups, shard=shard)
-    model.to_empty(device=device).eval().requires_grad_(False)
-    torch.manual_seed(1)
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if parameter.dim() > 1:
-            local.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            local.fill_(0.0 if name.endswith("bias") else 1.0)
+    model = random_transformer(task, attention, device, lambda model: parallelize_transformer(model, groups, shard=shard))
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    latents, conditioning = random_inputs(task, size, options.frames, device)
+    latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
     if degrees.cfg == 2:
-        predict = ParallelGuidance(model, conditioning, latents, scale=5.0, axis=groups.cfg)
+        predict = ParallelGuidance(model, contexts, conditioning, latents, scale=5.0, axis=groups.cfg)
     else:
-        predict = Guidance(model, conditioning, latents, scale=5.0)
+        predict = Guidance(model, contexts, conditioning, latents, scale=5.0)
+    del contexts
     seconds, velocity = timed(lambda: predict(latents, 700), options.steps)
     assert torch.isfinite(velocity).all()
     return row(f"{degrees}{', sharded' if shard else ''}, {attention.name}", seconds, weights)
@@ -140,10 +115,10 @@ def measure_diffusers(task: Task, options: argparse.Namespace, size: tuple[int, 
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    latents, conditioning = random_inputs(task, size, options.frames, device)
+    latents, _, conditioning = random_inputs(task, size, options.frames, device)
     latents = torch.cat([latents, conditioning.extra_channels], dim=1).bfloat16()
     texts = [torch.randn(1, 512, 4096, device=device).bfloat16() for _ in range(2)]
-    image = conditioning.image_features.bfloat16() if conditioning.image_features is not None else None
+    image = torch.randn(1, 257, 1280, device=device).bfloat16() if task.looks_at_images else None
     timestep = torch.tensor([700], device=device)
 
     def step() -> torch.Tensor:

@@ -12,30 +12,14 @@ import time
 from pathlib import Path
 
 import torch
+from random_model import random_inputs, random_transformer
 
 from wan_dist.catalog import TASKS, Task
 from wan_dist.errors import InputError
-from wan_dist.models.attention import InnerAttention, choose_attention
-from wan_dist.models.transformer import TransformerDims, WanTransformer
-from wan_dist.sampling.conditioning import Conditioning
+from wan_dist.models.attention import choose_attention
 from wan_dist.sampling.denoise import Guidance
 
 GIB = 2**30
-
-
-def random_transformer(task: Task, attention: InnerAttention, device: torch.device) -> WanTransformer:
-    """Return the task's transformer in bfloat16 with random weights that keep activations near 1."""
-    shape = task.transformer
-    dims = TransformerDims(**vars(shape))
-    with torch.device("meta"):
-        model = WanTransformer(dims, torch.bfloat16, attention)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-    return model
 
 
 def measure(task: Task, size: tuple[int, int], frames: int, backend: str, steps: int) -> dict[str, object]:
@@ -45,24 +29,8 @@ def measure(task: Task, size: tuple[int, int], frames: int, backend: str, steps:
     model = random_transformer(task, attention, device)
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    shape = (
-        task.latent_channels,
-        (frames - 1) // task.stride[0] + 1,
-        size[1] // task.stride[1],
-        size[0] // task.stride[2],
-    )
-    latents = torch.randn(1, *shape, device=device)
-    text_dim = model.dims.text_dim
-    prompt, negative = (torch.randn(tokens, text_dim, device=device, dtype=torch.bfloat16) for tokens in (60, 126))
-    num_extra = model.dims.in_dim - model.dims.out_dim
-    conditioning = Conditioning(
-        context=prompt,
-        negative_context=negative,
-        image_features=torch.randn(1 + bool(model.dims.image_positions), 257, 1280, device=device) if task.looks_at_images else None,
-        extra_channels=torch.randn(1, num_extra, *shape[1:], device=device) if num_extra else None,
-        known_latents=torch.randn(1, shape[0], 1, *shape[2:], device=device) if task.known_first_frame else None,
-    )
-    predict = Guidance(model, conditioning, latents, scale=5.0)
+    latents, contexts, conditioning = random_inputs(task, size, frames, device)
+    predict = Guidance(model, contexts, conditioning, latents, scale=5.0)
     seconds = []
     for _ in range(steps + 1):
         torch.cuda.synchronize()

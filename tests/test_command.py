@@ -83,7 +83,8 @@ def test_the_video_is_the_reference_implementations(task: str, name: str, case: 
     assert f"{24 if task == 'ti2v-5B' else 16} fps" in facts
     assert frames.shape == (*video.shape[1:], 3)
     record = json.loads((out / "out.json").read_text(encoding="utf-8"))
-    stages = {"check", "text", "denoise", "decode"} | ({"load high", "load low"} if TASKS[task].boundary else {"load"})
+    experts = (" high", " low") if TASKS[task].boundary else ("",)
+    stages = {"check", "text", "denoise", "decode"} | {f"{stage}{expert}" for stage in ("context", "load") for expert in experts}
     has_image = record["config"]["image"] or record["config"]["first_frame"]
     assert set(record["stages"]) == (stages | {"image"} if has_image else stages)
     assert record["peak_host_gib"] > 0
@@ -211,7 +212,7 @@ def test_weights_are_not_read_before_the_checks(monkeypatch: pytest.MonkeyPatch)
     assert main([*TINY, "attention=cudnn", "device=cpu"]) == 2
 
 
-@pytest.mark.parametrize(("task", "name", "models"), [("toy", "", 3), ("i2v-14B", "wan2.1-i2v", 5), ("t2v-A14B", "wan2.2-t2v-a14b", 4)])
+@pytest.mark.parametrize(("task", "name", "models"), [("toy", "", 4), ("i2v-14B", "wan2.1-i2v", 6), ("t2v-A14B", "wan2.2-t2v-a14b", 6)])
 def test_models_are_on_the_device_one_after_the_other(task: str, name: str, models: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """When one is loaded, the one before is gone from memory; so it is for two experts."""
     from wan_dist.weights.checkpoint import Component

@@ -10,15 +10,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wan_dist.images import cover
+from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder
-from wan_dist.parallel.collectives import broadcast
+from wan_dist.models.transformer import ContextKV, TransformerDims
+from wan_dist.parallel.collectives import all_gather, broadcast
 from wan_dist.parallel.fsdp import apply_fsdp
 from wan_dist.parallel.mesh import Groups
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, mask_of_images, video_of_images
-from wan_dist.weights.checkpoint import Checkpoint
+from wan_dist.weights.checkpoint import Checkpoint, Component
 
 
 def encode(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -> Conditioning:
@@ -33,6 +35,27 @@ def encode(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -
     context = everywhere.pop("context")
     assert context is not None
     return Conditioning(context=context, negative_context=everywhere.pop("negative_context"), **everywhere)
+
+
+def project_contexts(
+    component: Component[ContextProjection, TransformerDims], conditioning: Conditioning, groups: Groups, report: Report, name: str
+) -> list[ContextKV]:
+    """Return a transformer's cross-attention k and v of the prompt, and of the negative one if there is one, on every rank.
+
+    Every rank of the replica reads and computes its share of the blocks. The weights are gone from the device then.
+    """
+    num_blocks, axis = component.dims.num_layers, groups.replica
+    each = -(-num_blocks // axis.size)
+    own = [min(index, num_blocks - 1) for index in range(axis.rank * each, (axis.rank + 1) * each)]  # shares are of one size
+    with report.stage(name, f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}"):
+        projection = component.load(report.device, spread=lambda model: model.keep(own))
+        prompts = [conditioning.context, *([] if conditioning.negative_context is None else [conditioning.negative_context])]
+        shares = projection(prompts, conditioning.image_features)
+        texts = [all_gather(share.text, axis).flatten(0, 1)[:num_blocks] for share in shares]
+        image = None if shares[0].image is None else all_gather(shares[0].image, axis).flatten(0, 1)[:num_blocks]
+        del projection, shares
+        free_memory()
+    return [ContextKV(text, image) for text in texts]
 
 
 def free_memory() -> None:

@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import RunConfig
-from wan_dist.encode import encode, free_memory
+from wan_dist.encode import encode, free_memory, project_contexts
 from wan_dist.errors import InputError
 from wan_dist.log import logger
 from wan_dist.models.attention import InnerAttention, choose_attention
@@ -111,7 +111,7 @@ def _denoise(
         logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.shard_dit else "on every rank")
     low_scale, high_scale = plan.guide_scales
 
-    def opener(which: int, name: str, scale: float) -> Callable[[], Predict]:
+    def opener(which: int, suffix: str, scale: float) -> Callable[[], Predict]:
         def open_transformer() -> Predict:
             free_memory()  # what was there before
             component = checkpoint.transformers[which]
@@ -119,21 +119,22 @@ def _denoise(
             def spread(model: WanTransformer) -> None:
                 parallelize_transformer(model, groups, shard=plan.shard_dit)
 
-            with report.stage(name, f"transformer {component.dims.num_layers} x {component.dims.dim}, {config.dtype}"):
+            contexts = project_contexts(checkpoint.projections[which], conditioning, groups, report, f"context{suffix}")
+            with report.stage(f"load{suffix}", f"transformer {component.dims.num_layers} x {component.dims.dim}, {config.dtype}"):
                 before = component.files.bytes_read
                 model = component.load(report.device, spread=spread, inner_attention=attention)
-            report.rate(name, component.files.bytes_read - before)
+            report.rate(f"load{suffix}", component.files.bytes_read - before)
             if groups.cfg.size == 2:
-                return ParallelGuidance(model, conditioning, noise, scale=scale, axis=groups.cfg)
-            return Guidance(model, conditioning, noise, scale=scale)
+                return ParallelGuidance(model, contexts, conditioning, noise, scale=scale, axis=groups.cfg)
+            return Guidance(model, contexts, conditioning, noise, scale=scale)
 
         return open_transformer
 
     predict: Predict
     if plan.task.boundary is None:
-        predict = opener(0, "load", high_scale)()
+        predict = opener(0, "", high_scale)()
     else:
-        openers = opener(0, "load high", high_scale), opener(1, "load low", low_scale)
+        openers = opener(0, " high", high_scale), opener(1, " low", low_scale)
         boundary = plan.task.boundary * NUM_TRAIN_TIMESTEPS
         predict = TwoExperts(*openers, boundary=boundary, early=plan.shard_dit)  # two shards are less than one whole expert
         high = sum(timestep >= boundary for timestep in solver.timesteps)

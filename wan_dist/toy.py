@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from wan_dist.catalog import TASKS
+from wan_dist.models.context import ContextProjection
 from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder
 from wan_dist.models.transformer import TransformerDims, WanTransformer
 from wan_dist.models.vae import VaeDims, WanVae
 from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
 from wan_dist.weights.names import KeyMap, original_text_encoder, original_transformer, original_vae
 
-_VERSION = 1
+_VERSION = 2
 _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
@@ -76,13 +78,16 @@ def make_checkpoint(
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         transformer = WanTransformer(dims.transformer, dtype)
+        projection = ContextProjection(dims.transformer, dtype)
         text_encoder = build_text_encoder(dims.text_encoder, dtype)
         vae = WanVae(dims.vae)
-    save_file(dict(_stored_tensors(transformer, original_transformer([]), generator)), place / f"{WEIGHTS}.safetensors")
+    keys = original_transformer([])
+    tensors = dict(chain(_stored_tensors(transformer, keys, generator), _stored_tensors(projection, keys, generator)))
+    save_file(tensors, place / f"{WEIGHTS}.safetensors")
     torch.save(dict(_stored_tensors(text_encoder, original_text_encoder([]), generator)), folder / TEXT_ENCODER)
     torch.save(dict(_stored_tensors(vae, original_vae([]), generator)), folder / f"Wan2.{2 if dims.vae.residual else 1}_VAE.pth")
-    keys = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
-    config = {"_class_name": "WanModel", "model_type": "t2v"} | {key: getattr(dims.transformer, key) for key in keys}
+    stated = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
+    config = {"_class_name": "WanModel", "model_type": "t2v"} | {key: getattr(dims.transformer, key) for key in stated}
     (place / "config.json").write_text(json.dumps(config, indent=2))
     _byte_tokenizer().save_pretrained(folder / TOKENIZER)
 

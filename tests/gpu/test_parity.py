@@ -8,7 +8,6 @@ from tests.conftest import FIXTURES, relative_error
 from wan_dist.catalog import TASKS
 from wan_dist.errors import InputError
 from wan_dist.models.attention import InnerAttention, attend_with_lse, choose_attention
-from wan_dist.models.transformer import WanTransformer
 from wan_dist.weights.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -33,18 +32,15 @@ def test_attention_kernels_agree_with_float64(backend: str, queries: int, keys: 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_transformer_steps(dtype: torch.dtype, tolerance: float) -> None:
-    model = open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], dtype).transformers[0].load(CUDA)
+    checkpoint = open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], dtype)
     expected = {key: value.to(CUDA) for key, value in load_file(FIXTURES / "wan2.1-t2v/expected/unipc.safetensors").items()}
-    for branch, context in (("cond", "input.context"), ("uncond", "input.context_null")):
-        error = relative_error(_predict(model, expected, context), expected[f"step1.{branch}"])
+    contexts = checkpoint.projections[0].load(CUDA)([expected["input.context"], expected["input.context_null"]])
+    model, latents = checkpoint.transformers[0].load(CUDA), expected["step1.latent"].unsqueeze(0)
+    velocities = model(latents, expected["timesteps"][1:2].unsqueeze(0), contexts, model.rotary(latents))
+    for branch, velocity in zip(("cond", "uncond"), velocities, strict=True):
+        error = relative_error(velocity[0], expected[f"step1.{branch}"])
         print(f"{dtype} {branch} {error:.2e}")
         assert error < tolerance
-
-
-def _predict(model: WanTransformer, expected: dict[str, torch.Tensor], context: str) -> torch.Tensor:
-    latents = expected["step1.latent"].unsqueeze(0)
-    text = model.project_context(expected[context])
-    return model(latents, expected["timesteps"][1:2].unsqueeze(0), text, model.rotary(latents))[0]
 
 
 def test_vae(monkeypatch: pytest.MonkeyPatch) -> None:

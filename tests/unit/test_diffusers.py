@@ -11,7 +11,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from tests.conftest import FIXTURES
-from tests.unit.test_weights import TRANSFORMERS, transformer
+from tests.unit.test_weights import TRANSFORMERS, models_of, transformer
 from wan_dist.catalog import TASKS
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
@@ -40,7 +40,7 @@ def check(model: nn.Module, config: dict, read: Callable, build: Callable, key_m
     keys = key_map(files.shapes)
     found = read(config, files, keys)
     with torch.device("meta"):
-        check_keys(build(found), files, keys)
+        check_keys(models_of(build(found)), files, keys)
     return found
 
 
@@ -109,7 +109,7 @@ def test_umt5(drop: tuple[str, ...]) -> None:
     found = dims.text_encoder_dims({}, files, keys)
     assert (found.num_layers, found.num_heads, found.head_dim, found.vocab_size) == (24, 64, 64, 256384)
     with torch.device("meta"):
-        check_keys(build_text_encoder(found, torch.bfloat16), files, keys)
+        check_keys([build_text_encoder(found, torch.bfloat16)], files, keys)
 
 
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
@@ -125,4 +125,4 @@ def test_clip(prefix: str) -> None:
     found = dims.image_encoder_dims(config.to_dict(), files, keys)
     assert (found.num_layers, found.num_heads, found.image_size) == (32, 16, 224)
     with torch.device("meta"):
-        check_keys(build_image_encoder(found), files, keys)
+        check_keys([build_image_encoder(found)], files, keys)

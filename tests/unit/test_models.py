@@ -9,9 +9,10 @@ from wan_dist.catalog import TASKS
 from wan_dist.encode import pixels
 from wan_dist.images import read_image
 from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
+from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
-from wan_dist.models.transformer import PatchEmbedding, TransformerDims, WanTransformer
+from wan_dist.models.transformer import ContextKV, PatchEmbedding, TransformerDims, WanTransformer
 from wan_dist.models.vae import VaeDims, WanVae
 from wan_dist.models.vae_layers import channels_to_pixels, pixels_to_channels
 from wan_dist.sampling.conditioning import mask_of_images, video_of_images
@@ -85,6 +86,7 @@ STEPS = [
 def test_every_step_of_the_transformer(folder: str, task: str, case: str, dtype: torch.dtype, tolerance: float) -> None:
     checkpoint = open_checkpoint(golden_folder(folder), TASKS[task], dtype)
     models = [component.load(CPU) for component in checkpoint.transformers]
+    projections = [component.load(CPU) for component in checkpoint.projections]
     golden = load_file(golden_folder(folder) / f"expected/{case}.safetensors")
     extra, features = golden.get("input.y"), golden.get("input.clip_fea")
     rotary = models[0].rotary(golden["step0.latent"].unsqueeze(0))
@@ -92,11 +94,11 @@ def test_every_step_of_the_transformer(folder: str, task: str, case: str, dtype:
     run = json.loads((golden_folder(folder) / f"expected/{case}.json").read_text(encoding="utf-8"))
     # Not the file's own timesteps: of two for a step, where an image is given, it holds the first, which is always 0.
     for step, timestep in enumerate(make_solver(run["solver"], run["steps"], run["shift"]).timesteps):
-        model = models[0] if timestep >= boundary else models[1]
+        expert = 0 if timestep >= boundary else 1
         latents = golden[f"step{step}.latent"] if extra is None else torch.cat([golden[f"step{step}.latent"], extra])
         timesteps = torch.tensor([[0, timestep]] if case == "i2v" else [[timestep]])
-        for branch, text in (("cond", "input.context"), ("uncond", "input.context_null")):
-            velocity = model(latents.unsqueeze(0), timesteps, model.project_context(golden[text], features), rotary)
+        contexts = projections[expert]([golden["input.context"], golden["input.context_null"]], features)
+        for branch, velocity in zip(("cond", "uncond"), models[expert](latents.unsqueeze(0), timesteps, contexts, rotary), strict=True):
             assert velocity.dtype == torch.float32
             assert relative_error(velocity[0], golden[f"step{step}.{branch}"]) < tolerance
 
@@ -154,14 +156,43 @@ def tiny_transformer(dtype: torch.dtype = torch.float32, **changes: int) -> WanT
     return model
 
 
+def tiny_contexts(*lengths: int) -> list[ContextKV]:
+    projection = ContextProjection(TransformerDims(**TINY), torch.float32)
+    for parameter in projection.parameters():
+        parameter.normal_(std=0.2)
+    return projection([torch.randn(length, 8) for length in lengths])
+
+
 def test_a_batch_is_its_samples() -> None:
     model = tiny_transformer()
     latents, timesteps = torch.randn(2, 4, 3, 4, 6), torch.tensor([[10.0], [900.0]])
-    text, rotary = model.project_context(torch.randn(3, 8)), model.rotary(latents)
-    both = [(k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)) for k, v in text]
-    together = model(latents, timesteps, both, rotary)
+    (text,), rotary = tiny_contexts(3), model.rotary(latents)
+    both = ContextKV(text.text.expand(-1, -1, 2, -1, -1, -1))
+    (together,) = model(latents, timesteps, [both], rotary)
     for i in range(2):
-        torch.testing.assert_close(together[i : i + 1], model(latents[i : i + 1], timesteps[i : i + 1], text, rotary))
+        (alone,) = model(latents[i : i + 1], timesteps[i : i + 1], [text], rotary)
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+def test_contexts_together_are_contexts_one_by_one() -> None:
+    model = tiny_transformer()
+    latents, timesteps = torch.randn(1, 4, 3, 4, 6), torch.tensor([[500.0]])
+    contexts, rotary = tiny_contexts(3, 5, 6), model.rotary(latents)
+    together = model(latents, timesteps, contexts, rotary)
+    for context, velocity in zip(contexts, together, strict=True):
+        assert torch.equal(model(latents, timesteps, [context], rotary)[0], velocity)
+    assert relative_error(together[0], together[1]) > 1e-3
+
+
+def test_long_sequences_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_transformer()
+    latents, contexts = torch.randn(1, 4, 3, 4, 6), tiny_contexts(3)
+    rotary = model.rotary(latents)
+    for timesteps in (torch.tensor([[500.0]]), torch.tensor([[0.0, 500.0]])):
+        (whole,) = model(latents, timesteps, contexts, rotary)
+        with monkeypatch.context() as patch:
+            patch.setattr("wan_dist.models.transformer.PIECE", 5)
+            torch.testing.assert_close(model(latents, timesteps, contexts, rotary)[0], whole)
 
 
 def test_inner_attention_is_a_seam() -> None:
@@ -179,7 +210,7 @@ def test_inner_attention_is_a_seam() -> None:
         block.self_attn.inner_attention = Spy()
     assert set(model.state_dict()) == keys
     latents = torch.randn(1, 4, 3, 4, 6)
-    model(latents, torch.tensor([[500.0]]), model.project_context(torch.randn(3, 8)), model.rotary(latents))
+    model(latents, torch.tensor([[500.0]]), tiny_contexts(3), model.rotary(latents))
     assert seen == [(1, 18, 4, 12)] * 2
 
 
@@ -193,18 +224,19 @@ def test_timestep_modulation_is_not_expanded_over_tokens() -> None:
 def test_two_timesteps_are_two_rows_and_the_same_as_one_where_they_agree() -> None:
     model = tiny_transformer()
     latents = torch.randn(1, 4, 3, 4, 6)
-    context, rotary = model.project_context(torch.randn(3, 8)), model.rotary(latents)
-    once = model(latents, torch.tensor([[500.0]]), context, rotary)
-    torch.testing.assert_close(model(latents, torch.tensor([[500.0, 500.0]]), context, rotary), once)
-    assert relative_error(model(latents, torch.tensor([[0.0, 500.0]]), context, rotary), once) > 1e-3
+    contexts, rotary = tiny_contexts(3), model.rotary(latents)
+    (once,) = model(latents, torch.tensor([[500.0]]), contexts, rotary)
+    torch.testing.assert_close(model(latents, torch.tensor([[500.0, 500.0]]), contexts, rotary)[0], once)
+    assert relative_error(model(latents, torch.tensor([[0.0, 500.0]]), contexts, rotary)[0], once) > 1e-3
     assert model.embed_time(torch.tensor([[0.0, 500.0]]))[1].shape == (1, 2, 6, 48)
 
 
 def test_precision_of_each_part() -> None:
-    model = tiny_transformer(torch.bfloat16, image_dim=10, image_positions=4)
-    float32 = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
-    parts = ("norm", "modulation", "time_embedding", "time_projection", "head", "img_emb")
-    assert float32 == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+    projection = ContextProjection(TransformerDims(**TINY, image_dim=10, image_positions=4), torch.bfloat16)
+    for model in (tiny_transformer(torch.bfloat16), projection):
+        float32 = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+        parts = ("norm", "modulation", "time_embedding", "time_projection", "head", "img_emb")
+        assert float32 == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
 
 
 def test_patch_embedding_is_the_convolution() -> None:

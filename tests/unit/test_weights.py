@@ -12,6 +12,7 @@ from torch import nn
 from tests.conftest import FIXTURES
 from wan_dist.catalog import TASKS
 from wan_dist.errors import InputError
+from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.transformer import TransformerDims, WanTransformer
@@ -48,7 +49,12 @@ class Manifest(TensorFiles):
 
 
 def transformer(found: TransformerDims) -> nn.Module:
-    return WanTransformer(found, torch.bfloat16)
+    """Return both models that the file of a transformer holds."""
+    return nn.ModuleList([WanTransformer(found, torch.bfloat16), ContextProjection(found, torch.bfloat16)])
+
+
+def models_of(model: nn.Module) -> list[nn.Module]:
+    return list(model) if isinstance(model, nn.ModuleList) else [model]
 
 
 TRANSFORMERS = {
@@ -74,7 +80,7 @@ def test_published_checkpoints_fit(name: str, read: Callable, build: Callable, k
     keys = key_map(files.shapes)
     with torch.device("meta"):
         model = build(read(files.config, files, keys))
-    check_keys(model, files, keys)
+    check_keys(models_of(model), files, keys)
     unused = sum(torch.Size(shape).numel() for key, shape in files.shapes.items() if keys.ignores(key))
     assert sum(parameter.numel() for parameter in model.parameters()) == files.num_params - unused
     assert (unused > 0) == (name == "clip-vit-h-14")
@@ -277,7 +283,9 @@ def test_loading_holds_the_model_and_one_tensor(folder: Path, monkeypatch: pytes
         return tensor
 
     monkeypatch.setattr(TensorFiles, "read_rows", counted)
-    model = open_checkpoint(folder, torch.bfloat16).transformers[0].load(CPU)
+    checkpoint = open_checkpoint(folder, torch.bfloat16)
+    checkpoint.projections[0].load(CPU)
+    model = checkpoint.transformers[0].load(CPU)
     assert len(alive) == len(load_file(folder / TRANSFORMER))
     assert most == 1
     assert not any(parameter.is_meta or parameter.requires_grad for parameter in model.parameters())

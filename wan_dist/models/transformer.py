@@ -1,13 +1,13 @@
-"""The Wan diffusion transformer, for one device.
+"""The Wan diffusion transformer, for one device. What it looks at, the prompt and images, is prepared in context.py.
 
 Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, R rows of timestep modulation (one for each
 run of tokens that share a timestep, never one for each token). The residual stream and the linears are in the run's dtype; norms,
-modulation, gates, rotary, the timestep and image branches and the head are float32.
-Layer names are those of the published checkpoints, except that q, k, v (and k, v of cross-attention) are one linear.
+modulation, gates, rotary, the timestep branch and the head are float32.
+Layer names are those of the published checkpoints, except that q, k, v are one linear.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,9 +17,23 @@ from torch import Tensor, nn
 
 from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
 
-ContextKV = list[tuple[Tensor, ...]]
-"""Cross-attention's k and v, for each block: two tensors (B, n + 1, H, D) of the text's n tokens and of the padding, whose rows
-are all the same, and two (B, 257 m, H, D) of m images."""
+PIECE = 4096
+"""Tokens at a time in float32: longer sequences are cut, so that float32 copies of them stay small."""
+
+
+@dataclass(frozen=True)
+class ContextKV:
+    """Cross-attention's k and v of one prompt in all blocks, which stay the same for all steps."""
+
+    text: Tensor
+    """(blocks, 2, B, n + 1, H, D): of the text's n tokens and of the padding, whose rows are all the same."""
+    image: Tensor | None = None
+    """(blocks, 2, B, 257 m, H, D): of m images."""
+
+    def of_block(self, index: int) -> tuple[Tensor, ...]:
+        """Return the block's k and v of the text, then those of the images if there are any."""
+        text = self.text[index].unbind()
+        return text if self.image is None else (*text, *self.image[index].unbind())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +62,44 @@ class TransformerDims:
         return self.dim // self.num_heads
 
 
+def pieces(segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield neighbouring runs of at most `PIECE` tokens, each with the number of the segment in which it lies."""
+    end = 0
+    for row, length in enumerate(segments):
+        start, end = end, end + length
+        for first in range(start, end, PIECE):
+            yield row, slice(first, min(first + PIECE, end))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dim in float32 (arXiv:1910.07467); returns float32."""
     return F.rms_norm(x.float(), weight.shape, weight, eps)
 
 
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, segments: tuple[int, ...], eps: float) -> Tensor:
-    """LayerNorm without affine, times (1 + scale) plus shift, as in DiT's adaLN (arXiv:2212.09748); returns float32.
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of x (B, L, D), computed in float32, in x's dtype."""
+    out = torch.empty_like(x)
+    for _, part in pieces(x.shape[1:2]):
+        out[:, part] = F.layer_norm(x[:, part].float(), weight.shape, weight, bias, eps)
+    return out
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, segments: tuple[int, ...], eps: float, dtype: torch.dtype) -> Tensor:
+    """LayerNorm without affine, times (1 + scale) plus shift, as in DiT's adaLN (arXiv:2212.09748), computed in float32.
 
     x (B, L, D); scale and shift (B, R, 1, D), one row for each segment of tokens.
     """
-    parts = [
-        torch.addcmul(shift[:, row], F.layer_norm(part.float(), part.shape[-1:], eps=eps), 1 + scale[:, row])
-        for row, part in enumerate(x.split(segments, dim=1))
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    out = torch.empty_like(x, dtype=dtype)
+    for row, part in pieces(segments):
+        normed = F.layer_norm(x[:, part].float(), x.shape[-1:], eps=eps)
+        out[:, part] = torch.addcmul(shift[:, row], normed, 1 + scale[:, row])
+    return out
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, segments: tuple[int, ...]) -> Tensor:
-    """Return x + gate * y, computed in float32, in x's dtype; x and y (B, L, D), gate (B, R, 1, D), one row for each segment."""
-    parts = [
-        torch.addcmul(x_part.float(), y_part.float(), gate[:, row]).to(x.dtype)
-        for row, (x_part, y_part) in enumerate(zip(x.split(segments, dim=1), y.split(segments, dim=1), strict=True))
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+def add_gated(x: Tensor, y: Tensor, gate: Tensor, segments: tuple[int, ...]) -> None:
+    """Add gate * y to x in place, computed in float32; x and y (B, L, D), gate (B, R, 1, D), one row for each segment."""
+    for row, part in pieces(segments):
+        x[:, part] = torch.addcmul(x[:, part].float(), y[:, part].float(), gate[:, row])
 
 
 class Norm(nn.Module):
@@ -98,17 +126,16 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, L, D) -> (B, L, D)."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = (
-            apply_rotary(rms_norm(part, norm.weight, self.eps).unflatten(-1, (self.num_heads, -1)), rotary).to(x.dtype)
-            for part, norm in ((q, self.norm_q), (k, self.norm_k))
-        )
-        out = self.inner_attention(q, k, v.unflatten(-1, (self.num_heads, -1)))  # (B, L, H, D)
-        return self.o(out.flatten(2))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, L, H, D)
+        for each, norm in ((q, self.norm_q), (k, self.norm_k)):
+            for _, part in pieces(x.shape[1:2]):
+                normed = rms_norm(each[:, part].flatten(2), norm.weight, self.eps).view_as(each[:, part])
+                each[:, part] = apply_rotary(normed, (rotary[0][part], rotary[1][part]))
+        return self.o(self.inner_attention(q, k, v).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """Attention from the video's tokens to the text's and the image's, whose k and v are projected once per prompt."""
+    """Attention from the video's tokens to the text's and the image's, whose k and v come from `ContextProjection`."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
         super().__init__()
@@ -116,28 +143,16 @@ class CrossAttention(nn.Module):
         self.text_len = dims.text_len
         self.eps = dims.eps
         self.q = nn.Linear(dims.dim, dims.dim, dtype=dtype)
-        self.kv = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
         self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
         self.norm_q = Norm(dims.dim, bias=False)
-        self.norm_k = Norm(dims.dim, bias=False)
-        if dims.image_dim:
-            self.kv_img = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
-            self.norm_k_img = Norm(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
-    def project(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
-        """Return k and v of the embedded text (B, n + 1, D), then those of the embedded image (B, N, D) if there is one."""
-        kv = self._keys_values(self.kv(text), self.norm_k)
-        return kv if image is None else kv + self._keys_values(self.kv_img(image), self.norm_k_img)
-
-    def _keys_values(self, kv: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-        k, v = kv.chunk(2, dim=-1)
-        k = rms_norm(k, norm.weight, self.eps).to(kv.dtype)
-        return k.unflatten(-1, (self.num_heads, -1)), v.unflatten(-1, (self.num_heads, -1))
-
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
-        """x (B, L, D) -> (B, L, D); kv as `project` returns it."""
-        q = rms_norm(self.q(x), self.norm_q.weight, self.eps).to(x.dtype).unflatten(-1, (self.num_heads, -1))
+        """x (B, L, D) -> (B, L, D); kv as `ContextKV.of_block` returns it."""
+        q = self.q(x)
+        for _, part in pieces(x.shape[1:2]):
+            q[:, part] = rms_norm(q[:, part], self.norm_q.weight, self.eps)
+        q = q.unflatten(-1, (self.num_heads, -1))
         # The published pipeline attends to the padding up to 512 tokens; one row of it is kept and repeated here.
         num_padding = self.text_len - kv[0].shape[1]
         out = self.inner_attention(q, *(torch.cat([part, part[:, -1:].expand(-1, num_padding, -1, -1)], dim=1) for part in kv[:2]))
@@ -163,26 +178,39 @@ class Block(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
 
-    def project_context(self, text: Tensor, image: Tensor | None) -> tuple[Tensor, ...]:
-        """See `CrossAttention.project`."""
-        return self.cross_attn.project(text, image)
-
     def forward(
         self,
-        x: Tensor,
+        streams: list[Tensor],
         time: Tensor,
-        context_kv: tuple[Tensor, ...],
+        contexts: Sequence[tuple[Tensor, ...]],
         rotary: tuple[Tensor, Tensor],
         segments: tuple[int, ...],
-    ) -> Tensor:
-        """x (B, L, D) -> (B, L, D); time (B, R, 6, D) float32: row r modulates the ``segments[r]`` tokens after those of row r - 1."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).unsqueeze(3).unbind(2)  # each (B, R, 1, D)
-        y = self.self_attn(modulated_norm(x, scale1, shift1, segments, self.eps).to(x.dtype), rotary)
-        x = gated_residual(x, y, gate1, segments)
-        y = F.layer_norm(x.float(), x.shape[-1:], self.norm3.weight, self.norm3.bias, self.eps)
-        x = x + self.cross_attn(y.to(x.dtype), context_kv)
-        y = self.ffn(modulated_norm(x, scale2, shift2, segments, self.eps).to(x.dtype))
-        return gated_residual(x, y, gate2, segments)
+    ) -> list[Tensor]:
+        """Return the residual streams x (B, L, D), one for each context, from as many, changed in place, or from one that all share.
+
+        time (B, R, 6, D) float32: row r modulates the ``segments[r]`` tokens after those of row r - 1. contexts: k and v, see
+        `ContextKV.of_block`.
+        """
+        modulation = (self.modulation + time).unsqueeze(3).unbind(2)  # each (B, R, 1, D)
+        for x in streams:
+            self._attend(x, modulation[:3], rotary, segments)
+        if len(streams) < len(contexts):  # from here on they differ
+            streams = [*streams, *(streams[0].clone() for _ in contexts[1:])]
+        for x, context in zip(streams, contexts, strict=True):
+            self._feed(x, modulation[3:], context, segments)
+        return streams
+
+    def _attend(self, x: Tensor, modulation: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]) -> None:
+        shift, scale, gate = modulation
+        y = self.self_attn(modulated_norm(x, scale, shift, segments, self.eps, x.dtype), rotary)
+        add_gated(x, y, gate, segments)
+
+    def _feed(self, x: Tensor, modulation: tuple[Tensor, ...], context: tuple[Tensor, ...], segments: tuple[int, ...]) -> None:
+        shift, scale, gate = modulation
+        assert self.norm3.bias is not None
+        x += self.cross_attn(layer_norm(x, self.norm3.weight, self.norm3.bias, self.eps), context)
+        y = self.ffn(modulated_norm(x, scale, shift, segments, self.eps, x.dtype))
+        add_gated(x, y, gate, segments)
 
 
 class WholeSequence(nn.Module):
@@ -228,24 +256,11 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor, segments: tuple[int, ...]) -> Tensor:
         """x (B, L, D); time (B, R, D) float32, a row for each segment of tokens -> (B, L, patch volume * C) float32."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-        return self.head(modulated_norm(x, scale, shift, segments, self.eps))
-
-
-class ImageEmbedding(nn.Module):
-    """Image features to cross-attention's width, in float32; several images get a position embedding where the model has one."""
-
-    def __init__(self, dims: TransformerDims) -> None:
-        super().__init__()
-        width = dims.image_dim
-        self.proj = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dims.dim), nn.LayerNorm(dims.dim)
-        )
-        self.emb_pos = nn.Parameter(torch.zeros(1, dims.image_positions, width)) if dims.image_positions else None
-
-    def forward(self, features: Tensor) -> Tensor:
-        """features (n, 257, image_dim) of n images -> (1, 257 n, D)."""
-        features = features.float().flatten(0, 1).unsqueeze(0)
-        return self.proj(features if self.emb_pos is None else features + self.emb_pos)
+        parts = [
+            modulated_norm(x[:, part], scale[:, row, None], shift[:, row, None], (part.stop - part.start,), self.eps, torch.float32)
+            for row, part in pieces(segments)
+        ]
+        return torch.cat([self.head(part) for part in parts], dim=1)
 
 
 class WanTransformer(nn.Module):
@@ -257,15 +272,8 @@ class WanTransformer(nn.Module):
         self.dtype = dtype
         inner_attention = inner_attention or InnerAttention()
         self.patch_embedding = PatchEmbedding(dims, dtype)
-        self.text_embedding = nn.Sequential(
-            nn.Linear(dims.text_dim, dims.dim, dtype=dtype),
-            nn.GELU(approximate="tanh"),
-            nn.Linear(dims.dim, dims.dim, dtype=dtype),
-        )
         self.time_embedding = nn.Sequential(nn.Linear(dims.freq_dim, dims.dim), nn.SiLU(), nn.Linear(dims.dim, dims.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dims.dim, 6 * dims.dim))
-        if dims.image_dim:
-            self.img_emb = ImageEmbedding(dims)
         self.blocks = nn.ModuleList(
             Block(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)) for _ in range(dims.num_layers)
         )
@@ -282,17 +290,6 @@ class WanTransformer(nn.Module):
         t, h, w = (size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True))
         return rotary_tables((t, h, w), self.dims.head_dim, device=latents.device)
 
-    def project_context(self, context: Tensor, image_features: Tensor | None = None) -> ContextKV:
-        """Return every block's cross-attention k and v of a prompt and images, which stay the same for all steps.
-
-        context (tokens, text_dim), at most 512 tokens; image_features (n, 257, image_dim) of n images where the model looks at
-        images. Rows of zeros follow the text up to 512, and ARE attended to: the published weights were trained so.
-        """
-        is_padded = context.shape[0] < self.dims.text_len
-        text = self.text_embedding(F.pad(context.to(self.dtype), (0, 0, 0, int(is_padded))).unsqueeze(0))  # (1, n + 1, D)
-        image = None if image_features is None else self.img_emb(image_features).to(self.dtype)
-        return [cast(Block, block).project_context(text, image) for block in self.blocks]
-
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, R, D) for the head and (B, R, 6, D) for the blocks, float32, of timesteps (B, R) in [0, 1000]."""
         half = self.dims.freq_dim // 2
@@ -301,11 +298,12 @@ class WanTransformer(nn.Module):
         time = self.time_embedding(torch.cat([angle.cos(), angle.sin()], dim=-1).float())
         return time, self.time_projection(time).unflatten(-1, (6, self.dims.dim))
 
-    def forward(self, latents: Tensor, timesteps: Tensor, context: ContextKV, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the velocity (B, C_out, T, h, w) float32 of latents (B, C_in, T, h, w).
+    def forward(self, latents: Tensor, timesteps: Tensor, contexts: Sequence[ContextKV], rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
+        """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
         timesteps (B, 1), or (B, 2) where the first latent frame has a timestep of its own, the first of the two. T, h, w must be
-        multiples of the patch. ``context`` comes from `project_context`, ``rotary`` from `rotary`.
+        multiples of the patch. ``contexts`` come from `ContextProjection`, ``rotary`` from `rotary`. All contexts go through a block
+        before the next one's turn, so that weights which are gathered or fetched for it are so once.
         """
         time, block_time = self.embed_time(timesteps)
         x = self.patch_embedding(latents)
@@ -313,9 +311,11 @@ class WanTransformer(nn.Module):
         num_first = num_tokens // (latents.shape[2] // self.dims.patch[0])
         segments: tuple[int, ...] = (num_tokens,) if timesteps.shape[1] == 1 else (num_first, num_tokens - num_first)
         x, rotary, segments = self.sequence.split(x, rotary, segments)
-        for block, context_kv in zip(self.blocks, context, strict=True):
-            x = block(x, block_time, context_kv, rotary, segments)
-        return self.unpatchify(self.sequence.gather(self.head(x, time, segments)), latents.shape[2:])
+        streams = [x]
+        del x
+        for index, block in enumerate(self.blocks):
+            streams = block(streams, block_time, [context.of_block(index) for context in contexts], rotary, segments)
+        return [self.unpatchify(self.sequence.gather(self.head(x, time, segments)), latents.shape[2:]) for x in streams]
 
     def unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""

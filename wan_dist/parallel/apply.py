@@ -15,5 +15,4 @@ def parallelize_transformer(model: WanTransformer, groups: Groups, *, shard: boo
         apply_ring(model, sequence, groups.ring, num_inside=groups.ulysses.size)
         apply_ulysses(model, sequence, groups.ulysses)
     if shard and groups.replica_mesh is not None:
-        methods = [(model, "project_context"), *((block, "project_context") for block in model.blocks)]
-        apply_fsdp(model, model.blocks, groups.replica_mesh, methods=methods)
+        apply_fsdp(model, model.blocks, groups.replica_mesh)

@@ -1,12 +1,14 @@
 """Guidance-parallel: each branch of classifier-free guidance on ranks of its own."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
 from wan_dist.sampling.conditioning import Conditioning
-from wan_dist.sampling.denoise import Branch, guided
+from wan_dist.sampling.denoise import Velocities, guided
 
 
 class ParallelGuidance:
@@ -15,14 +17,14 @@ class ParallelGuidance:
     Both are computed whatever the scale, so that all ranks make the same number of forward calls, as sharded weights need.
     """
 
-    def __init__(self, model: WanTransformer, conditioning: Conditioning, latents: Tensor, *, scale: float, axis: Axis) -> None:
-        assert conditioning.negative_context is not None
+    def __init__(
+        self, model: WanTransformer, contexts: Sequence[ContextKV], conditioning: Conditioning, latents: Tensor, *, scale: float, axis: Axis
+    ) -> None:
         self.axis = axis
         self.scale = scale
-        context = conditioning.context if axis.rank == 0 else conditioning.negative_context
-        self.branch = Branch(model, context, conditioning, latents)
+        self.velocities = Velocities(model, [contexts[axis.rank]], conditioning, latents)
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32, the same on both ranks."""
-        conditional, unconditional = all_gather(self.branch(latents, timestep), self.axis)
+        conditional, unconditional = all_gather(self.velocities(latents, timestep)[0], self.axis)
         return conditional if self.scale == 1 else guided(conditional, unconditional, self.scale)

@@ -1,18 +1,18 @@
 """Weights sharded over the ranks of a replica, block by block (PyTorch's FSDP2, fully_shard)."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
-def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, *, methods: Sequence[tuple[nn.Module, str]] = ()) -> None:
-    """Shard every block, and each of the model's other parts; while a block computes, the next one is gathered.
+def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Shard every block, and each of the model's other parts; while a block computes, the next one is gathered, and no other.
 
-    ``methods`` are called beside ``forward`` and need the weights of their module too. Vectors of a block (norms, modulation) stay
-    whole on every rank: they are small, and of another dtype than the matrices, which would slow each gathering down.
+    Vectors of a block (norms, modulation) stay whole on every rank: they are small, and of another dtype than the matrices, which
+    would slow each gathering down.
     """
     model.requires_grad_(False)  # parameters of several dtypes may then share a part
     sharded = []
@@ -22,8 +22,20 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, 
     for part in model.children():
         if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for now, after in itertools.pairwise(sharded):
-        now.set_modules_to_forward_prefetch([after])
-    for module, name in methods:
-        register_fsdp_forward_method(module, name)
+    whole = fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    for now, after in itertools.pairwise([whole, *sharded]):
+        _gather_ahead(now, after)
+
+
+def _gather_ahead(now: FSDPModule, after: FSDPModule) -> None:
+    """Begin to gather ``after`` when ``now`` begins to compute.
+
+    Unlike `set_modules_to_forward_prefetch`, this lets the buffer of a block's gathering go as soon as the block has been copied out
+    of it, so that two blocks are in memory at a time instead of three.
+    """
+
+    def begin(*_: object) -> None:
+        after.unshard(async_op=True)
+
+    assert isinstance(now, nn.Module)
+    now.register_forward_pre_hook(begin)

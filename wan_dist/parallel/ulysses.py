@@ -1,6 +1,5 @@
 """Ulysses: around attention, ranks trade their share of the tokens for a share of the heads (arXiv:2309.14509)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,13 +25,16 @@ class UlyssesAttention(InnerAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, l, H, D) of this rank's tokens -> (B, l, H, D)."""
         num_valid = self.sequence.num_valid(self.sequence.axis.rank - self.axis.rank, self.axis.size)
-        shares = torch.stack([q, k, v]).unflatten(3, (self.axis.size, -1))  # (3, B, l, N, h, D)
-        shares = all_to_all(shares.permute(3, 0, 1, 2, 4, 5).contiguous(), self.axis)  # (N, 3, B, l, h, D)
-        q, k, v = shares.permute(1, 2, 0, 3, 4, 5).flatten(2, 3)[:, :, :num_valid]  # each (B, L, h, D)
-        out = self.inner(q, k, v)
+        batch, num_tokens, num_heads, width = q.shape
+        packed = q.new_empty(self.axis.size, num_tokens, batch, 3, num_heads // self.axis.size, width)
+        for place, part in enumerate((q, k, v)):
+            packed[:, :, :, place] = part.unflatten(2, (self.axis.size, -1)).permute(2, 1, 0, 3, 4)
+        packed = all_to_all(packed, self.axis).flatten(0, 1)[:num_valid]  # (L, B, 3, h, D)
+        out = self.inner(*packed.transpose(0, 1).unbind(2))
+        del packed
         out = F.pad(out, (0, 0, 0, 0, 0, self.axis.size * self.sequence.share - num_valid))
-        out = out.unflatten(1, (self.axis.size, -1)).transpose(0, 1).contiguous()  # (N, B, l, h, D)
-        return all_to_all(out, self.axis).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        out = out.transpose(0, 1).unflatten(0, (self.axis.size, -1))  # (N, l, B, h, D)
+        return all_to_all(out, self.axis).permute(2, 1, 0, 3, 4).flatten(2, 3)
 
 
 def apply_ulysses(model: WanTransformer, sequence: SplitSequence, axis: Axis) -> None:

@@ -1,6 +1,6 @@
 """The denoising loop and the ways to predict a velocity. Nothing here knows of ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,27 +13,24 @@ Predict = Callable[[Tensor, int], Tensor]
 """(latents (B, C, T, h, w), timestep) -> velocity of the same shape."""
 
 
-class Branch:
-    """The velocity for one text.
+class Velocities:
+    """The transformer's velocity for each context. What does not change from step to step is kept."""
 
-    Whatever does not change from step to step is computed here, once: rotary tables, and the context's keys and values.
-    """
-
-    def __init__(self, model: WanTransformer, context: Tensor, conditioning: Conditioning, latents: Tensor) -> None:
+    def __init__(self, model: WanTransformer, contexts: Sequence[ContextKV], conditioning: Conditioning, latents: Tensor) -> None:
         self.model = model
+        self.contexts = contexts
         self.extra_channels = conditioning.extra_channels
         self.has_known_frame = conditioning.known_latents is not None
         self.rotary = model.rotary(latents)
-        self.context: ContextKV = model.project_context(context, conditioning.image_features)
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
-        """Return the velocity (B, C, T, h, w), float32."""
+    def __call__(self, latents: Tensor, timestep: int) -> list[Tensor]:
+        """Return for each context the velocity (B, C, T, h, w), float32."""
         rows = (0, timestep) if self.has_known_frame else (timestep,)  # a frame that is known has no noise
         timesteps = torch.tensor([rows], device=latents.device).expand(latents.shape[0], -1)
         if self.extra_channels is not None:
             latents = torch.cat([latents, self.extra_channels], dim=1)
-        velocity: Tensor = self.model(latents, timesteps, self.context, self.rotary)
-        return velocity
+        velocities: list[Tensor] = self.model(latents, timesteps, self.contexts, self.rotary)
+        return velocities
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -42,21 +39,18 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 class Guidance:
-    """Classifier-free guidance, both branches one after the other."""
+    """Classifier-free guidance: the prompt's velocity, and the negative prompt's if there is one and the scale is not 1."""
 
-    def __init__(self, model: WanTransformer, conditioning: Conditioning, latents: Tensor, *, scale: float) -> None:
+    def __init__(
+        self, model: WanTransformer, contexts: Sequence[ContextKV], conditioning: Conditioning, latents: Tensor, *, scale: float
+    ) -> None:
         self.scale = scale
-        self.conditional = Branch(model, conditioning.context, conditioning, latents)
-        self.unconditional: Branch | None = None
-        if scale != 1 and conditioning.negative_context is not None:
-            self.unconditional = Branch(model, conditioning.negative_context, conditioning, latents)
+        self.velocities = Velocities(model, contexts[:1] if scale == 1 else contexts, conditioning, latents)
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32."""
-        conditional = self.conditional(latents, timestep)
-        if self.unconditional is None:
-            return conditional
-        return guided(conditional, self.unconditional(latents, timestep), self.scale)
+        conditional, *unconditional = self.velocities(latents, timestep)
+        return guided(conditional, unconditional[0], self.scale) if unconditional else conditional
 
 
 class TwoExperts:

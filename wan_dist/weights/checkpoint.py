@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wan_dist.catalog import Task
 from wan_dist.errors import InputError
+from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import ImageEncoderDims, build_image_encoder
 from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder, load_tokenizer
 from wan_dist.models.transformer import TransformerDims, WanTransformer
@@ -50,6 +51,8 @@ class Checkpoint:
 
     folder: Path
     transformers: tuple[Component[WanTransformer, TransformerDims], ...]
+    projections: tuple[Component[ContextProjection, TransformerDims], ...]
+    """For each transformer, from the same files: what makes its cross-attention's keys and values."""
     text_encoder: Component[nn.Module, TextEncoderDims]
     image_encoder: Component[nn.Module, ImageEncoderDims] | None
     vae: Component[WanVae, VaeDims]
@@ -63,12 +66,11 @@ def open_checkpoint(folder: Path, task: Task, dtype: torch.dtype) -> Checkpoint:
     """
     layout = find_layout(folder, task)
 
-    def transformer(dims: TransformerDims, **options: Any) -> WanTransformer:
-        return WanTransformer(dims, dtype, **options)
-
+    pairs = [_transformer(part, dtype) for part in layout.transformers]
     checkpoint = Checkpoint(
         folder=folder,
-        transformers=tuple(_component(part, read_dims.transformer_dims, transformer) for part in layout.transformers),
+        transformers=tuple(transformer for transformer, _ in pairs),
+        projections=tuple(projection for _, projection in pairs),
         text_encoder=_component(layout.text_encoder, read_dims.text_encoder_dims, lambda dims: build_text_encoder(dims, dtype)),
         image_encoder=None
         if layout.image_encoder is None
@@ -86,8 +88,21 @@ def _component(part: Part, read: Callable[..., Dims], build: Callable[..., Model
     dims = read(config, files, keys)
     component = Component(dims, lambda **options: build(dims, **options), files, keys)
     with torch.device("meta"):
-        check_keys(component.build(), files, keys)
+        check_keys([component.build()], files, keys)
     return component
+
+
+def _transformer(
+    part: Part, dtype: torch.dtype
+) -> tuple[Component[WanTransformer, TransformerDims], Component[ContextProjection, TransformerDims]]:
+    """Open a transformer as the two models that its files hold."""
+    config, files, keys = part.open()
+    dims = read_dims.transformer_dims(config, files, keys)
+    transformer = Component(dims, lambda **options: WanTransformer(dims, dtype, **options), files, keys)
+    projection = Component(dims, lambda: ContextProjection(dims, dtype), files, keys)
+    with torch.device("meta"):
+        check_keys([transformer.build(), projection.build()], files, keys)
+    return transformer, projection
 
 
 def _check_task(checkpoint: Checkpoint, task: Task) -> None:

@@ -1,5 +1,8 @@
 """Fill a model that was built on the meta device from checkpoint files, strictly and one tensor at a time."""
 
+from collections.abc import Sequence
+from itertools import chain
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -10,14 +13,14 @@ from wan_dist.weights.files import Shape, TensorFiles, first_ten
 from wan_dist.weights.names import KeyMap, Source
 
 
-def check_keys(model: nn.Module, files: TensorFiles, keys: KeyMap) -> None:
-    """Raise one InputError that names every kind of mismatch between the model's parameters and the files' tensors.
+def check_keys(models: Sequence[nn.Module], files: TensorFiles, keys: KeyMap) -> None:
+    """Raise one InputError that names every kind of mismatch between the models' parameters and the files' tensors.
 
     Shapes only: nothing is read.
     """
     wanted: set[str] = set()
     missing, misshapen = [], []
-    for name, parameter in model.named_parameters():
+    for name, parameter in chain.from_iterable(model.named_parameters() for model in models):
         sources = keys.sources(name)
         for source in sources:
             wanted.add(source.key)
@@ -33,7 +36,7 @@ def check_keys(model: nn.Module, files: TensorFiles, keys: KeyMap) -> None:
         if items
     ]
     if faults:
-        raise InputError(f"{files} does not hold the tensors of a {type(model).__name__}; {'; '.join(faults)}")
+        raise InputError(f"{files} does not hold the tensors of a {type(models[0]).__name__}; {'; '.join(faults)}")
 
 
 def _fits(stored: Shape, expected: Shape) -> bool:

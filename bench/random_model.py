@@ -1,0 +1,60 @@
+"""A published transformer at full size with random weights, and inputs for it: what the timings run on."""
+
+from collections.abc import Callable
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from wan_dist.catalog import Task
+from wan_dist.models.attention import InnerAttention
+from wan_dist.models.transformer import ContextKV, TransformerDims, WanTransformer
+from wan_dist.sampling.conditioning import Conditioning
+
+PROMPT_TOKENS = (60, 126)
+"""Of a prompt and of the published negative prompt."""
+
+
+def random_transformer(
+    task: Task, attention: InnerAttention, device: torch.device, spread: Callable[[WanTransformer], None] | None = None
+) -> WanTransformer:
+    """Return the task's transformer in bfloat16 with random weights that keep activations near 1; ``spread`` may shard it first."""
+    with torch.device("meta"):
+        model = WanTransformer(TransformerDims(**vars(task.transformer)), torch.bfloat16, attention)
+    if spread is not None:
+        spread(model)
+    model = model.to_empty(device=device).eval().requires_grad_(False)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if parameter.dim() > 1:
+            local.normal_(std=parameter[0].numel() ** -0.5)
+        else:
+            local.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model
+
+
+def latent_shape(task: Task, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
+    """Return (C, T, h, w) for a size in pixels, width first."""
+    return task.latent_channels, (frames - 1) // task.stride[0] + 1, size[1] // task.stride[1], size[0] // task.stride[2]
+
+
+def random_inputs(
+    task: Task, size: tuple[int, int], frames: int, device: torch.device
+) -> tuple[torch.Tensor, list[ContextKV], Conditioning]:
+    """Return latents, the contexts of both guidance branches, and the other conditioning; the same on all ranks."""
+    torch.manual_seed(0)
+    dims = TransformerDims(**vars(task.transformer))
+    shape = latent_shape(task, size, frames)
+
+    def keys_values(tokens: int) -> torch.Tensor:
+        return torch.randn(dims.num_layers, 2, 1, tokens, dims.num_heads, dims.head_dim, device=device, dtype=torch.bfloat16)
+
+    image = keys_values(257 * (1 + bool(dims.image_positions))) if task.looks_at_images else None
+    extra = dims.in_dim - dims.out_dim
+    conditioning = Conditioning(
+        context=torch.empty(0),
+        negative_context=None,
+        extra_channels=torch.randn(1, extra, *shape[1:], device=device) if extra else None,
+        known_latents=torch.randn(1, shape[0], 1, *shape[2:], device=device) if task.known_first_frame else None,
+    )
+    return torch.randn(1, *shape, device=device), [ContextKV(keys_values(tokens + 1), image) for tokens in PROMPT_TOKENS], conditioning

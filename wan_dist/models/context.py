@@ -1,0 +1,99 @@
+"""What the transformer looks at: text and image features, projected once to every block's cross-attention keys and values.
+
+These layers are a quarter of an image-to-video transformer's weights and are not needed in the denoising steps, so they are a model
+of their own, gone before the transformer comes. Names as in the published checkpoints, except that k and v are one linear.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan_dist.models.transformer import ContextKV, Norm, TransformerDims, rms_norm
+
+
+class ImageEmbedding(nn.Module):
+    """Image features to cross-attention's width, in float32; several images get a position embedding where the model has one."""
+
+    def __init__(self, dims: TransformerDims) -> None:
+        super().__init__()
+        width = dims.image_dim
+        self.proj = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dims.dim), nn.LayerNorm(dims.dim)
+        )
+        self.emb_pos = nn.Parameter(torch.zeros(1, dims.image_positions, width)) if dims.image_positions else None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (n, 257, image_dim) of n images -> (1, 257 n, D)."""
+        features = features.float().flatten(0, 1).unsqueeze(0)
+        return self.proj(features if self.emb_pos is None else features + self.emb_pos)
+
+
+class KeyValues(nn.Module):
+    """One block's projections to k and v, with RMSNorm over the whole width of k."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = dims.num_heads
+        self.eps = dims.eps
+        self.kv = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
+        self.norm_k = Norm(dims.dim, bias=False)
+        if dims.image_dim:
+            self.kv_img = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
+            self.norm_k_img = Norm(dims.dim, bias=False)
+
+    def text(self, x: Tensor) -> Tensor:
+        """Embedded text (B, n, D) -> k and v (2, B, n, H, D / H)."""
+        return self._keys_values(self.kv(x), self.norm_k)
+
+    def image(self, x: Tensor) -> Tensor:
+        """Embedded images (B, n, D) -> k and v (2, B, n, H, D / H)."""
+        return self._keys_values(self.kv_img(x), self.norm_k_img)
+
+    def _keys_values(self, kv: Tensor, norm: Norm) -> Tensor:
+        k, v = kv.chunk(2, dim=-1)
+        k = rms_norm(k, norm.weight, self.eps).to(kv.dtype)
+        return torch.stack([k, v]).unflatten(-1, (self.num_heads, -1))
+
+
+class ContextProjection(nn.Module):
+    """Prompts and images -> `ContextKV`."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.text_len = dims.text_len
+        self.dtype = dtype
+        self.text_embedding = nn.Sequential(
+            nn.Linear(dims.text_dim, dims.dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(dims.dim, dims.dim, dtype=dtype),
+        )
+        if dims.image_dim:
+            self.img_emb = ImageEmbedding(dims)
+        self.indices = list(range(dims.num_layers))
+        self.blocks = nn.ModuleDict({str(index): nn.ModuleDict({"cross_attn": KeyValues(dims, dtype)}) for index in self.indices})
+
+    def keep(self, indices: Iterable[int]) -> None:
+        """Drop all blocks but these, which may be named twice; the result is then of these, in this order."""
+        self.indices = list(indices)
+        self.blocks = nn.ModuleDict({str(index): self.blocks[str(index)] for index in self.indices})
+
+    def forward(self, prompts: Sequence[Tensor], image_features: Tensor | None = None) -> list[ContextKV]:
+        """Return every block's k and v of each prompt, and those of the images, which all prompts share.
+
+        prompts (tokens, text_dim), at most 512 tokens each; image_features (n, 257, image_dim) of n images where the model looks at
+        images. Rows of zeros follow a text up to 512, and ARE attended to: the published weights were trained so.
+        """
+        blocks = [cast(KeyValues, self.blocks[str(index)].get_submodule("cross_attn")) for index in self.indices]
+        image: Tensor | None = None
+        if image_features is not None:
+            embedded = self.img_emb(image_features).to(self.dtype)
+            image = torch.stack([block.image(embedded) for block in blocks])
+        found = []
+        for prompt in prompts:
+            is_padded = prompt.shape[0] < self.text_len
+            text = self.text_embedding(F.pad(prompt.to(self.dtype), (0, 0, 0, int(is_padded))).unsqueeze(0))  # (1, n + 1, D)
+            found.append(ContextKV(torch.stack([block.text(text) for block in blocks]), image))
+        return found
