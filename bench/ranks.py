@@ -29,17 +29,18 @@ from wan_dist.sampling.denoise import Guidance
 GIB = 2**30
 
 
-def spreads(num_ranks: int) -> list[tuple[Degrees, bool]]:
-    """Return what is measured: Ulysses alone, with guidance-parallel, and a ring, replicated and sharded."""
+def spreads(num_ranks: int) -> dict[str, tuple[Degrees, bool, str]]:
+    """Return what can be measured, by name: the degrees, whether weights are sharded, and who does Ulysses and ring."""
     half = num_ranks // 2
-    return [
-        (Degrees(ulysses=num_ranks), False),
-        (Degrees(ulysses=num_ranks), True),
-        (Degrees(cfg=2, ulysses=half), False),
-        (Degrees(cfg=2, ulysses=half), True),
-        (Degrees(cfg=2, ring=half), False),
-        (Degrees(ring=2, ulysses=half), False),
-    ]
+    return {
+        "ulysses": (Degrees(ulysses=num_ranks), False, "plain"),
+        "ulysses-sharded": (Degrees(ulysses=num_ranks), True, "plain"),
+        "cfg-ulysses": (Degrees(cfg=2, ulysses=half), False, "plain"),
+        "cfg-ulysses-sharded": (Degrees(cfg=2, ulysses=half), True, "plain"),
+        "cfg-ring": (Degrees(cfg=2, ring=half), False, "plain"),
+        "ring-ulysses": (Degrees(ring=2, ulysses=half), False, "plain"),
+        "ring-ulysses-xfuser": (Degrees(ring=2, ulysses=half), False, "xfuser"),
+    }
 
 
 def timed(predict: Callable[[], torch.Tensor], steps: int) -> tuple[list[float], torch.Tensor]:
@@ -68,12 +69,13 @@ def row(name: str, seconds: list[float], weights: int) -> dict[str, object]:
     }
 
 
-def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], degrees: Degrees, shard: bool) -> dict[str, object]:
+def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], spread: tuple[Degrees, bool, str]) -> dict[str, object]:
     """Time our transformer under one spread."""
     device = torch.device("cuda", torch.cuda.current_device())
+    degrees, shard, usp = spread
     groups = make_groups(degrees, "cuda")
     attention = choose_attention(options.attention, device=device, dtype=torch.bfloat16, head_dim=128)
-    model = random_transformer(task, attention, device, lambda model: parallelize_transformer(model, groups, shard=shard))
+    model = random_transformer(task, attention, device, lambda model: parallelize_transformer(model, groups, shard=shard, usp=usp))
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
@@ -84,7 +86,7 @@ def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], degr
     del contexts
     seconds, velocity = timed(lambda: predict(latents, 700), options.steps)
     assert torch.isfinite(velocity).all()
-    return row(f"{degrees}{', sharded' if shard else ''}, {attention.name}", seconds, weights)
+    return row(f"{degrees}{', sharded' if shard else ''}, {attention.name}, {usp}", seconds, weights)
 
 
 def measure_diffusers(task: Task, options: argparse.Namespace, size: tuple[int, int]) -> dict[str, object]:
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--attention", default="auto")
+    parser.add_argument("--only", nargs="*", help="names of spreads, e.g. ulysses ulysses-sharded; default: all")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
@@ -146,7 +149,9 @@ def main() -> None:
     dist.init_process_group("nccl", device_id=device)
     num_ranks, task = dist.get_world_size(), TASKS[options.task]
     runs: list[Callable[[], dict[str, object]]] = [
-        lambda d=degrees, s=shard: measure(task, options, (width, height), d, s) for degrees, shard in spreads(num_ranks)
+        lambda spread=spread: measure(task, options, (width, height), spread)
+        for name, spread in spreads(num_ranks).items()
+        if not options.only or name in options.only
     ]
     if options.peer:
         runs.append(lambda: measure_diffusers(task, options, (width, height)))

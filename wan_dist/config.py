@@ -15,6 +15,7 @@ from wan_dist.errors import InputError, nearest
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "fa4", "cudnn", "flash", "sdpa")
+USP_IMPLEMENTATIONS = ("plain", "xfuser")
 DEVICES = ("auto", "cuda", "cpu")
 NOISE_DEVICES = ("cpu", "cuda")
 
@@ -61,11 +62,15 @@ class ParallelConfig:
     cfg: int | None = _key(None, "2: the two passes of guidance side by side; null: planned")
     ring: int | None = _key(None, "ranks that pass keys and values around; null: planned")
     ulysses: int | None = _key(None, "ranks that trade tokens for heads, a divisor of the heads; null: planned")
-    timeout: float = _key(600.0, "seconds that ranks wait for each other before the run is given up")
+    usp: str = _key("plain", "what does Ulysses and ring: plain (any number of tokens) or xfuser (a number that the ranks divide)")
+    timeout: float = _key(600.0, "seconds that ranks wait for each other, at the start and while denoising, before the run is given up")
+    load_timeout: float = _key(3600.0, "the same while texts are encoded and weights are read, which a slow disk draws out")
 
     def __post_init__(self) -> None:
-        if self.timeout <= 0:
-            raise InputError(f"parallel.timeout={self.timeout}: it must be above 0, in seconds")
+        _check_choice("parallel.usp", self.usp, USP_IMPLEMENTATIONS)
+        for key in ("timeout", "load_timeout"):
+            if (limit := getattr(self, key)) <= 0:
+                raise InputError(f"parallel.{key}={limit}: it must be above 0, in seconds")
 
 
 @dataclass(kw_only=True)

@@ -23,8 +23,9 @@ from wan_dist.models.vae import WanVae
 from wan_dist.parallel.agreement import Agreeing
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
-from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node
-from wan_dist.parallel.mesh import Groups, local_device, open_groups
+from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, name_those_awaited
+from wan_dist.parallel.mesh import Groups, limit_waiting, local_device, open_groups
+from wan_dist.parallel.usp import check_usp
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, initial_noise
@@ -64,10 +65,13 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
             check_output(folder, width=plan.width, height=plan.height, fps=plan.fps)
         checkpoint = open_checkpoint(_checkpoint_folder(config, plan, groups), plan.task, dtype)
         head_dim = checkpoint.transformers[0].dims.head_dim
+        if config.parallel.usp == "xfuser":
+            check_usp(device)
         attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=head_dim)
     report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name, "degrees": vars(plan.degrees)}
     result = _free_path(folder, plan, fixed=config.output.name is not None)
     if config.latents is None:
+        limit_waiting(groups, config.parallel.load_timeout)
         conditioning = encode(checkpoint, plan, groups, report)
         latents = _denoise(checkpoint, config, plan, conditioning, attention, groups, report)
         if groups.rank != 0:
@@ -113,17 +117,19 @@ def _denoise(
 
     def opener(which: int, suffix: str, scale: float) -> Callable[[], Predict]:
         def open_transformer() -> Predict:
+            limit_waiting(groups, config.parallel.load_timeout)
             free_memory()  # what was there before
             component = checkpoint.transformers[which]
 
             def spread(model: WanTransformer) -> None:
-                parallelize_transformer(model, groups, shard=plan.shard_dit)
+                parallelize_transformer(model, groups, shard=plan.shard_dit, usp=config.parallel.usp)
 
             contexts = project_contexts(checkpoint.projections[which], conditioning, groups, report, f"context{suffix}")
             with report.stage(f"load{suffix}", f"transformer {component.dims.num_layers} x {component.dims.dim}, {config.dtype}"):
                 before = component.files.bytes_read
                 model = component.load(report.device, spread=spread, inner_attention=attention)
             report.rate(f"load{suffix}", component.files.bytes_read - before)
+            limit_waiting(groups, config.parallel.timeout)
             if groups.cfg.size == 2:
                 return ParallelGuidance(model, contexts, conditioning, noise, scale=scale, axis=groups.cfg)
             return Guidance(model, contexts, conditioning, noise, scale=scale)
@@ -140,7 +146,11 @@ def _denoise(
         high = sum(timestep >= boundary for timestep in solver.timesteps)
         logger.info("experts   high noise for the first %d steps, low noise for the other %d", high, len(solver) - high)
     predict = Agreeing(predict, groups.replica)
-    with report.stage("denoise", f"{len(solver)} steps of {config.sample.solver}"), logging_redirect_tqdm([logger]):
+    with (
+        report.stage("denoise", f"{len(solver)} steps of {config.sample.solver}"),
+        logging_redirect_tqdm([logger]),
+        name_those_awaited(groups.replica),  # where sharded weights are gathered, which is not done in our collectives
+    ):
         bar = _progress_bar if groups.rank == 0 else iter
         latents = denoise(predict, noise, solver, known_latents=conditioning.known_latents, progress=bar)
         del predict

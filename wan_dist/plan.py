@@ -90,6 +90,12 @@ def make_plan(config: RunConfig) -> Plan:
     degrees = _degrees(config, task, guided=guide_scales != (1, 1))
     latent_frames = (frame_num - 1) // task.stride[0] + 1
     rows, columns = height // task.stride[1], width // task.stride[2]
+    num_tokens = (latent_frames // task.patch[0]) * (rows // task.patch[1]) * (columns // task.patch[2])
+    if config.parallel.usp == "xfuser" and num_tokens % (num_parts := degrees.ring * degrees.ulysses):
+        raise InputError(
+            f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_parts} ranks and would attend to padding; "
+            "parallel.usp=plain takes any number"
+        )
     return Plan(
         task=task,
         prompt=prompt or "",
@@ -104,7 +110,7 @@ def make_plan(config: RunConfig) -> Plan:
         shift=_shift(config, task, width * height if config.max_area is None else config.max_area),
         guide_scales=guide_scales,
         latent_shape=(task.latent_channels, latent_frames, rows, columns),
-        num_tokens=(latent_frames // task.patch[0]) * (rows // task.patch[1]) * (columns // task.patch[2]),
+        num_tokens=num_tokens,
         degrees=degrees,
         shard_dit=_shard("dit", config.fsdp.dit, degrees, default=task.transformer.gib > 12),
         shard_t5=_shard("t5", config.fsdp.t5, degrees, default=False),

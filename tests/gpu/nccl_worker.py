@@ -14,16 +14,19 @@ from wan_dist.parallel.mesh import Groups, local_device, make_groups, open_group
 from wan_dist.parallel.ring import RingAttention
 from wan_dist.parallel.sequence import SplitSequence
 from wan_dist.parallel.ulysses import UlyssesAttention
+from wan_dist.parallel.usp import open_usp
 
 HEADS, WIDTH = 8, 128
 
 
-def spread_attention(groups: Groups, attention: InnerAttention, whole: list[torch.Tensor]) -> torch.Tensor:
+def spread_attention(groups: Groups, attention: InnerAttention, whole: list[torch.Tensor], usp: str) -> torch.Tensor:
     """Return attention of whole q, k, v (1, L, H, D) as (1, L, H D), computed from this rank's shares and the others'."""
     sequence = SplitSequence(groups.sp)
     num_tokens = whole[0].shape[1]
     table = torch.zeros(num_tokens, 1, 1)
     shares = [sequence.split(part.flatten(2), (table, table), (num_tokens,))[0].unflatten(2, (HEADS, WIDTH)) for part in whole]
+    if usp == "xfuser":
+        return sequence.gather(open_usp(attention, groups)(*shares).flatten(2))
     if groups.ring.size > 1:
         attention = RingAttention(attention, sequence, groups.ring, groups.ulysses.size)
     if groups.ulysses.size > 1:
@@ -31,7 +34,7 @@ def spread_attention(groups: Groups, attention: InnerAttention, whole: list[torc
     return sequence.gather(attention(*shares).flatten(2))
 
 
-def main(name: str) -> None:
+def main(name: str, usp: str = "plain") -> None:
     device = local_device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attention = choose_attention(name, device=device, dtype=dtype, head_dim=WIDTH)
@@ -39,20 +42,28 @@ def main(name: str) -> None:
     spreads = [Degrees(ring=num_ranks), Degrees(ulysses=num_ranks)]
     if num_ranks == 4:
         spreads.append(Degrees(ring=2, ulysses=2))
+    if usp == "xfuser":
+        spreads = spreads[-1:]  # its groups are made once in a process
     with open_groups(spreads[0], device, timeout=60):
         for degrees in spreads:
             groups = make_groups(degrees, device.type)
-            for num_tokens in (2048, 1003):
+            for num_tokens in (2048, 1003) if usp == "plain" else (2048, 1020):
                 torch.manual_seed(num_tokens)
                 whole = [torch.randn(1, num_tokens, HEADS, WIDTH).to(device, dtype) for _ in range(3)]
-                first, again = (spread_attention(groups, attention, whole) for _ in range(2))
+                first, again = (spread_attention(groups, attention, whole, usp) for _ in range(2))
                 exact = InnerAttention()(*(part.double() for part in whole)).flatten(2)
                 error = ((first.double() - exact).norm() / exact.norm()).item()
                 if groups.rank == 0:
-                    print(f"{attention.name} {degrees} {num_tokens} tokens: {error:.2e}", flush=True)
+                    print(f"{attention.name} {usp} {degrees} {num_tokens} tokens: {error:.2e}", flush=True)
+                if usp != "plain":
+                    other = spread_attention(groups, attention, whole, "plain")
+                    difference = ((first.double() - other.double()).norm() / exact.norm()).item()
+                    if groups.rank == 0:
+                        print(f"  from plain: {difference:.2e}", flush=True)
+                    assert difference < 5e-3, (degrees, num_tokens, difference)
                 assert error < 5e-3, (degrees, num_tokens, error)
                 assert torch.equal(first, again), "the same again is not the same"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

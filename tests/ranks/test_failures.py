@@ -33,9 +33,9 @@ def nothing_is_left(group: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_one_rank_failing_ends_all(rank: int, tmp_path: Path) -> None:
-    job = start([str(ROOT / "tests/ranks/failing.py"), *TOY], tmp_path, BREAK_RANK=str(rank))
+@pytest.mark.parametrize(("rank", "setting"), [(0, "fsdp.dit=false"), (1, "fsdp.dit=true")])
+def test_one_rank_failing_ends_all(rank: int, setting: str, tmp_path: Path) -> None:
+    job = start([str(ROOT / "tests/ranks/failing.py"), *TOY, setting], tmp_path, BREAK_RANK=str(rank))
     told, _ = job.communicate(timeout=60)
     assert job.returncode != 0
     assert told.count("wan_dist: error: RuntimeError: this rank broke") == 1

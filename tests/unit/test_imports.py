@@ -23,7 +23,7 @@ ONLY_IN = {
     "hydra": {"run", "config"},
     "omegaconf": {"run", "config"},
     "torch.distributed": {"parallel", "weights/load"},
-    "xfuser": {"parallel/ring"},
+    "xfuser": {"parallel/usp"},
 }
 
 

@@ -15,14 +15,15 @@ _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 
 @contextmanager
-def _naming(axis: Axis) -> Iterator[None]:
-    """Say in an error for which other ranks this one was waiting."""
+def name_those_awaited(axis: Axis) -> Iterator[None]:
+    """Say in an error of a connection for which other ranks this one was waiting."""
     try:
         yield
     except RuntimeError as fault:
-        assert axis.group is not None
-        others = [rank for rank in dist.get_process_group_ranks(axis.group) if rank != dist.get_rank()]
-        fault.add_note(f"waiting for rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}")
+        is_of_connection = isinstance(fault, dist.DistError) or "gloo" in str(fault)
+        if axis.group is not None and is_of_connection and not getattr(fault, "__notes__", None):
+            others = [rank for rank in dist.get_process_group_ranks(axis.group) if rank != dist.get_rank()]
+            fault.add_note(f"waiting for rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}")
         raise
 
 
@@ -31,7 +32,7 @@ def all_to_all(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x
     out = torch.empty_like(x)
-    with _naming(axis):
+    with name_those_awaited(axis):
         dist.all_to_all_single(out, x.contiguous(), group=axis.group)
     return out
 
@@ -41,7 +42,7 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x.unsqueeze(0)
     out = x.new_empty(axis.size * x.numel())
-    with _naming(axis):
+    with name_those_awaited(axis):
         _ALL_GATHER(out, x.contiguous().view(-1), group=axis.group)
     return out.view(axis.size, *x.shape)
 
@@ -57,11 +58,11 @@ def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
     after, before = ranks[(axis.rank + 1) % axis.size], ranks[(axis.rank - 1) % axis.size]
     operations = [dist.P2POp(dist.isend, tensor.contiguous(), after, axis.group) for tensor in tensors]
     operations += [dist.P2POp(dist.irecv, tensor, before, axis.group) for tensor in received]
-    with _naming(axis):
+    with name_those_awaited(axis):
         works = dist.batch_isend_irecv(operations)
 
     def wait() -> list[Tensor]:
-        with _naming(axis):
+        with name_those_awaited(axis):
             for work in works:
                 work.wait()
         return received
@@ -78,7 +79,7 @@ def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | No
         return None
     shape, dtype = described
     out = x.to(device).contiguous() if axis.rank == 0 and x is not None else torch.empty(shape, dtype=dtype, device=device)
-    with _naming(axis):
+    with name_those_awaited(axis):
         dist.broadcast(out, group=axis.group, group_src=0)
     return out
 
@@ -88,7 +89,7 @@ def broadcast_object(value: T, axis: Axis) -> T:
     if axis.size == 1:
         return value
     box = [value]
-    with _naming(axis):
+    with name_those_awaited(axis):
         dist.broadcast_object_list(box, group=axis.group, group_src=0)
     return box[0]
 

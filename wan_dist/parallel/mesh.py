@@ -55,7 +55,7 @@ def local_device(name: str) -> torch.device:
 def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> Iterator[Groups]:
     """Make the process groups for these degrees, and end them on any exit; for one rank there are none.
 
-    Ranks that wait for each other longer than ``timeout`` seconds give up with an error.
+    Ranks that wait for each other longer than ``timeout`` seconds give up with an error; see `limit_waiting`.
     """
     if degrees.num_ranks == 1:
         yield Groups()
@@ -64,12 +64,17 @@ def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> It
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
     try:
         groups = make_groups(degrees, device.type)
-        for axis in (groups.dp, groups.cfg, groups.ring, groups.ulysses, groups.sp, groups.replica):
-            if axis.group is not None:  # groups that a mesh makes do not take over the limit
-                _set_pg_timeout(timedelta(seconds=timeout), axis.group)
+        limit_waiting(groups, timeout)  # groups that a mesh makes do not take it over
         yield groups
     finally:
         dist.destroy_process_group()
+
+
+def limit_waiting(groups: Groups, timeout: float) -> None:
+    """From now on, ranks that wait for each other longer than ``timeout`` seconds give up with an error."""
+    for axis in (groups.dp, groups.cfg, groups.ring, groups.ulysses, groups.sp, groups.replica):
+        if axis.group is not None:
+            _set_pg_timeout(timedelta(seconds=timeout), axis.group)
 
 
 def make_groups(degrees: Degrees, device_type: str) -> Groups:

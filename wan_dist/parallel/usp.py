@@ -1,0 +1,72 @@
+"""Ulysses, ring and both through xfuser's USP (arXiv:2405.07719), for those who ask for it: `parallel.usp=xfuser`.
+
+It attends to padding and takes PyTorch's private context-parallel code, so it is not the default. xfuser is imported here only.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wan_dist.errors import InputError
+from wan_dist.models.attention import InnerAttention
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.parallel.mesh import Groups
+
+_BACKENDS = {"fa4": "FLASH_4", "cudnn": "CUDNN", "flash": "SDPA_FLASH", "sdpa": "SDPA_FLASH"}
+"""Our attention kernels' names -> xfuser's."""
+
+
+def check_usp(device: torch.device) -> None:
+    """Raise InputError if xfuser cannot be used here."""
+    if device.type != "cuda":
+        raise InputError("parallel.usp=xfuser needs GPUs; parallel.usp=plain runs anywhere")
+    for package in ("xfuser", "yunchang"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"parallel.usp=xfuser: package {package} is not installed (pip install wan-dist[usp]); or parallel.usp=plain")
+
+
+class UspAttention(InnerAttention):
+    """Attention of the tokens of all ranks; every rank has the same number of them, none of it padding."""
+
+    def __init__(self, inner: InnerAttention, usp: Callable[..., Tensor], backend: Any) -> None:
+        super().__init__(inner.kernel, inner.name, inner.reason)
+        self.usp = usp
+        self.backend = backend
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, l, H, D) of this rank's tokens -> (B, l, H, D)."""
+        out = self.usp(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), combine_qkv_a2a=True, backend=self.backend)
+        return out.transpose(1, 2)
+
+
+def open_usp(inner: InnerAttention, groups: Groups) -> UspAttention:
+    """Make xfuser's groups, which have our axes in our order, if that has not been done; returns the attention that uses them."""
+    from xfuser import xFuserArgs
+    from xfuser.core.distributed import init_distributed_environment, model_parallel_is_initialized, runtime_state
+    from xfuser.core.distributed.attention_backend import AttentionBackendType
+    from xfuser.model_executor.layers.usp import USP
+
+    if not model_parallel_is_initialized():
+        init_distributed_environment(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=groups.local_rank)
+        config, _ = xFuserArgs(
+            model="Wan",
+            data_parallel_degree=groups.dp.size,
+            use_cfg_parallel=groups.cfg.size == 2,
+            ring_degree=groups.ring.size,
+            ulysses_degree=groups.ulysses.size,
+            attention_backend=_BACKENDS[inner.name],
+        ).create_config()
+        runtime_state._RUNTIME = runtime_state.RuntimeState(config)  # `initialize_runtime_state` wants a diffusers pipeline
+    return UspAttention(inner, USP, AttentionBackendType[_BACKENDS[inner.name]])
+
+
+def apply_usp(model: WanTransformer, groups: Groups) -> None:
+    """Wrap every block's self-attention; in place of `apply_ring` and `apply_ulysses`."""
+    attention: UspAttention | None = None
+    for block_attention in model.self_attentions:
+        attention = attention or open_usp(block_attention.inner_attention, groups)
+        block_attention.inner_attention = attention
