@@ -30,9 +30,8 @@ class TransformerShape:
 
     @property
     def gib(self) -> float:
-        """Size of the blocks, which are nearly all of it, in bfloat16."""
-        attention = (10 if self.image_dim else 8) * self.dim**2
-        return self.num_layers * (attention + 2 * self.dim * self.ffn_dim) * 2 / 2**30
+        """Size in bfloat16 of the blocks, which are nearly all of what denoises."""
+        return self.num_layers * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim) * 2 / 2**30
 
 
 class Images(Enum):

@@ -52,7 +52,8 @@ _FASTEST_FIRST = ("fa4", "cudnn", "flash", "sdpa")
 def attend_with_lse(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Return attention's result (B, Lq, H, D) and its log-sum-exp (B, Lq, H), float32; shapes as in `InnerAttention.forward`.
 
-    FlashAttention-4 where ``name`` is fa4, else FlashAttention-2 on a GPU in half precision, else plain arithmetic in float32.
+    FlashAttention-4 where ``name`` is fa4, cuDNN where it is cudnn, else FlashAttention-2 on a GPU in half precision, else plain
+    arithmetic in float32.
     """
     if name == "fa4":
         from flash_attn.cute import flash_attn_func  # optional, and it imports a compiler
@@ -60,7 +61,10 @@ def attend_with_lse(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
         out, lse = flash_attn_func(q, k, v, return_lse=True)
         return out, lse.float().transpose(1, 2)
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, L, D)
-    if q.is_cuda and q.dtype != torch.float32:
+    if name == "cudnn":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+        lse = lse.squeeze(-1)
+    elif q.is_cuda and q.dtype != torch.float32:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     else:
         scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
