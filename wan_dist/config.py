@@ -16,6 +16,7 @@ SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "fa4", "cudnn", "flash", "sdpa")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
+VAE_PLACES = ("parallel", "whole", "tiled", "cpu")
 DEVICES = ("auto", "cuda", "cpu")
 NOISE_DEVICES = ("cpu", "cuda")
 
@@ -82,6 +83,20 @@ class FsdpConfig:
 
 
 @dataclass(kw_only=True)
+class MemoryConfig:
+    """How models and videos fit into memory."""
+
+    vae: str | None = _key(None, "where the VAE works: parallel (a strip a rank), whole, tiled or cpu; null: parallel if there are ranks")
+    budget_gib: float | None = _key(None, "GPU memory that a rank may take, in GiB; null: all there is")
+
+    def __post_init__(self) -> None:
+        if self.vae is not None:
+            _check_choice("memory.vae", self.vae, VAE_PLACES)
+        if self.budget_gib is not None and self.budget_gib <= 0:
+            raise InputError(f"memory.budget_gib={self.budget_gib}: it must be above 0, in GiB")
+
+
+@dataclass(kw_only=True)
 class OutputConfig:
     """Where the results go."""
 
@@ -118,6 +133,7 @@ class RunConfig:
     latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 

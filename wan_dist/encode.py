@@ -1,7 +1,7 @@
 """Text and images -> `Conditioning`: once in a replica, on its first rank, and sent to the others."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 import numpy as np
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 from wan_dist.images import cover
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.image_encoder import encode_images
+from wan_dist.models.image_encoder import ImageEncoderDims, encode_images
 from wan_dist.models.text_encoder import TextEncoder
 from wan_dist.models.transformer import ContextKV, TransformerDims
 from wan_dist.parallel.collectives import all_gather, broadcast
 from wan_dist.parallel.fsdp import apply_fsdp
 from wan_dist.parallel.mesh import Groups
+from wan_dist.parallel.vae import encode_split
 from wan_dist.plan import Plan
 from wan_dist.report import Report
-from wan_dist.sampling.conditioning import Conditioning, mask_of_images, video_of_images
+from wan_dist.sampling.conditioning import Conditioning, chunks_of_images, mask_of_images
 from wan_dist.weights.checkpoint import Checkpoint, Component
 
 
@@ -29,8 +30,10 @@ def encode(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -
     is_first = groups.replica.rank == 0
     if is_first or plan.shard_t5:
         found |= _encode_text(checkpoint, plan, groups, report)
-    if is_first and plan.images:
-        found |= _encode_images(checkpoint, plan, report)
+    if is_first and plan.images and checkpoint.image_encoder is not None:
+        found["image_features"] = _look_at_images(checkpoint.image_encoder, plan, report)
+    if plan.images and (is_first or plan.vae == "parallel"):
+        found |= _encode_images(checkpoint, plan, groups, report)
     everywhere = {field.name: broadcast(found.get(field.name), groups.replica, report.device) for field in fields(Conditioning)}
     context = everywhere.pop("context")
     assert context is not None
@@ -84,25 +87,37 @@ def _encode_text(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Rep
     return found
 
 
-def _encode_images(checkpoint: Checkpoint, plan: Plan, report: Report) -> dict[str, Tensor]:
+def _look_at_images(image_encoder: Component[nn.Module, ImageEncoderDims], plan: Plan, report: Report) -> Tensor:
+    with report.stage("look", f"CLIP, {len(plan.images)} image{'s' if len(plan.images) > 1 else ''}"):
+        clip = image_encoder.load(report.device)
+        features = encode_images(clip, [pixels(image) for image in plan.images], image_size=image_encoder.dims.image_size)
+        del clip
+        free_memory()
+    return features
+
+
+def _encode_images(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
+    """Return what the VAE makes of the images; in strips, one for each rank, where the ranks share that."""
     found: dict[str, Tensor] = {}
-    device, size = report.device, (plan.width, plan.height)
-    with report.stage("image", ", ".join(f"{image.width}x{image.height}" for image in plan.images)):
-        if checkpoint.image_encoder is not None:
-            clip = checkpoint.image_encoder.load(device)
-            image_size = checkpoint.image_encoder.dims.image_size
-            found["image_features"] = encode_images(clip, [pixels(image) for image in plan.images], image_size=image_size)
-            del clip
-            free_memory()
+    device = torch.device("cpu") if plan.vae == "cpu" else report.device
+    with report.stage("image", f"VAE {plan.vae}, " + ", ".join(f"{image.width}x{image.height}" for image in plan.images)):
         vae = checkpoint.vae.load(device)
         if plan.task.known_first_frame:
-            first = pixels(cover(plan.images[0], size))
-            found["known_latents"] = vae.encode(first.view(1, 3, 1, *first.shape[1:]).to(device))
+            chunks: Iterator[Tensor] = iter([pixels(cover(plan.images[0], (plan.width, plan.height))).unsqueeze(1).unsqueeze(0)])
         else:
-            first, last = pixels(plan.images[0]), pixels(plan.images[1]) if len(plan.images) == 2 else None
-            video = video_of_images(first, last, frame_num=plan.frame_num, width=plan.width, height=plan.height)
-            mask = mask_of_images(plan.latent_shape, has_last=last is not None).to(device)
-            found["extra_channels"] = torch.cat([mask, vae.encode(video.to(device))], dim=1)
+            first, last = (*(pixels(image) for image in plan.images), None)[:2]
+            assert first is not None
+            chunks = chunks_of_images(first, last, frame_num=plan.frame_num, width=plan.width, height=plan.height)
+        on_device = (chunk.to(device) for chunk in chunks)
+        if plan.vae == "parallel":
+            latents = encode_split(vae, on_device, groups.replica, scale=vae.dims.scale)
+        else:
+            latents = vae.encode(on_device).to(report.device)
+        if plan.task.known_first_frame:
+            found["known_latents"] = latents
+        else:
+            mask = mask_of_images(plan.latent_shape, has_last=len(plan.images) == 2).to(report.device)
+            found["extra_channels"] = torch.cat([mask, latents], dim=1)
         del vae
         free_memory()
     return found

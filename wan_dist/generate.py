@@ -14,12 +14,12 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import RunConfig
+from wan_dist.decode import decode, float32_frames, uint8_frames, ways_that_fit
 from wan_dist.encode import encode, free_memory, project_contexts
 from wan_dist.errors import InputError
 from wan_dist.log import logger
 from wan_dist.models.attention import InnerAttention, choose_attention
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import WanVae
 from wan_dist.parallel.agreement import Agreeing
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
@@ -70,24 +70,23 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
         attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=head_dim)
     report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name, "degrees": vars(plan.degrees)}
     result = _free_path(folder, plan, fixed=config.output.name is not None)
+    kept = result.with_suffix(".latents.safetensors") if config.latents is None else Path(config.latents).expanduser()
     if config.latents is None:
         limit_waiting(groups, config.parallel.load_timeout)
         conditioning = encode(checkpoint, plan, groups, report)
         latents = _denoise(checkpoint, config, plan, conditioning, attention, groups, report)
-        if groups.rank != 0:
-            return None
-        kept = result.with_suffix(".latents.safetensors")
-        save_tensors(kept, {"latents": latents.cpu()})
-    elif groups.rank != 0:
-        return None
+        if groups.rank == 0:
+            save_tensors(kept, {"latents": latents.cpu()})
     else:
-        kept = Path(config.latents).expanduser()
-        latents = load_file(kept)["latents"]
+        latents = load_file(kept)["latents"].to(device)
     try:
-        _decode(checkpoint, config, plan, latents.to(device), result, report)
+        _decode(checkpoint, config, plan, latents, groups, result, report)
     except BaseException:
-        logger.error("the latents are kept; make the video from them with: %s", _resume_command(config, checkpoint, kept, result))
+        if groups.rank == 0:
+            logger.error("the latents are kept; make the video from them with: %s", _resume_command(config, checkpoint, kept, result))
         raise
+    if groups.rank != 0:
+        return None
     report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result)}
     report.save(result.with_suffix(".json"))
     if config.latents is None and not config.output.save_latents:
@@ -158,36 +157,64 @@ def _denoise(
     return latents.squeeze(0)
 
 
-def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tensor, result: Path, report: Report) -> None:
-    """Decode latents (C, T, h, w) and write the result, chunk by chunk."""
+def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tensor, groups: Groups, result: Path, report: Report) -> None:
+    """Decode latents (C, T, h, w) and write the result as frames are ready; where memory runs out, again in a way that needs less."""
     if not torch.isfinite(latents).all():
         raise FloatingPointError("the latents are not finite: the video would be black")
-    with report.stage("decode", f"VAE, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"):
-        vae = checkpoint.vae.load(latents.device)
-        kept_chunks: list[Tensor] | None = [] if config.output.save_tensor else None
-        frames = _frames(vae, latents, kept_chunks)
-        if plan.task.still:
-            save_image(result, next(frames)[0])
-        else:
-            save_video(result, frames, fps=plan.fps, num_frames=plan.frame_num)
-        if kept_chunks is not None:
-            save_tensors(result.with_suffix(".safetensors"), {"video": torch.cat(kept_chunks, dim=1)})
+    ways = ways_that_fit(plan.vae, checkpoint.vae.dims, latents, groups.replica, budget_gib=config.memory.budget_gib)
+    for number, way in enumerate(ways):
+        if groups.rank != 0 and way.name != "parallel":
+            return  # the first rank goes on alone
+        try:
+            with report.stage("decode", f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"):
+                vae = checkpoint.vae.load(torch.device("cpu") if way.name == "cpu" else latents.device)
+                chunks = decode(vae, latents, float32_frames if config.output.save_tensor else uint8_frames, way, groups.replica)
+                del vae
+                if groups.rank == 0:
+                    _write(chunks, config, plan, result)
+                else:
+                    assert next(chunks, None) is None
+            return
+        except torch.OutOfMemoryError:
+            if number == len(ways) - 1:
+                raise
+        free_memory()
+        logger.warning("decoding %s ran out of GPU memory; the latents are safe, trying %s", way, ways[number + 1])
 
 
-def _frames(vae: WanVae, latents: Tensor, kept_chunks: list[Tensor] | None) -> Iterator[Tensor]:
-    """Yield uint8 frames (n, H, W, 3); float32 ones (3, n, H, W) go to ``kept_chunks`` on the CPU, if there is such a list."""
-    for chunk in vae.decode(latents.unsqueeze(0)):
-        if kept_chunks is not None:
-            kept_chunks.append(chunk[0].float().cpu())
-        yield to_uint8(chunk[0])
+def _write(chunks: Iterator[Tensor], config: RunConfig, plan: Plan, result: Path) -> None:
+    """Write frames (n, H, W, 3), uint8, or float32 in [-1, 1] which are kept too."""
+    floats: list[Tensor] = []
+
+    def seen() -> Iterator[Tensor]:
+        for chunk in chunks:
+            if config.output.save_tensor:
+                floats.append(chunk.cpu())
+            yield to_uint8(chunk)
+
+    if plan.task.still:
+        save_image(result, next(seen())[0])
+    else:
+        save_video(result, seen(), fps=plan.fps, num_frames=plan.frame_num)
+    if floats:
+        save_tensors(result.with_suffix(".safetensors"), {"video": torch.cat(floats).permute(3, 0, 1, 2).contiguous()})
 
 
 def _device(config: RunConfig) -> torch.device:
+    """Return this rank's device, with its memory limited to the budget if there is one."""
     available = torch.cuda.is_available()
     if "cuda" in (config.device, config.noise_device) and not available:
         key = "device" if config.device == "cuda" else "noise_device"
         raise InputError(f"{key}=cuda, but PyTorch {torch.__version__} sees no GPU here; {key}=cpu works")
-    return local_device("cuda" if config.device == "cuda" or (config.device == "auto" and available) else "cpu")
+    device = local_device("cuda" if config.device == "cuda" or (config.device == "auto" and available) else "cpu")
+    if (budget := config.memory.budget_gib) is not None:
+        if device.type != "cuda":
+            raise InputError(f"memory.budget_gib={budget} limits GPU memory, and this run is on the CPU; leave it out")
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        if budget > total:
+            raise InputError(f"memory.budget_gib={budget} is more than the GPU's {total:.1f} GiB")
+        torch.cuda.set_per_process_memory_fraction(budget / total, device)
+    return device
 
 
 def _checkpoint_folder(config: RunConfig, plan: Plan, groups: Groups) -> Path:

@@ -43,6 +43,8 @@ class Plan:
     degrees: Degrees
     shard_dit: bool
     shard_t5: bool
+    vae: str
+    """Where frames are made: parallel, whole, tiled or cpu."""
     name: str
     """File name of the results, without suffix."""
 
@@ -114,6 +116,7 @@ def make_plan(config: RunConfig) -> Plan:
         degrees=degrees,
         shard_dit=_shard("dit", config.fsdp.dit, degrees, default=task.transformer.gib > 12),
         shard_t5=_shard("t5", config.fsdp.t5, degrees, default=False),
+        vae=_vae(config, degrees, max(rows, columns)),
         name=_file_name(config, prompt, seed),
     )
 
@@ -152,6 +155,16 @@ def _shard(what: str, asked: bool | None, degrees: Degrees, *, default: bool) ->
     if asked and degrees.num_ranks == 1:
         raise InputError(f"fsdp.{what}=true shards weights over several ranks, but there is one; leave it out, or start with torchrun")
     return degrees.num_ranks > 1 and (default if asked is None else asked)
+
+
+def _vae(config: RunConfig, degrees: Degrees, side: int) -> str:
+    """Return where the VAE works; its ranks share the latents' larger side, of which each needs two pixels."""
+    num_ranks = degrees.num_ranks // degrees.dp
+    fits = num_ranks > 1 and side >= 2 * num_ranks
+    if config.memory.vae == "parallel" and not fits:
+        why = "there is one rank" if num_ranks == 1 else f"{side} latent pixels are too few for {num_ranks} ranks"
+        raise InputError(f"memory.vae=parallel: {why}; memory.vae=whole works")
+    return config.memory.vae or ("parallel" if fits else "whole")
 
 
 def _read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:

@@ -4,8 +4,11 @@ import contextlib
 import itertools
 import subprocess
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import imageio_ffmpeg
 import torch
@@ -37,13 +40,17 @@ _ENCODING = [
 ]
 
 
+_MOST_WAITING = 2
+"""Chunks that may wait to be encoded."""
+
+
 class SaveError(RuntimeError):
     """The video could not be written."""
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """Return frames (3, n, H, W) in [-1, 1] as (n, H, W, 3) in 0 ... 255, rounded to nearest, on the same device."""
-    return (frames.float() * 127.5 + 127.5).round_().clamp_(0, 255).byte().permute(1, 2, 3, 0).contiguous()
+    """Return frames in [-1, 1] as uint8 in 0 ... 255, rounded to nearest, on the same device; those that are uint8 as they are."""
+    return frames if frames.dtype == torch.uint8 else (frames.float() * 127.5 + 127.5).round_().clamp_(0, 255).byte()
 
 
 def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: int) -> None:
@@ -72,22 +79,45 @@ def _encode(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors) as ffmpeg,
+        ThreadPoolExecutor(1) as sender,  # while a chunk is sent and encoded, the next one is made
     ):
         assert ffmpeg.stdin is not None
+        sending: deque[Future[None]] = deque()
         try:
             with contextlib.suppress(BrokenPipeError):  # ffmpeg gave up; its exit code and last words follow
                 for chunk in itertools.chain([first], chunks):
-                    ffmpeg.stdin.write(chunk.cpu().numpy().data)
+                    sending.append(sender.submit(_send, *_to_host(chunk), ffmpeg.stdin))
+                    if len(sending) > _MOST_WAITING:
+                        sending.popleft().result()
+                while sending:
+                    sending.popleft().result()
         except BaseException:
             ffmpeg.kill()
             raise
         finally:
+            sender.shutdown()
             with contextlib.suppress(BrokenPipeError):
                 ffmpeg.stdin.close()
         if ffmpeg.wait():
             errors.seek(0)
             last_words = errors.read().decode(errors="replace").strip().splitlines()[-1:]
             raise SaveError(f"cannot write {path}: ffmpeg says {' '.join(last_words) or 'nothing'} (exit code {ffmpeg.returncode})")
+
+
+def _to_host(chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Begin to copy a chunk to the host; returns the copy and what to wait for before it is read."""
+    if not chunk.is_cuda:
+        return chunk, None
+    copy = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True).copy_(chunk, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    return copy, done
+
+
+def _send(frames: Tensor, ready: torch.cuda.Event | None, pipe: IO[bytes]) -> None:
+    if ready is not None:
+        ready.synchronize()
+    pipe.write(frames.numpy().data)
 
 
 def save_image(path: Path, frame: Tensor) -> None:

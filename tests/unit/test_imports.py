@@ -14,7 +14,7 @@ LAYERS = [
     {"plan"},
     {"weights", "sampling", "video", "report"},
     {"toy", "parallel"},
-    {"encode"},
+    {"encode", "decode"},
     {"generate"},
     {"run"},
 ]

@@ -13,9 +13,9 @@ from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
 from wan_dist.models.transformer import ContextKV, PatchEmbedding, TransformerDims, WanTransformer
-from wan_dist.models.vae import VaeDims, WanVae
-from wan_dist.models.vae_layers import channels_to_pixels, pixels_to_channels
-from wan_dist.sampling.conditioning import mask_of_images, video_of_images
+from wan_dist.models.vae import VaeDims, WanVae, in_chunks
+from wan_dist.models.vae_layers import VideoState, channels_to_pixels, pixels_to_channels
+from wan_dist.sampling.conditioning import chunks_of_images, mask_of_images
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 
@@ -44,7 +44,7 @@ def test_prompts_are_cleaned() -> None:
 
 
 def test_vae_encode(vae: WanVae) -> None:
-    latents = vae.encode(COMPONENTS["vae21.video"].unsqueeze(0))[0]
+    latents = vae.encode(in_chunks(COMPONENTS["vae21.video"].unsqueeze(0)))[0]
     torch.testing.assert_close(latents, COMPONENTS["vae21.latent"], rtol=0, atol=1e-4)
 
 
@@ -56,13 +56,13 @@ def test_vae_decode_yields_frames_as_they_are_ready(vae: WanVae) -> None:
 
 def test_vae_encodes_a_single_frame(vae: WanVae) -> None:
     video = COMPONENTS["vae21.video"].unsqueeze(0)
-    torch.testing.assert_close(vae.encode(video[:, :, :1])[:, :, 0], vae.encode(video)[:, :, 0])
+    torch.testing.assert_close(vae.encode([video[:, :, :1]])[:, :, 0], vae.encode(in_chunks(video))[:, :, 0])
 
 
 def test_vae_chunks_are_independent_of_their_length(vae: WanVae) -> None:
     """The causal cache makes any split in time the same computation: all later latents in one chunk against one by one."""
     latents = COMPONENTS["vae21.latent"].unsqueeze(0)
-    one_by_one, together = {}, {}
+    one_by_one, together = VideoState(), VideoState()
     expected = torch.cat([vae.decoder(latent, one_by_one) for latent in latents.split(1, dim=2)], dim=2)
     actual = torch.cat([vae.decoder(chunk, together) for chunk in (latents[:, :, :1], latents[:, :, 1:])], dim=2)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
@@ -112,9 +112,9 @@ def test_what_images_become(folder: str, task: str, case: str) -> None:
     features = encode_images(checkpoint.image_encoder.load(CPU), images, image_size=224)
     torch.testing.assert_close(features, golden["input.clip_fea"], rtol=0, atol=1e-4)
     frames, height, width = golden["video"].shape[1:]
-    video = video_of_images(images[0], images[1] if images[1:] else None, frame_num=frames, height=height, width=width)
+    chunks = chunks_of_images(images[0], images[1] if images[1:] else None, frame_num=frames, height=height, width=width)
     mask = mask_of_images(tuple(golden["step0.latent"].shape), has_last=len(images) > 1)
-    extra = torch.cat([mask, checkpoint.vae.load(CPU).encode(video)], dim=1)
+    extra = torch.cat([mask, checkpoint.vae.load(CPU).encode(chunks)], dim=1)
     torch.testing.assert_close(extra[0], golden["input.y"], rtol=0, atol=1e-4)
 
 
@@ -122,7 +122,7 @@ def test_vae_2_2() -> None:
     path = golden_folder("wan2.2-ti2v-5b").parent / "components/wan22.safetensors"
     golden = load_file(path)
     vae = open_checkpoint(golden_folder("wan2.2-ti2v-5b"), TASKS["ti2v-5B"], torch.float32).vae.load(CPU)
-    latents = vae.encode(golden["vae22.video"].unsqueeze(0))[0]
+    latents = vae.encode(in_chunks(golden["vae22.video"].unsqueeze(0)))[0]
     torch.testing.assert_close(latents, golden["vae22.latent"], rtol=0, atol=1e-4)
     frames = torch.cat(list(vae.decode(golden["vae22.latent"].unsqueeze(0))), dim=2)[0]
     torch.testing.assert_close(frames, golden["vae22.decoded"], rtol=0, atol=1e-4)
@@ -266,10 +266,10 @@ def test_decoding_memory_does_not_grow_with_frames(vae: WanVae) -> None:
     """What the decoder remembers between chunks is the same after 2 latent frames and after 6."""
 
     def remembered(num_latents: int) -> int:
-        cache: dict = {}
+        state = VideoState()
         for _ in range(num_latents):
-            vae.decoder(torch.randn(1, 16, 1, 4, 4), cache)
-        return sum(value.untyped_storage().nbytes() for value in cache.values() if value is not None)
+            vae.decoder(torch.randn(1, 16, 1, 4, 4), state)
+        return sum(value.untyped_storage().nbytes() for value in state.past.values() if value is not None)
 
     assert remembered(2) == remembered(6)
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from wan_dist.decode import uint8_frames
 from wan_dist.errors import InputError
-from wan_dist.video import SaveError, check_output, save_image, save_tensors, save_video, to_uint8
+from wan_dist.video import SaveError, check_output, save_image, save_tensors, save_video
 
 
 def read_video(path: Path, *, width: int, height: int) -> tuple[str, torch.Tensor]:
@@ -37,7 +38,7 @@ def test_a_video_is_what_went_in(tmp_path: Path) -> None:
 
 def test_frames_are_rounded_to_nearest() -> None:
     frames = torch.tensor([-1.0, -0.9999, 0.0, 1 / 255, 0.999, 1.0, 1.5, -7.0]).view(1, 1, 1, 8).expand(3, 2, 4, 8)
-    out = to_uint8(frames)
+    out = uint8_frames(frames)
     assert out.shape == (2, 4, 8, 3)
     assert out[0, 0, :, 0].tolist() == [0, 0, 128, 128, 255, 255, 255, 0]
 

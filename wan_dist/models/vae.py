@@ -5,7 +5,7 @@ shortcuts around its stages.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from wan_dist.models.vae_layers import (
     AttentionBlock,
-    CausalCache,
     CausalConv3d,
     Downsample,
     DownStage,
@@ -21,7 +20,9 @@ from wan_dist.models.vae_layers import (
     RMSNorm,
     Upsample,
     UpStage,
+    VideoState,
     channels_to_pixels,
+    convolve_activated,
     pixels_to_channels,
 )
 
@@ -68,6 +69,20 @@ class VaeDims:
     """Which of the encoder's downsamplings halve the frames too; the decoder's doublings mirror it."""
 
     @property
+    def reach(self) -> int:
+        """How many latent pixels around it, at most, an output pixel depends on, the attention over whole frames left out."""
+        pixels = 1  # the head's convolution
+        for _ in self.temporal:
+            pixels += 2 * (self.num_blocks + 1)  # a stage's
+            pixels = -(-(pixels + 1) // 2)  # that of the upsampling before it, and halving
+        return pixels + 2 * (self.num_blocks + 1)
+
+    @property
+    def scale(self) -> int:
+        """Pixels of a video for a latent pixel, on a side."""
+        return 2 ** len(self.temporal) * (2 if self.residual else 1)
+
+    @property
     def pixel_channels(self) -> int:
         """Channels of the encoder's input and of the decoder's output."""
         return 12 if self.residual else 3
@@ -76,68 +91,78 @@ class VaeDims:
 class Encoder(nn.Module):
     """Frames to latent moments."""
 
-    def __init__(self, dims: VaeDims) -> None:
+    def __init__(self, dims: VaeDims, dtype: torch.dtype) -> None:
         super().__init__()
         widths = [dims.dim * multiplier for multiplier in (1, *dims.multipliers)]
-        self.conv1 = CausalConv3d(dims.pixel_channels, widths[0], 3)
+        self.conv1 = CausalConv3d(dims.pixel_channels, widths[0], 3, dtype)
         layers: list[nn.Module] = []
         for stage, (in_dim, out_dim) in enumerate(itertools.pairwise(widths)):
-            blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(dims.num_blocks)]
+            blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim, dtype) for i in range(dims.num_blocks)]
             is_down = stage < len(dims.temporal)
             temporal = is_down and dims.temporal[stage]
             if is_down:
-                blocks.append(Downsample(out_dim, temporal=temporal))
+                blocks.append(Downsample(out_dim, temporal=temporal, dtype=dtype))
             if dims.residual:
                 blocks = [DownStage(blocks, out_dim, temporal=1 + temporal, spatial=1 + is_down)]
             layers += blocks
         self.downsamples = nn.ModuleList(layers)
-        self.middle = _middle(widths[-1])
-        self.head = _head(widths[-1], 2 * dims.latent_dim)
+        self.middle = _middle(widths[-1], dtype)
+        self.head = _head(widths[-1], 2 * dims.latent_dim, dtype)
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """Encode a chunk (B, pixel channels, F, H, W) -> (B, 2 C, f, H / 8, W / 8).
 
         f is 1 for the video's first frame, which is a chunk of its own, F / 4 afterwards.
         """
-        x = self.conv1(x, cache)
+        x = state.trim(self.conv1(state.extend(x, 1), state), 1)
         for layer in (*self.downsamples, *self.middle):
-            x = layer(x, cache)
-        return _apply_head(self.head, x, cache)
+            x = layer(x, state)
+        return _apply_head(self.head, x, state)
 
 
 class Decoder(nn.Module):
     """Latents to frames."""
 
-    def __init__(self, dims: VaeDims) -> None:
+    def __init__(self, dims: VaeDims, dtype: torch.dtype) -> None:
         super().__init__()
         widths = [dims.decoder_dim * multiplier for multiplier in (dims.multipliers[-1], *reversed(dims.multipliers))]
-        self.conv1 = CausalConv3d(dims.latent_dim, widths[0], 3)
-        self.middle = _middle(widths[0])
+        self.conv1 = CausalConv3d(dims.latent_dim, widths[0], 3, dtype)
+        self.middle = _middle(widths[0], dtype)
         layers: list[nn.Module] = []
         for stage, (in_dim, out_dim) in enumerate(itertools.pairwise(widths)):
             if stage and not dims.residual:
                 in_dim = in_dim // 2  # the upsampling before halved the channels
-            blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(dims.num_blocks + 1)]
+            blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim, dtype) for i in range(dims.num_blocks + 1)]
             if stage < len(dims.temporal):
                 temporal = dims.temporal[::-1][stage]
-                blocks.append(Upsample(out_dim, out_dim if dims.residual else out_dim // 2, temporal=temporal))
+                blocks.append(Upsample(out_dim, out_dim if dims.residual else out_dim // 2, temporal=temporal, dtype=dtype))
                 if dims.residual:
                     blocks = [UpStage(blocks, out_dim, temporal=1 + temporal)]
             elif dims.residual:
                 blocks = [_Stage(blocks)]
             layers += blocks
         self.upsamples = nn.ModuleList(layers)
-        self.head = _head(widths[-1], dims.pixel_channels)
+        self.head = _head(widths[-1], dims.pixel_channels, dtype)
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """Decode a chunk (B, C, f, h, w) -> (B, pixel channels, F, 8 h, 8 w).
 
         F is 1 for the video's first latent frame, which is a chunk of its own, 4 f afterwards.
         """
-        x = self.conv1(x, cache)
-        for layer in (*self.middle, *self.upsamples):
-            x = layer(x, cache)
-        return _apply_head(self.head, x, cache)
+        return self.finish(self.begin(x, state), state)
+
+    def begin(self, x: Tensor, state: VideoState) -> Tensor:
+        """Do the part at the latents' own size, with the attention over a whole frame: (B, C, f, h, w) -> (B, D, f, h, w)."""
+        x = state.trim(self.conv1(state.extend(x, 1), state), 1)
+        for layer in self.middle:
+            x = layer(x, state)
+        return x
+
+    def finish(self, x: Tensor, state: VideoState) -> Tensor:
+        """Do the rest, which sees no further than ``VaeDims.reach`` latent pixels: (B, D, f, h, w) -> (B, channels, F, 8 h, 8 w)."""
+        for layer in self.upsamples:
+            x = layer(x, state)
+        return _apply_head(self.head, x, state)
 
 
 class _Stage(nn.Module):
@@ -147,62 +172,79 @@ class _Stage(nn.Module):
         super().__init__()
         self.upsamples = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         for layer in self.upsamples:
-            x = layer(x, cache)
+            x = layer(x, state)
         return x
 
 
-def _middle(dim: int) -> nn.ModuleList:
-    return nn.ModuleList([ResidualBlock(dim, dim), AttentionBlock(dim), ResidualBlock(dim, dim)])
+def _middle(dim: int, dtype: torch.dtype) -> nn.ModuleList:
+    return nn.ModuleList([ResidualBlock(dim, dim, dtype), AttentionBlock(dim, dtype), ResidualBlock(dim, dim, dtype)])
 
 
-def _head(in_dim: int, out_dim: int) -> nn.ModuleList:
-    return nn.ModuleList([RMSNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3)])
+def _head(in_dim: int, out_dim: int, dtype: torch.dtype) -> nn.ModuleList:
+    return nn.ModuleList([RMSNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3, dtype)])
 
 
-def _apply_head(head: nn.ModuleList, x: Tensor, cache: CausalCache) -> Tensor:
-    norm, activation, conv = head
-    return conv(activation(norm(x)), cache)
+def _apply_head(head: nn.ModuleList, x: Tensor, state: VideoState) -> Tensor:
+    norm, _, conv = head
+    return state.trim(convolve_activated(norm, conv, state.extend(x, 1), state), 1)
+
+
+def in_chunks(video: Tensor) -> Iterator[Tensor]:
+    """Yield a video's (B, 3, F, H, W) frames as the encoder takes them: the first alone, then four at a time."""
+    yield video[:, :, :1]
+    if video.shape[2] > 1:
+        yield from video[:, :, 1:].split(4, dim=2)
 
 
 class WanVae(nn.Module):
     """Encoder and decoder; latents are normalised channel by channel to the scale the transformer was trained on."""
 
-    def __init__(self, dims: VaeDims) -> None:
+    def __init__(self, dims: VaeDims, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.dims = dims
-        self.encoder = Encoder(dims)
-        self.conv1 = CausalConv3d(2 * dims.latent_dim, 2 * dims.latent_dim, 1)
-        self.conv2 = CausalConv3d(dims.latent_dim, dims.latent_dim, 1)
-        self.decoder = Decoder(dims)
+        self.dtype = dtype
+        self.encoder = Encoder(dims, dtype)
+        self.conv1 = CausalConv3d(2 * dims.latent_dim, 2 * dims.latent_dim, 1, dtype)
+        self.conv2 = CausalConv3d(dims.latent_dim, dims.latent_dim, 1, dtype)
+        self.decoder = Decoder(dims, dtype)
 
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (like.new_tensor(table[self.dims.latent_dim]) for table in (LATENT_MEAN, LATENT_STD))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
-    def encode(self, video: Tensor) -> Tensor:
-        """Return the normalised mean latents (B, C, T, h, w), T = (F - 1) / 4 + 1, of video (B, 3, F, H, W) in [-1, 1].
+    def encode(self, chunks: Iterable[Tensor], state: VideoState | None = None) -> Tensor:
+        """Return the normalised mean latents (B, C, T, h, w), float32, of a video in chunks (B, 3, n, H, W) in [-1, 1].
 
-        F must be 4n + 1, H and W multiples of the compression. Frames go through in chunks of 1, 4, 4, ...
+        n is 1 for the first chunk, 4 for the others; H and W are multiples of the compression. Memory does not grow with the frames.
         """
-        cache: CausalCache = {}
-        first, rest = video[:, :, :1], video[:, :, 1:]
+        state = state or VideoState()
         latents = []
-        for chunk in (first, *rest.split(4, dim=2)):
-            if chunk.shape[2]:
-                latents.append(self.encoder(pixels_to_channels(chunk) if self.dims.residual else chunk, cache))
-        mean_latents = self.conv1(torch.cat(latents, dim=2), cache).chunk(2, dim=1)[0]
-        mean, std = self._moments(mean_latents)
-        return (mean_latents - mean) / std
+        for chunk in chunks:
+            pixels = (pixels_to_channels(chunk) if self.dims.residual else chunk).to(self.dtype, memory_format=self._format(chunk))
+            latents.append(self.conv1(self.encoder(pixels, state), state).float().chunk(2, dim=1)[0])
+        mean, std = self._moments(latents[0])
+        return (torch.cat(latents, dim=2) - mean) / std
 
-    def decode(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the frames (B, 3, n, H, W) in [-1, 1] of each latent frame in turn: n is 1 for the first, 4 for the others.
+    def decode(self, latents: Tensor, state: VideoState | None = None) -> Iterator[Tensor]:
+        """Yield the frames (B, 3, n, H, W), float32 in [-1, 1], of each latent frame in turn: n is 1 for the first, 4 for the others.
 
         latents (B, C, T, h, w), normalised. Memory does not grow with T.
         """
-        cache: CausalCache = {}
-        mean, std = self._moments(latents)
+        state = state or VideoState()
+        for latent in self.denormalised(latents):
+            yield self.pixels(self.decoder(latent, state))
+
+    def denormalised(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the decoder's input for each latent frame of normalised latents (B, C, T, h, w)."""
+        mean, std = self._moments(latents.float())
         for latent in latents.split(1, dim=2):
-            frames = self.decoder(self.conv2(latent * std + mean, cache), cache)
-            yield (channels_to_pixels(frames) if self.dims.residual else frames).clamp(-1, 1)
+            yield self.conv2((latent * std + mean).to(self.dtype, memory_format=self._format(latent)), VideoState())
+
+    def pixels(self, decoded: Tensor) -> Tensor:
+        """Return the decoder's output as frames (B, 3, n, H, W), float32 in [-1, 1]."""
+        return (channels_to_pixels(decoded) if self.dims.residual else decoded).float().clamp(-1, 1)
+
+    def _format(self, x: Tensor) -> torch.memory_format:
+        return torch.channels_last_3d if x.is_cuda and self.dtype != torch.float32 else torch.contiguous_format

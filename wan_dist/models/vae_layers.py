@@ -1,34 +1,71 @@
 """Causal layers of the Wan video VAE, for one device.
 
-Shapes: (B, C, F, H, W). Videos pass through in chunks of frames; what a layer must remember of earlier chunks is in a
-`CausalCache` that the caller makes for each video and passes along. Names are those of the published checkpoints.
+Shapes: (B, C, F, H, W). Videos pass through in chunks of frames; what a layer must remember of earlier chunks is in a `VideoState`
+that the caller makes for each video and passes along. Names are those of the published checkpoints.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CausalCache = dict[nn.Module, Tensor | None]
-"""For each causal layer the last frames of its input so far. Empty: the next chunk starts the video."""
+
+class VideoState:
+    """One video's pass through an encoder or decoder, all of its rows and columns on one device.
+
+    ``past`` holds for each causal layer the last frames of its input so far; empty: the next chunk starts the video. The methods are
+    the seam for a video that is split over ranks: a layer that looks at neighbouring pixels asks for them and cuts them off again.
+    """
+
+    def __init__(self) -> None:
+        self.past: dict[nn.Module, Tensor | None] = {}
+
+    def extend(self, x: Tensor, num_pixels: int) -> Tensor:
+        """Return x (B, C, F, H, W) with ``num_pixels`` rows or columns more on each side that has a neighbour."""
+        return x
+
+    def trim(self, x: Tensor, num_pixels: int) -> Tensor:
+        """Cut ``num_pixels`` rows or columns off on each side that has a neighbour."""
+        return x
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return x with the rows and columns of all ranks."""
+        return x
 
 
 class CausalConv3d(nn.Conv3d):
     """Convolution that sees the present and the past only: its padding in time is all in front."""
 
-    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int]) -> None:
+    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int], dtype: torch.dtype | None = None) -> None:
         t, h, w = (kernel,) * 3 if isinstance(kernel, int) else kernel
-        super().__init__(in_dim, out_dim, (t, h, w), padding=(0, h // 2, w // 2))
+        super().__init__(in_dim, out_dim, (t, h, w), padding=(0, h // 2, w // 2), dtype=dtype)
         self.num_past = t - 1
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:  # type: ignore[override]
         """Convolve a chunk of frames; the frames before the first one are zeros."""
-        if self.num_past:
-            past = cache.get(self)
-            if past is None:
-                past = x.new_zeros(*x.shape[:2], self.num_past, *x.shape[3:])
-            x = torch.cat([past, x], dim=2)
-            cache[self] = x[:, :, -self.num_past :].clone()  # a view would keep the whole chunk alive
-        return super().forward(x)
+        if not self.num_past:
+            return super().forward(x)
+        frames = self.room(x, state)
+        frames[:, :, self.num_past :] = x
+        return self.convolve(frames, state)
+
+    def room(self, like: Tensor, state: VideoState) -> Tensor:
+        """Return the convolution's input for a chunk as ``like``: past frames, then room for the chunk's own, to be filled."""
+        batch, channels, num_frames, height, width = like.shape
+        shape = (batch, channels, self.num_past + num_frames, height, width)
+        frames = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+        past = state.past.get(self)
+        frames[:, :, : self.num_past] = 0 if past is None else past
+        return frames
+
+    def convolve(self, frames: Tensor, state: VideoState) -> Tensor:
+        """Convolve what `room` returned, filled; its last frames are kept for the next chunk."""
+        state.past[self] = frames[:, :, -self.num_past :].clone()  # a view would keep the whole chunk alive
+        return super().forward(frames)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return whether channels are innermost in x, which convolutions on a GPU prefer."""
+    return torch.channels_last_3d if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
 
 
 class RMSNorm(nn.Module):
@@ -44,44 +81,53 @@ class RMSNorm(nn.Module):
         return (F.normalize(x.float(), dim=1) * scale * self.gamma).to(x.dtype)
 
 
+def convolve_activated(norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState) -> Tensor:
+    """Return conv(silu(norm(x))) for a chunk x."""
+    assert isinstance(conv, CausalConv3d)
+    frames = conv.room(x, state)
+    frames[:, :, conv.num_past :] = F.silu(norm(x))
+    return conv.convolve(frames, state)
+
+
 class ResidualBlock(nn.Module):
     """Two causal convolutions with a shortcut."""
 
-    def __init__(self, in_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, out_dim: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.residual = nn.Sequential(
             RMSNorm(in_dim),
             nn.SiLU(),
-            CausalConv3d(in_dim, out_dim, 3),
+            CausalConv3d(in_dim, out_dim, 3, dtype),
             RMSNorm(out_dim),
             nn.SiLU(),
             nn.Identity(),  # dropout in training; the checkpoint's numbering counts it
-            CausalConv3d(out_dim, out_dim, 3),
+            CausalConv3d(out_dim, out_dim, 3, dtype),
         )
-        self.shortcut = CausalConv3d(in_dim, out_dim, 1) if in_dim != out_dim else None
+        self.shortcut = CausalConv3d(in_dim, out_dim, 1, dtype) if in_dim != out_dim else None
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C_in, F, H, W) -> (B, C_out, F, H, W)."""
-        out = x
-        for layer in self.residual:
-            out = layer(out, cache) if isinstance(layer, CausalConv3d) else layer(out)
-        return out + (x if self.shortcut is None else self.shortcut(x, cache))
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        out = convolve_activated(norm1, conv1, state.extend(x, 2), state)
+        out = state.trim(convolve_activated(norm2, conv2, out, state), 2)
+        return out + (x if self.shortcut is None else self.shortcut(x, state))
 
 
 class AttentionBlock(nn.Module):
     """Self-attention with one head inside each frame."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.norm = RMSNorm(dim, num_trailing=2)
-        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
-        self.proj = nn.Conv2d(dim, dim, 1)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1, dtype=dtype)
+        self.proj = nn.Conv2d(dim, dim, 1, dtype=dtype)
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> the same shape."""
         frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
-        qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)  # (B F, H W, 3 C)
-        q, k, v = (part.unsqueeze(1) for part in qkv.chunk(3, dim=-1))
+        q, kv = self.to_qkv(self.norm(frames)).split((x.shape[1], 2 * x.shape[1]), dim=1)
+        k, v = state.whole(kv.unsqueeze(0)).squeeze(0).chunk(2, dim=1)
+        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1) for part in (q, k, v))  # (B F, 1, H W, C)
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         out = self.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
         return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
@@ -90,39 +136,42 @@ class AttentionBlock(nn.Module):
 class Upsample(nn.Module):
     """Double rows and columns, and frames too where ``temporal``."""
 
-    def __init__(self, dim: int, out_dim: int, *, temporal: bool) -> None:
+    def __init__(self, dim: int, out_dim: int, *, temporal: bool, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1))
-        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1, dtype=dtype)
+        )
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), dtype) if temporal else None
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C_out, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
         if self.time_conv is not None:
-            if self in cache:
-                x = self.time_conv(x, cache).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
+            if self in state.past:
+                x = self.time_conv(x, state).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
                 x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
             else:
-                cache[self] = None  # the first frame was seen; time_conv starts after it
-        frames = self.resample(x.transpose(1, 2).flatten(0, 1))
-        return frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+                state.past[self] = None  # the first frame was seen; time_conv starts after it
+        frames = self.resample(state.extend(x, 1).transpose(1, 2).flatten(0, 1))
+        return state.trim(frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2), 2)
 
 
 class Downsample(nn.Module):
     """Halve rows and columns, and frames too where ``temporal``."""
 
-    def __init__(self, dim: int, *, temporal: bool) -> None:
+    def __init__(self, dim: int, *, temporal: bool, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1)) if temporal else None
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2, dtype=dtype))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), dtype=dtype) if temporal else None
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C, F or F / 2, H / 2, W / 2); the video's first frame stays one."""
-        frames = self.resample(x.transpose(1, 2).flatten(0, 1))
-        x = frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        batch = x.shape[0]
+        frames = self.resample(state.extend(x, 2).transpose(1, 2).flatten(0, 1))
+        x = state.trim(frames.unflatten(0, (batch, -1)).transpose(1, 2), 1)
         if self.time_conv is None:
             return x
-        past = cache.get(self)
-        cache[self] = x[:, :, -1:].clone()
+        past = state.past.get(self)
+        state.past[self] = x[:, :, -1:].clone()
         return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
 
 
@@ -134,11 +183,11 @@ class DownStage(nn.Module):
         self.downsamples = nn.ModuleList(layers)
         self.out_dim, self.temporal, self.spatial = out_dim, temporal, spatial
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C_out, F / temporal, H / spatial, W / spatial)."""
         out = x
         for layer in self.downsamples:
-            out = layer(out, cache)
+            out = layer(out, state)
         return out + average_down(x, self.out_dim, temporal=self.temporal, spatial=self.spatial)
 
 
@@ -150,13 +199,13 @@ class UpStage(nn.Module):
         self.upsamples = nn.ModuleList(layers)
         self.out_dim, self.temporal = out_dim, temporal
 
-    def forward(self, x: Tensor, cache: CausalCache) -> Tensor:
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C_out, F * temporal, 2 H, 2 W); the video's first frame stays one."""
-        is_first = self not in cache
-        cache[self] = None
+        is_first = self not in state.past
+        state.past[self] = None
         out = x
         for layer in self.upsamples:
-            out = layer(out, cache)
+            out = layer(out, state)
         repeated = repeat_up(x, self.out_dim, temporal=self.temporal)
         return out + (repeated[:, :, self.temporal - 1 :] if is_first else repeated)
 

@@ -70,6 +70,48 @@ def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
     return wait
 
 
+def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor | None, Tensor | None]:
+    """Give ``first`` to the rank before and ``last`` to the one after; returns the last of the one and the first of the other.
+
+    None at the ends of the axis. All ranks' shapes are equal.
+    """
+    if axis.size == 1:
+        return None, None
+    assert axis.group is not None
+    ranks = dist.get_process_group_ranks(axis.group)
+    before = torch.empty_like(last) if axis.rank > 0 else None
+    after = torch.empty_like(first) if axis.rank < axis.size - 1 else None
+    operations = []
+    for kept, received, step in ((first, before, -1), (last, after, 1)):
+        if received is not None:
+            other = ranks[axis.rank + step]
+            operations += [dist.P2POp(dist.isend, kept, other, axis.group), dist.P2POp(dist.irecv, received, other, axis.group)]
+    with name_those_awaited(axis):
+        for work in dist.batch_isend_irecv(operations):
+            work.wait()
+    return before, after
+
+
+def gather_on_first(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tensor | None:
+    """Return every rank's x, put together along ``dim``, on the first rank of the axis; None on the others.
+
+    Shapes differ in that dim only, where they are ``lengths``.
+    """
+    if axis.size == 1:
+        return x
+    assert axis.group is not None
+    ranks = dist.get_process_group_ranks(axis.group)
+    with name_those_awaited(axis):
+        if axis.rank:
+            dist.send(x.contiguous(), ranks[0], group=axis.group)
+            return None
+        parts = [x]
+        for rank, length in zip(ranks[1:], lengths[1:], strict=True):
+            parts.append(x.new_empty([*x.shape[:dim], length, *x.shape[dim + 1 :]]))
+            dist.recv(parts[-1], rank, group=axis.group)
+    return torch.cat(parts, dim=dim)
+
+
 def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | None:
     """Return the first rank's tensor, or None if that has none, on all ranks of the axis."""
     if axis.size == 1:

@@ -3,6 +3,7 @@
 Shapes: F frames, H W pixels; T h w latent frames, rows and columns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,16 +36,21 @@ def initial_noise(shape: tuple[int, ...], *, seed: int, noise_device: str, devic
     return torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32).to(device)
 
 
-def video_of_images(first: Tensor, last: Tensor | None, *, frame_num: int, height: int, width: int) -> Tensor:
-    """Return a video (1, 3, F, H, W) of the images (3, any, any) in [-1, 1] at its ends and zeros, mid-grey, between.
+def chunks_of_images(first: Tensor, last: Tensor | None, *, frame_num: int, height: int, width: int) -> Iterator[Tensor]:
+    """Yield a video of the images (3, any, any) in [-1, 1] at its ends and zeros, mid-grey, between, in the encoder's chunks.
 
-    Images are scaled to the video's size, bicubic and without antialiasing, as in the reference.
+    Chunks are (1, 3, n, H, W): the first frame, then four at a time, of which only one chunk exists at once. Images are scaled to the
+    video's size, bicubic and without antialiasing, as in the reference.
     """
-    video = first.new_zeros(1, 3, frame_num, height, width)
-    for index, image in ((0, first), (-1, last)):
-        if image is not None:
-            video[:, :, index] = F.interpolate(image.unsqueeze(0), size=(height, width), mode="bicubic")
-    return video
+
+    def scaled(image: Tensor) -> Tensor:
+        return F.interpolate(image.unsqueeze(0), size=(height, width), mode="bicubic").unsqueeze(2)
+
+    yield scaled(first)
+    grey = first.new_zeros(1, 3, 4, height, width)
+    for start in range(1, frame_num, 4):
+        is_end = start + 4 >= frame_num
+        yield torch.cat([grey[:, :, :3], scaled(last)], dim=2) if is_end and last is not None else grey
 
 
 def mask_of_images(latent_shape: tuple[int, int, int, int], *, has_last: bool) -> Tensor:

@@ -1,0 +1,69 @@
+"""One rank of the check that a video split over ranks is encoded and decoded to what one rank makes of it."""
+
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from wan_dist import decode as decoding
+from wan_dist.decode import Way, decode, float32_frames
+from wan_dist.degrees import Degrees
+from wan_dist.models.vae import Decoder, VaeDims, WanVae, in_chunks
+from wan_dist.parallel.mesh import Axis, open_groups
+from wan_dist.parallel.vae import encode_split
+
+CPU = torch.device("cpu")
+VAES = {"2.1": VaeDims(dim=6, decoder_dim=6), "2.2": VaeDims(dim=4, decoder_dim=6, latent_dim=48, residual=True)}
+SIZES = ((5, 8), (5, 9), (11, 4), (8, 8))  # rows and columns of the latents: even and uneven shares, either side, both
+
+
+def random_vae(dims: VaeDims) -> WanVae:
+    torch.manual_seed(0)
+    vae = WanVae(dims).eval().requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        if "gamma" not in name:
+            parameter.normal_(std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1)
+    return vae
+
+
+def main(folder: Path) -> None:
+    num_ranks, found = int(os.environ["WORLD_SIZE"]), {}
+    with torch.no_grad(), open_groups(Degrees(ulysses=num_ranks), CPU, timeout=120) as groups:
+        axis = groups.replica
+        for (name, dims), (rows, columns), num_latents in itertools.product(VAES.items(), SIZES, (1, 3)):
+            vae = random_vae(dims)
+            latents = torch.randn(dims.latent_dim, num_latents, rows, columns)
+            frames = list(decode(vae, latents, float32_frames, Way("parallel"), axis))
+            assert bool(frames) == (groups.rank == 0)
+            video = torch.rand(1, 3, 4 * num_latents - 3, rows * dims.scale, columns * dims.scale) * 2 - 1
+            encoded = encode_split(vae, in_chunks(video), axis, scale=dims.scale)
+            expected = vae.encode(in_chunks(video))
+            assert encoded.shape == expected.shape
+            case = f"{name} {rows}x{columns}x{num_latents}"
+            found[f"encode {case}"] = (encoded - expected).abs().max().item()
+            if groups.rank == 0:
+                whole = torch.cat(list(decode(vae, latents, float32_frames, Way("whole"), Axis())))
+                assert whole.shape == torch.cat(frames).shape
+                assert whole.std() > 0.05  # not all clamped or zero
+                found[f"decode {case}"] = (torch.cat(frames) - whole).abs().max().item()
+        if groups.rank == 0:
+            (folder / "errors.json").write_text(json.dumps(found))
+
+        finish = Decoder.finish  # a rank without memory must not leave the others waiting
+
+        def scarce(self: Decoder, *arguments: object) -> torch.Tensor:
+            if groups.rank == num_ranks - 1:
+                raise torch.OutOfMemoryError
+            return finish(self, *arguments)
+
+        Decoder.finish = scarce
+        assert not decoding.all_have_room(random_vae(VAES["2.1"]), torch.randn(16, 2, 4, 8), axis)
+        Decoder.finish = finish
+        assert decoding.all_have_room(random_vae(VAES["2.1"]), torch.randn(16, 2, 4, 8), axis)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

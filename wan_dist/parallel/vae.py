@@ -1,0 +1,86 @@
+"""A video split over ranks by rows or columns while it is encoded or decoded: neighbours trade the pixels at their edges.
+
+A residual block asks for two pixels on each side and computes them too, so that there is one exchange for its two convolutions; only
+the attention of the middle block looks at whole frames. Equal to one rank's result, whatever the shares.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wan_dist.models.vae import WanVae
+from wan_dist.models.vae_layers import VideoState, memory_format
+from wan_dist.parallel.collectives import all_gather, trade_edges
+from wan_dist.parallel.mesh import Axis
+
+MIN_SHARE = 2
+"""Latent pixels that each rank needs: the most that a neighbour asks for."""
+
+
+def split_dim(rows: int, columns: int) -> int:
+    """Return the dim of (B, C, F, H, W) along which frames are split: the larger side, the columns if they are equal."""
+    return 4 if columns >= rows else 3
+
+
+def shares(length: int, num_ranks: int) -> list[int]:
+    """Return how many of ``length`` latent pixels each rank has, which differ by one at most."""
+    bounds = [length * rank // num_ranks for rank in range(num_ranks + 1)]
+    return [after - before for before, after in itertools.pairwise(bounds)]
+
+
+class SplitState(VideoState):
+    """A pass of this rank's share of a video; ``dim`` is the one that is split, ``lengths`` the ranks' shares of the latents."""
+
+    def __init__(self, axis: Axis, dim: int, lengths: list[int]) -> None:
+        super().__init__()
+        self.axis = axis
+        self.dim = dim
+        self.lengths = lengths
+
+    def extend(self, x: Tensor, num_pixels: int) -> Tensor:
+        """See `VideoState.extend`."""
+        form = memory_format(x)
+        first = x.narrow(self.dim, 0, num_pixels).contiguous(memory_format=form)
+        last = x.narrow(self.dim, x.shape[self.dim] - num_pixels, num_pixels).contiguous(memory_format=form)
+        before, after = trade_edges(first, last, self.axis)
+        return torch.cat([part for part in (before, x, after) if part is not None], dim=self.dim)
+
+    def trim(self, x: Tensor, num_pixels: int) -> Tensor:
+        """See `VideoState.trim`."""
+        start = num_pixels if self.axis.rank > 0 else 0
+        end = x.shape[self.dim] - (num_pixels if self.axis.rank < self.axis.size - 1 else 0)
+        return x.narrow(self.dim, start, end - start)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """See `VideoState.whole`; x is of the latents' size."""
+        padding = [0, 0] * (4 - self.dim) + [0, max(self.lengths) - x.shape[self.dim]]  # equal shapes on all ranks
+        parts = all_gather(F.pad(x, padding), self.axis).unbind()
+        return torch.cat([part.narrow(self.dim, 0, length) for part, length in zip(parts, self.lengths, strict=True)], dim=self.dim)
+
+    def own(self, x: Tensor, scale: int) -> Tensor:
+        """Return this rank's share of a whole x (B, C, F, H, W), which is ``scale`` times the latents' size."""
+        start, length = sum(self.lengths[: self.axis.rank]), self.lengths[self.axis.rank]
+        return x.narrow(self.dim, start * scale, length * scale)
+
+
+def split_state(axis: Axis, rows: int, columns: int) -> SplitState:
+    """Return the state of a video whose latents have ``rows`` and ``columns``, before its first chunk."""
+    dim = split_dim(rows, columns)
+    return SplitState(axis, dim, shares((rows, columns)[dim - 3], axis.size))
+
+
+def encode_split(vae: WanVae, chunks: Iterable[Tensor], axis: Axis, *, scale: int) -> Tensor:
+    """Return what `WanVae.encode` returns for these chunks of whole frames, on every rank of the axis."""
+    iterator = iter(chunks)
+    first = next(iterator)
+    state = split_state(axis, first.shape[3] // scale, first.shape[4] // scale)
+    return state.whole(vae.encode((state.own(chunk, scale) for chunk in itertools.chain([first], iterator)), state))
+
+
+def decode_split(vae: WanVae, latents: Tensor, axis: Axis) -> tuple[SplitState, Iterator[Tensor]]:
+    """Return the state and this rank's share of what `WanVae.decode` yields for whole latents."""
+    state = split_state(axis, *latents.shape[3:])
+    return state, vae.decode(state.own(latents, 1), state)
