@@ -219,7 +219,7 @@ def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.Monk
     ("arguments", "message"),
     [
         ([*TINY, "memory.vae=parallel"], "memory.vae=parallel: there is one rank; memory.vae=whole works"),
-        ([*TINY, "memory.vae=tield"], "memory.vae=tield is not one of parallel, whole, tiled, cpu; did you mean tiled?"),
+        ([*TINY, "memory.vae=tield"], "memory.vae=tield is not one of parallel, whole, tiled, cpu; did you mean 'tiled'?"),
         ([*TINY, "memory.budget_gib=4", "device=cpu"], "memory.budget_gib=4.0 limits GPU memory, and this run is on the CPU"),
         (["task=s2v-14B"], "task s2v-14B is not supported yet"),
         (["task=toy", "frame_num=abc"], "frame_num: Value 'abc' of type 'str' could not be converted to Integer"),
