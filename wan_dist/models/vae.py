@@ -188,7 +188,10 @@ def _head(in_dim: int, out_dim: int, dtype: torch.dtype) -> nn.ModuleList:
 
 def _apply_head(head: nn.ModuleList, x: Tensor, state: VideoState) -> Tensor:
     norm, _, conv = head
-    return state.trim(convolve_activated(norm, conv, state.extend(x, 1), state), 1)
+    out = state.trim(convolve_activated(norm, conv, state.extend(x, 1), state), 1)
+    assert isinstance(conv, CausalConv3d)
+    assert conv.bias is not None
+    return out + conv.bias.view(-1, 1, 1, 1)
 
 
 def in_chunks(video: Tensor) -> Iterator[Tensor]:
@@ -205,6 +208,8 @@ class WanVae(nn.Module):
         super().__init__()
         self.dims = dims
         self.dtype = dtype
+        self.latents_at_once = 1
+        """Latent frames that are decoded at once, after the first: more are faster and take more memory."""
         self.encoder = Encoder(dims, dtype)
         self.conv1 = CausalConv3d(2 * dims.latent_dim, 2 * dims.latent_dim, 1, dtype)
         self.conv2 = CausalConv3d(dims.latent_dim, dims.latent_dim, 1, dtype)
@@ -213,6 +218,14 @@ class WanVae(nn.Module):
     def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = (like.new_tensor(table[self.dims.latent_dim]) for table in (LATENT_MEAN, LATENT_STD))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    def lay_out(self) -> "WanVae":
+        """Put the channels of the weights innermost where the kernels on a GPU want them so; returns itself."""
+        for parameter in self.parameters():
+            if parameter.is_cuda and self.dtype != torch.float32 and parameter.dim() in (4, 5):
+                form = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
+                parameter.data = parameter.data.contiguous(memory_format=form)
+        return self
 
     def encode(self, chunks: Iterable[Tensor], state: VideoState | None = None) -> Tensor:
         """Return the normalised mean latents (B, C, T, h, w), float32, of a video in chunks (B, 3, n, H, W) in [-1, 1].
@@ -228,7 +241,7 @@ class WanVae(nn.Module):
         return (torch.cat(latents, dim=2) - mean) / std
 
     def decode(self, latents: Tensor, state: VideoState | None = None) -> Iterator[Tensor]:
-        """Yield the frames (B, 3, n, H, W), float32 in [-1, 1], of each latent frame in turn: n is 1 for the first, 4 for the others.
+        """Yield the frames (B, 3, n, H, W), float32 in [-1, 1]: n is 1 for the first latent frame, 4 for each of the others.
 
         latents (B, C, T, h, w), normalised. Memory does not grow with T.
         """
@@ -237,9 +250,10 @@ class WanVae(nn.Module):
             yield self.pixels(self.decoder(latent, state))
 
     def denormalised(self, latents: Tensor) -> Iterator[Tensor]:
-        """Yield the decoder's input for each latent frame of normalised latents (B, C, T, h, w)."""
+        """Yield the decoder's input for normalised latents (B, C, T, h, w): the first latent frame, then as many at once as is set."""
         mean, std = self._moments(latents.float())
-        for latent in latents.split(1, dim=2):
+        first, rest = latents[:, :, :1], latents[:, :, 1:]
+        for latent in (first, *(rest.split(self.latents_at_once, dim=2) if rest.shape[2] else ())):
             yield self.conv2((latent * std + mean).to(self.dtype, memory_format=self._format(latent)), VideoState())
 
     def pixels(self, decoded: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan_dist.models.vae_elementwise import activate, add
+
 
 class VideoState:
     """One video's pass through an encoder or decoder, all of its rows and columns on one device.
@@ -57,10 +59,10 @@ class CausalConv3d(nn.Conv3d):
         frames[:, :, : self.num_past] = 0 if past is None else past
         return frames
 
-    def convolve(self, frames: Tensor, state: VideoState) -> Tensor:
+    def convolve(self, frames: Tensor, state: VideoState, *, with_bias: bool = True) -> Tensor:
         """Convolve what `room` returned, filled; its last frames are kept for the next chunk."""
         state.past[self] = frames[:, :, -self.num_past :].clone()  # a view would keep the whole chunk alive
-        return super().forward(frames)
+        return F.conv3d(frames, self.weight, self.bias if with_bias else None, padding=self.padding)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -81,12 +83,13 @@ class RMSNorm(nn.Module):
         return (F.normalize(x.float(), dim=1) * scale * self.gamma).to(x.dtype)
 
 
-def convolve_activated(norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState) -> Tensor:
-    """Return conv(silu(norm(x))) for a chunk x."""
+def convolve_activated(norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, bias: Tensor | None = None) -> Tensor:
+    """Return conv(silu(norm(x + bias))) for a chunk x, without the bias of ``conv``."""
     assert isinstance(conv, CausalConv3d)
+    assert isinstance(norm, RMSNorm)
     frames = conv.room(x, state)
-    frames[:, :, conv.num_past :] = F.silu(norm(x))
-    return conv.convolve(frames, state)
+    activate(x, bias, norm.gamma, frames[:, :, conv.num_past :])
+    return conv.convolve(frames, state, with_bias=False)
 
 
 class ResidualBlock(nn.Module):
@@ -108,9 +111,11 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C_in, F, H, W) -> (B, C_out, F, H, W)."""
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        assert isinstance(conv1, CausalConv3d)
+        assert isinstance(conv2, CausalConv3d)
         out = convolve_activated(norm1, conv1, state.extend(x, 2), state)
-        out = state.trim(convolve_activated(norm2, conv2, out, state), 2)
-        return out + (x if self.shortcut is None else self.shortcut(x, state))
+        out = state.trim(convolve_activated(norm2, conv2, out, state, bias=conv1.bias), 2)
+        return add(x if self.shortcut is None else self.shortcut(x, state), out, conv2.bias)
 
 
 class AttentionBlock(nn.Module):

@@ -1,0 +1,178 @@
+"""Time the VAE at full size with random weights, its peak memory and its distance from float32, beside diffusers.
+
+    python bench/vae.py --sizes 832*480*81 1280*720*81 --peer
+    torchrun --nproc_per_node=4 bench/vae.py --sizes 832*480*81
+
+Prints a line for each way and writes bench/results/vae-NAME.json. A time is the best of several runs, after the first ("ready"), from
+latents on the GPU to uint8 frames on the GPU of the first rank, or from frames on the GPU to latents.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from wan_dist.decode import Way, decode, float32_frames, uint8_frames
+from wan_dist.degrees import Degrees
+from wan_dist.models.vae import VaeDims, WanVae, in_chunks
+from wan_dist.parallel.mesh import Axis, local_device, open_groups
+from wan_dist.parallel.vae import encode_split
+from wan_dist.weights.names import diffusers_vae
+
+DIMS = {"2.1": VaeDims(dim=96, decoder_dim=96), "2.2": VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)}
+GIB = 2**30
+
+
+def random_vae(dims: VaeDims, dtype: torch.dtype, device: torch.device) -> WanVae:
+    """Return a VAE whose random weights, the same for every dtype, keep activations near 1 and frames inside [-1, 1]."""
+    torch.manual_seed(0)
+    vae = WanVae(dims).to(device).eval().requires_grad_(False)
+    for name, parameter in vae.named_parameters():
+        if "gamma" not in name:
+            scale = 0.25 if name.startswith("decoder.head") else 1.0
+            parameter.normal_(std=scale * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.05)
+    other = WanVae(dims, dtype).to(device).eval().requires_grad_(False)
+    other.load_state_dict(vae.state_dict())
+    return other.lay_out()
+
+
+def diffusers_peer(vae: WanVae, dtype: torch.dtype) -> torch.nn.Module:
+    """Return diffusers' VAE with the same weights."""
+    from diffusers import AutoencoderKLWan
+
+    config = {}
+    if vae.dims.residual:
+        config = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12}
+        config |= {"patch_size": 2, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48, "scale_factor_spatial": 16}
+    peer = AutoencoderKLWan(**config)
+    keys = diffusers_vae([])
+    state = {keys.sources(name)[0].key: value for name, value in vae.state_dict().items()}
+    missing, unexpected = peer.load_state_dict(state, strict=False)
+    assert not missing, missing[:3]
+    assert not unexpected, unexpected[:3]
+    return peer.to(next(vae.parameters()).device, dtype).eval().requires_grad_(False)
+
+
+def timed(work: Callable[[], object], runs: int) -> dict[str, float]:
+    """Return the first run's seconds, the best of the others and the peak memory."""
+    seconds = []
+    for _ in range(runs + 1):
+        torch.cuda.synchronize()
+        if dist.is_initialized():
+            dist.barrier()
+        torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / GIB
+    return {"ready": round(seconds[0], 2), "seconds": round(min(seconds[1:]), 3), "peak_gib": round(peak, 2)}
+
+
+def distance(frames: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
+    """Return the largest difference and the PSNR for a range of 2."""
+    difference = frames.float() - exact.float()
+    return {
+        "max": round(difference.abs().max().item(), 4),
+        "psnr": round(10 * torch.log10(4 / difference.square().mean()).item(), 1),
+    }
+
+
+class Bench:
+    """One VAE at one size."""
+
+    def __init__(self, name: str, size: tuple[int, int, int], axis: Axis, options: argparse.Namespace) -> None:
+        self.dims, self.axis, self.options = DIMS[name], axis, options
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        width, height, frames = size
+        self.facts = {"vae": name, "size": f"{width}x{height}x{frames}", "ranks": axis.size}
+        torch.manual_seed(1)
+        shape = (self.dims.latent_dim, (frames - 1) // 4 + 1, height // self.dims.scale, width // self.dims.scale)
+        self.latents = torch.randn(shape, device=self.device)
+        self.video = torch.rand(1, 3, frames, height, width, device=self.device) * 2 - 1 if options.encode else None
+        self.rows: list[dict[str, object]] = []
+        self.few = self.latents[:, :3]
+        reference = random_vae(self.dims, torch.float32, self.device)
+        self.exact = torch.cat(list(decode(reference, self.few, float32_frames, Way("whole"), Axis())))
+
+    def note(self, what: str, facts: dict[str, float]) -> None:
+        """Print and keep a line."""
+        self.rows.append(self.facts | {"way": what} | facts)
+        if self.axis.rank == 0:
+            print(self.rows[-1], flush=True)
+
+    def ours(self, dtype: str) -> None:
+        """Measure ours: whole and tiled on one GPU, in strips on several."""
+        vae = random_vae(self.dims, getattr(torch, dtype), self.device)
+        tiled = [Way("tiled", tiles) for tiles in self.options.tiles]
+        for way in [Way("parallel")] if self.axis.size > 1 else [Way("whole"), *tiled]:
+            for vae.latents_at_once in self.options.at_once:
+                facts = timed(lambda way=way: list(decode(vae, self.latents, uint8_frames, way, self.axis)), self.options.runs)
+                frames = list(decode(vae, self.few, float32_frames, way, self.axis))
+                if frames:
+                    facts |= distance(torch.cat(frames).to(self.device), self.exact)
+                self.note(f"decode {way}, {dtype}, {vae.latents_at_once} at once", facts)
+        if self.video is not None:
+            chunks, scale = lambda: in_chunks(self.video), self.dims.scale
+            encode = vae.encode if self.axis.size == 1 else lambda chunks: encode_split(vae, chunks, self.axis, scale=scale)
+            self.note(f"encode, {dtype}", timed(lambda: encode(chunks()), self.options.runs))
+
+    def peer(self) -> None:
+        """Measure diffusers' VAE in bfloat16."""
+        source = random_vae(self.dims, torch.float32, self.device)
+        peer = diffusers_peer(source, torch.bfloat16)
+        mean, std = source._moments(self.latents)
+        raw = (self.latents * std[0] + mean[0]).unsqueeze(0).bfloat16()
+        del source
+        facts = timed(lambda: peer.decode(raw, return_dict=False), self.options.runs)
+        frames = peer.decode(raw[:, :, :3], return_dict=False)[0][0].clamp(-1, 1).permute(1, 2, 3, 0)
+        self.note("diffusers decode, bfloat16", facts | distance(frames, self.exact))
+        if self.video is not None:
+            self.note("diffusers encode, bfloat16", timed(lambda: peer.encode(self.video.bfloat16(), return_dict=False), self.options.runs))
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure every size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["832*480*81", "1280*720*81"], help="width*height*frames")
+    parser.add_argument("--vae", default="2.1", choices=DIMS)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--at-once", nargs="+", type=int, default=[1], help="latent frames decoded at once")
+    parser.add_argument("--tiles", nargs="*", type=int, default=[])
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--encode", action="store_true")
+    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    options = parser.parse_args()
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    device = local_device("cuda")
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # float32 is what the others are compared with
+    rows = []
+    with open_groups(Degrees(ulysses=num_ranks), device, timeout=300) as groups:
+        for size in options.sizes:
+            width, height, frames = (int(number) for number in size.split("*"))
+            bench = Bench(options.vae, (width, height, frames), groups.replica, options)
+            for dtype in options.dtypes:
+                bench.ours(dtype)
+                torch.cuda.empty_cache()
+            if options.peer and num_ranks == 1:
+                bench.peer()
+            rows += bench.rows
+            del bench
+            torch.cuda.empty_cache()
+    if groups.rank == 0:
+        machine = {"gpu": f"{num_ranks} x {torch.cuda.get_device_name()}", "torch": torch.__version__, "cuda": torch.version.cuda}
+        options.out.mkdir(parents=True, exist_ok=True)
+        file = options.out / f"vae-{options.vae}-{num_ranks}gpu.json"
+        file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

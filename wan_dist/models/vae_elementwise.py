@@ -1,0 +1,73 @@
+"""What stands between the VAE's convolutions, one pass over memory each: Triton kernels on a GPU, plain PyTorch elsewhere.
+
+Arithmetic is float32 whatever the dtype. The kernels take videos whose channels are innermost; a convolution's bias is added here, in the
+pass that reads its result, because PyTorch would take a pass of its own for it.
+"""
+
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        return importlib.import_module("wan_dist.models.vae_kernels")
+    except ImportError:  # there is no Triton
+        return None
+
+
+def activate(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
+    """Write silu(rms_norm(x + bias) * gamma) into ``out``; x and out (B, C, F, H, W), bias and gamma of C elements.
+
+    RMSNorm over channels: x sqrt(C) / max(|x|, 1e-12).
+    """
+    if (kernels := _kernels_for(x, out)) is not None:
+        _launch(kernels.activate_kernel, (x, out), bias, gamma.flatten() * gamma.numel() ** 0.5)
+        return
+    value = x.float() if bias is None else x.float() + bias.float().view(-1, 1, 1, 1)
+    scale = gamma.numel() ** 0.5
+    out.copy_(F.silu(F.normalize(value, dim=1) * scale * gamma.view(-1, 1, 1, 1)))
+
+
+def add(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x + y + bias; x and y (B, C, F, H, W), bias of C elements."""
+    if (kernels := _kernels_for(x, y)) is not None:
+        out = torch.empty_like(x)
+        _launch(kernels.add_kernel, (x, y, out), bias)
+        return out
+    value = x.float() + y.float()
+    return (value if bias is None else value + bias.float().view(-1, 1, 1, 1)).to(x.dtype)
+
+
+def _kernels_for(*videos: Tensor) -> ModuleType | None:
+    """Return the kernels if they can take these: on a GPU, in half precision, one video, channels innermost."""
+    if all(x.is_cuda and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(1) == 1 for x in videos):
+        return _kernels()
+    return None
+
+
+def _launch(kernel: Any, videos: tuple[Tensor, ...], bias: Tensor | None, *rest: Tensor) -> None:
+    """Start a kernel over the pixels of equally shaped videos."""
+    _, channels, frames, height, width = videos[0].shape
+    num_pixels = frames * height * width
+    block_c = 1 << (channels - 1).bit_length()  # Triton's blocks are powers of two
+    block_p = max(1, 4096 // block_c)
+    kernel[(-(-num_pixels // block_p),)](
+        *videos,
+        videos[0] if bias is None else bias,
+        *rest,
+        *(stride for video in videos for stride in video.stride()[2:]),
+        num_pixels,
+        height,
+        width,
+        channels=channels,
+        has_bias=bias is not None,
+        block_p=block_p,
+        block_c=block_c,
+    )
