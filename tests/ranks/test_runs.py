@@ -93,8 +93,7 @@ def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[lis
         for rank in range(num_ranks)
     ]
     try:
-        for worker in workers:
-            worker.wait(timeout=240)
+        assert [worker.wait(timeout=240) for worker in workers] == [0] * num_ranks
     finally:
         for worker in workers:
             worker.kill()

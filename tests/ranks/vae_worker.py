@@ -7,16 +7,21 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
+from tests.conftest import golden_folder, has_golden
 from wan_dist import decode as decoding
+from wan_dist.catalog import TASKS
 from wan_dist.decode import Way, decode, float32_frames
 from wan_dist.degrees import Degrees
 from wan_dist.models.vae import Decoder, VaeDims, WanVae, in_chunks
 from wan_dist.parallel.mesh import Axis, open_groups
 from wan_dist.parallel.vae import encode_split
+from wan_dist.weights.checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")
 VAES = {"2.1": VaeDims(dim=6, decoder_dim=6), "2.2": VaeDims(dim=4, decoder_dim=6, latent_dim=48, residual=True)}
+GOLDENS = (("vae21", "t2v-1.3B", "wan2.1-t2v", "wan21"), ("vae22", "ti2v-5B", "wan2.2-ti2v-5b", "wan22"))
 SIZES = ((5, 8), (5, 9), (11, 4), (8, 8))  # rows and columns of the latents: even and uneven shares, either side, both
 
 
@@ -33,7 +38,8 @@ def main(folder: Path) -> None:
     num_ranks, found = int(os.environ["WORLD_SIZE"]), {}
     with torch.no_grad(), open_groups(Degrees(ulysses=num_ranks), CPU, timeout=120) as groups:
         axis = groups.replica
-        for (name, dims), (rows, columns), num_latents in itertools.product(VAES.items(), SIZES, (1, 3)):
+        cases = [*itertools.product(VAES.items(), SIZES, (1, 4)), (("2.1", VAES["2.1"]), (5, 9), 21)]
+        for (name, dims), (rows, columns), num_latents in cases:
             vae = random_vae(dims)
             latents = torch.randn(dims.latent_dim, num_latents, rows, columns)
             frames = list(decode(vae, latents, float32_frames, Way("parallel"), axis))
@@ -49,6 +55,15 @@ def main(folder: Path) -> None:
                 assert whole.shape == torch.cat(frames).shape
                 assert whole.std() > 0.05  # not all clamped or zero
                 found[f"decode {case}"] = (torch.cat(frames) - whole).abs().max().item()
+        for name, task, checkpoint, file in GOLDENS:
+            if has_golden(checkpoint) and num_ranks < 4:  # frames of 5 x 7 and 4 x 6 latent pixels are too small for four
+                vae = open_checkpoint(golden_folder(checkpoint), TASKS[task], torch.float32).vae.load(CPU)
+                golden = load_file(golden_folder(checkpoint).parent / f"components/{file}.safetensors")
+                latents = encode_split(vae, in_chunks(golden[f"{name}.video"][None]), axis, scale=vae.dims.scale)
+                found[f"encode golden {name}"] = (latents[0] - golden[f"{name}.latent"]).abs().max().item()
+                frames = list(decode(vae, golden[f"{name}.latent"], float32_frames, Way("parallel"), axis))
+                if groups.rank == 0:
+                    found[f"decode golden {name}"] = (torch.cat(frames).permute(3, 0, 1, 2) - golden[f"{name}.decoded"]).abs().max().item()
         if groups.rank == 0:
             (folder / "errors.json").write_text(json.dumps(found))
 

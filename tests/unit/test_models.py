@@ -14,7 +14,7 @@ from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
 from wan_dist.models.transformer import ContextKV, PatchEmbedding, TransformerDims, WanTransformer
 from wan_dist.models.vae import VaeDims, WanVae, in_chunks
-from wan_dist.models.vae_layers import VideoState, channels_to_pixels, pixels_to_channels
+from wan_dist.models.vae_layers import Upsample, VideoState, channels_to_pixels, pixels_to_channels
 from wan_dist.sampling.conditioning import chunks_of_images, mask_of_images
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
@@ -260,6 +260,17 @@ def test_rotary_is_a_complex_rotation_per_axis() -> None:
     cos, sin = rotary_tables(grid, width, device=CPU)
     assert cos.dtype == sin.dtype == torch.float32
     torch.testing.assert_close(apply_rotary(x, (cos.double(), sin.double())), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(3, 5), (1, 1), (4, 2)])
+def test_convolving_before_doubling_is_convolving_after(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    layer = Upsample(6, 4, temporal=False)
+    x = torch.randn(1, 6, 3, *size)
+    with torch.no_grad():
+        expected = layer(x, VideoState())
+        layer.lay_out()
+        torch.testing.assert_close(layer(x, VideoState()), expected, rtol=0, atol=1e-6)
 
 
 def test_decoding_memory_does_not_grow_with_frames(vae: WanVae) -> None:

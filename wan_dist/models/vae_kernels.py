@@ -53,3 +53,26 @@ def add_kernel(
         total += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
     at = out_ptr + _offsets(pixel, height, width, out_f, out_h, out_w)[:, None] + channel[None, :]
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def interleave_kernel(
+    out_ptr, x_ptr, bias_ptr,
+    out_f, out_h, out_w, x_f, x_h, x_w,
+    num_pixels, height, width,
+    channels: tl.constexpr, has_bias: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
+):  # fmt: skip
+    pixel = tl.program_id(0) * block_p + tl.arange(0, block_p)
+    channel = tl.arange(0, block_c)
+    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
+    frame = pixel // (height * width)
+    row = pixel // width % height
+    column = pixel % width
+    # An odd row comes from the window one further down; rows before columns number the phases, each with its channels.
+    source = frame.to(tl.int64) * x_f + (row // 2 + row % 2) * x_h + (column // 2 + column % 2) * x_w
+    source += (row % 2 * 2 + column % 2) * channels
+    value = tl.load(x_ptr + source[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    if has_bias:
+        value += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    at = out_ptr + _offsets(pixel, height, width, out_f, out_h, out_w)[:, None] + channel[None, :]
+    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=mask)

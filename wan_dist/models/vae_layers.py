@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.vae_elementwise import activate, add
+from wan_dist.models.vae_elementwise import activate, add, interleave, phases_of
 
 
 class VideoState:
@@ -147,6 +147,8 @@ class Upsample(nn.Module):
             nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1, dtype=dtype)
         )
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), dtype) if temporal else None
+        self.phases: Tensor | None = None
+        """The convolution's weights for frames that have not been doubled yet, where that is how it is done; see `phases_of`."""
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C_out, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
@@ -156,8 +158,19 @@ class Upsample(nn.Module):
                 x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
             else:
                 state.past[self] = None  # the first frame was seen; time_conv starts after it
-        frames = self.resample(state.extend(x, 1).transpose(1, 2).flatten(0, 1))
-        return state.trim(frames.unflatten(0, (x.shape[0], -1)).transpose(1, 2), 2)
+        frames = state.extend(x, 1).transpose(1, 2).flatten(0, 1)
+        if self.phases is None:
+            return state.trim(self.resample(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2), 2)
+        phases = F.conv2d(frames, self.phases, padding=1).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        bias = self.resample[1].bias
+        assert isinstance(bias, Tensor)
+        return state.trim(interleave(phases, bias), 2)
+
+    def lay_out(self) -> None:
+        """Prepare to convolve frames before they are doubled; called when the weights are there."""
+        weight = self.resample[1].weight
+        assert isinstance(weight, Tensor)
+        self.phases = phases_of(weight).contiguous(memory_format=torch.channels_last)
 
 
 class Downsample(nn.Module):

@@ -1,6 +1,7 @@
 """Degrees -> process groups. All four axes always exist; on an axis of size 1 nothing is sent."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,9 @@ def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> It
         yield groups
     finally:
         dist.destroy_process_group()
+        if backend == "gloo":
+            # Its threads let go of the last collectives' tensors, for which they need the interpreter; one that is ending aborts them.
+            time.sleep(0.1)
 
 
 def limit_waiting(groups: Groups, timeout: float) -> None:

@@ -67,9 +67,15 @@ class SplitState(VideoState):
 
 
 def split_state(axis: Axis, rows: int, columns: int) -> SplitState:
-    """Return the state of a video whose latents have ``rows`` and ``columns``, before its first chunk."""
+    """Return the state of a video whose latents have ``rows`` and ``columns``, before its first chunk.
+
+    Raises ValueError if a rank's share would be smaller than `MIN_SHARE`.
+    """
     dim = split_dim(rows, columns)
-    return SplitState(axis, dim, shares((rows, columns)[dim - 3], axis.size))
+    lengths = shares((rows, columns)[dim - 3], axis.size)
+    if min(lengths) < MIN_SHARE:
+        raise ValueError(f"{rows} x {columns} latent pixels cannot be split over {axis.size} ranks")
+    return SplitState(axis, dim, lengths)
 
 
 def encode_split(vae: WanVae, chunks: Iterable[Tensor], axis: Axis, *, scale: int) -> Tensor:
