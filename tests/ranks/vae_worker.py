@@ -22,7 +22,7 @@ from wan_dist.weights.checkpoint import open_checkpoint
 CPU = torch.device("cpu")
 VAES = {"2.1": VaeDims(dim=6, decoder_dim=6), "2.2": VaeDims(dim=4, decoder_dim=6, latent_dim=48, residual=True)}
 GOLDENS = (("vae21", "t2v-1.3B", "wan2.1-t2v", "wan21"), ("vae22", "ti2v-5B", "wan2.2-ti2v-5b", "wan22"))
-SIZES = ((5, 8), (5, 9), (11, 4), (8, 8))  # rows and columns of the latents: even and uneven shares, either side, both
+SIZES = ((5, 8), (5, 9), (11, 4))  # rows and columns of the latents: even and uneven shares, either side
 
 
 def random_vae(dims: VaeDims) -> WanVae:
@@ -46,11 +46,11 @@ def main(folder: Path) -> None:
             assert bool(frames) == (groups.rank == 0)
             video = torch.rand(1, 3, 4 * num_latents - 3, rows * dims.scale, columns * dims.scale) * 2 - 1
             encoded = encode_split(vae, in_chunks(video), axis, scale=dims.scale)
-            expected = vae.encode(in_chunks(video))
-            assert encoded.shape == expected.shape
             case = f"{name} {rows}x{columns}x{num_latents}"
-            found[f"encode {case}"] = (encoded - expected).abs().max().item()
             if groups.rank == 0:
+                expected = vae.encode(in_chunks(video))
+                assert encoded.shape == expected.shape
+                found[f"encode {case}"] = (encoded - expected).abs().max().item()
                 whole = torch.cat(list(decode(vae, latents, float32_frames, Way("whole"), Axis())))
                 assert whole.shape == torch.cat(frames).shape
                 assert whole.std() > 0.05  # not all clamped or zero
