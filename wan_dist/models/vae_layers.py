@@ -4,6 +4,8 @@ Shapes: (B, C, F, H, W). Videos pass through in chunks of frames; what a layer m
 that the caller makes for each video and passes along. Names are those of the published checkpoints.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,13 +23,26 @@ class VideoState:
     def __init__(self) -> None:
         self.past: dict[nn.Module, Tensor | None] = {}
 
+    dim: int = 4
+    """That along which the video is split."""
+    has_before: bool = False
+    """Whether a neighbour has the pixels before this rank's."""
+    has_after: bool = False
+
+    def trade(self, x: Tensor, num_pixels: int) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        """Begin to trade ``num_pixels`` rows or columns of x (B, C, F, H, W) on each side; the call waits for the neighbours'."""
+        return lambda: (None, None)
+
     def extend(self, x: Tensor, num_pixels: int) -> Tensor:
         """Return x (B, C, F, H, W) with ``num_pixels`` rows or columns more on each side that has a neighbour."""
-        return x
+        before, after = self.trade(x, num_pixels)()
+        parts = [part for part in (before, x, after) if part is not None]
+        return torch.cat(parts, dim=self.dim) if len(parts) > 1 else x
 
     def trim(self, x: Tensor, num_pixels: int) -> Tensor:
         """Cut ``num_pixels`` rows or columns off on each side that has a neighbour."""
-        return x
+        start = num_pixels if self.has_before else 0
+        return x.narrow(self.dim, start, x.shape[self.dim] - start - (num_pixels if self.has_after else 0))
 
     def whole(self, x: Tensor) -> Tensor:
         """Return x with the rows and columns of all ranks."""
@@ -46,13 +61,13 @@ class CausalConv3d(nn.Conv3d):
         """Convolve a chunk of frames; the frames before the first one are zeros."""
         if not self.num_past:
             return super().forward(x)
-        frames = self.room(x, state)
+        frames = self.room(x, x.shape, state)
         frames[:, :, self.num_past :] = x
         return self.convolve(frames, state)
 
-    def room(self, like: Tensor, state: VideoState) -> Tensor:
-        """Return the convolution's input for a chunk as ``like``: past frames, then room for the chunk's own, to be filled."""
-        batch, channels, num_frames, height, width = like.shape
+    def room(self, like: Tensor, size: Sequence[int], state: VideoState) -> Tensor:
+        """Return the convolution's input for a chunk of this size: past frames, then room for the chunk's own, to be filled."""
+        batch, channels, num_frames, height, width = size
         shape = (batch, channels, self.num_past + num_frames, height, width)
         frames = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
         past = state.past.get(self)
@@ -83,12 +98,22 @@ class RMSNorm(nn.Module):
         return (F.normalize(x.float(), dim=1) * scale * self.gamma).to(x.dtype)
 
 
-def convolve_activated(norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, bias: Tensor | None = None) -> Tensor:
-    """Return conv(silu(norm(x + bias))) for a chunk x, without the bias of ``conv``."""
+def convolve_activated(
+    norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, *, bias: Tensor | None = None, sees: int = 0
+) -> Tensor:
+    """Return conv(silu(norm(x + bias))) for a chunk x with ``sees`` pixels of each neighbour, without the bias of ``conv``."""
     assert isinstance(conv, CausalConv3d)
     assert isinstance(norm, RMSNorm)
-    frames = conv.room(x, state)
-    activate(x, bias, norm.gamma, frames[:, :, conv.num_past :])
+    arriving = state.trade(x, sees)
+    before, after = (sees if has_one else 0 for has_one in (state.has_before, state.has_after))
+    size = list(x.shape)
+    size[state.dim] += before + after
+    frames = conv.room(x, size, state)
+    inside = frames[:, :, conv.num_past :]
+    activate(x, bias, norm.gamma, inside.narrow(state.dim, before, x.shape[state.dim]))  # while the neighbours' are on their way
+    for edge, start in zip(arriving(), (0, size[state.dim] - after), strict=True):
+        if edge is not None:
+            activate(edge, bias, norm.gamma, inside.narrow(state.dim, start, sees))
     return conv.convolve(frames, state, with_bias=False)
 
 
@@ -113,7 +138,7 @@ class ResidualBlock(nn.Module):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         assert isinstance(conv1, CausalConv3d)
         assert isinstance(conv2, CausalConv3d)
-        out = convolve_activated(norm1, conv1, state.extend(x, 2), state)
+        out = convolve_activated(norm1, conv1, x, state, sees=2)
         out = state.trim(convolve_activated(norm2, conv2, out, state, bias=conv1.bias), 2)
         return add(x if self.shortcut is None else self.shortcut(x, state), out, conv2.bias)
 

@@ -70,13 +70,11 @@ def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
     return wait
 
 
-def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor | None, Tensor | None]:
-    """Give ``first`` to the rank before and ``last`` to the one after; returns the last of the one and the first of the other.
+def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+    """Begin to give ``first`` to the rank before and ``last`` to the one after; the call waits for theirs.
 
     None at the ends of the axis. All ranks' shapes are equal.
     """
-    if axis.size == 1:
-        return None, None
     assert axis.group is not None
     ranks = dist.get_process_group_ranks(axis.group)
     before = torch.empty_like(last) if axis.rank > 0 else None
@@ -87,9 +85,15 @@ def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> tuple[Tensor | None,
             other = ranks[axis.rank + step]
             operations += [dist.P2POp(dist.isend, kept, other, axis.group), dist.P2POp(dist.irecv, received, other, axis.group)]
     with name_those_awaited(axis):
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-    return before, after
+        works = dist.batch_isend_irecv(operations)
+
+    def wait() -> tuple[Tensor | None, Tensor | None]:
+        with name_those_awaited(axis):
+            for work in works:
+                work.wait()
+        return before, after
+
+    return wait
 
 
 def gather_on_first(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tensor | None:

@@ -5,7 +5,7 @@ the attention of the middle block looks at whole frames. Equal to one rank's res
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -38,21 +38,17 @@ class SplitState(VideoState):
         super().__init__()
         self.axis = axis
         self.dim = dim
+        self.has_before, self.has_after = axis.rank > 0, axis.rank < axis.size - 1
         self.lengths = lengths
 
-    def extend(self, x: Tensor, num_pixels: int) -> Tensor:
-        """See `VideoState.extend`."""
+    def trade(self, x: Tensor, num_pixels: int) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        """See `VideoState.trade`."""
+        if not num_pixels:
+            return super().trade(x, 0)
         form = memory_format(x)
         first = x.narrow(self.dim, 0, num_pixels).contiguous(memory_format=form)
         last = x.narrow(self.dim, x.shape[self.dim] - num_pixels, num_pixels).contiguous(memory_format=form)
-        before, after = trade_edges(first, last, self.axis)
-        return torch.cat([part for part in (before, x, after) if part is not None], dim=self.dim)
-
-    def trim(self, x: Tensor, num_pixels: int) -> Tensor:
-        """See `VideoState.trim`."""
-        start = num_pixels if self.axis.rank > 0 else 0
-        end = x.shape[self.dim] - (num_pixels if self.axis.rank < self.axis.size - 1 else 0)
-        return x.narrow(self.dim, start, end - start)
+        return trade_edges(first, last, self.axis)
 
     def whole(self, x: Tensor) -> Tensor:
         """See `VideoState.whole`; x is of the latents' size."""
