@@ -162,6 +162,8 @@ def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tens
     if not torch.isfinite(latents).all():
         raise FloatingPointError("the latents are not finite: the video would be black")
     ways = ways_that_fit(plan.vae, checkpoint.vae.dims, latents, groups.replica, budget_gib=config.memory.budget_gib)
+    if ways[0].name != plan.vae:
+        logger.warning("no room to decode %s beside what is on the GPU; %s instead, which makes the same frames", plan.vae, ways[0])
     for number, way in enumerate(ways):
         if groups.rank != 0 and way.name != "parallel":
             return  # the first rank goes on alone
