@@ -1,11 +1,9 @@
 """On two GPUs or more: attention spread over them against float64."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.gpu
 
@@ -17,10 +15,4 @@ def test_spread_attention_is_attention(attention: str, usp: str) -> None:
     num_ranks = min(torch.cuda.device_count(), 4)
     if num_ranks < 2:
         pytest.skip("one GPU")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
-    done = subprocess.run(
-        [*command, "-m", "tests.gpu.nccl_worker", attention, usp], cwd=root, capture_output=True, text=True, check=False, timeout=180
-    )
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-3000:]
+    print(torchrun(num_ranks, "tests.gpu.nccl_worker", attention, usp, timeout=180))

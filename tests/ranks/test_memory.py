@@ -1,15 +1,13 @@
 """Loading a checkpoint of gigabytes on several ranks: each reads its own share, and holds little more than it."""
 
 import json
-import os
-import subprocess
-import sys
 from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from tests.torchrun import torchrun
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.text_encoder import TextEncoderDims
 from wan_dist.models.transformer import TransformerDims, WanTransformer
@@ -47,18 +45,7 @@ def big_checkpoint(folder: Path) -> int:
 
 def test_a_rank_holds_its_shard_and_little_more(tmp_path: Path) -> None:
     whole = big_checkpoint(tmp_path)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={NUM_RANKS}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "-m", "tests.ranks.load_worker", str(tmp_path), str(NUM_RANKS)],
-        cwd=Path(__file__).parents[2],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    torchrun(NUM_RANKS, "tests.ranks.load_worker", str(tmp_path), str(NUM_RANKS))
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
     print(f"{whole / GIB:.2f} GiB", json.dumps(ranks))
     assert whole > 1.6 * GIB
