@@ -47,6 +47,20 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     return out.view(axis.size, *x.shape)
 
 
+def _begin(operations: list[dist.P2POp], received: T, axis: Axis) -> Callable[[], T]:
+    """Start to send and receive; the call that comes back waits and returns ``received``."""
+    with name_those_awaited(axis):
+        works = dist.batch_isend_irecv(operations)
+
+    def wait() -> T:
+        with name_those_awaited(axis):
+            for work in works:
+                work.wait()
+        return received
+
+    return wait
+
+
 def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
     """Begin to send tensors to the next rank of the axis; the call that comes back waits for those of the one before.
 
@@ -58,16 +72,7 @@ def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
     after, before = ranks[(axis.rank + 1) % axis.size], ranks[(axis.rank - 1) % axis.size]
     operations = [dist.P2POp(dist.isend, tensor.contiguous(), after, axis.group) for tensor in tensors]
     operations += [dist.P2POp(dist.irecv, tensor, before, axis.group) for tensor in received]
-    with name_those_awaited(axis):
-        works = dist.batch_isend_irecv(operations)
-
-    def wait() -> list[Tensor]:
-        with name_those_awaited(axis):
-            for work in works:
-                work.wait()
-        return received
-
-    return wait
+    return _begin(operations, received, axis)
 
 
 def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
@@ -84,16 +89,7 @@ def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> Callable[[], tuple[T
         if received is not None:
             other = ranks[axis.rank + step]
             operations += [dist.P2POp(dist.isend, kept, other, axis.group), dist.P2POp(dist.irecv, received, other, axis.group)]
-    with name_those_awaited(axis):
-        works = dist.batch_isend_irecv(operations)
-
-    def wait() -> tuple[Tensor | None, Tensor | None]:
-        with name_those_awaited(axis):
-            for work in works:
-                work.wait()
-        return before, after
-
-    return wait
+    return _begin(operations, (before, after), axis)
 
 
 def gather_on_first(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tensor | None:
