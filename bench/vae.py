@@ -118,9 +118,8 @@ class Bench:
                     facts |= distance(torch.cat(frames).to(self.device), self.exact)
                 self.note(f"decode {way}, {dtype}, {vae.latents_at_once} at once", facts)
         if self.video is not None:
-            chunks, scale = lambda: in_chunks(self.video), self.dims.scale
-            encode = vae.encode if self.axis.size == 1 else lambda chunks: encode_split(vae, chunks, self.axis, scale=scale)
-            self.note(f"encode, {dtype}", timed(lambda: encode(chunks()), self.options.runs))
+            encode = vae.encode if self.axis.size == 1 else lambda chunks: encode_split(vae, chunks, self.axis)
+            self.note(f"encode, {dtype}", timed(lambda: encode(in_chunks(self.video)), self.options.runs))
 
     def peer(self) -> None:
         """Measure diffusers' VAE in bfloat16."""

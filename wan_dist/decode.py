@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from wan_dist.degrees import MIN_STRIP
 from wan_dist.models.vae import VaeDims, WanVae
 from wan_dist.models.vae_layers import VideoState, memory_format
 from wan_dist.parallel.collectives import all_gather, gather_on_first
@@ -47,9 +48,10 @@ def float32_frames(frames: Tensor) -> Tensor:
 
 def ways_from(name: str, side: int) -> list[Way]:
     """Return the way called ``name`` and those that need less memory, in order; ``side`` is the larger one of the latents."""
-    tiled = [Way("tiled", number) for number in (2, 4, 8) if side >= 2 * number]
-    ladder = [Way(name), *tiled, Way("cpu")]
-    return {"tiled": [*tiled, Way("cpu")], "cpu": [Way("cpu")]}.get(name, ladder)
+    smaller = [*(Way("tiled", number) for number in (2, 4, 8) if side >= 2 * number), Way("cpu")]
+    if name == "cpu":
+        return smaller[-1:]
+    return smaller if name == "tiled" else [Way(name), *smaller]
 
 
 def decode_bytes(dims: VaeDims, rows: int, columns: int, itemsize: int) -> int:
@@ -84,7 +86,7 @@ def ways_that_fit(name: str, dims: VaeDims, latents: Tensor, axis: Axis, *, budg
     free = int(all_gather(torch.tensor([free], device=latents.device), axis).min())
 
     def needed(way: Way) -> int:
-        overlap = {"tiled": 2 * dims.reach, "parallel": 4}.get(way.name, 0)
+        overlap = {"tiled": 2 * dims.reach, "parallel": 2 * MIN_STRIP}.get(way.name, 0)
         length = min(-(-max(rows, columns) // way.parts(axis.size)) + overlap, max(rows, columns))
         return decode_bytes(dims, min(rows, columns), length, 4)
 
@@ -151,7 +153,7 @@ def all_have_room(vae: WanVae, latents: Tensor, axis: Axis) -> bool:
     A rank that ran out of memory in the middle would leave the others waiting for its edges.
     """
     share = list(latents.shape[1:])
-    share[split_dim(*latents.shape[2:]) - 2] = max(shares(max(latents.shape[2:]), axis.size)) + 4
+    share[split_dim(*latents.shape[2:]) - 2] = max(shares(max(latents.shape[2:]), axis.size)) + 2 * MIN_STRIP
     try:
         state = VideoState()
         for _ in range(2):

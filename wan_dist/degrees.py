@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from wan_dist.errors import InputError
 
+MIN_STRIP = 2
+"""Latent pixels that a rank needs of a video that the ranks share: the most that a neighbour asks for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Degrees:

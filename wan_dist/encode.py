@@ -52,7 +52,7 @@ def project_contexts(
     own = [min(index, num_blocks - 1) for index in range(axis.rank * each, (axis.rank + 1) * each)]  # shares are of one size
     with report.stage(name, f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}"):
         projection = component.load(report.device, spread=lambda model: model.keep(own))
-        prompts = [conditioning.context, *([] if conditioning.negative_context is None else [conditioning.negative_context])]
+        prompts = [text for text in (conditioning.context, conditioning.negative_context) if text is not None]
         shares = projection(prompts, conditioning.image_features)
         texts = [all_gather(share.text, axis).flatten(0, 1)[:num_blocks] for share in shares]
         image = None if shares[0].image is None else all_gather(shares[0].image, axis).flatten(0, 1)[:num_blocks]
@@ -105,14 +105,10 @@ def _encode_images(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: R
         if plan.task.known_first_frame:
             chunks: Iterator[Tensor] = iter([pixels(cover(plan.images[0], (plan.width, plan.height))).unsqueeze(1).unsqueeze(0)])
         else:
-            first, last = (*(pixels(image) for image in plan.images), None)[:2]
-            assert first is not None
-            chunks = chunks_of_images(first, last, frame_num=plan.frame_num, width=plan.width, height=plan.height)
+            first, *last = (pixels(image) for image in plan.images)
+            chunks = chunks_of_images(first, last[0] if last else None, frame_num=plan.frame_num, width=plan.width, height=plan.height)
         on_device = (chunk.to(device) for chunk in chunks)
-        if plan.vae == "parallel":
-            latents = encode_split(vae, on_device, groups.replica, scale=vae.dims.scale)
-        else:
-            latents = vae.encode(on_device).to(report.device)
+        latents = encode_split(vae, on_device, groups.replica) if plan.vae == "parallel" else vae.encode(on_device).to(report.device)
         if plan.task.known_first_frame:
             found["known_latents"] = latents
         else:

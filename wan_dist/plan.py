@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from wan_dist.catalog import AREA_480P, TASKS, Images, Task, get_task
 from wan_dist.config import RunConfig
-from wan_dist.degrees import Degrees, plan_degrees
+from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
 from wan_dist.errors import InputError
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
 
@@ -158,9 +158,9 @@ def _shard(what: str, asked: bool | None, degrees: Degrees, *, default: bool) ->
 
 
 def _vae(config: RunConfig, degrees: Degrees, side: int) -> str:
-    """Return where the VAE works; its ranks share the latents' larger side, of which each needs two pixels."""
+    """Return where the VAE works; its ranks share the latents' larger side, ``side``."""
     num_ranks = degrees.num_ranks // degrees.dp
-    fits = num_ranks > 1 and side >= 2 * num_ranks
+    fits = num_ranks > 1 and side >= MIN_STRIP * num_ranks
     if config.memory.vae == "parallel" and not fits:
         why = "there is one rank" if num_ranks == 1 else f"{side} latent pixels are too few for {num_ranks} ranks"
         raise InputError(f"memory.vae=parallel: {why}; memory.vae=whole works")

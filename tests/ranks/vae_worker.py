@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
             frames = list(decode(vae, latents, float32_frames, Way("parallel"), axis))
             assert bool(frames) == (groups.rank == 0)
             video = torch.rand(1, 3, 4 * num_latents - 3, rows * dims.scale, columns * dims.scale) * 2 - 1
-            encoded = encode_split(vae, in_chunks(video), axis, scale=dims.scale)
+            encoded = encode_split(vae, in_chunks(video), axis)
             case = f"{name} {rows}x{columns}x{num_latents}"
             if groups.rank == 0:
                 expected = vae.encode(in_chunks(video))
@@ -59,7 +59,7 @@ def main(folder: Path) -> None:
             if has_golden(checkpoint) and num_ranks < 4:  # frames of 5 x 7 and 4 x 6 latent pixels are too small for four
                 vae = open_checkpoint(golden_folder(checkpoint), TASKS[task], torch.float32).vae.load(CPU)
                 golden = load_file(golden_folder(checkpoint).parent / f"components/{file}.safetensors")
-                latents = encode_split(vae, in_chunks(golden[f"{name}.video"][None]), axis, scale=vae.dims.scale)
+                latents = encode_split(vae, in_chunks(golden[f"{name}.video"][None]), axis)
                 found[f"encode golden {name}"] = (latents[0] - golden[f"{name}.latent"]).abs().max().item()
                 frames = list(decode(vae, golden[f"{name}.latent"], float32_frames, Way("parallel"), axis))
                 if groups.rank == 0:

@@ -188,10 +188,7 @@ def _head(in_dim: int, out_dim: int, dtype: torch.dtype) -> nn.ModuleList:
 
 def _apply_head(head: nn.ModuleList, x: Tensor, state: VideoState) -> Tensor:
     norm, _, conv = head
-    out = state.trim(convolve_activated(norm, conv, x, state, sees=1), 1)
-    assert isinstance(conv, CausalConv3d)
-    assert conv.bias is not None
-    return out + conv.bias.view(-1, 1, 1, 1)
+    return state.trim(convolve_activated(norm, conv, x, state, sees=1, with_bias=True), 1)
 
 
 def in_chunks(video: Tensor) -> Iterator[Tensor]:

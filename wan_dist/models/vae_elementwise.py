@@ -22,17 +22,17 @@ def _kernels() -> ModuleType | None:
         return None
 
 
-def activate(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
-    """Write silu(rms_norm(x + bias) * gamma) into ``out``; x and out (B, C, F, H, W), bias and gamma of C elements.
+def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
+    """Return gamma x sqrt(C) / max(|x|, 1e-12), RMSNorm over channels, float32; x (B, C, ...), gamma (C, 1, ...)."""
+    return F.normalize(x.float(), dim=1) * gamma.shape[0] ** 0.5 * gamma
 
-    RMSNorm over channels: x sqrt(C) / max(|x|, 1e-12).
-    """
+
+def activate(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
+    """Write silu(rms_norm(x + bias)) into ``out``; x and out (B, C, F, H, W), bias of C elements, gamma (C, 1, 1, 1)."""
     if (kernels := _kernels_for(x, out)) is not None:
         _launch(kernels.activate_kernel, (x, out), bias, gamma.flatten() * gamma.numel() ** 0.5)
         return
-    value = x.float() if bias is None else x.float() + bias.float().view(-1, 1, 1, 1)
-    scale = gamma.numel() ** 0.5
-    out.copy_(F.silu(F.normalize(value, dim=1) * scale * gamma.view(-1, 1, 1, 1)))
+    out.copy_(F.silu(rms_norm(x if bias is None else x.float() + bias.float().view(-1, 1, 1, 1), gamma)))
 
 
 def add(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,14 +52,12 @@ def phases_of(weight: Tensor) -> Tensor:
     result sees (w0, w1 + w2) of the row before and its own, an odd one (w0 + w1, w2) of its own and the row after; columns likewise.
     Exact, at 4 / 9 of the arithmetic. Phases are (even, even), (even, odd), (odd, even), (odd, odd) rows and columns.
     """
-    wide = weight.float()
-    rows = [torch.stack([wide[:, :, 0], wide[:, :, 1] + wide[:, :, 2]], 2), torch.stack([wide[:, :, 0] + wide[:, :, 1], wide[:, :, 2]], 2)]
-    phases = [
-        torch.stack(pair, 3)
-        for row in rows
-        for pair in ((row[..., 0], row[..., 1] + row[..., 2]), (row[..., 0] + row[..., 1], row[..., 2]))
-    ]
-    return torch.cat(phases).to(weight.dtype)
+
+    def folded(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        before, own, after = kernel.unbind(dim)
+        return torch.stack([before, own + after], dim), torch.stack([before + own, after], dim)
+
+    return torch.cat([phase for rows in folded(weight.float(), 2) for phase in folded(rows, 3)]).to(weight.dtype)
 
 
 def interleave(phases: Tensor, bias: Tensor) -> Tensor:

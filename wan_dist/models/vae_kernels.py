@@ -8,10 +8,31 @@ import triton.language as tl
 
 
 @triton.jit
-def _offsets(pixel, height, width, stride_f, stride_h, stride_w):
-    frame = pixel // (height * width)
-    row = pixel // width % height
-    return frame.to(tl.int64) * stride_f + row * stride_h + pixel % width * stride_w
+def _block(num_pixels, channels: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr):
+    """Return the pixels and channels of this program, and which of them exist."""
+    pixel = tl.program_id(0) * block_p + tl.arange(0, block_p)
+    channel = tl.arange(0, block_c)
+    return pixel, channel, (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
+
+
+@triton.jit
+def _place(pixel, height, width):
+    return (pixel // (height * width)).to(tl.int64), pixel // width % height, pixel % width
+
+
+@triton.jit
+def _at(pointer, pixel, channel, height, width, stride_f, stride_h, stride_w):
+    frame, row, column = _place(pixel, height, width)
+    return pointer + (frame * stride_f + row * stride_h + column * stride_w)[:, None] + channel[None, :]
+
+
+@triton.jit
+def _load(pointers, mask, bias_ptr, channel, channels: tl.constexpr, has_bias: tl.constexpr):
+    """Return the values there plus the bias of their channels, in float32."""
+    value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    if has_bias:
+        value += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    return value
 
 
 @triton.jit
@@ -21,19 +42,13 @@ def activate_kernel(
     num_pixels, height, width,
     channels: tl.constexpr, has_bias: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    pixel = tl.program_id(0) * block_p + tl.arange(0, block_p)
-    channel = tl.arange(0, block_c)
-    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
-    x = tl.load(x_ptr + _offsets(pixel, height, width, x_f, x_h, x_w)[:, None] + channel[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
-    if has_bias:
-        x += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+    pixel, channel, mask = _block(num_pixels, channels, block_p, block_c)
+    x = _load(_at(x_ptr, pixel, channel, height, width, x_f, x_h, x_w), mask, bias_ptr, channel, channels, has_bias)
     gamma = tl.load(gamma_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(x * x, axis=1))
     y = x / tl.maximum(norm, 1e-12)[:, None] * gamma[None, :]
     y = y * tl.sigmoid(y)
-    at = out_ptr + _offsets(pixel, height, width, out_f, out_h, out_w)[:, None] + channel[None, :]
-    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(_at(out_ptr, pixel, channel, height, width, out_f, out_h, out_w), y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -43,16 +58,10 @@ def add_kernel(
     num_pixels, height, width,
     channels: tl.constexpr, has_bias: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    pixel = tl.program_id(0) * block_p + tl.arange(0, block_p)
-    channel = tl.arange(0, block_c)
-    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
-    x = tl.load(x_ptr + _offsets(pixel, height, width, x_f, x_h, x_w)[:, None] + channel[None, :], mask=mask, other=0.0)
-    y = tl.load(y_ptr + _offsets(pixel, height, width, y_f, y_h, y_w)[:, None] + channel[None, :], mask=mask, other=0.0)
-    total = x.to(tl.float32) + y.to(tl.float32)
-    if has_bias:
-        total += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
-    at = out_ptr + _offsets(pixel, height, width, out_f, out_h, out_w)[:, None] + channel[None, :]
-    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=mask)
+    pixel, channel, mask = _block(num_pixels, channels, block_p, block_c)
+    x = _load(_at(x_ptr, pixel, channel, height, width, x_f, x_h, x_w), mask, bias_ptr, channel, channels, False)
+    y = _load(_at(y_ptr, pixel, channel, height, width, y_f, y_h, y_w), mask, bias_ptr, channel, channels, has_bias)
+    tl.store(_at(out_ptr, pixel, channel, height, width, out_f, out_h, out_w), (x + y).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -62,17 +71,9 @@ def interleave_kernel(
     num_pixels, height, width,
     channels: tl.constexpr, has_bias: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
-    pixel = tl.program_id(0) * block_p + tl.arange(0, block_p)
-    channel = tl.arange(0, block_c)
-    mask = (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
-    frame = pixel // (height * width)
-    row = pixel // width % height
-    column = pixel % width
+    pixel, channel, mask = _block(num_pixels, channels, block_p, block_c)
+    frame, row, column = _place(pixel, height, width)
     # An odd row comes from the window one further down; rows before columns number the phases, each with its channels.
-    source = frame.to(tl.int64) * x_f + (row // 2 + row % 2) * x_h + (column // 2 + column % 2) * x_w
-    source += (row % 2 * 2 + column % 2) * channels
-    value = tl.load(x_ptr + source[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-    if has_bias:
-        value += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
-    at = out_ptr + _offsets(pixel, height, width, out_f, out_h, out_w)[:, None] + channel[None, :]
-    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=mask)
+    source = frame * x_f + (row // 2 + row % 2) * x_h + (column // 2 + column % 2) * x_w + (row % 2 * 2 + column % 2) * channels
+    value = _load(x_ptr + source[:, None] + channel[None, :], mask, bias_ptr, channel, channels, has_bias)
+    tl.store(_at(out_ptr, pixel, channel, height, width, out_f, out_h, out_w), value.to(out_ptr.dtype.element_ty), mask=mask)

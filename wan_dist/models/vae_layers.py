@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.vae_elementwise import activate, add, interleave, phases_of
+from wan_dist.models.vae_elementwise import activate, add, interleave, phases_of, rms_norm
 
 
 class VideoState:
@@ -20,14 +20,14 @@ class VideoState:
     the seam for a video that is split over ranks: a layer that looks at neighbouring pixels asks for them and cuts them off again.
     """
 
-    def __init__(self) -> None:
-        self.past: dict[nn.Module, Tensor | None] = {}
-
     dim: int = 4
     """That along which the video is split."""
     has_before: bool = False
     """Whether a neighbour has the pixels before this rank's."""
     has_after: bool = False
+
+    def __init__(self) -> None:
+        self.past: dict[nn.Module, Tensor | None] = {}
 
     def trade(self, x: Tensor, num_pixels: int) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
         """Begin to trade ``num_pixels`` rows or columns of x (B, C, F, H, W) on each side; the call waits for the neighbours'."""
@@ -60,7 +60,7 @@ class CausalConv3d(nn.Conv3d):
     def forward(self, x: Tensor, state: VideoState) -> Tensor:  # type: ignore[override]
         """Convolve a chunk of frames; the frames before the first one are zeros."""
         if not self.num_past:
-            return super().forward(x)
+            return self._product(x, self.bias)
         frames = self.room(x, x.shape, state)
         frames[:, :, self.num_past :] = x
         return self.convolve(frames, state)
@@ -77,7 +77,9 @@ class CausalConv3d(nn.Conv3d):
     def convolve(self, frames: Tensor, state: VideoState, *, with_bias: bool = True) -> Tensor:
         """Convolve what `room` returned, filled; its last frames are kept for the next chunk."""
         state.past[self] = frames[:, :, -self.num_past :].clone()  # a view would keep the whole chunk alive
-        bias = self.bias if with_bias else None
+        return self._product(frames, self.bias if with_bias else None)
+
+    def _product(self, frames: Tensor, bias: Tensor | None) -> Tensor:
         if frames.is_cpu and frames.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # PyTorch takes oneDNN for large inputs only; for small ones it is twenty times as fast too.
             return torch.ops.aten.mkldnn_convolution(frames, self.weight, bias, self.padding, self.stride, self.dilation, 1)
@@ -98,14 +100,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, C, ...) of any number of trailing dims -> the same shape."""
-        scale = self.gamma.shape[0] ** 0.5
-        return (F.normalize(x.float(), dim=1) * scale * self.gamma).to(x.dtype)
+        return rms_norm(x, self.gamma).to(x.dtype)
 
 
 def convolve_activated(
-    norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, *, bias: Tensor | None = None, sees: int = 0
+    norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, *, bias: Tensor | None = None, sees: int = 0, with_bias: bool = False
 ) -> Tensor:
-    """Return conv(silu(norm(x + bias))) for a chunk x with ``sees`` pixels of each neighbour, without the bias of ``conv``."""
+    """Return conv(silu(norm(x + bias))) for a chunk x with ``sees`` pixels of each neighbour; ``with_bias``: of ``conv`` too."""
     assert isinstance(conv, CausalConv3d)
     assert isinstance(norm, RMSNorm)
     arriving = state.trade(x, sees)
@@ -118,7 +119,7 @@ def convolve_activated(
     for edge, start in zip(arriving(), (0, size[state.dim] - after), strict=True):
         if edge is not None:
             activate(edge, bias, norm.gamma, inside.narrow(state.dim, start, sees))
-    return conv.convolve(frames, state, with_bias=False)
+    return conv.convolve(frames, state, with_bias=with_bias)
 
 
 class ResidualBlock(nn.Module):

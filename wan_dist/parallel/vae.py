@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan_dist.degrees import MIN_STRIP
 from wan_dist.models.vae import WanVae
 from wan_dist.models.vae_layers import VideoState, memory_format
 from wan_dist.parallel.collectives import all_gather, trade_edges
 from wan_dist.parallel.mesh import Axis
-
-MIN_SHARE = 2
-"""Latent pixels that each rank needs: the most that a neighbour asks for."""
 
 
 def split_dim(rows: int, columns: int) -> int:
@@ -65,17 +63,18 @@ class SplitState(VideoState):
 def split_state(axis: Axis, rows: int, columns: int) -> SplitState:
     """Return the state of a video whose latents have ``rows`` and ``columns``, before its first chunk.
 
-    Raises ValueError if a rank's share would be smaller than `MIN_SHARE`.
+    Raises ValueError if a rank's share would be smaller than `MIN_STRIP`.
     """
     dim = split_dim(rows, columns)
     lengths = shares((rows, columns)[dim - 3], axis.size)
-    if min(lengths) < MIN_SHARE:
+    if min(lengths) < MIN_STRIP:
         raise ValueError(f"{rows} x {columns} latent pixels cannot be split over {axis.size} ranks")
     return SplitState(axis, dim, lengths)
 
 
-def encode_split(vae: WanVae, chunks: Iterable[Tensor], axis: Axis, *, scale: int) -> Tensor:
+def encode_split(vae: WanVae, chunks: Iterable[Tensor], axis: Axis) -> Tensor:
     """Return what `WanVae.encode` returns for these chunks of whole frames, on every rank of the axis."""
+    scale = vae.dims.scale
     iterator = iter(chunks)
     first = next(iterator)
     state = split_state(axis, first.shape[3] // scale, first.shape[4] // scale)

@@ -65,7 +65,6 @@ def open_checkpoint(folder: Path, task: Task, dtype: torch.dtype) -> Checkpoint:
     Raises InputError for what is missing, damaged, or of another model or task.
     """
     layout = find_layout(folder, task)
-
     pairs = [_transformer(part, dtype) for part in layout.transformers]
     checkpoint = Checkpoint(
         folder=folder,
