@@ -11,17 +11,19 @@ import argparse
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from wan_dist.decode import Way, decode, float32_frames, uint8_frames
 from wan_dist.degrees import Degrees
-from wan_dist.models.vae import VaeDims, WanVae, in_chunks
+from wan_dist.dims import VaeDims
+from wan_dist.models.vae import WanVae, in_chunks
 from wan_dist.parallel.mesh import Axis, local_device, open_groups
-from wan_dist.parallel.vae import encode_split
+from wan_dist.vae import decode, encode, float32_frames, uint8_frames
+from wan_dist.ways import Way
 from wan_dist.weights.names import diffusers_vae
 
 DIMS = {"2.1": VaeDims(dim=96, decoder_dim=96), "2.2": VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)}
@@ -86,7 +88,9 @@ def distance(frames: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
 class Bench:
     """One VAE at one size."""
 
-    def __init__(self, name: str, size: tuple[int, int, int], axis: Axis, options: argparse.Namespace) -> None:
+    def __init__(
+        self, name: str, size: tuple[int, int, int], axis: Axis, options: argparse.Namespace, save: Callable[[dict[str, object]], None]
+    ) -> None:
         self.dims, self.axis, self.options = DIMS[name], axis, options
         self.device = torch.device("cuda", torch.cuda.current_device())
         width, height, frames = size
@@ -94,32 +98,51 @@ class Bench:
         torch.manual_seed(1)
         shape = (self.dims.latent_dim, (frames - 1) // 4 + 1, height // self.dims.scale, width // self.dims.scale)
         self.latents = torch.randn(shape, device=self.device)
-        self.video = torch.rand(1, 3, frames, height, width, device=self.device) * 2 - 1 if options.encode else None
-        self.rows: list[dict[str, object]] = []
+        self.video_shape = 1, 3, frames, height, width
+        self.save = save
         self.few = self.latents[:, :3]
-        reference = random_vae(self.dims, torch.float32, self.device)
-        self.exact = torch.cat(list(decode(reference, self.few, float32_frames, Way("whole"), Axis())))
+        self.exact: torch.Tensor | None = None
+        if axis.size == 1:
+            torch.backends.cudnn.benchmark = False  # it would take a minute to choose what runs once
+            reference = random_vae(self.dims, torch.float32, self.device)
+            self.exact = torch.cat(list(decode(reference, self.few, float32_frames, Way("whole"), axis)))
+            torch.backends.cudnn.benchmark = True
 
     def note(self, what: str, facts: dict[str, float]) -> None:
         """Print and keep a line."""
-        self.rows.append(self.facts | {"way": what} | facts)
         if self.axis.rank == 0:
-            print(self.rows[-1], flush=True)
+            self.save(self.facts | {"way": what} | facts)
 
     def ours(self, dtype: str) -> None:
         """Measure ours: whole and tiled on one GPU, in strips on several."""
         vae = random_vae(self.dims, getattr(torch, dtype), self.device)
-        tiled = [Way("tiled", tiles) for tiles in self.options.tiles]
-        for way in [Way("parallel")] if self.axis.size > 1 else [Way("whole"), *tiled]:
-            for vae.latents_at_once in self.options.at_once:
-                facts = timed(lambda way=way: list(decode(vae, self.latents, uint8_frames, way, self.axis)), self.options.runs)
-                frames = list(decode(vae, self.few, float32_frames, way, self.axis))
-                if frames:
-                    facts |= distance(torch.cat(frames).to(self.device), self.exact)
-                self.note(f"decode {way}, {dtype}, {vae.latents_at_once} at once", facts)
-        if self.video is not None:
-            encode = vae.encode if self.axis.size == 1 else lambda chunks: encode_split(vae, chunks, self.axis)
-            self.note(f"encode, {dtype}", timed(lambda: encode(in_chunks(self.video)), self.options.runs))
+        ways = ["parallel"] if self.axis.size > 1 else ["whole"]
+        for way in (Way(name, at_once=number) for name in ways for number in self.options.at_once):
+            self.decoding(vae, way, dtype)
+            self.encoding(vae, way, dtype)
+        for num_tiles in self.options.tiles if self.axis.size == 1 else ():
+            self.decoding(vae, Way("tiled", num_tiles), dtype)
+            self.encoding(vae, Way("tiled", num_tiles), dtype)
+
+    def decoding(self, vae: WanVae, way: Way, dtype: str) -> None:
+        """Measure decoding in one way."""
+        facts = timed(lambda: deque(decode(vae, self.latents, uint8_frames, way, self.axis), maxlen=1), self.options.runs)
+        if self.exact is not None:
+            frames = torch.cat(list(decode(vae, self.few, float32_frames, way, self.axis)))
+            facts |= distance(frames.to(self.device), self.exact)
+        self.note(f"decode {way}, {dtype}, {way.at_once} at once", facts)
+
+    def encoding(self, vae: WanVae, way: Way, dtype: str) -> None:
+        """Measure encoding in one way."""
+        if self.options.encode:
+            facts = self.timed_on_video(lambda video: encode(vae, lambda: in_chunks(video), way, self.axis))
+            self.note(f"encode {way}, {dtype}, {way.at_once} at once", facts)
+
+    def timed_on_video(self, work: Callable[[torch.Tensor], object]) -> dict[str, float]:
+        """Time work on a video that lies on the GPU, and leave it out of the memory."""
+        video = torch.rand(self.video_shape, device=self.device) * 2 - 1
+        facts = timed(lambda: work(video), self.options.runs)
+        return facts | {"peak_gib": round(facts["peak_gib"] - video.nbytes / GIB, 2)}
 
     def peer(self) -> None:
         """Measure diffusers' VAE in bfloat16."""
@@ -130,9 +153,10 @@ class Bench:
         del source
         facts = timed(lambda: peer.decode(raw, return_dict=False), self.options.runs)
         frames = peer.decode(raw[:, :, :3], return_dict=False)[0][0].clamp(-1, 1).permute(1, 2, 3, 0)
-        self.note("diffusers decode, bfloat16", facts | distance(frames, self.exact))
-        if self.video is not None:
-            self.note("diffusers encode, bfloat16", timed(lambda: peer.encode(self.video.bfloat16(), return_dict=False), self.options.runs))
+        self.note("diffusers decode, bfloat16", facts | ({} if self.exact is None else distance(frames, self.exact)))
+        if self.options.encode:
+            facts = self.timed_on_video(lambda video: peer.encode(video.bfloat16(), return_dict=False))
+            self.note("diffusers encode, bfloat16", facts)
 
 
 @torch.no_grad()
@@ -142,35 +166,39 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["832*480*81", "1280*720*81"], help="width*height*frames")
     parser.add_argument("--vae", default="2.1", choices=DIMS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
-    parser.add_argument("--at-once", nargs="+", type=int, default=[1], help="latent frames decoded at once")
+    parser.add_argument("--at-once", nargs="*", type=int, default=[1], help="latent frames decoded at once")
     parser.add_argument("--tiles", nargs="*", type=int, default=[])
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--encode", action="store_true")
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--suffix", default="", help="of the result's name")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = local_device("cuda")
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 is what the others are compared with
-    rows = []
+    machine = {"gpu": f"{num_ranks} x {torch.cuda.get_device_name()}", "torch": torch.__version__, "cuda": torch.version.cuda}
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"vae-{options.vae}-{num_ranks}gpu{options.suffix}.json"
+    rows: list[dict[str, object]] = []
+
+    def save(row: dict[str, object]) -> None:
+        print(row, flush=True)
+        rows.append(row)
+        file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
+
     with open_groups(Degrees(ulysses=num_ranks), device, timeout=300) as groups:
         for size in options.sizes:
             width, height, frames = (int(number) for number in size.split("*"))
-            bench = Bench(options.vae, (width, height, frames), groups.replica, options)
+            bench = Bench(options.vae, (width, height, frames), groups.replica, options, save)
             for dtype in options.dtypes:
                 bench.ours(dtype)
                 torch.cuda.empty_cache()
             if options.peer and num_ranks == 1:
                 bench.peer()
-            rows += bench.rows
             del bench
             torch.cuda.empty_cache()
-    if groups.rank == 0:
-        machine = {"gpu": f"{num_ranks} x {torch.cuda.get_device_name()}", "torch": torch.__version__, "cuda": torch.version.cuda}
-        options.out.mkdir(parents=True, exist_ok=True)
-        file = options.out / f"vae-{options.vae}-{num_ranks}gpu.json"
-        file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -87,11 +87,14 @@ class MemoryConfig:
     """How models and videos fit into memory."""
 
     vae: str | None = _key(None, "where the VAE works: parallel (a strip a rank), whole, tiled or cpu; null: parallel if there are ranks")
+    vae_dtype: str | None = _key(None, "bfloat16 or float32; null: the run's dtype on a GPU, float32 on a CPU")
     budget_gib: float | None = _key(None, "GPU memory that a rank may take, in GiB; null: all there is")
 
     def __post_init__(self) -> None:
         if self.vae is not None:
             _check_choice("memory.vae", self.vae, VAE_PLACES)
+        if self.vae_dtype is not None:
+            _check_choice("memory.vae_dtype", self.vae_dtype, DTYPES)
         if self.budget_gib is not None and self.budget_gib <= 0:
             raise InputError(f"memory.budget_gib={self.budget_gib}: it must be above 0, in GiB")
 

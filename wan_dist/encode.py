@@ -1,6 +1,5 @@
 """Text and images -> `Conditioning`: once in a replica, on its first rank, and sent to the others."""
 
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 
@@ -9,7 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from wan_dist import vae
+from wan_dist.config import RunConfig
 from wan_dist.images import cover
+from wan_dist.memory import first_that_works, free_memory
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import ImageEncoderDims, encode_images
 from wan_dist.models.text_encoder import TextEncoder
@@ -17,14 +19,14 @@ from wan_dist.models.transformer import ContextKV, TransformerDims
 from wan_dist.parallel.collectives import all_gather, broadcast
 from wan_dist.parallel.fsdp import apply_fsdp
 from wan_dist.parallel.mesh import Groups
-from wan_dist.parallel.vae import encode_split
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, chunks_of_images, mask_of_images
+from wan_dist.ways import Way
 from wan_dist.weights.checkpoint import Checkpoint, Component
 
 
-def encode(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -> Conditioning:
+def encode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups, report: Report) -> Conditioning:
     """Return what stays the same for all steps, on every rank; the encoders are gone from the device then."""
     found: dict[str, Tensor] = {}
     is_first = groups.replica.rank == 0
@@ -32,8 +34,8 @@ def encode(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -
         found |= _encode_text(checkpoint, plan, groups, report)
     if is_first and plan.images and checkpoint.image_encoder is not None:
         found["image_features"] = _look_at_images(checkpoint.image_encoder, plan, report)
-    if plan.images and (is_first or plan.vae == "parallel"):
-        found |= _encode_images(checkpoint, plan, groups, report)
+    if plan.images:
+        found |= _encode_images(checkpoint, config, plan, groups, report)
     everywhere = {field.name: broadcast(found.get(field.name), groups.replica, report.device) for field in fields(Conditioning)}
     context = everywhere.pop("context")
     assert context is not None
@@ -59,13 +61,6 @@ def project_contexts(
         del projection, shares
         free_memory()
     return [ContextKV(text, image) for text in texts]
-
-
-def free_memory() -> None:
-    """Give back to the device what is no longer referred to."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _encode_text(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
@@ -96,26 +91,32 @@ def _look_at_images(image_encoder: Component[nn.Module, ImageEncoderDims], plan:
     return features
 
 
-def _encode_images(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
+def _encode_images(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
     """Return what the VAE makes of the images; in strips, one for each rank, where the ranks share that."""
     found: dict[str, Tensor] = {}
-    device = torch.device("cpu") if plan.vae == "cpu" else report.device
-    with report.stage("image", f"VAE {plan.vae}, " + ", ".join(f"{image.width}x{image.height}" for image in plan.images)):
-        vae = checkpoint.vae.load(device)
+
+    def chunks() -> Iterator[Tensor]:
         if plan.task.known_first_frame:
-            chunks: Iterator[Tensor] = iter([pixels(cover(plan.images[0], (plan.width, plan.height))).unsqueeze(1).unsqueeze(0)])
-        else:
-            first, *last = (pixels(image) for image in plan.images)
-            chunks = chunks_of_images(first, last[0] if last else None, frame_num=plan.frame_num, width=plan.width, height=plan.height)
-        on_device = (chunk.to(device) for chunk in chunks)
-        latents = encode_split(vae, on_device, groups.replica) if plan.vae == "parallel" else vae.encode(on_device).to(report.device)
-        if plan.task.known_first_frame:
-            found["known_latents"] = latents
-        else:
-            mask = mask_of_images(plan.latent_shape, has_last=len(plan.images) == 2).to(report.device)
-            found["extra_channels"] = torch.cat([mask, latents], dim=1)
-        del vae
-        free_memory()
+            return iter([pixels(cover(plan.images[0], (plan.width, plan.height))).unsqueeze(1).unsqueeze(0)])
+        first, *last = (pixels(image) for image in plan.images)
+        return chunks_of_images(first, last[0] if last else None, frame_num=plan.frame_num, width=plan.width, height=plan.height)
+
+    def work(way: Way) -> None:
+        if groups.replica.rank != 0 and way.name != "parallel":
+            return  # the first rank goes on alone
+        with report.stage("image", f"VAE {way}, " + ", ".join(f"{image.width}x{image.height}" for image in plan.images)):
+            model = vae.load(checkpoint, config, way, report.device)
+            device = next(model.parameters()).device
+            latents = vae.encode(model, lambda: (chunk.to(device) for chunk in chunks()), way, groups.replica).to(report.device)
+            if plan.task.known_first_frame:
+                found["known_latents"] = latents
+            else:
+                mask = mask_of_images(plan.latent_shape, has_last=len(plan.images) == 2).to(report.device)
+                found["extra_channels"] = torch.cat([mask, latents], dim=1)
+
+    ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, groups.replica, encode=True)
+    first_that_works(ways, work, "encoding the image")
+    free_memory()
     return found
 
 

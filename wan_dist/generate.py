@@ -12,12 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from wan_dist import vae
 from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import RunConfig
-from wan_dist.decode import decode, float32_frames, uint8_frames, ways_that_fit
-from wan_dist.encode import encode, free_memory, project_contexts
+from wan_dist.encode import encode, project_contexts
 from wan_dist.errors import InputError
 from wan_dist.log import logger
+from wan_dist.memory import first_that_works, free_memory
 from wan_dist.models.attention import InnerAttention, choose_attention
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.agreement import Agreeing
@@ -32,7 +33,9 @@ from wan_dist.sampling.conditioning import Conditioning, initial_noise
 from wan_dist.sampling.denoise import Guidance, Predict, TwoExperts, denoise
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.toy import toy_checkpoint
+from wan_dist.vae import float32_frames, uint8_frames
 from wan_dist.video import check_output, save_image, save_tensors, save_video, to_uint8
+from wan_dist.ways import Way
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.hub import find_checkpoint
 
@@ -57,6 +60,7 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
         logger.info("note      %s", plan.advice)
     dtype = getattr(torch, config.dtype)
     # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 was asked for.
+    torch.backends.cudnn.benchmark = True  # the VAE's convolutions come in a few shapes, many times each
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     report = Report(config, device)
     folder = Path(config.output.dir).expanduser()
@@ -73,7 +77,7 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
     kept = result.with_suffix(".latents.safetensors") if config.latents is None else Path(config.latents).expanduser()
     if config.latents is None:
         limit_waiting(groups, config.parallel.load_timeout)
-        conditioning = encode(checkpoint, plan, groups, report)
+        conditioning = encode(checkpoint, config, plan, groups, report)
         latents = _denoise(checkpoint, config, plan, conditioning, attention, groups, report)
         if groups.rank == 0:
             save_tensors(kept, {"latents": latents.cpu()})
@@ -161,27 +165,20 @@ def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tens
     """Decode latents (C, T, h, w) and write the result as frames are ready; where memory runs out, again in a way that needs less."""
     if not torch.isfinite(latents).all():
         raise FloatingPointError("the latents are not finite: the video would be black")
-    ways = ways_that_fit(plan.vae, checkpoint.vae.dims, latents, groups.replica, budget_gib=config.memory.budget_gib)
-    if ways[0].name != plan.vae:
-        logger.warning("no room to decode %s beside what is on the GPU; %s instead, which makes the same frames", plan.vae, ways[0])
-    for number, way in enumerate(ways):
-        if groups.rank != 0 and way.name != "parallel":
+
+    def work(way: Way) -> None:
+        if groups.replica.rank != 0 and way.name != "parallel":
             return  # the first rank goes on alone
-        try:
-            with report.stage("decode", f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"):
-                vae = checkpoint.vae.load(torch.device("cpu") if way.name == "cpu" else latents.device)
-                chunks = decode(vae, latents, float32_frames if config.output.save_tensor else uint8_frames, way, groups.replica)
-                del vae
-                if groups.rank == 0:
-                    _write(chunks, config, plan, result)
-                else:
-                    assert next(chunks, None) is None
-            return
-        except torch.OutOfMemoryError:
-            if number == len(ways) - 1:
-                raise
-        free_memory()
-        logger.warning("decoding %s ran out of GPU memory; the latents are safe, trying %s", way, ways[number + 1])
+        with report.stage("decode", f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"):
+            model = vae.load(checkpoint, config, way, latents.device)
+            chunks = vae.decode(model, latents, float32_frames if config.output.save_tensor else uint8_frames, way, groups.replica)
+            if groups.replica.rank == 0:
+                _write(chunks, config, plan, result)
+            else:
+                assert next(chunks, None) is None
+
+    ways = vae.find_ways(config, plan, checkpoint.vae.dims, latents.device, groups.replica)
+    first_that_works(ways, work, "decoding", "the latents are safe, ")
 
 
 def _write(chunks: Iterator[Tensor], config: RunConfig, plan: Plan, result: Path) -> None:

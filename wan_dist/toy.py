@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from wan_dist.catalog import TASKS
+from wan_dist.dims import VaeDims
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder
 from wan_dist.models.transformer import TransformerDims, WanTransformer
-from wan_dist.models.vae import VaeDims, WanVae
+from wan_dist.models.vae import WanVae
 from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
 from wan_dist.weights.names import KeyMap, original_text_encoder, original_transformer, original_vae
 

@@ -8,13 +8,16 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors"},
-    {"catalog", "log", "launcher"},
+    {"catalog", "log", "launcher", "dims"},
     {"config", "degrees"},
+    {"ways"},
     {"images", "arguments", "models"},
     {"plan"},
     {"weights", "sampling", "video", "report"},
     {"toy", "parallel"},
-    {"encode", "decode"},
+    {"memory", "tiles"},
+    {"vae"},
+    {"encode"},
     {"generate"},
     {"run"},
 ]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from wan_dist.decode import uint8_frames
 from wan_dist.errors import InputError
+from wan_dist.vae import uint8_frames
 from wan_dist.video import SaveError, check_output, save_image, save_tensors, save_video
 
 

@@ -6,11 +6,11 @@ shortcuts around its stages.
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from wan_dist.dims import VaeDims
 from wan_dist.models.vae_layers import (
     AttentionBlock,
     CausalConv3d,
@@ -21,8 +21,8 @@ from wan_dist.models.vae_layers import (
     Upsample,
     UpStage,
     VideoState,
+    activated,
     channels_to_pixels,
-    convolve_activated,
     pixels_to_channels,
 )
 
@@ -54,40 +54,6 @@ LATENT_STD = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class VaeDims:
-    """Hyperparameters, as read off a checkpoint."""
-
-    dim: int
-    decoder_dim: int
-    latent_dim: int = 16
-    residual: bool = False
-    """VAE 2.2: shortcuts around the stages, and pixels in 2 x 2 blocks."""
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    num_blocks: int = 2
-    temporal: tuple[bool, ...] = (False, True, True)
-    """Which of the encoder's downsamplings halve the frames too; the decoder's doublings mirror it."""
-
-    @property
-    def reach(self) -> int:
-        """How many latent pixels around it, at most, an output pixel depends on, the attention over whole frames left out."""
-        pixels = 1  # the head's convolution
-        for _ in self.temporal:
-            pixels += 2 * (self.num_blocks + 1)  # a stage's
-            pixels = -(-(pixels + 1) // 2)  # that of the upsampling before it, and halving
-        return pixels + 2 * (self.num_blocks + 1)
-
-    @property
-    def scale(self) -> int:
-        """Pixels of a video for a latent pixel, on a side."""
-        return 2 ** len(self.temporal) * (2 if self.residual else 1)
-
-    @property
-    def pixel_channels(self) -> int:
-        """Channels of the encoder's input and of the decoder's output."""
-        return 12 if self.residual else 3
-
-
 class Encoder(nn.Module):
     """Frames to latent moments."""
 
@@ -114,8 +80,18 @@ class Encoder(nn.Module):
 
         f is 1 for the video's first frame, which is a chunk of its own, F / 4 afterwards.
         """
+        return self.finish(self.begin(x, state), state)
+
+    def begin(self, x: Tensor, state: VideoState) -> Tensor:
+        """Do the part that sees no further than a few pixels: (B, pixel channels, F, H, W) -> (B, D, f, H / 8, W / 8)."""
         x = state.trim(self.conv1(state.extend(x, 1), state), 1)
-        for layer in (*self.downsamples, *self.middle):
+        for layer in self.downsamples:
+            x = layer(x, state)
+        return x
+
+    def finish(self, x: Tensor, state: VideoState) -> Tensor:
+        """Do the rest, with the attention over a whole frame: (B, D, f, h, w) -> (B, 2 C, f, h, w)."""
+        for layer in self.middle:
             x = layer(x, state)
         return _apply_head(self.head, x, state)
 
@@ -188,7 +164,8 @@ def _head(in_dim: int, out_dim: int, dtype: torch.dtype) -> nn.ModuleList:
 
 def _apply_head(head: nn.ModuleList, x: Tensor, state: VideoState) -> Tensor:
     norm, _, conv = head
-    return state.trim(convolve_activated(norm, conv, x, state, sees=1, with_bias=True), 1)
+    assert isinstance(conv, CausalConv3d)
+    return state.trim(conv.convolve(activated(norm, conv, x, state, sees=1), state), 1)
 
 
 def in_chunks(video: Tensor) -> Iterator[Tensor]:
@@ -232,15 +209,23 @@ class WanVae(nn.Module):
     def encode(self, chunks: Iterable[Tensor], state: VideoState | None = None) -> Tensor:
         """Return the normalised mean latents (B, C, T, h, w), float32, of a video in chunks (B, 3, n, H, W) in [-1, 1].
 
-        n is 1 for the first chunk, 4 for the others; H and W are multiples of the compression. Memory does not grow with the frames.
+        n is 1 for the first chunk, a multiple of 4 for the others; H and W are multiples of the compression. Memory does not grow with
+        the frames.
         """
         state = state or VideoState()
-        latents = []
-        for chunk in chunks:
-            pixels = (pixels_to_channels(chunk) if self.dims.residual else chunk).to(self.dtype, memory_format=self._format(chunk))
-            latents.append(self.conv1(self.encoder(pixels, state), state).float().chunk(2, dim=1)[0])
-        mean, std = self._moments(latents[0])
-        return (torch.cat(latents, dim=2) - mean) / std
+        features = (self.encoder.begin(self.pixels_in(chunk), state) for chunk in chunks)
+        return self.latents_of(features, state)
+
+    def pixels_in(self, chunk: Tensor) -> Tensor:
+        """Return the encoder's input for frames (B, 3, n, H, W) in [-1, 1]."""
+        return (pixels_to_channels(chunk) if self.dims.residual else chunk).to(self.dtype, memory_format=self._format(chunk))
+
+    def latents_of(self, features: Iterable[Tensor], state: VideoState) -> Tensor:
+        """Return the normalised mean latents (B, C, T, h, w), float32, of what `Encoder.begin` made of each chunk."""
+        moments = (self.conv1(self.encoder.finish(feature, state), state) for feature in features)
+        latents = torch.cat([pair.float().chunk(2, dim=1)[0] for pair in moments], dim=2)
+        mean, std = self._moments(latents)
+        return (latents - mean) / std
 
     def decode(self, latents: Tensor, state: VideoState | None = None) -> Iterator[Tensor]:
         """Yield the frames (B, 3, n, H, W), float32 in [-1, 1]: n is 1 for the first latent frame, 4 for each of the others.
@@ -255,7 +240,9 @@ class WanVae(nn.Module):
         """Yield the decoder's input for normalised latents (B, C, T, h, w): the first latent frame, then as many at once as is set."""
         mean, std = self._moments(latents.float())
         first, rest = latents[:, :, :1], latents[:, :, 1:]
-        for latent in (first, *(rest.split(self.latents_at_once, dim=2) if rest.shape[2] else ())):
+        most = self.latents_at_once
+        even = next((number for number in range(most, most // 2, -1) if rest.shape[2] % number == 0), most)  # a chunk less to tune for
+        for latent in (first, *(rest.split(even, dim=2) if rest.shape[2] else ())):
             yield self.conv2((latent * std + mean).to(self.dtype, memory_format=self._format(latent)), VideoState())
 
     def pixels(self, decoded: Tensor) -> Tensor:

@@ -35,14 +35,13 @@ def activate(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None
     out.copy_(F.silu(rms_norm(x if bias is None else x.float() + bias.float().view(-1, 1, 1, 1), gamma)))
 
 
-def add(x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
-    """Return x + y + bias; x and y (B, C, F, H, W), bias of C elements."""
+def add_(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Add y and bias to x and return it; x and y (B, C, F, H, W), bias of C elements."""
     if (kernels := _kernels_for(x, y)) is not None:
-        out = torch.empty_like(x)
-        _launch(kernels.add_kernel, (x, y, out), bias)
-        return out
+        _launch(kernels.add_kernel, (x, y), bias)
+        return x
     value = x.float() + y.float()
-    return (value if bias is None else value + bias.float().view(-1, 1, 1, 1)).to(x.dtype)
+    return x.copy_(value if bias is None else value + bias.float().view(-1, 1, 1, 1))
 
 
 def phases_of(weight: Tensor) -> Tensor:

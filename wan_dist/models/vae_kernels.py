@@ -53,15 +53,16 @@ def activate_kernel(
 
 @triton.jit
 def add_kernel(
-    x_ptr, y_ptr, out_ptr, bias_ptr,
-    x_f, x_h, x_w, y_f, y_h, y_w, out_f, out_h, out_w,
+    x_ptr, y_ptr, bias_ptr,
+    x_f, x_h, x_w, y_f, y_h, y_w,
     num_pixels, height, width,
     channels: tl.constexpr, has_bias: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     pixel, channel, mask = _block(num_pixels, channels, block_p, block_c)
-    x = _load(_at(x_ptr, pixel, channel, height, width, x_f, x_h, x_w), mask, bias_ptr, channel, channels, False)
+    at_x = _at(x_ptr, pixel, channel, height, width, x_f, x_h, x_w)
+    x = _load(at_x, mask, bias_ptr, channel, channels, False)
     y = _load(_at(y_ptr, pixel, channel, height, width, y_f, y_h, y_w), mask, bias_ptr, channel, channels, has_bias)
-    tl.store(_at(out_ptr, pixel, channel, height, width, out_f, out_h, out_w), (x + y).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(at_x, (x + y).to(x_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

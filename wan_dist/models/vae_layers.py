@@ -4,45 +4,60 @@ Shapes: (B, C, F, H, W). Videos pass through in chunks of frames; what a layer m
 that the caller makes for each video and passes along. Names are those of the published checkpoints.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.vae_elementwise import activate, add, interleave, phases_of, rms_norm
+from wan_dist.models.vae_elementwise import activate, add_, interleave, phases_of, rms_norm
+
+_MAX_SCORES = 2**23
+"""Of the attention that are in memory at once."""
 
 
 class VideoState:
-    """One video's pass through an encoder or decoder, all of its rows and columns on one device.
+    """One video's pass through an encoder or decoder, or that of a part of its rows or columns.
 
     ``past`` holds for each causal layer the last frames of its input so far; empty: the next chunk starts the video. The methods are
-    the seam for a video that is split over ranks: a layer that looks at neighbouring pixels asks for them and cuts them off again.
+    the seam for a part: a layer that looks at neighbouring pixels asks for them and cuts off what it made of them. Here nobody gives
+    any, so a part shrinks from layer to layer by what its layers see: a tile, which begins with more than it is to end with.
     """
 
-    dim: int = 4
-    """That along which the video is split."""
-    has_before: bool = False
-    """Whether a neighbour has the pixels before this rank's."""
-    has_after: bool = False
+    has_neighbours: bool = False
+    """Whether other ranks give the pixels beyond this part's."""
 
-    def __init__(self) -> None:
+    def __init__(self, dim: int = 4, *, has_before: bool = False, has_after: bool = False) -> None:
+        self.dim, self.has_before, self.has_after = dim, has_before, has_after
         self.past: dict[nn.Module, Tensor | None] = {}
 
     def trade(self, x: Tensor, num_pixels: int) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
         """Begin to trade ``num_pixels`` rows or columns of x (B, C, F, H, W) on each side; the call waits for the neighbours'."""
         return lambda: (None, None)
 
+    def growth(self, num_pixels: int) -> tuple[int, int]:
+        """Return how many of ``num_pixels`` rows or columns come from the neighbour before and from the one after."""
+        before, after = (self.has_neighbours and there for there in (self.has_before, self.has_after))
+        return num_pixels * before, num_pixels * after
+
     def extend(self, x: Tensor, num_pixels: int) -> Tensor:
         """Return x (B, C, F, H, W) with ``num_pixels`` rows or columns more on each side that has a neighbour."""
+        if not self.has_neighbours:
+            return x
         before, after = self.trade(x, num_pixels)()
-        parts = [part for part in (before, x, after) if part is not None]
-        return torch.cat(parts, dim=self.dim) if len(parts) > 1 else x
+        return torch.cat([part for part in (before, x, after) if part is not None], dim=self.dim)
 
     def trim(self, x: Tensor, num_pixels: int) -> Tensor:
-        """Cut ``num_pixels`` rows or columns off on each side that has a neighbour."""
-        start = num_pixels if self.has_before else 0
-        return x.narrow(self.dim, start, x.shape[self.dim] - start - (num_pixels if self.has_after else 0))
+        """Cut ``num_pixels`` rows or columns off on each side that is not the frame's own."""
+        if not (self.has_before or self.has_after):
+            return x
+        start = num_pixels * self.has_before
+        return x.narrow(self.dim, start, x.shape[self.dim] - start - num_pixels * self.has_after)
+
+    def inner(self, x: Tensor, num_pixels: int) -> Tensor:
+        """Return the part of x that is left of it after layers that see ``num_pixels``."""
+        return x if self.has_neighbours else self.trim(x, num_pixels)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return x with the rows and columns of all ranks."""
@@ -103,14 +118,12 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.gamma).to(x.dtype)
 
 
-def convolve_activated(
-    norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, *, bias: Tensor | None = None, sees: int = 0, with_bias: bool = False
-) -> Tensor:
-    """Return conv(silu(norm(x + bias))) for a chunk x with ``sees`` pixels of each neighbour; ``with_bias``: of ``conv`` too."""
+def activated(norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, *, bias: Tensor | None = None, sees: int = 0) -> Tensor:
+    """Return silu(norm(x + bias)) for a chunk x as ``conv``'s input (see `CausalConv3d.room`), ``sees`` pixels of neighbours with it."""
     assert isinstance(conv, CausalConv3d)
     assert isinstance(norm, RMSNorm)
     arriving = state.trade(x, sees)
-    before, after = (sees if has_one else 0 for has_one in (state.has_before, state.has_after))
+    before, after = state.growth(sees)
     size = list(x.shape)
     size[state.dim] += before + after
     frames = conv.room(x, size, state)
@@ -119,7 +132,7 @@ def convolve_activated(
     for edge, start in zip(arriving(), (0, size[state.dim] - after), strict=True):
         if edge is not None:
             activate(edge, bias, norm.gamma, inside.narrow(state.dim, start, sees))
-    return conv.convolve(frames, state, with_bias=with_bias)
+    return frames
 
 
 class ResidualBlock(nn.Module):
@@ -143,9 +156,12 @@ class ResidualBlock(nn.Module):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         assert isinstance(conv1, CausalConv3d)
         assert isinstance(conv2, CausalConv3d)
-        out = convolve_activated(norm1, conv1, x, state, sees=2)
-        out = state.trim(convolve_activated(norm2, conv2, out, state, bias=conv1.bias), 2)
-        return add(x if self.shortcut is None else self.shortcut(x, state), out, conv2.bias)
+        out = conv1.convolve(activated(norm1, conv1, x, state, sees=2), state, with_bias=False)
+        frames = activated(norm2, conv2, out, state, bias=conv1.bias)
+        del out  # there is one array of a chunk's size less during the convolution
+        out = state.trim(conv2.convolve(frames, state, with_bias=False), 2)
+        x = state.inner(x, 2)
+        return add_(out, x if self.shortcut is None else self.shortcut(x, state), conv2.bias)
 
 
 class AttentionBlock(nn.Module):
@@ -162,10 +178,25 @@ class AttentionBlock(nn.Module):
         frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
         q, kv = self.to_qkv(self.norm(frames)).split((x.shape[1], 2 * x.shape[1]), dim=1)
         k, v = state.whole(kv.unsqueeze(0)).squeeze(0).chunk(2, dim=1)
-        q, k, v = (part.flatten(2).transpose(1, 2).unsqueeze(1) for part in (q, k, v))  # (B F, 1, H W, C)
-        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        out = attend(*(part.flatten(2).transpose(1, 2) for part in (q, k, v)))  # (B F, H W, C)
         out = self.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
         return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return attention with one head, q (N, L, C), k and v (N, M, C) -> (N, L, C).
+
+    The fast kernels take heads of 256 channels at most, this one has 384 or more, and what PyTorch falls back on keeps several L x M
+    arrays. On a GPU some rows at a time are computed here; the softmax is float32.
+    """
+    if not q.is_cuda:
+        return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+    rows = max(1, _MAX_SCORES // (k.shape[0] * k.shape[1]))
+    out = []
+    for part in (q * q.shape[2] ** -0.5).split(rows, dim=1):
+        scores = torch.bmm(part, k.transpose(1, 2), out_dtype=torch.float32)
+        out.append(torch.bmm(scores.softmax(dim=2).to(v.dtype), v))
+    return torch.cat(out, dim=1)
 
 
 class Upsample(nn.Module):
@@ -254,8 +285,8 @@ class UpStage(nn.Module):
         out = x
         for layer in self.upsamples:
             out = layer(out, state)
-        repeated = repeat_up(x, self.out_dim, temporal=self.temporal)
-        return out + (repeated[:, :, self.temporal - 1 :] if is_first else repeated)
+        x = state.inner(x, 2 * (len(self.upsamples) - 1) + 1)  # what the blocks and the upsampling see
+        return add_repeated_(out, x, temporal=self.temporal, is_first=is_first)
 
 
 def average_down(x: Tensor, out_dim: int, *, temporal: int, spatial: int) -> Tensor:
@@ -270,11 +301,18 @@ def average_down(x: Tensor, out_dim: int, *, temporal: int, spatial: int) -> Ten
     return x.unflatten(1, (out_dim, -1)).mean(dim=2)
 
 
-def repeat_up(x: Tensor, out_dim: int, *, temporal: int) -> Tensor:
-    """Repeat channels and move them into blocks of (temporal, 2, 2) neighbours, to ``out_dim`` channels; x (B, C, F, H, W)."""
-    x = x.repeat_interleave(out_dim * temporal * 4 // x.shape[1], dim=1)
-    x = x.unflatten(1, (out_dim, temporal, 2, 2))  # (B, C_out, ft, fh, fw, F, H, W)
-    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+def add_repeated_(out: Tensor, x: Tensor, *, temporal: int, is_first: bool) -> Tensor:
+    """Add to ``out`` the channels of x, repeated and moved into blocks of (temporal, 2, 2) neighbours; returns ``out``.
+
+    x (B, C, F, H, W), out (B, C_out, F * temporal, 2 H, 2 W); of the video's first frame only the last of a block is there.
+    """
+    step = x.shape[1] // out.shape[1]
+    repeats = 4 * temporal // step
+    frames = range(temporal - 1 if is_first else 0, temporal)
+    for number, (frame, row, column) in enumerate(itertools.product(frames, range(2), range(2)), start=4 * frames.start):
+        neighbours = out[:, :, frame - frames.start :: len(frames), row::2, column::2]
+        neighbours += x[:, number // repeats :: step]
+    return out
 
 
 def pixels_to_channels(video: Tensor) -> Tensor:

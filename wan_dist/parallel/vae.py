@@ -32,11 +32,11 @@ def shares(length: int, num_ranks: int) -> list[int]:
 class SplitState(VideoState):
     """A pass of this rank's share of a video; ``dim`` is the one that is split, ``lengths`` the ranks' shares of the latents."""
 
+    has_neighbours = True
+
     def __init__(self, axis: Axis, dim: int, lengths: list[int]) -> None:
-        super().__init__()
+        super().__init__(dim, has_before=axis.rank > 0, has_after=axis.rank < axis.size - 1)
         self.axis = axis
-        self.dim = dim
-        self.has_before, self.has_after = axis.rank > 0, axis.rank < axis.size - 1
         self.lengths = lengths
 
     def trade(self, x: Tensor, num_pixels: int) -> Callable[[], tuple[Tensor | None, Tensor | None]]:

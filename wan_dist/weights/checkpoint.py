@@ -10,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from wan_dist.catalog import Task
+from wan_dist.dims import VaeDims
 from wan_dist.errors import InputError
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import ImageEncoderDims, build_image_encoder
 from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder, load_tokenizer
 from wan_dist.models.transformer import TransformerDims, WanTransformer
-from wan_dist.models.vae import VaeDims, WanVae
+from wan_dist.models.vae import WanVae
 from wan_dist.weights import dims as read_dims
 from wan_dist.weights.files import TensorFiles, first_line
 from wan_dist.weights.layout import Part, find_layout

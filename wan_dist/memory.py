@@ -1,0 +1,45 @@
+"""What memory a device has left, and what is done when it runs out."""
+
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+from wan_dist.log import logger
+from wan_dist.parallel.collectives import all_gather
+from wan_dist.parallel.mesh import Axis
+from wan_dist.ways import Way
+
+
+def free_memory() -> None:
+    """Give back to the device what is no longer referred to."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: torch.device, axis: Axis, *, budget_gib: float | None) -> int:
+    """Return how much memory is left on the device, on the rank of the axis that has the least; a great deal on a CPU."""
+    if device.type != "cuda":
+        return 2**62
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    if budget_gib is not None:
+        free = min(free, int(budget_gib * 2**30))
+    free -= torch.cuda.memory_allocated(device)
+    return int(all_gather(torch.tensor([free], device=device), axis).min())
+
+
+def first_that_works(ways: Sequence[Way], work: Callable[[Way], None], what: str, note: str = "") -> None:
+    """Do ``work`` in the first of the ways, and in the next one where memory ran out. Raises torch.OutOfMemoryError after the last.
+
+    ``what`` and ``note`` are for the warning.
+    """
+    for number, way in enumerate(ways):
+        try:
+            work(way)
+            return
+        except torch.OutOfMemoryError:
+            if number == len(ways) - 1:
+                raise
+        free_memory()
+        logger.warning("%s %s ran out of GPU memory; %strying %s", what, way, note, ways[number + 1])

@@ -1,0 +1,140 @@
+"""Video -> latents and latents -> frames, in one of the ways: shared by the ranks, whole, in tiles, on the CPU."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from wan_dist.config import RunConfig
+from wan_dist.degrees import MIN_STRIP
+from wan_dist.dims import VaeDims
+from wan_dist.log import logger
+from wan_dist.memory import free_bytes
+from wan_dist.models.vae import WanVae
+from wan_dist.models.vae_layers import VideoState
+from wan_dist.parallel.collectives import all_gather, gather_on_first
+from wan_dist.parallel.mesh import Axis
+from wan_dist.parallel.vae import decode_split, encode_split, shares, split_dim
+from wan_dist.plan import Plan
+from wan_dist.tiles import decode_tiles, encode_tiles
+from wan_dist.video import to_uint8
+from wan_dist.ways import Way, ways_that_fit
+from wan_dist.weights.checkpoint import Checkpoint
+
+Convert = Callable[[Tensor], Tensor]
+"""Frames (3, n, H, W) in [-1, 1] -> what leaves the device, (n, H, W, 3)."""
+
+
+def uint8_frames(frames: Tensor) -> Tensor:
+    """Return frames (3, n, H, W) in [-1, 1] as (n, H, W, 3) in 0 ... 255, on the same device."""
+    return to_uint8(float32_frames(frames))
+
+
+def float32_frames(frames: Tensor) -> Tensor:
+    """Return frames (3, n, H, W) as (n, H, W, 3), float32."""
+    return frames.float().permute(1, 2, 3, 0).contiguous()
+
+
+def dtype_on(device: torch.device, config: RunConfig) -> torch.dtype:
+    """Return what the VAE computes in: bfloat16 on a GPU in a run that is bfloat16 as well, unless the user chose."""
+    if config.memory.vae_dtype is not None:
+        return getattr(torch, config.memory.vae_dtype)
+    is_half = config.dtype == "bfloat16" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if is_half else torch.float32
+
+
+def find_ways(config: RunConfig, plan: Plan, dims: VaeDims, device: torch.device, axis: Axis, *, encode: bool = False) -> list[Way]:
+    """Return the ways for which there seems to be memory, the same on all ranks of the axis; says so if it is not the planned one."""
+    free = free_bytes(device, axis, budget_gib=config.memory.budget_gib)
+    itemsize = dtype_on(device, config).itemsize
+    ways = ways_that_fit(plan.vae, dims, plan.latent_shape[2:], axis.size, free=free, itemsize=itemsize, encode=encode)
+    if ways[0].name != plan.vae:
+        work = "encode" if encode else "decode"
+        logger.warning("no room to %s %s beside what is on the GPU; %s instead, with the same result", work, plan.vae, ways[0])
+    return ways
+
+
+def load(checkpoint: Checkpoint, config: RunConfig, way: Way, device: torch.device) -> WanVae:
+    """Return the VAE where it works in this way."""
+    device = torch.device("cpu") if way.name == "cpu" else device
+    return checkpoint.vae.load(device, dtype=dtype_on(device, config)).lay_out()
+
+
+def encode(vae: WanVae, chunks: Callable[[], Iterable[Tensor]], way: Way, axis: Axis) -> Tensor:
+    """Return the normalised latents (1, C, T, h, w), float32, of a video in chunks, as `WanVae.encode` takes them.
+
+    ``chunks()`` may be called several times. Raises torch.OutOfMemoryError, on every rank of the axis if they share the work.
+    """
+    if way.name == "tiled":
+        return encode_tiles(vae, chunks, way.num_tiles)
+    together = _merged(chunks(), way.at_once)
+    if way.name != "parallel":
+        return vae.encode(together)
+    if way.is_tight:
+        zeros = _zeros(vae, 3, 4 * way.at_once, _share(next(iter(chunks())).shape[3:], axis, vae.dims.scale))
+        if not all_have_room(lambda state: vae.encoder(vae.pixels_in(zeros), state), vae, axis):
+            raise torch.OutOfMemoryError
+    return encode_split(vae, together, axis)
+
+
+def _merged(chunks: Iterable[Tensor], at_once: int) -> Iterator[Tensor]:
+    """Yield the first chunk, then up to ``at_once`` of the others together."""
+    iterator = iter(chunks)
+    yield next(iterator)
+    while some := list(itertools.islice(iterator, at_once)):
+        yield torch.cat(some, dim=2) if len(some) > 1 else some[0]
+
+
+def decode(vae: WanVae, latents: Tensor, convert: Convert, way: Way, axis: Axis) -> Iterator[Tensor]:
+    """Yield the frames (n, H, W, 3) of latents (C, T, h, w) as they are ready, on the first rank of the axis.
+
+    Raises torch.OutOfMemoryError, on every rank of the axis if they share the work, and before the first frame then.
+    """
+    vae.latents_at_once = way.at_once
+    latents = latents.unsqueeze(0)
+    if way.name == "parallel":
+        zeros = _zeros(vae, vae.dims.latent_dim, way.at_once, _share(latents.shape[3:], axis))
+        if way.is_tight and not all_have_room(lambda state: vae.decoder(zeros, state), vae, axis):
+            raise torch.OutOfMemoryError
+        return decode_parallel(vae, latents, convert, axis)
+    if way.name == "tiled":
+        return decode_tiles(vae, latents, way.num_tiles, convert)
+    return (convert(frames[0]) for frames in vae.decode(latents.cpu() if way.name == "cpu" else latents))
+
+
+def _share(size: Sequence[int], axis: Axis, scale: int = 1) -> list[int]:
+    """Return the largest part of rows and columns that a rank works on, its neighbours' pixels with it."""
+    share = list(size)
+    side = split_dim(*size) - 3
+    share[side] = (max(shares(size[side] // scale, axis.size)) + 2 * MIN_STRIP) * scale
+    return share
+
+
+def _zeros(vae: WanVae, channels: int, frames: int, size: Sequence[int]) -> Tensor:
+    return next(vae.parameters()).new_zeros(1, channels, frames, *size)
+
+
+def decode_parallel(vae: WanVae, latents: Tensor, convert: Convert, axis: Axis) -> Iterator[Tensor]:
+    """Yield the same for latents (1, C, T, h, w) on the first rank of the axis, and nothing on the others; each decodes its share."""
+    state, chunks = decode_split(vae, latents, axis)
+    lengths = [length * vae.dims.scale for length in state.lengths]
+    for frames in chunks:
+        whole = gather_on_first(convert(frames[0]), lengths, state.dim - 2, axis)
+        if whole is not None:
+            yield whole
+
+
+def all_have_room(work: Callable[[VideoState], Tensor], vae: WanVae, axis: Axis) -> bool:
+    """Whether every rank of the axis can do ``work`` on two chunks of its share: each tries alone.
+
+    A rank that ran out of memory in the middle would leave the others waiting for its edges.
+    """
+    try:
+        state = VideoState()
+        for _ in range(2):
+            work(state)
+        has_room = True
+    except torch.OutOfMemoryError:
+        has_room = False
+    return bool(all_gather(torch.tensor([has_room], dtype=torch.int32, device=next(vae.parameters()).device), axis).all())
