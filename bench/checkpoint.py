@@ -9,9 +9,7 @@ from pathlib import Path
 import torch
 
 from wan_dist.catalog import TASKS
-from wan_dist.dims import VaeDims
-from wan_dist.models.text_encoder import TextEncoderDims
-from wan_dist.models.transformer import TransformerDims
+from wan_dist.dims import TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.toy import CheckpointDims, make_checkpoint
 
 UMT5_XXL = TextEncoderDims(num_layers=24, dim=4096, ffn_dim=10240, num_heads=64, head_dim=64, vocab_size=256384)

@@ -6,8 +6,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from wan_dist.catalog import Task
+from wan_dist.dims import TransformerDims
 from wan_dist.models.attention import InnerAttention
-from wan_dist.models.transformer import ContextKV, TransformerDims, WanTransformer
+from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.sampling.conditioning import Conditioning
 
 PROMPT_TOKENS = (60, 126)

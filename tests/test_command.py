@@ -206,6 +206,22 @@ def test_a_decoder_without_memory_goes_on_with_less(
     assert len(list((tmp_path / "outputs").iterdir())) == 8  # for each: video, record, latents, tensor
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "memory.dit=stream",
+        "memory.dit=disk memory.t5=stream memory.slice_tokens=16 memory.passes=apart",
+        "memory.slice_tokens=1000 memory.t5=cpu",
+    ],
+)
+def test_saving_memory_changes_no_bit(settings: str, tmp_path: Path) -> None:
+    arguments = [*reference_arguments(CHECKPOINT, "unipc", "t2v-1.3B"), "dtype=float32"]
+    assert main([*arguments, "output.dir=a"]) == 0
+    assert main([*arguments, "output.dir=b", *settings.split()]) == 0
+    videos = [load_file(tmp_path / folder / "out.safetensors")["video"] for folder in "ab"]
+    assert torch.equal(*videos)
+
+
 def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from wan_dist.models.transformer import WanTransformer
 

@@ -3,35 +3,14 @@
 Defaults of a run (frames, steps, guidance ...) are in ``conf/task/*.yaml``; this file holds what the user cannot change.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from wan_dist.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.errors import InputError, nearest
 
 NUM_TRAIN_TIMESTEPS = 1000
 AREA_480P = 832 * 480
-
-
-@dataclass(frozen=True, kw_only=True)
-class TransformerShape:
-    """Published sizes of a diffusion transformer, for planning without the files."""
-
-    num_layers: int
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    in_dim: int = 16
-    out_dim: int = 16
-    text_dim: int = 4096
-    image_dim: int = 0
-    """Width of the CLIP features it looks at; 0: none."""
-    image_positions: int = 0
-    """Length of the position embedding over the features of two images; 0: none."""
-
-    @property
-    def gib(self) -> float:
-        """Size in bfloat16 of the blocks, which are nearly all of what denoises."""
-        return self.num_layers * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim) * 2 / 2**30
 
 
 class Images(Enum):
@@ -50,12 +29,25 @@ class Images(Enum):
         return () if self is Images.NONE else ("image",)
 
 
+_1_3B = TransformerDims(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
+_5B = TransformerDims(num_layers=30, dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48)
+_T2V_14B = TransformerDims(num_layers=40, dim=5120, ffn_dim=13824, num_heads=40)
+_I2V_A14B = replace(_T2V_14B, in_dim=36)
+_I2V_14B = replace(_I2V_A14B, image_dim=1280)
+_FLF2V_14B = replace(_I2V_14B, image_positions=2 * 257)
+_TOY = TransformerDims(num_layers=4, dim=96, ffn_dim=256, num_heads=4, text_dim=32)
+_UMT5_XXL = TextEncoderDims(num_layers=24, dim=4096, ffn_dim=10240, num_heads=64, head_dim=64, vocab_size=256384)
+_TOY_UMT5 = TextEncoderDims(num_layers=2, dim=32, ffn_dim=64, num_heads=4, head_dim=8, vocab_size=256 + 3)
+_CLIP_H = ImageEncoderDims(num_layers=32, dim=1280, ffn_dim=5120, num_heads=16, patch=14, image_size=224)
+_VAE_21 = VaeDims(dim=96, decoder_dim=96)
+_VAE_22 = VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One kind of generation.
 
-    ``stride`` is the VAE's compression (time, height, width), ``patch`` the transformer's patch; ``sizes`` are the published
-    (width, height) pairs, others work if their sides are multiples of stride times patch.
+    ``sizes`` are the published (width, height) pairs, others work if their sides are multiples of stride times patch.
     """
 
     name: str
@@ -63,18 +55,37 @@ class Task:
     """On the Hugging Face hub, in the original layout."""
     repository_480p: str | None = None
     """Another checkpoint of the same task, for areas up to 480P."""
-    transformer: TransformerShape
+    transformer: TransformerDims
     images: Images = Images.NONE
     boundary: float | None = None
     """Where the noise level of the two experts' switch is, as a fraction of the timesteps; None: there is one transformer."""
     shifts: tuple[float, float] | None = None
     """Schedule shift for areas up to 480P and above, where it depends on that; else it is in the task's YAML."""
-    latent_channels: int = 16
-    stride: tuple[int, int, int] = (4, 8, 8)
-    patch: tuple[int, int, int] = (1, 2, 2)
+    text_encoder: TextEncoderDims = _UMT5_XXL
+    vae: VaeDims = _VAE_21
     sizes: tuple[tuple[int, int], ...] = ()
     still: bool = False
     """One frame, saved as PNG."""
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.vae.latent_dim
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """The VAE's compression (time, height, width)."""
+        return 4, self.vae.scale, self.vae.scale
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """The transformer's patch (time, height, width)."""
+        return self.transformer.patch
+
+    @property
+    def image_encoder(self) -> ImageEncoderDims | None:
+        """What looks at the images, where cross-attention wants that."""
+        return _CLIP_H if self.looks_at_images else None
 
     @property
     def multiple(self) -> tuple[int, int]:
@@ -99,19 +110,10 @@ class Task:
 _480P = ((832, 480), (480, 832))
 _720P = (*_480P, (1280, 720), (720, 1280))
 _704P = ((1280, 704), (704, 1280))
-_TOY = {"num_layers": 4, "dim": 96, "ffn_dim": 256, "num_heads": 4}
-_1_3B = {"num_layers": 30, "dim": 1536, "ffn_dim": 8960, "num_heads": 12}
-_5B = {"num_layers": 30, "dim": 3072, "ffn_dim": 14336, "num_heads": 24, "in_dim": 48, "out_dim": 48}
-_14B = {"num_layers": 40, "dim": 5120, "ffn_dim": 13824, "num_heads": 40}
-_T2V_14B = TransformerShape(**_14B)
-_I2V_A14B = TransformerShape(**_14B, in_dim=36)
-_I2V_14B = TransformerShape(**_14B, in_dim=36, image_dim=1280)
-_FLF2V_14B = TransformerShape(**_14B, in_dim=36, image_dim=1280, image_positions=2 * 257)
-
 TASKS = {
     task.name: task
     for task in (
-        Task(name="t2v-1.3B", repository="Wan-AI/Wan2.1-T2V-1.3B", transformer=TransformerShape(**_1_3B), sizes=_480P),
+        Task(name="t2v-1.3B", repository="Wan-AI/Wan2.1-T2V-1.3B", transformer=_1_3B, sizes=_480P),
         Task(name="t2v-14B", repository="Wan-AI/Wan2.1-T2V-14B", transformer=_T2V_14B, sizes=_720P),
         Task(
             name="t2i-14B",
@@ -154,13 +156,12 @@ TASKS = {
         Task(
             name="ti2v-5B",
             repository="Wan-AI/Wan2.2-TI2V-5B",
-            transformer=TransformerShape(**_5B),
+            transformer=_5B,
             images=Images.OPTIONAL,
-            latent_channels=48,
-            stride=(4, 16, 16),
+            vae=_VAE_22,
             sizes=_704P,
         ),
-        Task(name="toy", repository="", transformer=TransformerShape(**_TOY, text_dim=32)),
+        Task(name="toy", repository="", transformer=_TOY, text_encoder=_TOY_UMT5, vae=VaeDims(dim=8, decoder_dim=8)),
     )
 }
 

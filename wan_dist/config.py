@@ -17,6 +17,9 @@ DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "fa4", "cudnn", "flash", "sdpa")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
 VAE_PLACES = ("parallel", "whole", "tiled", "cpu")
+DIT_PLACES = ("resident", "stream", "disk")
+T5_PLACES = ("gpu", "stream", "cpu")
+PASSES = ("together", "apart")
 DEVICES = ("auto", "cuda", "cpu")
 NOISE_DEVICES = ("cpu", "cuda")
 
@@ -86,15 +89,21 @@ class FsdpConfig:
 class MemoryConfig:
     """How models and videos fit into memory."""
 
+    dit: str | None = _key(None, "the transformer's weights: resident, stream (from host memory) or disk (read each step); null: planned")
+    t5: str | None = _key(None, "where the text encoder works: gpu, stream (on the GPU, block by block from disk) or cpu; null: planned")
+    slice_tokens: int | None = _key(None, "tokens that go through the transformer's linears at once; null: planned")
+    passes: str | None = _key(None, "the two passes of guidance through each block: together, or apart, for less memory; null: planned")
     vae: str | None = _key(None, "where the VAE works: parallel (a strip a rank), whole, tiled or cpu; null: parallel if there are ranks")
     vae_dtype: str | None = _key(None, "bfloat16 or float32; null: the run's dtype on a GPU, float32 on a CPU")
     budget_gib: float | None = _key(None, "GPU memory that a rank may take, in GiB; null: all there is")
 
     def __post_init__(self) -> None:
-        if self.vae is not None:
-            _check_choice("memory.vae", self.vae, VAE_PLACES)
-        if self.vae_dtype is not None:
-            _check_choice("memory.vae_dtype", self.vae_dtype, DTYPES)
+        choices = {"dit": DIT_PLACES, "t5": T5_PLACES, "passes": PASSES, "vae": VAE_PLACES, "vae_dtype": DTYPES}
+        for key, allowed in choices.items():
+            if (value := getattr(self, key)) is not None:
+                _check_choice(f"memory.{key}", value, allowed)
+        if self.slice_tokens is not None and self.slice_tokens < 1:
+            raise InputError(f"memory.slice_tokens={self.slice_tokens}: at least 1 token is needed")
         if self.budget_gib is not None and self.budget_gib <= 0:
             raise InputError(f"memory.budget_gib={self.budget_gib}: it must be above 0, in GiB")
 

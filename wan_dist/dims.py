@@ -34,3 +34,59 @@ class VaeDims:
     def pixel_channels(self) -> int:
         """Channels of the encoder's input and of the decoder's output."""
         return 12 if self.residual else 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerDims:
+    """A diffusion transformer."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    in_dim: int = 16
+    out_dim: int = 16
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    image_dim: int = 0
+    """Width of the image features that cross-attention looks at; 0: it has no image branch."""
+    image_positions: int = 0
+    """Length of the position embedding over the features of several images; 0: there is none."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads
+
+    @property
+    def gib(self) -> float:
+        """Size in bfloat16 of the blocks, which are nearly all of what denoises."""
+        return self.num_layers * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim) * 2 / 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderDims:
+    """The umT5 text encoder."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    head_dim: int
+    vocab_size: int
+    num_buckets: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderDims:
+    """Hyperparameters, as read off a checkpoint; ``num_layers`` counts all layers, of which the last is not used."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    patch: int = 14
+    image_size: int = 224

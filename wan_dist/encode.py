@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,18 +11,20 @@ from torch import Tensor, nn
 
 from wan_dist import vae
 from wan_dist.config import RunConfig
+from wan_dist.dims import ImageEncoderDims, TransformerDims
 from wan_dist.images import cover
 from wan_dist.memory import first_that_works, free_memory
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.image_encoder import ImageEncoderDims, encode_images
+from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder
-from wan_dist.models.transformer import ContextKV, TransformerDims
+from wan_dist.models.transformer import ContextKV
 from wan_dist.parallel.collectives import all_gather, broadcast
 from wan_dist.parallel.fsdp import apply_fsdp
 from wan_dist.parallel.mesh import Groups
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, chunks_of_images, mask_of_images
+from wan_dist.streaming import Streaming
 from wan_dist.ways import Way
 from wan_dist.weights.checkpoint import Checkpoint, Component
 
@@ -43,7 +46,12 @@ def encode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups
 
 
 def project_contexts(
-    component: Component[ContextProjection, TransformerDims], conditioning: Conditioning, groups: Groups, report: Report, name: str
+    component: Component[ContextProjection, TransformerDims],
+    conditioning: Conditioning,
+    plan: Plan,
+    groups: Groups,
+    report: Report,
+    name: str,
 ) -> list[ContextKV]:
     """Return a transformer's cross-attention k and v of the prompt, and of the negative one if there is one, on every rank.
 
@@ -53,7 +61,8 @@ def project_contexts(
     each = -(-num_blocks // axis.size)
     own = [min(index, num_blocks - 1) for index in range(axis.rank * each, (axis.rank + 1) * each)]  # shares are of one size
     with report.stage(name, f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}"):
-        projection = component.load(report.device, spread=lambda model: model.keep(own))
+        streaming = None if plan.dit == "resident" else Streaming("blocks", from_disk=True)  # each is needed once
+        projection = component.load(report.device, spread=lambda model: model.keep(own), streaming=streaming)
         prompts = [text for text in (conditioning.context, conditioning.negative_context) if text is not None]
         shares = projection(prompts, conditioning.image_features)
         texts = [all_gather(share.text, axis).flatten(0, 1)[:num_blocks] for share in shares]
@@ -70,16 +79,27 @@ def _encode_text(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Rep
         def spread(encoder: nn.Module) -> None:
             apply_fsdp(encoder, encoder.get_submodule("block").children(), mesh)
 
-    with report.stage("text", f"umT5 on {report.device.type}" + (", sharded" if plan.shard_t5 else "")):
-        dims = checkpoint.transformers[0].dims
-        encoder = checkpoint.text_encoder.load(report.device, spread=spread)
-        embed = TextEncoder(encoder, checkpoint.tokenizer, text_len=dims.text_len, device=report.device)
+    component = checkpoint.text_encoder
+    device = torch.device("cpu") if plan.t5 == "cpu" else report.device
+    where = f"umT5 on {device.type}" + (", sharded" if plan.shard_t5 else ", from disk" if plan.t5 == "stream" else "")
+    with report.stage("text", where):
+        if plan.t5 == "stream":
+            encoder = component.load(device, streaming=Streaming("block", from_disk=True, leave=("embed_tokens.",)))
+        else:
+            encoder = component.load(device, spread=spread)
+        embed = TextEncoder(
+            encoder,
+            checkpoint.tokenizer,
+            text_len=checkpoint.transformers[0].dims.text_len,
+            device=device,
+            rows=partial(component.rows, "embed_tokens.weight") if plan.t5 == "stream" else None,
+        )
         found = {"context": embed(plan.prompt)}
         if plan.negative_prompt is not None:
             found["negative_context"] = embed(plan.negative_prompt)
         del embed, encoder
         free_memory()
-    return found
+    return {name: context.to(report.device) for name, context in found.items()}
 
 
 def _look_at_images(image_encoder: Component[nn.Module, ImageEncoderDims], plan: Plan, report: Report) -> Tensor:

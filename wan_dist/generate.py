@@ -32,6 +32,7 @@ from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, initial_noise
 from wan_dist.sampling.denoise import Guidance, Predict, TwoExperts, denoise
 from wan_dist.sampling.solvers import make_solver
+from wan_dist.streaming import Streaming
 from wan_dist.toy import toy_checkpoint
 from wan_dist.vae import float32_frames, uint8_frames
 from wan_dist.video import check_output, save_image, save_tensors, save_video, to_uint8
@@ -117,6 +118,7 @@ def _denoise(
     if plan.degrees.num_ranks > 1:
         logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.shard_dit else "on every rank")
     low_scale, high_scale = plan.guide_scales
+    streaming = None if plan.dit == "resident" else Streaming("blocks", from_disk=plan.dit == "disk")
 
     def opener(which: int, suffix: str, scale: float) -> Callable[[], Predict]:
         def open_transformer() -> Predict:
@@ -127,15 +129,16 @@ def _denoise(
             def spread(model: WanTransformer) -> None:
                 parallelize_transformer(model, groups, shard=plan.shard_dit, usp=config.parallel.usp)
 
-            contexts = project_contexts(checkpoint.projections[which], conditioning, groups, report, f"context{suffix}")
+            contexts = project_contexts(checkpoint.projections[which], conditioning, plan, groups, report, f"context{suffix}")
             with report.stage(f"load{suffix}", f"transformer {component.dims.num_layers} x {component.dims.dim}, {config.dtype}"):
                 before = component.files.bytes_read
-                model = component.load(report.device, spread=spread, inner_attention=attention)
+                model = component.load(report.device, spread=spread, streaming=streaming, inner_attention=attention)
+                model.slice_tokens(plan.slice_tokens)
             report.rate(f"load{suffix}", component.files.bytes_read - before)
             limit_waiting(groups, config.parallel.timeout)
             if groups.cfg.size == 2:
                 return ParallelGuidance(model, contexts, conditioning, noise, scale=scale, axis=groups.cfg)
-            return Guidance(model, contexts, conditioning, noise, scale=scale)
+            return Guidance(model, contexts, conditioning, noise, scale=scale, apart=plan.passes == "apart")
 
         return open_transformer
 

@@ -43,6 +43,13 @@ class Plan:
     degrees: Degrees
     shard_dit: bool
     shard_t5: bool
+    dit: str
+    """Where the transformer's weights are: resident, stream or disk."""
+    t5: str
+    """Where the text encoder works: gpu, stream or cpu."""
+    slice_tokens: int | None
+    passes: str
+    """The two passes of guidance through a block: together or apart."""
     vae: str
     """Where frames are made: parallel, whole, tiled or cpu."""
     name: str
@@ -114,8 +121,12 @@ def make_plan(config: RunConfig) -> Plan:
         latent_shape=(task.latent_channels, latent_frames, rows, columns),
         num_tokens=num_tokens,
         degrees=degrees,
-        shard_dit=_shard("dit", config.fsdp.dit, degrees, default=task.transformer.gib > 12),
-        shard_t5=_shard("t5", config.fsdp.t5, degrees, default=False),
+        shard_dit=_shard("dit", config.fsdp.dit, config.memory.dit, degrees, default=task.transformer.gib > 12),
+        shard_t5=_shard("t5", config.fsdp.t5, config.memory.t5, degrees, default=False),
+        dit=config.memory.dit or "resident",
+        t5=config.memory.t5 or "gpu",
+        slice_tokens=config.memory.slice_tokens,
+        passes=_passes(config, degrees, guided=guide_scales != (1, 1)),
         vae=_vae(config, degrees, max(rows, columns)),
         name=_file_name(config, prompt, seed),
     )
@@ -151,10 +162,21 @@ def _num_heads(config: RunConfig, task: Task) -> int:
     return task.transformer.num_heads
 
 
-def _shard(what: str, asked: bool | None, degrees: Degrees, *, default: bool) -> bool:
+def _shard(what: str, asked: bool | None, place: str | None, degrees: Degrees, *, default: bool) -> bool:
+    is_elsewhere = place not in (None, "resident", "gpu")
+    if asked and is_elsewhere:
+        raise InputError(f"fsdp.{what}=true keeps shards on the GPUs and memory.{what}={place} does not; leave one of them out")
     if asked and degrees.num_ranks == 1:
         raise InputError(f"fsdp.{what}=true shards weights over several ranks, but there is one; leave it out, or start with torchrun")
-    return degrees.num_ranks > 1 and (default if asked is None else asked)
+    return degrees.num_ranks > 1 and not is_elsewhere and (default if asked is None else asked)
+
+
+def _passes(config: RunConfig, degrees: Degrees, *, guided: bool) -> str:
+    passes = config.memory.passes
+    if passes is not None and (degrees.cfg == 2 or not guided):
+        why = "they are on ranks of their own with parallel.cfg=2" if degrees.cfg == 2 else "guidance is off, so there is one"
+        raise InputError(f"memory.passes={passes} is about the two passes of guidance, and {why}; leave it out")
+    return passes or "together"
 
 
 def _vae(config: RunConfig, degrees: Degrees, side: int) -> str:

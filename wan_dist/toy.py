@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from wan_dist.catalog import TASKS
-from wan_dist.dims import VaeDims
+from wan_dist.dims import TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder
-from wan_dist.models.transformer import TransformerDims, WanTransformer
+from wan_dist.models.text_encoder import build_text_encoder
+from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
 from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
 from wan_dist.weights.names import KeyMap, original_text_encoder, original_transformer, original_vae
@@ -39,11 +39,8 @@ class CheckpointDims:
     vae: VaeDims
 
 
-TOY = CheckpointDims(
-    transformer=TransformerDims(**vars(TASKS["toy"].transformer)),
-    text_encoder=TextEncoderDims(num_layers=2, dim=32, ffn_dim=64, num_heads=4, head_dim=8, vocab_size=256 + len(_SPECIAL_TOKENS)),
-    vae=VaeDims(dim=8, decoder_dim=8),
-)
+_TASK = TASKS["toy"]
+TOY = CheckpointDims(transformer=_TASK.transformer, text_encoder=_TASK.text_encoder, vae=_TASK.vae)
 
 
 def toy_checkpoint() -> Path:

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from tests.torchrun import torchrun
-from wan_dist.dims import VaeDims
+from wan_dist.dims import TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.text_encoder import TextEncoderDims
-from wan_dist.models.transformer import TransformerDims, WanTransformer
+from wan_dist.models.transformer import WanTransformer
 from wan_dist.toy import CheckpointDims, make_checkpoint
 from wan_dist.weights.layout import WEIGHTS
 from wan_dist.weights.names import original_transformer

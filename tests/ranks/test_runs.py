@@ -49,6 +49,8 @@ CASES = {
         Case(*A14B, "parallel.ring=2"),
         Case(*TI2V, "parallel.ulysses=2"),
         Case(*TI2V, "parallel.ring=2 fsdp.dit=true"),
+        Case(*I2V, "parallel.ulysses=2 memory.dit=disk memory.t5=stream memory.slice_tokens=7"),
+        Case(*A14B, "parallel.cfg=2 memory.dit=stream"),
     ],
     3: [
         Case(*T2V, ""),

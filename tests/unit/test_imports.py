@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
-    {"errors"},
-    {"catalog", "log", "launcher", "dims"},
+    {"errors", "dims"},
+    {"catalog", "log", "launcher", "streaming"},
     {"config", "degrees"},
     {"ways"},
     {"images", "arguments", "models"},

@@ -6,14 +6,14 @@ from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder, relative_error
 from wan_dist.catalog import TASKS
-from wan_dist.dims import VaeDims
+from wan_dist.dims import TransformerDims, VaeDims
 from wan_dist.encode import pixels
 from wan_dist.images import read_image
 from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
-from wan_dist.models.transformer import ContextKV, PatchEmbedding, TransformerDims, WanTransformer
+from wan_dist.models.transformer import ContextKV, PatchEmbedding, WanTransformer
 from wan_dist.models.vae import WanVae, in_chunks
 from wan_dist.models.vae_layers import Upsample, VideoState, channels_to_pixels, pixels_to_channels
 from wan_dist.sampling.conditioning import chunks_of_images, mask_of_images

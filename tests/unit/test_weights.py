@@ -11,11 +11,12 @@ from torch import nn
 
 from tests.conftest import FIXTURES
 from wan_dist.catalog import TASKS
+from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.transformer import TransformerDims, WanTransformer
+from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
 from wan_dist.weights import dims, hub, names
 from wan_dist.weights.checkpoint import Checkpoint

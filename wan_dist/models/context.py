@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.transformer import ContextKV, Norm, TransformerDims, rms_norm
+from wan_dist.dims import TransformerDims
+from wan_dist.models.transformer import ContextKV, Norm, rms_norm
 
 
 class ImageEmbedding(nn.Module):
@@ -44,18 +45,28 @@ class KeyValues(nn.Module):
             self.kv_img = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
             self.norm_k_img = Norm(dims.dim, bias=False)
 
-    def text(self, x: Tensor) -> Tensor:
-        """Embedded text (B, n, D) -> k and v (2, B, n, H, D / H)."""
-        return self._keys_values(self.kv(x), self.norm_k)
-
-    def image(self, x: Tensor) -> Tensor:
-        """Embedded images (B, n, D) -> k and v (2, B, n, H, D / H)."""
-        return self._keys_values(self.kv_img(x), self.norm_k_img)
+    def forward(self, texts: Sequence[Tensor], image: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """Return k and v (2, B, n, H, D / H) of each embedded text (B, n, D), and of the embedded images."""
+        keys_values = [self._keys_values(self.kv(text), self.norm_k) for text in texts]
+        return keys_values, None if image is None else self._keys_values(self.kv_img(image), self.norm_k_img)
 
     def _keys_values(self, kv: Tensor, norm: Norm) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
         k = rms_norm(k, norm.weight, self.eps).to(kv.dtype)
         return torch.stack([k, v]).unflatten(-1, (self.num_heads, -1))
+
+
+class ContextBlock(nn.Module):
+    """A block of which nothing but this is there; for its name in the checkpoint."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.cross_attn = KeyValues(dims, dtype)
+
+    def forward(self, texts: Sequence[Tensor], image: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """See `KeyValues.forward`."""
+        found: tuple[list[Tensor], Tensor | None] = self.cross_attn(texts, image)
+        return found
 
 
 class ContextProjection(nn.Module):
@@ -73,7 +84,7 @@ class ContextProjection(nn.Module):
         if dims.image_dim:
             self.img_emb = ImageEmbedding(dims)
         self.indices = list(range(dims.num_layers))
-        self.blocks = nn.ModuleDict({str(index): nn.ModuleDict({"cross_attn": KeyValues(dims, dtype)}) for index in self.indices})
+        self.blocks = nn.ModuleDict({str(index): ContextBlock(dims, dtype) for index in self.indices})
 
     def keep(self, indices: Iterable[int]) -> None:
         """Drop all blocks but these, which may be named twice; the result is then of these, in this order."""
@@ -86,14 +97,12 @@ class ContextProjection(nn.Module):
         prompts (tokens, text_dim), at most 512 tokens each; image_features (n, 257, image_dim) of n images where the model looks at
         images. Rows of zeros follow a text up to 512, and ARE attended to: the published weights were trained so.
         """
-        blocks = [cast(KeyValues, self.blocks[str(index)].get_submodule("cross_attn")) for index in self.indices]
-        image: Tensor | None = None
-        if image_features is not None:
-            embedded = self.img_emb(image_features).to(self.dtype)
-            image = torch.stack([block.image(embedded) for block in blocks])
-        found = []
+        image = None if image_features is None else self.img_emb(image_features).to(self.dtype)
+        texts = []
         for prompt in prompts:
             is_padded = prompt.shape[0] < self.text_len
-            text = self.text_embedding(F.pad(prompt.to(self.dtype), (0, 0, 0, int(is_padded))).unsqueeze(0))  # (1, n + 1, D)
-            found.append(ContextKV(torch.stack([block.text(text) for block in blocks]), image))
-        return found
+            texts.append(self.text_embedding(F.pad(prompt.to(self.dtype), (0, 0, 0, int(is_padded))).unsqueeze(0)))  # (1, n + 1, D)
+        of_blocks = {index: block(texts, image) for index, block in self.blocks.items()}
+        found = [of_blocks[str(index)] for index in self.indices]
+        image_kv = None if image is None else torch.stack([cast(Tensor, block[1]) for block in found])
+        return [ContextKV(torch.stack([block[0][number] for block in found]), image_kv) for number in range(len(texts))]

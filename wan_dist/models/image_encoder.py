@@ -1,27 +1,15 @@
 """The CLIP vision tower that Wan2.1's image tasks look through (transformers' modules)."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from wan_dist.dims import ImageEncoderDims
+
 # CLIP's normalisation of RGB in [0, 1] (openai/CLIP, clip.py).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageEncoderDims:
-    """Hyperparameters, as read off a checkpoint; ``num_layers`` counts all layers, of which the last is not used."""
-
-    num_layers: int
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    patch: int = 14
-    image_size: int = 224
 
 
 def build_image_encoder(dims: ImageEncoderDims) -> nn.Module:

@@ -2,7 +2,7 @@
 
 import html
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import ftfy
@@ -10,18 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-
-@dataclass(frozen=True, kw_only=True)
-class TextEncoderDims:
-    """Hyperparameters, as read off a checkpoint."""
-
-    num_layers: int
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    head_dim: int
-    vocab_size: int
-    num_buckets: int = 32
+from wan_dist.dims import TextEncoderDims
 
 
 def clean_prompt(text: str) -> str:
@@ -58,8 +47,18 @@ class TextEncoder:
     gives the same rows.
     """
 
-    def __init__(self, encoder: nn.Module, tokenizer: PreTrainedTokenizerBase, *, text_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        text_len: int,
+        device: torch.device,
+        rows: Callable[[list[int]], Tensor] | None = None,
+    ) -> None:
         self.encoder = encoder
+        self.rows = rows
+        """Rows of the token embedding, for an encoder that does not hold it, which is two fifths of its memory."""
         self.device = device
         self.tokenizer = tokenizer
         self.text_len = text_len
@@ -71,4 +70,9 @@ class TextEncoder:
     def __call__(self, prompt: str) -> Tensor:
         """Return the prompt's embedding (n, text_dim), n at most ``text_len``, on the device."""
         ids = self.tokens(prompt).to(self.device)
-        return self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        mask = torch.ones_like(ids)
+        if self.rows is None:
+            return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[0]
+        dtype = next(self.encoder.parameters()).dtype
+        embedded = self.rows(ids[0].tolist()).to(self.device, dtype).unsqueeze(0)
+        return self.encoder(inputs_embeds=embedded, attention_mask=mask).last_hidden_state[0]

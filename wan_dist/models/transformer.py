@@ -6,6 +6,7 @@ modulation, gates, rotary, the timestep branch and the head are float32.
 Layer names are those of the published checkpoints, except that q, k, v are one linear.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan_dist.dims import TransformerDims
 from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
 
 PIECE = 4096
@@ -36,32 +38,6 @@ class ContextKV:
         return text if self.image is None else (*text, *self.image[index].unbind())
 
 
-@dataclass(frozen=True, kw_only=True)
-class TransformerDims:
-    """Hyperparameters, as read off a checkpoint."""
-
-    num_layers: int
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    in_dim: int
-    out_dim: int
-    text_dim: int
-    text_len: int = 512
-    freq_dim: int = 256
-    patch: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-    image_dim: int = 0
-    """Width of the image features that cross-attention looks at; 0: it has no image branch."""
-    image_positions: int = 0
-    """Length of the position embedding over the features of several images; 0: there is none."""
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads
-
-
 def pieces(segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """Yield neighbouring runs of at most `PIECE` tokens, each with the number of the segment in which it lies."""
     end = 0
@@ -69,6 +45,16 @@ def pieces(segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
         start, end = end, end + length
         for first in range(start, end, PIECE):
             yield row, slice(first, min(first + PIECE, end))
+
+
+def slices(segments: Sequence[int], length: int | None) -> Iterator[tuple[slice, tuple[int, ...]]]:
+    """Yield runs of at most ``length`` tokens, all of them for None, each with what lies in it of every segment."""
+    num_tokens = sum(segments)
+    ends = list(itertools.accumulate(segments, initial=0))
+    for first in range(0, num_tokens, length or num_tokens):
+        last = min(first + (length or num_tokens), num_tokens)
+        inside = (max(0, min(end, last) - max(start, first)) for start, end in itertools.pairwise(ends))
+        yield slice(first, last), tuple(inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -124,14 +110,18 @@ class SelfAttention(nn.Module):
         self.norm_k = Norm(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, L, D) -> (B, L, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # each (B, L, H, D)
-        for each, norm in ((q, self.norm_q), (k, self.norm_k)):
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Return q, k and v (B, L, 3, H, D / H) of x (B, L, D), ready for attention; rotary tables of the same tokens."""
+        qkv: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        for each, norm in ((qkv[:, :, 0], self.norm_q), (qkv[:, :, 1], self.norm_k)):
             for _, part in pieces(x.shape[1:2]):
                 normed = rms_norm(each[:, part].flatten(2), norm.weight, self.eps).view_as(each[:, part])
                 each[:, part] = apply_rotary(normed, (rotary[0][part], rotary[1][part]))
-        return self.o(self.inner_attention(q, k, v).flatten(2))
+        return qkv
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Attention of what `project` returned, of all tokens: (B, L, 3, H, D / H) -> (B, L, D), before the linear ``o``."""
+        return self.inner_attention(*qkv.unbind(2)).flatten(2)
 
 
 class CrossAttention(nn.Module):
@@ -147,15 +137,21 @@ class CrossAttention(nn.Module):
         self.norm_q = Norm(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
+    def padded(self, kv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Return k and v as `forward` takes them, from `ContextKV.of_block`.
+
+        The published pipeline attends to the padding up to 512 tokens; one row of it is kept and repeated here.
+        """
+        num_padding = self.text_len - kv[0].shape[1]
+        return *(torch.cat([part, part[:, -1:].expand(-1, num_padding, -1, -1)], dim=1) for part in kv[:2]), *kv[2:]
+
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
-        """x (B, L, D) -> (B, L, D); kv as `ContextKV.of_block` returns it."""
+        """x (B, L, D) -> (B, L, D); kv as `padded` returns it."""
         q = self.q(x)
         for _, part in pieces(x.shape[1:2]):
             q[:, part] = rms_norm(q[:, part], self.norm_q.weight, self.eps)
         q = q.unflatten(-1, (self.num_heads, -1))
-        # The published pipeline attends to the padding up to 512 tokens; one row of it is kept and repeated here.
-        num_padding = self.text_len - kv[0].shape[1]
-        out = self.inner_attention(q, *(torch.cat([part, part[:, -1:].expand(-1, num_padding, -1, -1)], dim=1) for part in kv[:2]))
+        out = self.inner_attention(q, *kv[:2])
         if len(kv) > 2:
             out = out + self.inner_attention(q, *kv[2:])
         return self.o(out.flatten(2))
@@ -177,6 +173,8 @@ class Block(nn.Module):
             nn.Linear(dims.ffn_dim, dims.dim, dtype=dtype),
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
+        self.slice_tokens: int | None = None
+        """How many tokens go through the linears at once; None: all. Fewer take less memory."""
 
     def forward(
         self,
@@ -202,15 +200,33 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor, modulation: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]) -> None:
         shift, scale, gate = modulation
-        y = self.self_attn(modulated_norm(x, scale, shift, segments, self.eps, x.dtype), rotary)
-        add_gated(x, y, gate, segments)
+        parts = list(slices(segments, self.slice_tokens))
+
+        def project(part: slice, inside: tuple[int, ...]) -> Tensor:
+            normed = modulated_norm(x[:, part], scale, shift, inside, self.eps, x.dtype)
+            return self.self_attn.project(normed, (rotary[0][part], rotary[1][part]))
+
+        qkv = project(*parts[0])
+        if len(parts) > 1:
+            first, qkv = qkv, qkv.new_empty(qkv.shape[0], x.shape[1], *qkv.shape[2:])
+            qkv[:, parts[0][0]] = first
+            del first
+            for part, inside in parts[1:]:
+                qkv[:, part] = project(part, inside)
+        out = self.self_attn.attend(qkv)
+        del qkv
+        for part, inside in parts:
+            add_gated(x[:, part], self.self_attn.o(out[:, part]), gate, inside)
 
     def _feed(self, x: Tensor, modulation: tuple[Tensor, ...], context: tuple[Tensor, ...], segments: tuple[int, ...]) -> None:
         shift, scale, gate = modulation
         assert self.norm3.bias is not None
-        x += self.cross_attn(layer_norm(x, self.norm3.weight, self.norm3.bias, self.eps), context)
-        y = self.ffn(modulated_norm(x, scale, shift, segments, self.eps, x.dtype))
-        add_gated(x, y, gate, segments)
+        context = self.cross_attn.padded(context)
+        for part, inside in slices(segments, self.slice_tokens):
+            own = x[:, part]
+            own += self.cross_attn(layer_norm(own, self.norm3.weight, self.norm3.bias, self.eps), context)
+            y = self.ffn(modulated_norm(own, scale, shift, inside, self.eps, x.dtype))
+            add_gated(own, y, gate, inside)
 
 
 class WholeSequence(nn.Module):
@@ -279,6 +295,11 @@ class WanTransformer(nn.Module):
         )
         self.head = Head(dims)
         self.sequence = WholeSequence()
+
+    def slice_tokens(self, length: int | None) -> None:
+        """Let at most so many tokens through the blocks' linears at once; None: all."""
+        for block in self.blocks:
+            cast(Block, block).slice_tokens = length
 
     @property
     def self_attentions(self) -> Iterator[SelfAttention]:

@@ -16,8 +16,11 @@ Predict = Callable[[Tensor, int], Tensor]
 class Velocities:
     """The transformer's velocity for each context. What does not change from step to step is kept."""
 
-    def __init__(self, model: WanTransformer, contexts: Sequence[ContextKV], conditioning: Conditioning, latents: Tensor) -> None:
+    def __init__(
+        self, model: WanTransformer, contexts: Sequence[ContextKV], conditioning: Conditioning, latents: Tensor, *, apart: bool = False
+    ) -> None:
         self.model = model
+        self.apart = apart
         self.contexts = contexts
         self.extra_channels = conditioning.extra_channels
         self.has_known_frame = conditioning.known_latents is not None
@@ -29,8 +32,8 @@ class Velocities:
         timesteps = torch.tensor([rows], device=latents.device).expand(latents.shape[0], -1)
         if self.extra_channels is not None:
             latents = torch.cat([latents, self.extra_channels], dim=1)
-        velocities: list[Tensor] = self.model(latents, timesteps, self.contexts, self.rotary)
-        return velocities
+        groups = [[context] for context in self.contexts] if self.apart else [self.contexts]
+        return [velocity for group in groups for velocity in self.model(latents, timesteps, group, self.rotary)]
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -39,13 +42,23 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 class Guidance:
-    """Classifier-free guidance: the prompt's velocity, and the negative prompt's if there is one and the scale is not 1."""
+    """Classifier-free guidance: the prompt's velocity, and the negative prompt's if there is one and the scale is not 1.
+
+    ``apart``: one after the other through the whole model, rather than together through each block.
+    """
 
     def __init__(
-        self, model: WanTransformer, contexts: Sequence[ContextKV], conditioning: Conditioning, latents: Tensor, *, scale: float
+        self,
+        model: WanTransformer,
+        contexts: Sequence[ContextKV],
+        conditioning: Conditioning,
+        latents: Tensor,
+        *,
+        scale: float,
+        apart: bool = False,
     ) -> None:
         self.scale = scale
-        self.velocities = Velocities(model, contexts[:1] if scale == 1 else contexts, conditioning, latents)
+        self.velocities = Velocities(model, contexts[:1] if scale == 1 else contexts, conditioning, latents, apart=apart)
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32."""

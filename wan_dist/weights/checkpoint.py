@@ -1,26 +1,27 @@
 """A checkpoint folder -> the models in it, checked at once and loaded when they are needed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from wan_dist.catalog import Task
-from wan_dist.dims import VaeDims
+from wan_dist.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.errors import InputError
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.image_encoder import ImageEncoderDims, build_image_encoder
-from wan_dist.models.text_encoder import TextEncoderDims, build_text_encoder, load_tokenizer
-from wan_dist.models.transformer import TransformerDims, WanTransformer
+from wan_dist.models.image_encoder import build_image_encoder
+from wan_dist.models.text_encoder import build_text_encoder, load_tokenizer
+from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
+from wan_dist.streaming import Streaming, stream_blocks
 from wan_dist.weights import dims as read_dims
 from wan_dist.weights.files import TensorFiles, first_line
 from wan_dist.weights.layout import Part, find_layout
-from wan_dist.weights.load import check_keys, fill
+from wan_dist.weights.load import check_keys, fill, read_parameters
 from wan_dist.weights.names import KeyMap
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,14 +37,39 @@ class Component(Generic[Model, Dims]):
     files: TensorFiles
     keys: KeyMap
 
-    def load(self, device: torch.device, *, spread: Callable[[Model], None] | None = None, **options: object) -> Model:
-        """Return the model on ``device``; ``options`` go to its constructor, ``spread`` may shard it before it is filled."""
+    def load(
+        self,
+        device: torch.device,
+        *,
+        spread: Callable[[Model], None] | None = None,
+        streaming: Streaming | None = None,
+        **options: object,
+    ) -> Model:
+        """Return the model on ``device``; ``options`` go to its constructor.
+
+        ``spread`` may shard it before it is filled. With ``streaming`` the weights of its blocks visit the device in turn.
+        """
         with torch.device("meta"):
             model = self.build(**options)
         if spread is not None:
             spread(model)
-        fill(model, self.files, self.keys, device)
+        if streaming is None:
+            fill(model, self.files, self.keys, device)
+            return model
+        fill(model, self.files, self.keys, device, leave=(streaming.blocks + ".", *streaming.leave))
+
+        def read(index: int, parameters: dict[str, Tensor]) -> None:
+            named = {f"{streaming.blocks}.{names[index]}.{name}": value for name, value in parameters.items()}
+            read_parameters(named, self.files, self.keys)
+
+        names, blocks = zip(*model.get_submodule(streaming.blocks).named_children(), strict=True)
+        stream_blocks(blocks, read, device, from_disk=streaming.from_disk)
         return model
+
+    def rows(self, name: str, indices: Sequence[int]) -> Tensor:
+        """Return these rows of one parameter, on the CPU; nothing else of it is read."""
+        (source,) = self.keys.sources(name)
+        return torch.cat([self.files.read_rows(source.key, index, index + 1) for index in indices])
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,8 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from wan_dist.dims import VaeDims
+from wan_dist.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.errors import InputError
-from wan_dist.models.image_encoder import ImageEncoderDims
-from wan_dist.models.text_encoder import TextEncoderDims
-from wan_dist.models.transformer import TransformerDims
 from wan_dist.weights.files import Shape, TensorFiles
 from wan_dist.weights.names import KeyMap
 

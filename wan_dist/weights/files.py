@@ -1,6 +1,8 @@
 """Checkpoint files as one table of tensors: names and shapes known at once, values read one at a time."""
 
+import ctypes
 import json
+import mmap
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import Tensor
 from wan_dist.errors import InputError
 
 Shape = tuple[int, ...]
+
+_LIBC = ctypes.CDLL(None)
 
 
 class TensorFiles:
@@ -40,6 +44,14 @@ class TensorFiles:
         """Return rows of one tensor; only their bytes are read."""
         reader = self._readers[name]
         return self._counted(reader[name][start:stop] if isinstance(reader, dict) else reader.get_slice(name)[start:stop])
+
+    @staticmethod
+    def forget(tensor: Tensor) -> None:
+        """Let the system have the pages of a tensor that came from here: until then they count as this process's memory."""
+        first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - first
+        if length > 0 and tensor.is_contiguous():
+            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
 
     def _counted(self, tensor: Tensor) -> Tensor:
         self.bytes_read += tensor.nbytes

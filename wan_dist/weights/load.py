@@ -1,6 +1,6 @@
 """Fill a model that was built on the meta device from checkpoint files, strictly and one tensor at a time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -46,16 +46,18 @@ def _fits(stored: Shape, expected: Shape) -> bool:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, files: TensorFiles, keys: KeyMap, device: torch.device) -> nn.Module:
+def fill(model: nn.Module, files: TensorFiles, keys: KeyMap, device: torch.device, *, leave: tuple[str, ...] = ()) -> nn.Module:
     """Give the model's meta parameters the files' values, in each parameter's own dtype, on ``device``.
 
-    Of a sharded parameter only this rank's rows are read. Holds at most the model and one tensor of the files. `check_keys` must
-    have passed.
+    Parameters whose names begin with one of ``leave`` are left alone. Of a sharded parameter only this rank's rows are read. Holds at
+    most the model and one tensor of the files. `check_keys` must have passed.
     """
     is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if is_sharded:
         model.to_empty(device=device)
     for name, parameter in list(model.named_parameters()):
+        if name.startswith(leave):
+            continue
         if isinstance(parameter, DTensor):
             _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
             _copy_rows(parameter.to_local(), offset[0], parameter.shape[0], files, keys.sources(name))
@@ -68,6 +70,12 @@ def fill(model: nn.Module, files: TensorFiles, keys: KeyMap, device: torch.devic
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffer.to(device))
     return model.eval().requires_grad_(False)
+
+
+def read_parameters(targets: Mapping[str, Tensor], files: TensorFiles, keys: KeyMap) -> None:
+    """Read the files' values into these parameters, by their names in the model."""
+    for name, target in targets.items():
+        _copy_rows(target, 0, target.shape[0], files, keys.sources(name))
 
 
 def _copy_rows(target: Tensor, offset: int, num_rows: int, files: TensorFiles, sources: tuple[Source, ...]) -> None:
@@ -84,4 +92,5 @@ def _copy_rows(target: Tensor, offset: int, num_rows: int, files: TensorFiles, s
             stored = files.read(source.key).reshape(-1, *target.shape[1:])[first : first + stop - start]
         # The dtype is converted on the device: one pass, no copy on the host.
         target[start - offset : stop - offset].copy_(stored.to(target.device))
+        files.forget(stored)
         del stored  # before the next one is read

@@ -1,0 +1,183 @@
+"""Blocks of a model whose weights stay on the host or on disk and visit the device in turn, two at a time.
+
+A block's weights are one flat array on the host. On the device there are two such arrays, of which blocks' parameters are views: while one
+block computes, the next one's weights arrive in the other, on a stream of their own.
+"""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+_ALIGNMENT = 256
+_NUM_SLOTS = 2
+
+Read = Callable[[int, dict[str, Tensor]], None]
+"""Fill a block's parameters, by their names in the block, with the values of the block of this number."""
+
+
+class Layout:
+    """Where the parameters of a block lie in one flat array of bytes, the same for all blocks."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self.places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
+        self.num_bytes = 0
+        for name, parameter in block.named_parameters():
+            self.places[name] = self.num_bytes, parameter.dtype, parameter.shape
+            self.num_bytes += -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
+
+    def views(self, array: Tensor) -> dict[str, Tensor]:
+        """Return the parameters as views of an array (num_bytes), uint8."""
+        return {
+            name: array[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            for name, (start, dtype, shape) in self.places.items()
+        }
+
+
+class BlockReader:
+    """Blocks' arrays on the host, read in turn by a thread, a few ahead of their use; with ``keep`` they stay, so each is read once."""
+
+    num_ahead = 3
+
+    def __init__(self, layout: Layout, num_blocks: int, read: Read, *, pin: bool, keep: bool) -> None:
+        self._layout, self._num_blocks, self._read, self._pin, self._keep = layout, num_blocks, read, pin, keep
+        self._thread = ThreadPoolExecutor(1)
+        self._begun: dict[int, Future[Tensor]] = {}
+        self._spare: deque[tuple[Tensor, Callable[[], None]]] = deque()
+
+    def get(self, index: int) -> Tensor:
+        """Return a block's array when it has been read; it stays as it is until `let_go`."""
+        for ahead in range(min(self.num_ahead, self._num_blocks)):
+            self._begin((index + ahead) % self._num_blocks)
+        return self._begun[index].result()
+
+    def let_go(self, index: int, copied: Callable[[], None]) -> None:
+        """Be told that a block's array is not needed any more once ``copied()`` returns."""
+        if not self._keep:
+            self._spare.append((self._begun.pop(index).result(), copied))
+
+    def _begin(self, index: int) -> None:
+        if index in self._begun:
+            return
+        spare = self._spare.popleft() if self._spare else None
+        layout, read, pin = self._layout, self._read, self._pin
+
+        def load() -> Tensor:
+            if spare is None:
+                array = host_array(layout.num_bytes, pin=pin)
+            else:
+                array, copied = spare
+                copied()
+            read(index, layout.views(array))
+            return array
+
+        self._begun[index] = self._thread.submit(load)
+
+
+class Streamer:
+    """Brings blocks' weights to the device ahead of their turn, in the order of the blocks, over and over."""
+
+    def __init__(self, blocks: Sequence[nn.Module], layout: Layout, reader: BlockReader, device: torch.device) -> None:
+        self._blocks, self._layout, self._reader, self._device = list(blocks), layout, reader, device
+        self._slots = [torch.empty(layout.num_bytes, dtype=torch.uint8, device=device) for _ in range(min(_NUM_SLOTS, len(blocks)))]
+        self._held: list[int | None] = [None] * len(blocks)
+        self._thread = ThreadPoolExecutor(1)  # it waits for the reader, so that whoever computes need not
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._count = 0
+        self._arriving: deque[Future[Callable[[], None]]] = deque()
+        for _ in self._slots:
+            self._bring_next()
+        for index, block in enumerate(self._blocks):
+            self._point(index, index % len(self._slots))
+            block.register_forward_pre_hook(partial(self._arrive, index))
+            block.register_forward_hook(self._leave)
+
+    def _point(self, index: int, slot: int) -> None:
+        """Make a block's parameters views of a slot."""
+        if self._held[index] == slot:
+            return
+        self._held[index] = slot
+        for name, view in self._layout.views(self._slots[slot]).items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(self._blocks[index].get_submodule(owner), attribute, nn.Parameter(view, requires_grad=False))
+
+    def _bring_next(self) -> None:
+        """Begin to bring the next block into the slot that has just been left."""
+        index, slot = self._count % len(self._blocks), self._slots[self._count % len(self._slots)]
+        self._count += 1
+        left = _now(self._device)
+
+        def bring() -> Callable[[], None]:
+            array = self._reader.get(index)
+            if self._stream is None or left is None:
+                slot.copy_(array)
+                self._reader.let_go(index, lambda: None)
+                return lambda: None
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                self._stream.wait_event(left)
+                slot.copy_(array, non_blocking=True)
+                arrived = torch.cuda.Event()
+                arrived.record(self._stream)
+            self._reader.let_go(index, arrived.synchronize)
+            return lambda: torch.cuda.current_stream(self._device).wait_event(arrived)
+
+        self._arriving.append(self._thread.submit(bring))
+
+    def _arrive(self, index: int, *_: object) -> None:
+        turn = self._count - len(self._arriving)
+        if turn % len(self._blocks) != index:
+            raise RuntimeError(f"streamed blocks are called in order: block {index} was called in the turn of {turn % len(self._blocks)}")
+        self._arriving.popleft().result()()
+        self._point(index, turn % len(self._slots))
+
+    def _leave(self, *_: object) -> None:
+        self._bring_next()
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Which blocks' weights visit the device in turn, and from where."""
+
+    blocks: str
+    """Name of the list of blocks in the model."""
+    from_disk: bool = False
+    """They are read from disk each time, and not kept in host memory."""
+    leave: tuple[str, ...] = ()
+    """What else is not loaded: beginnings of parameters' names."""
+
+
+def stream_blocks(blocks: Sequence[nn.Module], read: Read, device: torch.device, *, from_disk: bool) -> None:
+    """Let the weights of these blocks, alike and on meta, visit the device in turn; each call of a block must be followed by the next's.
+
+    ``read`` fills a block's parameters on the host, in a thread of its own: once a block where host memory keeps them, every time
+    with ``from_disk``.
+    """
+    layout = Layout(blocks[0])
+    reader = BlockReader(layout, len(blocks), read, pin=device.type == "cuda", keep=not from_disk)
+    Streamer(blocks, layout, reader, device)
+
+
+def host_array(num_bytes: int, *, pin: bool) -> Tensor:
+    """Return bytes on the host, page-locked with ``pin``; PyTorch's own pinned memory is rounded up to a power of two."""
+    array = torch.empty(num_bytes, dtype=torch.uint8)
+    if pin:
+        runtime, pointer = torch.cuda.cudart(), array.data_ptr()
+        fault = runtime.cudaHostRegister(pointer, num_bytes, 0)
+        if int(fault):
+            raise MemoryError(f"{num_bytes / 2**30:.2f} GiB of host memory cannot be page-locked (CUDA error {int(fault)}); see ulimit -l")
+        weakref.finalize(array.untyped_storage(), runtime.cudaHostUnregister, pointer)
+    return array
+
+
+def _now(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event at this point of the current stream; None where there are no streams."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
