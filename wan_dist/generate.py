@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,26 +13,22 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wan_dist import vae
-from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import RunConfig
-from wan_dist.encode import encode, project_contexts
+from wan_dist.encode import encode
 from wan_dist.errors import InputError
+from wan_dist.experts import Experts
 from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_memory
 from wan_dist.models.attention import InnerAttention, choose_attention
-from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.agreement import Agreeing
-from wan_dist.parallel.apply import parallelize_transformer
-from wan_dist.parallel.cfg import ParallelGuidance
 from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, name_those_awaited
 from wan_dist.parallel.mesh import Groups, limit_waiting, local_device, open_groups
 from wan_dist.parallel.usp import check_usp
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, initial_noise
-from wan_dist.sampling.denoise import Guidance, Predict, TwoExperts, denoise
+from wan_dist.sampling.denoise import denoise
 from wan_dist.sampling.solvers import make_solver
-from wan_dist.streaming import Streaming
 from wan_dist.toy import toy_checkpoint
 from wan_dist.vae import float32_frames, uint8_frames
 from wan_dist.video import check_output, save_image, save_tensors, save_video, to_uint8
@@ -117,41 +113,8 @@ def _denoise(
     logger.info("attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
         logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.shard_dit else "on every rank")
-    low_scale, high_scale = plan.guide_scales
-    streaming = None if plan.dit == "resident" else Streaming("blocks", from_disk=plan.dit == "disk")
-
-    def opener(which: int, suffix: str, scale: float) -> Callable[[], Predict]:
-        def open_transformer() -> Predict:
-            limit_waiting(groups, config.parallel.load_timeout)
-            free_memory()  # what was there before
-            component = checkpoint.transformers[which]
-
-            def spread(model: WanTransformer) -> None:
-                parallelize_transformer(model, groups, shard=plan.shard_dit, usp=config.parallel.usp)
-
-            contexts = project_contexts(checkpoint.projections[which], conditioning, plan, groups, report, f"context{suffix}")
-            with report.stage(f"load{suffix}", f"transformer {component.dims.num_layers} x {component.dims.dim}, {config.dtype}"):
-                before = component.files.bytes_read
-                model = component.load(report.device, spread=spread, streaming=streaming, inner_attention=attention)
-                model.slice_tokens(plan.slice_tokens)
-            report.rate(f"load{suffix}", component.files.bytes_read - before)
-            limit_waiting(groups, config.parallel.timeout)
-            if groups.cfg.size == 2:
-                return ParallelGuidance(model, contexts, conditioning, noise, scale=scale, axis=groups.cfg)
-            return Guidance(model, contexts, conditioning, noise, scale=scale, apart=plan.passes == "apart")
-
-        return open_transformer
-
-    predict: Predict
-    if plan.task.boundary is None:
-        predict = opener(0, "", high_scale)()
-    else:
-        openers = opener(0, " high", high_scale), opener(1, " low", low_scale)
-        boundary = plan.task.boundary * NUM_TRAIN_TIMESTEPS
-        predict = TwoExperts(*openers, boundary=boundary, early=plan.shard_dit)  # two shards are less than one whole expert
-        high = sum(timestep >= boundary for timestep in solver.timesteps)
-        logger.info("experts   high noise for the first %d steps, low noise for the other %d", high, len(solver) - high)
-    predict = Agreeing(predict, groups.replica)
+    experts = Experts(checkpoint, config, plan, attention, groups, report, conditioning, noise, solver)
+    predict = Agreeing(experts.predict(), groups.replica)
     with (
         report.stage("denoise", f"{len(solver)} steps of {config.sample.solver}"),
         logging_redirect_tqdm([logger]),
@@ -159,7 +122,7 @@ def _denoise(
     ):
         bar = _progress_bar if groups.rank == 0 else iter
         latents = denoise(predict, noise, solver, known_latents=conditioning.known_latents, progress=bar)
-        del predict
+        del predict, experts
         free_memory()
     return latents.squeeze(0)
 

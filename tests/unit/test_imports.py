@@ -18,6 +18,7 @@ LAYERS = [
     {"memory", "tiles"},
     {"vae"},
     {"encode"},
+    {"experts"},
     {"generate"},
     {"run"},
 ]

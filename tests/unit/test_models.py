@@ -222,6 +222,19 @@ def test_timestep_modulation_is_not_expanded_over_tokens() -> None:
     assert block_time.dtype == torch.float32
 
 
+def test_timesteps_embedded_ahead_are_the_same() -> None:
+    model = tiny_transformer()
+    latents, timesteps = torch.randn(1, 4, 3, 4, 6), [torch.tensor([[500.0]]), torch.tensor([[0.0, 20.0]])]
+    contexts, rotary = tiny_contexts(3), model.rotary(latents)
+    expected = [model(latents, each, contexts, rotary)[0] for each in timesteps]
+    model.keep_times(timesteps)
+    assert not any(name.startswith("time_") for name, _ in model.named_parameters())
+    for each, velocity in zip(timesteps, expected, strict=True):
+        assert torch.equal(model(latents, each, contexts, rotary)[0], velocity)
+    with pytest.raises(KeyError):
+        model(latents, torch.tensor([[7.0]]), contexts, rotary)
+
+
 def test_two_timesteps_are_two_rows_and_the_same_as_one_where_they_agree() -> None:
     model = tiny_transformer()
     latents = torch.randn(1, 4, 3, 4, 6)

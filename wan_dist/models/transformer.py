@@ -8,7 +8,7 @@ Layer names are those of the published checkpoints, except that q, k, v are one 
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -295,6 +295,8 @@ class WanTransformer(nn.Module):
         )
         self.head = Head(dims)
         self.sequence = WholeSequence()
+        self.times: dict[str, tuple[Tensor, Tensor]] = {}
+        """What `embed_time` returns for the timesteps of `keep_times`."""
 
     def slice_tokens(self, length: int | None) -> None:
         """Let at most so many tokens through the blocks' linears at once; None: all."""
@@ -312,17 +314,25 @@ class WanTransformer(nn.Module):
         return rotary_tables((t, h, w), self.dims.head_dim, device=latents.device)
 
     def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, R, D) for the head and (B, R, 6, D) for the blocks, float32, of timesteps (B, R) in [0, 1000]."""
+        """Return (B, R, D) for the head and (B, R, 6, D) for the blocks, float32, of timesteps (B, R) in [0, 1000], on the CPU."""
+        if self.times:
+            return self.times[str(timesteps.tolist())]
         half = self.dims.freq_dim // 2
+        timesteps = timesteps.to(self.head.head.weight.device)
         frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
         angle = timesteps.double().unsqueeze(-1) * frequency
         time = self.time_embedding(torch.cat([angle.cos(), angle.sin()], dim=-1).float())
         return time, self.time_projection(time).unflatten(-1, (6, self.dims.dim))
 
+    def keep_times(self, timesteps: Iterable[Tensor]) -> None:
+        """Embed these timesteps (B, R) now, and let go of the layers that do it: in float32 they are a block's size. No others then."""
+        self.times = {str(each.tolist()): self.embed_time(each) for each in timesteps}
+        del self.time_embedding, self.time_projection
+
     def forward(self, latents: Tensor, timesteps: Tensor, contexts: Sequence[ContextKV], rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
         """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
-        timesteps (B, 1), or (B, 2) where the first latent frame has a timestep of its own, the first of the two. T, h, w must be
+        timesteps (B, 1) on the CPU, or (B, 2) where the first latent frame has a timestep of its own, the first of the two. T, h, w must be
         multiples of the patch. ``contexts`` come from `ContextProjection`, ``rotary`` from `rotary`. All contexts go through a block
         before the next one's turn, so that weights which are gathered or fetched for it are so once.
         """

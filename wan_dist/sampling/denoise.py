@@ -28,12 +28,16 @@ class Velocities:
 
     def __call__(self, latents: Tensor, timestep: int) -> list[Tensor]:
         """Return for each context the velocity (B, C, T, h, w), float32."""
-        rows = (0, timestep) if self.has_known_frame else (timestep,)  # a frame that is known has no noise
-        timesteps = torch.tensor([rows], device=latents.device).expand(latents.shape[0], -1)
+        timesteps = rows_of(timestep, has_known_frame=self.has_known_frame)
         if self.extra_channels is not None:
             latents = torch.cat([latents, self.extra_channels], dim=1)
         groups = [[context] for context in self.contexts] if self.apart else [self.contexts]
         return [velocity for group in groups for velocity in self.model(latents, timesteps, group, self.rotary)]
+
+
+def rows_of(timestep: int, *, has_known_frame: bool) -> Tensor:
+    """Return the timesteps (1, R) of a video's tokens: a first frame that is known has no noise."""
+    return torch.tensor([(0, timestep) if has_known_frame else (timestep,)])
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
