@@ -215,10 +215,54 @@ def test_a_decoder_without_memory_goes_on_with_less(
     ],
 )
 def test_saving_memory_changes_no_bit(settings: str, tmp_path: Path) -> None:
-    arguments = [*reference_arguments(CHECKPOINT, "unipc", "t2v-1.3B"), "dtype=float32"]
+    arguments = [*reference_arguments(CHECKPOINT, "unipc", "t2v-1.3B"), "dtype=float32", "cache.dir=null"]
     assert main([*arguments, "output.dir=a"]) == 0
     assert main([*arguments, "output.dir=b", *settings.split()]) == 0
     videos = [load_file(tmp_path / folder / "out.safetensors")["video"] for folder in "ab"]
+    assert torch.equal(*videos)
+
+
+def test_a_prompt_seen_before_needs_no_text_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wan_dist import encode
+
+    settings = [*TINY, "output.save_tensor=true", "prompt=a red circle"]
+    assert main([*settings, "output.name=a"]) == 0
+    assert "seen before" not in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "TextEncoder", None)
+        assert main([*settings, "output.name=b"]) == 0
+        assert f"seen before, kept in {tmp_path / 'cache/wan-dist/prompts'}" in capsys.readouterr().err
+        for changed in ("cache.dir=null", "cache.dir=other", "prompt=a blue circle"):
+            assert main([*settings, changed]) == 1  # it is needed there
+    videos = [load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab"]
+    assert torch.equal(*videos)
+
+
+def test_a_gpu_without_memory_denoises_with_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step that ran out is repeated, once a rung, and the video is the same."""
+    from wan_dist.models.transformer import Block
+
+    attend, calls = Block._attend, []
+
+    def scarce(self: Block, *arguments: object) -> None:
+        calls.append(self.slice_tokens)
+        if len(calls) in (6, 8, 10):  # in the second step, then at once, twice
+            raise torch.OutOfMemoryError("as on a GPU that is full")
+        attend(self, *arguments)  # type: ignore[arg-type]
+
+    settings = [*TINY, "output.save_tensor=true", "dtype=float32"]
+    assert main([*settings, "output.name=a"]) == 0
+    monkeypatch.setattr(Block, "_attend", scarce)
+    assert main([*settings, "output.name=b"]) == 0
+    words = capsys.readouterr().err
+    told = [line.partition("repeated with the ")[2] for line in words.splitlines() if "ran out of GPU memory" in line]
+    resident = "transformer resident, 8192 tokens at a time"
+    assert told == [resident, f"{resident}, passes apart", "transformer resident, 2048 tokens at a time, passes apart"]
+    videos = [load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab"]
     assert torch.equal(*videos)
 
 

@@ -3,8 +3,10 @@
 Errors that cross fields belong to ``plan.py``. Strings such as ``size`` are parsed here, once.
 """
 
+import os
 import re
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -97,6 +99,8 @@ class MemoryConfig:
     vae_dtype: str | None = _key(None, "bfloat16 or float32; null: the run's dtype on a GPU, float32 on a CPU")
     budget_gib: float | None = _key(None, "GPU memory that a rank may take, in GiB; null: all there is")
 
+    host_budget_gib: float | None = _key(None, "host memory that the ranks of a node may take together, in GiB; null: what is free")
+
     def __post_init__(self) -> None:
         choices = {"dit": DIT_PLACES, "t5": T5_PLACES, "passes": PASSES, "vae": VAE_PLACES, "vae_dtype": DTYPES}
         for key, allowed in choices.items():
@@ -104,8 +108,29 @@ class MemoryConfig:
                 _check_choice(f"memory.{key}", value, allowed)
         if self.slice_tokens is not None and self.slice_tokens < 1:
             raise InputError(f"memory.slice_tokens={self.slice_tokens}: at least 1 token is needed")
-        if self.budget_gib is not None and self.budget_gib <= 0:
-            raise InputError(f"memory.budget_gib={self.budget_gib}: it must be above 0, in GiB")
+        for key in ("budget_gib", "host_budget_gib"):
+            if (limit := getattr(self, key)) is not None and limit <= 0:
+                raise InputError(f"memory.{key}={limit}: it must be above 0, in GiB")
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    """Prompt embeddings that are kept, so that a prompt seen before does not need the text encoder."""
+
+    dir: str | None = _key("auto", "folder of kept prompt embeddings; auto: wan-dist/prompts in the user's cache; null: none are kept")
+    size_gib: float = _key(1.0, "the most that they may take on disk, in GiB; the longest unused go first")
+
+    def __post_init__(self) -> None:
+        if self.size_gib <= 0:
+            raise InputError(f"cache.size_gib={self.size_gib}: it must be above 0, in GiB; cache.dir=null keeps nothing")
+
+    def folder(self) -> Path | None:
+        """Return the folder, None if nothing is kept."""
+        if self.dir is None:
+            return None
+        if self.dir == "auto":
+            return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist" / "prompts"
+        return Path(self.dir).expanduser()
 
 
 @dataclass(kw_only=True)
@@ -146,6 +171,7 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 

@@ -1,8 +1,10 @@
 """Text and images -> `Conditioning`: once in a replica, on its first rank, and sent to the others."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,15 +15,17 @@ from wan_dist import vae
 from wan_dist.config import RunConfig
 from wan_dist.dims import ImageEncoderDims, TransformerDims
 from wan_dist.images import cover
+from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_memory
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder
 from wan_dist.models.transformer import ContextKV
-from wan_dist.parallel.collectives import all_gather, broadcast
+from wan_dist.parallel.collectives import all_gather, broadcast, broadcast_object
 from wan_dist.parallel.fsdp import apply_fsdp
 from wan_dist.parallel.mesh import Groups
 from wan_dist.plan import Plan
+from wan_dist.prompts import PromptCache, digest_of_files
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, chunks_of_images, mask_of_images
 from wan_dist.streaming import Streaming
@@ -31,10 +35,8 @@ from wan_dist.weights.checkpoint import Checkpoint, Component
 
 def encode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups, report: Report) -> Conditioning:
     """Return what stays the same for all steps, on every rank; the encoders are gone from the device then."""
-    found: dict[str, Tensor] = {}
+    found = _contexts(checkpoint, config, plan, groups, report)
     is_first = groups.replica.rank == 0
-    if is_first or plan.shard_t5:
-        found |= _encode_text(checkpoint, plan, groups, report)
     if is_first and plan.images and checkpoint.image_encoder is not None:
         found["image_features"] = _look_at_images(checkpoint.image_encoder, plan, report)
     if plan.images:
@@ -48,10 +50,11 @@ def encode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups
 def project_contexts(
     component: Component[ContextProjection, TransformerDims],
     conditioning: Conditioning,
-    plan: Plan,
     groups: Groups,
     report: Report,
     name: str,
+    *,
+    streamed: bool = False,
 ) -> list[ContextKV]:
     """Return a transformer's cross-attention k and v of the prompt, and of the negative one if there is one, on every rank.
 
@@ -61,7 +64,7 @@ def project_contexts(
     each = -(-num_blocks // axis.size)
     own = [min(index, num_blocks - 1) for index in range(axis.rank * each, (axis.rank + 1) * each)]  # shares are of one size
     with report.stage(name, f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}"):
-        streaming = None if plan.dit == "resident" else Streaming("blocks", from_disk=True)  # each is needed once
+        streaming = Streaming("blocks", from_disk=True) if streamed else None  # each block is needed once
         projection = component.load(report.device, spread=lambda model: model.keep(own), streaming=streaming)
         prompts = [text for text in (conditioning.context, conditioning.negative_context) if text is not None]
         shares = projection(prompts, conditioning.image_features)
@@ -72,18 +75,47 @@ def project_contexts(
     return [ContextKV(text, image) for text in texts]
 
 
-def _encode_text(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
+def _contexts(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
+    """Return the prompts' embeddings on the first rank, and make those that are not kept from an earlier run."""
+    texts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
+    prompts = {name: text for name, text in texts.items() if text is not None}
+    cache = _prompt_cache(checkpoint, config, report.device) if groups.replica.rank == 0 else None
+    kept = {name: context for name, text in prompts.items() if cache is not None and (context := cache.get(text)) is not None}
+    missing = broadcast_object([name for name in prompts if name not in kept], groups.replica)
+    made: dict[str, Tensor] = {}
+    if missing and (groups.replica.rank == 0 or plan.arrangement.shard_t5):
+        embeddings = _encode_texts(checkpoint, plan, [prompts[name] for name in missing], groups, report)
+        made = dict(zip(missing, embeddings, strict=True))
+    elif kept:
+        logger.info("text      seen before, kept in %s", cache.folder if cache is not None else "")
+    if cache is not None:
+        for name, context in made.items():
+            cache.put(prompts[name], context)
+    return {name: context.to(report.device) for name, context in (kept | made).items()}
+
+
+def _prompt_cache(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> PromptCache | None:
+    folder = config.cache.folder()
+    if folder is None:
+        return None
+    component, tokenizer = checkpoint.text_encoder, Path(checkpoint.tokenizer.name_or_path)
+    files = [*component.files.paths, *(file for file in tokenizer.iterdir() if file.is_file())]
+    identity = [digest_of_files(files), config.dtype, checkpoint.transformers[0].dims.text_len, device.type]
+    return PromptCache(folder, json.dumps(identity), int(config.cache.size_gib * 2**30))
+
+
+def _encode_texts(checkpoint: Checkpoint, plan: Plan, prompts: list[str], groups: Groups, report: Report) -> list[Tensor]:
     spread: Callable[[nn.Module], None] | None = None
-    if plan.shard_t5 and (mesh := groups.replica_mesh) is not None:
+    if plan.arrangement.shard_t5 and (mesh := groups.replica_mesh) is not None:
 
         def spread(encoder: nn.Module) -> None:
             apply_fsdp(encoder, encoder.get_submodule("block").children(), mesh)
 
     component = checkpoint.text_encoder
-    device = torch.device("cpu") if plan.t5 == "cpu" else report.device
-    where = f"umT5 on {device.type}" + (", sharded" if plan.shard_t5 else ", from disk" if plan.t5 == "stream" else "")
-    with report.stage("text", where):
-        if plan.t5 == "stream":
+    device = torch.device("cpu") if plan.arrangement.t5 == "cpu" else report.device
+    how = ", sharded" if plan.arrangement.shard_t5 else ", from disk" if plan.arrangement.t5 == "stream" else ""
+    with report.stage("text", f"umT5 on {device.type}{how}"):
+        if plan.arrangement.t5 == "stream":
             encoder = component.load(device, streaming=Streaming("block", from_disk=True, leave=("embed_tokens.",)))
         else:
             encoder = component.load(device, spread=spread)
@@ -92,14 +124,12 @@ def _encode_text(checkpoint: Checkpoint, plan: Plan, groups: Groups, report: Rep
             checkpoint.tokenizer,
             text_len=checkpoint.transformers[0].dims.text_len,
             device=device,
-            rows=partial(component.rows, "embed_tokens.weight") if plan.t5 == "stream" else None,
+            rows=partial(component.rows, "embed_tokens.weight") if plan.arrangement.t5 == "stream" else None,
         )
-        found = {"context": embed(plan.prompt)}
-        if plan.negative_prompt is not None:
-            found["negative_context"] = embed(plan.negative_prompt)
+        found = [embed(prompt) for prompt in prompts]
         del embed, encoder
         free_memory()
-    return {name: context.to(report.device) for name, context in found.items()}
+    return found
 
 
 def _look_at_images(image_encoder: Component[nn.Module, ImageEncoderDims], plan: Plan, report: Report) -> Tensor:

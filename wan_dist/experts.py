@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from wan_dist.arrangement import rungs_below
 from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import RunConfig
 from wan_dist.encode import project_contexts
+from wan_dist.footprint import Arrangement
 from wan_dist.log import logger
 from wan_dist.memory import free_memory
 from wan_dist.models.attention import InnerAttention
@@ -49,34 +52,59 @@ class Experts:
             lambda: self.open(0, " high", high_scale),
             lambda: self.open(1, " low", low_scale),
             boundary=boundary,
-            early=self.plan.shard_dit,  # two shards are less than one whole expert
+            early=self.plan.arrangement.shard_dit,  # two shards are less than one whole expert
         )
 
     def open(self, which: int, suffix: str, scale: float) -> Predict:
-        """Load a transformer as it is planned; ``suffix`` goes to its stages' names."""
-        config, plan, groups = self.config, self.plan, self.groups
-        limit_waiting(groups, config.parallel.load_timeout)
+        """Load a transformer as it is planned; ``suffix`` goes to its stages' names.
+
+        Where one rank's GPU runs out of memory, the step is repeated with an arrangement that needs less.
+        """
+        can_part = scale != 1 and self.conditioning.negative_context is not None
+        rungs = rungs_below(self.plan.arrangement, self.config.memory, can_part=can_part) if self.groups.replica.size == 1 else []
+        opened = [self._open(which, suffix, scale, self.plan.arrangement)]
+
+        def predict(latents: Tensor, timestep: int) -> Tensor:
+            while True:
+                try:
+                    return opened[0](latents, timestep)
+                except torch.OutOfMemoryError:
+                    if not rungs:
+                        raise
+                lower = rungs.pop(0)
+                opened.clear()
+                logger.warning("denoising ran out of GPU memory; the step is repeated with the %s", lower.words.partition(";")[0])
+                opened.append(self._open(which, suffix, scale, lower))
+
+        return predict
+
+    def _open(self, which: int, suffix: str, scale: float, arrangement: Arrangement) -> Predict:
+        groups = self.groups
+        limit_waiting(groups, self.config.parallel.load_timeout)
         free_memory()  # what was there before
-        contexts = project_contexts(self.checkpoint.projections[which], self.conditioning, plan, groups, self.report, f"context{suffix}")
-        model = self._load(which, f"load{suffix}")
-        limit_waiting(groups, config.parallel.timeout)
+        projection = self.checkpoint.projections[which]
+        contexts = project_contexts(
+            projection, self.conditioning, groups, self.report, f"context{suffix}", streamed=arrangement.dit != "resident"
+        )
+        model = self._load(which, f"load{suffix}", arrangement)
+        limit_waiting(groups, self.config.parallel.timeout)
         if groups.cfg.size == 2:
             return ParallelGuidance(model, contexts, self.conditioning, self.noise, scale=scale, axis=groups.cfg)
-        return Guidance(model, contexts, self.conditioning, self.noise, scale=scale, apart=plan.passes == "apart")
+        return Guidance(model, contexts, self.conditioning, self.noise, scale=scale, apart=arrangement.passes == "apart")
 
-    def _load(self, which: int, stage: str) -> WanTransformer:
-        plan, component = self.plan, self.checkpoint.transformers[which]
+    def _load(self, which: int, stage: str, arrangement: Arrangement) -> WanTransformer:
+        component = self.checkpoint.transformers[which]
 
         def spread(model: WanTransformer) -> None:
-            parallelize_transformer(model, self.groups, shard=plan.shard_dit, usp=self.config.parallel.usp)
+            parallelize_transformer(model, self.groups, shard=arrangement.shard_dit, usp=self.config.parallel.usp)
 
-        streaming = None if plan.dit == "resident" else Streaming("blocks", from_disk=plan.dit == "disk")
-        where = {"resident": "", "stream": ", streamed from host memory", "disk": ", streamed from disk"}[plan.dit]
+        streaming = None if arrangement.dit == "resident" else Streaming("blocks", from_disk=arrangement.dit == "disk")
+        where = {"resident": "", "stream": ", streamed from host memory", "disk": ", streamed from disk"}[arrangement.dit]
         with self.report.stage(stage, f"transformer {component.dims.num_layers} x {component.dims.dim}, {self.config.dtype}{where}"):
             before = component.files.bytes_read
             model = component.load(self.report.device, spread=spread, streaming=streaming, inner_attention=self.attention)
-            model.slice_tokens(plan.slice_tokens)
-            if not plan.shard_dit:
+            model.slice_tokens(arrangement.slice_tokens)
+            if not arrangement.shard_dit:
                 has_known_frame = self.conditioning.known_latents is not None
                 model.keep_times(rows_of(timestep, has_known_frame=has_known_frame) for timestep in self.solver.timesteps)
         if streaming is None:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,16 +17,18 @@ from wan_dist.config import RunConfig
 from wan_dist.encode import encode
 from wan_dist.errors import InputError
 from wan_dist.experts import Experts
+from wan_dist.footprint import Models, table
+from wan_dist.hardware import Hardware, find_host
 from wan_dist.log import logger
-from wan_dist.memory import first_that_works, free_memory
+from wan_dist.memory import first_that_works, free_bytes, free_memory
 from wan_dist.models.attention import InnerAttention, choose_attention
 from wan_dist.parallel.agreement import Agreeing
 from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, name_those_awaited
 from wan_dist.parallel.mesh import Groups, limit_waiting, local_device, open_groups
 from wan_dist.parallel.usp import check_usp
-from wan_dist.plan import Plan
+from wan_dist.plan import Plan, arranged
 from wan_dist.report import Report
-from wan_dist.sampling.conditioning import Conditioning, initial_noise
+from wan_dist.sampling.conditioning import initial_noise
 from wan_dist.sampling.denoise import denoise
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.toy import toy_checkpoint
@@ -41,8 +43,26 @@ def run_job(config: RunConfig, plan: Plan) -> None:
     """Open the groups of ranks and run one job in them. Raises what `generate` raises."""
     device = _device(config)
     with open_groups(plan.degrees, device, timeout=config.parallel.timeout) as groups:
-        first = broadcast_object((plan.seed, plan.name), groups.replica)  # a drawn seed is the first rank's
-        generate(config, replace(plan, seed=first[0], name=first[1]), groups, device)
+        seed, name = broadcast_object((plan.seed, plan.name), groups.replica)  # a drawn seed is the first rank's
+        generate(config, replace(plan, seed=seed, name=name), groups, device)
+
+
+def _arranged(plan: Plan, config: RunConfig, checkpoint: Checkpoint, groups: Groups, device: torch.device) -> Plan:
+    """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so."""
+    free = free_bytes(device, groups.replica)
+    host, limit = broadcast_object(find_host(), groups.replica)
+    models = Models(
+        transformer=checkpoint.transformers[0].dims,
+        text_encoder=checkpoint.text_encoder.dims,
+        image_encoder=None if checkpoint.image_encoder is None else checkpoint.image_encoder.dims,
+        vae=checkpoint.vae.dims,
+    )
+    plan = arranged(plan, config, Hardware(free if device.type == "cuda" else None, host, host_limit=limit), models)
+    assert plan.budget is not None
+    logger.info("plan      %s", plan.arrangement.words)
+    for line in table(plan.uses, plan.budget.gpu, plan.budget.host):
+        logger.info("          %s", line)
+    return plan
 
 
 @torch.no_grad()
@@ -69,13 +89,12 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
         if config.parallel.usp == "xfuser":
             check_usp(device)
         attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=head_dim)
+    plan = _arranged(plan, config, checkpoint, groups, device)
     report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name, "degrees": vars(plan.degrees)}
     result = _free_path(folder, plan, fixed=config.output.name is not None)
     kept = result.with_suffix(".latents.safetensors") if config.latents is None else Path(config.latents).expanduser()
     if config.latents is None:
-        limit_waiting(groups, config.parallel.load_timeout)
-        conditioning = encode(checkpoint, config, plan, groups, report)
-        latents = _denoise(checkpoint, config, plan, conditioning, attention, groups, report)
+        latents = _make_latents(checkpoint, config, plan, attention, groups, report)
         if groups.rank == 0:
             save_tensors(kept, {"latents": latents.cpu()})
     else:
@@ -88,31 +107,32 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
         raise
     if groups.rank != 0:
         return None
-    report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result)}
-    report.save(result.with_suffix(".json"))
+    _record(plan, report, result)
     if config.latents is None and not config.output.save_latents:
         kept.unlink()
     logger.info("saved     %s", result)
     return result
 
 
-def _denoise(
-    checkpoint: Checkpoint,
-    config: RunConfig,
-    plan: Plan,
-    conditioning: Conditioning,
-    attention: InnerAttention,
-    groups: Groups,
-    report: Report,
+def _record(plan: Plan, report: Report, result: Path) -> None:
+    report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result), "arrangement": asdict(plan.arrangement)}
+    report.compare(plan.uses)
+    report.save(result.with_suffix(".json"))
+
+
+def _make_latents(
+    checkpoint: Checkpoint, config: RunConfig, plan: Plan, attention: InnerAttention, groups: Groups, report: Report
 ) -> Tensor:
-    """Return the latents (C, T, h, w), float32, on every rank; the transformer is gone from the device then."""
+    """Return the latents (C, T, h, w), float32, on every rank; the models are gone from the device then."""
+    limit_waiting(groups, config.parallel.load_timeout)
+    conditioning = encode(checkpoint, config, plan, groups, report)
     solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
     drawn = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=report.device).unsqueeze(0)
     noise = broadcast(drawn, groups.replica, report.device)
     assert noise is not None
     logger.info("attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
-        logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.shard_dit else "on every rank")
+        logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.arrangement.shard_dit else "on every rank")
     experts = Experts(checkpoint, config, plan, attention, groups, report, conditioning, noise, solver)
     predict = Agreeing(experts.predict(), groups.replica)
     with (

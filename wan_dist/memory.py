@@ -18,7 +18,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def free_bytes(device: torch.device, axis: Axis, *, budget_gib: float | None) -> int:
+def free_bytes(device: torch.device, axis: Axis, *, budget_gib: float | None = None) -> int:
     """Return how much memory is left on the device, on the rank of the axis that has the least; a great deal on a CPU."""
     if device.type != "cuda":
         return 2**62

@@ -4,17 +4,21 @@ import json
 import os
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from wan_dist.arrangement import Budget, arrange, arrange_vae, budget_of
 from wan_dist.catalog import AREA_480P, TASKS, Images, Task, get_task
 from wan_dist.config import RunConfig
 from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
 from wan_dist.errors import InputError
+from wan_dist.footprint import Arrangement, Load, Models, Use, footprint
+from wan_dist.hardware import Hardware
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
+from wan_dist.ways import Way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +45,12 @@ class Plan:
     """(C, T, h, w)."""
     num_tokens: int
     degrees: Degrees
-    shard_dit: bool
-    shard_t5: bool
-    dit: str
-    """Where the transformer's weights are: resident, stream or disk."""
-    t5: str
-    """Where the text encoder works: gpu, stream or cpu."""
-    slice_tokens: int | None
-    passes: str
-    """The two passes of guidance through a block: together or apart."""
-    vae: str
-    """Where frames are made: parallel, whole, tiled or cpu."""
+    ranks_per_node: int
+    arrangement: Arrangement
+    """Before `arranged`: what does not depend on memory, whether weights are sharded and the VAE's first way."""
+    uses: tuple[Use, ...] = ()
+    """What each stage is predicted to take; empty before `arranged`."""
+    budget: Budget | None = None
     name: str
     """File name of the results, without suffix."""
 
@@ -79,24 +78,29 @@ class Plan:
         )
 
 
-def make_plan(config: RunConfig) -> Plan:
-    """Resolve what the configuration leaves open; raises InputError with what would work if the fields do not fit together."""
+def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_rehearsal: bool = False) -> Plan:
+    """Resolve what the configuration leaves open; raises InputError with what would work if the fields do not fit together.
+
+    ``ranks``: how many there are, and on a node; None: those that torchrun has started. A rehearsal does without prompt and images.
+    """
     task = get_task(config.task)
     images: tuple[Image.Image, ...] = ()
     size_note, frame_num = "", config.frame_num
     if config.latents is not None:
         width, height, frame_num = _size_of_latents(config.latents, task)
     else:
-        images = _read_images(config, task)
+        images = _any_images(config, task) if is_rehearsal else _read_images(config, task)
         width, height, size_note = _video_size(config, task, images)
     _check_size(width, height, task)
     _check_frames(frame_num, task)
     prompt = _text("prompt", config.prompt)
-    if prompt is None and config.latents is None:
+    if prompt is None and config.latents is None and not is_rehearsal:
         raise InputError('prompt is missing; say what to show, e.g. prompt="two cats boxing on a stage", or prompt=@file.txt')
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
     guide_scales = _guide_scales(config, task)
-    degrees = _degrees(config, task, guided=guide_scales != (1, 1))
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    num_ranks, ranks_per_node = ranks or (num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
+    degrees = _degrees(config, task, num_ranks, ranks_per_node, guided=guide_scales != (1, 1))
     latent_frames = (frame_num - 1) // task.stride[0] + 1
     rows, columns = height // task.stride[1], width // task.stride[2]
     num_tokens = (latent_frames // task.patch[0]) * (rows // task.patch[1]) * (columns // task.patch[2])
@@ -105,10 +109,11 @@ def make_plan(config: RunConfig) -> Plan:
             f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_parts} ranks and would attend to padding; "
             "parallel.usp=plain takes any number"
         )
+    negative = None if guide_scales == (1, 1) else _text("negative_prompt", config.negative_prompt) or ""
     return Plan(
         task=task,
         prompt=prompt or "",
-        negative_prompt=None if guide_scales == (1, 1) else _text("negative_prompt", config.negative_prompt) or "",
+        negative_prompt=negative,
         images=images,
         width=width,
         height=height,
@@ -121,23 +126,47 @@ def make_plan(config: RunConfig) -> Plan:
         latent_shape=(task.latent_channels, latent_frames, rows, columns),
         num_tokens=num_tokens,
         degrees=degrees,
-        shard_dit=_shard("dit", config.fsdp.dit, config.memory.dit, degrees, default=task.transformer.gib > 12),
-        shard_t5=_shard("t5", config.fsdp.t5, config.memory.t5, degrees, default=False),
-        dit=config.memory.dit or "resident",
-        t5=config.memory.t5 or "gpu",
-        slice_tokens=config.memory.slice_tokens,
-        passes=_passes(config, degrees, guided=guide_scales != (1, 1)),
-        vae=_vae(config, degrees, max(rows, columns)),
+        ranks_per_node=ranks_per_node,
+        arrangement=_settled(config, task, degrees, max(rows, columns), guided=negative is not None),
         name=_file_name(config, prompt, seed),
     )
 
 
-def _degrees(config: RunConfig, task: Task, *, guided: bool) -> Degrees:
-    """Spread the ranks that torchrun has launched over the axes."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+def arranged(plan: Plan, config: RunConfig, hardware: Hardware, models: Models) -> Plan:
+    """Return the plan with the fastest arrangement of these models that fits, and what each stage would take.
+
+    Raises InputError if nothing fits, with what would.
+    """
+    texts = [text for text in (plan.prompt, plan.negative_prompt) if text is not None]
+    vae_dtype = config.memory.vae_dtype or (config.dtype if hardware.gpu_bytes is not None else "float32")
+    load = Load(
+        models=models,
+        latent_shape=plan.latent_shape,
+        num_tokens=plan.num_tokens,
+        text_tokens=tuple(min(512, len(text.encode()) // 3 + 2) for text in texts),
+        num_images=len(plan.images),
+        num_ranks=plan.degrees.num_ranks // plan.degrees.dp,
+        cfg=plan.degrees.cfg,
+        num_parts=plan.degrees.ring * plan.degrees.ulysses,
+        ranks_per_node=plan.ranks_per_node,
+        on_gpu=hardware.gpu_bytes is not None,
+        itemsize=2 if config.dtype == "bfloat16" else 4,
+        vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
+    )
+    budget = budget_of(hardware, config.memory)
+    if config.latents is not None:  # nothing but the VAE is needed
+        arrangement = arrange_vae(load, config.memory, plan.arrangement, budget, lambda number: _shorter(load, number))
+        uses = tuple(use for use in footprint(load, arrangement) if use.stage == "decode")
+        return replace(plan, arrangement=arrangement, uses=uses, budget=budget)
+    arrangement = arrange(load, config.memory, plan.arrangement, budget, lambda number: _shorter(load, number))
+    return replace(plan, arrangement=arrangement, uses=tuple(footprint(load, arrangement)), budget=budget)
+
+
+def _degrees(config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int, *, guided: bool) -> Degrees:
+    """Spread the ranks over the axes."""
     degrees = plan_degrees(
         num_ranks,
-        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)),
+        ranks_per_node=ranks_per_node,
         num_heads=_num_heads(config, task),
         guided=guided,
         dp=config.parallel.dp,
@@ -171,22 +200,44 @@ def _shard(what: str, asked: bool | None, place: str | None, degrees: Degrees, *
     return degrees.num_ranks > 1 and not is_elsewhere and (default if asked is None else asked)
 
 
-def _passes(config: RunConfig, degrees: Degrees, *, guided: bool) -> str:
+def _settled(config: RunConfig, task: Task, degrees: Degrees, side: int, *, guided: bool) -> Arrangement:
+    """Return what does not depend on memory: whether weights are sharded, and the VAE's first way."""
     passes = config.memory.passes
-    if passes is not None and (degrees.cfg == 2 or not guided):
+    if passes == "together" and (degrees.cfg == 2 or not guided):
         why = "they are on ranks of their own with parallel.cfg=2" if degrees.cfg == 2 else "guidance is off, so there is one"
         raise InputError(f"memory.passes={passes} is about the two passes of guidance, and {why}; leave it out")
-    return passes or "together"
+    return Arrangement(
+        shard_dit=_shard("dit", config.fsdp.dit, config.memory.dit, degrees, default=task.transformer.gib > 12),
+        shard_t5=_shard("t5", config.fsdp.t5, config.memory.t5, degrees, default=False),
+        vae=_vae(config, degrees, side),
+    )
 
 
-def _vae(config: RunConfig, degrees: Degrees, side: int) -> str:
+def _shorter(load: Load, number: int) -> Load | None:
+    """Return the load of a video with ``number`` latent frames less."""
+    channels, frames, rows, columns = load.latent_shape
+    if number >= frames:
+        return None
+    left = frames - number
+    return replace(load, latent_shape=(channels, left, rows, columns), num_tokens=load.num_tokens // frames * left)
+
+
+def _vae(config: RunConfig, degrees: Degrees, side: int) -> Way:
     """Return where the VAE works; its ranks share the latents' larger side, ``side``."""
     num_ranks = degrees.num_ranks // degrees.dp
     fits = num_ranks > 1 and side >= MIN_STRIP * num_ranks
     if config.memory.vae == "parallel" and not fits:
         why = "there is one rank" if num_ranks == 1 else f"{side} latent pixels are too few for {num_ranks} ranks"
         raise InputError(f"memory.vae=parallel: {why}; memory.vae=whole works")
-    return config.memory.vae or ("parallel" if fits else "whole")
+    return Way(config.memory.vae or ("parallel" if fits else "whole"))
+
+
+def _any_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
+    """Return the images that were given, or as many blank ones of the video's size as the task must have."""
+    given = any(getattr(config, key) is not None for key in ("image", "first_frame", "last_frame"))
+    if given or task.images in (Images.NONE, Images.OPTIONAL):
+        return _read_images(config, task)
+    return tuple(Image.new("RGB", config.width_height()) for _ in task.images.keys)
 
 
 def _read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:

@@ -3,8 +3,11 @@
 import json
 import platform
 import resource
+import threading
 import time
-from collections.abc import Iterator
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -15,6 +18,7 @@ import torch
 
 from wan_dist import __version__
 from wan_dist.config import RunConfig
+from wan_dist.footprint import Use
 from wan_dist.log import logger
 
 _PACKAGES = ("transformers", "safetensors", "hydra-core", "imageio-ffmpeg", "numpy")
@@ -24,13 +28,14 @@ _GIB = 2**30
 class Report:
     """Collects the stages of one run. ``facts`` are further entries of the record.
 
-    ``peak_host_gib`` is the process's largest resident set so far; it counts mapped pages of the weight files, which the system
-    takes back when it needs the memory.
+    ``host_gib`` is the most of the host's memory that the process had for itself during a stage; ``peak_host_gib`` is its largest
+    resident set so far, which counts mapped pages of the weight files too, which the system takes back when it needs the memory.
     """
 
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.device = device
         self.start = time.perf_counter()
+        self._watch = HostWatch()
         self._peaks_of_open_stages: list[int] = []
         self.stages: dict[str, dict[str, float]] = {}
         self.facts: dict[str, Any] = {
@@ -59,6 +64,7 @@ class Report:
             torch.cuda.synchronize(self.device)
         peak_seen = self._peaks_of_open_stages.pop()
         entry = {"seconds": round(time.perf_counter() - start, 3), "peak_host_gib": round(_peak_host_bytes() / _GIB, 3)}
+        entry["host_gib"] = round(self._watch.peak_since(start) / _GIB, 3)
         if cuda:
             entry["peak_gpu_gib"] = round(max(peak_seen, torch.cuda.max_memory_allocated(self.device)) / _GIB, 3)
         self.stages[name] = entry
@@ -71,6 +77,25 @@ class Report:
         self.stages[name] |= {"read_gb": round(num_bytes / 1e9, 3), "gb_per_second": round(speed, 2)}
         logger.info("read      %.1f GB at %.1f GB/s", num_bytes / 1e9, speed)
 
+    def compare(self, uses: Sequence[Use]) -> None:
+        """Put the plan's GiB beside the measured peaks in the record, and log the largest."""
+        compared = {}
+        for use in uses:
+            seen = [stage for name, stage in self.stages.items() if name.split()[0] == use.stage]  # two experts load each
+            if not seen:
+                continue
+            on_host = use.host_bytes + (0 if self.device.type == "cuda" else use.gpu_bytes)
+            entry = {"planned_gpu_gib": use.gpu_bytes / _GIB, "planned_host_gib": on_host / _GIB}
+            entry |= {key: max(stage[key] for stage in seen) for key in ("peak_gpu_gib", "host_gib") if key in seen[0]}
+            compared[use.stage] = {key: round(value, 3) for key, value in entry.items()}
+        self.facts["memory"] = compared
+        key = "gpu" if self.device.type == "cuda" else "host"
+        peak = "peak_gpu_gib" if key == "gpu" else "host_gib"
+        if compared and all(peak in entry for entry in compared.values()):
+            stage = max(compared, key=lambda name: compared[name][peak])
+            found = compared[stage]
+            logger.info("memory    %.1f GiB of the %s at most, in %s; planned %.1f", found[peak], key, stage, found[f"planned_{key}_gib"])
+
     def save(self, path: Path) -> None:
         """Write the record."""
         peaks = {
@@ -80,6 +105,42 @@ class Report:
         seconds = round(time.perf_counter() - self.start, 3)
         record = self.facts | {"stages": self.stages, "seconds": seconds} | peaks
         path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class HostWatch:
+    """Notes the memory that this process has for itself (not files'), ten times a second, while it exists."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque([(time.perf_counter(), _own_host_bytes())])
+        thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
+        thread.start()
+
+    def note(self) -> None:
+        """Look now; of moments between two larger ones nothing is kept."""
+        now, size = time.perf_counter(), _own_host_bytes()
+        while len(self._seen) > 1 and self._seen[-1][1] <= size:
+            self._seen.pop()
+        self._seen.append((now, size))
+
+    def peak_since(self, start: float) -> int:
+        """Return the most bytes seen since ``start``, in seconds of the performance counter."""
+        self.note()
+        return max(size for when, size in self._seen if when >= start)
+
+
+def _watch(reference: "weakref.ref[HostWatch]") -> None:
+    while (watch := reference()) is not None:
+        watch.note()
+        del watch
+        time.sleep(0.1)
+
+
+def _own_host_bytes() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
 
 
 def _peak_host_bytes() -> int:

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
             time.sleep(3)  # the first rank says the same, and torchrun ends us meanwhile
         return _fail(2, str(fault))
     except (HydraException, OmegaConfBaseException) as fault:
-        return _fail(2, _readable(fault))
+        return _fail(2, readable(fault))
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except Exception as fault:
@@ -97,7 +97,8 @@ def _run(config: RunConfig) -> None:
     run_job(config, plan)
 
 
-def _readable(fault: Exception) -> str:
+def readable(fault: Exception) -> str:
+    """Return what Hydra or OmegaConf found wrong, in a line."""
     cause = fault.__cause__ if isinstance(fault.__cause__, OmegaConfBaseException) else fault  # Hydra's own says less
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")

@@ -9,6 +9,7 @@ from torch import Tensor
 from wan_dist.config import RunConfig
 from wan_dist.degrees import MIN_STRIP
 from wan_dist.dims import VaeDims
+from wan_dist.footprint import vae_weight_bytes
 from wan_dist.log import logger
 from wan_dist.memory import free_bytes
 from wan_dist.models.vae import WanVae
@@ -46,12 +47,13 @@ def dtype_on(device: torch.device, config: RunConfig) -> torch.dtype:
 
 def find_ways(config: RunConfig, plan: Plan, dims: VaeDims, device: torch.device, axis: Axis, *, encode: bool = False) -> list[Way]:
     """Return the ways for which there seems to be memory, the same on all ranks of the axis; says so if it is not the planned one."""
-    free = free_bytes(device, axis, budget_gib=config.memory.budget_gib)
+    planned = plan.arrangement.image if encode else plan.arrangement.vae
     itemsize = dtype_on(device, config).itemsize
-    ways = ways_that_fit(plan.vae, dims, plan.latent_shape[2:], axis.size, free=free, itemsize=itemsize, encode=encode)
-    if ways[0].name != plan.vae:
+    free = free_bytes(device, axis, budget_gib=config.memory.budget_gib) - vae_weight_bytes(dims, itemsize)
+    ways = ways_that_fit(planned.name, dims, plan.latent_shape[2:], axis.size, free=free, itemsize=itemsize, encode=encode)
+    if ways[0].name != planned.name:
         work = "encode" if encode else "decode"
-        logger.warning("no room to %s %s beside what is on the GPU; %s instead, with the same result", work, plan.vae, ways[0])
+        logger.warning("no room to %s %s beside what is on the GPU; %s instead, with the same result", work, planned, ways[0])
     return ways
 
 

@@ -25,6 +25,16 @@ class Way:
     def __str__(self) -> str:
         return f"in {self.num_tiles} tiles" if self.name == "tiled" else "on the CPU" if self.name == "cpu" else self.name
 
+    def part_of(self, length: int, num_ranks: int, dims: VaeDims) -> tuple[int, int]:
+        """Return how many of a side's latent pixels are worked on at once, and how many more that begins with."""
+        if self.name == "parallel":
+            return min(-(-length // num_ranks) + 2 * MIN_STRIP, length), 0
+        part = -(-length // self.num_tiles)
+        return part, min(2 * dims.reach if self.num_tiles > 1 else 0, length - part)
+
+
+WHOLE = Way("whole")
+
 
 def ways_from(name: str, side: int) -> list[Way]:
     """Return the way called ``name`` and those that need less memory, in order; ``side`` is the larger one of the latents."""
@@ -45,11 +55,7 @@ def ways_that_fit(
     larger, smaller = max(latent_size), min(latent_size)
 
     def sized(way: Way) -> tuple[Way, int]:
-        if way.name == "parallel":
-            length, margin = min(-(-larger // num_ranks) + 2 * MIN_STRIP, larger), 0
-        else:
-            length = -(-larger // way.num_tiles)
-            margin = min(2 * dims.reach if way.num_tiles > 1 else 0, larger - length)
+        length, margin = way.part_of(larger, num_ranks, dims)
         numbers = [number for number in (8, 4, 2) if number * smaller * (length + margin) <= PIXELS_AT_ONCE]
         size = (smaller, length, margin)
         needs = {number: vae_bytes(dims, size, itemsize, at_once=number, encode=encode) for number in (*numbers, 1)}

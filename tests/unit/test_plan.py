@@ -303,9 +303,9 @@ def test_heads_are_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_weights_are_sharded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not plan("task=t2v-14B", "prompt=x").shard_dit
+    assert not plan("task=t2v-14B", "prompt=x").arrangement.shard_dit
     launched(monkeypatch, 4, 4)
-    assert plan("task=t2v-14B", "prompt=x").shard_dit
-    assert not plan("task=t2v-1.3B", "prompt=x").shard_dit
-    assert not plan("task=t2v-14B", "prompt=x", "fsdp.dit=false").shard_dit
-    assert plan("task=t2v-1.3B", "prompt=x", "fsdp.dit=true", "fsdp.t5=true").shard_t5
+    assert plan("task=t2v-14B", "prompt=x").arrangement.shard_dit
+    assert not plan("task=t2v-1.3B", "prompt=x").arrangement.shard_dit
+    assert not plan("task=t2v-14B", "prompt=x", "fsdp.dit=false").arrangement.shard_dit
+    assert plan("task=t2v-1.3B", "prompt=x", "fsdp.dit=true", "fsdp.t5=true").arrangement.shard_t5

@@ -1,0 +1,37 @@
+"""The command ``python -m launch``. Exit codes: 0 done, 2 bad input."""
+
+import sys
+
+from launch import plan
+from wan_dist.errors import InputError
+
+COMMANDS = {"plan": plan}
+
+
+def main(arguments: list[str]) -> int:
+    """Run a subcommand and return its exit code."""
+    if not arguments or arguments[0] in ("--help", "-h"):
+        lines = [f"  {name:8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+        sys.stdout.write("\n".join(["python -m launch COMMAND [key=value ...]; COMMAND --help says more", "", *lines]) + "\n")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _fail(f"there is no command {name!r}; there is {', '.join(COMMANDS)}")
+    command = COMMANDS[name]
+    if {"--help", "-h"} & set(rest):
+        sys.stdout.write(f"{command.__doc__}\n")
+        return 0
+    try:
+        command.main(rest)
+    except InputError as fault:
+        return _fail(str(fault))
+    return 0
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f"launch: error: {message}\n")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

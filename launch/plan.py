@@ -1,0 +1,61 @@
+"""Say what a run would do and how much memory each of its stages would take, without running it.
+
+    python -m launch plan task=i2v-14B size=1280*720 gpus=8x80GB host=512GB
+    python -m launch plan task=t2v-1.3B gpus=8GB host=16GB
+    python -m launch plan task=t2v-14B                      # for this machine
+
+Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT. Prompt and image may be left out.
+"""
+
+import sys
+from collections.abc import Iterable
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from wan_dist.arguments import prepare, require_task
+from wan_dist.catalog import get_task
+from wan_dist.errors import InputError
+from wan_dist.footprint import Models, table
+from wan_dist.hardware import Hardware, find_gpus, find_host, parse_bytes, parse_gpus
+from wan_dist.plan import arranged, make_plan
+from wan_dist.run import compose, readable
+
+_HARDWARE = ("gpus", "host", "nodes")
+
+
+def main(arguments: list[str]) -> None:
+    """Print the plan; raises InputError for what cannot be."""
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in _HARDWARE}
+    settings = prepare([argument for argument in arguments if argument.partition("=")[0] not in _HARDWARE])
+    require_task(settings)
+    try:
+        config = compose(settings)
+    except (HydraException, OmegaConfBaseException) as fault:
+        raise InputError(readable(fault)) from None
+    if config is None:
+        return
+    hardware, ranks = hardware_of(given)
+    task = get_task(config.task)
+    models = Models(transformer=task.transformer, text_encoder=task.text_encoder, image_encoder=task.image_encoder, vae=task.vae)
+    plan = arranged(make_plan(config, ranks=ranks, is_rehearsal=True), config, hardware, models)
+    assert plan.budget is not None
+    where = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
+    _print([plan.summary, where + plan.arrangement.words, "", *table(plan.uses, plan.budget.gpu, plan.budget.host)])
+
+
+def hardware_of(given: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
+    """Return what these settings describe, and how many ranks there are, in all and on a node; what they leave out is this machine's."""
+    count, gpu_bytes, name = 1, None, ""
+    if "gpus" in given:
+        count, gpu_bytes = parse_gpus(given["gpus"])
+    elif found := find_gpus():
+        count, gpu_bytes, name = len(found), min(total for _, total, _ in found), found[0][0]
+    host, limit = (parse_bytes(given["host"], "host"), "host") if "host" in given else find_host()
+    if not (nodes := given.get("nodes", "1")).isdigit() or int(nodes) < 1:
+        raise InputError(f"nodes={nodes} is not a number of machines, e.g. nodes=2")
+    return Hardware(gpu_bytes, host, name, limit), (count * int(nodes), count)
+
+
+def _print(lines: Iterable[str]) -> None:
+    sys.stdout.write("\n".join(lines) + "\n")

@@ -1,0 +1,70 @@
+"""Kept prompt embeddings: found again, told apart, limited in size, safe beside other runs."""
+
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from wan_dist.prompts import PromptCache, digest_of_files
+
+CONTEXT = torch.randn(7, 16)
+
+
+def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path, "a", 10**9)
+    assert cache.get("two cats") is None
+    cache.put("two cats", CONTEXT)
+    assert torch.equal(PromptCache(tmp_path, "a", 10**9).get(" two   cats "), CONTEXT)  # as it is cleaned
+    assert cache.get("three cats") is None
+    assert PromptCache(tmp_path, "b", 10**9).get("two cats") is None
+
+
+def test_the_longest_unused_go_first(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path, "a", 3 * 600)  # a file has 448 bytes of values
+    for number, prompt in enumerate("abc"):
+        cache.put(prompt, CONTEXT)
+        os.utime(cache._file(prompt), (number, number))
+    assert cache.get("a") is not None  # used just now
+    cache.put("d", CONTEXT)
+    assert [cache.get(prompt) is not None for prompt in "abcd"] == [True, False, True, True]
+
+
+def test_damage_and_folders_that_cannot_be_written_are_no_errors(tmp_path: Path) -> None:
+    cache = PromptCache(tmp_path, "a", 10**9)
+    cache.put("x", CONTEXT)
+    cache._file("x").write_bytes(b"not safetensors")
+    assert cache.get("x") is None
+    (tmp_path / "file").touch()
+    PromptCache(tmp_path / "file", "a", 10**9).put("x", CONTEXT)
+
+
+def test_several_at_once(tmp_path: Path) -> None:
+    faults = []
+
+    def work(seed: int) -> None:
+        cache = PromptCache(tmp_path, "a", 4 * 600)
+        try:
+            for number in range(40):
+                prompt = f"prompt {(number * seed) % 10}"
+                found = cache.get(prompt)
+                assert found is None or torch.equal(found, CONTEXT)
+                cache.put(prompt, CONTEXT)
+        except BaseException as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 3, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+def test_a_digest_tells_files_apart(tmp_path: Path) -> None:
+    large = bytes(range(256)) * 20000
+    (tmp_path / "a").write_bytes(large)
+    before = digest_of_files([tmp_path / "a"])
+    assert digest_of_files([tmp_path / "a"]) == before
+    (tmp_path / "a").write_bytes(large[:-1] + b"x")
+    assert digest_of_files([tmp_path / "a"]) != before

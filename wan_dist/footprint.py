@@ -1,0 +1,285 @@
+"""How much memory each stage of a run takes, by part, from sizes alone; no torch.
+
+Numbers of parameters are exact; activations count what is alive at the largest moment of each stage, in the order of the code.
+bench/NOTES.md compares predictions with measured peaks.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+from wan_dist.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.ways import WHOLE, Way, vae_bytes
+
+GIB = 2**30
+HALF, FLOAT = 2, 4
+SLOTS = 2
+"""Blocks of a streamed model on the device."""
+STAGED = 3
+"""Blocks of a streamed model on the host where they are read from disk."""
+PIECE = 4096
+"""Tokens that are in float32 at once; as in models/transformer.py."""
+PROCESS_BYTES = {True: int(1.3 * GIB), False: int(0.35 * GIB)}
+"""Of the host, whatever is run: interpreter and libraries, with a GPU its driver too."""
+CONTEXT_BYTES = int(0.75 * GIB)
+"""Of each GPU, outside PyTorch's count: the driver's context, NCCL, cuBLAS, and what lies unused between allocations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """Where models are and how much of them is computed at once."""
+
+    dit: str = "resident"
+    """The transformer's weights: resident, stream or disk."""
+    t5: str = "gpu"
+    """Where the text encoder works: gpu, stream or cpu."""
+    shard_dit: bool = False
+    shard_t5: bool = False
+    slice_tokens: int | None = None
+    passes: str = "together"
+    vae: Way = WHOLE
+    """How frames are made."""
+    image: Way = WHOLE
+    """How images are encoded."""
+
+    @property
+    def words(self) -> str:
+        """The arrangement in a line."""
+        dit = "sharded" if self.shard_dit else {"stream": "streamed", "disk": "from disk"}.get(self.dit, self.dit)
+        sliced = f", {self.slice_tokens} tokens at a time" if self.slice_tokens else ""
+        passes = ", passes apart" if self.passes == "apart" else ""
+        t5 = "sharded" if self.shard_t5 else {"gpu": "whole", "stream": "block by block", "cpu": "on the CPU"}[self.t5]
+        return f"transformer {dit}{sliced}{passes}; text encoder {t5}; VAE {self.vae}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """Sizes of the models of a run."""
+
+    transformer: TransformerDims
+    text_encoder: TextEncoderDims
+    image_encoder: ImageEncoderDims | None
+    vae: VaeDims
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a run works on, as far as memory is concerned."""
+
+    models: Models
+    latent_shape: tuple[int, int, int, int]
+    """(C, T, h, w)."""
+    num_tokens: int
+    """Of the video."""
+    text_tokens: tuple[int, ...]
+    """Of the prompt, and of the negative one if there is one."""
+    num_images: int = 0
+    num_ranks: int = 1
+    cfg: int = 1
+    num_parts: int = 1
+    """Of the sequence: ranks of ring and ulysses."""
+    ranks_per_node: int = 1
+    on_gpu: bool = True
+    itemsize: int = HALF
+    vae_itemsize: int = HALF
+
+
+@dataclass(frozen=True)
+class Use:
+    """Bytes of one stage on one rank, by part; the host's for all ranks of a node."""
+
+    stage: str
+    gpu: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def gpu_bytes(self) -> int:
+        """All of the GPU's."""
+        return sum(self.gpu.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """All of the host's."""
+        return sum(self.host.values())
+
+
+def block_bytes(dims: TransformerDims, itemsize: int) -> int:
+    """Return the bytes of a transformer's block without cross-attention's keys and values: linears, and vectors in float32."""
+    d, f = dims.dim, dims.ffn_dim
+    linears = (3 * d + d + d + d) * (d + 1) + f * (d + 1) + d * (f + 1)
+    return linears * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT
+
+
+def time_bytes(dims: TransformerDims) -> int:
+    """Return the bytes of what embeds timesteps, float32."""
+    return (dims.freq_dim + 1 + dims.dim + 1 + 6 * (dims.dim + 1)) * dims.dim * FLOAT
+
+
+def transformer_bytes(dims: TransformerDims, itemsize: int) -> int:
+    """Return the bytes of all of a transformer but the projection of contexts."""
+    patch = prod(dims.patch)
+    head = (dims.dim + 1) * patch * dims.out_dim + 2 * dims.dim
+    return dims.num_layers * block_bytes(dims, itemsize) + (dims.in_dim * patch + 1) * dims.dim * itemsize + time_bytes(dims) + head * FLOAT
+
+
+def context_block_bytes(dims: TransformerDims, itemsize: int) -> int:
+    """Return the bytes of one block's projection to keys and values."""
+    branches = 1 + bool(dims.image_dim)
+    return branches * (2 * dims.dim * (dims.dim + 1) * itemsize + dims.dim * FLOAT)
+
+
+def projection_bytes(dims: TransformerDims, itemsize: int, num_blocks: int) -> int:
+    """Return the bytes of the projection of contexts, with this many blocks."""
+    total = (dims.text_dim + 1 + dims.dim + 1) * dims.dim * itemsize + num_blocks * context_block_bytes(dims, itemsize)
+    if dims.image_dim:
+        width = dims.image_dim
+        total += (2 * width + (width + 1) * width + (width + 1) * dims.dim + 2 * dims.dim + dims.image_positions * width) * FLOAT
+    return total
+
+
+def text_block_bytes(dims: TextEncoderDims, itemsize: int) -> int:
+    """Return the bytes of a block of umT5."""
+    inner = dims.num_heads * dims.head_dim
+    return (4 * dims.dim * inner + 3 * dims.dim * dims.ffn_dim + dims.num_buckets * dims.num_heads + 2 * dims.dim) * itemsize
+
+
+def text_encoder_bytes(dims: TextEncoderDims, itemsize: int) -> int:
+    """Return the bytes of umT5's encoder."""
+    return dims.num_layers * text_block_bytes(dims, itemsize) + (dims.vocab_size + 1) * dims.dim * itemsize
+
+
+def image_encoder_bytes(dims: ImageEncoderDims) -> int:
+    """Return the bytes of CLIP's vision tower up to the layer that is read, float32."""
+    d, f = dims.dim, dims.ffn_dim
+    layer = 4 * d * (d + 1) + f * (d + 1) + d * (f + 1) + 4 * d
+    positions = (dims.image_size // dims.patch) ** 2 + 1
+    return ((dims.num_layers - 1) * layer + (3 * dims.patch**2 + 1 + positions) * d + 2 * d) * FLOAT
+
+
+def vae_weight_bytes(dims: VaeDims, itemsize: int) -> int:
+    """Return the bytes of a VAE's encoder and decoder."""
+    latent = dims.latent_dim
+    total = (2 * latent) * (2 * latent + 1) + latent * (latent + 1)
+    encoder = [dims.dim * multiplier for multiplier in (1, *dims.multipliers)]
+    total += _conv(dims.pixel_channels, encoder[0], 27) + _middle(encoder[-1]) + encoder[-1] + _conv(encoder[-1], 2 * latent, 27)
+    for stage, (before, after) in enumerate(itertools.pairwise(encoder)):
+        total += _residual(before, after) + (dims.num_blocks - 1) * _residual(after, after)
+        if stage < len(dims.temporal):
+            total += _conv(after, after, 9) + (_conv(after, after, 3) if dims.temporal[stage] else 0)
+    decoder = [dims.decoder_dim * multiplier for multiplier in (dims.multipliers[-1], *reversed(dims.multipliers))]
+    total += _conv(latent, decoder[0], 27) + _middle(decoder[0]) + decoder[-1] + _conv(decoder[-1], dims.pixel_channels, 27)
+    for stage, (before, after) in enumerate(itertools.pairwise(decoder)):
+        first = before // 2 if stage and not dims.residual else before
+        total += _residual(first, after) + dims.num_blocks * _residual(after, after)
+        if stage < len(dims.temporal):
+            total += _conv(after, after if dims.residual else after // 2, 9)
+            total += _conv(after, 2 * after, 3) if dims.temporal[::-1][stage] else 0
+    return total * itemsize
+
+
+def _conv(before: int, after: int, kernel: int) -> int:
+    return before * after * kernel + after
+
+
+def _residual(before: int, after: int) -> int:
+    return before + after + _conv(before, after, 27) + _conv(after, after, 27) + (_conv(before, after, 1) if before != after else 0)
+
+
+def _middle(dim: int) -> int:
+    return 2 * _residual(dim, dim) + dim + _conv(dim, 3 * dim, 1) + _conv(dim, dim, 1)
+
+
+def context_bytes(load: Load) -> int:
+    """Return the bytes of cross-attention's keys and values in all blocks."""
+    dims = load.models.transformer
+    tokens = sum(number + 1 for number in load.text_tokens) + (257 * load.num_images if dims.image_dim else 0)
+    return dims.num_layers * 2 * tokens * dims.dim * load.itemsize
+
+
+def activation_bytes(load: Load, arrangement: Arrangement) -> int:
+    """Return the bytes of a denoising step's activations at their largest moment, on one rank."""
+    dims, e = load.models.transformer, load.itemsize
+    tokens = -(-load.num_tokens // load.num_parts)
+    part = min(arrangement.slice_tokens or tokens, tokens)
+    width = tokens * dims.dim * e
+    streams = width * (1 if arrangement.passes == "apart" or load.cfg == 2 else len(load.text_tokens))
+    pieces = 3 * min(PIECE, part) * dims.dim * FLOAT
+    project = (3 * width if part < tokens else 0) + 4 * part * dims.dim * e + pieces
+    attend = 4 * width + tokens * dims.num_heads * FLOAT + (3 * width if load.num_parts > 1 else 0)
+    feed = part * (dims.dim + 2 * dims.ffn_dim) * e
+    latents = prod(load.latent_shape) * FLOAT * 10
+    return streams + max(project, attend, feed) + latents
+
+
+def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
+    """Return what each stage takes. On a run without a GPU, ``gpu`` is what its tensors take of the host."""
+    e, dims = load.itemsize, load.models.transformer
+    contexts = context_bytes(load)
+    process = {"process": PROCESS_BYTES[load.on_gpu] * load.ranks_per_node}
+    uses = [_text(load, arrangement, process)]
+    if load.models.image_encoder is not None and load.num_images:
+        uses.append(Use("look", {"weights": image_encoder_bytes(load.models.image_encoder), "activations": int(0.05 * GIB)}, process))
+    if load.num_images:
+        uses.append(_vae(load, arrangement.image, "image", process))
+    own = -(-dims.num_layers // load.num_ranks)
+    num_blocks = own if arrangement.dit == "resident" else min(SLOTS, own)
+    staged = {} if arrangement.dit == "resident" else {"staging": STAGED * context_block_bytes(dims, e) * load.ranks_per_node}
+    gpu = {"weights": projection_bytes(dims, e, num_blocks), "contexts": contexts * (2 if load.num_ranks > 1 else 1)}
+    uses.append(Use("context", gpu, process | staged))
+    weights = transformer_bytes(dims, e) - time_bytes(dims)
+    block = block_bytes(dims, e)
+    host = dict(process)
+    if arrangement.dit != "resident":
+        weights -= (dims.num_layers - SLOTS) * block
+        on_host = dims.num_layers if arrangement.dit == "stream" else STAGED
+        host["weights" if arrangement.dit == "stream" else "staging"] = on_host * block * load.ranks_per_node
+    if arrangement.shard_dit:
+        weights = (weights + time_bytes(dims)) // load.num_ranks
+    embedding = 0 if arrangement.shard_dit else time_bytes(dims)
+    uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts}, host))
+    gathered = {"gathered": 2 * block} if arrangement.shard_dit else {}
+    activations = {"activations": activation_bytes(load, arrangement)}
+    uses.append(Use("denoise", {"weights": weights, "contexts": contexts} | gathered | activations, host))
+    uses.append(_vae(load, arrangement.vae, "decode", process))
+    return uses
+
+
+def _text(load: Load, arrangement: Arrangement, process: dict[str, int]) -> Use:
+    dims, e = load.models.text_encoder, load.itemsize
+    block, whole = text_block_bytes(dims, e), text_encoder_bytes(dims, e)
+    activations = max(load.text_tokens) * (4 * dims.dim + 3 * dims.ffn_dim) * FLOAT
+    if arrangement.t5 == "cpu":
+        return Use("text", {}, process | {"weights": whole, "activations": activations})
+    if arrangement.t5 == "stream":
+        return Use("text", {"weights": SLOTS * block, "activations": activations}, process | {"staging": STAGED * block})
+    if arrangement.shard_t5:
+        return Use("text", {"weights": whole // load.num_ranks, "gathered": 2 * block, "activations": activations}, process)
+    return Use("text", {"weights": whole, "activations": activations}, process)
+
+
+def _vae(load: Load, way: Way, stage: str, process: dict[str, int]) -> Use:
+    dims, itemsize = load.models.vae, load.vae_itemsize
+    rows, columns = load.latent_shape[2:]
+    size = (min(rows, columns), *way.part_of(max(rows, columns), load.num_ranks, dims))
+    parts = {
+        "weights": vae_weight_bytes(dims, itemsize),
+        "activations": vae_bytes(dims, size, itemsize, at_once=way.at_once, encode=stage == "image"),
+    }
+    return Use(stage, {}, process | parts) if way.name == "cpu" else Use(stage, parts, process)
+
+
+def table(uses: Sequence[Use], gpu: int | None, host: int, measured: Mapping[str, tuple[float, float]] | None = None) -> list[str]:
+    """Return a table of what stages take, in GiB, beside what there is.
+
+    ``measured``: GPU and host peaks of stages, in GiB, for a column of their own.
+    """
+    place = "GPU" if gpu is not None else "tensors"
+    lines = [f"{'GiB':9} {place:>8}{'  seen' if measured else ''}  of which{'':45} {'host':>6}{'  seen' if measured else ''}"]
+    for use in uses:
+        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in use.gpu.items() if size >= 0.05 * GIB)
+        seen = measured.get(use.stage) if measured else None
+        columns = [f"{value:6.1f}" if seen else "      " for value in seen or (0, 0)] if measured else ["", ""]
+        lines.append(f"{use.stage:9} {use.gpu_bytes / GIB:8.1f}{columns[0]}  {parts:53} {use.host_bytes / GIB:6.1f}{columns[1]}".rstrip())
+    room = f"{gpu / GIB:8.1f}" if gpu is not None else f"{'':8}"
+    return [*lines, f"{'there is':9} {room}{'      ' if measured else ''}  {'':53} {host / GIB:6.1f}"]
