@@ -17,6 +17,7 @@ from wan_dist.errors import InputError, nearest
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float32")
 ATTENTION_BACKENDS = ("auto", "fa4", "cudnn", "flash", "sdpa")
+QUANTIZATIONS = ("none", "fp8", "int8", "int4")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
 VAE_PLACES = ("parallel", "whole", "tiled", "cpu")
 DIT_PLACES = ("resident", "stream", "disk")
@@ -166,6 +167,7 @@ class RunConfig:
     noise_device: str = _key("cpu", "where the noise is drawn: cpu (the same everywhere) or cuda (the reference's on a GPU)")
     device: str = _key("auto", "auto, cuda or cpu")
     dtype: str = _key("bfloat16", "bfloat16, or float32 for comparisons")
+    quant: str = _key("none", "none, fp8, int8 or int4: the transformer's linears in fewer bits, but for the first and last block's")
     attention: str = _key("auto", "auto, fa4 (FlashAttention-4), cudnn, flash or sdpa")
     latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -177,6 +179,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("quant", self.quant, QUANTIZATIONS)
         _check_choice("attention", self.attention, ATTENTION_BACKENDS)
         _check_choice("device", self.device, DEVICES)
         _check_choice("noise_device", self.noise_device, NOISE_DEVICES)

@@ -13,6 +13,7 @@ from wan_dist.footprint import Arrangement
 from wan_dist.log import logger
 from wan_dist.memory import free_memory
 from wan_dist.models.attention import InnerAttention
+from wan_dist.models.quantized import quantize_blocks
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
@@ -92,15 +93,21 @@ class Experts:
             return ParallelGuidance(model, contexts, self.conditioning, self.noise, scale=scale, axis=groups.cfg)
         return Guidance(model, contexts, self.conditioning, self.noise, scale=scale, apart=arrangement.passes == "apart")
 
+    @property
+    def _precision(self) -> str:
+        return self.config.dtype if self.config.quant == "none" else f"{self.config.quant} and {self.config.dtype}"
+
     def _load(self, which: int, stage: str, arrangement: Arrangement) -> WanTransformer:
         component = self.checkpoint.transformers[which]
 
         def spread(model: WanTransformer) -> None:
+            if self.config.quant != "none":
+                quantize_blocks(model.blocks, self.config.quant)
             parallelize_transformer(model, self.groups, shard=arrangement.shard_dit, usp=self.config.parallel.usp)
 
         streaming = None if arrangement.dit == "resident" else Streaming("blocks", from_disk=arrangement.dit == "disk")
         where = {"resident": "", "stream": ", streamed from host memory", "disk": ", streamed from disk"}[arrangement.dit]
-        with self.report.stage(stage, f"transformer {component.dims.num_layers} x {component.dims.dim}, {self.config.dtype}{where}"):
+        with self.report.stage(stage, f"transformer {component.dims.num_layers} x {component.dims.dim}, {self._precision}{where}"):
             before = component.files.bytes_read
             model = component.load(self.report.device, spread=spread, streaming=streaming, inner_attention=self.attention)
             model.slice_tokens(arrangement.slice_tokens)

@@ -18,6 +18,8 @@ SLOTS = 2
 """Blocks of a streamed model on the device."""
 STAGED = 3
 """Blocks of a streamed model on the host where they are read from disk."""
+GROUP = 64
+"""Values that share a scale in int4; as in models/quantized.py."""
 PIECE = 4096
 """Tokens that are in float32 at once; as in models/transformer.py."""
 PROCESS_BYTES = {True: int(1.3 * GIB), False: int(0.35 * GIB)}
@@ -80,6 +82,7 @@ class Load:
     num_parts: int = 1
     """Of the sequence: ranks of ring and ulysses."""
     ranks_per_node: int = 1
+    quant: str = "none"
     on_gpu: bool = True
     itemsize: int = HALF
     vae_itemsize: int = HALF
@@ -104,11 +107,21 @@ class Use:
         return sum(self.host.values())
 
 
-def block_bytes(dims: TransformerDims, itemsize: int) -> int:
+def block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
     """Return the bytes of a transformer's block without cross-attention's keys and values: linears, and vectors in float32."""
     d, f = dims.dim, dims.ffn_dim
-    linears = (3 * d + d + d + d) * (d + 1) + f * (d + 1) + d * (f + 1)
-    return linears * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT
+    rows, weights = 7 * d + f, 6 * d * d + 2 * d * f
+    if quant == "none":
+        stored = weights * itemsize
+    else:  # see models/quantized.py
+        stored = weights // 2 + weights // GROUP * 2 * FLOAT if quant == "int4" else weights + rows * FLOAT
+    return stored + rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT
+
+
+def blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> int:
+    """Return the bytes of all blocks; the first and the last are not quantised."""
+    inner = max(0, dims.num_layers - 2)
+    return inner * block_bytes(dims, itemsize, quant) + (dims.num_layers - inner) * block_bytes(dims, itemsize)
 
 
 def time_bytes(dims: TransformerDims) -> int:
@@ -116,11 +129,11 @@ def time_bytes(dims: TransformerDims) -> int:
     return (dims.freq_dim + 1 + dims.dim + 1 + 6 * (dims.dim + 1)) * dims.dim * FLOAT
 
 
-def transformer_bytes(dims: TransformerDims, itemsize: int) -> int:
+def transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
     """Return the bytes of all of a transformer but the projection of contexts."""
     patch = prod(dims.patch)
     head = (dims.dim + 1) * patch * dims.out_dim + 2 * dims.dim
-    return dims.num_layers * block_bytes(dims, itemsize) + (dims.in_dim * patch + 1) * dims.dim * itemsize + time_bytes(dims) + head * FLOAT
+    return blocks_bytes(dims, itemsize, quant) + (dims.in_dim * patch + 1) * dims.dim * itemsize + time_bytes(dims) + head * FLOAT
 
 
 def context_block_bytes(dims: TransformerDims, itemsize: int) -> int:
@@ -227,19 +240,21 @@ def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
     staged = {} if arrangement.dit == "resident" else {"staging": STAGED * context_block_bytes(dims, e) * load.ranks_per_node}
     gpu = {"weights": projection_bytes(dims, e, num_blocks), "contexts": contexts * (2 if load.num_ranks > 1 else 1)}
     uses.append(Use("context", gpu, process | staged))
-    weights = transformer_bytes(dims, e) - time_bytes(dims)
-    block = block_bytes(dims, e)
+    weights = transformer_bytes(dims, e, load.quant) - time_bytes(dims)
+    block, blocks = block_bytes(dims, e), blocks_bytes(dims, e, load.quant)
     host = dict(process)
     if arrangement.dit != "resident":
-        weights -= (dims.num_layers - SLOTS) * block
-        on_host = dims.num_layers if arrangement.dit == "stream" else STAGED
-        host["weights" if arrangement.dit == "stream" else "staging"] = on_host * block * load.ranks_per_node
+        weights += SLOTS * block - blocks
+        held = blocks if arrangement.dit == "stream" else STAGED * block
+        host["weights" if arrangement.dit == "stream" else "staging"] = held * load.ranks_per_node
     if arrangement.shard_dit:
         weights = (weights + time_bytes(dims)) // load.num_ranks
     embedding = 0 if arrangement.shard_dit else time_bytes(dims)
     uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts}, host))
     gathered = {"gathered": 2 * block} if arrangement.shard_dit else {}
     activations = {"activations": activation_bytes(load, arrangement)}
+    if load.quant != "none":
+        activations["workspace"] = dims.dim * max(3 * dims.dim, dims.ffn_dim) * e  # of a linear in full
     uses.append(Use("denoise", {"weights": weights, "contexts": contexts} | gathered | activations, host))
     uses.append(_vae(load, arrangement.vae, "decode", process))
     return uses

@@ -149,6 +149,7 @@ def arranged(plan: Plan, config: RunConfig, hardware: Hardware, models: Models) 
         cfg=plan.degrees.cfg,
         num_parts=plan.degrees.ring * plan.degrees.ulysses,
         ranks_per_node=plan.ranks_per_node,
+        quant=config.quant,
         on_gpu=hardware.gpu_bytes is not None,
         itemsize=2 if config.dtype == "bfloat16" else 4,
         vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
@@ -202,6 +203,10 @@ def _shard(what: str, asked: bool | None, place: str | None, degrees: Degrees, *
 
 def _settled(config: RunConfig, task: Task, degrees: Degrees, side: int, *, guided: bool) -> Arrangement:
     """Return what does not depend on memory: whether weights are sharded, and the VAE's first way."""
+    if config.quant != "none" and config.memory.dit == "disk":
+        raise InputError(
+            f"quant={config.quant} and memory.dit=disk: the file's weights would be quantised anew each step; use memory.dit=stream"
+        )
     passes = config.memory.passes
     if passes == "together" and (degrees.cfg == 2 or not guided):
         why = "they are on ranks of their own with parallel.cfg=2" if degrees.cfg == 2 else "guidance is off, so there is one"

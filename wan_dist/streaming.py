@@ -22,7 +22,7 @@ Read = Callable[[int, dict[str, Tensor]], None]
 
 
 class Layout:
-    """Where the parameters of a block lie in one flat array of bytes, the same for all blocks."""
+    """Where the parameters of a block lie in one flat array of bytes."""
 
     def __init__(self, block: nn.Module) -> None:
         self.places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
@@ -44,8 +44,9 @@ class BlockReader:
 
     num_ahead = 3
 
-    def __init__(self, layout: Layout, num_blocks: int, read: Read, *, pin: bool, keep: bool) -> None:
-        self._layout, self._num_blocks, self._read, self._pin, self._keep = layout, num_blocks, read, pin, keep
+    def __init__(self, layouts: Sequence[Layout], read: Read, *, pin: bool, keep: bool) -> None:
+        self._layouts, self._num_blocks, self._read, self._pin, self._keep = layouts, len(layouts), read, pin, keep
+        self._most = max(layout.num_bytes for layout in layouts)
         self._thread = ThreadPoolExecutor(1)
         self._begun: dict[int, Future[Tensor]] = {}
         self._spare: deque[tuple[Tensor, Callable[[], None]]] = deque()
@@ -65,11 +66,12 @@ class BlockReader:
         if index in self._begun:
             return
         spare = self._spare.popleft() if self._spare else None
-        layout, read, pin = self._layout, self._read, self._pin
+        layout, read, pin = self._layouts[index], self._read, self._pin
+        num_bytes = layout.num_bytes if self._keep else self._most
 
         def load() -> Tensor:
             if spare is None:
-                array = host_array(layout.num_bytes, pin=pin)
+                array = host_array(num_bytes, pin=pin)
             else:
                 array, copied = spare
                 copied()
@@ -82,9 +84,10 @@ class BlockReader:
 class Streamer:
     """Brings blocks' weights to the device ahead of their turn, in the order of the blocks, over and over."""
 
-    def __init__(self, blocks: Sequence[nn.Module], layout: Layout, reader: BlockReader, device: torch.device) -> None:
-        self._blocks, self._layout, self._reader, self._device = list(blocks), layout, reader, device
-        self._slots = [torch.empty(layout.num_bytes, dtype=torch.uint8, device=device) for _ in range(min(_NUM_SLOTS, len(blocks)))]
+    def __init__(self, blocks: Sequence[nn.Module], layouts: Sequence[Layout], reader: BlockReader, device: torch.device) -> None:
+        self._blocks, self._layouts, self._reader, self._device = list(blocks), layouts, reader, device
+        most = max(layout.num_bytes for layout in layouts)
+        self._slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(min(_NUM_SLOTS, len(blocks)))]
         self._held: list[int | None] = [None] * len(blocks)
         self._thread = ThreadPoolExecutor(1)  # it waits for the reader, so that whoever computes need not
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -102,18 +105,20 @@ class Streamer:
         if self._held[index] == slot:
             return
         self._held[index] = slot
-        for name, view in self._layout.views(self._slots[slot]).items():
+        for name, view in self._layouts[index].views(self._slots[slot]).items():
             owner, _, attribute = name.rpartition(".")
             setattr(self._blocks[index].get_submodule(owner), attribute, nn.Parameter(view, requires_grad=False))
 
     def _bring_next(self) -> None:
         """Begin to bring the next block into the slot that has just been left."""
-        index, slot = self._count % len(self._blocks), self._slots[self._count % len(self._slots)]
+        index = self._count % len(self._blocks)
+        size = self._layouts[index].num_bytes
+        slot = self._slots[self._count % len(self._slots)][:size]
         self._count += 1
         left = _now(self._device)
 
         def bring() -> Callable[[], None]:
-            array = self._reader.get(index)
+            array = self._reader.get(index)[:size]
             if self._stream is None or left is None:
                 slot.copy_(array)
                 self._reader.let_go(index, lambda: None)
@@ -152,14 +157,14 @@ class Streaming:
 
 
 def stream_blocks(blocks: Sequence[nn.Module], read: Read, device: torch.device, *, from_disk: bool) -> None:
-    """Let the weights of these blocks, alike and on meta, visit the device in turn; each call of a block must be followed by the next's.
+    """Let the weights of these blocks, on meta, visit the device in turn; each call of a block must be followed by the next's.
 
     ``read`` fills a block's parameters on the host, in a thread of its own: once a block where host memory keeps them, every time
     with ``from_disk``.
     """
-    layout = Layout(blocks[0])
-    reader = BlockReader(layout, len(blocks), read, pin=device.type == "cuda", keep=not from_disk)
-    Streamer(blocks, layout, reader, device)
+    layouts = [Layout(block) for block in blocks]
+    reader = BlockReader(layouts, read, pin=device.type == "cuda", keep=not from_disk)
+    Streamer(blocks, layouts, reader, device)
 
 
 def host_array(num_bytes: int, *, pin: bool) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
-from tests.conftest import golden_folder, has_golden
+from tests.conftest import FIXTURES, golden_folder, has_golden
 from tests.test_command import reference_arguments
 
 
@@ -126,3 +126,20 @@ def test_any_spread_gives_the_reference_implementations_video(num_ranks: int, tm
     print(json.dumps(errors, indent=2))
     assert max(errors.values()) < 1e-3
     assert not torch.tensor(list(errors.values())).isnan().any()
+
+
+def test_quantised_weights_are_the_same_on_any_ranks(tmp_path: Path) -> None:
+    arguments = [*reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B"), "dtype=float32", "device=cpu"]
+    kinds = ("fp8", "int8", "int4")
+    table = [[*arguments, f"quant={kind}", "fsdp.dit=true", "parallel.ulysses=2", f"output.dir={tmp_path / kind}"] for kind in kinds]
+    table.append([*arguments, "quant=int4", "memory.dit=stream", "parallel.ring=2", f"output.dir={tmp_path / 'streamed'}"])
+    codes, told = run_table(table, 2, tmp_path)
+    assert codes == [[0] * 4] * 2, told
+    codes, told = run_table([[*arguments, f"quant={kind}", f"output.dir={tmp_path / kind}-alone"] for kind in kinds], 1, tmp_path)
+    assert codes == [[0] * 3], told
+
+    def video(folder: str) -> torch.Tensor:
+        return load_file(tmp_path / folder / "out.safetensors")["video"]
+
+    for kind, folder in (*zip(kinds, kinds, strict=True), ("int4", "streamed")):
+        torch.testing.assert_close(video(folder), video(f"{kind}-alone"), rtol=0, atol=1e-3)

@@ -17,7 +17,11 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) 
     model.requires_grad_(False)  # parameters of several dtypes may then share a part
     sharded = []
     for block in blocks:
-        vectors = {parameter for parameter in block.parameters() if parameter.numel() <= 8 * max(parameter.shape)}
+        vectors = {
+            parameter
+            for name, parameter in block.named_parameters()
+            if parameter.numel() <= 8 * max(parameter.shape) and not name.endswith((".scale", ".offset"))  # their rows are the weight's
+        }
         sharded.append(fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=vectors))
     for part in model.children():
         if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):

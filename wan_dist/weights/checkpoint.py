@@ -60,7 +60,7 @@ class Component(Generic[Model, Dims]):
 
         def read(index: int, parameters: dict[str, Tensor]) -> None:
             named = {f"{streaming.blocks}.{names[index]}.{name}": value for name, value in parameters.items()}
-            read_parameters(named, self.files, self.keys)
+            read_parameters(named, self.files, self.keys, device)
 
         names, blocks = zip(*model.get_submodule(streaming.blocks).named_children(), strict=True)
         stream_blocks(blocks, read, device, from_disk=streaming.from_disk)

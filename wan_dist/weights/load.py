@@ -9,8 +9,11 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from wan_dist.errors import InputError
+from wan_dist.models.quantized import QuantizedLinear, quantize
 from wan_dist.weights.files import Shape, TensorFiles, first_ten
 from wan_dist.weights.names import KeyMap, Source
+
+_ROWS_AT_ONCE = 2048
 
 
 def check_keys(models: Sequence[nn.Module], files: TensorFiles, keys: KeyMap) -> None:
@@ -52,30 +55,66 @@ def fill(model: nn.Module, files: TensorFiles, keys: KeyMap, device: torch.devic
     Parameters whose names begin with one of ``leave`` are left alone. Of a sharded parameter only this rank's rows are read. Holds at
     most the model and one tensor of the files. `check_keys` must have passed.
     """
-    is_sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if is_sharded:
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         model.to_empty(device=device)
+    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     for name, parameter in list(model.named_parameters()):
-        if name.startswith(leave):
-            continue
+        owner, _, attribute = name.rpartition(".")
+        if name.startswith(leave) or (owner in quantized and attribute not in ("weight", "bias")):
+            continue  # the others of a quantised linear come with its weight
+        module = model.get_submodule(owner)
+        with_weight = owner in quantized and attribute == "weight"
+        parts = {key: part for key, part in module.named_parameters(recurse=False) if (key != "bias" if with_weight else key == attribute)}
+        local = {
+            key: part.to_local() if isinstance(part, DTensor) else torch.empty_like(part, device=device) for key, part in parts.items()
+        }
+        first = 0
         if isinstance(parameter, DTensor):
             _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-            _copy_rows(parameter.to_local(), offset[0], parameter.shape[0], files, keys.sources(name))
-            continue
-        filled = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        _copy_rows(filled, 0, parameter.shape[0], files, keys.sources(name))
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(filled, requires_grad=False))
+            first = offset[0]
+        _fill_rows(local, attribute, first, parameter.shape[0], files, keys.sources(name), device)
+        for key, part in parts.items():
+            if not isinstance(part, DTensor):
+                setattr(module, key, nn.Parameter(local[key], requires_grad=False))
     for name, buffer in list(model.named_buffers()):
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffer.to(device))
     return model.eval().requires_grad_(False)
 
 
-def read_parameters(targets: Mapping[str, Tensor], files: TensorFiles, keys: KeyMap) -> None:
-    """Read the files' values into these parameters, by their names in the model."""
+def read_parameters(targets: Mapping[str, Tensor], files: TensorFiles, keys: KeyMap, device: torch.device) -> None:
+    """Read the files' values into these parameters, by their names in the model; quantised ones are computed on ``device``."""
     for name, target in targets.items():
-        _copy_rows(target, 0, target.shape[0], files, keys.sources(name))
+        owner, _, attribute = name.rpartition(".")
+        is_quantized = f"{owner}.scale" in targets
+        if is_quantized and attribute not in ("weight", "bias"):
+            continue
+        parts = ("weight", "scale", "offset") if is_quantized and attribute == "weight" else (attribute,)
+        local = {key: targets[f"{owner}.{key}"] for key in parts if f"{owner}.{key}" in targets}
+        _fill_rows(local, attribute, 0, target.shape[0], files, keys.sources(name), device)
+
+
+def _fill_rows(
+    local: Mapping[str, Tensor],
+    attribute: str,
+    first: int,
+    num_rows: int,
+    files: TensorFiles,
+    sources: tuple[Source, ...],
+    device: torch.device,
+) -> None:
+    """Fill rows ``first`` and on of a parameter of ``num_rows``, or of a quantised linear's weight and its scales."""
+    target = local[attribute]
+    if "scale" not in local:
+        _copy_rows(target, first, num_rows, files, sources)
+        return
+    kind = {torch.float8_e4m3fn: "fp8", torch.int8: "int8", torch.uint8: "int4"}[target.dtype]
+    num_columns = target.shape[1] * (2 if kind == "int4" else 1)
+    for start in range(0, len(target), _ROWS_AT_ONCE):
+        rows = torch.empty(min(_ROWS_AT_ONCE, len(target) - start), num_columns, device=device)
+        _copy_rows(rows, first + start, num_rows, files, sources)
+        for key, values in quantize(rows, kind).items():
+            local[key][start : start + len(rows)].copy_(values)
 
 
 def _copy_rows(target: Tensor, offset: int, num_rows: int, files: TensorFiles, sources: tuple[Source, ...]) -> None:

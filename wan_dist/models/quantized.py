@@ -1,0 +1,97 @@
+"""Linears with weights of 8 or 4 bits: plain tensors and their scales, so that they can be sharded and streamed as any others.
+
+fp8 and int8: a scale for each row of the weight, symmetric. int4: a scale and an offset for each `GROUP` values of a row. Products are
+computed in the input's dtype, but for fp8 on GPUs that multiply it, where inputs are rounded to fp8 too, each token with a scale.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = ("fp8", "int8", "int4")
+GROUP = 64
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = 448.0
+_ROWS_AT_ONCE = 1024
+
+
+class QuantizedLinear(nn.Module):
+    """A linear in place of `nn.Linear`, in 8 or 4 bits."""
+
+    def __init__(self, in_dim: int, out_dim: int, kind: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind = kind
+        stored = {"fp8": _FP8, "int8": torch.int8, "int4": torch.uint8}[kind]
+        columns, groups = (in_dim // 2, in_dim // GROUP) if kind == "int4" else (in_dim, 1)
+        self.weight = nn.Parameter(torch.empty(out_dim, columns, dtype=stored), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(out_dim, groups), requires_grad=False)
+        if kind == "int4":
+            self.offset = nn.Parameter(torch.empty(out_dim, groups), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_dim, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        if self.kind == "fp8" and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
+            return self._product_of_fp8(x)
+        return F.linear(x, self.dequantized(x.dtype), self.bias)
+
+    def _product_of_fp8(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        values, scale = _rounded(rows, _FP8_MAX)
+        out = torch._scaled_mm(
+            values.to(_FP8), self.weight.t(), scale_a=scale, scale_b=self.scale.t(), bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
+        )
+        return out.unflatten(0, x.shape[:-1])
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight (out, in) in ``dtype``."""
+        in_dim = self.weight.shape[1] * (2 if self.kind == "int4" else 1)
+        out = torch.empty(self.weight.shape[0], in_dim, dtype=dtype, device=self.weight.device)
+        for first in range(0, len(out), _ROWS_AT_ONCE):  # float32 copies stay small
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            if self.kind == "int4":
+                values = torch.stack([self.weight[rows] & 15, self.weight[rows] >> 4], dim=-1).flatten(1).unflatten(1, (-1, GROUP))
+                out[rows] = torch.addcmul(self.offset[rows].unsqueeze(-1), values, self.scale[rows].unsqueeze(-1)).flatten(1)
+            else:
+                out[rows] = self.weight[rows].float() * self.scale[rows]
+        return out
+
+
+def quantize(weight: Tensor, kind: str) -> dict[str, Tensor]:
+    """Return a `QuantizedLinear`'s weight and scale, and for int4 offset, for rows of a weight (n, in)."""
+    if kind == "int4":
+        groups = weight.float().unflatten(1, (-1, GROUP))
+        low, high = groups.amin(dim=-1), groups.amax(dim=-1)
+        scale = ((high - low) / 15).clamp_min(1e-12)
+        values = ((groups - low.unsqueeze(-1)) / scale.unsqueeze(-1)).round().clamp(0, 15).to(torch.uint8).flatten(1)
+        return {"weight": values[:, ::2] | values[:, 1::2] << 4, "scale": scale, "offset": low}
+    values, scale = _rounded(weight, _FP8_MAX if kind == "fp8" else 127.0)
+    return {"weight": values.to(_FP8) if kind == "fp8" else values.round().to(torch.int8), "scale": scale}
+
+
+def _rounded(rows: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """Return rows (n, k) divided so that the largest value of each is ``most``, float32, and by what, (n, 1) float32."""
+    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / most
+    return rows.float() / scale, scale
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether this device multiplies matrices of fp8: NVIDIA's from compute capability 8.9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def quantize_blocks(blocks: nn.ModuleList, kind: str) -> None:
+    """Put quantised linears, still empty, in place of those of all blocks but the first and the last, which are the most sensitive."""
+    for block in list(blocks)[1:-1]:
+        for name, linear in list(_linears(block)):
+            owner, _, attribute = name.rpartition(".")
+            other = QuantizedLinear(linear.in_features, linear.out_features, kind, linear.weight.dtype)
+            setattr(block.get_submodule(owner), attribute, other)
+
+
+def _linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module
