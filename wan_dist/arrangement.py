@@ -83,7 +83,7 @@ def _arrange(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget
 
 def arrange_vae(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget, shorter: Callable[[int], Load | None]) -> Arrangement:
     """Return the arrangement with the first ways of the VAE that fit, from that in ``base`` on. Raises InputError if none does."""
-    dims, itemsize, size = load.models.vae, load.vae_itemsize, load.latent_shape[2:]
+    dims, itemsize, size = load.models.vae, load.vae_itemsize, load.latent_shape[1:]
     free = 2**62 if budget.gpu is None else budget.gpu - vae_weight_bytes(dims, itemsize)
 
     def first(name: str, *, encode: bool) -> Way:

@@ -250,7 +250,8 @@ def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
     if arrangement.shard_dit:
         weights = (weights + time_bytes(dims)) // load.num_ranks
     embedding = 0 if arrangement.shard_dit else time_bytes(dims)
-    uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts}, host))
+    at_first = host if "weights" not in host else process | {"staging": STAGED * block * load.ranks_per_node}  # the others come later
+    uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts}, at_first))
     gathered = {"gathered": 2 * block} if arrangement.shard_dit else {}
     activations = {"activations": activation_bytes(load, arrangement)}
     if load.quant != "none":

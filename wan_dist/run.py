@@ -52,6 +52,8 @@ def main(arguments: list[str]) -> int:
         return 0
     open_log()
     die_with_launcher()
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # what one stage leaves is of use to the next
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
     try:
         prepared = prepare(arguments)

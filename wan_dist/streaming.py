@@ -82,10 +82,13 @@ class BlockReader:
 
 
 class Streamer:
-    """Brings blocks' weights to the device ahead of their turn, in the order of the blocks, over and over."""
+    """Brings blocks' weights to the device ahead of their turn, in the order of the blocks, over and over.
+
+    It refers to no block, so that it goes, with all that it holds, as soon as the blocks do and the last block has come.
+    """
 
     def __init__(self, blocks: Sequence[nn.Module], layouts: Sequence[Layout], reader: BlockReader, device: torch.device) -> None:
-        self._blocks, self._layouts, self._reader, self._device = list(blocks), layouts, reader, device
+        self._layouts, self._reader, self._device = layouts, reader, device
         most = max(layout.num_bytes for layout in layouts)
         self._slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(min(_NUM_SLOTS, len(blocks)))]
         self._held: list[int | None] = [None] * len(blocks)
@@ -95,23 +98,23 @@ class Streamer:
         self._arriving: deque[Future[Callable[[], None]]] = deque()
         for _ in self._slots:
             self._bring_next()
-        for index, block in enumerate(self._blocks):
-            self._point(index, index % len(self._slots))
+        for index, block in enumerate(blocks):
+            self._point(block, index, index % len(self._slots))
             block.register_forward_pre_hook(partial(self._arrive, index))
             block.register_forward_hook(self._leave)
 
-    def _point(self, index: int, slot: int) -> None:
+    def _point(self, block: nn.Module, index: int, slot: int) -> None:
         """Make a block's parameters views of a slot."""
         if self._held[index] == slot:
             return
         self._held[index] = slot
         for name, view in self._layouts[index].views(self._slots[slot]).items():
             owner, _, attribute = name.rpartition(".")
-            setattr(self._blocks[index].get_submodule(owner), attribute, nn.Parameter(view, requires_grad=False))
+            setattr(block.get_submodule(owner), attribute, nn.Parameter(view, requires_grad=False))
 
     def _bring_next(self) -> None:
         """Begin to bring the next block into the slot that has just been left."""
-        index = self._count % len(self._blocks)
+        index = self._count % len(self._layouts)
         size = self._layouts[index].num_bytes
         slot = self._slots[self._count % len(self._slots)][:size]
         self._count += 1
@@ -133,12 +136,12 @@ class Streamer:
 
         self._arriving.append(self._thread.submit(bring))
 
-    def _arrive(self, index: int, *_: object) -> None:
+    def _arrive(self, index: int, block: nn.Module, _: object) -> None:
         turn = self._count - len(self._arriving)
-        if turn % len(self._blocks) != index:
-            raise RuntimeError(f"streamed blocks are called in order: block {index} was called in the turn of {turn % len(self._blocks)}")
+        if turn % len(self._layouts) != index:
+            raise RuntimeError(f"streamed blocks are called in order: block {index} was called in the turn of {turn % len(self._layouts)}")
         self._arriving.popleft().result()()
-        self._point(index, turn % len(self._slots))
+        self._point(block, index, turn % len(self._slots))
 
     def _leave(self, *_: object) -> None:
         self._bring_next()

@@ -50,7 +50,7 @@ def find_ways(config: RunConfig, plan: Plan, dims: VaeDims, device: torch.device
     planned = plan.arrangement.image if encode else plan.arrangement.vae
     itemsize = dtype_on(device, config).itemsize
     free = free_bytes(device, axis, budget_gib=config.memory.budget_gib) - vae_weight_bytes(dims, itemsize)
-    ways = ways_that_fit(planned.name, dims, plan.latent_shape[2:], axis.size, free=free, itemsize=itemsize, encode=encode)
+    ways = ways_that_fit(planned.name, dims, plan.latent_shape[1:], axis.size, free=free, itemsize=itemsize, encode=encode)
     if ways[0].name != planned.name:
         work = "encode" if encode else "decode"
         logger.warning("no room to %s %s beside what is on the GPU; %s instead, with the same result", work, planned, ways[0])

@@ -45,18 +45,18 @@ def ways_from(name: str, side: int) -> list[Way]:
 
 
 def ways_that_fit(
-    name: str, dims: VaeDims, latent_size: tuple[int, int], num_ranks: int, *, free: int, itemsize: int, encode: bool = False
+    name: str, dims: VaeDims, latent_size: tuple[int, int, int], num_ranks: int, *, free: int, itemsize: int, encode: bool = False
 ) -> list[Way]:
     """Return the ways from ``name`` on whose need is below ``free`` bytes of GPU memory, the CPU always.
 
-    ``latent_size``: rows and columns; ``itemsize``: bytes of a number. Each way decodes as many latent frames at once as it pays to and
-    half of the memory allows.
+    ``latent_size``: frames, rows and columns; ``itemsize``: bytes of a number. Each way decodes as many latent frames at once as it
+    pays to and half of the memory allows.
     """
-    larger, smaller = max(latent_size), min(latent_size)
+    larger, smaller = max(latent_size[1:]), min(latent_size[1:])
 
     def sized(way: Way) -> tuple[Way, int]:
         length, margin = way.part_of(larger, num_ranks, dims)
-        numbers = [number for number in (8, 4, 2) if number * smaller * (length + margin) <= PIXELS_AT_ONCE]
+        numbers = [number for number in (8, 4, 2) if number < latent_size[0] and number * smaller * (length + margin) <= PIXELS_AT_ONCE]
         size = (smaller, length, margin)
         needs = {number: vae_bytes(dims, size, itemsize, at_once=number, encode=encode) for number in (*numbers, 1)}
         at_once = next((number for number in numbers if needs[number] < free // 2), 1)

@@ -1,6 +1,8 @@
 """Blocks whose weights visit the device in turn compute what resident ones compute, whatever their number."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -83,3 +85,23 @@ def test_little_is_read_ahead() -> None:
     reads = streamed(model, from_disk=False)[1]
     threading.Event().wait(0.2)
     assert len(reads) <= 2 + BlockReader.num_ahead
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_nothing_is_left_when_the_model_goes(from_disk: bool) -> None:
+    model = Blocks(4)
+    other, _ = streamed(model, from_disk=from_disk)
+    other(torch.ones(1, 6))
+    streamer = weakref.ref(next(iter(other.blocks[0]._forward_hooks.values())).__self__)
+    gc.collect()
+    gc.disable()
+    try:
+        del other
+        for _ in range(100):  # a read may be under way
+            if streamer() is None:
+                return
+            threading.Event().wait(0.01)
+        pytest.fail("it is still there")
+    finally:
+        gc.enable()

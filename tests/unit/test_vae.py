@@ -72,7 +72,7 @@ def test_what_fits_is_taken() -> None:
     dims = VaeDims(dim=96, decoder_dim=96)
 
     def found(gib: float, name: str = "whole", num_ranks: int = 1) -> list[tuple[str, int]]:
-        ways = ways_that_fit(name, dims, (90, 160), num_ranks, free=int(gib * 2**30), itemsize=2)
+        ways = ways_that_fit(name, dims, (21, 90, 160), num_ranks, free=int(gib * 2**30), itemsize=2)
         return [(str(way), way.at_once) for way in ways]
 
     assert found(80)[0] == ("whole", 2)
