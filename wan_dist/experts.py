@@ -113,7 +113,7 @@ class Experts:
             model.slice_tokens(arrangement.slice_tokens)
             if not arrangement.shard_dit:
                 has_known_frame = self.conditioning.known_latents is not None
-                model.keep_times(rows_of(timestep, has_known_frame=has_known_frame) for timestep in self.solver.timesteps)
+                model.keep_times(rows_of(timestep, has_known_frame=has_known_frame) for timestep in dict.fromkeys(self.solver.timesteps))
         if streaming is None:
             self.report.rate(stage, component.files.bytes_read - before)
         return model

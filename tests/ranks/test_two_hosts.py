@@ -68,7 +68,7 @@ def test_a_cut_link_ends_both_hosts_in_time(network: Path) -> None:
     job = start(network, toy)
     for _ in range(120):
         time.sleep(0.5)
-        if "load  " in (network / "logs/host1.log").read_text():
+        if "] load  " in (network / "logs/host1.log").read_text():
             break
     time.sleep(2)
     subprocess.run(["bash", SCRIPTS / "netns_link.sh", "host2", "down"], check=True)
