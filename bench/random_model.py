@@ -6,7 +6,6 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from wan_dist.catalog import Task
-from wan_dist.dims import TransformerDims
 from wan_dist.models.attention import InnerAttention
 from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.sampling.conditioning import Conditioning
@@ -20,7 +19,7 @@ def random_transformer(
 ) -> WanTransformer:
     """Return the task's transformer in bfloat16 with random weights that keep activations near 1; ``spread`` may shard it first."""
     with torch.device("meta"):
-        model = WanTransformer(TransformerDims(**vars(task.transformer)), torch.bfloat16, attention)
+        model = WanTransformer(task.transformer, torch.bfloat16, attention)
     if spread is not None:
         spread(model)
     model = model.to_empty(device=device).eval().requires_grad_(False)
@@ -44,7 +43,7 @@ def random_inputs(
 ) -> tuple[torch.Tensor, list[ContextKV], Conditioning]:
     """Return latents, the contexts of both guidance branches, and the other conditioning; the same on all ranks."""
     torch.manual_seed(0)
-    dims = TransformerDims(**vars(task.transformer))
+    dims = task.transformer
     shape = latent_shape(task, size, frames)
 
     def keys_values(tokens: int) -> torch.Tensor:

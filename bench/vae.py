@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from wan_dist.catalog import TASKS
 from wan_dist.degrees import Degrees
 from wan_dist.dims import VaeDims
 from wan_dist.models.vae import WanVae, in_chunks
@@ -26,7 +27,7 @@ from wan_dist.vae import decode, encode, float32_frames, uint8_frames
 from wan_dist.ways import Way
 from wan_dist.weights.names import diffusers_vae
 
-DIMS = {"2.1": VaeDims(dim=96, decoder_dim=96), "2.2": VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)}
+DIMS = {"2.1": TASKS["t2v-1.3B"].vae, "2.2": TASKS["ti2v-5B"].vae}
 GIB = 2**30
 
 

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wan_dist.arguments import prepare, require_task
 from wan_dist.catalog import get_task
 from wan_dist.errors import InputError
-from wan_dist.footprint import Models, table
+from wan_dist.footprint import table
 from wan_dist.hardware import Hardware, find_gpus, find_host, parse_bytes, parse_gpus
 from wan_dist.plan import arranged, make_plan
 from wan_dist.run import compose, readable
@@ -36,9 +36,7 @@ def main(arguments: list[str]) -> None:
     if config is None:
         return
     hardware, ranks = hardware_of(given)
-    task = get_task(config.task)
-    models = Models(transformer=task.transformer, text_encoder=task.text_encoder, image_encoder=task.image_encoder, vae=task.vae)
-    plan = arranged(make_plan(config, ranks=ranks, is_rehearsal=True), config, hardware, models)
+    plan = arranged(make_plan(config, ranks=ranks, is_rehearsal=True), config, hardware, get_task(config.task).models)
     assert plan.budget is not None
     where = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
     _print([plan.summary, where + plan.arrangement.words, "", *table(plan.uses, plan.budget.gpu, plan.budget.host)])

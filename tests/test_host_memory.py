@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.dims import TextEncoderDims, TransformerDims, VaeDims
-from wan_dist.toy import CheckpointDims, make_checkpoint
+from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.toy import make_checkpoint
 
-DIMS = CheckpointDims(
+DIMS = ModelDims(
     transformer=TransformerDims(num_layers=6, dim=1024, ffn_dim=4096, num_heads=8, text_dim=1024),
     text_encoder=TextEncoderDims(num_layers=8, dim=1024, ffn_dim=4096, num_heads=16, head_dim=64, vocab_size=259),
     vae=VaeDims(dim=16, decoder_dim=16),

@@ -6,7 +6,7 @@ Defaults of a run (frames, steps, guidance ...) are in ``conf/task/*.yaml``; thi
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from wan_dist.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.errors import InputError, nearest
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -86,6 +86,11 @@ class Task:
     def image_encoder(self) -> ImageEncoderDims | None:
         """What looks at the images, where cross-attention wants that."""
         return _CLIP_H if self.looks_at_images else None
+
+    @property
+    def models(self) -> ModelDims:
+        """All of its models."""
+        return ModelDims(transformer=self.transformer, text_encoder=self.text_encoder, image_encoder=self.image_encoder, vae=self.vae)
 
     @property
     def multiple(self) -> tuple[int, int]:

@@ -90,3 +90,13 @@ class ImageEncoderDims:
     num_heads: int
     patch: int = 14
     image_size: int = 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelDims:
+    """All models of a checkpoint."""
+
+    transformer: TransformerDims
+    text_encoder: TextEncoderDims
+    image_encoder: ImageEncoderDims | None = None
+    vae: VaeDims

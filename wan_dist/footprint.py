@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from wan_dist.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.ways import WHOLE, Way, vae_bytes
 
 GIB = 2**30
@@ -56,20 +56,10 @@ class Arrangement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Models:
-    """Sizes of the models of a run."""
-
-    transformer: TransformerDims
-    text_encoder: TextEncoderDims
-    image_encoder: ImageEncoderDims | None
-    vae: VaeDims
-
-
-@dataclass(frozen=True, kw_only=True)
 class Load:
     """What a run works on, as far as memory is concerned."""
 
-    models: Models
+    models: ModelDims
     latent_shape: tuple[int, int, int, int]
     """(C, T, h, w)."""
     num_tokens: int

@@ -17,7 +17,7 @@ from wan_dist.config import RunConfig
 from wan_dist.encode import encode
 from wan_dist.errors import InputError
 from wan_dist.experts import Experts
-from wan_dist.footprint import Models, table
+from wan_dist.footprint import table
 from wan_dist.hardware import Hardware, find_host
 from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_bytes, free_memory
@@ -51,13 +51,7 @@ def _arranged(plan: Plan, config: RunConfig, checkpoint: Checkpoint, groups: Gro
     """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so."""
     free = free_bytes(device, groups.replica)
     host, limit = broadcast_object(find_host(), groups.replica)
-    models = Models(
-        transformer=checkpoint.transformers[0].dims,
-        text_encoder=checkpoint.text_encoder.dims,
-        image_encoder=None if checkpoint.image_encoder is None else checkpoint.image_encoder.dims,
-        vae=checkpoint.vae.dims,
-    )
-    plan = arranged(plan, config, Hardware(free if device.type == "cuda" else None, host, host_limit=limit), models)
+    plan = arranged(plan, config, Hardware(free if device.type == "cuda" else None, host, host_limit=limit), checkpoint.models)
     assert plan.budget is not None
     logger.info("plan      %s", plan.arrangement.words)
     for line in table(plan.uses, plan.budget.gpu, plan.budget.host):

@@ -14,8 +14,9 @@ from wan_dist.arrangement import Budget, arrange, arrange_vae, budget_of
 from wan_dist.catalog import AREA_480P, TASKS, Images, Task, get_task
 from wan_dist.config import RunConfig
 from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
+from wan_dist.dims import ModelDims
 from wan_dist.errors import InputError
-from wan_dist.footprint import Arrangement, Load, Models, Use, footprint
+from wan_dist.footprint import Arrangement, Load, Use, footprint
 from wan_dist.hardware import Hardware
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
 from wan_dist.ways import Way
@@ -132,7 +133,7 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
     )
 
 
-def arranged(plan: Plan, config: RunConfig, hardware: Hardware, models: Models) -> Plan:
+def arranged(plan: Plan, config: RunConfig, hardware: Hardware, models: ModelDims) -> Plan:
     """Return the plan with the fastest arrangement of these models that fits, and what each stage would take.
 
     Raises InputError if nothing fits, with what would.

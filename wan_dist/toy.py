@@ -7,7 +7,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
@@ -18,29 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from wan_dist.catalog import TASKS
-from wan_dist.dims import TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.dims import ModelDims
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
-from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
-from wan_dist.weights.names import KeyMap, original_text_encoder, original_transformer, original_vae
+from wan_dist.weights.layout import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, WEIGHTS
+from wan_dist.weights.names import KeyMap, original_image_encoder, original_text_encoder, original_transformer, original_vae
 
 _VERSION = 2
 _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointDims:
-    """Hyperparameters of all models of a checkpoint."""
-
-    transformer: TransformerDims
-    text_encoder: TextEncoderDims
-    vae: VaeDims
-
-
-_TASK = TASKS["toy"]
-TOY = CheckpointDims(transformer=_TASK.transformer, text_encoder=_TASK.text_encoder, vae=_TASK.vae)
 
 
 def toy_checkpoint() -> Path:
@@ -50,7 +37,7 @@ def toy_checkpoint() -> Path:
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=cache))
-        make_checkpoint(aside, TOY)
+        make_checkpoint(aside, TASKS["toy"].models)
         try:
             aside.rename(folder)
         except OSError:  # another run was faster
@@ -61,15 +48,16 @@ def toy_checkpoint() -> Path:
 
 def make_checkpoint(
     folder: Path,
-    dims: CheckpointDims,
+    dims: ModelDims,
     *,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     transformer_folder: str = ".",
+    text_encoder_of: Path | None = None,
 ) -> None:
     """Write a checkpoint with random weights into ``folder``; drawn on the CPU they are the same on every machine.
 
-    ``dtype`` is that of the transformer's linears and of the text encoder.
+    ``dtype`` is that of the transformer's linears and of the text encoder, which may be another folder's.
     """
     place = folder / transformer_folder
     place.mkdir(parents=True, exist_ok=True)
@@ -78,20 +66,30 @@ def make_checkpoint(
         transformer = WanTransformer(dims.transformer, dtype)
         projection = ContextProjection(dims.transformer, dtype)
         text_encoder = build_text_encoder(dims.text_encoder, dtype)
+        image_encoder = None if dims.image_encoder is None else build_image_encoder(dims.image_encoder)
         vae = WanVae(dims.vae)
     keys = original_transformer([])
     tensors = dict(chain(_stored_tensors(transformer, keys, generator), _stored_tensors(projection, keys, generator)))
     save_file(tensors, place / f"{WEIGHTS}.safetensors")
-    torch.save(dict(_stored_tensors(text_encoder, original_text_encoder([]), generator)), folder / TEXT_ENCODER)
+    if text_encoder_of is None:
+        torch.save(dict(_stored_tensors(text_encoder, original_text_encoder([]), generator)), folder / TEXT_ENCODER)
+    else:
+        (folder / TEXT_ENCODER).symlink_to((text_encoder_of / TEXT_ENCODER).resolve())
+    if image_encoder is not None and dims.image_encoder is not None:
+        last = f"visual.transformer.{dims.image_encoder.num_layers - 1}.norm1.weight"  # of the layer that is not read
+        stored = dict(_stored_tensors(image_encoder, original_image_encoder([last]), generator)) | {last: torch.ones(1)}
+        torch.save(stored, folder / IMAGE_ENCODER)
     torch.save(dict(_stored_tensors(vae, original_vae([]), generator)), folder / f"Wan2.{2 if dims.vae.residual else 1}_VAE.pth")
     stated = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
-    config = {"_class_name": "WanModel", "model_type": "t2v"} | {key: getattr(dims.transformer, key) for key in stated}
+    kind = "t2v" if dims.transformer.in_dim == dims.transformer.out_dim else "i2v"
+    config = {"_class_name": "WanModel", "model_type": kind} | {key: getattr(dims.transformer, key) for key in stated}
     (place / "config.json").write_text(json.dumps(config, indent=2))
     _byte_tokenizer().save_pretrained(folder / TOKENIZER)
 
 
 def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     """Yield random values for every parameter under the checkpoint's keys, scaled to keep activations near 1."""
+    whole: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "gamma" not in name:
             value = torch.randn(parameter.shape, generator=generator, device=generator.device) / parameter[0].numel() ** 0.5
@@ -99,7 +97,10 @@ def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) 
             value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
         sources = keys.sources(name)
         for source, part in zip(sources, value.chunk(len(sources)), strict=True):
-            yield source.key, part.to("cpu", parameter.dtype, copy=True)
+            parts = whole.setdefault(source.key, [part] * source.parts)
+            parts[source.part] = part.to("cpu", parameter.dtype, copy=True)
+            if source.part == source.parts - 1:  # a tensor that is several of ours
+                yield source.key, torch.cat(whole.pop(source.key))
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.torchrun import torchrun
-from wan_dist.dims import TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.toy import CheckpointDims, make_checkpoint
+from wan_dist.toy import make_checkpoint
 from wan_dist.weights.layout import WEIGHTS
 from wan_dist.weights.names import original_transformer
 
@@ -26,7 +26,7 @@ def big_checkpoint(folder: Path) -> int:
     """Make a whole checkpoint whose transformer is large; every row of a matrix holds its number. Returns the transformer's bytes."""
     text_encoder = TextEncoderDims(num_layers=1, dim=4096, ffn_dim=8, num_heads=2, head_dim=4, vocab_size=259)
     small = TransformerDims(**{**vars(DIMS), "num_layers": 1, "ffn_dim": 8})
-    make_checkpoint(folder, CheckpointDims(transformer=small, text_encoder=text_encoder, vae=VaeDims(dim=4, decoder_dim=4)))
+    make_checkpoint(folder, ModelDims(transformer=small, text_encoder=text_encoder, vae=VaeDims(dim=4, decoder_dim=4)))
     keys, tensors = original_transformer([]), {}
     with torch.device("meta"):
         models = WanTransformer(DIMS, torch.bfloat16), ContextProjection(DIMS, torch.bfloat16)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from wan_dist.catalog import Task
-from wan_dist.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.errors import InputError
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
@@ -84,6 +84,16 @@ class Checkpoint:
     image_encoder: Component[nn.Module, ImageEncoderDims] | None
     vae: Component[WanVae, VaeDims]
     tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def models(self) -> ModelDims:
+        """Sizes of its models."""
+        return ModelDims(
+            transformer=self.transformers[0].dims,
+            text_encoder=self.text_encoder.dims,
+            image_encoder=None if self.image_encoder is None else self.image_encoder.dims,
+            vae=self.vae.dims,
+        )
 
 
 def open_checkpoint(folder: Path, task: Task, dtype: torch.dtype) -> Checkpoint:
