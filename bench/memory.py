@@ -3,7 +3,7 @@
     python bench/checkpoint.py --task t2v-1.3B CHECKPOINTS/t2v-1.3B
     python bench/checkpoint.py --task i2v-14B CHECKPOINTS/i2v-14B --text-encoder-of CHECKPOINTS/t2v-1.3B
     python bench/memory.py CHECKPOINTS
-    torchrun --nproc_per_node=4 bench/memory.py CHECKPOINTS --only ranks
+    torchrun --nproc_per_node=4 bench/memory.py CHECKPOINTS --only ranks --rows 0        # several ranks: a row at a time
 
 Each row is a run of its own in this process. Prints planned and measured GPU and host peaks (GiB) of each stage, with the difference, and
 seconds a step; writes bench/results/memory-NAME.json.

@@ -3,8 +3,10 @@
 The stages of a run follow each other, so each is arranged on its own: text encoder, transformer, VAE.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from wan_dist.config import MemoryConfig
 from wan_dist.errors import InputError
@@ -13,7 +15,12 @@ from wan_dist.hardware import Hardware
 from wan_dist.ways import WHOLE, Way, ways_that_fit
 
 _CHOICES = ("dit", "t5", "slice_tokens", "passes", "vae")
-SLICES = (None, 8192, 2048, 512)
+_SLOWDOWN: dict[str, dict[Any, float]] = {
+    "dit": {"resident": 0.0, "stream": 0.03, "disk": 1.0},
+    "passes": {"together": 0.0, "apart": 0.02},
+    "slice_tokens": {None: 0.0, 8192: 0.01, 2048: 0.06, 512: 0.2},
+}
+"""How much slower a step is about, to put arrangements in order; estimates."""
 _LENIENCE = 0.9
 """A prediction may be this much too high: what the user has asked for is refused only if it would not fit even then."""
 
@@ -65,8 +72,9 @@ def arrange(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget,
         return _arrange(load, memory, base, budget, shorter)
     except InputError as fault:
         given = {key: value for key in _CHOICES if (value := getattr(memory, key)) is not None}
+        other_base = base if memory.vae is None else replace(base, vae=WHOLE)
         try:
-            other = _arrange(load, replace(memory, **dict.fromkeys(given)), replace(base, vae=WHOLE), budget, shorter)
+            other = _arrange(load, replace(memory, **dict.fromkeys(given)), other_base, budget, shorter)
         except InputError:
             raise fault from None
         what = str(fault).partition("; ")[0]
@@ -77,7 +85,7 @@ def arrange(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget,
 def _arrange(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget, shorter: Callable[[int], Load | None]) -> Arrangement:
     text = [replace(base, t5=place) for place in ([memory.t5] if memory.t5 else ["gpu"] if base.shard_t5 else ["gpu", "stream"])]
     chosen = _first_that_fits(load, text, ("text",), budget, shorter)
-    chosen = _first_that_fits(load, list(_transformers(chosen, memory, load)), ("context", "load", "denoise"), budget, shorter)
+    chosen = _first_that_fits(load, _transformers(chosen, memory, load), ("context", "load", "denoise"), budget, shorter)
     return arrange_vae(load, memory, chosen, budget, shorter)
 
 
@@ -113,16 +121,15 @@ def rungs_below(taken: Arrangement, memory: MemoryConfig, *, can_part: bool) -> 
     return rungs
 
 
-def _transformers(base: Arrangement, memory: MemoryConfig, load: Load) -> Iterator[Arrangement]:
-    """Yield what can be done with the transformer, the fastest first."""
-    places = [memory.dit] if memory.dit else ["resident", "stream", "disk"]
+def _transformers(base: Arrangement, memory: MemoryConfig, load: Load) -> list[Arrangement]:
+    """Return what can be done with the transformer, the fastest first; what the user has set stays."""
     can_part = len(load.text_tokens) > 1 and load.cfg == 1
-    passes = [memory.passes] if memory.passes else ["together", "apart"] if can_part else ["together"]
-    slices: Sequence[int | None] = [memory.slice_tokens] if memory.slice_tokens else SLICES
-    for place in places:
-        for way in passes:
-            for length in slices:
-                yield replace(base, dit=place, passes=way, slice_tokens=length, shard_dit=base.shard_dit and place == "resident")
+    choices = {key: list(costs) if getattr(memory, key) is None else [getattr(memory, key)] for key, costs in _SLOWDOWN.items()}
+    if not can_part:
+        choices["passes"] = choices["passes"][:1]
+    found = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    found.sort(key=lambda choice: sum(_SLOWDOWN[key].get(value, 0.0) for key, value in choice.items()))
+    return [replace(base, **choice, shard_dit=base.shard_dit and choice["dit"] == "resident") for choice in found]
 
 
 def _first_that_fits(

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ def find_ways(config: RunConfig, plan: Plan, dims: VaeDims, device: torch.device
     itemsize = dtype_on(device, config).itemsize
     free = free_bytes(device, axis, budget_gib=config.memory.budget_gib) - vae_weight_bytes(dims, itemsize)
     ways = ways_that_fit(planned.name, dims, plan.latent_shape[1:], axis.size, free=free, itemsize=itemsize, encode=encode)
+    if ways[0].name != planned.name and config.memory.vae is not None:
+        return [replace(planned, is_tight=True), *ways]  # it was asked for, and what is predicted may be too much
     if ways[0].name != planned.name:
         work = "encode" if encode else "decode"
         logger.warning("no room to %s %s beside what is on the GPU; %s instead, with the same result", work, planned, ways[0])
