@@ -154,6 +154,7 @@ class RunConfig:
 
     task: str = _key(MISSING, "what to generate (required)")
     ckpt_dir: str | None = _key(None, "checkpoint folder; null: the task's repository from the Hugging Face cache, or downloaded")
+    dit_file: str | None = _key(None, "the transformer's weights in one file, also fp8, instead of ckpt_dir's; two experts: HIGH,LOW")
     prompt: str | None = _key(None, "what to show, as plain text; prompt=@file.txt reads a file")
     negative_prompt: str | None = _key(None, "what to keep away from; null: the task's; @file.txt works too")
     image: str | None = _key(None, "image to start from")

@@ -78,7 +78,8 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
     with report.stage("check", f"output {folder}"):
         if groups.rank == 0:
             check_output(folder, width=plan.width, height=plan.height, fps=plan.fps)
-        checkpoint = open_checkpoint(_checkpoint_folder(config, plan, groups), plan.task, dtype)
+        given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
+        checkpoint = open_checkpoint(_checkpoint_folder(config, plan, groups), plan.task, dtype, transformer_files=given)
         head_dim = checkpoint.transformers[0].dims.head_dim
         if config.parallel.usp == "xfuser":
             check_usp(device)

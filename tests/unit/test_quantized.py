@@ -1,12 +1,16 @@
 """Linears in 8 and 4 bits: how far they are from full ones, and that loading and streaming fill them alike."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import FIXTURES, relative_error
 from wan_dist import footprint
 from wan_dist.catalog import TASKS
+from wan_dist.errors import InputError
 from wan_dist.models.quantized import GROUP, QuantizedLinear, quantize, quantize_blocks
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.streaming import Streaming
@@ -66,3 +70,42 @@ def test_planned_bytes_are_exact(kind: str, task: str) -> None:
         model = WanTransformer(dims, torch.bfloat16)
         quantize_blocks(model.blocks, kind)
     assert footprint.transformer_bytes(dims, 2, kind) == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def fp8_file(path: Path, spelling: str, prefix: str) -> dict[str, torch.Tensor]:
+    """Write the fixture's transformer as it is passed around in fp8, one scale a tensor; returns the blocks' linears it stands for."""
+    stored, meant = {f"{prefix}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    for name, value in load_file(FIXTURES / "wan2.1-t2v/diffusion_pytorch_model.safetensors").items():
+        if name.startswith("blocks.") and name.endswith(".weight") and value.dim() == 2:
+            scale = value.abs().amax() / 448
+            stored[prefix + name] = (value / scale).to(torch.float8_e4m3fn)
+            stored[f"{prefix}{name.removesuffix('weight')}{spelling}"] = scale
+            meant[name] = stored[prefix + name].float() * scale
+        else:
+            stored[prefix + name] = value
+    save_file(stored, path)
+    return meant
+
+
+@pytest.mark.parametrize(("spelling", "prefix"), [("scale_weight", "model.diffusion_model."), ("weight_scale", "")])
+@pytest.mark.parametrize("quant", ["none", "fp8"])
+def test_files_in_fp8_load_as_they_are(spelling: str, prefix: str, quant: str, tmp_path: Path) -> None:
+    meant = fp8_file(tmp_path / "fp8.safetensors", spelling, prefix)
+    files = [tmp_path / "fp8.safetensors"]
+    component = open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32, transformer_files=files).transformers[0]
+    model = component.load(CPU, spread=None if quant == "none" else lambda model: quantize_blocks(model.blocks, quant))
+    for number, block in enumerate(model.blocks):
+        for name, parts in {"self_attn.qkv": ("self_attn.q", "self_attn.k", "self_attn.v"), "ffn.2": ("ffn.2",)}.items():
+            linear = block.get_submodule(name)
+            assert isinstance(linear, QuantizedLinear) == (quant == "fp8" and number == 1)
+            weight = linear.dequantized(torch.float32) if isinstance(linear, QuantizedLinear) else linear.weight
+            assert torch.equal(weight, torch.cat([meant[f"blocks.{number}.{part}.weight"] for part in parts]))
+
+
+def test_a_transformers_file_that_is_not_there(tmp_path: Path) -> None:
+    for task, files, message in (
+        ("t2v-1.3B", [tmp_path / "no.safetensors"], "is no .safetensors file"),
+        ("t2v-1.3B", [tmp_path / "a", tmp_path / "b"], "this task takes one, not 2 files"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS[task], torch.float32, transformer_files=files)

@@ -96,12 +96,13 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(folder: Path, task: Task, dtype: torch.dtype) -> Checkpoint:
+def open_checkpoint(folder: Path, task: Task, dtype: torch.dtype, *, transformer_files: Sequence[Path] = ()) -> Checkpoint:
     """Open a folder in either layout; every file is checked against its model, no weights are read.
 
-    Raises InputError for what is missing, damaged, or of another model or task.
+    ``transformer_files`` hold the transformers' weights instead of the folder's. Raises InputError for what is missing, damaged, or of
+    another model or task.
     """
-    layout = find_layout(folder, task)
+    layout = find_layout(folder, task, transformer_files)
     pairs = [_transformer(part, dtype) for part in layout.transformers]
     checkpoint = Checkpoint(
         folder=folder,

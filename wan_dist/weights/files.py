@@ -29,10 +29,12 @@ class TensorFiles:
         self.paths = tuple(paths)
         self.bytes_read = 0
         self.shapes: dict[str, Shape] = {}
+        self._fp8: set[str] = set()
         self._readers: dict[str, Any] = {}
         for path in self.paths:
-            reader, shapes = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
+            reader, shapes, fp8 = _open_safetensors(path) if path.suffix == ".safetensors" else (*_open_pickle(path), set())
             self.shapes |= shapes
+            self._fp8 |= fp8
             self._readers |= dict.fromkeys(shapes, reader)
 
     def read(self, name: str) -> Tensor:
@@ -44,6 +46,19 @@ class TensorFiles:
         """Return rows of one tensor; only their bytes are read."""
         reader = self._readers[name]
         return self._counted(reader[name][start:stop] if isinstance(reader, dict) else reader.get_slice(name)[start:stop])
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether the file has this tensor in 8-bit floats (e4m3)."""
+        return name in self._fp8
+
+    def scale_of(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Return what rows of an 8-bit tensor are to be multiplied with: one number, or one a row (n, 1); None if there is nothing."""
+        stem = name.removesuffix("weight")
+        for key in (f"{stem}scale_weight", f"{stem}weight_scale"):
+            if key in self.shapes and self.shapes[key] != (0,):
+                scale = self.read(key).float().reshape(-1, 1)
+                return scale if len(scale) == 1 else scale[start:stop]
+        return None
 
     @staticmethod
     def forget(tensor: Tensor) -> None:
@@ -83,10 +98,11 @@ def first_ten(items: Sequence[str]) -> str:
     return ", ".join(items[:10]) + more
 
 
-def _open_safetensors(path: Path) -> tuple[Any, dict[str, Shape]]:
+def _open_safetensors(path: Path) -> tuple[Any, dict[str, Shape], set[str]]:
     header = _read_header(path)
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return safe_open(path, framework="pt"), {name: tuple(entry["shape"]) for name, entry in entries.items()}
+    fp8 = {name for name, entry in entries.items() if entry["dtype"] == "F8_E4M3"}
+    return safe_open(path, framework="pt"), {name: tuple(entry["shape"]) for name, entry in entries.items()}, fp8
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -4,8 +4,8 @@ Original: files at the top, transformers of two experts in folders of their own.
 """
 
 import json
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ class Part:
                 raise InputError(f"{path} is missing; is the download complete?") from None
             except ValueError as fault:
                 raise InputError(f"{path} is not valid JSON: {fault}") from None
-        files = TensorFiles([self.folder / self.file]) if self.file.endswith(".pth") else open_sharded(self.folder, self.file)
+        is_file = self.file.endswith((".pth", ".safetensors"))
+        files = TensorFiles([self.folder / self.file]) if is_file else open_sharded(self.folder, self.file)
         return config, files, self.keys(files.shapes)
 
 
@@ -71,12 +72,14 @@ def download_patterns(task: Task) -> list[str]:
     return [*patterns, IMAGE_ENCODER] if task.looks_at_images else patterns
 
 
-def find_layout(folder: Path, task: Task) -> Layout:
+def find_layout(folder: Path, task: Task, transformer_files: Sequence[Path] = ()) -> Layout:
     """Return the layout of a folder; raises InputError with what was found and what was wanted if it is not whole."""
     if not folder.is_dir():
         raise InputError(f"ckpt_dir={folder} is not a folder")
     is_diffusers = (folder / "model_index.json").exists() or (folder / "transformer").is_dir()
     layout = _diffusers(folder, task) if is_diffusers else _original(folder, task)
+    if transformer_files:
+        layout = replace(layout, transformers=_in_files(layout.transformers, transformer_files))
     parts = (*layout.transformers, layout.text_encoder, layout.image_encoder, layout.vae)
     missing = [str(path.relative_to(folder)) for part in parts if part is not None and (path := _missing(part)) is not None]
     if not layout.tokenizer.is_dir():
@@ -118,6 +121,18 @@ def _missing(part: Part) -> Path | None:
     """Return the first of a part's files that is not there, as a pattern where it may be sharded."""
     if part.config is not None and not (part.folder / part.config).exists():
         return part.folder / part.config
-    if any(part.folder.glob(f"{part.file}*")):
+    if Path(part.file).is_absolute() or any(part.folder.glob(f"{part.file}*")):
         return None
     return part.folder / (part.file if part.file.endswith(".pth") else f"{part.file}*.safetensors")
+
+
+def _in_files(transformers: tuple[Part, ...], paths: Sequence[Path]) -> tuple[Part, ...]:
+    """Return the transformers with their weights in these files, one each."""
+    if len(paths) != len(transformers):
+        wanted = "two, those for HIGH,LOW noise" if len(transformers) == 2 else "one"
+        raise InputError(f"dit_file: this task takes {wanted}, not {len(paths)} files")
+    for path in paths:
+        if path.suffix != ".safetensors" or not path.is_file():
+            raise InputError(f"dit_file={path} is no .safetensors file")
+    pairs = zip(transformers, paths, strict=True)
+    return tuple(replace(part, file=str(path.resolve()), keys=names.single_file_transformer) for part, path in pairs)

@@ -109,12 +109,31 @@ def _fill_rows(
         _copy_rows(target, first, num_rows, files, sources)
         return
     kind = {torch.float8_e4m3fn: "fp8", torch.int8: "int8", torch.uint8: "int4"}[target.dtype]
+    if kind == "fp8" and all(files.is_fp8(source.key) for source in sources):
+        _copy_fp8_rows(local, first, num_rows, files, sources)
+        return
     num_columns = target.shape[1] * (2 if kind == "int4" else 1)
     for start in range(0, len(target), _ROWS_AT_ONCE):
         rows = torch.empty(min(_ROWS_AT_ONCE, len(target) - start), num_columns, device=device)
         _copy_rows(rows, first + start, num_rows, files, sources)
         for key, values in quantize(rows, kind).items():
             local[key][start : start + len(rows)].copy_(values)
+
+
+def _copy_fp8_rows(local: Mapping[str, Tensor], offset: int, num_rows: int, files: TensorFiles, sources: tuple[Source, ...]) -> None:
+    """Take over 8-bit weights as they are in the files, and their scales."""
+    each = num_rows // len(sources)
+    for index, source in enumerate(sources):
+        start, stop = max(offset, index * each), min(offset + len(local["weight"]), (index + 1) * each)
+        if start >= stop:
+            continue
+        rows = slice(start - offset, stop - offset)
+        first = start - index * each
+        stored = files.read_rows(source.key, first, first + stop - start)
+        local["weight"][rows].copy_(stored)
+        scale = files.scale_of(source.key, first, first + stop - start)
+        local["scale"][rows] = 1.0 if scale is None else scale.to(local["scale"].device)
+        files.forget(stored)
 
 
 def _copy_rows(target: Tensor, offset: int, num_rows: int, files: TensorFiles, sources: tuple[Source, ...]) -> None:
@@ -130,6 +149,9 @@ def _copy_rows(target: Tensor, offset: int, num_rows: int, files: TensorFiles, s
         else:
             stored = files.read(source.key).reshape(-1, *target.shape[1:])[first : first + stop - start]
         # The dtype is converted on the device: one pass, no copy on the host.
-        target[start - offset : stop - offset].copy_(stored.to(target.device))
+        rows = stored.to(target.device)
+        if files.is_fp8(source.key) and (scale := files.scale_of(source.key, first, first + stop - start)) is not None:
+            rows = rows.float() * scale.to(target.device)
+        target[start - offset : stop - offset].copy_(rows)
         files.forget(stored)
-        del stored  # before the next one is read
+        del stored, rows  # before the next one is read

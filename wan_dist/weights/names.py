@@ -95,6 +95,16 @@ def original_transformer(_: Collection[str]) -> KeyMap:
     return _transformer(_same)
 
 
+_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_FP8_EXTRAS = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
+
+
+def single_file_transformer(keys: Collection[str]) -> KeyMap:
+    """Key map of a transformer in one file, as it is passed around: the original names, with or without a prefix, also in fp8."""
+    prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in keys)), "")
+    return KeyMap(_transformer(lambda name: prefix + name).sources, lambda key: key.endswith(_FP8_EXTRAS))
+
+
 def diffusers_transformer(_: Collection[str]) -> KeyMap:
     """Key map of the transformer in the Diffusers layout."""
     return _transformer(lambda name: _renamed(name, _DIFFUSERS_TRANSFORMER))
