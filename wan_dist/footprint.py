@@ -5,7 +5,7 @@ bench/NOTES.md compares predictions with measured peaks.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -67,6 +67,7 @@ class Load:
     text_tokens: tuple[int, ...]
     """Of the prompt, and of the negative one if there is one."""
     num_images: int = 0
+    num_experts: int = 1
     num_ranks: int = 1
     cfg: int = 1
     num_parts: int = 1
@@ -238,7 +239,7 @@ def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
         held = blocks if arrangement.dit == "stream" else STAGED * block
         host["weights" if arrangement.dit == "stream" else "staging"] = held * load.ranks_per_node
     if arrangement.shard_dit:
-        weights = (weights + time_bytes(dims)) // load.num_ranks
+        weights = load.num_experts * (weights + time_bytes(dims)) // load.num_ranks  # both are there from the start
     embedding = 0 if arrangement.shard_dit else time_bytes(dims)
     at_first = host if "weights" not in host else process | {"staging": STAGED * block * load.ranks_per_node}  # the others come later
     uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts}, at_first))
@@ -275,17 +276,11 @@ def _vae(load: Load, way: Way, stage: str, process: dict[str, int]) -> Use:
     return Use(stage, {}, process | parts) if way.name == "cpu" else Use(stage, parts, process)
 
 
-def table(uses: Sequence[Use], gpu: int | None, host: int, measured: Mapping[str, tuple[float, float]] | None = None) -> list[str]:
-    """Return a table of what stages take, in GiB, beside what there is.
-
-    ``measured``: GPU and host peaks of stages, in GiB, for a column of their own.
-    """
-    place = "GPU" if gpu is not None else "tensors"
-    lines = [f"{'GiB':9} {place:>8}{'  seen' if measured else ''}  of which{'':45} {'host':>6}{'  seen' if measured else ''}"]
+def table(uses: Sequence[Use], gpu: int | None, host: int) -> list[str]:
+    """Return a table of what stages take, in GiB, beside what there is."""
+    lines = [f"{'GiB':9} {'GPU' if gpu is not None else 'tensors':>8}  of which{'':45} {'host':>6}"]
     for use in uses:
         parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in use.gpu.items() if size >= 0.05 * GIB)
-        seen = measured.get(use.stage) if measured else None
-        columns = [f"{value:6.1f}" if seen else "      " for value in seen or (0, 0)] if measured else ["", ""]
-        lines.append(f"{use.stage:9} {use.gpu_bytes / GIB:8.1f}{columns[0]}  {parts:53} {use.host_bytes / GIB:6.1f}{columns[1]}".rstrip())
+        lines.append(f"{use.stage:9} {use.gpu_bytes / GIB:8.1f}  {parts:53} {use.host_bytes / GIB:6.1f}")
     room = f"{gpu / GIB:8.1f}" if gpu is not None else f"{'':8}"
-    return [*lines, f"{'there is':9} {room}{'      ' if measured else ''}  {'':53} {host / GIB:6.1f}"]
+    return [*lines, f"{'there is':9} {room}  {'':53} {host / GIB:6.1f}"]

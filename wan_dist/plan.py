@@ -146,6 +146,7 @@ def arranged(plan: Plan, config: RunConfig, hardware: Hardware, models: ModelDim
         num_tokens=plan.num_tokens,
         text_tokens=tuple(min(512, len(text.encode()) // 3 + 2) for text in texts),
         num_images=len(plan.images),
+        num_experts=1 if plan.task.boundary is None else 2,
         num_ranks=plan.degrees.num_ranks // plan.degrees.dp,
         cfg=plan.degrees.cfg,
         num_parts=plan.degrees.ring * plan.degrees.ulysses,

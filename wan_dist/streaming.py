@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 _ALIGNMENT = 256
 _NUM_SLOTS = 2
+_PORTABLE = 1  # cudaHostRegisterPortable
 
 Read = Callable[[int, dict[str, Tensor]], None]
 """Fill a block's parameters, by their names in the block, with the values of the block of this number."""
@@ -44,10 +45,11 @@ class BlockReader:
 
     num_ahead = 3
 
-    def __init__(self, layouts: Sequence[Layout], read: Read, *, pin: bool, keep: bool) -> None:
-        self._layouts, self._num_blocks, self._read, self._pin, self._keep = layouts, len(layouts), read, pin, keep
+    def __init__(self, layouts: Sequence[Layout], read: Read, device: torch.device, *, keep: bool) -> None:
+        self._layouts, self._num_blocks, self._read, self._keep = layouts, len(layouts), read, keep
+        self._pin = device.type == "cuda"
         self._most = max(layout.num_bytes for layout in layouts)
-        self._thread = ThreadPoolExecutor(1)
+        self._thread = _thread_for(device)
         self._begun: dict[int, Future[Tensor]] = {}
         self._spare: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
@@ -92,7 +94,7 @@ class Streamer:
         most = max(layout.num_bytes for layout in layouts)
         self._slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(min(_NUM_SLOTS, len(blocks)))]
         self._held: list[int | None] = [None] * len(blocks)
-        self._thread = ThreadPoolExecutor(1)  # it waits for the reader, so that whoever computes need not
+        self._thread = _thread_for(device)  # it waits for the reader, so that whoever computes need not
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._count = 0
         self._arriving: deque[Future[Callable[[], None]]] = deque()
@@ -126,7 +128,7 @@ class Streamer:
                 slot.copy_(array)
                 self._reader.let_go(index, lambda: None)
                 return lambda: None
-            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._stream):
                 self._stream.wait_event(left)
                 slot.copy_(array, non_blocking=True)
                 arrived = torch.cuda.Event()
@@ -166,8 +168,13 @@ def stream_blocks(blocks: Sequence[nn.Module], read: Read, device: torch.device,
     with ``from_disk``.
     """
     layouts = [Layout(block) for block in blocks]
-    reader = BlockReader(layouts, read, pin=device.type == "cuda", keep=not from_disk)
+    reader = BlockReader(layouts, read, device, keep=not from_disk)
     Streamer(blocks, layouts, reader, device)
+
+
+def _thread_for(device: torch.device) -> ThreadPoolExecutor:
+    """Return a thread whose current device is this one: by itself it would open the first GPU, and take memory there."""
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else ThreadPoolExecutor(1)
 
 
 def host_array(num_bytes: int, *, pin: bool) -> Tensor:
@@ -175,7 +182,7 @@ def host_array(num_bytes: int, *, pin: bool) -> Tensor:
     array = torch.empty(num_bytes, dtype=torch.uint8)
     if pin:
         runtime, pointer = torch.cuda.cudart(), array.data_ptr()
-        fault = runtime.cudaHostRegister(pointer, num_bytes, 0)
+        fault = runtime.cudaHostRegister(pointer, num_bytes, _PORTABLE)
         if int(fault):
             raise MemoryError(f"{num_bytes / 2**30:.2f} GiB of host memory cannot be page-locked (CUDA error {int(fault)}); see ulimit -l")
         weakref.finalize(array.untyped_storage(), runtime.cudaHostUnregister, pointer)

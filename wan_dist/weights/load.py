@@ -13,7 +13,7 @@ from wan_dist.models.quantized import QuantizedLinear, quantize
 from wan_dist.weights.files import Shape, TensorFiles, first_ten
 from wan_dist.weights.names import KeyMap, Source
 
-_ROWS_AT_ONCE = 2048
+_ROWS_AT_ONCE = 512
 
 
 def check_keys(models: Sequence[nn.Module], files: TensorFiles, keys: KeyMap) -> None:
