@@ -8,7 +8,6 @@ Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT.
 """
 
 import sys
-from collections.abc import Iterable
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -39,21 +38,18 @@ def main(arguments: list[str]) -> None:
     plan = arranged(make_plan(config, ranks=ranks, is_rehearsal=True), config, hardware, get_task(config.task).models)
     assert plan.budget is not None
     where = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
-    _print([plan.summary, where + plan.arrangement.words, "", *table(plan.uses, plan.budget.gpu, plan.budget.host)])
+    lines = [plan.summary, where + plan.arrangement.words, "", *table(plan.uses, plan.budget.gpu, plan.budget.host)]
+    sys.stdout.write("\n".join(lines) + "\n")
 
 
 def hardware_of(given: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
     """Return what these settings describe, and how many ranks there are, in all and on a node; what they leave out is this machine's."""
-    count, gpu_bytes, name = 1, None, ""
+    count, gpu_bytes = 1, None
     if "gpus" in given:
         count, gpu_bytes = parse_gpus(given["gpus"])
     elif found := find_gpus():
-        count, gpu_bytes, name = len(found), min(total for _, total, _ in found), found[0][0]
+        count, gpu_bytes = len(found), min(total for _, total, _ in found)
     host, limit = (parse_bytes(given["host"], "host"), "host") if "host" in given else find_host()
     if not (nodes := given.get("nodes", "1")).isdigit() or int(nodes) < 1:
         raise InputError(f"nodes={nodes} is not a number of machines, e.g. nodes=2")
-    return Hardware(gpu_bytes, host, name, limit), (count * int(nodes), count)
-
-
-def _print(lines: Iterable[str]) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+    return Hardware(gpu_bytes, host, limit), (count * int(nodes), count)

@@ -31,6 +31,11 @@ def _key(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def user_cache() -> Path:
+    """Return the folder in the user's cache that is ours."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
+
+
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{key}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
@@ -99,7 +104,6 @@ class MemoryConfig:
     vae: str | None = _key(None, "where the VAE works: parallel (a strip a rank), whole, tiled or cpu; null: parallel if there are ranks")
     vae_dtype: str | None = _key(None, "bfloat16 or float32; null: the run's dtype on a GPU, float32 on a CPU")
     budget_gib: float | None = _key(None, "GPU memory that a rank may take, in GiB; null: all there is")
-
     host_budget_gib: float | None = _key(None, "host memory that the ranks of a node may take together, in GiB; null: what is free")
 
     def __post_init__(self) -> None:
@@ -130,7 +134,7 @@ class CacheConfig:
         if self.dir is None:
             return None
         if self.dir == "auto":
-            return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist" / "prompts"
+            return user_cache() / "prompts"
         return Path(self.dir).expanduser()
 
 

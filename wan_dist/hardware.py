@@ -24,7 +24,6 @@ class Hardware:
     gpu_bytes: int | None
     """None: there is no GPU, or the run is on the CPU."""
     host_bytes: int
-    gpu_name: str = ""
     host_limit: str = "free memory"
     """Which limit it is."""
 
@@ -68,7 +67,7 @@ def find_host() -> tuple[int, str]:
     limits = {"free memory": _free_memory(), "the control group's limit": _cgroup_room(), "Slurm's limit": _slurm_room()}
     soft = resource.getrlimit(resource.RLIMIT_AS)[0]
     if soft != resource.RLIM_INFINITY:
-        limits["the process's limit (ulimit -v)"] = soft
+        limits["the process's limit (ulimit -v)"] = soft - _address_space()
     which = min(limits, key=lambda name: limits[name])
     return limits[which], which
 
@@ -80,6 +79,14 @@ def _free_memory() -> int:
         return _NO_LIMIT
     match = re.search(r"MemAvailable:\s*(\d+) kB", told)
     return int(match[1]) * 1024 if match else _NO_LIMIT
+
+
+def _address_space() -> int:
+    """Return the bytes of addresses that this process has taken, which is what the limit counts."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
 
 
 def _cgroup_room(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:

@@ -111,21 +111,24 @@ class HostWatch:
     """Notes the memory that this process has for itself (not files'), ten times a second, while it exists."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque([(time.perf_counter(), _own_host_bytes())])
+        self._seen: deque[tuple[float, int]] = deque()
+        self._lock = threading.Lock()
         thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
         thread.start()
 
     def note(self) -> None:
         """Look now; of moments between two larger ones nothing is kept."""
-        now, size = time.perf_counter(), _own_host_bytes()
-        while len(self._seen) > 1 and self._seen[-1][1] <= size:
-            self._seen.pop()
-        self._seen.append((now, size))
+        with self._lock:
+            now, size = time.perf_counter(), _own_host_bytes()
+            while self._seen and self._seen[-1][1] <= size:
+                self._seen.pop()
+            self._seen.append((now, size))
 
     def peak_since(self, start: float) -> int:
         """Return the most bytes seen since ``start``, in seconds of the performance counter."""
         self.note()
-        return max(size for when, size in self._seen if when >= start)
+        with self._lock:
+            return max(size for when, size in self._seen if when >= start)
 
 
 def _watch(reference: "weakref.ref[HostWatch]") -> None:

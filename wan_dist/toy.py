@@ -4,7 +4,6 @@ Its weights are random: the video is coloured noise. Benchmarks make full-size o
 """
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from itertools import chain
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from wan_dist.catalog import TASKS
+from wan_dist.config import user_cache
 from wan_dist.dims import ModelDims
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
@@ -32,7 +32,7 @@ _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 def toy_checkpoint() -> Path:
     """Return the folder of the toy checkpoint in the user's cache, made there if it is new."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
+    cache = user_cache()
     folder = cache / f"toy-{_VERSION}"
     if not folder.exists():
         cache.mkdir(parents=True, exist_ok=True)

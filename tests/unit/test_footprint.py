@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from wan_dist import footprint
+from wan_dist import footprint, streaming
 from wan_dist.catalog import TASKS
+from wan_dist.models import quantized, transformer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
@@ -22,10 +23,10 @@ def size_of(model: nn.Module) -> int:
 def test_bytes_of_weights_are_exact(task: object, dtype: torch.dtype) -> None:
     dims = task.transformer  # type: ignore[attr-defined]
     with torch.device("meta"):
-        transformer, projection = WanTransformer(dims, dtype), ContextProjection(dims, dtype)
+        model, projection = WanTransformer(dims, dtype), ContextProjection(dims, dtype)
         vae, text = WanVae(task.vae, dtype), build_text_encoder(task.text_encoder, dtype)  # type: ignore[attr-defined]
-    assert footprint.block_bytes(dims, dtype.itemsize) == size_of(transformer.blocks[0])
-    assert footprint.transformer_bytes(dims, dtype.itemsize) == size_of(transformer)
+    assert footprint.block_bytes(dims, dtype.itemsize) == size_of(model.blocks[0])
+    assert footprint.transformer_bytes(dims, dtype.itemsize) == size_of(model)
     assert footprint.projection_bytes(dims, dtype.itemsize, dims.num_layers) == size_of(projection)
     assert footprint.vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(size_of(vae), rel=2e-3)  # norms are float32
     assert footprint.text_encoder_bytes(task.text_encoder, dtype.itemsize) == size_of(text)  # type: ignore[attr-defined]
@@ -38,3 +39,11 @@ def test_bytes_of_the_image_encoder_are_exact() -> None:
     with torch.device("meta"):
         model = build_image_encoder(dims)
     assert footprint.image_encoder_bytes(dims) == size_of(model)
+
+
+def test_what_the_plan_counts_is_what_the_models_do() -> None:
+    """The plan is made without torch, so a few numbers stand in two places."""
+    assert footprint.SLOTS == streaming._NUM_SLOTS
+    assert streaming.BlockReader.num_ahead == footprint.STAGED
+    assert footprint.GROUP == quantized.GROUP
+    assert footprint.PIECE == transformer.PIECE

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS = ("fp8", "int8", "int4")
-GROUP = 64
 _FP8 = torch.float8_e4m3fn
+_STORED = {"fp8": _FP8, "int8": torch.int8, "int4": torch.uint8}
+PARTS = ("weight", "scale", "offset")
+"""What takes the place of a linear's weight; an offset is there in int4 only."""
+GROUP = 64
 _FP8_MAX = 448.0
 _ROWS_AT_ONCE = 1024
 
@@ -23,9 +25,8 @@ class QuantizedLinear(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
         self.kind = kind
-        stored = {"fp8": _FP8, "int8": torch.int8, "int4": torch.uint8}[kind]
         columns, groups = (in_dim // 2, in_dim // GROUP) if kind == "int4" else (in_dim, 1)
-        self.weight = nn.Parameter(torch.empty(out_dim, columns, dtype=stored), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(out_dim, columns, dtype=_STORED[kind]), requires_grad=False)
         self.scale = nn.Parameter(torch.empty(out_dim, groups), requires_grad=False)
         if kind == "int4":
             self.offset = nn.Parameter(torch.empty(out_dim, groups), requires_grad=False)
@@ -59,8 +60,13 @@ class QuantizedLinear(nn.Module):
         return out
 
 
+def kind_of(dtype: torch.dtype) -> str:
+    """Return the kind whose weights have this dtype."""
+    return next(kind for kind, stored in _STORED.items() if stored == dtype)
+
+
 def quantize(weight: Tensor, kind: str) -> dict[str, Tensor]:
-    """Return a `QuantizedLinear`'s weight and scale, and for int4 offset, for rows of a weight (n, in)."""
+    """Return a `QuantizedLinear`'s `PARTS`, in their order, for rows of a weight (n, in)."""
     if kind == "int4":
         groups = weight.float().unflatten(1, (-1, GROUP))
         low, high = groups.amin(dim=-1), groups.amax(dim=-1)

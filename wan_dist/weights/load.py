@@ -1,6 +1,6 @@
 """Fill a model that was built on the meta device from checkpoint files, strictly and one tensor at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -9,7 +9,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from wan_dist.errors import InputError
-from wan_dist.models.quantized import QuantizedLinear, quantize
+from wan_dist.models.quantized import PARTS as QUANTIZED_PARTS
+from wan_dist.models.quantized import kind_of, quantize
 from wan_dist.weights.files import Shape, TensorFiles, first_ten
 from wan_dist.weights.names import KeyMap, Source
 
@@ -57,25 +58,21 @@ def fill(model: nn.Module, files: TensorFiles, keys: KeyMap, device: torch.devic
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         model.to_empty(device=device)
-    quantized = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    for name, parameter in list(model.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        if name.startswith(leave) or (owner in quantized and attribute not in ("weight", "bias")):
-            continue  # the others of a quantised linear come with its weight
-        module = model.get_submodule(owner)
-        with_weight = owner in quantized and attribute == "weight"
-        parts = {key: part for key, part in module.named_parameters(recurse=False) if (key != "bias" if with_weight else key == attribute)}
+    parameters = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(leave)}
+    for name, targets in _groups(parameters):
+        parts = {key: parameters[key] for key in targets}
         local = {
             key: part.to_local() if isinstance(part, DTensor) else torch.empty_like(part, device=device) for key, part in parts.items()
         }
-        first = 0
-        if isinstance(parameter, DTensor):
-            _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+        whole, first = parameters[name], 0
+        if isinstance(whole, DTensor):
+            _, offset = compute_local_shape_and_global_offset(whole.shape, whole.device_mesh, whole.placements)
             first = offset[0]
-        _fill_rows(local, attribute, first, parameter.shape[0], files, keys.sources(name), device)
+        _fill_rows(list(local.values()), first, whole.shape[0], files, keys.sources(name), device)
         for key, part in parts.items():
             if not isinstance(part, DTensor):
-                setattr(module, key, nn.Parameter(local[key], requires_grad=False))
+                owner, _, attribute = key.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, nn.Parameter(local[key], requires_grad=False))
     for name, buffer in list(model.named_buffers()):
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, buffer.to(device))
@@ -84,55 +81,54 @@ def fill(model: nn.Module, files: TensorFiles, keys: KeyMap, device: torch.devic
 
 def read_parameters(targets: Mapping[str, Tensor], files: TensorFiles, keys: KeyMap, device: torch.device) -> None:
     """Read the files' values into these parameters, by their names in the model; quantised ones are computed on ``device``."""
-    for name, target in targets.items():
+    for name, parts in _groups(targets):
+        _fill_rows([targets[key] for key in parts], 0, targets[name].shape[0], files, keys.sources(name), device)
+
+
+def _groups(names: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the names of what the files hold, each with the parameters made of it: itself, and of a quantised weight its scales."""
+    for name in names:
         owner, _, attribute = name.rpartition(".")
-        is_quantized = f"{owner}.scale" in targets
-        if is_quantized and attribute not in ("weight", "bias"):
-            continue
-        parts = ("weight", "scale", "offset") if is_quantized and attribute == "weight" else (attribute,)
-        local = {key: targets[f"{owner}.{key}"] for key in parts if f"{owner}.{key}" in targets}
-        _fill_rows(local, attribute, 0, target.shape[0], files, keys.sources(name), device)
+        parts = [key for part in QUANTIZED_PARTS if (key := f"{owner}.{part}") in names]
+        if attribute not in QUANTIZED_PARTS or len(parts) == 1:
+            yield name, [name]
+        elif attribute == QUANTIZED_PARTS[0]:
+            yield name, parts
 
 
 def _fill_rows(
-    local: Mapping[str, Tensor],
-    attribute: str,
-    first: int,
-    num_rows: int,
-    files: TensorFiles,
-    sources: tuple[Source, ...],
-    device: torch.device,
+    local: Sequence[Tensor], first: int, num_rows: int, files: TensorFiles, sources: tuple[Source, ...], device: torch.device
 ) -> None:
-    """Fill rows ``first`` and on of a parameter of ``num_rows``, or of a quantised linear's weight and its scales."""
-    target = local[attribute]
-    if "scale" not in local:
+    """Fill rows ``first`` and on of a parameter of ``num_rows``, or of a quantised linear's parts."""
+    target, *scales = local
+    if not scales:
         _copy_rows(target, first, num_rows, files, sources)
         return
-    kind = {torch.float8_e4m3fn: "fp8", torch.int8: "int8", torch.uint8: "int4"}[target.dtype]
+    kind = kind_of(target.dtype)
     if kind == "fp8" and all(files.is_fp8(source.key) for source in sources):
-        _copy_fp8_rows(local, first, num_rows, files, sources)
+        _copy_fp8_rows(target, scales[0], first, num_rows, files, sources)
         return
     num_columns = target.shape[1] * (2 if kind == "int4" else 1)
     for start in range(0, len(target), _ROWS_AT_ONCE):
         rows = torch.empty(min(_ROWS_AT_ONCE, len(target) - start), num_columns, device=device)
         _copy_rows(rows, first + start, num_rows, files, sources)
-        for key, values in quantize(rows, kind).items():
-            local[key][start : start + len(rows)].copy_(values)
+        for part, values in zip(local, quantize(rows, kind).values(), strict=True):
+            part[start : start + len(rows)].copy_(values)
 
 
-def _copy_fp8_rows(local: Mapping[str, Tensor], offset: int, num_rows: int, files: TensorFiles, sources: tuple[Source, ...]) -> None:
+def _copy_fp8_rows(weight: Tensor, scales: Tensor, offset: int, num_rows: int, files: TensorFiles, sources: tuple[Source, ...]) -> None:
     """Take over 8-bit weights as they are in the files, and their scales."""
     each = num_rows // len(sources)
     for index, source in enumerate(sources):
-        start, stop = max(offset, index * each), min(offset + len(local["weight"]), (index + 1) * each)
+        start, stop = max(offset, index * each), min(offset + len(weight), (index + 1) * each)
         if start >= stop:
             continue
         rows = slice(start - offset, stop - offset)
         first = start - index * each
         stored = files.read_rows(source.key, first, first + stop - start)
-        local["weight"][rows].copy_(stored)
+        weight[rows].copy_(stored)
         scale = files.scale_of(source.key, first, first + stop - start)
-        local["scale"][rows] = 1.0 if scale is None else scale.to(local["scale"].device)
+        scales[rows] = 1.0 if scale is None else scale.to(scales.device)
         files.forget(stored)
 
 
