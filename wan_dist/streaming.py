@@ -45,19 +45,20 @@ class BlockReader:
 
     num_ahead = 3
 
-    def __init__(self, layouts: Sequence[Layout], read: Read, device: torch.device, *, keep: bool) -> None:
-        self._layouts, self._num_blocks, self._read, self._keep = layouts, len(layouts), read, keep
+    def __init__(self, layouts: Sequence[Layout], read: Read, device: torch.device, *, keep: bool, end: int | None = None) -> None:
+        self._layouts, self._num_blocks, self._read, self._keep, self._end = layouts, len(layouts), read, keep, end
         self._pin = device.type == "cuda"
         self._most = max(layout.num_bytes for layout in layouts)
         self._thread = _thread_for(device)
         self._begun: dict[int, Future[Tensor]] = {}
         self._spare: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
-    def get(self, index: int) -> Tensor:
-        """Return a block's array when it has been read; it stays as it is until `let_go`."""
-        for ahead in range(min(self.num_ahead, self._num_blocks)):
-            self._begin((index + ahead) % self._num_blocks)
-        return self._begun[index].result()
+    def get(self, turn: int) -> Tensor:
+        """Return the array of the block of this turn, counted over all rounds, when it has been read; it stays as it is until `let_go`."""
+        for ahead in range(turn, turn + min(self.num_ahead, self._num_blocks)):
+            if self._end is None or ahead < self._end:
+                self._begin(ahead % self._num_blocks)
+        return self._begun[turn % self._num_blocks].result()
 
     def let_go(self, index: int, copied: Callable[[], None]) -> None:
         """Be told that a block's array is not needed any more once ``copied()`` returns."""
@@ -89,8 +90,10 @@ class Streamer:
     It refers to no block, so that it goes, with all that it holds, as soon as the blocks do and the last block has come.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], layouts: Sequence[Layout], reader: BlockReader, device: torch.device) -> None:
-        self._layouts, self._reader, self._device = layouts, reader, device
+    def __init__(
+        self, blocks: Sequence[nn.Module], layouts: Sequence[Layout], reader: BlockReader, device: torch.device, end: int | None = None
+    ) -> None:
+        self._layouts, self._reader, self._device, self._end = layouts, reader, device, end
         most = max(layout.num_bytes for layout in layouts)
         self._slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(min(_NUM_SLOTS, len(blocks)))]
         self._held: list[int | None] = [None] * len(blocks)
@@ -115,15 +118,18 @@ class Streamer:
             setattr(block.get_submodule(owner), attribute, nn.Parameter(view, requires_grad=False))
 
     def _bring_next(self) -> None:
-        """Begin to bring the next block into the slot that has just been left."""
-        index = self._count % len(self._layouts)
+        """Begin to bring the next block into the slot that has just been left, if there is a next one."""
+        turn = self._count
+        if turn == self._end:
+            return
+        index = turn % len(self._layouts)
         size = self._layouts[index].num_bytes
-        slot = self._slots[self._count % len(self._slots)][:size]
+        slot = self._slots[turn % len(self._slots)][:size]
         self._count += 1
         left = _now(self._device)
 
         def bring() -> Callable[[], None]:
-            array = self._reader.get(index)[:size]
+            array = self._reader.get(turn)[:size]
             if self._stream is None or left is None:
                 slot.copy_(array)
                 self._reader.let_go(index, lambda: None)
@@ -140,6 +146,8 @@ class Streamer:
 
     def _arrive(self, index: int, block: nn.Module, _: object) -> None:
         turn = self._count - len(self._arriving)
+        if turn == self._end:
+            raise RuntimeError(f"streamed blocks are called once more than the {self._end} times that were said")
         if turn % len(self._layouts) != index:
             raise RuntimeError(f"streamed blocks are called in order: block {index} was called in the turn of {turn % len(self._layouts)}")
         self._arriving.popleft().result()()
@@ -159,17 +167,20 @@ class Streaming:
     """They are read from disk each time, and not kept in host memory."""
     leave: tuple[str, ...] = ()
     """What else is not loaded: beginnings of parameters' names."""
+    num_rounds: int | None = None
+    """How often all blocks are called, where that is known: nothing is read ahead after the last."""
 
 
-def stream_blocks(blocks: Sequence[nn.Module], read: Read, device: torch.device, *, from_disk: bool) -> None:
+def stream_blocks(blocks: Sequence[nn.Module], read: Read, device: torch.device, *, from_disk: bool, num_rounds: int | None = None) -> None:
     """Let the weights of these blocks, on meta, visit the device in turn; each call of a block must be followed by the next's.
 
     ``read`` fills a block's parameters on the host, in a thread of its own: once a block where host memory keeps them, every time
     with ``from_disk``.
     """
     layouts = [Layout(block) for block in blocks]
-    reader = BlockReader(layouts, read, device, keep=not from_disk)
-    Streamer(blocks, layouts, reader, device)
+    end = None if num_rounds is None else num_rounds * len(blocks)
+    reader = BlockReader(layouts, read, device, keep=not from_disk, end=end)
+    Streamer(blocks, layouts, reader, device, end)
 
 
 def _thread_for(device: torch.device) -> ThreadPoolExecutor:

@@ -25,7 +25,7 @@ class Blocks(nn.Module):
         return x
 
 
-def streamed(model: Blocks, *, from_disk: bool) -> tuple[Blocks, list[int]]:
+def streamed(model: Blocks, *, from_disk: bool, num_rounds: int | None = None) -> tuple[Blocks, list[int]]:
     """Return a model whose blocks are on meta until their turn, and the list of blocks as they are read."""
     with torch.device("meta"):
         other = Blocks(len(model.blocks))
@@ -37,7 +37,7 @@ def streamed(model: Blocks, *, from_disk: bool) -> tuple[Blocks, list[int]]:
         for name, value in model.blocks[index].named_parameters():
             parameters[name].copy_(value)
 
-    stream_blocks(list(other.blocks), read, CPU, from_disk=from_disk)
+    stream_blocks(list(other.blocks), read, CPU, from_disk=from_disk, num_rounds=num_rounds)
     return other, reads
 
 
@@ -54,6 +54,18 @@ def test_streamed_blocks_are_the_resident_ones(number: int, from_disk: bool) -> 
     assert (len(reads) > number) == from_disk
     places = {parameter.untyped_storage().data_ptr() for parameter in other.parameters()}
     assert len(places) == min(2, number)  # two blocks are on the device, however many there are
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+@torch.no_grad()
+def test_nothing_is_read_after_the_last_round(number: int) -> None:
+    other, reads = streamed(Blocks(number), from_disk=True, num_rounds=2)
+    for _ in range(2):
+        other(torch.ones(1, 6))
+    threading.Event().wait(0.1)
+    assert reads == 2 * list(range(number))
+    with pytest.raises(RuntimeError, match="once more than"):
+        other(torch.ones(1, 6))
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class Component(Generic[Model, Dims]):
             read_parameters(named, self.files, self.keys, device)
 
         names, blocks = zip(*model.get_submodule(streaming.blocks).named_children(), strict=True)
-        stream_blocks(blocks, read, device, from_disk=streaming.from_disk)
+        stream_blocks(blocks, read, device, from_disk=streaming.from_disk, num_rounds=streaming.num_rounds)
         return model
 
     def rows(self, name: str, indices: Sequence[int]) -> Tensor:
