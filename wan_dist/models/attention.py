@@ -79,6 +79,9 @@ class InnerAttention(nn.Module):
     Softmax statistics are float32 in every kernel. ``name`` is the kernel's, ``reason`` says why it was taken.
     """
 
+    takes_some_queries = True
+    """Whether q may be of fewer tokens than k and v; where ranks trade them, it may not."""
+
     def __init__(self, kernel: Kernel = _sdpa, name: str = "sdpa", reason: str = "default") -> None:
         super().__init__()
         self.kernel = kernel

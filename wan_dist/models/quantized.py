@@ -32,31 +32,36 @@ class QuantizedLinear(nn.Module):
             self.offset = nn.Parameter(torch.empty(out_dim, groups), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_dim, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out)."""
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """x (..., in) -> (..., out), or those outputs whose rows of the weight these are."""
         if self.kind == "fp8" and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
-            return self._product_of_fp8(x)
-        return F.linear(x, self.dequantized(x.dtype), self.bias)
+            return self._product_of_fp8(x, rows)
+        return F.linear(x, self.dequantized(x.dtype, rows), self.bias[rows])
 
-    def _product_of_fp8(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        values, scale = _rounded(rows, _FP8_MAX)
+    def _product_of_fp8(self, x: Tensor, rows: slice) -> Tensor:
+        tokens = x.flatten(0, -2)
+        values, scale = torch.empty_like(tokens, dtype=_FP8), tokens.new_empty(len(tokens), 1, dtype=torch.float32)
+        for first in range(0, len(tokens), _ROWS_AT_ONCE):
+            part = slice(first, first + _ROWS_AT_ONCE)
+            values[part], scale[part] = _rounded(tokens[part], _FP8_MAX)
+        weight, scale_of_weight = self.weight[rows].t(), self.scale[rows].t()
         out = torch._scaled_mm(
-            values.to(_FP8), self.weight.t(), scale_a=scale, scale_b=self.scale.t(), bias=self.bias, out_dtype=x.dtype, use_fast_accum=True
+            values, weight, scale_a=scale, scale_b=scale_of_weight, bias=self.bias[rows], out_dtype=x.dtype, use_fast_accum=True
         )
         return out.unflatten(0, x.shape[:-1])
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight (out, in) in ``dtype``."""
+    def dequantized(self, dtype: torch.dtype, which: slice = slice(None)) -> Tensor:
+        """Return the weight (out, in), or these rows of it, in ``dtype``."""
         in_dim = self.weight.shape[1] * (2 if self.kind == "int4" else 1)
-        out = torch.empty(self.weight.shape[0], in_dim, dtype=dtype, device=self.weight.device)
+        weight, scale = self.weight[which], self.scale[which]
+        out = torch.empty(len(weight), in_dim, dtype=dtype, device=weight.device)
         for first in range(0, len(out), _ROWS_AT_ONCE):  # float32 copies stay small
             rows = slice(first, first + _ROWS_AT_ONCE)
             if self.kind == "int4":
-                values = torch.stack([self.weight[rows] & 15, self.weight[rows] >> 4], dim=-1).flatten(1).unflatten(1, (-1, GROUP))
-                out[rows] = torch.addcmul(self.offset[rows].unsqueeze(-1), values, self.scale[rows].unsqueeze(-1)).flatten(1)
+                values = torch.stack([weight[rows] & 15, weight[rows] >> 4], dim=-1).flatten(1).unflatten(1, (-1, GROUP))
+                out[rows] = torch.addcmul(self.offset[which][rows].unsqueeze(-1), values, scale[rows].unsqueeze(-1)).flatten(1)
             else:
-                out[rows] = self.weight[rows].float() * self.scale[rows]
+                out[rows] = weight[rows].float() * scale[rows]
         return out
 
 

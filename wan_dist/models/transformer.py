@@ -8,7 +8,7 @@ Layer names are those of the published checkpoints, except that q, k, v are one 
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -57,6 +57,19 @@ def slices(segments: Sequence[int], length: int | None) -> Iterator[tuple[slice,
         yield slice(first, last), tuple(inside)
 
 
+def in_turn(parts: Sequence[tuple[slice, tuple[int, ...]]], x: Tensor, work: Callable[[slice, tuple[int, ...]], Tensor]) -> Tensor:
+    """Return what ``work`` makes of the parts of `slices` of x (B, L, D), (B, l, ...) each, in one tensor (B, L, ...)."""
+    first = work(*parts[0])
+    if len(parts) == 1:
+        return first
+    whole = first.new_empty(first.shape[0], x.shape[1], *first.shape[2:])
+    whole[:, parts[0][0]] = first
+    del first
+    for part, inside in parts[1:]:
+        whole[:, part] = work(part, inside)
+    return whole
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dim in float32 (arXiv:1910.07467); returns float32."""
     return F.rms_norm(x.float(), weight.shape, weight, eps)
@@ -97,6 +110,14 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
 
+class Linear(nn.Linear):
+    """A linear of which some outputs can be computed alone."""
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """x (..., in) -> (..., out), or those outputs whose rows of the weight these are."""
+        return F.linear(x, self.weight[rows], self.bias[rows])
+
+
 class SelfAttention(nn.Module):
     """Self-attention over all tokens, with RMSNorm over the whole width on q and k, and rotary embedding."""
 
@@ -104,24 +125,31 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = dims.num_heads
         self.eps = dims.eps
-        self.qkv = nn.Linear(dims.dim, 3 * dims.dim, dtype=dtype)
+        self.qkv = Linear(dims.dim, 3 * dims.dim, dtype=dtype)
         self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
         self.norm_q = Norm(dims.dim, bias=False)
         self.norm_k = Norm(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Return q, k and v (B, L, 3, H, D / H) of x (B, L, D), ready for attention; rotary tables of the same tokens."""
-        qkv: Tensor = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        for each, norm in ((qkv[:, :, 0], self.norm_q), (qkv[:, :, 1], self.norm_k)):
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], which: Sequence[int] = (0, 1, 2)) -> Tensor:
+        """Return q, k and v (B, L, 3, H, D / H) of x (B, L, D), ready for attention; rotary tables of the same tokens.
+
+        ``which``: neighbours of 0 for q, 1 for k, 2 for v, to get those alone.
+        """
+        width = x.shape[-1]
+        found: Tensor = self.qkv(x, slice(which[0] * width, (which[-1] + 1) * width)).unflatten(-1, (len(which), self.num_heads, -1))
+        for place, norm in zip(which, (self.norm_q, self.norm_k, None)[which[0] :], strict=False):
+            if norm is None:
+                continue
+            each = found[:, :, place - which[0]]
             for _, part in pieces(x.shape[1:2]):
                 normed = rms_norm(each[:, part].flatten(2), norm.weight, self.eps).view_as(each[:, part])
                 each[:, part] = apply_rotary(normed, (rotary[0][part], rotary[1][part]))
-        return qkv
+        return found
 
-    def attend(self, qkv: Tensor) -> Tensor:
-        """Attention of what `project` returned, of all tokens: (B, L, 3, H, D / H) -> (B, L, D), before the linear ``o``."""
-        return self.inner_attention(*qkv.unbind(2)).flatten(2)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of what `project` returned, k and v of all tokens: each (B, L, H, D / H) -> (B, L, D), before the linear ``o``."""
+        return self.inner_attention(q, k, v).flatten(2)
 
 
 class CrossAttention(nn.Module):
@@ -153,8 +181,16 @@ class CrossAttention(nn.Module):
         q = q.unflatten(-1, (self.num_heads, -1))
         out = self.inner_attention(q, *kv[:2])
         if len(kv) > 2:
-            out = out + self.inner_attention(q, *kv[2:])
+            out += self.inner_attention(q, *kv[2:])
         return self.o(out.flatten(2))
+
+
+class GELU(nn.Module):
+    """GELU by its tanh approximation (arXiv:1606.08415), in place: x is the largest array of a step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Change x (...) and return it."""
+        return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 class Block(nn.Module):
@@ -169,7 +205,7 @@ class Block(nn.Module):
         self.norm3 = Norm(dims.dim, bias=True)
         self.ffn = nn.Sequential(
             nn.Linear(dims.dim, dims.ffn_dim, dtype=dtype),
-            nn.GELU(approximate="tanh"),
+            GELU(),
             nn.Linear(dims.ffn_dim, dims.dim, dtype=dtype),
         )
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
@@ -202,18 +238,18 @@ class Block(nn.Module):
         shift, scale, gate = modulation
         parts = list(slices(segments, self.slice_tokens))
 
-        def project(part: slice, inside: tuple[int, ...]) -> Tensor:
+        def project(part: slice, inside: tuple[int, ...], which: Sequence[int]) -> Tensor:
             normed = modulated_norm(x[:, part], scale, shift, inside, self.eps, x.dtype)
-            return self.self_attn.project(normed, (rotary[0][part], rotary[1][part]))
+            return self.self_attn.project(normed, (rotary[0][part], rotary[1][part]), which)
 
-        qkv = project(*parts[0])
-        if len(parts) > 1:
-            first, qkv = qkv, qkv.new_empty(qkv.shape[0], x.shape[1], *qkv.shape[2:])
-            qkv[:, parts[0][0]] = first
-            del first
-            for part, inside in parts[1:]:
-                qkv[:, part] = project(part, inside)
-        out = self.self_attn.attend(qkv)
+        if len(parts) > 1 and self.self_attn.inner_attention.takes_some_queries:
+            kv = in_turn(parts, x, lambda part, inside: project(part, inside, (1, 2)))
+            for part, inside in parts:
+                out = self.self_attn.attend(project(part, inside, (0,))[:, :, 0], *kv.unbind(2))
+                add_gated(x[:, part], self.self_attn.o(out), gate, inside)
+            return
+        qkv = in_turn(parts, x, lambda part, inside: project(part, inside, (0, 1, 2)))
+        out = self.self_attn.attend(*qkv.unbind(2))
         del qkv
         for part, inside in parts:
             add_gated(x[:, part], self.self_attn.o(out[:, part]), gate, inside)
@@ -272,11 +308,11 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor, segments: tuple[int, ...]) -> Tensor:
         """x (B, L, D); time (B, R, D) float32, a row for each segment of tokens -> (B, L, patch volume * C) float32."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-        parts = [
+        normed = (
             modulated_norm(x[:, part], scale[:, row, None], shift[:, row, None], (part.stop - part.start,), self.eps, torch.float32)
             for row, part in pieces(segments)
-        ]
-        return torch.cat([self.head(part) for part in parts], dim=1)
+        )
+        return torch.cat([self.head(part) for part in normed], dim=1)
 
 
 class WanTransformer(nn.Module):

@@ -20,6 +20,8 @@ class RingAttention(InnerAttention):
     Each rank of the axis stands for ``num_inside`` neighbouring shares of the sequence, those that Ulysses has brought together.
     """
 
+    takes_some_queries = False
+
     def __init__(self, inner: InnerAttention, sequence: SplitSequence, axis: Axis, num_inside: int) -> None:
         super().__init__(inner.kernel, inner.name, inner.reason)
         self.sequence = sequence

@@ -16,6 +16,8 @@ class UlyssesAttention(InnerAttention):
     q, k and v go in one packed exchange. A rank then holds all tokens of the axis, so padding is cut off before attention.
     """
 
+    takes_some_queries = False
+
     def __init__(self, inner: InnerAttention, sequence: SplitSequence, axis: Axis) -> None:
         super().__init__(inner.kernel, inner.name, inner.reason)
         self.inner = inner

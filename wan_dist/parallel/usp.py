@@ -32,6 +32,8 @@ def check_usp(device: torch.device) -> None:
 class UspAttention(InnerAttention):
     """Attention of the tokens of all ranks; every rank has the same number of them, none of it padding."""
 
+    takes_some_queries = False
+
     def __init__(self, inner: InnerAttention, usp: Callable[..., Tensor], backend: Any) -> None:
         super().__init__(inner.kernel, inner.name, inner.reason)
         self.usp = usp
