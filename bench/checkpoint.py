@@ -5,12 +5,31 @@ python bench/checkpoint.py --task ti2v-5B OTHER --text-encoder-of FOLDER        
 """
 
 import argparse
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from wan_dist.catalog import TASKS
 from wan_dist.toy import make_checkpoint
+
+_HEADER_BYTES = 2**20
+_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def save_in_turn(tensors: Iterable[tuple[str, torch.Tensor]], file: Path) -> None:
+    """Write a safetensors file holding one tensor at a time; the header, padded with blanks, is written last."""
+    header: dict[str, object] = {}
+    end = 0
+    with file.open("wb") as stream:
+        stream.seek(8 + _HEADER_BYTES)
+        for name, tensor in tensors:
+            start, end = end, end + tensor.nbytes
+            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        stream.seek(0)
+        stream.write(_HEADER_BYTES.to_bytes(8, "little") + json.dumps(header).encode().ljust(_HEADER_BYTES))
 
 
 def main() -> None:
@@ -24,7 +43,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     place = "high_noise_model" if task.boundary else "."
     settings = {"device": device, "dtype": torch.bfloat16, "transformer_folder": place, "text_encoder_of": options.text_encoder_of}
-    make_checkpoint(options.folder, task.models, **settings)
+    torch.serialization.set_crc32_options(False)  # which take as long as the rest
+    make_checkpoint(options.folder, task.models, save=save_in_turn, **settings)
     if task.boundary:
         (options.folder / "low_noise_model").symlink_to(place)
 

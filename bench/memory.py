@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,13 +53,13 @@ ROWS = (
     Row("5B", "ti2v-5B", "frame_num=121 memory.budget_gib=5.2", 2),
     Row("5B", "ti2v-5B", "frame_num=121 quant=fp8"),
     Row("5B", "ti2v-5B", "frame_num=121 memory=low image=IMAGE"),
-    Row("14B", "i2v-14B", "size=832*480", 3),
-    Row("14B", "i2v-14B", "size=832*480 memory.dit=stream", 3),
-    Row("14B", "i2v-14B", "size=832*480 memory=low", 3),
-    Row("14B", "i2v-14B", "size=832*480 memory=minimal memory.budget_gib=3.4", 3),
-    Row("14B", "i2v-14B", "size=832*480 quant=fp8", 3),
-    Row("14B", "i2v-14B", "size=832*480 quant=int8", 3),
-    Row("14B", "i2v-14B", "size=832*480 quant=int4", 3),
+    Row("14B", "i2v-14B", "size=832*480", 2),
+    Row("14B", "i2v-14B", "size=832*480 memory.dit=stream", 2),
+    Row("14B", "i2v-14B", "size=832*480 memory=low", 2),
+    Row("14B", "i2v-14B", "size=832*480 memory=minimal memory.budget_gib=3.4", 2),
+    Row("14B", "i2v-14B", "size=832*480 quant=fp8", 2),
+    Row("14B", "i2v-14B", "size=832*480 quant=int8", 2),
+    Row("14B", "i2v-14B", "size=832*480 quant=int4", 2),
     Row("14B", "i2v-14B", "size=832*480 quant=int4 memory.dit=stream", 2),
     Row("14B", "i2v-14B", "size=832*480 memory.budget_gib=22", 2),
     Row("14B", "i2v-14B", "size=1280*720 memory.slice_tokens=8192"),
@@ -98,9 +99,9 @@ def _wait() -> None:
 
 def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[str, object]:
     """Run a row; returns its record's comparison and its steps' seconds."""
-    image = out / "image.png"
-    if not image.exists():
-        Image.effect_noise((1280, 720), 80).convert("RGB").save(image)
+    width, height = re.findall(r"size=(\d+)\*(\d+)", row.settings)[-1] if "size=" in row.settings else (1280, 704)
+    image = out / f"{width}x{height}.png"
+    Image.effect_noise((int(width), int(height)), 80).convert("RGB").save(image)
     settings = [
         f"task={row.task}",
         f"ckpt_dir={checkpoints / row.task}",
@@ -131,6 +132,7 @@ def describe(found: dict[str, object]) -> str:
         for kind, key in (("gpu", "peak_gpu_gib"), ("host", "host_gib")):
             planned, seen = entry[f"planned_{kind}_gib"], entry.get(key)
             columns.append(f"{kind} {planned:6.2f} {seen:6.2f} {100 * (planned / seen - 1):+5.0f} %" if seen else "")
+        columns.append(f"reserved {entry.get('reserved_gpu_gib')}")
         lines.append(f"    {stage:8} {'   '.join(columns)}")
     return "\n".join(lines)
 

@@ -39,4 +39,4 @@ def test_host_memory_is_as_planned(settings: str, checkpoint: Path, tmp_path: Pa
         planned, seen = (compared[stage][key] for key in ("planned_host_gib", "host_gib"))
         print(f"{settings:70} {stage:8} planned {planned:.2f} GiB, seen {seen:.2f}")
         assert seen < planned * 1.1, stage
-        assert seen > planned * (0.6 if stage == "decode" else 0.9), stage  # what a VAE takes was measured on GPUs
+        assert seen > planned * (0.7 if stage == "decode" else 0.9), stage  # oneDNN's convolutions take less than is counted

@@ -10,7 +10,7 @@ from typing import Any
 
 from wan_dist.config import MemoryConfig
 from wan_dist.errors import InputError
-from wan_dist.footprint import CONTEXT_BYTES, GIB, Arrangement, Load, Use, footprint, vae_weight_bytes
+from wan_dist.footprint import CONTEXT_BYTES, GIB, UNUSED_BYTES, Arrangement, Load, Use, footprint, vae_weight_bytes
 from wan_dist.hardware import Hardware
 from wan_dist.ways import WHOLE, Way, ways_that_fit
 
@@ -53,7 +53,7 @@ def budget_of(hardware: Hardware, memory: MemoryConfig) -> Budget:
     """Return what may be taken of this hardware; the user's limits count where they are lower."""
     gpu = hardware.gpu_bytes
     if gpu is not None:
-        gpu -= CONTEXT_BYTES
+        gpu -= UNUSED_BYTES if hardware.has_context else CONTEXT_BYTES
         if memory.budget_gib is not None:
             gpu = min(gpu, int(memory.budget_gib * GIB))
     host, why = hardware.host_bytes, hardware.host_limit
@@ -85,6 +85,7 @@ def arrange(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget,
 def _arrange(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget, shorter: Callable[[int], Load | None]) -> Arrangement:
     text = [replace(base, t5=place) for place in ([memory.t5] if memory.t5 else ["gpu"] if base.shard_t5 else ["gpu", "stream"])]
     chosen = _first_that_fits(load, text, ("text",), budget, shorter)
+    chosen = _first_that_fits(load, [replace(chosen, clip=place) for place in ("gpu", "cpu")], ("look",), budget, shorter)
     chosen = _first_that_fits(load, _transformers(chosen, memory, load), ("context", "load", "denoise"), budget, shorter)
     return arrange_vae(load, memory, chosen, budget, shorter)
 

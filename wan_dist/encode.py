@@ -38,7 +38,7 @@ def encode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups
     found = _contexts(checkpoint, config, plan, groups, report)
     is_first = groups.replica.rank == 0
     if is_first and plan.images and checkpoint.image_encoder is not None:
-        found["image_features"] = _look_at_images(checkpoint.image_encoder, plan, report)
+        found["image_features"] = _look_at_images(checkpoint.image_encoder, plan, report).to(report.device)
     if plan.images:
         found |= _encode_images(checkpoint, config, plan, groups, report)
     everywhere = {field.name: broadcast(found.get(field.name), groups.replica, report.device) for field in fields(Conditioning)}
@@ -64,7 +64,7 @@ def project_contexts(
     each = -(-num_blocks // axis.size)
     own = [min(index, num_blocks - 1) for index in range(axis.rank * each, (axis.rank + 1) * each)]  # shares are of one size
     with report.stage(name, f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}"):
-        streaming = Streaming("blocks", from_disk=True) if streamed else None  # each block is needed once
+        streaming = Streaming("blocks", from_disk=True, num_rounds=1) if streamed else None
         projection = component.load(report.device, spread=lambda model: model.keep(own), streaming=streaming)
         prompts = [text for text in (conditioning.context, conditioning.negative_context) if text is not None]
         shares = projection(prompts, conditioning.image_features)
@@ -116,7 +116,8 @@ def _encode_texts(checkpoint: Checkpoint, plan: Plan, prompts: list[str], groups
     how = ", sharded" if plan.arrangement.shard_t5 else ", from disk" if plan.arrangement.t5 == "stream" else ""
     with report.stage("text", f"umT5 on {device.type}{how}"):
         if plan.arrangement.t5 == "stream":
-            encoder = component.load(device, streaming=Streaming("block", from_disk=True, leave=("embed_tokens.",)))
+            streaming = Streaming("block", from_disk=True, leave=("embed_tokens.",), num_rounds=len(prompts))
+            encoder = component.load(device, streaming=streaming)
         else:
             encoder = component.load(device, spread=spread)
         embed = TextEncoder(
@@ -133,8 +134,9 @@ def _encode_texts(checkpoint: Checkpoint, plan: Plan, prompts: list[str], groups
 
 
 def _look_at_images(image_encoder: Component[nn.Module, ImageEncoderDims], plan: Plan, report: Report) -> Tensor:
-    with report.stage("look", f"CLIP, {len(plan.images)} image{'s' if len(plan.images) > 1 else ''}"):
-        clip = image_encoder.load(report.device)
+    device = report.device if plan.arrangement.clip == "gpu" else torch.device("cpu")
+    with report.stage("look", f"CLIP on {device.type}, {len(plan.images)} image{'s' if len(plan.images) > 1 else ''}"):
+        clip = image_encoder.load(device)
         features = encode_images(clip, [pixels(image) for image in plan.images], image_size=image_encoder.dims.image_size)
         del clip
         free_memory()

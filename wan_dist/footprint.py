@@ -6,7 +6,7 @@ bench/NOTES.md compares predictions with measured peaks.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from wan_dist.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
@@ -20,12 +20,20 @@ STAGED = 3
 """Blocks of a streamed model on the host where they are read from disk."""
 GROUP = 64
 """Values that share a scale in int4; as in models/quantized.py."""
+QUANTIZED_AT_ONCE = 1024
+"""Rows that are in float32 at once where they are quantised or back; as in models/quantized.py."""
 PIECE = 4096
 """Tokens that are in float32 at once; as in models/transformer.py."""
-PROCESS_BYTES = {True: int(1.3 * GIB), False: int(0.35 * GIB)}
+PROCESS_BYTES = {True: int(1.15 * GIB), False: int(0.32 * GIB)}
 """Of the host, whatever is run: interpreter and libraries, with a GPU its driver too."""
+CONVOLVING_BYTES = {True: int(0.35 * GIB), False: 0}
+"""Of the host once the VAE has worked: what cuDNN and Triton have compiled."""
 CONTEXT_BYTES = int(0.75 * GIB)
-"""Of each GPU, outside PyTorch's count: the driver's context, NCCL, cuBLAS, and what lies unused between allocations."""
+"""Of each GPU, outside PyTorch's count: the driver's context, or NCCL, and what lies unused between allocations."""
+UNUSED_BYTES = int(0.25 * GIB)
+"""The last of these alone."""
+LIBRARY_BYTES = int(0.125 * GIB)
+"""Of each GPU in any stage: what cuBLAS keeps to work with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +44,8 @@ class Arrangement:
     """The transformer's weights: resident, stream or disk."""
     t5: str = "gpu"
     """Where the text encoder works: gpu, stream or cpu."""
+    clip: str = "gpu"
+    """Where images are looked at: gpu or cpu."""
     shard_dit: bool = False
     shard_t5: bool = False
     slice_tokens: int | None = None
@@ -52,7 +62,8 @@ class Arrangement:
         sliced = f", {self.slice_tokens} tokens at a time" if self.slice_tokens else ""
         passes = ", passes apart" if self.passes == "apart" else ""
         t5 = "sharded" if self.shard_t5 else {"gpu": "whole", "stream": "block by block", "cpu": "on the CPU"}[self.t5]
-        return f"transformer {dit}{sliced}{passes}; text encoder {t5}; VAE {self.vae}"
+        clip = "; CLIP on the CPU" if self.clip == "cpu" else ""
+        return f"transformer {dit}{sliced}{passes}; text encoder {t5}{clip}; VAE {self.vae}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,12 +219,17 @@ def activation_bytes(load: Load, arrangement: Arrangement) -> int:
     part = min(arrangement.slice_tokens or tokens, tokens)
     width = tokens * dims.dim * e
     streams = width * (1 if arrangement.passes == "apart" or load.cfg == 2 else len(load.text_tokens))
-    pieces = 3 * min(PIECE, part) * dims.dim * FLOAT
-    project = (3 * width if part < tokens else 0) + 4 * part * dims.dim * e + pieces
-    attend = 4 * width + tokens * dims.num_heads * FLOAT + (3 * width if load.num_parts > 1 else 0)
-    feed = part * (dims.dim + 2 * dims.ffn_dim) * e
-    latents = prod(load.latent_shape) * FLOAT * 10
-    return streams + max(project, attend, feed) + latents
+    pieces = 4 * min(PIECE, part) * dims.dim * FLOAT
+    if part < tokens and load.num_parts == 1:  # k and v of all, then q in turn
+        attend = 2 * width + 3 * part * dims.dim * e + pieces
+    else:
+        attend = 4 * width + tokens * dims.num_heads * FLOAT + (3 * width if load.num_parts > 1 else pieces)
+    feed = part * (2 * dims.dim + dims.ffn_dim) * e
+    if load.quant == "fp8":
+        feed += part * dims.ffn_dim + 2 * QUANTIZED_AT_ONCE * dims.ffn_dim * FLOAT
+    head = 4 * min(PIECE, tokens) * dims.dim * FLOAT
+    latents = prod(load.latent_shape) * FLOAT * (6 + dims.in_dim // dims.out_dim)  # the noise, the solver's, and those of images
+    return streams + max(attend, feed, head) + latents
 
 
 def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
@@ -221,15 +237,18 @@ def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
     e, dims = load.itemsize, load.models.transformer
     contexts = context_bytes(load)
     process = {"process": PROCESS_BYTES[load.on_gpu] * load.ranks_per_node}
+    later = {"process": process["process"] + CONVOLVING_BYTES[load.on_gpu] * load.ranks_per_node}
     uses = [_text(load, arrangement, process)]
     if load.models.image_encoder is not None and load.num_images:
-        uses.append(Use("look", {"weights": image_encoder_bytes(load.models.image_encoder), "activations": int(0.05 * GIB)}, process))
+        parts = {"weights": image_encoder_bytes(load.models.image_encoder), "activations": int(0.05 * GIB)}
+        uses.append(Use("look", {}, process | parts) if arrangement.clip == "cpu" else Use("look", parts, process))
     if load.num_images:
+        process = later
         uses.append(_vae(load, arrangement.image, "image", process))
     own = -(-dims.num_layers // load.num_ranks)
     num_blocks = own if arrangement.dit == "resident" else min(SLOTS, own)
     staged = {} if arrangement.dit == "resident" else {"staging": STAGED * context_block_bytes(dims, e) * load.ranks_per_node}
-    gpu = {"weights": projection_bytes(dims, e, num_blocks), "contexts": contexts * (2 if load.num_ranks > 1 else 1)}
+    gpu = {"weights": projection_bytes(dims, e, num_blocks), "contexts": 2 * contexts}  # of each block, and together
     uses.append(Use("context", gpu, process | staged))
     weights = transformer_bytes(dims, e, load.quant) - time_bytes(dims)
     block, blocks = block_bytes(dims, e), blocks_bytes(dims, e, load.quant)
@@ -245,11 +264,12 @@ def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
     uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts}, at_first))
     gathered = {"gathered": 2 * block} if arrangement.shard_dit else {}
     activations = {"activations": activation_bytes(load, arrangement)}
-    if load.quant != "none":
+    if load.quant in ("int8", "int4"):
         activations["workspace"] = dims.dim * max(3 * dims.dim, dims.ffn_dim) * e  # of a linear in full
     uses.append(Use("denoise", {"weights": weights, "contexts": contexts} | gathered | activations, host))
-    uses.append(_vae(load, arrangement.vae, "decode", process))
-    return uses
+    uses.append(_vae(load, arrangement.vae, "decode", later))
+    libraries = {"libraries": LIBRARY_BYTES} if load.on_gpu else {}
+    return [replace(use, gpu=use.gpu | libraries) if use.gpu else use for use in uses]
 
 
 def _text(load: Load, arrangement: Arrangement, process: dict[str, int]) -> Use:

@@ -22,6 +22,7 @@ from wan_dist.hardware import Hardware, find_host
 from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_bytes, free_memory
 from wan_dist.models.attention import InnerAttention, choose_attention
+from wan_dist.models.text_encoder import token_ids
 from wan_dist.parallel.agreement import Agreeing
 from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, name_those_awaited
 from wan_dist.parallel.mesh import Groups, limit_waiting, local_device, open_groups
@@ -51,7 +52,9 @@ def _arranged(plan: Plan, config: RunConfig, checkpoint: Checkpoint, groups: Gro
     """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so."""
     free = free_bytes(device, groups.replica)
     host, limit = broadcast_object(find_host(), groups.replica)
-    plan = arranged(plan, config, Hardware(free if device.type == "cuda" else None, host, host_limit=limit), checkpoint.models)
+    hardware = Hardware(free if device.type == "cuda" else None, host, host_limit=limit, has_context=groups.replica.size == 1)
+    text_len = checkpoint.transformers[0].dims.text_len
+    plan = arranged(plan, config, hardware, checkpoint.models, lambda text: len(token_ids(checkpoint.tokenizer, text, text_len)))
     assert plan.budget is not None
     logger.info("plan      %s", plan.arrangement.words)
     for line in table(plan.uses, plan.budget.gpu, plan.budget.host):

@@ -26,6 +26,8 @@ class Hardware:
     host_bytes: int
     host_limit: str = "free memory"
     """Which limit it is."""
+    has_context: bool = False
+    """Whether the GPU's driver has taken its part already."""
 
 
 def parse_bytes(text: str, key: str) -> int:

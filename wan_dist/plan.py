@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -133,7 +134,13 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
     )
 
 
-def arranged(plan: Plan, config: RunConfig, hardware: Hardware, models: ModelDims) -> Plan:
+def _about_as_many_tokens(text: str) -> int:
+    return min(512, len(text.encode()) // 3 + 2)
+
+
+def arranged(
+    plan: Plan, config: RunConfig, hardware: Hardware, models: ModelDims, count_tokens: Callable[[str], int] = _about_as_many_tokens
+) -> Plan:
     """Return the plan with the fastest arrangement of these models that fits, and what each stage would take.
 
     Raises InputError if nothing fits, with what would.
@@ -144,7 +151,7 @@ def arranged(plan: Plan, config: RunConfig, hardware: Hardware, models: ModelDim
         models=models,
         latent_shape=plan.latent_shape,
         num_tokens=plan.num_tokens,
-        text_tokens=tuple(min(512, len(text.encode()) // 3 + 2) for text in texts),
+        text_tokens=tuple(count_tokens(text) for text in texts),
         num_images=len(plan.images),
         num_experts=1 if plan.task.boundary is None else 2,
         num_ranks=plan.degrees.num_ranks // plan.degrees.dp,

@@ -67,6 +67,9 @@ class Report:
         entry["host_gib"] = round(self._watch.peak_since(start) / _GIB, 3)
         if cuda:
             entry["peak_gpu_gib"] = round(max(peak_seen, torch.cuda.max_memory_allocated(self.device)) / _GIB, 3)
+            entry["reserved_gpu_gib"] = round(torch.cuda.max_memory_reserved(self.device) / _GIB, 3)  # since the last stage began
+            free, total = torch.cuda.mem_get_info(self.device)
+            entry["outside_gpu_gib"] = round((total - free - torch.cuda.memory_reserved(self.device)) / _GIB, 3)  # driver, others
         self.stages[name] = entry
         memory = f", GPU peak {entry['peak_gpu_gib']:.1f} GiB" if cuda else ""
         logger.info("%-9s %6.1f s%s%s", name, entry["seconds"], memory, f"  {detail}" if detail else "")
@@ -86,7 +89,7 @@ class Report:
                 continue
             on_host = use.host_bytes + (0 if self.device.type == "cuda" else use.gpu_bytes)
             entry = {"planned_gpu_gib": use.gpu_bytes / _GIB, "planned_host_gib": on_host / _GIB}
-            entry |= {key: max(stage[key] for stage in seen) for key in ("peak_gpu_gib", "host_gib") if key in seen[0]}
+            entry |= {key: max(stage[key] for stage in seen) for key in ("peak_gpu_gib", "reserved_gpu_gib", "host_gib") if key in seen[0]}
             compared[use.stage] = {key: round(value, 3) for key, value in entry.items()}
         self.facts["memory"] = compared
         key = "gpu" if self.device.type == "cuda" else "host"

@@ -5,7 +5,8 @@ Its weights are random: the video is coloured noise. Benchmarks make full-size o
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -54,10 +55,12 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     transformer_folder: str = ".",
     text_encoder_of: Path | None = None,
+    save: Callable[[Iterable[tuple[str, Tensor]], Path], None] = lambda tensors, file: save_file(dict(tensors), file),
 ) -> None:
     """Write a checkpoint with random weights into ``folder``; drawn on the CPU they are the same on every machine.
 
-    ``dtype`` is that of the transformer's linears and of the text encoder, which may be another folder's.
+    ``dtype`` is that of the transformer's linears and of the text encoder, which may be another folder's. ``save`` writes the
+    transformer's tensors into a safetensors file.
     """
     place = folder / transformer_folder
     place.mkdir(parents=True, exist_ok=True)
@@ -69,8 +72,8 @@ def make_checkpoint(
         image_encoder = None if dims.image_encoder is None else build_image_encoder(dims.image_encoder)
         vae = WanVae(dims.vae)
     keys = original_transformer([])
-    tensors = dict(chain(_stored_tensors(transformer, keys, generator), _stored_tensors(projection, keys, generator)))
-    save_file(tensors, place / f"{WEIGHTS}.safetensors")
+    tensors = chain(_stored_tensors(transformer, keys, generator), _stored_tensors(projection, keys, generator))
+    save(tensors, place / f"{WEIGHTS}.safetensors")
     if text_encoder_of is None:
         torch.save(dict(_stored_tensors(text_encoder, original_text_encoder([]), generator)), folder / TEXT_ENCODER)
     else:
@@ -89,7 +92,7 @@ def make_checkpoint(
 
 def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     """Yield random values for every parameter under the checkpoint's keys, scaled to keep activations near 1."""
-    whole: dict[str, list[Tensor]] = {}
+    whole: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1 and "gamma" not in name:
             value = torch.randn(parameter.shape, generator=generator, device=generator.device) / parameter[0].numel() ** 0.5
@@ -97,10 +100,10 @@ def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) 
             value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
         sources = keys.sources(name)
         for source, part in zip(sources, value.chunk(len(sources)), strict=True):
-            parts = whole.setdefault(source.key, [part] * source.parts)
-            parts[source.part] = part.to("cpu", parameter.dtype, copy=True)
-            if source.part == source.parts - 1:  # a tensor that is several of ours
-                yield source.key, torch.cat(whole.pop(source.key))
+            whole[source.key][source.part] = part.to("cpu", parameter.dtype, copy=True)
+            if len(whole[source.key]) == source.parts:  # a tensor may be several of ours
+                parts = whole.pop(source.key)
+                yield source.key, torch.cat([parts[number] for number in range(source.parts)])
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

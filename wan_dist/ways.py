@@ -1,14 +1,14 @@
 """Ways for the VAE to work on a video, from the fastest to the one that needs the least memory, and what each needs; no torch."""
 
+import itertools
 from dataclasses import dataclass, replace
 
-from wan_dist.degrees import MIN_STRIP
 from wan_dist.dims import VaeDims
 
 SCORES_BYTES = 100_000_000
 """Of the middle's attention, whatever the size."""
-PIXELS_AT_ONCE = 30_000
-"""Latent pixels of one rank in one chunk: with more, a GPU is not faster."""
+VALUES_AT_ONCE = 2_900_000
+"""Of one rank in one chunk, latent pixels times the width of the last stage: with more, a GPU is not faster."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,14 @@ class Way:
         return f"in {self.num_tiles} tiles" if self.name == "tiled" else "on the CPU" if self.name == "cpu" else self.name
 
     def part_of(self, length: int, num_ranks: int, dims: VaeDims) -> tuple[int, int]:
-        """Return how many of a side's latent pixels are worked on at once, and how many more that begins with."""
+        """Return how many of a side's latent pixels are worked on at once, and how many more that begins with, of the largest part."""
         if self.name == "parallel":
-            return min(-(-length // num_ranks) + 2 * MIN_STRIP, length), 0
+            return min(-(-length // num_ranks) + 1, length), 0  # with a few pixels of the neighbours
         part = -(-length // self.num_tiles)
-        return part, min(2 * dims.reach if self.num_tiles > 1 else 0, length - part)
+        if self.num_tiles == 1:
+            return part, 0
+        own = part * (1 + dims.reach // part)  # from the frame's edge on, if that is near: what is there is not given up
+        return own, max(0, min(dims.reach if own > part or self.num_tiles == 2 else 2 * dims.reach, length - own))
 
 
 WHOLE = Way("whole")
@@ -56,7 +59,9 @@ def ways_that_fit(
 
     def sized(way: Way) -> tuple[Way, int]:
         length, margin = way.part_of(larger, num_ranks, dims)
-        numbers = [number for number in (8, 4, 2) if number < latent_size[0] and number * smaller * (length + margin) <= PIXELS_AT_ONCE]
+        each = smaller * (length + margin) * (dims.dim if encode else dims.decoder_dim)
+        pays = [number for number in (8, 4, 2) if number < latent_size[0] and number * each <= VALUES_AT_ONCE]
+        numbers = [even_part(latent_size[0] - 1, number) for number in pays]
         size = (smaller, length, margin)
         needs = {number: vae_bytes(dims, size, itemsize, at_once=number, encode=encode) for number in (*numbers, 1)}
         at_once = next((number for number in numbers if needs[number] < free // 2), 1)
@@ -66,22 +71,77 @@ def ways_that_fit(
     return [way for way, need in map(sized, on_gpu) if need < free] + [cpu]
 
 
+def even_part(whole: int, most: int) -> int:
+    """Return ``most`` or the largest number above half of it that divides ``whole``, so that all parts are of one size."""
+    return next((number for number in range(most, most // 2, -1) if whole % number == 0), most)
+
+
 def vae_bytes(dims: VaeDims, size: tuple[int, int, int], itemsize: int, *, at_once: int = 1, encode: bool = False) -> int:
     """Return about how much memory the VAE takes, without weights, whatever the number of frames.
 
     ``size``: the latent pixels of its part of a frame, on the smaller side and on the larger one, and how many more on the larger one
-    it begins with. That is what causal layers remember, two frames of each input, and the arrays of a chunk at the largest stage, about
-    three and some frames: a block's input, its padded copy and the convolution's result. Measured peaks are in bench/NOTES.md.
+    it begins with. That is what causal layers remember, two frames of each input, and the arrays of a chunk where they are largest.
     """
+    values = _encoded_values(dims, size, at_once) if encode else _decoded_values(dims, size, at_once)
+    if itemsize == 2:  # kernels for what is not yet doubled, beside those they are made of
+        values += sum(16 * (dims.decoder_dim * each) ** 2 // (1 if dims.residual else 2) for each in dims.multipliers[1:])
+    else:  # there are no kernels for float32, so norms and activations have arrays of their own
+        base, margin = (dims.dim, size[2]) if encode else (dims.decoder_dim, 0)
+        values += 3 * base * 4 * at_once * size[0] * (size[1] + margin) * 4 ** len(dims.temporal)
+    return values * itemsize + SCORES_BYTES
+
+
+def _decoded_values(dims: VaeDims, size: tuple[int, int, int], frames: int) -> int:
+    """Return how many numbers a decoder remembers, and has in its arrays at their largest, in the order of models/vae.py."""
     rows, columns, margin = size
-    base = dims.dim if encode else dims.decoder_dim
-    num_blocks = dims.num_blocks if encode else dims.num_blocks + 1
-    remembered = 2 * rows * (columns + margin) * (dims.latent_dim + 4 * base * dims.multipliers[-1])
-    for multiplier in reversed(dims.multipliers):
-        width = base * multiplier
-        full_size = rows * (columns + margin) * width
-        remembered += 4 * full_size * num_blocks
-        rows, columns, margin = 2 * rows, 2 * columns, 2 * margin
-        if not encode:
-            margin = max(0, margin - 4 * (2 * num_blocks + 1))  # a tile shrinks
-    return (remembered + (12 * at_once + 6) * full_size) * itemsize + SCORES_BYTES
+    sides = 2 if margin > dims.reach else 1
+    widths = [dims.decoder_dim * multiplier for multiplier in (dims.multipliers[-1], *reversed(dims.multipliers))]
+    area = rows * (columns + margin)
+    remembered, most = 2 * area * (dims.latent_dim + 4 * widths[0]), 0
+    for stage, (before, after) in enumerate(itertools.pairwise(widths)):
+        before = before // 2 if stage and not dims.residual else before
+        area = rows * (columns + margin)
+        remembered += 2 * area * (before + after + 2 * after * dims.num_blocks)
+        arrays = [_block_values(before, after, frames), _block_values(after, after, frames)]
+        if stage < len(dims.temporal):
+            kept = before * frames if dims.residual else 0  # for the shortcut around the stage
+            arrays[1] += kept
+            if dims.temporal[::-1][stage]:
+                remembered += 2 * area * after
+                arrays.append(kept + after * frames * (1 + 2 + 2))
+                frames *= 2
+            out = after if dims.residual else after // 2
+            arrays.append(kept + frames * (after + 4 * out + 4 * out))  # before it is doubled, doubled in parts, and doubled
+        most = max(most, area * max(arrays))
+        if stage < len(dims.temporal):
+            rows, columns, margin = 2 * rows, 2 * columns, max(0, 2 * (margin - sides * (2 * dims.num_blocks + 3)))  # a tile shrinks
+    area = rows * (columns + margin)
+    remembered += 2 * area * after
+    return remembered + max(most, area * (after * (2 * frames + 2) + 4 * dims.pixel_channels * frames))
+
+
+def _encoded_values(dims: VaeDims, size: tuple[int, int, int], at_once: int) -> int:
+    """Return the same for an encoder."""
+    rows, columns, margin = size
+    scale, frames = 2 ** len(dims.temporal), 4 * at_once
+    area = rows * (columns + margin) * scale**2
+    widths = [dims.dim * multiplier for multiplier in (1, *dims.multipliers)]
+    remembered, most = 2 * area * dims.pixel_channels, 0
+    for stage, (before, after) in enumerate(itertools.pairwise(widths)):
+        remembered += 2 * area * (before + after + 2 * after * (dims.num_blocks - 1))
+        kept = before * frames if dims.residual else 0
+        arrays = [_block_values(before, after, frames), kept + _block_values(after, after, frames)]
+        if stage < len(dims.temporal):
+            arrays.append(kept + 2 * after * frames)  # padded
+        most = max(most, area * max(arrays))
+        if stage < len(dims.temporal):
+            area //= 4
+            if dims.temporal[stage]:
+                remembered += area * after
+                frames //= 2
+    return remembered + most
+
+
+def _block_values(before: int, after: int, frames: int) -> int:
+    """Return the numbers for each pixel of a residual block: its input, a convolution's padded input and result."""
+    return before * frames + max(before * (frames + 2) + after * frames, after * (frames + 2) + after * frames)

@@ -40,6 +40,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: int) -> list[int]:
+    """Return the token ids of the cleaned prompt with its end mark, ``text_len`` at most."""
+    ids: list[int] = tokenizer(clean_prompt(prompt), truncation=True, max_length=text_len).input_ids
+    return ids
+
+
 class TextEncoder:
     """Prompts to embeddings.
 
@@ -63,13 +69,9 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.text_len = text_len
 
-    def tokens(self, prompt: str) -> Tensor:
-        """Return the token ids (1, n) of the cleaned prompt with its end mark, cut to ``text_len``."""
-        return self.tokenizer(clean_prompt(prompt), truncation=True, max_length=self.text_len, return_tensors="pt").input_ids
-
     def __call__(self, prompt: str) -> Tensor:
         """Return the prompt's embedding (n, text_dim), n at most ``text_len``, on the device."""
-        ids = self.tokens(prompt).to(self.device)
+        ids = torch.tensor([token_ids(self.tokenizer, prompt, self.text_len)], device=self.device)
         mask = torch.ones_like(ids)
         if self.rows is None:
             return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[0]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_dist.dims import VaeDims
+from wan_dist.models import vae_elementwise
 from wan_dist.models.vae_layers import (
     AttentionBlock,
     CausalConv3d,
@@ -195,7 +196,7 @@ class WanVae(nn.Module):
 
     def lay_out(self) -> "WanVae":
         """Arrange the weights as is fastest on a GPU in half precision, elsewhere leave them; returns itself."""
-        if self.dtype == torch.float32 or not self.conv1.weight.is_cuda:
+        if self.dtype == torch.float32 or not vae_elementwise.on_gpu(self.conv1.weight):
             return self
         for parameter in self.parameters():
             if parameter.dim() in (4, 5):
@@ -240,9 +241,7 @@ class WanVae(nn.Module):
         """Yield the decoder's input for normalised latents (B, C, T, h, w): the first latent frame, then as many at once as is set."""
         mean, std = self._moments(latents.float())
         first, rest = latents[:, :, :1], latents[:, :, 1:]
-        most = self.latents_at_once
-        even = next((number for number in range(most, most // 2, -1) if rest.shape[2] % number == 0), most)  # a chunk less to tune for
-        for latent in (first, *(rest.split(even, dim=2) if rest.shape[2] else ())):
+        for latent in (first, *(rest.split(self.latents_at_once, dim=2) if rest.shape[2] else ())):
             yield self.conv2((latent * std + mean).to(self.dtype, memory_format=self._format(latent)), VideoState())
 
     def pixels(self, decoded: Tensor) -> Tensor:
@@ -250,4 +249,4 @@ class WanVae(nn.Module):
         return (channels_to_pixels(decoded) if self.dims.residual else decoded).float().clamp(-1, 1)
 
     def _format(self, x: Tensor) -> torch.memory_format:
-        return torch.channels_last_3d if x.is_cuda and self.dtype != torch.float32 else torch.contiguous_format
+        return torch.channels_last_3d if vae_elementwise.on_gpu(x) and self.dtype != torch.float32 else torch.contiguous_format

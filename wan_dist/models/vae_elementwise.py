@@ -22,6 +22,11 @@ def _kernels() -> ModuleType | None:
         return None
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is where things are done in the GPU's way."""
+    return x.is_cuda
+
+
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     """Return gamma x sqrt(C) / max(|x|, 1e-12), RMSNorm over channels, float32; x (B, C, ...), gamma (C, 1, ...)."""
     return F.normalize(x.float(), dim=1) * gamma.shape[0] ** 0.5 * gamma
@@ -76,7 +81,7 @@ def interleave(phases: Tensor, bias: Tensor) -> Tensor:
 
 def _kernels_for(*videos: Tensor) -> ModuleType | None:
     """Return the kernels if they can take these: on a GPU, in half precision, one video, channels innermost."""
-    if all(x.is_cuda and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(1) == 1 for x in videos):
+    if all(on_gpu(x) and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(1) == 1 for x in videos):
         return _kernels()
     return None
 

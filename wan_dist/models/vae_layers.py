@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan_dist.models import vae_elementwise
 from wan_dist.models.vae_elementwise import activate, add_, interleave, phases_of, rms_norm
 
 _MAX_SCORES = 2**23
@@ -91,7 +92,8 @@ class CausalConv3d(nn.Conv3d):
 
     def convolve(self, frames: Tensor, state: VideoState, *, with_bias: bool = True) -> Tensor:
         """Convolve what `room` returned, filled; its last frames are kept for the next chunk."""
-        state.past[self] = frames[:, :, -self.num_past :].clone()  # a view would keep the whole chunk alive
+        last, past = frames[:, :, -self.num_past :], state.past.get(self)
+        state.past[self] = last.clone() if past is None else past.copy_(last)  # a view would keep the whole chunk alive
         return self._product(frames, self.bias if with_bias else None)
 
     def _product(self, frames: Tensor, bias: Tensor | None) -> Tensor:
@@ -189,7 +191,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     The fast kernels take heads of 256 channels at most, this one has 384 or more, and what PyTorch falls back on keeps several L x M
     arrays. On a GPU some rows at a time are computed here; the softmax is float32.
     """
-    if not q.is_cuda:
+    if not vae_elementwise.on_gpu(q):
         return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
     rows = max(1, _MAX_SCORES // (k.shape[0] * k.shape[1]))
     out = []

@@ -1,0 +1,109 @@
+"""Planned bytes of activations against those that the models make, counted on meta at full size."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.live_bytes import LiveBytes
+from wan_dist import tiles
+from wan_dist.catalog import TASKS
+from wan_dist.footprint import GIB, Arrangement, Load, activation_bytes
+from wan_dist.models import quantized, vae_elementwise
+from wan_dist.models.attention import InnerAttention
+from wan_dist.models.transformer import ContextKV, WanTransformer
+from wan_dist.models.vae import WanVae
+from wan_dist.parallel.mesh import Axis
+from wan_dist.vae import decode, encode, uint8_frames
+from wan_dist.ways import Way, vae_bytes
+
+ALONE = Axis()
+TIMES = torch.tensor([[500]])
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("slice_tokens", [None, 8192, 2048])
+@pytest.mark.parametrize("passes", ["together", "apart"])
+@pytest.mark.parametrize(
+    ("task", "size", "quant"),
+    [
+        ("t2v-1.3B", (832, 480, 81), "none"),
+        ("ti2v-5B", (1280, 704, 121), "none"),
+        ("i2v-14B", (832, 480, 81), "none"),
+        ("i2v-14B", (832, 480, 81), "fp8"),
+        ("i2v-14B", (832, 480, 81), "int8"),
+        ("i2v-14B", (832, 480, 81), "int4"),
+    ],
+)
+def test_a_step_takes_what_is_planned(
+    task: str, size: tuple[int, int, int], quant: str, passes: str, slice_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized, "multiplies_fp8", lambda device: True)
+    found, (width, height, frames) = TASKS[task], size
+    dims = replace(found.transformer, num_layers=3)
+    shape = (found.latent_channels, (frames - 1) // 4 + 1, height // found.stride[1], width // found.stride[2])
+    num_tokens = shape[1] * shape[2] * shape[3] // 4
+    with torch.device("meta"):
+        model = WanTransformer(dims, torch.bfloat16, InnerAttention(lambda q, k, v: torch.empty_like(q), "like q"))
+        if quant != "none":
+            quantized.quantize_blocks(model.blocks, quant)
+    model.requires_grad_(False).slice_tokens(slice_tokens)
+    model.keep_times([TIMES])
+    rotary = (empty(num_tokens, 1, dims.head_dim // 2), empty(num_tokens, 1, dims.head_dim // 2))
+    heads = (dims.num_heads, dims.head_dim)
+    image = empty(dims.num_layers, 2, 1, 257, *heads, dtype=torch.bfloat16) if dims.image_dim else None
+    contexts = [ContextKV(empty(dims.num_layers, 2, 1, n + 1, *heads, dtype=torch.bfloat16), image) for n in (20, 200)]
+    kept = [*model.parameters(), *rotary, *model.times[str(TIMES.tolist())], *(context.text for context in contexts)]
+    with torch.no_grad(), LiveBytes([*kept, *([image] if image is not None else [])]) as live:
+        latents = empty(1, dims.in_dim, *shape[1:])
+        for group in [contexts] if passes == "together" else [[context] for context in contexts]:
+            model(latents, TIMES, group, rotary)
+    load = Load(models=found.models, latent_shape=shape, num_tokens=num_tokens, text_tokens=(20, 200), quant=quant)
+    planned = activation_bytes(load, Arrangement(slice_tokens=slice_tokens, passes=passes))
+    if quant in ("int8", "int4"):
+        planned += dims.dim * max(3 * dims.dim, dims.ffn_dim) * 2  # counted apart, as workspace
+    print(f"{task} {size} {quant} {passes} {slice_tokens}: planned {planned / GIB:.2f}, made {live.peak / GIB:.2f} GiB")
+    assert live.peak <= planned * 1.02
+    assert live.peak >= planned * 0.85 - 0.1 * GIB
+
+
+WAYS = [Way("whole"), Way("whole", at_once=2), *(Way("tiled", number) for number in (2, 4, 16))]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: f"{way} {way.at_once}")
+@pytest.mark.parametrize(("task", "size"), [("t2v-1.3B", (832, 480)), ("t2v-1.3B", (1280, 720)), ("ti2v-5B", (1280, 704))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("work", ["decode", "encode"])
+def test_the_vae_takes_what_is_planned(
+    work: str, dtype: torch.dtype, task: str, size: tuple[int, int], way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vae_elementwise, "on_gpu", lambda x: True)
+    kernels = SimpleNamespace(activate_kernel=0, add_kernel=0, interleave_kernel=0) if dtype == torch.bfloat16 else None
+    monkeypatch.setattr(vae_elementwise, "_kernels_for", lambda *videos: kernels)
+    monkeypatch.setattr(vae_elementwise, "_launch", lambda *arguments: None)
+    monkeypatch.setattr(tiles, "_to_host", lambda x: torch.empty(x.shape, dtype=x.dtype))
+    dims, (width, height) = TASKS[task].vae, size
+    rows, columns = height // dims.scale, width // dims.scale
+    with torch.no_grad(), LiveBytes() as live:
+        with torch.device("meta"):
+            vae = WanVae(dims, dtype).requires_grad_(False)
+        weights = live.peak = live.now
+        vae.lay_out()
+        if work == "decode":
+            for frames in decode(vae, empty(dims.latent_dim, 5, rows, columns), uint8_frames, way, ALONE):
+                del frames
+        elif way.name == "tiled":
+            monkeypatch.setattr(Tensor, "cpu", lambda x: torch.empty(x.shape, dtype=x.dtype))
+            encode(vae, lambda: (empty(1, 3, n, height, width) for n in (1, *[4] * 4)), way, ALONE)
+        else:
+            encode(vae, lambda: (empty(1, 3, n, height, width) for n in (1, *[4] * 4)), way, ALONE)
+    length, margin = way.part_of(columns, 1, dims)
+    planned = vae_bytes(dims, (rows, length, margin), dtype.itemsize, at_once=way.at_once, encode=work == "encode")
+    made = live.peak - weights
+    print(f"{work} {task} {size} {dtype} {way} {way.at_once}: planned {planned / GIB:.2f}, made {made / GIB:.2f} GiB")
+    assert planned == pytest.approx(made, rel=0.12, abs=0.1 * GIB)
