@@ -3,10 +3,10 @@
     python bench/checkpoint.py --task t2v-1.3B CHECKPOINTS/t2v-1.3B
     python bench/checkpoint.py --task i2v-14B CHECKPOINTS/i2v-14B --text-encoder-of CHECKPOINTS/t2v-1.3B
     python bench/memory.py CHECKPOINTS
-    torchrun --nproc_per_node=4 bench/memory.py CHECKPOINTS --only ranks --rows 0        # several ranks: a row at a time
+    python bench/memory.py CHECKPOINTS --only ranks --ranks 4
 
-Each row is a run of its own in this process. Prints planned and measured GPU and host peaks (GiB) of each stage, with the difference, and
-seconds a step; writes bench/results/memory-NAME.json.
+Each row is a run in a process of its own, or in one for each rank. Prints planned and measured GPU and host peaks (GiB) of each stage, with
+the difference, and seconds a step; writes bench/results/memory-NAME.json.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import contextlib
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,16 +112,14 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
     ]
     settings += [f"image={image}"] if row.task.startswith("i2v") else []
     settings += [setting.replace("IMAGE", str(image)) for setting in row.settings.split()]
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)
     with timed_steps() as seconds:
         code = run([*settings, "cache.dir=null", f"output.dir={out}", "output.name=row", "output.save_latents=false", *extra])
     found: dict[str, object] = {"row": row.name, "ranks": int(os.environ.get("WORLD_SIZE", "1")), "code": code}
-    if code == 0 and os.environ.get("RANK", "0") == "0":
+    found["machine"] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "torch": torch.__version__}
+    if code == 0:
         record = json.loads((out / "row.json").read_text())
         found |= {"arrangement": record["arrangement"], "attention": record["attention"], "seconds": seconds}
-        found |= {"stages": {name: stage["seconds"] for name, stage in record["stages"].items()}, "memory": record["memory"]}
+        found |= {"stages": record["stages"], "memory": record["memory"]}
     return found
 
 
@@ -137,29 +137,46 @@ def describe(found: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
+def in_a_process(row: int, options: argparse.Namespace) -> dict[str, object]:
+    """Measure a row in a process of its own, or in one for each rank; its log goes on."""
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={options.ranks}"] if options.ranks > 1 else []
+    result = options.work / "result.json"
+    result.unlink(missing_ok=True)
+    given = [str(options.checkpoints), "--row", str(row), "--work", str(options.work), "--settings", *options.settings]
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as the command has it, before torch is there
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, *torchrun, __file__, *given], check=False, env=environment, timeout=options.timeout)
+    return json.loads(result.read_text()) if result.exists() else {"row": ROWS[row].name, "ranks": options.ranks, "code": "none"}
+
+
 def main() -> None:
     """Measure every row that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, help="a folder with a checkpoint for each task, under its name")
     parser.add_argument("--only", nargs="+", default=["1.3B", "5B", "14B"], choices=sorted({row.group for row in ROWS}))
     parser.add_argument("--rows", nargs="+", type=int, help="numbers of the rows of these groups")
+    parser.add_argument("--row", type=int, help="measure this one of all rows in this process")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--timeout", type=float, default=120, help="seconds for a row")
     parser.add_argument("--settings", nargs="*", default=[], help="more settings for each row")
     parser.add_argument("--work", type=Path, default=Path("/tmp/wan-dist-memory"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in ROWS if row.group in options.only]
-    machine = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "torch": torch.__version__}
-    file = options.out / f"memory-{'-'.join(options.only)}.json"
-    done: list[dict[str, object]] = []
-    for number, row in enumerate(rows):
-        if options.rows is not None and number not in options.rows:
-            continue
-        done.append(measure(row, options.checkpoints, options.work, options.settings))
+    if options.row is not None:
+        found = measure(ROWS[options.row], options.checkpoints, options.work, options.settings)
         if os.environ.get("RANK", "0") == "0":
-            print(describe(done[-1]), flush=True)
-            file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": done}, indent=2) + "\n")
+            (options.work / "result.json").write_text(json.dumps(found))
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [number for number, row in enumerate(ROWS) if row.group in options.only]
+    chosen = chosen if options.rows is None else [chosen[number] for number in options.rows]
+    file = options.out / f"memory-{'-'.join(options.only)}-{options.ranks}gpu.json"
+    done: list[dict[str, object]] = []
+    for number in chosen:
+        done.append(in_a_process(number, options))
+        print(describe(done[-1]), flush=True)
+        file.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "rows": done}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

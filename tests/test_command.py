@@ -266,6 +266,18 @@ def test_a_gpu_without_memory_denoises_with_less(
     assert torch.equal(*videos)
 
 
+def test_a_gpu_that_is_too_small_is_told_what_would_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from wan_dist.experts import Experts
+
+    def full(self: Experts, *arguments: object) -> None:
+        raise torch.OutOfMemoryError("as on a GPU that is full")
+
+    monkeypatch.setattr(Experts, "_open", full)
+    assert main([*TINY, "memory.dit=stream", "memory.slice_tokens=2048", "memory.passes=apart"]) == 1
+    words = "with the transformer streamed, 2048 tokens at a time, passes apart; memory.slice_tokens=512 would take less"
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from wan_dist.models.transformer import WanTransformer
 

@@ -1,13 +1,15 @@
 """The transformers of a run: each loaded when its first timestep comes, as a prediction of the velocity."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from wan_dist.arrangement import rungs_below
 from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
-from wan_dist.config import RunConfig
+from wan_dist.config import MemoryConfig, RunConfig
 from wan_dist.encode import project_contexts
 from wan_dist.footprint import Arrangement
 from wan_dist.log import logger
@@ -59,25 +61,12 @@ class Experts:
     def open(self, which: int, suffix: str, scale: float) -> Predict:
         """Load a transformer as it is planned; ``suffix`` goes to its stages' names.
 
-        Where one rank's GPU runs out of memory, the step is repeated with an arrangement that needs less.
+        Where one rank's GPU runs out of memory, it is loaded, or the step is repeated, with an arrangement that needs less.
         """
         can_part = scale != 1 and self.conditioning.negative_context is not None
-        rungs = rungs_below(self.plan.arrangement, self.config.memory, can_part=can_part) if self.groups.replica.size == 1 else []
-        opened = [self._open(which, suffix, scale, self.plan.arrangement)]
-
-        def predict(latents: Tensor, timestep: int) -> Tensor:
-            while True:
-                try:
-                    return opened[0](latents, timestep)
-                except torch.OutOfMemoryError:
-                    if not rungs:
-                        raise
-                lower = rungs.pop(0)
-                opened.clear()
-                logger.warning("denoising ran out of GPU memory; the step is repeated with the %s", lower.words.partition(";")[0])
-                opened.append(self._open(which, suffix, scale, lower))
-
-        return predict
+        planned = self.plan.arrangement
+        rungs = rungs_below(planned, self.config.memory, can_part=can_part) if self.groups.replica.size == 1 else []
+        return SteppingDown(lambda arrangement: self._open(which, suffix, scale, arrangement), [planned, *rungs], can_part=can_part)
 
     def _open(self, which: int, suffix: str, scale: float, arrangement: Arrangement) -> Predict:
         groups = self.groups
@@ -117,3 +106,55 @@ class Experts:
         if streaming is None:
             self.report.rate(stage, component.files.bytes_read - before)
         return model
+
+
+Result = TypeVar("Result")
+
+
+class SteppingDown:
+    """A prediction that is made with the next of the arrangements ``rungs`` where the GPU's memory runs out, from loading on.
+
+    Raises torch.OutOfMemoryError after the last, with what else would take less.
+    """
+
+    def __init__(self, load: Callable[[Arrangement], Predict], rungs: Sequence[Arrangement], *, can_part: bool) -> None:
+        self._load, self._rungs, self._can_part = load, list(rungs), can_part
+        self._loaded: Predict | None = None
+        self._in_any_way(self._predict)
+
+    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+        """Return what the transformer predicts."""
+        return self._in_any_way(lambda: self._predict()(latents, timestep))
+
+    def _predict(self) -> Predict:
+        if self._loaded is None:
+            self._loaded = self._load(self._rungs[0])
+        return self._loaded
+
+    def _in_any_way(self, work: Callable[[], Result]) -> Result:
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as fault:
+                if len(self._rungs) == 1:
+                    fault.add_note(f"with the {_transformer(self._rungs[0])}; {_what_takes_less(self._rungs[0], can_part=self._can_part)}")
+                    raise
+            self._loaded = None
+            del self._rungs[0]
+            logger.warning("denoising ran out of GPU memory; the step is repeated with the %s", _transformer(self._rungs[0]))
+
+
+def _transformer(arrangement: Arrangement) -> str:
+    return arrangement.words.partition(";")[0]
+
+
+def _what_takes_less(taken: Arrangement, *, can_part: bool) -> str:
+    """Return the settings with which the transformer would take less than it has, in words."""
+    lower = rungs_below(taken, MemoryConfig(), can_part=can_part)[:1]
+    settings = [
+        f"memory.{key}={getattr(rung, key)}"
+        for rung in lower
+        for key in ("slice_tokens", "passes", "dit")
+        if getattr(rung, key) != getattr(taken, key)
+    ]
+    return f"{settings[0]} would take less" if settings else "a smaller size or fewer frames would take less"

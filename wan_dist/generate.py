@@ -74,7 +74,6 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
         logger.info("note      %s", plan.advice)
     dtype = getattr(torch, config.dtype)
     # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 was asked for.
-    torch.backends.cudnn.benchmark = True  # the VAE's convolutions come in a few shapes, many times each
     torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     report = Report(config, device)
     folder = Path(config.output.dir).expanduser()
@@ -114,7 +113,7 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
 
 def _record(plan: Plan, report: Report, result: Path) -> None:
     report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result), "arrangement": asdict(plan.arrangement)}
-    report.compare(plan.uses)
+    report.compare(plan.uses, plan.ranks_per_node)
     report.save(result.with_suffix(".json"))
 
 
@@ -153,6 +152,7 @@ def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tens
     def work(way: Way) -> None:
         if groups.replica.rank != 0 and way.name != "parallel":
             return  # the first rank goes on alone
+        torch.backends.cudnn.benchmark = True  # convolutions come in a few shapes, many times each; an image's are too few
         with report.stage("decode", f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"):
             model = vae.load(checkpoint, config, way, latents.device)
             chunks = vae.decode(model, latents, float32_frames if config.output.save_tensor else uint8_frames, way, groups.replica)

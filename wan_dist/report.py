@@ -80,14 +80,14 @@ class Report:
         self.stages[name] |= {"read_gb": round(num_bytes / 1e9, 3), "gb_per_second": round(speed, 2)}
         logger.info("read      %.1f GB at %.1f GB/s", num_bytes / 1e9, speed)
 
-    def compare(self, uses: Sequence[Use]) -> None:
-        """Put the plan's GiB beside the measured peaks in the record, and log the largest."""
+    def compare(self, uses: Sequence[Use], ranks_per_node: int) -> None:
+        """Put the plan's GiB for one rank beside the measured peaks in the record, and log the largest."""
         compared = {}
         for use in uses:
             seen = [stage for name, stage in self.stages.items() if name.split()[0] == use.stage]  # two experts load each
             if not seen:
                 continue
-            on_host = use.host_bytes + (0 if self.device.type == "cuda" else use.gpu_bytes)
+            on_host = use.host_bytes / ranks_per_node + (0 if self.device.type == "cuda" else use.gpu_bytes)
             entry = {"planned_gpu_gib": use.gpu_bytes / _GIB, "planned_host_gib": on_host / _GIB}
             entry |= {key: max(stage[key] for stage in seen) for key in ("peak_gpu_gib", "reserved_gpu_gib", "host_gib") if key in seen[0]}
             compared[use.stage] = {key: round(value, 3) for key, value in entry.items()}

@@ -41,7 +41,7 @@ class Layout:
 
 
 class BlockReader:
-    """Blocks' arrays on the host, read in turn by a thread, a few ahead of their use; with ``keep`` they stay, so each is read once."""
+    """Blocks' arrays on the host, a few of them read at once, ahead of their use; with ``keep`` they stay, so each is read once."""
 
     num_ahead = 3
 
@@ -49,7 +49,7 @@ class BlockReader:
         self._layouts, self._num_blocks, self._read, self._keep, self._end = layouts, len(layouts), read, keep, end
         self._pin = device.type == "cuda"
         self._most = max(layout.num_bytes for layout in layouts)
-        self._thread = _thread_for(device)
+        self._threads = _threads_for(device, self.num_ahead)  # one alone is slower than disks are, and page-locking takes its time
         self._begun: dict[int, Future[Tensor]] = {}
         self._spare: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
@@ -81,7 +81,7 @@ class BlockReader:
             read(index, layout.views(array))
             return array
 
-        self._begun[index] = self._thread.submit(load)
+        self._begun[index] = self._threads.submit(load)
 
 
 class Streamer:
@@ -97,7 +97,7 @@ class Streamer:
         most = max(layout.num_bytes for layout in layouts)
         self._slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(min(_NUM_SLOTS, len(blocks)))]
         self._held: list[int | None] = [None] * len(blocks)
-        self._thread = _thread_for(device)  # it waits for the reader, so that whoever computes need not
+        self._thread = _threads_for(device, 1)  # it waits for the reader, so that whoever computes need not
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._count = 0
         self._arriving: deque[Future[Callable[[], None]]] = deque()
@@ -174,7 +174,7 @@ class Streaming:
 def stream_blocks(blocks: Sequence[nn.Module], read: Read, device: torch.device, *, from_disk: bool, num_rounds: int | None = None) -> None:
     """Let the weights of these blocks, on meta, visit the device in turn; each call of a block must be followed by the next's.
 
-    ``read`` fills a block's parameters on the host, in a thread of its own: once a block where host memory keeps them, every time
+    ``read`` fills a block's parameters on the host, in threads of their own: once a block where host memory keeps them, every time
     with ``from_disk``.
     """
     layouts = [Layout(block) for block in blocks]
@@ -183,9 +183,11 @@ def stream_blocks(blocks: Sequence[nn.Module], read: Read, device: torch.device,
     Streamer(blocks, layouts, reader, device, end)
 
 
-def _thread_for(device: torch.device) -> ThreadPoolExecutor:
-    """Return a thread whose current device is this one: by itself it would open the first GPU, and take memory there."""
-    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,)) if device.type == "cuda" else ThreadPoolExecutor(1)
+def _threads_for(device: torch.device, number: int) -> ThreadPoolExecutor:
+    """Return threads whose current device is this one: by themselves they would open the first GPU, and take memory there."""
+    if device.type != "cuda":
+        return ThreadPoolExecutor(number)
+    return ThreadPoolExecutor(number, initializer=torch.cuda.set_device, initargs=(device,))
 
 
 def host_array(num_bytes: int, *, pin: bool) -> Tensor:

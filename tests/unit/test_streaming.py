@@ -50,7 +50,7 @@ def test_streamed_blocks_are_the_resident_ones(number: int, from_disk: bool) -> 
     for _ in range(4):
         x = torch.randn(3, 6)
         assert torch.equal(other(x), model(x))
-    assert reads[:number] == list(range(number))
+    assert set(reads) == set(range(number))
     assert (len(reads) > number) == from_disk
     places = {parameter.untyped_storage().data_ptr() for parameter in other.parameters()}
     assert len(places) == min(2, number)  # two blocks are on the device, however many there are
@@ -63,7 +63,7 @@ def test_nothing_is_read_after_the_last_round(number: int) -> None:
     for _ in range(2):
         other(torch.ones(1, 6))
     threading.Event().wait(0.1)
-    assert reads == 2 * list(range(number))
+    assert sorted(reads) == sorted(2 * list(range(number)))
     with pytest.raises(RuntimeError, match="once more than"):
         other(torch.ones(1, 6))
 
