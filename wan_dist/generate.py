@@ -152,7 +152,8 @@ def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tens
     def work(way: Way) -> None:
         if groups.replica.rank != 0 and way.name != "parallel":
             return  # the first rank goes on alone
-        torch.backends.cudnn.benchmark = True  # convolutions come in a few shapes, many times each; an image's are too few
+        # Convolutions come in a few shapes, many times each; but to try kernels takes memory. An image's are too few.
+        torch.backends.cudnn.benchmark = not way.is_tight
         with report.stage("decode", f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"):
             model = vae.load(checkpoint, config, way, latents.device)
             chunks = vae.decode(model, latents, float32_frames if config.output.save_tensor else uint8_frames, way, groups.replica)
