@@ -6,7 +6,7 @@ from torch import nn
 
 from wan_dist import footprint, streaming
 from wan_dist.catalog import TASKS
-from wan_dist.models import quantized, transformer
+from wan_dist.models import quantized, transformer_elementwise
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
@@ -46,4 +46,4 @@ def test_what_the_plan_counts_is_what_the_models_do() -> None:
     assert footprint.SLOTS == streaming._NUM_SLOTS
     assert streaming.BlockReader.num_ahead == footprint.STAGED
     assert footprint.GROUP == quantized.GROUP
-    assert footprint.PIECE == transformer.PIECE
+    assert footprint.PIECE == transformer_elementwise.PIECE

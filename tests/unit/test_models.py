@@ -192,7 +192,7 @@ def test_long_sequences_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     for timesteps in (torch.tensor([[500.0]]), torch.tensor([[0.0, 500.0]])):
         (whole,) = model(latents, timesteps, contexts, rotary)
         with monkeypatch.context() as patch:
-            patch.setattr("wan_dist.models.transformer.PIECE", 5)
+            patch.setattr("wan_dist.models.transformer_elementwise.PIECE", 5)
             torch.testing.assert_close(model(latents, timesteps, contexts, rotary)[0], whole)
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_dist.dims import TransformerDims
-from wan_dist.models.transformer import ContextKV, Norm, rms_norm
+from wan_dist.models.transformer import ContextKV, Norm
+from wan_dist.models.transformer_elementwise import rms_norm
 
 
 class ImageEmbedding(nn.Module):

@@ -17,10 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_dist.dims import TransformerDims
-from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
-
-PIECE = 4096
-"""Tokens at a time in float32: longer sequences are cut, so that float32 copies of them stay small."""
+from wan_dist.models.attention import InnerAttention, rotary_tables
+from wan_dist.models.transformer_elementwise import (
+    Scaling,
+    add_,
+    add_layer_norm_,
+    layer_norm,
+    linear_gelu,
+    norm_rotate_,
+    pieces,
+)
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,6 @@ class ContextKV:
         """Return the block's k and v of the text, then those of the images if there are any."""
         text = self.text[index].unbind()
         return text if self.image is None else (*text, *self.image[index].unbind())
-
-
-def pieces(segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield neighbouring runs of at most `PIECE` tokens, each with the number of the segment in which it lies."""
-    end = 0
-    for row, length in enumerate(segments):
-        start, end = end, end + length
-        for first in range(start, end, PIECE):
-            yield row, slice(first, min(first + PIECE, end))
 
 
 def slices(segments: Sequence[int], length: int | None) -> Iterator[tuple[slice, tuple[int, ...]]]:
@@ -68,37 +65,6 @@ def in_turn(parts: Sequence[tuple[slice, tuple[int, ...]]], x: Tensor, work: Cal
     for part, inside in parts[1:]:
         whole[:, part] = work(part, inside)
     return whole
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dim in float32 (arXiv:1910.07467); returns float32."""
-    return F.rms_norm(x.float(), weight.shape, weight, eps)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm of x (B, L, D), computed in float32, in x's dtype."""
-    out = torch.empty_like(x)
-    for _, part in pieces(x.shape[1:2]):
-        out[:, part] = F.layer_norm(x[:, part].float(), weight.shape, weight, bias, eps)
-    return out
-
-
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, segments: tuple[int, ...], eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm without affine, times (1 + scale) plus shift, as in DiT's adaLN (arXiv:2212.09748), computed in float32.
-
-    x (B, L, D); scale and shift (B, R, 1, D), one row for each segment of tokens.
-    """
-    out = torch.empty_like(x, dtype=dtype)
-    for row, part in pieces(segments):
-        normed = F.layer_norm(x[:, part].float(), x.shape[-1:], eps=eps)
-        out[:, part] = torch.addcmul(shift[:, row], normed, 1 + scale[:, row])
-    return out
-
-
-def add_gated(x: Tensor, y: Tensor, gate: Tensor, segments: tuple[int, ...]) -> None:
-    """Add gate * y to x in place, computed in float32; x and y (B, L, D), gate (B, R, 1, D), one row for each segment."""
-    for row, part in pieces(segments):
-        x[:, part] = torch.addcmul(x[:, part].float(), y[:, part].float(), gate[:, row])
 
 
 class Norm(nn.Module):
@@ -139,12 +105,8 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         found: Tensor = self.qkv(x, slice(which[0] * width, (which[-1] + 1) * width)).unflatten(-1, (len(which), self.num_heads, -1))
         for place, norm in zip(which, (self.norm_q, self.norm_k, None)[which[0] :], strict=False):
-            if norm is None:
-                continue
-            each = found[:, :, place - which[0]]
-            for _, part in pieces(x.shape[1:2]):
-                normed = rms_norm(each[:, part].flatten(2), norm.weight, self.eps).view_as(each[:, part])
-                each[:, part] = apply_rotary(normed, (rotary[0][part], rotary[1][part]))
+            if norm is not None:
+                norm_rotate_(found[:, :, place - which[0]], norm.weight, self.eps, rotary)
         return found
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -175,22 +137,24 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
         """x (B, L, D) -> (B, L, D); kv as `padded` returns it."""
-        q = self.q(x)
-        for _, part in pieces(x.shape[1:2]):
-            q[:, part] = rms_norm(q[:, part], self.norm_q.weight, self.eps)
-        q = q.unflatten(-1, (self.num_heads, -1))
+        q = self.q(x).unflatten(-1, (self.num_heads, -1))
+        norm_rotate_(q, self.norm_q.weight, self.eps)
         out = self.inner_attention(q, *kv[:2])
         if len(kv) > 2:
             out += self.inner_attention(q, *kv[2:])
         return self.o(out.flatten(2))
 
 
-class GELU(nn.Module):
-    """GELU by its tanh approximation (arXiv:1606.08415), in place: x is the largest array of a step."""
+class FeedForward(nn.Sequential):
+    """Two linears with a GELU between them."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        up, down = (nn.Linear(*widths, dtype=dtype) for widths in ((dims.dim, dims.ffn_dim), (dims.ffn_dim, dims.dim)))
+        super().__init__(up, nn.Identity(), down)  # the checkpoints count the GELU
 
     def forward(self, x: Tensor) -> Tensor:
-        """Change x (...) and return it."""
-        return torch.ops.aten.gelu_(x, approximate="tanh")
+        """x (B, L, D) -> the same shape."""
+        return self[2](linear_gelu(self[0], x))
 
 
 class Block(nn.Module):
@@ -203,11 +167,7 @@ class Block(nn.Module):
         # Sequence-parallel attention wraps the self-attention's seam only: every rank holds the whole text.
         self.cross_attn = CrossAttention(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name))
         self.norm3 = Norm(dims.dim, bias=True)
-        self.ffn = nn.Sequential(
-            nn.Linear(dims.dim, dims.ffn_dim, dtype=dtype),
-            GELU(),
-            nn.Linear(dims.ffn_dim, dims.dim, dtype=dtype),
-        )
+        self.ffn = FeedForward(dims, dtype)
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
         self.slice_tokens: int | None = None
         """How many tokens go through the linears at once; None: all. Fewer take less memory."""
@@ -226,43 +186,62 @@ class Block(nn.Module):
         `ContextKV.of_block`.
         """
         modulation = (self.modulation + time).unsqueeze(3).unbind(2)  # each (B, R, 1, D)
-        for x in streams:
-            self._attend(x, modulation[:3], rotary, segments)
-        if len(streams) < len(contexts):  # from here on they differ
-            streams = [*streams, *(streams[0].clone() for _ in contexts[1:])]
-        for x, context in zip(streams, contexts, strict=True):
-            self._feed(x, modulation[3:], context, segments)
-        return streams
+        contexts = [self.cross_attn.padded(context) for context in contexts]
+        copies = [torch.empty_like(streams[0]) for _ in range(len(contexts) - len(streams))]  # streams differ from cross-attention on
+        for number, x in enumerate(streams):
+            for part, inside, normed in self._attend(x, modulation, rotary, segments):
+                for copy in copies:
+                    copy[:, part] = x[:, part]
+                self._feed(x[:, part], normed, modulation, contexts[number], inside)
+                for copy, context in zip(copies, contexts[1:], strict=False):
+                    layer_norm(copy[:, part], self._affine, inside, self.eps, out=normed)
+                    self._feed(copy[:, part], normed, modulation, context, inside)
+                del normed  # it would be there during the next attention
+        return [*streams, *copies]
 
-    def _attend(self, x: Tensor, modulation: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]) -> None:
-        shift, scale, gate = modulation
+    @property
+    def _affine(self) -> Scaling:
+        weight, bias = (vector.view(1, 1, 1, -1) for vector in (self.norm3.weight, cast(Tensor, self.norm3.bias)))
+        return Scaling(weight, bias, plus_one=False)
+
+    def _attend(
+        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]
+    ) -> Iterator[tuple[slice, tuple[int, ...], Tensor]]:
+        """Add self-attention to x part by part; yields each part, its segments, and its tokens normed for cross-attention."""
+        shift, scale, gate = modulation[:3]
         parts = list(slices(segments, self.slice_tokens))
 
         def project(part: slice, inside: tuple[int, ...], which: Sequence[int]) -> Tensor:
-            normed = modulated_norm(x[:, part], scale, shift, inside, self.eps, x.dtype)
+            normed = layer_norm(x[:, part], Scaling(scale, shift), inside, self.eps)
             return self.self_attn.project(normed, (rotary[0][part], rotary[1][part]), which)
 
         if len(parts) > 1 and self.self_attn.inner_attention.takes_some_queries:
             kv = in_turn(parts, x, lambda part, inside: project(part, inside, (1, 2)))
             for part, inside in parts:
-                out = self.self_attn.attend(project(part, inside, (0,))[:, :, 0], *kv.unbind(2))
-                add_gated(x[:, part], self.self_attn.o(out), gate, inside)
+                out = self.self_attn.o(self.self_attn.attend(project(part, inside, (0,))[:, :, 0], *kv.unbind(2)))
+                normed = add_layer_norm_(x[:, part], out, gate, self._affine, inside, self.eps)
+                del out
+                yield part, inside, normed
+                del normed
             return
         qkv = in_turn(parts, x, lambda part, inside: project(part, inside, (0, 1, 2)))
         out = self.self_attn.attend(*qkv.unbind(2))
         del qkv
         for part, inside in parts:
-            add_gated(x[:, part], self.self_attn.o(out[:, part]), gate, inside)
+            added = self.self_attn.o(out[:, part])
+            if (part, inside) == parts[-1]:
+                del out  # it would be there during the feed-forward, as what is added
+            normed = add_layer_norm_(x[:, part], added, gate, self._affine, inside, self.eps)
+            del added
+            yield part, inside, normed
 
-    def _feed(self, x: Tensor, modulation: tuple[Tensor, ...], context: tuple[Tensor, ...], segments: tuple[int, ...]) -> None:
-        shift, scale, gate = modulation
-        assert self.norm3.bias is not None
-        context = self.cross_attn.padded(context)
-        for part, inside in slices(segments, self.slice_tokens):
-            own = x[:, part]
-            own += self.cross_attn(layer_norm(own, self.norm3.weight, self.norm3.bias, self.eps), context)
-            y = self.ffn(modulated_norm(own, scale, shift, inside, self.eps, x.dtype))
-            add_gated(own, y, gate, inside)
+    def _feed(
+        self, x: Tensor, normed: Tensor, modulation: tuple[Tensor, ...], context: tuple[Tensor, ...], segments: tuple[int, ...]
+    ) -> None:
+        """Add cross-attention of what was normed for it, which is lost, then the feed-forward, to x."""
+        shift, scale, gate = modulation[3:]
+        add_layer_norm_(x, self.cross_attn(normed, context), None, Scaling(scale, shift), segments, self.eps, out=normed)
+        add_(x, self.ffn(normed), gate, segments)
 
 
 class WholeSequence(nn.Module):
@@ -309,7 +288,7 @@ class Head(nn.Module):
         """x (B, L, D); time (B, R, D) float32, a row for each segment of tokens -> (B, L, patch volume * C) float32."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
         normed = (
-            modulated_norm(x[:, part], scale[:, row, None], shift[:, row, None], (part.stop - part.start,), self.eps, torch.float32)
+            layer_norm(x[:, part], Scaling(scale[:, row, None], shift[:, row, None]), (part.stop - part.start,), self.eps, torch.float32)
             for row, part in pieces(segments)
         )
         return torch.cat([self.head(part) for part in normed], dim=1)

@@ -4,7 +4,6 @@ Arithmetic is float32 whatever the dtype. The kernels take videos whose channels
 pass that reads its result, because PyTorch would take a pass of its own for it.
 """
 
-import importlib
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -13,13 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan_dist.models.kernels import tried
+
 
 @cache
-def _kernels() -> ModuleType | None:
-    try:
-        return importlib.import_module("wan_dist.models.vae_kernels")
-    except ImportError:  # there is no Triton
-        return None
+def _kernels(device: torch.device) -> ModuleType | None:
+    video = torch.linspace(-1, 2, 96 * 12, device=device).view(1, 96, 2, 2, 3).bfloat16().contiguous(memory_format=torch.channels_last_3d)
+    bias, gamma = video[0, :, 0, 0, 0].contiguous(), video[0, :, 1, 1, 1].float().view(-1, 1, 1, 1)
+
+    def trial(kernels: ModuleType | None) -> Tensor:
+        out = torch.empty_like(video)
+        _activate(kernels, video, bias, gamma, out)
+        _add_(kernels, out, video, bias)
+        return torch.cat([out.flatten(), _interleave(kernels, video.expand(-1, -1, 2, 2, 3), bias[:24]).flatten()])
+
+    return tried("vae_kernels", trial)
 
 
 def on_gpu(x: Tensor) -> bool:
@@ -34,19 +41,12 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
 
 def activate(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
     """Write silu(rms_norm(x + bias)) into ``out``; x and out (B, C, F, H, W), bias of C elements, gamma (C, 1, 1, 1)."""
-    if (kernels := _kernels_for(x, out)) is not None:
-        _launch(kernels.activate_kernel, (x, out), bias, gamma.flatten() * gamma.numel() ** 0.5)
-        return
-    out.copy_(F.silu(rms_norm(x if bias is None else x.float() + bias.float().view(-1, 1, 1, 1), gamma)))
+    _activate(_kernels_for(x, out), x, bias, gamma, out)
 
 
 def add_(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     """Add y and bias to x and return it; x and y (B, C, F, H, W), bias of C elements."""
-    if (kernels := _kernels_for(x, y)) is not None:
-        _launch(kernels.add_kernel, (x, y), bias)
-        return x
-    value = x.float() + y.float()
-    return x.copy_(value if bias is None else value + bias.float().view(-1, 1, 1, 1))
+    return _add_(_kernels_for(x, y), x, y, bias)
 
 
 def phases_of(weight: Tensor) -> Tensor:
@@ -66,10 +66,29 @@ def phases_of(weight: Tensor) -> Tensor:
 
 def interleave(phases: Tensor, bias: Tensor) -> Tensor:
     """Return the doubled frames (1, C, F, 2 H, 2 W) of what `phases_of` kernels make with padding 1, (1, 4 C, F, H + 1, W + 1)."""
+    return _interleave(_kernels_for(phases), phases, bias)
+
+
+def _activate(kernels: ModuleType | None, x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
+    if kernels is not None:
+        _launch(kernels.activate_kernel, (x, out), bias, gamma.flatten() * gamma.numel() ** 0.5)
+    else:
+        out.copy_(F.silu(rms_norm(x if bias is None else x.float() + bias.float().view(-1, 1, 1, 1), gamma)))
+
+
+def _add_(kernels: ModuleType | None, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    if kernels is not None:
+        _launch(kernels.add_kernel, (x, y), bias)
+        return x
+    value = x.float() + y.float()
+    return x.copy_(value if bias is None else value + bias.float().view(-1, 1, 1, 1))
+
+
+def _interleave(kernels: ModuleType | None, phases: Tensor, bias: Tensor) -> Tensor:
     _, channels, frames, height, width = phases.shape
     shape = (1, channels // 4, frames, 2 * (height - 1), 2 * (width - 1))
     out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last_3d)
-    if (kernels := _kernels_for(phases)) is not None:
+    if kernels is not None:
         _launch(kernels.interleave_kernel, (out, phases), bias)
         return out
     for number, phase in enumerate(phases.chunk(4, dim=1)):
@@ -82,7 +101,7 @@ def interleave(phases: Tensor, bias: Tensor) -> Tensor:
 def _kernels_for(*videos: Tensor) -> ModuleType | None:
     """Return the kernels if they can take these: on a GPU, in half precision, one video, channels innermost."""
     if all(on_gpu(x) and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(1) == 1 for x in videos):
-        return _kernels()
+        return _kernels(videos[0].device)
     return None
 
 

@@ -1,0 +1,67 @@
+"""On a GPU: the transformer's Triton kernels against the same arithmetic in PyTorch, and how far a block is from float32 with each."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import relative_error
+from wan_dist.dims import TransformerDims
+from wan_dist.models import transformer_elementwise as elementwise
+from wan_dist.models.transformer import Block
+from wan_dist.models.transformer_elementwise import Scaling
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.device("cuda")
+LENGTH = 37
+
+
+def tokens(width: int) -> Tensor:
+    return torch.randn(1, LENGTH, 3 * width, device=CUDA).bfloat16()[:, :, width : 2 * width]
+
+
+@pytest.mark.parametrize("width", [1536, 3072, 5120])
+@pytest.mark.parametrize("segments", [(LENGTH,), (5, LENGTH - 5), (0, LENGTH), (LENGTH, 0)])
+def test_kernels_are_the_arithmetic(width: int, segments: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    shift, scale, gate = torch.randn(1, len(segments), 3, 1, width, device=CUDA).unbind(2)
+    weight, x, y = torch.rand(1, 1, 1, width, device=CUDA), tokens(width), tokens(width).contiguous()
+    rotary = (torch.randn(LENGTH, 1, 64, device=CUDA), torch.randn(LENGTH, 1, 64, device=CUDA))
+
+    def results() -> list[Tensor]:
+        first, second, heads = x.clone(), x.clone(), x.clone().unflatten(2, (-1, 128))
+        made = [elementwise.layer_norm(x, Scaling(scale, shift), segments, 1e-6)]
+        made += [elementwise.layer_norm(x, Scaling(scale, shift), segments, 1e-6, torch.float32)]
+        made += [elementwise.add_layer_norm_(first, y, gate, Scaling(weight, weight, plus_one=False), segments, 1e-6), first]
+        elementwise.add_(second, y, None, segments)
+        elementwise.norm_rotate_(heads, weight.flatten(), 1e-6, rotary)
+        return [*made, second, heads]
+
+    assert elementwise._kernels(CUDA) is not None
+    found = results()
+    monkeypatch.setattr(elementwise, "_kernels_for", lambda *_: None)
+    for one, other in zip(found, results(), strict=True):
+        assert relative_error(one, other) < 2e-3
+
+
+def test_a_block_is_as_near_to_float32_as_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dims = TransformerDims(num_layers=1, dim=5120, ffn_dim=13824, num_heads=40)
+    from wan_dist.models.attention import InnerAttention
+
+    exact = Block(dims, torch.float32, InnerAttention()).to(CUDA).requires_grad_(False)
+    half = Block(dims, torch.bfloat16, InnerAttention()).to(CUDA).requires_grad_(False)
+    half.load_state_dict(exact.state_dict())
+    exact.load_state_dict({name: value.float() for name, value in copy.deepcopy(half).state_dict().items()})
+    x, time = torch.randn(1, 512, 5120, device=CUDA).bfloat16(), torch.randn(1, 1, 6, 5120, device=CUDA)
+    context = [torch.randn(1, 30, 40, 128, device=CUDA).bfloat16() for _ in range(2)]
+    rotary = (torch.rand(512, 1, 64, device=CUDA), torch.rand(512, 1, 64, device=CUDA))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    with torch.no_grad():
+        wanted = exact([x.float()], time, [tuple(part.float() for part in context)], rotary, (512,))[0]
+        fused = relative_error(half([x.clone()], time, [tuple(context)], rotary, (512,))[0], wanted)
+        monkeypatch.setattr(elementwise, "_kernels_for", lambda *_: None)
+        plain = relative_error(half([x.clone()], time, [tuple(context)], rotary, (512,))[0], wanted)
+    print(f"from float32: with kernels {fused:.2e}, without {plain:.2e}")
+    assert fused < 1.1 * plain

@@ -1,0 +1,34 @@
+"""Triton kernels are taken if they work here: without Triton, a C compiler or a GPU that it knows, PyTorch does the same."""
+
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+
+from torch import Tensor
+
+from wan_dist.log import logger
+
+_TOLERANCE = 1e-2
+
+
+def tried(name: str, trial: Callable[[ModuleType | None], Tensor]) -> ModuleType | None:
+    """Return the module of kernels if it is there and does right, else None, and say why.
+
+    ``trial`` does some work with the kernels, or with PyTorch for None, and returns its result.
+    """
+    try:
+        kernels = importlib.import_module(f"wan_dist.models.{name}")
+    except ImportError:
+        return None
+    expected = trial(None).float()
+    try:
+        error = (trial(kernels).float() - expected).norm() / expected.norm()
+    except Exception as fault:  # Triton raises its own errors, subprocess', OSError, RuntimeError ...
+        logger.warning(
+            "kernels   %s do not work here, PyTorch does their work more slowly: %s", name, next(iter(str(fault).splitlines()), "")
+        )
+        return None
+    if not error < _TOLERANCE:
+        logger.warning("kernels   %s are off by %.1e here, PyTorch does their work more slowly", name, error)
+        return None
+    return kernels

@@ -1,0 +1,176 @@
+"""What stands between the transformer's matrix products, one pass over memory each: Triton kernels on a GPU, plain PyTorch elsewhere.
+
+Arithmetic is float32 whatever the dtype. Shapes: B batch, L tokens, D width, H heads, R rows of modulation, one for each segment of
+tokens that share a timestep.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cache
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan_dist.models.attention import apply_rotary
+from wan_dist.models.kernels import tried
+
+PIECE = 4096
+"""Tokens at a time in float32 without kernels: longer sequences are cut, so that float32 copies of them stay small."""
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    x = torch.linspace(-1, 2, 3 * 96, device=device).view(1, 3, 96)
+    scale, shift = torch.linspace(-2, 2, 4 * 96, device=device).view(2, 1, 2, 1, 96)
+    angles = torch.linspace(0, 3, 3 * 16, device=device).view(3, 1, 16)
+
+    def trial(kernels: ModuleType | None) -> Tensor:
+        tokens = x.bfloat16()
+        heads = _add_layer_norm_(kernels, tokens, x.flip(1).bfloat16(), shift, Scaling(scale, shift), (1, 2), 1e-6).unflatten(2, (3, 32))
+        _norm_rotate_(kernels, heads, x[0, 0], 1e-6, (angles.cos(), angles.sin()))
+        return torch.cat([tokens, heads.flatten(2)])
+
+    return tried("transformer_kernels", trial)
+
+
+class Scaling(NamedTuple):
+    """What follows a LayerNorm: times scale, or 1 + scale, plus shift; each (B, R, 1, D) float32, or with one row for all tokens."""
+
+    scale: Tensor
+    shift: Tensor
+    plus_one: bool = True
+
+
+def pieces(segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Yield neighbouring runs of at most `PIECE` tokens, each with the number of the segment in which it lies."""
+    end = 0
+    for row, length in enumerate(segments):
+        start, end = end, end + length
+        for first in range(start, end, PIECE):
+            yield row, slice(first, min(first + PIECE, end))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dim in float32 (arXiv:1910.07467); returns float32."""
+    return F.rms_norm(x.float(), weight.shape, weight, eps)
+
+
+def layer_norm(
+    x: Tensor, scaling: Scaling, segments: tuple[int, ...], eps: float, dtype: torch.dtype | None = None, out: Tensor | None = None
+) -> Tensor:
+    """LayerNorm of x (B, L, D), then `Scaling`, as in DiT's adaLN (arXiv:2212.09748); in ``dtype``, or x's, or in ``out``."""
+    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device) if out is None else out
+    _layer_norm(_kernels_for(x, segments), x, scaling, segments, eps, out)
+    return out
+
+
+def add_(x: Tensor, y: Tensor, gate: Tensor | None, segments: tuple[int, ...]) -> None:
+    """Add gate * y, or y, to x in place; x and y (B, L, D), gate (B, R, 1, D) float32."""
+    _add_(_kernels_for(x, segments), x, y, gate, segments)
+
+
+def add_layer_norm_(
+    x: Tensor, y: Tensor, gate: Tensor | None, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Tensor | None = None
+) -> Tensor:
+    """Do `add_`, then return `layer_norm` of x, in ``out`` if it is given; in one pass on a GPU."""
+    return _add_layer_norm_(_kernels_for(x, segments), x, y, gate, scaling, segments, eps, out)
+
+
+def norm_rotate_(x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None = None) -> None:
+    """RMSNorm of x (B, L, H, D / H) over the whole width, then its rotary embedding if there is one, in place."""
+    _norm_rotate_(_kernels_for(x.flatten(2), (x.shape[1],)), x, weight, eps, rotary)
+
+
+def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    """Return GELU of ``linear(x)`` by its tanh approximation (arXiv:1606.08415); on a GPU in the same pass where the linear is plain."""
+    if x.is_cuda and x.dtype != torch.float32 and isinstance(linear, nn.Linear):
+        out = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
+        return out.unflatten(0, x.shape[:-1])
+    return torch.ops.aten.gelu_(linear(x), approximate="tanh")  # in place: it is the largest array of a step
+
+
+def _kernels_for(x: Tensor, segments: tuple[int, ...]) -> ModuleType | None:
+    """Return the kernels if they can take x (B, L, D): on a GPU, in half precision, one video, with two segments at most."""
+    if x.is_cuda and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(2) == 1 and len(segments) <= 2:
+        return _kernels(x.device)
+    return None
+
+
+def _layer_norm(
+    kernels: ModuleType | None, x: Tensor, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Tensor
+) -> None:  # fmt: skip
+    if kernels is not None:
+        _launch_add_norm(kernels, x, None, None, scaling, segments, out, eps)
+        return
+    for row, part in pieces(segments):
+        scale, shift = _row(scaling.scale, row), _row(scaling.shift, row)
+        if scaling.plus_one:
+            out[:, part] = torch.addcmul(shift, F.layer_norm(x[:, part].float(), x.shape[-1:], eps=eps), 1 + scale)
+        else:
+            out[:, part] = F.layer_norm(x[:, part].float(), x.shape[-1:], scale.flatten(), shift.flatten(), eps)
+
+
+def _add_(kernels: ModuleType | None, x: Tensor, y: Tensor, gate: Tensor | None, segments: tuple[int, ...]) -> None:
+    if kernels is not None:
+        _launch_add_norm(kernels, x, y, gate, None, segments)
+    elif gate is None:
+        x += y
+    else:
+        for row, part in pieces(segments):
+            x[:, part] = torch.addcmul(x[:, part].float(), y[:, part].float(), _row(gate, row))
+
+
+def _add_layer_norm_(
+    kernels: ModuleType | None, x: Tensor, y: Tensor, gate: Tensor | None, scaling: Scaling, segments: tuple[int, ...], eps: float,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    if kernels is not None:
+        _launch_add_norm(kernels, x, y, gate, scaling, segments, out, eps)
+    else:
+        _add_(None, x, y, gate, segments)
+        _layer_norm(None, x, scaling, segments, eps, out)
+    return out
+
+
+def _norm_rotate_(kernels: ModuleType | None, x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None) -> None:
+    if kernels is not None:
+        width = x.shape[2] * x.shape[3]
+        cos, sin = rotary or (weight, weight)
+        kernels.norm_rotate_kernel[(x.shape[1],)](
+            x, weight, cos, sin, x.stride(1), eps,
+            width=width, pairs=x.shape[3] // 2, has_rotary=rotary is not None, block=_block(width), num_warps=8,
+        )  # fmt: skip
+        return
+    for _, part in pieces(x.shape[1:2]):
+        normed = rms_norm(x[:, part].flatten(2), weight, eps).view_as(x[:, part])
+        x[:, part] = normed if rotary is None else apply_rotary(normed, (rotary[0][part], rotary[1][part]))
+
+
+def _launch_add_norm(
+    kernels: ModuleType, x: Tensor, y: Tensor | None, gate: Tensor | None, scaling: Scaling | None, segments: tuple[int, ...],
+    out: Tensor | None = None, eps: float = 0.0,
+) -> None:  # fmt: skip
+    """Start the kernel on the tokens of x; x stands in for what there is not."""
+    scale, shift, plus_one = scaling or (x, x, False)
+    kernels.add_norm_kernel[(x.shape[1],)](
+        x, x if y is None else y, x if gate is None else gate, scale, shift, x if out is None else out,
+        x.stride(1), 0 if y is None else y.stride(1), _row_stride(gate), _row_stride(None if scaling is None else scale),
+        segments[0] if len(segments) > 1 else x.shape[1], eps,
+        width=x.shape[2], has_y=y is not None, has_gate=gate is not None, has_norm=scaling is not None, plus_one=plus_one,
+        block=_block(x.shape[2]), num_warps=8,
+    )  # fmt: skip
+
+
+def _row(rows: Tensor, number: int) -> Tensor:
+    return rows[:, number if rows.shape[1] > 1 else 0]
+
+
+def _row_stride(rows: Tensor | None) -> int:
+    return 0 if rows is None or rows.shape[1] == 1 else rows.stride(1)
+
+
+def _block(width: int) -> int:
+    return 1 << (width - 1).bit_length()  # Triton's blocks are powers of two
