@@ -11,9 +11,9 @@ from wan_dist.arrangement import rungs_below
 from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import MemoryConfig, RunConfig
 from wan_dist.encode import project_contexts
-from wan_dist.footprint import Arrangement
+from wan_dist.footprint import Arrangement, activation_bytes
 from wan_dist.log import logger
-from wan_dist.memory import free_memory
+from wan_dist.memory import NoRoomError, free_memory, make_sure_of_room
 from wan_dist.models.attention import InnerAttention
 from wan_dist.models.quantized import quantize_blocks
 from wan_dist.models.transformer import WanTransformer
@@ -61,12 +61,18 @@ class Experts:
     def open(self, which: int, suffix: str, scale: float) -> Predict:
         """Load a transformer as it is planned; ``suffix`` goes to its stages' names.
 
-        Where one rank's GPU runs out of memory, it is loaded, or the step is repeated, with an arrangement that needs less.
+        Where a GPU runs out of memory it is loaded, or the step is repeated, with an arrangement that needs less. Several ranks look
+        for room before the first step instead: one that ran out in the middle of it would leave the others waiting.
         """
         can_part = scale != 1 and self.conditioning.negative_context is not None
         planned = self.plan.arrangement
-        rungs = rungs_below(planned, self.config.memory, can_part=can_part) if self.groups.replica.size == 1 else []
-        return SteppingDown(lambda arrangement: self._open(which, suffix, scale, arrangement), [planned, *rungs], can_part=can_part)
+        rungs = [planned, *rungs_below(planned, self.config.memory, can_part=can_part)]
+        return SteppingDown(
+            lambda arrangement: self._open(which, suffix, scale, arrangement),
+            rungs,
+            can_part=can_part,
+            at=torch.OutOfMemoryError if self.groups.replica.size == 1 else NoRoomError,  # what one rank meets alone ends the run
+        )
 
     def _open(self, which: int, suffix: str, scale: float, arrangement: Arrangement) -> Predict:
         groups = self.groups
@@ -77,6 +83,8 @@ class Experts:
             projection, self.conditioning, groups, self.report, f"context{suffix}", streamed=arrangement.dit != "resident"
         )
         model = self._load(which, f"load{suffix}", arrangement)
+        if groups.replica.size > 1 and self.plan.load is not None:
+            make_sure_of_room(activation_bytes(self.plan.load, arrangement), self.report.device, groups.replica)
         limit_waiting(groups, self.config.parallel.timeout)
         if groups.cfg.size == 2:
             return ParallelGuidance(model, contexts, self.conditioning, self.noise, scale=scale, axis=groups.cfg)
@@ -117,8 +125,10 @@ class SteppingDown:
     Raises torch.OutOfMemoryError after the last, with what else would take less.
     """
 
-    def __init__(self, load: Callable[[Arrangement], Predict], rungs: Sequence[Arrangement], *, can_part: bool) -> None:
-        self._load, self._rungs, self._can_part = load, list(rungs), can_part
+    def __init__(
+        self, load: Callable[[Arrangement], Predict], rungs: Sequence[Arrangement], *, can_part: bool, at: type[torch.OutOfMemoryError]
+    ) -> None:
+        self._load, self._rungs, self._can_part, self._at = load, list(rungs), can_part, at
         self._loaded: Predict | None = None
         self._in_any_way(self._predict)
 
@@ -136,7 +146,7 @@ class SteppingDown:
             try:
                 return work()
             except torch.OutOfMemoryError as fault:
-                if len(self._rungs) == 1:
+                if len(self._rungs) == 1 or not isinstance(fault, self._at):
                     fault.add_note(f"with the {_transformer(self._rungs[0])}; {_what_takes_less(self._rungs[0], can_part=self._can_part)}")
                     raise
             self._loaded = None

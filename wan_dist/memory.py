@@ -29,6 +29,25 @@ def free_bytes(device: torch.device, axis: Axis, *, budget_gib: float | None = N
     return int(all_gather(torch.tensor([free], device=device), axis).min())
 
 
+class NoRoomError(torch.OutOfMemoryError):
+    """A rank has too little memory, and all ranks know."""
+
+
+def make_sure_of_room(num_bytes: int, device: torch.device, axis: Axis) -> None:
+    """Raise NoRoomError on every rank of the axis if one of them could not allocate so much now; nothing on a CPU."""
+    has_room = all_gather(torch.tensor([_can_allocate(num_bytes, device)], dtype=torch.int32, device=device), axis).flatten()
+    if not has_room.all():
+        raise NoRoomError(f"rank {int(has_room.argmin())} of the replica has no {num_bytes / 2**30:.1f} GiB left on its GPU")
+
+
+def _can_allocate(num_bytes: int, device: torch.device) -> bool:
+    try:
+        torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
 def first_that_works(ways: Sequence[Way], work: Callable[[Way], None], what: str, note: str = "") -> None:
     """Do ``work`` in the first of the ways, and in the next one where memory ran out. Raises torch.OutOfMemoryError after the last.
 

@@ -52,6 +52,8 @@ class Plan:
     """Before `arranged`: what does not depend on memory, whether weights are sharded and the VAE's first way."""
     uses: tuple[Use, ...] = ()
     """What each stage is predicted to take; empty before `arranged`."""
+    load: Load | None = None
+    """What the run works on; None before `arranged`."""
     budget: Budget | None = None
     name: str
     """File name of the results, without suffix."""
@@ -167,9 +169,9 @@ def arranged(
     if config.latents is not None:  # nothing but the VAE is needed
         arrangement = arrange_vae(load, config.memory, plan.arrangement, budget, lambda number: _shorter(load, number))
         uses = tuple(use for use in footprint(load, arrangement) if use.stage == "decode")
-        return replace(plan, arrangement=arrangement, uses=uses, budget=budget)
+        return replace(plan, arrangement=arrangement, uses=uses, load=load, budget=budget)
     arrangement = arrange(load, config.memory, plan.arrangement, budget, lambda number: _shorter(load, number))
-    return replace(plan, arrangement=arrangement, uses=tuple(footprint(load, arrangement)), budget=budget)
+    return replace(plan, arrangement=arrangement, uses=tuple(footprint(load, arrangement)), load=load, budget=budget)
 
 
 def _degrees(config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int, *, guided: bool) -> Degrees:

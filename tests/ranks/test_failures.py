@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 TOY = ["task=toy", "size=64*48", "frame_num=5", "sample.steps=4", "parallel.ulysses=2", "device=cpu"]
@@ -43,6 +45,24 @@ def test_one_rank_failing_ends_all(rank: int, setting: str, tmp_path: Path) -> N
     assert f"rank      : {rank} " in summary
     assert "RuntimeError: this rank broke" in summary
     assert nothing_is_left(job.pid)
+
+
+def test_ranks_take_less_together_where_one_has_no_room(tmp_path: Path) -> None:
+    settings = [*TOY, "memory.vae=whole", "output.save_tensor=true"]
+    outcomes = {}
+    for failures in (0, 2, 9):
+        job = start([str(ROOT / "tests/ranks/scarce.py"), *settings, f"output.name=after-{failures}"], tmp_path, FAILURES=str(failures))
+        outcomes[failures], _ = job.communicate(timeout=60)
+        assert (job.returncode == 0) == (failures < 9), outcomes[failures]
+    words = outcomes[2]
+    assert [line.partition("repeated with the ")[2] for line in words.splitlines() if "ran out of GPU memory" in line] == [
+        "transformer resident, 8192 tokens at a time",
+        "transformer resident, 8192 tokens at a time, passes apart",
+    ]
+    videos = [load_file(tmp_path / f"outputs/after-{failures}.safetensors")["video"] for failures in (0, 2)]
+    assert torch.equal(*videos)
+    assert "rank 1 of the replica has no 0.0 GiB left on its GPU" in outcomes[9]
+    assert "a smaller size or fewer frames would take less" in outcomes[9]
 
 
 def test_bad_input_is_said_once(tmp_path: Path) -> None:
