@@ -8,7 +8,7 @@ logger = logging.getLogger("wan_dist")
 
 
 def open_log(level: int = logging.INFO) -> None:
-    """Send the project's log lines to standard error, as ``[time rank] text``; of ranks after the first only errors: what they warn of, all do."""
+    """Send the project's log lines to standard error, as ``[time rank] text``; of the other ranks only errors."""
     several_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank = f" rank {os.environ.get('RANK', '0')}" if several_ranks else ""
     handler = logging.StreamHandler(sys.stderr)

@@ -5,10 +5,15 @@ computed in the input's dtype, but for fp8 on GPUs that multiply it, where input
 """
 
 from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wan_dist.models.kernels import tried
+from wan_dist.models.transformer_elementwise import gelu_
 
 _FP8 = torch.float8_e4m3fn
 _STORED = {"fp8": _FP8, "int8": torch.int8, "int4": torch.uint8}
@@ -32,18 +37,17 @@ class QuantizedLinear(nn.Module):
             self.offset = nn.Parameter(torch.empty(out_dim, groups), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_dim, dtype=dtype))
 
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """x (..., in) -> (..., out), or those outputs whose rows of the weight these are."""
+    def forward(self, x: Tensor, rows: slice = slice(None), *, gelu: bool = False) -> Tensor:
+        """x (..., in) -> (..., out), or those outputs whose rows of the weight these are; with ``gelu`` of GELU of x, which may change x."""
         if self.kind == "fp8" and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
-            return self._product_of_fp8(x, rows)
+            return self._product_of_fp8(x, rows, gelu=gelu)
+        if gelu:
+            gelu_(x)
         return F.linear(x, self.dequantized(x.dtype, rows), self.bias[rows])
 
-    def _product_of_fp8(self, x: Tensor, rows: slice) -> Tensor:
-        tokens = x.flatten(0, -2)
-        values, scale = torch.empty_like(tokens, dtype=_FP8), tokens.new_empty(len(tokens), 1, dtype=torch.float32)
-        for first in range(0, len(tokens), _ROWS_AT_ONCE):
-            part = slice(first, first + _ROWS_AT_ONCE)
-            values[part], scale[part] = _rounded(tokens[part], _FP8_MAX)
+    def _product_of_fp8(self, x: Tensor, rows: slice, *, gelu: bool) -> Tensor:
+        kernels = _kernels(x.device) if x.is_cuda else None
+        values, scale = _rounded_to_fp8(kernels, x.flatten(0, -2), gelu=gelu)
         weight, scale_of_weight = self.weight[rows].t(), self.scale[rows].t()
         out = torch._scaled_mm(
             values, weight, scale_a=scale, scale_b=scale_of_weight, bias=self.bias[rows], out_dtype=x.dtype, use_fast_accum=True
@@ -63,6 +67,33 @@ class QuantizedLinear(nn.Module):
             else:
                 out[rows] = weight[rows].float() * scale[rows]
         return out
+
+
+def _rounded_to_fp8(kernels: ModuleType | None, tokens: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Return tokens (n, k), or GELU of them, as 8-bit floats with a scale for each, (n, 1) float32."""
+    values, scale = torch.empty_like(tokens, dtype=_FP8), tokens.new_empty(len(tokens), 1, dtype=torch.float32)
+    if kernels is not None:
+        width = tokens.shape[1]
+        block = 1 << (width - 1).bit_length()
+        kernels.round_kernel[(len(tokens),)](
+            tokens, values, scale, tokens.stride(0), _FP8_MAX, width=width, has_gelu=gelu, block=block, num_warps=max(4, block // 1024)
+        )
+        return values, scale
+    for first in range(0, len(tokens), _ROWS_AT_ONCE):
+        part = slice(first, first + _ROWS_AT_ONCE)
+        values[part], scale[part] = _rounded(gelu_(tokens[part]) if gelu else tokens[part], _FP8_MAX)
+    return values, scale
+
+
+@cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    tokens = torch.linspace(-2, 3, 4 * 96, device=device).view(4, 96).bfloat16()
+
+    def trial(kernels: ModuleType | None) -> Tensor:
+        values, scale = _rounded_to_fp8(kernels, tokens.clone(), gelu=True)
+        return values.float() * scale
+
+    return tried("transformer_kernels", trial)
 
 
 def kind_of(dtype: torch.dtype) -> str:

@@ -154,7 +154,8 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D) -> the same shape."""
-        return self[2](linear_gelu(self[0], x))
+        up, _, down = self
+        return down(linear_gelu(up, x)) if isinstance(down, nn.Linear) else down(up(x), gelu=True)  # what is quantised may do it itself
 
 
 class Block(nn.Module):

@@ -88,7 +88,12 @@ def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
     if x.is_cuda and x.dtype != torch.float32 and isinstance(linear, nn.Linear):
         out = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True)
         return out.unflatten(0, x.shape[:-1])
-    return torch.ops.aten.gelu_(linear(x), approximate="tanh")  # in place: it is the largest array of a step
+    return gelu_(linear(x))
+
+
+def gelu_(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, in place: x is the largest array of a step."""
+    return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 def _kernels_for(x: Tensor, segments: tuple[int, ...]) -> ModuleType | None:

@@ -1,4 +1,4 @@
-"""Triton kernels of transformer_elementwise.py. A program takes one token with all its channels."""
+"""Triton kernels of transformer_elementwise.py and quantized.py. A program takes one token with all its channels."""
 
 import triton
 import triton.language as tl
@@ -52,3 +52,20 @@ def norm_rotate_kernel(
         sin = tl.load(sin_ptr + token * pairs + place)
         x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (block,))
     tl.store(x_ptr + token * x_row + channel, x.to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def round_kernel(
+    x_ptr, out_ptr, scale_ptr, x_row, most,
+    width: tl.constexpr, has_gelu: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """out = x / scale, or gelu(x) / scale, such that its largest value is ``most``."""
+    token = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, block)
+    inside = channel < width
+    x = tl.load(x_ptr + token * x_row + channel, mask=inside, other=0.0).to(tl.float32)
+    if has_gelu:
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh z) / 2 is the sigmoid of 2 z
+    scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) / most
+    tl.store(scale_ptr + token, scale)
+    tl.store(out_ptr + token * width + channel, (x / scale).to(out_ptr.dtype.element_ty), mask=inside)
