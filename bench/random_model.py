@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from wan_dist.catalog import Task
 from wan_dist.models.attention import InnerAttention
+from wan_dist.models.quantized import QuantizedLinear, quantize, quantize_blocks
 from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.sampling.conditioning import Conditioning
 
@@ -15,21 +16,33 @@ PROMPT_TOKENS = (60, 126)
 
 
 def random_transformer(
-    task: Task, attention: InnerAttention, device: torch.device, spread: Callable[[WanTransformer], None] | None = None
+    task: Task,
+    attention: InnerAttention,
+    device: torch.device,
+    spread: Callable[[WanTransformer], None] | None = None,
+    quant: str = "none",
 ) -> WanTransformer:
     """Return the task's transformer in bfloat16 with random weights that keep activations near 1; ``spread`` may shard it first."""
     with torch.device("meta"):
         model = WanTransformer(task.transformer, torch.bfloat16, attention)
+        if quant != "none":
+            quantize_blocks(model.blocks, quant)
     if spread is not None:
         spread(model)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and parameter.is_floating_point() and parameter.dtype.itemsize > 1:
             local.normal_(std=parameter[0].numel() ** -0.5)
         else:
             local.fill_(0.0 if name.endswith("bias") else 1.0)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            in_dim = module.weight.shape[1] * (2 if module.kind == "int4" else 1)
+            weight = torch.randn(module.weight.shape[0], in_dim, device=device) * in_dim**-0.5
+            for part, value in quantize(weight, module.kind).items():
+                getattr(module, part).copy_(value)
     return model
 
 

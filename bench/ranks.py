@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from peers import diffusers_step, diffusers_transformer
 from random_model import random_inputs, random_transformer
 
 from wan_dist.catalog import TASKS, Task
@@ -90,45 +91,19 @@ def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], spre
 
 
 def measure_diffusers(task: Task, options: argparse.Namespace, size: tuple[int, int]) -> dict[str, object]:
-    """Time diffusers' transformer with its own context parallelism (Ulysses) and cuDNN attention, not compiled."""
-    from diffusers import ContextParallelConfig, WanTransformer3DModel
+    """Time diffusers' transformer with its own context parallelism (Ulysses) and cuDNN attention, compiled with --compile."""
+    from diffusers import ContextParallelConfig
 
-    shape = task.transformer
-    config = {
-        "num_attention_heads": shape.num_heads,
-        "attention_head_dim": 128,
-        "in_channels": shape.in_dim,
-        "out_channels": shape.out_dim,
-        "ffn_dim": shape.ffn_dim,
-        "num_layers": shape.num_layers,
-        "image_dim": shape.image_dim or None,
-        "added_kv_proj_dim": shape.dim if shape.image_dim else None,
-    }
     device = torch.device("cuda", torch.cuda.current_device())
-    with torch.device("meta"):
-        model = WanTransformer3DModel(**config).to(torch.bfloat16)
-    model = model.to_empty(device=device).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
-    for module in model.modules():  # rotary tables are buffers, which to_empty left without values
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.randn_like(buffer, dtype=torch.float32).clamp(-1, 1).to(buffer.dtype))
-    model.set_attention_backend("_native_cudnn")
+    model = diffusers_transformer(task, device)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
+    if options.compile:
+        model.compile_repeated_blocks()
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    latents, _, conditioning = random_inputs(task, size, options.frames, device)
-    latents = torch.cat([latents, conditioning.extra_channels], dim=1).bfloat16()
-    texts = [torch.randn(1, 512, 4096, device=device).bfloat16() for _ in range(2)]
-    image = torch.randn(1, 257, 1280, device=device).bfloat16() if task.looks_at_images else None
-    timestep = torch.tensor([700], device=device)
-
-    def step() -> torch.Tensor:
-        out = [model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)[0] for text in texts]
-        return out[1] + 5.0 * (out[0] - out[1])
-
-    seconds, _ = timed(step, options.steps)
-    return row(f"diffusers, context parallel ulysses {dist.get_world_size()}, cudnn, eager", seconds, weights)
+    seconds, _ = timed(diffusers_step(model, task, size, options.frames, device), options.steps)
+    how = "compiled" if options.compile else "eager"
+    return row(f"diffusers, context parallel ulysses {dist.get_world_size()}, cudnn, {how}", seconds, weights)
 
 
 @torch.no_grad()
@@ -142,6 +117,7 @@ def main() -> None:
     parser.add_argument("--attention", default="auto")
     parser.add_argument("--only", nargs="*", help="names of spreads, e.g. ulysses ulysses-sharded; default: all")
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="the peer's blocks")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("*"))

@@ -1,17 +1,21 @@
-"""Time one denoising step of a published transformer at full size with random weights, and its peak memory, per attention backend.
+"""Time one denoising step of a published transformer at full size with random weights, and its peak memory, beside diffusers.
 
-    python bench/step.py --task t2v-14B --size 832*480 --frames 81
+    python bench/step.py --task i2v-14B --size 832*480 --frames 81 --attention fa4 cudnn --quant none fp8 --peer
 
 A step is both guidance passes, with an image where the task takes one. Prints a table and writes bench/results/NAME.json.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from peers import diffusers_step, diffusers_transformer
 from random_model import random_inputs, random_transformer
 
 from wan_dist.catalog import TASKS, Task
@@ -22,30 +26,48 @@ from wan_dist.sampling.denoise import Guidance
 GIB = 2**30
 
 
-def measure(task: Task, size: tuple[int, int], frames: int, backend: str, steps: int) -> dict[str, object]:
-    """Return seconds a step (median), the first step's seconds, and GiB of the weights and at peak."""
-    device = torch.device("cuda")
-    attention = choose_attention(backend, device=device, dtype=torch.bfloat16, head_dim=128)
-    model = random_transformer(task, attention, device)
+def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
+    """Return seconds a step (median), each step's, the first one included, and GiB of what was there and at peak."""
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    latents, contexts, conditioning = random_inputs(task, size, frames, device)
-    predict = Guidance(model, contexts, conditioning, latents, scale=5.0)
     seconds = []
     for _ in range(steps + 1):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        velocity = predict(latents, 700)
+        velocity = step()
         torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(round(time.perf_counter() - start, 3))
     assert torch.isfinite(velocity).all()
-    return {
-        "attention": attention.name,
-        "seconds_per_step": round(statistics.median(seconds[1:]), 3),
-        "all_seconds": [round(second, 3) for second in seconds],
-        "weights_gib": round(weights / GIB, 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
-    }
+    peak = torch.cuda.max_memory_allocated()
+    memory = {"weights_gib": round(weights / GIB, 2), "peak_gib": round(peak / GIB, 2)}
+    return {"seconds_per_step": statistics.median(seconds[1:]), "all_seconds": seconds} | memory
+
+
+def measure(task: Task, size: tuple[int, int], options: argparse.Namespace, backend: str, quant: str) -> dict[str, object]:
+    """Time ours."""
+    device = torch.device("cuda")
+    attention = choose_attention(backend, device=device, dtype=torch.bfloat16, head_dim=128)
+    model = random_transformer(task, attention, device, quant=quant)
+    latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
+    predict = Guidance(model, contexts, conditioning, latents, scale=5.0)
+    del contexts
+    found = {"what": f"ours, {attention.name}, {quant}"} | timed(lambda: predict(latents, 700), options.steps)
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            predict(latents, 700)
+            torch.cuda.synchronize()
+        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=70))
+    return found
+
+
+def measure_diffusers(task: Task, size: tuple[int, int], options: argparse.Namespace, *, compiled: bool) -> dict[str, object]:
+    """Time diffusers' transformer with cuDNN attention."""
+    device = torch.device("cuda")
+    model = diffusers_transformer(task, device)
+    if compiled:
+        model.compile_repeated_blocks()
+    step = diffusers_step(model, task, size, options.frames, device)
+    return {"what": f"diffusers, cudnn, {'compiled' if compiled else 'eager'}"} | timed(step, options.steps)
 
 
 @torch.no_grad()
@@ -56,25 +78,34 @@ def main() -> None:
     parser.add_argument("--size", default="832*480")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--attention", nargs="+", default=["auto"])
+    parser.add_argument("--attention", nargs="*", default=["auto"])
+    parser.add_argument("--quant", nargs="+", default=["none"])
+    parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
+    parser.add_argument("--peer", nargs="*", choices=["eager", "compiled"], default=[])
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("*"))
-    rows = []
-    for backend in options.attention:
-        try:
-            rows.append(measure(TASKS[options.task], (width, height), options.frames, backend, options.steps))
-        except InputError as fault:
-            print(fault)
-        torch.cuda.empty_cache()
     machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
     options.out.mkdir(parents=True, exist_ok=True)
-    name = f"step-{options.task}-{width}x{height}x{options.frames}.json"
-    (options.out / name).write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
-    print(f"{options.task} {width}x{height}x{options.frames} on {machine['gpu']}, torch {machine['torch']}, bfloat16")
-    for row in rows:
-        memory = f"weights {row['weights_gib']:6.2f} GiB   peak {row['peak_gib']:6.2f} GiB"
-        print(f"  {row['attention']:6} {row['seconds_per_step']:7.3f} s/it   {memory}")
+    file = options.out / f"step-{options.task}-{width}x{height}x{options.frames}.json"
+    task, size, rows = TASKS[options.task], (width, height), []
+    runs: list[Callable[[], dict[str, object]]] = [
+        partial(measure, task, size, options, backend, quant) for backend in options.attention for quant in options.quant
+    ]
+    runs += [partial(measure_diffusers, task, size, options, compiled=how == "compiled") for how in options.peer]
+    print(f"{options.task} {width}x{height}x{options.frames} on {machine['gpu']}, torch {machine['torch']}, bfloat16", flush=True)
+    for run in runs:
+        try:
+            rows.append(run())
+        except InputError as fault:
+            print(fault)
+            continue
+        row = rows[-1]
+        print(f"  {row['what']:32} {row['seconds_per_step']:7.3f} s/it   first {row['all_seconds'][0]:6.2f} s"
+              f"   weights {row['weights_gib']:6.2f}   peak {row['peak_gib']:6.2f} GiB", flush=True)  # fmt: skip
+        file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_dim, dtype=dtype))
 
     def forward(self, x: Tensor, rows: slice = slice(None), *, gelu: bool = False) -> Tensor:
-        """x (..., in) -> (..., out), or those outputs whose rows of the weight these are; with ``gelu`` of GELU of x, which may change x."""
+        """x (..., in) -> (..., out), or those outputs whose rows of the weight these are; ``gelu``: of GELU of x, which may change x."""
         if self.kind == "fp8" and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
             return self._product_of_fp8(x, rows, gelu=gelu)
         if gelu:
