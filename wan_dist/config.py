@@ -16,7 +16,7 @@ from wan_dist.errors import InputError, nearest
 
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float32")
-ATTENTION_BACKENDS = ("auto", "fa4", "cudnn", "flash", "sdpa")
+ATTENTION_BACKENDS = ("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "sdpa", "sdpa16", "sage")
 QUANTIZATIONS = ("none", "fp8", "int8", "int4")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
 VAE_PLACES = ("parallel", "whole", "tiled", "cpu")
@@ -173,7 +173,9 @@ class RunConfig:
     device: str = _key("auto", "auto, cuda or cpu")
     dtype: str = _key("bfloat16", "bfloat16, or float32 for comparisons")
     quant: str = _key("none", "none, fp8, int8 or int4: the transformer's linears in fewer bits, but for the first and last block's")
-    attention: str = _key("auto", "auto, fa4 (FlashAttention-4), cudnn, flash or sdpa")
+    attention: str = _key(
+        "auto", "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), sdpa16 (in float16), sage (in 8 bits)"
+    )
     latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)

@@ -83,9 +83,9 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
         given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
         checkpoint = open_checkpoint(_checkpoint_folder(config, plan, groups), plan.task, dtype, transformer_files=given)
         head_dim = checkpoint.transformers[0].dims.head_dim
-        if config.parallel.usp == "xfuser":
-            check_usp(device)
         attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=head_dim)
+        if config.parallel.usp == "xfuser":
+            check_usp(device, attention.name)
     plan = _arranged(plan, config, checkpoint, groups, device)
     report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name, "degrees": vars(plan.degrees)}
     result = _free_path(folder, plan, fixed=config.output.name is not None)

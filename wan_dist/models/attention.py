@@ -3,6 +3,7 @@
 Layout everywhere: (B, L, H, D) = batch, tokens, heads, head width.
 """
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -30,23 +31,45 @@ def _sdpa_with(backend: SDPBackend) -> Kernel:
     return attend
 
 
-def _flash_attention_4() -> Kernel:
-    from flash_attn.cute import flash_attn_func  # optional, and it imports a compiler
+def _from_package(module: str, function: str, **options: object) -> Callable[[], Kernel]:
+    def load() -> Kernel:
+        work = getattr(importlib.import_module(module), function)  # some import a compiler
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = flash_attn_func(q, k, v)
-        return out[0] if isinstance(out, tuple) else out  # releases differ in whether they return the log-sum-exp too
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = work(q, k, v, **options)
+            return out[0] if isinstance(out, tuple) else out  # releases differ in whether they return the log-sum-exp too
 
-    return attend
+        return attend
+
+    return load
+
+
+def _in_float16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention for GPUs without bfloat16 arithmetic; what float16 cannot hold is computed again in float32."""
+    out = _sdpa(q.half(), k.half(), v.half())
+    return (out if torch.isfinite(out).all() else _sdpa(q.float(), k.float(), v.float())).to(q.dtype)
 
 
 _KERNELS: dict[str, Callable[[], Kernel]] = {
-    "fa4": _flash_attention_4,
+    "fa4": _from_package("flash_attn.cute", "flash_attn_func"),
+    "fa3": _from_package("flash_attn_interface", "flash_attn_func"),
+    "fa2": _from_package("flash_attn", "flash_attn_func"),
     "cudnn": lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION),
     "flash": lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION),
     "sdpa": lambda: _sdpa,
+    "sdpa16": lambda: _in_float16,
+    "sage": _from_package("sageattention", "sageattn", tensor_layout="NHD"),
 }
-_FASTEST_FIRST = ("fa4", "cudnn", "flash", "sdpa")
+_FASTEST_FIRST = ("fa4", "fa3", "cudnn", "fa2", "flash", "sdpa")
+_NEEDS = {
+    "fa4": ("flash_attn.cute", "flash-attn-4", "Hopper or Blackwell", (9, 0)),
+    "fa3": ("flash_attn_interface", "FlashAttention-3", "Hopper", (9, 0)),
+    "fa2": ("flash_attn.flash_attn_interface", "flash-attn", "Ampere or later", (8, 0)),
+    "sage": ("sageattention", "sageattention", "Ampere or later", (8, 0)),
+}
+"""Of kernels from packages: module, the package's name, GPUs, and their least compute capability."""
+_LOSSY = {"sage": 0.1}
+"""Kernels in 8 bits, which are taken only if they are asked for, and how far they may be off on the tensor that they are tried on."""
 
 
 def attend_with_lse(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +128,8 @@ def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, hea
         return InnerAttention(kernel, name, "asked for")
     if device.type != "cuda" or dtype == torch.float32:
         return InnerAttention(_sdpa, "sdpa", f"the one for {dtype_name(dtype)} on {device.type}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return InnerAttention(_in_float16, "sdpa16", "this GPU has no bfloat16 arithmetic, so it is done in float16")
     faults: list[str] = []
     for candidate in _FASTEST_FIRST:
         kernel, fault = _try(candidate, device, dtype, head_dim)
@@ -126,11 +151,12 @@ def _try(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
             return None, f"needs a GPU, runs on {device.type}"
         if dtype == torch.float32:
             return None, "needs bfloat16 or float16, dtype is float32"
-    if name == "fa4":
-        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-            return None, "package flash-attn-4 is not installed"
-        if torch.cuda.get_device_capability(device) < (9, 0):
-            return None, "needs a Hopper or Blackwell GPU"
+    if name in _NEEDS:
+        module, package, gpus, capability = _NEEDS[name]
+        if not _is_installed(module):
+            return None, f"package {package} is not installed"
+        if torch.cuda.get_device_capability(device) < capability:
+            return None, f"needs a GPU of {gpus}"
     q = torch.linspace(-1, 1, 128 * head_dim, device=device).view(1, 128, 1, head_dim).to(dtype)
     try:
         with warnings.catch_warnings():
@@ -139,7 +165,14 @@ def _try(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
             error = (kernel(q, q, q).float() - _sdpa(*(q.float() for _ in range(3)))).abs().max().item()
     except (RuntimeError, ImportError, AttributeError, TypeError) as fault:
         return None, str(fault).strip().split("\n")[0]
-    return (kernel, "") if error < 2e-2 else (None, f"its result is off by {error:.2g}")
+    return (kernel, "") if error < _LOSSY.get(name, 2e-2) else (None, f"its result is off by {error:.2g}")
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, OSError):  # the package around it is not there, or broken
+        return False
 
 
 def rotary_tables(grid: tuple[int, int, int], head_dim: int, *, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:

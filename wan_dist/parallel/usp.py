@@ -20,13 +20,15 @@ _BACKENDS = {"fa4": "FLASH_4", "cudnn": "CUDNN", "flash": "SDPA_FLASH", "sdpa": 
 """Our attention kernels' names -> xfuser's."""
 
 
-def check_usp(device: torch.device) -> None:
-    """Raise InputError if xfuser cannot be used here."""
+def check_usp(device: torch.device, attention: str) -> None:
+    """Raise InputError if xfuser cannot be used here, or not with this attention kernel."""
     if device.type != "cuda":
         raise InputError("parallel.usp=xfuser needs GPUs; parallel.usp=plain runs anywhere")
     for package in ("xfuser", "yunchang"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"parallel.usp=xfuser: package {package} is not installed (pip install wan-dist[usp]); or parallel.usp=plain")
+    if attention not in _BACKENDS:
+        raise InputError(f"parallel.usp=xfuser takes attention={', '.join(_BACKENDS)}, not {attention}; parallel.usp=plain takes any")
 
 
 class UspAttention(InnerAttention):
