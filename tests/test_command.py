@@ -266,6 +266,12 @@ def test_a_gpu_without_memory_denoises_with_less(
     assert torch.equal(*videos)
 
 
+def test_guessed_steps_are_said_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "sample.steps=12", "cache.steps=easy", "cache.threshold=1e6", "output.name=a"]) == 0
+    assert "8 of 12 steps were guessed" in capsys.readouterr().err
+    assert json.loads((tmp_path / "outputs/a.json").read_text())["guessed_steps"] == 8
+
+
 def test_a_gpu_that_is_too_small_is_told_what_would_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from wan_dist.experts import Experts
 
@@ -293,6 +299,8 @@ def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.Monk
         ([*TINY, "memory.vae=parallel"], "memory.vae=parallel: there is one rank; memory.vae=whole works"),
         ([*TINY, "memory.vae=tield"], "memory.vae=tield is not one of parallel, whole, tiled, cpu; did you mean 'tiled'?"),
         ([*TINY, "memory.budget_gib=4", "device=cpu"], "memory.budget_gib=4.0 limits GPU memory, and this run is on the CPU"),
+        ([*TINY, "cache.steps=tea"], "cache.steps=tea is not one of easy"),
+        ([*TINY, "cache.threshold=0"], "cache.threshold=0.0: it must be above 0, e.g. 0.05"),
         (["task=s2v-14B"], "task s2v-14B is not supported yet"),
         (["task=toy", "frame_num=abc"], "frame_num: Value 'abc' of type 'str' could not be converted to Integer"),
         (["task=toy", "frame_num=80"], "the nearest that work are 77 and 81"),

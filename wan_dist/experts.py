@@ -1,7 +1,9 @@
 """The transformers of a run: each loaded when its first timestep comes, as a prediction of the velocity."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,12 +21,14 @@ from wan_dist.models.quantized import quantize_blocks
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
+from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.mesh import Groups, limit_waiting
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import Guidance, Predict, TwoExperts, rows_of
 from wan_dist.sampling.solvers import Solver
+from wan_dist.sampling.step_cache import EasyCache
 from wan_dist.streaming import Streaming
 from wan_dist.weights.checkpoint import Checkpoint
 
@@ -42,24 +46,26 @@ class Experts:
     conditioning: Conditioning
     noise: Tensor
     solver: Solver
+    counts: Counter[str] = field(default_factory=Counter)
+    """How many steps were ``guessed``."""
 
     def predict(self) -> Predict:
         """Return the run's prediction: by one transformer, or by that for high noise and then that for low."""
         low_scale, high_scale = self.plan.guide_scales
         if self.plan.task.boundary is None:
-            return self.open(0, "", high_scale)
+            return self.open(0, "", high_scale, len(self.solver))
         boundary = self.plan.task.boundary * NUM_TRAIN_TIMESTEPS
         high = sum(timestep >= boundary for timestep in self.solver.timesteps)
         logger.info("experts   high noise for the first %d steps, low noise for the other %d", high, len(self.solver) - high)
         return TwoExperts(
-            lambda: self.open(0, " high", high_scale),
-            lambda: self.open(1, " low", low_scale),
+            lambda: self.open(0, " high", high_scale, high),
+            lambda: self.open(1, " low", low_scale, len(self.solver) - high),
             boundary=boundary,
             early=self.plan.arrangement.shard_dit,  # two shards are less than one whole expert
         )
 
-    def open(self, which: int, suffix: str, scale: float) -> Predict:
-        """Load a transformer as it is planned; ``suffix`` goes to its stages' names.
+    def open(self, which: int, suffix: str, scale: float, num_steps: int) -> Predict:
+        """Load a transformer as it is planned, for ``num_steps`` steps; ``suffix`` goes to its stages' names.
 
         Where a GPU runs out of memory it is loaded, or the step is repeated, with an arrangement that needs less. Several ranks look
         for room before the first step instead: one that ran out in the middle of it would leave the others waiting.
@@ -67,12 +73,17 @@ class Experts:
         can_part = scale != 1 and self.conditioning.negative_context is not None
         planned = self.plan.arrangement
         rungs = [planned, *rungs_below(planned, self.config.memory, can_part=can_part)]
-        return SteppingDown(
+        predict = SteppingDown(
             lambda arrangement: self._open(which, suffix, scale, arrangement),
             rungs,
             can_part=can_part,
             at=torch.OutOfMemoryError if self.groups.replica.size == 1 else NoRoomError,  # what one rank meets alone ends the run
         )
+        if self.config.cache.steps is None:
+            return predict
+        agree = partial(broadcast_object, axis=self.groups.replica)
+        note = partial(self.counts.update, guessed=1)
+        return EasyCache(predict, num_steps=num_steps, threshold=self.config.cache.threshold, agree=agree, note=note)
 
     def _open(self, which: int, suffix: str, scale: float, arrangement: Arrangement) -> Predict:
         groups = self.groups

@@ -139,6 +139,9 @@ def _make_latents(
     ):
         bar = _progress_bar if groups.rank == 0 else iter
         latents = denoise(predict, noise, solver, known_latents=conditioning.known_latents, progress=bar)
+        if config.cache.steps is not None:
+            report.facts["guessed_steps"] = experts.counts["guessed"]
+            logger.info("cache     %d of %d steps were guessed", experts.counts["guessed"], len(solver))
         del predict, experts
         free_memory()
     return latents.squeeze(0)

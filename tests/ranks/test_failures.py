@@ -1,5 +1,6 @@
 """What becomes of a run when one of its ranks fails: all end within seconds, and what is said last names the cause."""
 
+import json
 import os
 import signal
 import subprocess
@@ -63,6 +64,21 @@ def test_ranks_take_less_together_where_one_has_no_room(tmp_path: Path) -> None:
     assert torch.equal(*videos)
     assert "rank 1 of the replica has no 0.0 GiB left on its GPU" in outcomes[9]
     assert "a smaller size or fewer frames would take less" in outcomes[9]
+
+
+def test_ranks_guess_the_same_steps(tmp_path: Path) -> None:
+    settings = [*TOY, "sample.steps=10", "cache.steps=easy", "cache.threshold=2", "output.save_tensor=true", "dtype=float32"]
+    job = start(["-m", "wan_dist.run", *settings, "output.name=two"], tmp_path)
+    told, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, told
+    alone = [setting for setting in settings if not setting.startswith("parallel.")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "wan_dist.run", *alone, "output.name=one"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    guessed = {name: json.loads((tmp_path / f"outputs/{name}.json").read_text())["guessed_steps"] for name in ("one", "two")}
+    assert guessed["one"] == guessed["two"] > 0
+    videos = [load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in ("one", "two")]
+    torch.testing.assert_close(*videos, rtol=0, atol=1e-4)
 
 
 def test_bad_input_is_said_once(tmp_path: Path) -> None:
