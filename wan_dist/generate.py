@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from wan_dist.footprint import table
 from wan_dist.hardware import Hardware, find_host
 from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_bytes, free_memory
-from wan_dist.models.attention import InnerAttention, choose_attention
+from wan_dist.models.attention import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.text_encoder import token_ids
+from wan_dist.models.transformer_elementwise import prepare_kernels
 from wan_dist.parallel.agreement import Agreeing
 from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, name_those_awaited
 from wan_dist.parallel.mesh import Groups, limit_waiting, local_device, open_groups
@@ -83,15 +85,15 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
         given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
         checkpoint = open_checkpoint(_checkpoint_folder(config, plan, groups), plan.task, dtype, transformer_files=given)
         head_dim = checkpoint.transformers[0].dims.head_dim
-        attention = choose_attention(config.attention, device=device, dtype=dtype, head_dim=head_dim)
+        choose = _begin_to_choose(config.attention, device, dtype, head_dim)
         if config.parallel.usp == "xfuser":
-            check_usp(device, attention.name)
+            check_usp(device, choose().name)
     plan = _arranged(plan, config, checkpoint, groups, device)
-    report.facts |= {"checkpoint": str(checkpoint.folder), "attention": attention.name, "degrees": vars(plan.degrees)}
+    report.facts |= {"checkpoint": str(checkpoint.folder), "degrees": vars(plan.degrees)}
     result = _free_path(folder, plan, fixed=config.output.name is not None)
     kept = result.with_suffix(".latents.safetensors") if config.latents is None else Path(config.latents).expanduser()
     if config.latents is None:
-        latents = _make_latents(checkpoint, config, plan, attention, groups, report)
+        latents = _make_latents(checkpoint, config, plan, choose, groups, report)
         if groups.rank == 0:
             save_tensors(kept, {"latents": latents.cpu()})
     else:
@@ -111,6 +113,31 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
     return result
 
 
+def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[[], InnerAttention]:
+    """Return what chooses the attention kernel; what has to be compiled for it begins to be, and is while texts are encoded.
+
+    Raises InputError at once if a kernel asked for by name does not work here.
+    """
+    if name != "auto" or device.type != "cuda":
+        chosen = choose_attention(name, device=device, dtype=dtype, head_dim=head_dim)
+        return lambda: chosen
+
+    def compile_all() -> None:
+        torch.cuda.set_device(device)  # a thread's own is the first GPU
+        prepare_kernels(device)
+        compile_attention(device=device, dtype=dtype, head_dim=head_dim)
+
+    thread = ThreadPoolExecutor(1)
+    compiled = thread.submit(compile_all)
+    thread.shutdown(wait=False)
+
+    def choose() -> InnerAttention:
+        compiled.result()
+        return choose_attention(name, device=device, dtype=dtype, head_dim=head_dim)
+
+    return choose
+
+
 def _record(plan: Plan, report: Report, result: Path) -> None:
     report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result), "arrangement": asdict(plan.arrangement)}
     report.compare(plan.uses, plan.ranks_per_node)
@@ -118,7 +145,7 @@ def _record(plan: Plan, report: Report, result: Path) -> None:
 
 
 def _make_latents(
-    checkpoint: Checkpoint, config: RunConfig, plan: Plan, attention: InnerAttention, groups: Groups, report: Report
+    checkpoint: Checkpoint, config: RunConfig, plan: Plan, choose: Callable[[], InnerAttention], groups: Groups, report: Report
 ) -> Tensor:
     """Return the latents (C, T, h, w), float32, on every rank; the models are gone from the device then."""
     limit_waiting(groups, config.parallel.load_timeout)
@@ -127,6 +154,8 @@ def _make_latents(
     drawn = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=report.device).unsqueeze(0)
     noise = broadcast(drawn, groups.replica, report.device)
     assert noise is not None
+    attention = choose()
+    report.facts["attention"] = attention.name
     logger.info("attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
         logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.arrangement.shard_dit else "on every rank")

@@ -35,6 +35,11 @@ def _kernels(device: torch.device) -> ModuleType | None:
     return tried("transformer_kernels", trial)
 
 
+def prepare_kernels(device: torch.device) -> None:
+    """Compile and try the kernels now, so that the first step need not."""
+    _kernels(device)
+
+
 class Scaling(NamedTuple):
     """What follows a LayerNorm: times scale, or 1 + scale, plus shift; each (B, R, 1, D) float32, or with one row for all tokens."""
 
