@@ -262,6 +262,8 @@ def test_a_gpu_without_memory_denoises_with_less(
     told = [line.partition("repeated with the ")[2] for line in words.splitlines() if "ran out of GPU memory" in line]
     resident = "transformer resident, 8192 tokens at a time"
     assert told == [resident, f"{resident}, passes apart", "transformer resident, 2048 tokens at a time, passes apart"]
+    taken = json.loads((tmp_path / "outputs/b.json").read_text())["stepped_down_to"]
+    assert (taken["slice_tokens"], taken["passes"]) == (2048, "apart")
     videos = [load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab"]
     assert torch.equal(*videos)
 

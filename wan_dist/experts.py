@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TypeVar
 
@@ -78,6 +78,7 @@ class Experts:
             rungs,
             can_part=can_part,
             at=torch.OutOfMemoryError if self.groups.replica.size == 1 else NoRoomError,  # what one rank meets alone ends the run
+            note=lambda arrangement: self.report.facts.update(stepped_down_to=asdict(arrangement)),
         )
         if self.config.cache.steps is None:
             return predict
@@ -133,13 +134,20 @@ Result = TypeVar("Result")
 class SteppingDown:
     """A prediction that is made with the next of the arrangements ``rungs`` where the GPU's memory runs out, from loading on.
 
-    Raises torch.OutOfMemoryError after the last, with what else would take less.
+    Raises torch.OutOfMemoryError after the last, with what else would take less; ``at`` is the error to step down at. ``note`` is told
+    each arrangement after the first.
     """
 
     def __init__(
-        self, load: Callable[[Arrangement], Predict], rungs: Sequence[Arrangement], *, can_part: bool, at: type[torch.OutOfMemoryError]
+        self,
+        load: Callable[[Arrangement], Predict],
+        rungs: Sequence[Arrangement],
+        *,
+        can_part: bool,
+        at: type[torch.OutOfMemoryError],
+        note: Callable[[Arrangement], None],
     ) -> None:
-        self._load, self._rungs, self._can_part, self._at = load, list(rungs), can_part, at
+        self._load, self._rungs, self._can_part, self._at, self._note = load, list(rungs), can_part, at, note
         self._loaded: Predict | None = None
         self._in_any_way(self._predict)
 
@@ -162,6 +170,7 @@ class SteppingDown:
                     raise
             self._loaded = None
             del self._rungs[0]
+            self._note(self._rungs[0])
             logger.warning("denoising ran out of GPU memory; the step is repeated with the %s", _transformer(self._rungs[0]))
 
 
