@@ -3,28 +3,33 @@
 from collections.abc import Callable
 
 import torch
-from random_model import random_inputs
 
+from bench.random_model import random_inputs
 from wan_dist.catalog import Task
+from wan_dist.dims import TransformerDims
+
+
+def diffusers_config(dims: TransformerDims) -> dict[str, int | None]:
+    """Return the configuration of diffusers' transformer."""
+    return {
+        "num_attention_heads": dims.num_heads,
+        "attention_head_dim": dims.head_dim,
+        "in_channels": dims.in_dim,
+        "out_channels": dims.out_dim,
+        "ffn_dim": dims.ffn_dim,
+        "num_layers": dims.num_layers,
+        "image_dim": dims.image_dim or None,
+        "added_kv_proj_dim": dims.dim if dims.image_dim else None,
+        "pos_embed_seq_len": dims.image_positions or None,
+    }
 
 
 def diffusers_transformer(task: Task, device: torch.device) -> torch.nn.Module:
     """Return diffusers' transformer in bfloat16 with cuDNN attention."""
     from diffusers import WanTransformer3DModel
 
-    shape = task.transformer
-    config = {
-        "num_attention_heads": shape.num_heads,
-        "attention_head_dim": 128,
-        "in_channels": shape.in_dim,
-        "out_channels": shape.out_dim,
-        "ffn_dim": shape.ffn_dim,
-        "num_layers": shape.num_layers,
-        "image_dim": shape.image_dim or None,
-        "added_kv_proj_dim": shape.dim if shape.image_dim else None,
-    }
     with torch.device("meta"):
-        model = WanTransformer3DModel(**config).to(torch.bfloat16)
+        model = WanTransformer3DModel(**diffusers_config(task.transformer)).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)

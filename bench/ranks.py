@@ -1,6 +1,6 @@
 """Time one denoising step of a published transformer on several GPUs, for each way to spread it, beside diffusers.
 
-    torchrun --nproc_per_node=4 bench/ranks.py --task i2v-14B --size 832*480 --frames 81 --peer
+    torchrun --nproc_per_node=4 -m bench.ranks --task i2v-14B --size 832*480 --frames 81 --peer
 
 Random weights at full size, bfloat16, both guidance passes in a step. Prints a table and writes bench/results/NAME.json.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from peers import diffusers_step, diffusers_transformer
-from random_model import random_inputs, random_transformer
 
+from bench.peers import diffusers_step, diffusers_transformer
+from bench.random_model import random_inputs, random_transformer
 from wan_dist.catalog import TASKS, Task
 from wan_dist.degrees import Degrees
 from wan_dist.models.attention import choose_attention

@@ -1,6 +1,6 @@
 """Time one denoising step of a published transformer at full size with random weights, and its peak memory, beside diffusers.
 
-    python bench/step.py --task i2v-14B --size 832*480 --frames 81 --attention fa4 cudnn --quant none fp8 --peer
+    python -m bench.step --task i2v-14B --size 832*480 --frames 81 --attention fa4 cudnn --quant none fp8 --peer
 
 A step is both guidance passes, with an image where the task takes one. Prints a table and writes bench/results/NAME.json.
 """
@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peers import diffusers_step, diffusers_transformer
-from random_model import random_inputs, random_transformer
 
+from bench.peers import diffusers_step, diffusers_transformer
+from bench.random_model import random_inputs, random_transformer
 from wan_dist.catalog import TASKS, Task
 from wan_dist.errors import InputError
 from wan_dist.models.attention import choose_attention

@@ -1,5 +1,6 @@
 """Hyperparameters of the models, as read off a checkpoint."""
 
+import itertools
 from dataclasses import dataclass
 
 
@@ -16,6 +17,20 @@ class VaeDims:
     num_blocks: int = 2
     temporal: tuple[bool, ...] = (False, True, True)
     """Which of the encoder's downsamplings halve the frames too; the decoder's doublings mirror it."""
+
+    @property
+    def encoder_stages(self) -> list[tuple[int, int]]:
+        """Channels before and after each of the encoder's stages."""
+        return list(itertools.pairwise(self.dim * multiplier for multiplier in (1, *self.multipliers)))
+
+    @property
+    def decoder_stages(self) -> list[tuple[int, int]]:
+        """Channels before and after each of the decoder's stages; in VAE 2.1 the doubling between two of them halves the channels."""
+        widths = (self.decoder_dim * multiplier for multiplier in (self.multipliers[-1], *reversed(self.multipliers)))
+        return [
+            (before // 2 if stage and not self.residual else before, after)
+            for stage, (before, after) in enumerate(itertools.pairwise(widths))
+        ]
 
     @property
     def reach(self) -> int:

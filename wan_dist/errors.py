@@ -13,3 +13,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = list(known)
     close = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def first_line(fault: Exception) -> str:
+    """Return the first line of an error's message, or its type."""
+    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)

@@ -32,6 +32,8 @@ from wan_dist.sampling.step_cache import EasyCache
 from wan_dist.streaming import Streaming
 from wan_dist.weights.checkpoint import Checkpoint
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
 class Experts:
@@ -126,9 +128,6 @@ class Experts:
         if streaming is None:
             self.report.rate(stage, component.files.bytes_read - before)
         return model
-
-
-Result = TypeVar("Result")
 
 
 class SteppingDown:

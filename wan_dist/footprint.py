@@ -4,7 +4,6 @@ Numbers of parameters are exact; activations count what is alive at the largest 
 bench/NOTES.md compares predictions with measured peaks.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -23,7 +22,7 @@ GROUP = 64
 QUANTIZED_AT_ONCE = 1024
 """Rows that are in float32 at once where they are quantised or back; as in models/quantized.py."""
 PIECE = 4096
-"""Tokens that are in float32 at once; as in models/transformer.py."""
+"""Tokens that are in float32 at once; as in models/transformer_elementwise.py."""
 PROCESS_BYTES = {True: int(1.15 * GIB), False: int(0.32 * GIB)}
 """Of the host, whatever is run: interpreter and libraries, with a GPU its driver too."""
 CONVOLVING_BYTES = {True: int(0.35 * GIB), False: 0}
@@ -176,17 +175,16 @@ def vae_weight_bytes(dims: VaeDims, itemsize: int) -> int:
     """Return the bytes of a VAE's encoder and decoder."""
     latent = dims.latent_dim
     total = (2 * latent) * (2 * latent + 1) + latent * (latent + 1)
-    encoder = [dims.dim * multiplier for multiplier in (1, *dims.multipliers)]
-    total += _conv(dims.pixel_channels, encoder[0], 27) + _middle(encoder[-1]) + encoder[-1] + _conv(encoder[-1], 2 * latent, 27)
-    for stage, (before, after) in enumerate(itertools.pairwise(encoder)):
+    first, last = dims.encoder_stages[0][0], dims.encoder_stages[-1][1]
+    total += _conv(dims.pixel_channels, first, 27) + _middle(last) + last + _conv(last, 2 * latent, 27)
+    for stage, (before, after) in enumerate(dims.encoder_stages):
         total += _residual(before, after) + (dims.num_blocks - 1) * _residual(after, after)
         if stage < len(dims.temporal):
             total += _conv(after, after, 9) + (_conv(after, after, 3) if dims.temporal[stage] else 0)
-    decoder = [dims.decoder_dim * multiplier for multiplier in (dims.multipliers[-1], *reversed(dims.multipliers))]
-    total += _conv(latent, decoder[0], 27) + _middle(decoder[0]) + decoder[-1] + _conv(decoder[-1], dims.pixel_channels, 27)
-    for stage, (before, after) in enumerate(itertools.pairwise(decoder)):
-        first = before // 2 if stage and not dims.residual else before
-        total += _residual(first, after) + dims.num_blocks * _residual(after, after)
+    first, last = dims.decoder_stages[0][0], dims.decoder_stages[-1][1]
+    total += _conv(latent, first, 27) + _middle(first) + last + _conv(last, dims.pixel_channels, 27)
+    for stage, (before, after) in enumerate(dims.decoder_stages):
+        total += _residual(before, after) + dims.num_blocks * _residual(after, after)
         if stage < len(dims.temporal):
             total += _conv(after, after if dims.residual else after // 2, 9)
             total += _conv(after, 2 * after, 3) if dims.temporal[::-1][stage] else 0

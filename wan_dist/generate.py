@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wan_dist import vae
 from wan_dist.config import RunConfig
+from wan_dist.dims import TransformerDims
 from wan_dist.encode import encode
 from wan_dist.errors import InputError
 from wan_dist.experts import Experts
@@ -84,8 +85,7 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
             check_output(folder, width=plan.width, height=plan.height, fps=plan.fps)
         given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
         checkpoint = open_checkpoint(_checkpoint_folder(config, plan, groups), plan.task, dtype, transformer_files=given)
-        head_dim = checkpoint.transformers[0].dims.head_dim
-        choose = _begin_to_choose(config.attention, device, dtype, head_dim)
+        choose = _begin_to_choose(config.attention, device, dtype, checkpoint.transformers[0].dims)
         if config.parallel.usp == "xfuser":
             check_usp(device, choose().name)
     plan = _arranged(plan, config, checkpoint, groups, device)
@@ -113,19 +113,19 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
     return result
 
 
-def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[[], InnerAttention]:
+def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, dims: TransformerDims) -> Callable[[], InnerAttention]:
     """Return what chooses the attention kernel; what has to be compiled for it begins to be, and is while texts are encoded.
 
     Raises InputError at once if a kernel asked for by name does not work here.
     """
     if name != "auto" or device.type != "cuda":
-        chosen = choose_attention(name, device=device, dtype=dtype, head_dim=head_dim)
+        chosen = choose_attention(name, device=device, dtype=dtype, head_dim=dims.head_dim)
         return lambda: chosen
 
     def compile_all() -> None:
         torch.cuda.set_device(device)  # a thread's own is the first GPU
-        prepare_kernels(device)
-        compile_attention(device=device, dtype=dtype, head_dim=head_dim)
+        prepare_kernels(device, dims.dim)
+        compile_attention(device=device, dtype=dtype, head_dim=dims.head_dim)
 
     thread = ThreadPoolExecutor(1)
     compiled = thread.submit(compile_all)
@@ -133,7 +133,7 @@ def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, head_d
 
     def choose() -> InnerAttention:
         compiled.result()
-        return choose_attention(name, device=device, dtype=dtype, head_dim=head_dim)
+        return choose_attention(name, device=device, dtype=dtype, head_dim=dims.head_dim)
 
     return choose
 

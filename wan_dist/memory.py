@@ -35,17 +35,27 @@ class NoRoomError(torch.OutOfMemoryError):
 
 def make_sure_of_room(num_bytes: int, device: torch.device, axis: Axis) -> None:
     """Raise NoRoomError on every rank of the axis if one of them could not allocate so much now; nothing on a CPU."""
-    has_room = all_gather(torch.tensor([_can_allocate(num_bytes, device)], dtype=torch.int32, device=device), axis).flatten()
-    if not has_room.all():
-        raise NoRoomError(f"rank {int(has_room.argmin())} of the replica has no {num_bytes / 2**30:.1f} GiB left on its GPU")
+    have_room = ranks_that_can(lambda: _allocate(num_bytes, device), device, axis)
+    if not all(have_room):
+        raise NoRoomError(f"rank {have_room.index(False)} of the replica has no {num_bytes / 2**30:.1f} GiB left on its GPU")
 
 
-def _can_allocate(num_bytes: int, device: torch.device) -> bool:
+def ranks_that_can(work: Callable[[], object], device: torch.device, axis: Axis) -> list[bool]:
+    """Return for each rank of the axis whether it has memory to do ``work``, which each tries alone.
+
+    A rank that ran out of memory in the middle of what they do together would leave the others waiting.
+    """
     try:
-        torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
+        work()
+        can = True
     except torch.OutOfMemoryError:
-        return False
-    return True
+        can = False
+    found = all_gather(torch.tensor([can], dtype=torch.int32, device=device), axis)
+    return [bool(value) for value in found.flatten().tolist()]
+
+
+def _allocate(num_bytes: int, device: torch.device) -> None:
+    torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
 
 def first_that_works(ways: Sequence[Way], work: Callable[[Way], None], what: str, note: str = "") -> None:

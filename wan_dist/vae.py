@@ -12,10 +12,10 @@ from wan_dist.degrees import MIN_STRIP
 from wan_dist.dims import VaeDims
 from wan_dist.footprint import vae_weight_bytes
 from wan_dist.log import logger
-from wan_dist.memory import free_bytes
+from wan_dist.memory import free_bytes, ranks_that_can
 from wan_dist.models.vae import WanVae
 from wan_dist.models.vae_layers import VideoState
-from wan_dist.parallel.collectives import all_gather, gather_on_first
+from wan_dist.parallel.collectives import gather_on_first
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.vae import decode_split, encode_split, shares, split_dim
 from wan_dist.plan import Plan
@@ -131,15 +131,11 @@ def decode_parallel(vae: WanVae, latents: Tensor, convert: Convert, axis: Axis) 
 
 
 def all_have_room(work: Callable[[VideoState], Tensor], vae: WanVae, axis: Axis) -> bool:
-    """Whether every rank of the axis can do ``work`` on two chunks of its share: each tries alone.
+    """Whether every rank of the axis can do ``work`` on two chunks of its share."""
 
-    A rank that ran out of memory in the middle would leave the others waiting for its edges.
-    """
-    try:
+    def two_chunks() -> None:
         state = VideoState()
         for _ in range(2):
             work(state)
-        has_room = True
-    except torch.OutOfMemoryError:
-        has_room = False
-    return bool(all_gather(torch.tensor([has_room], dtype=torch.int32, device=next(vae.parameters()).device), axis).all())
+
+    return all(ranks_that_can(two_chunks, next(vae.parameters()).device, axis))

@@ -1,6 +1,5 @@
 """Ways for the VAE to work on a video, from the fastest to the one that needs the least memory, and what each needs; no torch."""
 
-import itertools
 from dataclasses import dataclass, replace
 
 from wan_dist.dims import VaeDims
@@ -95,11 +94,9 @@ def _decoded_values(dims: VaeDims, size: tuple[int, int, int], frames: int) -> i
     """Return how many numbers a decoder remembers, and has in its arrays at their largest, in the order of models/vae.py."""
     rows, columns, margin = size
     sides = 2 if margin > dims.reach else 1
-    widths = [dims.decoder_dim * multiplier for multiplier in (dims.multipliers[-1], *reversed(dims.multipliers))]
     area = rows * (columns + margin)
-    remembered, most = 2 * area * (dims.latent_dim + 4 * widths[0]), 0
-    for stage, (before, after) in enumerate(itertools.pairwise(widths)):
-        before = before // 2 if stage and not dims.residual else before
+    remembered, most = 2 * area * (dims.latent_dim + 4 * dims.decoder_stages[0][0]), 0
+    for stage, (before, after) in enumerate(dims.decoder_stages):
         area = rows * (columns + margin)
         remembered += 2 * area * (before + after + 2 * after * dims.num_blocks)
         arrays = [_block_values(before, after, frames), _block_values(after, after, frames)]
@@ -125,9 +122,8 @@ def _encoded_values(dims: VaeDims, size: tuple[int, int, int], at_once: int) -> 
     rows, columns, margin = size
     scale, frames = 2 ** len(dims.temporal), 4 * at_once
     area = rows * (columns + margin) * scale**2
-    widths = [dims.dim * multiplier for multiplier in (1, *dims.multipliers)]
     remembered, most = 2 * area * dims.pixel_channels, 0
-    for stage, (before, after) in enumerate(itertools.pairwise(widths)):
+    for stage, (before, after) in enumerate(dims.encoder_stages):
         remembered += 2 * area * (before + after + 2 * after * (dims.num_blocks - 1))
         kept = before * frames if dims.residual else 0
         arrays = [_block_values(before, after, frames), kept + _block_values(after, after, frames)]

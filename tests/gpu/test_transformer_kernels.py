@@ -38,7 +38,7 @@ def test_kernels_are_the_arithmetic(width: int, segments: tuple[int, ...], monke
         elementwise.norm_rotate_(heads, weight.flatten(), 1e-6, rotary)
         return [*made, second, heads]
 
-    assert elementwise._kernels(CUDA) is not None
+    assert elementwise._kernels(CUDA, width) is not None
     found = results()
     monkeypatch.setattr(elementwise, "_kernels_for", lambda *_: None)
     for one, other in zip(found, results(), strict=True):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from bench.peers import diffusers_config
 from tests.conftest import FIXTURES
 from tests.unit.test_weights import TRANSFORMERS, models_of, transformer
 from wan_dist.catalog import TASKS
@@ -48,17 +49,7 @@ def check(model: nn.Module, config: dict, read: Callable, build: Callable, key_m
 def test_transformers(manifest: str, task: str) -> None:
     shape = TASKS[task].transformer
     assert shape is not None
-    config = {
-        "num_attention_heads": shape.num_heads,
-        "attention_head_dim": shape.dim // shape.num_heads,
-        "in_channels": shape.in_dim,
-        "out_channels": shape.out_dim,
-        "ffn_dim": shape.ffn_dim,
-        "num_layers": shape.num_layers,
-        "image_dim": shape.image_dim or None,
-        "added_kv_proj_dim": shape.dim if shape.image_dim else None,
-        "pos_embed_seq_len": shape.image_positions or None,
-    }
+    config = diffusers_config(shape)
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
     found = check(model, config, dims.transformer_dims, transformer, names.diffusers_transformer)

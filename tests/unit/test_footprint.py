@@ -46,4 +46,5 @@ def test_what_the_plan_counts_is_what_the_models_do() -> None:
     assert footprint.SLOTS == streaming._NUM_SLOTS
     assert streaming.BlockReader.num_ahead == footprint.STAGED
     assert footprint.GROUP == quantized.GROUP
+    assert footprint.QUANTIZED_AT_ONCE == quantized._ROWS_AT_ONCE
     assert footprint.PIECE == transformer_elementwise.PIECE

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wan_dist.errors import InputError
+from wan_dist.errors import InputError, first_line
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -171,7 +171,7 @@ def _try(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> 
             kernel = _KERNELS[name]()
             error = (kernel(q, q, q).float() - _sdpa(*(q.float() for _ in range(3)))).abs().max().item()
     except (RuntimeError, ImportError, AttributeError, TypeError) as fault:
-        return None, str(fault).strip().split("\n")[0]
+        return None, first_line(fault)
     return (kernel, "") if error < _LOSSY.get(name, 2e-2) else (None, f"its result is off by {error:.2g}")
 
 

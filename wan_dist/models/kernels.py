@@ -6,6 +6,7 @@ from types import ModuleType
 
 from torch import Tensor
 
+from wan_dist.errors import first_line
 from wan_dist.log import logger
 
 _TOLERANCE = 1e-2
@@ -24,11 +25,14 @@ def tried(name: str, trial: Callable[[ModuleType | None], Tensor]) -> ModuleType
     try:
         error = (trial(kernels).float() - expected).norm() / expected.norm()
     except Exception as fault:  # Triton raises its own errors, subprocess', OSError, RuntimeError ...
-        logger.warning(
-            "kernels   %s do not work here, PyTorch does their work more slowly: %s", name, next(iter(str(fault).splitlines()), "")
-        )
+        logger.warning("kernels   %s do not work here, PyTorch does their work more slowly: %s", name, first_line(fault))
         return None
     if not error < _TOLERANCE:
         logger.warning("kernels   %s are off by %.1e here, PyTorch does their work more slowly", name, error)
         return None
     return kernels
+
+
+def block_of(length: int) -> int:
+    """Return the length of a block that holds ``length`` values: in Triton a power of two."""
+    return 1 << (length - 1).bit_length()

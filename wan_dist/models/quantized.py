@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.kernels import tried
+from wan_dist.models.kernels import block_of, tried
 from wan_dist.models.transformer_elementwise import gelu_
 
 _FP8 = torch.float8_e4m3fn
@@ -74,7 +74,7 @@ def _rounded_to_fp8(kernels: ModuleType | None, tokens: Tensor, *, gelu: bool) -
     values, scale = torch.empty_like(tokens, dtype=_FP8), tokens.new_empty(len(tokens), 1, dtype=torch.float32)
     if kernels is not None:
         width = tokens.shape[1]
-        block = 1 << (width - 1).bit_length()
+        block = block_of(width)
         kernels.round_kernel[(len(tokens),)](
             tokens, values, scale, tokens.stride(0), _FP8_MAX, width=width, has_gelu=gelu, block=block, num_warps=max(4, block // 1024)
         )

@@ -104,8 +104,8 @@ class SelfAttention(nn.Module):
         """
         width = x.shape[-1]
         found: Tensor = self.qkv(x, slice(which[0] * width, (which[-1] + 1) * width)).unflatten(-1, (len(which), self.num_heads, -1))
-        for place, norm in zip(which, (self.norm_q, self.norm_k, None)[which[0] :], strict=False):
-            if norm is not None:
+        for place, norm in enumerate((self.norm_q, self.norm_k)):
+            if place in which:
                 norm_rotate_(found[:, :, place - which[0]], norm.weight, self.eps, rotary)
         return found
 

@@ -4,6 +4,7 @@ Arithmetic is float32 whatever the dtype. Shapes: B batch, L tokens, D width, H 
 tokens that share a timestep.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from types import ModuleType
@@ -14,30 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_dist.models.attention import apply_rotary
-from wan_dist.models.kernels import tried
+from wan_dist.models.kernels import block_of, tried
 
 PIECE = 4096
 """Tokens at a time in float32 without kernels: longer sequences are cut, so that float32 copies of them stay small."""
-
-
-@cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    x = torch.linspace(-1, 2, 3 * 96, device=device).view(1, 3, 96)
-    scale, shift = torch.linspace(-2, 2, 4 * 96, device=device).view(2, 1, 2, 1, 96)
-    angles = torch.linspace(0, 3, 3 * 16, device=device).view(3, 1, 16)
-
-    def trial(kernels: ModuleType | None) -> Tensor:
-        tokens = x.bfloat16()
-        heads = _add_layer_norm_(kernels, tokens, x.flip(1).bfloat16(), shift, Scaling(scale, shift), (1, 2), 1e-6).unflatten(2, (3, 32))
-        _norm_rotate_(kernels, heads, x[0, 0], 1e-6, (angles.cos(), angles.sin()))
-        return torch.cat([tokens, heads.flatten(2)])
-
-    return tried("transformer_kernels", trial)
-
-
-def prepare_kernels(device: torch.device) -> None:
-    """Compile and try the kernels now, so that the first step need not."""
-    _kernels(device)
 
 
 class Scaling(NamedTuple):
@@ -101,10 +82,37 @@ def gelu_(x: Tensor) -> Tensor:
     return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
+@cache
+def _kernels(device: torch.device, width: int) -> ModuleType | None:
+    """Return the kernels if they do right at this width, in each way that they are used."""
+    x = torch.linspace(-1, 2, 3 * width, device=device).view(1, 3, width)
+    scale, shift = torch.linspace(-2, 2, 4 * width, device=device).view(2, 1, 2, 1, width)
+    head_dim = math.gcd(width, 128)
+    angles = torch.linspace(0, 3, 3 * head_dim // 2, device=device).view(3, 1, -1)
+
+    def trial(kernels: ModuleType | None) -> Tensor:
+        tokens, added, normed, segments = x.bfloat16(), x.flip(1).bfloat16(), torch.empty_like(x), (1, 2)
+        _layer_norm(kernels, tokens, Scaling(scale, shift), segments, 1e-6, normed)
+        affine = _add_layer_norm_(kernels, tokens, added, shift, Scaling(scale[:, :1], shift[:, :1], plus_one=False), segments, 1e-6)
+        adaptive = _add_layer_norm_(kernels, tokens, affine, None, Scaling(scale, shift), segments, 1e-6)
+        _add_(kernels, tokens, adaptive, scale, segments)
+        heads = adaptive.unflatten(2, (-1, head_dim))
+        _norm_rotate_(kernels, heads, x[0, 0], 1e-6, (angles.cos(), angles.sin()))
+        _norm_rotate_(kernels, heads, x[0, 1], 1e-6, None)
+        return torch.cat([normed, affine.float(), tokens.float(), adaptive.float()])
+
+    return tried("transformer_kernels", trial)
+
+
+def prepare_kernels(device: torch.device, width: int) -> None:
+    """Compile and try the kernels for this width now, so that the first step need not."""
+    _kernels(device, width)
+
+
 def _kernels_for(x: Tensor, segments: tuple[int, ...]) -> ModuleType | None:
     """Return the kernels if they can take x (B, L, D): on a GPU, in half precision, one video, with two segments at most."""
     if x.is_cuda and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(2) == 1 and len(segments) <= 2:
-        return _kernels(x.device)
+        return _kernels(x.device, x.shape[2])
     return None
 
 
@@ -151,7 +159,7 @@ def _norm_rotate_(kernels: ModuleType | None, x: Tensor, weight: Tensor, eps: fl
         cos, sin = rotary or (weight, weight)
         kernels.norm_rotate_kernel[(x.shape[1],)](
             x, weight, cos, sin, x.stride(1), eps,
-            width=width, pairs=x.shape[3] // 2, has_rotary=rotary is not None, block=_block(width), num_warps=8,
+            width=width, pairs=x.shape[3] // 2, has_rotary=rotary is not None, block=block_of(width), num_warps=8,
         )  # fmt: skip
         return
     for _, part in pieces(x.shape[1:2]):
@@ -170,7 +178,7 @@ def _launch_add_norm(
         x.stride(1), 0 if y is None else y.stride(1), _row_stride(gate), _row_stride(None if scaling is None else scale),
         segments[0] if len(segments) > 1 else x.shape[1], eps,
         width=x.shape[2], has_y=y is not None, has_gate=gate is not None, has_norm=scaling is not None, plus_one=plus_one,
-        block=_block(x.shape[2]), num_warps=8,
+        block=block_of(x.shape[2]), num_warps=8,
     )  # fmt: skip
 
 
@@ -180,7 +188,3 @@ def _row(rows: Tensor, number: int) -> Tensor:
 
 def _row_stride(rows: Tensor | None) -> int:
     return 0 if rows is None or rows.shape[1] == 1 else rows.stride(1)
-
-
-def _block(width: int) -> int:
-    return 1 << (width - 1).bit_length()  # Triton's blocks are powers of two

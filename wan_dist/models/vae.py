@@ -4,7 +4,6 @@
 shortcuts around its stages.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -60,10 +59,10 @@ class Encoder(nn.Module):
 
     def __init__(self, dims: VaeDims, dtype: torch.dtype) -> None:
         super().__init__()
-        widths = [dims.dim * multiplier for multiplier in (1, *dims.multipliers)]
-        self.conv1 = CausalConv3d(dims.pixel_channels, widths[0], 3, dtype)
+        stages = dims.encoder_stages
+        self.conv1 = CausalConv3d(dims.pixel_channels, stages[0][0], 3, dtype)
         layers: list[nn.Module] = []
-        for stage, (in_dim, out_dim) in enumerate(itertools.pairwise(widths)):
+        for stage, (in_dim, out_dim) in enumerate(stages):
             blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim, dtype) for i in range(dims.num_blocks)]
             is_down = stage < len(dims.temporal)
             temporal = is_down and dims.temporal[stage]
@@ -73,8 +72,8 @@ class Encoder(nn.Module):
                 blocks = [DownStage(blocks, out_dim, temporal=1 + temporal, spatial=1 + is_down)]
             layers += blocks
         self.downsamples = nn.ModuleList(layers)
-        self.middle = _middle(widths[-1], dtype)
-        self.head = _head(widths[-1], 2 * dims.latent_dim, dtype)
+        self.middle = _middle(stages[-1][1], dtype)
+        self.head = _head(stages[-1][1], 2 * dims.latent_dim, dtype)
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """Encode a chunk (B, pixel channels, F, H, W) -> (B, 2 C, f, H / 8, W / 8).
@@ -102,13 +101,11 @@ class Decoder(nn.Module):
 
     def __init__(self, dims: VaeDims, dtype: torch.dtype) -> None:
         super().__init__()
-        widths = [dims.decoder_dim * multiplier for multiplier in (dims.multipliers[-1], *reversed(dims.multipliers))]
-        self.conv1 = CausalConv3d(dims.latent_dim, widths[0], 3, dtype)
-        self.middle = _middle(widths[0], dtype)
+        stages = dims.decoder_stages
+        self.conv1 = CausalConv3d(dims.latent_dim, stages[0][0], 3, dtype)
+        self.middle = _middle(stages[0][0], dtype)
         layers: list[nn.Module] = []
-        for stage, (in_dim, out_dim) in enumerate(itertools.pairwise(widths)):
-            if stage and not dims.residual:
-                in_dim = in_dim // 2  # the upsampling before halved the channels
+        for stage, (in_dim, out_dim) in enumerate(stages):
             blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim, dtype) for i in range(dims.num_blocks + 1)]
             if stage < len(dims.temporal):
                 temporal = dims.temporal[::-1][stage]
@@ -119,7 +116,7 @@ class Decoder(nn.Module):
                 blocks = [_Stage(blocks)]
             layers += blocks
         self.upsamples = nn.ModuleList(layers)
-        self.head = _head(widths[-1], dims.pixel_channels, dtype)
+        self.head = _head(stages[-1][1], dims.pixel_channels, dtype)
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """Decode a chunk (B, C, f, h, w) -> (B, pixel channels, F, 8 h, 8 w).

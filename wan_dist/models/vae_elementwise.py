@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_dist.models.kernels import tried
+from wan_dist.models.kernels import block_of, tried
 
 
 @cache
@@ -109,7 +109,7 @@ def _launch(kernel: Any, videos: tuple[Tensor, ...], bias: Tensor | None, *rest:
     """Start a kernel over the pixels and channels of the first video."""
     _, channels, frames, height, width = videos[0].shape
     num_pixels = frames * height * width
-    block_c = 1 << (channels - 1).bit_length()  # Triton's blocks are powers of two
+    block_c = block_of(channels)
     block_p = max(1, 4096 // block_c)
     kernel[(-(-num_pixels // block_p),)](
         *videos,

@@ -32,12 +32,12 @@ class EasyCache:
         self._error = 0.0
         self._rate: float | None = None
         self._before: tuple[Tensor, Tensor] | None = None
-        self._offset: Tensor | None = None
+        self._offset: Tensor | float = 0.0
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the velocity, computed or guessed."""
         step, self._count = self._count, self._count + 1
-        if self._is_guessed(step, latents) and self._offset is not None:
+        if self._is_guessed(step, latents):
             self.note()
             velocity = latents + self._offset
         else:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from wan_dist.catalog import Task
 from wan_dist.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
-from wan_dist.errors import InputError
+from wan_dist.errors import InputError, first_line
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder, load_tokenizer
@@ -19,7 +19,7 @@ from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
 from wan_dist.streaming import Streaming, stream_blocks
 from wan_dist.weights import dims as read_dims
-from wan_dist.weights.files import TensorFiles, first_line
+from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.layout import Part, find_layout
 from wan_dist.weights.load import check_keys, fill, read_parameters
 from wan_dist.weights.names import KeyMap

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from wan_dist.errors import InputError
+from wan_dist.errors import InputError, first_line
 
 Shape = tuple[int, ...]
 
@@ -136,8 +136,3 @@ def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Shape]]:
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path} is not a plain dictionary of tensors")
     return tensors, {name: tuple(value.shape) for name, value in tensors.items()}
-
-
-def first_line(fault: Exception) -> str:
-    """Return the first line of an error's message, or its type."""
-    return next(iter(str(fault).splitlines()), type(fault).__name__)
