@@ -1,6 +1,6 @@
 """Time one denoising step of a published transformer at full size with random weights, and its peak memory, beside diffusers.
 
-    python -m bench.step --task i2v-14B --size 832*480 --frames 81 --attention fa4 cudnn --quant none fp8 --peer
+    python -m bench.step --task i2v-14B --size 832*480 --frames 81 --attention fa4 cudnn --quant none fp8 --peer compiled
 
 A step is both guidance passes, with an image where the task takes one. Prints a table and writes bench/results/NAME.json.
 """
