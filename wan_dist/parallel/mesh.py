@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from wan_dist.degrees import Degrees
@@ -65,7 +65,7 @@ def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> It
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
     try:
         groups = make_groups(degrees, device.type)
-        limit_waiting(groups, timeout)  # groups that a mesh makes do not take it over
+        limit_waiting(groups, timeout)  # new groups do not take it over
         yield groups
     finally:
         dist.destroy_process_group()
@@ -82,21 +82,33 @@ def limit_waiting(groups: Groups, timeout: float) -> None:
 
 
 def make_groups(degrees: Degrees, device_type: str) -> Groups:
-    """Cut the ranks of the default process group into the axes; called by all of them."""
-    mesh = init_device_mesh(device_type, (degrees.dp, degrees.cfg, degrees.ring, degrees.ulysses), mesh_dim_names=AXES)
-    replica = mesh["cfg", "ring", "ulysses"]._flatten("replica")
-    axes = {name: _axis(mesh[name]) for name in AXES}
+    """Cut the ranks of the default process group into the axes; called by all of them.
+
+    Axes with the same ranks share a process group: each takes memory of a GPU. Those inside attention have groups of their own, since
+    what is sent in a group waits for what was sent before, and weights are gathered ahead.
+    """
+    ranks = torch.arange(degrees.num_ranks).view(degrees.dp, degrees.cfg, degrees.ring, degrees.ulysses)
+    made: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None]
+    made = {(False, (tuple(range(degrees.num_ranks)),)): dist.group.WORLD}
+
+    def axis(*names: str) -> Axis:
+        """Return the axis of these dims of the mesh together, which follow each other."""
+        dims = [AXES.index(name) for name in names]
+        rows = ranks.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2).tolist()
+        row = next(row for row in rows if dist.get_rank() in row)
+        if len(row) == 1:
+            return Axis()
+        key = (set(names) <= {"ring", "ulysses"}, tuple(map(tuple, rows)))
+        if key not in made:
+            made[key] = dist.new_subgroups_by_enumeration(rows)[0]
+        return Axis(row.index(dist.get_rank()), len(row), made[key])
+
+    replica = axis("cfg", "ring", "ulysses")
     return Groups(
         rank=dist.get_rank(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        sp=_axis(mesh["ring", "ulysses"]._flatten("sp")),
-        replica=_axis(replica),
-        replica_mesh=replica if replica.size() > 1 else None,
-        **axes,
+        sp=axis("ring", "ulysses"),
+        replica=replica,
+        replica_mesh=None if replica.group is None else DeviceMesh.from_group(replica.group, device_type, mesh_dim_names=("replica",)),
+        **{name: axis(name) for name in AXES},
     )
-
-
-def _axis(mesh: DeviceMesh) -> Axis:
-    if mesh.size() == 1:
-        return Axis()
-    return Axis(mesh.get_local_rank(), mesh.size(), mesh.get_group())
