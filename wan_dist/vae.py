@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -51,13 +52,31 @@ def find_ways(config: RunConfig, plan: Plan, dims: VaeDims, device: torch.device
     planned = plan.arrangement.image if encode else plan.arrangement.vae
     itemsize = dtype_on(device, config).itemsize
     free = free_bytes(device, axis, budget_gib=config.memory.budget_gib) - vae_weight_bytes(dims, itemsize)
-    ways = ways_that_fit(planned.name, dims, plan.latent_shape[1:], axis.size, free=free, itemsize=itemsize, encode=encode)
+    frames = 1 if encode and plan.task.known_first_frame else plan.latent_shape[1]
+    size = (frames, *plan.latent_shape[2:])
+    ways = ways_that_fit(planned.name, dims, size, axis.size, free=free, itemsize=itemsize, encode=encode)
     if ways[0].name != planned.name and config.memory.vae is not None:
         return [replace(planned, is_tight=True), *ways]  # it was asked for, and what is predicted may be too much
     if ways[0].name != planned.name:
         work = "encode" if encode else "decode"
         logger.warning("no room to %s %s beside what is on the GPU; %s instead, with the same result", work, planned, ways[0])
     return ways
+
+
+@contextmanager
+def kernels_tried(dims: VaeDims, way: Way) -> Iterator[None]:
+    """Let cuDNN try a few kernels for each shape of convolution where that pays: it takes memory, and a second.
+
+    Its first choice is a fifth slower where channels are not in multiples of 64 (VAE 2.1), and as fast as any where they are
+    (bench/NOTES.md).
+    """
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit
+    torch.backends.cudnn.benchmark = dims.decoder_dim % 64 != 0 and not way.is_tight
+    torch.backends.cudnn.benchmark_limit = 3
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = before
 
 
 def load(checkpoint: Checkpoint, config: RunConfig, way: Way, device: torch.device) -> WanVae:
