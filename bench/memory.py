@@ -102,7 +102,7 @@ def _wait() -> None:
 def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[str, object]:
     """Run a row; returns its record's comparison and its steps' seconds."""
     width, height = re.findall(r"size=(\d+)\*(\d+)", row.settings)[-1] if "size=" in row.settings else (1280, 704)
-    image = out / f"{width}x{height}.png"
+    image = out / f"{width}x{height}-{os.environ.get('RANK', '0')}.png"
     Image.effect_noise((int(width), int(height)), 80).convert("RGB").save(image)
     settings = [
         f"task={row.task}",
@@ -119,7 +119,7 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
     if code == 0:
         record = json.loads((out / "row.json").read_text())
         found |= {"arrangement": record["arrangement"], "attention": record["attention"], "seconds": seconds}
-        found |= {"stages": record["stages"], "memory": record["memory"]}
+        found |= {key: record[key] for key in ("stages", "other_ranks", "memory", "ran_out", "stepped_down_to") if key in record}
     return found
 
 

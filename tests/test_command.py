@@ -201,6 +201,7 @@ def test_a_decoder_without_memory_goes_on_with_less(
     words = capsys.readouterr().err
     assert words.count("ran out of GPU memory; the latents are safe, trying") == num_failing
     assert f"trying {told}" in words
+    assert [json.loads((tmp_path / f"outputs/{name}.json").read_text()).get("ran_out") for name in "ab"] == [None, ["decode"]]
     expected, video = (load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab")
     torch.testing.assert_close(video, expected, rtol=0, atol=1e-5)
     assert len(list((tmp_path / "outputs").iterdir())) == 8  # for each: video, record, latents, tensor

@@ -10,7 +10,18 @@ from typing import Any
 
 from wan_dist.config import MemoryConfig
 from wan_dist.errors import InputError
-from wan_dist.footprint import CONTEXT_BYTES, GIB, UNUSED_BYTES, Arrangement, Load, Use, footprint, vae_weight_bytes
+from wan_dist.footprint import (
+    CONTEXT_BYTES,
+    GIB,
+    LATER_NCCL_BYTES,
+    NCCL_BYTES,
+    UNUSED_BYTES,
+    Arrangement,
+    Load,
+    Use,
+    footprint,
+    vae_weight_bytes,
+)
 from wan_dist.hardware import Hardware
 from wan_dist.ways import WHOLE, Way, ways_that_fit
 
@@ -49,11 +60,13 @@ class Budget:
         return faults
 
 
-def budget_of(hardware: Hardware, memory: MemoryConfig) -> Budget:
+def budget_of(hardware: Hardware, memory: MemoryConfig, num_ranks: int = 1) -> Budget:
     """Return what may be taken of this hardware; the user's limits count where they are lower."""
     gpu = hardware.gpu_bytes
     if gpu is not None:
         gpu -= UNUSED_BYTES if hardware.has_context else CONTEXT_BYTES
+        if num_ranks > 1:
+            gpu -= LATER_NCCL_BYTES if hardware.has_context else NCCL_BYTES
         if memory.budget_gib is not None:
             gpu = min(gpu, int(memory.budget_gib * GIB))
     host, why = hardware.host_bytes, hardware.host_limit
@@ -96,9 +109,10 @@ def arrange_vae(load: Load, memory: MemoryConfig, base: Arrangement, budget: Bud
     free = 2**62 if budget.gpu is None else budget.gpu - vae_weight_bytes(dims, itemsize)
 
     def first(name: str, *, encode: bool) -> Way:
-        if memory.vae in ("whole", "parallel"):
-            return Way(memory.vae)  # obeyed, or refused below
-        return ways_that_fit(name, dims, size, load.num_ranks, free=free, itemsize=itemsize, encode=encode)[0]
+        frames = 1 if encode and load.is_first_frame else size[0]
+        found = ways_that_fit(name, dims, (frames, *size[1:]), load.num_ranks, free=free, itemsize=itemsize, encode=encode)[0]
+        asked = memory.vae in ("whole", "parallel") and found.name != memory.vae
+        return Way(name) if asked else found  # it is obeyed, or refused below
 
     found = replace(base, vae=first(base.vae.name, encode=False), image=first(base.vae.name, encode=True))
     return _first_that_fits(load, [found], ("image", "decode"), budget, shorter)

@@ -167,7 +167,8 @@ def _encode_images(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups
                 found["extra_channels"] = torch.cat([mask, latents], dim=1)
 
     ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, groups.replica, encode=True)
-    first_that_works(ways, work, "encoding the image")
+    if first_that_works(ways, work, "encoding the image"):
+        report.ran_out("image")
     free_memory()
     return found
 

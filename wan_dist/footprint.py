@@ -25,13 +25,17 @@ PIECE = 4096
 """Tokens that are in float32 at once; as in models/transformer_elementwise.py."""
 PROCESS_BYTES = {True: int(1.15 * GIB), False: int(0.32 * GIB)}
 """Of the host, whatever is run: interpreter and libraries, with a GPU its driver too."""
+COLLECTIVES_BYTES = {True: int(0.35 * GIB), False: 0}
+"""Of the host for each of several ranks: what NCCL keeps."""
 CONVOLVING_BYTES = {True: int(0.35 * GIB), False: 0}
 """Of the host once the VAE has worked: what cuDNN and Triton have compiled."""
 CONTEXT_BYTES = int(0.75 * GIB)
 """Of each GPU, outside PyTorch's count: the driver's context, or NCCL, and what lies unused between allocations."""
 UNUSED_BYTES = int(0.25 * GIB)
 """The last of these alone."""
-LIBRARY_BYTES = int(0.125 * GIB)
+NCCL_BYTES, LATER_NCCL_BYTES = int(2.1 * GIB), int(1.2 * GIB)
+"""Of each of several GPUs, outside PyTorch's count: NCCL's buffers, and those of them that come with the first exchange."""
+LIBRARY_BYTES = 48 * 2**20
 """Of each GPU in any stage: what cuBLAS keeps to work with."""
 
 
@@ -77,6 +81,8 @@ class Load:
     text_tokens: tuple[int, ...]
     """Of the prompt, and of the negative one if there is one."""
     num_images: int = 0
+    is_first_frame: bool = False
+    """The image is encoded alone, as the video's first latent frame, not as a video with empty frames after it."""
     num_experts: int = 1
     num_ranks: int = 1
     cfg: int = 1
@@ -203,11 +209,13 @@ def _middle(dim: int) -> int:
     return 2 * _residual(dim, dim) + dim + _conv(dim, 3 * dim, 1) + _conv(dim, dim, 1)
 
 
-def context_bytes(load: Load) -> int:
-    """Return the bytes of cross-attention's keys and values in all blocks."""
+def context_bytes(load: Load) -> tuple[int, int]:
+    """Return the bytes of cross-attention's keys and values in all blocks: of all prompts, and of those that a rank computes with."""
     dims = load.models.transformer
-    tokens = sum(number + 1 for number in load.text_tokens) + (257 * load.num_images if dims.image_dim else 0)
-    return dims.num_layers * 2 * tokens * dims.dim * load.itemsize
+    each = [number + 1 for number in load.text_tokens]
+    image = 257 * load.num_images if dims.image_dim else 0
+    of_token = dims.num_layers * 2 * dims.dim * load.itemsize
+    return (sum(each) + image) * of_token, ((max(each) if load.cfg == 2 else sum(each)) + image) * of_token
 
 
 def activation_bytes(load: Load, arrangement: Arrangement) -> int:
@@ -221,7 +229,8 @@ def activation_bytes(load: Load, arrangement: Arrangement) -> int:
     if part < tokens and load.num_parts == 1:  # k and v of all, then q in turn
         attend = 2 * width + 3 * part * dims.dim * e + pieces
     else:
-        attend = 4 * width + tokens * dims.num_heads * FLOAT + (3 * width if load.num_parts > 1 else pieces)
+        exchanged = 6 * width if load.num_parts > 1 else 0  # q, k and v as they are sent, and as they come
+        attend = 4 * width + tokens * dims.num_heads * FLOAT + max(exchanged, pieces)
     feed = part * (2 * dims.dim + dims.ffn_dim) * e
     if load.quant == "fp8":
         feed += part * dims.ffn_dim + 2 * QUANTIZED_AT_ONCE * dims.ffn_dim * FLOAT
@@ -233,8 +242,9 @@ def activation_bytes(load: Load, arrangement: Arrangement) -> int:
 def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
     """Return what each stage takes. On a run without a GPU, ``gpu`` is what its tensors take of the host."""
     e, dims = load.itemsize, load.models.transformer
-    contexts = context_bytes(load)
-    process = {"process": PROCESS_BYTES[load.on_gpu] * load.ranks_per_node}
+    contexts, own_contexts = context_bytes(load)
+    each = PROCESS_BYTES[load.on_gpu] + (COLLECTIVES_BYTES[load.on_gpu] if load.num_ranks > 1 else 0)
+    process = {"process": each * load.ranks_per_node}
     later = {"process": process["process"] + CONVOLVING_BYTES[load.on_gpu] * load.ranks_per_node}
     uses = [_text(load, arrangement, process)]
     if load.models.image_encoder is not None and load.num_images:
@@ -246,9 +256,11 @@ def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
     own = -(-dims.num_layers // load.num_ranks)
     num_blocks = own if arrangement.dit == "resident" else min(SLOTS, own)
     staged = {} if arrangement.dit == "resident" else {"staging": STAGED * context_block_bytes(dims, e) * load.ranks_per_node}
-    gpu = {"weights": projection_bytes(dims, e, num_blocks), "contexts": 2 * contexts}  # of each block, and together
+    shared = contexts // load.num_ranks  # a rank's share, block by block
+    gpu = {"weights": projection_bytes(dims, e, num_blocks), "contexts": shared + contexts}
     uses.append(Use("context", gpu, process | staged))
     weights = transformer_bytes(dims, e, load.quant) - time_bytes(dims)
+    read = 0 if arrangement.dit != "resident" else dims.dim * dims.ffn_dim * e  # the largest tensor, before it is where it belongs
     block, blocks = block_bytes(dims, e), blocks_bytes(dims, e, load.quant)
     host = dict(process)
     if arrangement.dit != "resident":
@@ -259,12 +271,12 @@ def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
         weights = load.num_experts * (weights + time_bytes(dims)) // load.num_ranks  # both are there from the start
     embedding = 0 if arrangement.shard_dit else time_bytes(dims)
     at_first = host if "weights" not in host else process | {"staging": STAGED * block * load.ranks_per_node}  # the others come later
-    uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts}, at_first))
+    uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts, "staging": read}, at_first))
     gathered = {"gathered": 2 * block} if arrangement.shard_dit else {}
     activations = {"activations": activation_bytes(load, arrangement)}
     if load.quant in ("int8", "int4"):
         activations["workspace"] = dims.dim * max(3 * dims.dim, dims.ffn_dim) * e  # of a linear in full
-    uses.append(Use("denoise", {"weights": weights, "contexts": contexts} | gathered | activations, host))
+    uses.append(Use("denoise", {"weights": weights, "contexts": own_contexts} | gathered | activations, host))
     uses.append(_vae(load, arrangement.vae, "decode", later))
     libraries = {"libraries": LIBRARY_BYTES} if load.on_gpu else {}
     return [replace(use, gpu=use.gpu | libraries) if use.gpu else use for use in uses]
@@ -284,12 +296,13 @@ def _text(load: Load, arrangement: Arrangement, process: dict[str, int]) -> Use:
 
 
 def _vae(load: Load, way: Way, stage: str, process: dict[str, int]) -> Use:
-    dims, itemsize = load.models.vae, load.vae_itemsize
-    rows, columns = load.latent_shape[2:]
+    dims, itemsize, encode = load.models.vae, load.vae_itemsize, stage == "image"
+    frames, rows, columns = load.latent_shape[1:]
+    still = frames == 1 or (encode and load.is_first_frame)
     size = (min(rows, columns), *way.part_of(max(rows, columns), load.num_ranks, dims))
     parts = {
         "weights": vae_weight_bytes(dims, itemsize),
-        "activations": vae_bytes(dims, size, itemsize, at_once=way.at_once, encode=stage == "image"),
+        "activations": vae_bytes(dims, size, itemsize, at_once=way.at_once, encode=encode, still=still),
     }
     return Use(stage, {}, process | parts) if way.name == "cpu" else Use(stage, parts, process)
 

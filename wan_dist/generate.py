@@ -27,7 +27,7 @@ from wan_dist.models.attention import InnerAttention, choose_attention, compile_
 from wan_dist.models.text_encoder import token_ids
 from wan_dist.models.transformer_elementwise import prepare_kernels
 from wan_dist.parallel.agreement import Agreeing
-from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, name_those_awaited
+from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, gather_objects, name_those_awaited
 from wan_dist.parallel.mesh import Groups, limit_waiting, local_device, open_groups
 from wan_dist.parallel.usp import check_usp
 from wan_dist.plan import Plan, arranged
@@ -55,7 +55,7 @@ def _arranged(plan: Plan, config: RunConfig, checkpoint: Checkpoint, groups: Gro
     """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so."""
     free = free_bytes(device, groups.replica)
     host, limit = broadcast_object(find_host(), groups.replica)
-    hardware = Hardware(free if device.type == "cuda" else None, host, host_limit=limit, has_context=groups.replica.size == 1)
+    hardware = Hardware(free if device.type == "cuda" else None, host, host_limit=limit, has_context=True)
     text_len = checkpoint.transformers[0].dims.text_len
     plan = arranged(plan, config, hardware, checkpoint.models, lambda text: len(token_ids(checkpoint.tokenizer, text, text_len)))
     assert plan.budget is not None
@@ -173,6 +173,7 @@ def _make_latents(
             logger.info("cache     %d of %d steps were guessed", experts.counts["guessed"], len(solver))
         del predict, experts
         free_memory()
+    report.other_ranks = gather_objects(report.stages, groups.replica)[1:]
     return latents.squeeze(0)
 
 
@@ -184,9 +185,8 @@ def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tens
     def work(way: Way) -> None:
         if groups.replica.rank != 0 and way.name != "parallel":
             return  # the first rank goes on alone
-        # Convolutions come in a few shapes, many times each; but to try kernels takes memory. An image's are too few.
-        torch.backends.cudnn.benchmark = not way.is_tight
-        with report.stage("decode", f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"):
+        stage = report.stage("decode", f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}")
+        with stage, vae.kernels_tried(checkpoint.vae.dims, way):
             model = vae.load(checkpoint, config, way, latents.device)
             chunks = vae.decode(model, latents, float32_frames if config.output.save_tensor else uint8_frames, way, groups.replica)
             if groups.replica.rank == 0:
@@ -195,7 +195,8 @@ def _decode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, latents: Tens
                 assert next(chunks, None) is None
 
     ways = vae.find_ways(config, plan, checkpoint.vae.dims, latents.device, groups.replica)
-    first_that_works(ways, work, "decoding", "the latents are safe, ")
+    if first_that_works(ways, work, "decoding", "the latents are safe, "):
+        report.ran_out("decode")
 
 
 def _write(chunks: Iterator[Tensor], config: RunConfig, plan: Plan, result: Path) -> None:

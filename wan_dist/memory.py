@@ -58,17 +58,18 @@ def _allocate(num_bytes: int, device: torch.device) -> None:
     torch.empty(num_bytes if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
 
-def first_that_works(ways: Sequence[Way], work: Callable[[Way], None], what: str, note: str = "") -> None:
-    """Do ``work`` in the first of the ways, and in the next one where memory ran out. Raises torch.OutOfMemoryError after the last.
+def first_that_works(ways: Sequence[Way], work: Callable[[Way], None], what: str, note: str = "") -> int:
+    """Do ``work`` in the first of the ways, and in the next one where memory ran out; returns how often it did.
 
-    ``what`` and ``note`` are for the warning.
+    Raises torch.OutOfMemoryError after the last. ``what`` and ``note`` are for the warning.
     """
     for number, way in enumerate(ways):
         try:
             work(way)
-            return
+            return number
         except torch.OutOfMemoryError:
             if number == len(ways) - 1:
                 raise
         free_memory()
         logger.warning("%s %s ran out of GPU memory; %strying %s", what, way, note, ways[number + 1])
+    raise ValueError("there are no ways")

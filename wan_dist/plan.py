@@ -155,6 +155,7 @@ def arranged(
         num_tokens=plan.num_tokens,
         text_tokens=tuple(count_tokens(text) for text in texts),
         num_images=len(plan.images),
+        is_first_frame=plan.task.known_first_frame,
         num_experts=1 if plan.task.boundary is None else 2,
         num_ranks=plan.degrees.num_ranks // plan.degrees.dp,
         cfg=plan.degrees.cfg,
@@ -165,7 +166,7 @@ def arranged(
         itemsize=2 if config.dtype == "bfloat16" else 4,
         vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
     )
-    budget = budget_of(hardware, config.memory)
+    budget = budget_of(hardware, config.memory, plan.degrees.num_ranks)
     if config.latents is not None:  # nothing but the VAE is needed
         arrangement = arrange_vae(load, config.memory, plan.arrangement, budget, lambda number: _shorter(load, number))
         uses = tuple(use for use in footprint(load, arrangement) if use.stage == "decode")

@@ -38,6 +38,8 @@ class Report:
         self._watch = HostWatch()
         self._peaks_of_open_stages: list[int] = []
         self.stages: dict[str, dict[str, float]] = {}
+        self.other_ranks: list[dict[str, dict[str, float]]] = []
+        """The stages of the video's other ranks, before it is decoded."""
         self.facts: dict[str, Any] = {
             "config": asdict(config),
             "versions": {"wan-dist": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -74,6 +76,10 @@ class Report:
         memory = f", GPU peak {entry['peak_gpu_gib']:.1f} GiB" if cuda else ""
         logger.info("%-9s %6.1f s%s%s", name, entry["seconds"], memory, f"  {detail}" if detail else "")
 
+    def ran_out(self, name: str) -> None:
+        """Note that a stage ran out of memory and was done in another way than planned."""
+        self.facts.setdefault("ran_out", []).append(name)
+
     def rate(self, name: str, num_bytes: int) -> None:
         """Note and log how fast a stage that is done has read this rank's share of a file."""
         speed = num_bytes / 1e9 / max(self.stages[name]["seconds"], 1e-3)
@@ -81,10 +87,11 @@ class Report:
         logger.info("read      %.1f GB at %.1f GB/s", num_bytes / 1e9, speed)
 
     def compare(self, uses: Sequence[Use], ranks_per_node: int) -> None:
-        """Put the plan's GiB for one rank beside the measured peaks in the record, and log the largest."""
+        """Put the plan's GiB for one rank beside the measured peaks, of all ranks, in the record, and log the largest."""
         compared = {}
         for use in uses:
-            seen = [stage for name, stage in self.stages.items() if name.split()[0] == use.stage]  # two experts load each
+            ranks = [self.stages, *self.other_ranks]
+            seen = [stage for stages in ranks for name, stage in stages.items() if name.split()[0] == use.stage]  # two experts load each
             if not seen:
                 continue
             on_host = use.host_bytes / ranks_per_node + (0 if self.device.type == "cuda" else use.gpu_bytes)
@@ -106,7 +113,7 @@ class Report:
             for key in ("peak_host_gib", "peak_gpu_gib")
         }
         seconds = round(time.perf_counter() - self.start, 3)
-        record = self.facts | {"stages": self.stages, "seconds": seconds} | peaks
+        record = self.facts | {"stages": self.stages, "other_ranks": self.other_ranks, "seconds": seconds} | peaks
         path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

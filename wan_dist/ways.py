@@ -8,6 +8,8 @@ SCORES_BYTES = 100_000_000
 """Of the middle's attention, whatever the size."""
 VALUES_AT_ONCE = 2_900_000
 """Of one rank in one chunk, latent pixels times the width of the last stage: with more, a GPU is not faster."""
+_FRAGMENTS = 1.05
+"""How much more the allocator holds than there is in tensors."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,13 @@ def ways_that_fit(
         pays = [number for number in (8, 4, 2) if number < latent_size[0] and number * each <= VALUES_AT_ONCE]
         numbers = [even_part(latent_size[0] - 1, number) for number in pays]
         size = (smaller, length, margin)
-        needs = {number: vae_bytes(dims, size, itemsize, at_once=number, encode=encode) for number in (*numbers, 1)}
+        still = latent_size[0] == 1
+        needs = {number: vae_bytes(dims, size, itemsize, at_once=number, encode=encode, still=still) for number in (*numbers, 1)}
         at_once = next((number for number in numbers if needs[number] < free // 2), 1)
         return replace(way, at_once=at_once, is_tight=needs[at_once] > free // 2), needs[at_once]
 
     *on_gpu, cpu = ways_from(name, larger)
-    return [way for way, need in map(sized, on_gpu) if need < free] + [cpu]
+    return [way for way, need in map(sized, on_gpu) if need < free / _FRAGMENTS] + [cpu]
 
 
 def even_part(whole: int, most: int) -> int:
@@ -75,22 +78,26 @@ def even_part(whole: int, most: int) -> int:
     return next((number for number in range(most, most // 2, -1) if whole % number == 0), most)
 
 
-def vae_bytes(dims: VaeDims, size: tuple[int, int, int], itemsize: int, *, at_once: int = 1, encode: bool = False) -> int:
+def vae_bytes(
+    dims: VaeDims, size: tuple[int, int, int], itemsize: int, *, at_once: int = 1, encode: bool = False, still: bool = False
+) -> int:
     """Return about how much memory the VAE takes, without weights, whatever the number of frames.
 
     ``size``: the latent pixels of its part of a frame, on the smaller side and on the larger one, and how many more on the larger one
-    it begins with. That is what causal layers remember, two frames of each input, and the arrays of a chunk where they are largest.
+    it begins with; ``still``: there is one frame. That is what causal layers remember, two frames of each input, and the arrays of a
+    chunk where they are largest.
     """
-    values = _encoded_values(dims, size, at_once) if encode else _decoded_values(dims, size, at_once)
+    values = (_encoded_values if encode else _decoded_values)(dims, size, at_once, still=still)
     if itemsize == 2:  # kernels for what is not yet doubled, beside those they are made of
         values += sum(16 * (dims.decoder_dim * each) ** 2 // (1 if dims.residual else 2) for each in dims.multipliers[1:])
     else:  # there are no kernels for float32, so norms and activations have arrays of their own
         base, margin = (dims.dim, size[2]) if encode else (dims.decoder_dim, 0)
-        values += 3 * base * 4 * at_once * size[0] * (size[1] + margin) * 4 ** len(dims.temporal)
+        arrays = 3 * 4 * at_once if not still else 1 if encode else 3  # not all of them at an image's largest moment
+        values += arrays * base * size[0] * (size[1] + margin) * 4 ** len(dims.temporal)
     return values * itemsize + SCORES_BYTES
 
 
-def _decoded_values(dims: VaeDims, size: tuple[int, int, int], frames: int) -> int:
+def _decoded_values(dims: VaeDims, size: tuple[int, int, int], frames: int, *, still: bool) -> int:
     """Return how many numbers a decoder remembers, and has in its arrays at their largest, in the order of models/vae.py."""
     rows, columns, margin = size
     sides = 2 if margin > dims.reach else 1
@@ -103,24 +110,24 @@ def _decoded_values(dims: VaeDims, size: tuple[int, int, int], frames: int) -> i
         if stage < len(dims.temporal):
             kept = before * frames if dims.residual else 0  # for the shortcut around the stage
             arrays[1] += kept
-            if dims.temporal[::-1][stage]:
+            if dims.temporal[::-1][stage] and not still:
                 remembered += 2 * area * after
                 arrays.append(kept + after * frames * (1 + 2 + 2))
                 frames *= 2
             out = after if dims.residual else after // 2
             arrays.append(kept + frames * (after + 4 * out + 4 * out))  # before it is doubled, doubled in parts, and doubled
-        most = max(most, area * max(arrays))
+        most = max(most, area * max(arrays) + (remembered - 2 * area * after if still else 0))
         if stage < len(dims.temporal):
             rows, columns, margin = 2 * rows, 2 * columns, max(0, 2 * (margin - sides * (2 * dims.num_blocks + 3)))  # a tile shrinks
     area = rows * (columns + margin)
-    remembered += 2 * area * after
-    return remembered + max(most, area * (after * (2 * frames + 2) + 4 * dims.pixel_channels * frames))
+    last = area * (after * (2 * frames + 2) + 4 * dims.pixel_channels * frames)
+    return max(most, remembered + last) if still else remembered + 2 * area * after + max(most, last)
 
 
-def _encoded_values(dims: VaeDims, size: tuple[int, int, int], at_once: int) -> int:
+def _encoded_values(dims: VaeDims, size: tuple[int, int, int], at_once: int, *, still: bool) -> int:
     """Return the same for an encoder."""
     rows, columns, margin = size
-    scale, frames = 2 ** len(dims.temporal), 4 * at_once
+    scale, frames = 2 ** len(dims.temporal), 1 if still else 4 * at_once
     area = rows * (columns + margin) * scale**2
     remembered, most = 2 * area * dims.pixel_channels, 0
     for stage, (before, after) in enumerate(dims.encoder_stages):
@@ -129,13 +136,13 @@ def _encoded_values(dims: VaeDims, size: tuple[int, int, int], at_once: int) -> 
         arrays = [_block_values(before, after, frames), kept + _block_values(after, after, frames)]
         if stage < len(dims.temporal):
             arrays.append(kept + 2 * after * frames)  # padded
-        most = max(most, area * max(arrays))
+        most = max(most, area * max(arrays) + (remembered - 2 * area * after if still else 0))
         if stage < len(dims.temporal):
             area //= 4
-            if dims.temporal[stage]:
+            if dims.temporal[stage] and not still:
                 remembered += area * after
                 frames //= 2
-    return remembered + most
+    return most if still else remembered + most
 
 
 def _block_values(before: int, after: int, frames: int) -> int:

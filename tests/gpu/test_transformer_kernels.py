@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.conftest import relative_error
 from wan_dist.dims import TransformerDims
+from wan_dist.models import quantized
 from wan_dist.models import transformer_elementwise as elementwise
 from wan_dist.models.transformer import Block
 from wan_dist.models.transformer_elementwise import Scaling
@@ -43,6 +44,19 @@ def test_kernels_are_the_arithmetic(width: int, segments: tuple[int, ...], monke
     monkeypatch.setattr(elementwise, "_kernels_for", lambda *_: None)
     for one, other in zip(found, results(), strict=True):
         assert relative_error(one, other) < 2e-3
+
+
+@pytest.mark.parametrize("width", [1536, 5120, 13824])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_tokens_are_rounded_to_fp8_as_without_kernels(width: int, gelu: bool) -> None:
+    torch.manual_seed(0)
+    x = tokens(width)[0]
+    kernels = quantized._kernels(CUDA)
+    assert kernels is not None
+    found, found_scale = quantized._rounded_to_fp8(kernels, x, gelu=gelu)
+    wanted, wanted_scale = quantized._rounded_to_fp8(None, x, gelu=gelu)
+    assert relative_error(found_scale, wanted_scale) < 1e-6
+    assert relative_error(found.float() * found_scale, wanted.float() * wanted_scale) < 2e-3
 
 
 def test_a_block_is_as_near_to_float32_as_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,10 @@ def test_ranks_guess_the_same_steps(tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "wan_dist.run", *alone, "output.name=one"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    guessed = {name: json.loads((tmp_path / f"outputs/{name}.json").read_text())["guessed_steps"] for name in ("one", "two")}
-    assert guessed["one"] == guessed["two"] > 0
+    records = {name: json.loads((tmp_path / f"outputs/{name}.json").read_text()) for name in ("one", "two")}
+    assert records["one"]["guessed_steps"] == records["two"]["guessed_steps"] > 0
+    assert ["denoise" in stages for stages in records["two"]["other_ranks"]] == [True]
+    assert records["one"]["other_ranks"] == []
     videos = [load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in ("one", "two")]
     torch.testing.assert_close(*videos, rtol=0, atol=1e-4)
 

@@ -38,7 +38,7 @@ def refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
         ("task=i2v-14B size=832*480 frame_num=41 gpus=3GB host=64GB", "text encoder block by block; CLIP on the CPU; VAE in 2 tiles"),
         ("task=t2v-1.3B gpus=8GB host=16GB", "transformer resident; text encoder block by block; VAE whole"),
         ("task=ti2v-5B gpus=6GB host=16GB", "transformer streamed; text encoder block by block; VAE in 2 tiles"),
-        ("task=ti2v-5B gpus=8GB host=16GB", "transformer streamed; text encoder block by block; VAE whole"),
+        ("task=ti2v-5B gpus=8GB host=16GB", "transformer streamed; text encoder block by block; VAE in 2 tiles"),
         ("task=t2v-14B gpus=24GB host=64GB memory.dit=disk memory.vae=tiled", "transformer from disk"),
     ],
 )
@@ -67,7 +67,7 @@ def test_planning_needs_no_torch() -> None:
         ("task=i2v-14B size=832*480 gpus=24GB host=64GB memory.budget_gib=1", "context would need 1.2 GiB of GPU memory, of which 1.0 can"),
         ("task=i2v-14B size=832*480 gpus=20GB host=64GB memory.dit=resident", "it would fit, with the transformer streamed"),
         ("task=i2v-14B size=1280*720 gpus=8GB host=64GB memory.vae=whole frame_num=81", None),
-        ("task=i2v-14B size=1280*720 gpus=6GB host=64GB memory.vae=whole", "decode would need 6.8 GiB of GPU memory"),
+        ("task=i2v-14B size=1280*720 gpus=6GB host=64GB memory.vae=whole", "decode would need 6.7 GiB of GPU memory"),
         ("task=t2v-14B size=1280*720 gpus=4GB host=64GB", "frame_num="),
         ("task=t2v-14B gpus=80GB host=1GB", "2.2 GiB of host memory, of which 1.0 can be used (host)"),
         ("task=t2v-14B gpus=24GB host=16GB memory.dit=stream", "host memory, of which 16.0 can be used"),

@@ -81,7 +81,8 @@ def _rounded_to_fp8(kernels: ModuleType | None, tokens: Tensor, *, gelu: bool) -
         return values, scale
     for first in range(0, len(tokens), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
-        values[part], scale[part] = _rounded(gelu_(tokens[part]) if gelu else tokens[part], _FP8_MAX)
+        rows = F.gelu(tokens[part].float(), approximate="tanh") if gelu else tokens[part]
+        values[part], scale[part] = _rounded(rows, _FP8_MAX)
     return values, scale
 
 

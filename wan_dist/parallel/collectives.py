@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -134,6 +134,16 @@ def broadcast_object(value: T, axis: Axis) -> T:
     with name_those_awaited(axis):
         dist.broadcast_object_list(box, group=axis.group, group_src=0)
     return box[0]
+
+
+def gather_objects(value: T, axis: Axis) -> list[T]:
+    """Return every rank's value, any that can be pickled, in the order of ranks, on all ranks of the axis."""
+    if axis.size == 1:
+        return [value]
+    found: list[T | None] = [None] * axis.size
+    with name_those_awaited(axis):
+        dist.all_gather_object(found, value, group=axis.group)
+    return cast(list[T], found)
 
 
 def first_on_each_node(find: Callable[[], T], groups: Groups) -> T:
