@@ -31,7 +31,8 @@ def spread_attention(groups: Groups, attention: InnerAttention, whole: list[torc
         attention = RingAttention(attention, sequence, groups.ring, groups.ulysses.size)
     if groups.ulysses.size > 1:
         attention = UlyssesAttention(attention, sequence, groups.ulysses)
-    return sequence.gather(attention(*shares).flatten(2))
+    begun = [attention.begin(part) for part in shares]
+    return sequence.gather(attention(*(arrived() for arrived in begun)).flatten(2))
 
 
 def main(name: str, usp: str = "plain") -> None:

@@ -111,8 +111,12 @@ class InnerAttention(nn.Module):
         self.name = name
         self.reason = reason
 
+    def begin(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to bring q, k or v (B, l, H, D) of this device's tokens to where they are attended to; the call returns them there."""
+        return lambda: x
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return softmax(q kᵀ / √D) v; q (B, Lq, H, D), k and v (B, Lk, H, D) -> (B, Lq, H, D)."""
+        """Return softmax(q kᵀ / √D) v of what `begin` brought; q (B, Lq, H, D), k and v (B, Lk, H, D) -> (B, Lq, H, D)."""
         return self.kernel(q, k, v)
 
 

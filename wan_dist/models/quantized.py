@@ -7,6 +7,7 @@ computed in the input's dtype, but for fp8 on GPUs that multiply it, where input
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,13 @@ _FP8_MAX = 448.0
 _ROWS_AT_ONCE = 1024
 
 
+class Rounded(NamedTuple):
+    """Tokens as 8-bit floats (..., k) with a scale for each (n, 1), float32."""
+
+    values: Tensor
+    scale: Tensor
+
+
 class QuantizedLinear(nn.Module):
     """A linear in place of `nn.Linear`, in 8 or 4 bits."""
 
@@ -37,22 +45,22 @@ class QuantizedLinear(nn.Module):
             self.offset = nn.Parameter(torch.empty(out_dim, groups), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_dim, dtype=dtype))
 
-    def forward(self, x: Tensor, rows: slice = slice(None), *, gelu: bool = False) -> Tensor:
+    def forward(self, x: Tensor | Rounded, rows: slice = slice(None), *, gelu: bool = False) -> Tensor:
         """x (..., in) -> (..., out), or those outputs whose rows of the weight these are; ``gelu``: of GELU of x, which may change x."""
-        if self.kind == "fp8" and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
-            return self._product_of_fp8(x, rows, gelu=gelu)
-        if gelu:
-            gelu_(x)
-        return F.linear(x, self.dequantized(x.dtype, rows), self.bias[rows])
+        x = self.prepare(x, gelu=gelu) if isinstance(x, Tensor) else x
+        if isinstance(x, Tensor):
+            return F.linear(x, self.dequantized(x.dtype, rows), self.bias[rows])
+        weight, scale_of_weight, bias = self.weight[rows].t(), self.scale[rows].t(), self.bias[rows]
+        values = x.values.flatten(0, -2)
+        out = torch._scaled_mm(values, weight, x.scale, scale_of_weight, bias, out_dtype=bias.dtype, use_fast_accum=True)
+        return out.unflatten(0, x.values.shape[:-1])
 
-    def _product_of_fp8(self, x: Tensor, rows: slice, *, gelu: bool) -> Tensor:
-        kernels = _kernels(x.device) if x.is_cuda else None
-        values, scale = _rounded_to_fp8(kernels, x.flatten(0, -2), gelu=gelu)
-        weight, scale_of_weight = self.weight[rows].t(), self.scale[rows].t()
-        out = torch._scaled_mm(
-            values, weight, scale_a=scale, scale_b=scale_of_weight, bias=self.bias[rows], out_dtype=x.dtype, use_fast_accum=True
-        )
-        return out.unflatten(0, x.shape[:-1])
+    def prepare(self, x: Tensor, *, gelu: bool = False) -> Tensor | Rounded:
+        """Return x, or GELU of it, as `forward` takes it; once for several calls. May change x."""
+        if self.kind == "fp8" and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
+            values, scale = _rounded_to_fp8(_kernels(x.device) if x.is_cuda else None, x.flatten(0, -2), gelu=gelu)
+            return Rounded(values.view(x.shape), scale)
+        return gelu_(x) if gelu else x
 
     def dequantized(self, dtype: torch.dtype, which: slice = slice(None)) -> Tensor:
         """Return the weight (out, in), or these rows of it, in ``dtype``."""

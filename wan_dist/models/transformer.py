@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -83,6 +84,10 @@ class Linear(nn.Linear):
         """x (..., in) -> (..., out), or those outputs whose rows of the weight these are."""
         return F.linear(x, self.weight[rows], self.bias[rows])
 
+    def prepare(self, x: Tensor) -> Tensor:
+        """Return x as `forward` takes it; once for several calls."""
+        return x
+
 
 class SelfAttention(nn.Module):
     """Self-attention over all tokens, with RMSNorm over the whole width on q and k, and rotary embedding."""
@@ -97,20 +102,27 @@ class SelfAttention(nn.Module):
         self.norm_k = Norm(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], which: Sequence[int] = (0, 1, 2)) -> Tensor:
-        """Return q, k and v (B, L, 3, H, D / H) of x (B, L, D), ready for attention; rotary tables of the same tokens.
+    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], which: Sequence[int]) -> Tensor:
+        """Return some of q, k and v (B, L, n, H, D / H) of x (B, L, D), ready for attention; rotary tables of the same tokens.
 
-        ``which``: neighbours of 0 for q, 1 for k, 2 for v, to get those alone.
+        ``which``: n neighbours of 0 for q, 1 for k, 2 for v.
         """
-        width = x.shape[-1]
+        width = self.norm_q.weight.shape[0]
         found: Tensor = self.qkv(x, slice(which[0] * width, (which[-1] + 1) * width)).unflatten(-1, (len(which), self.num_heads, -1))
         for place, norm in enumerate((self.norm_q, self.norm_k)):
             if place in which:
                 norm_rotate_(found[:, :, place - which[0]], norm.weight, self.eps, rotary)
         return found
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of what `project` returned, k and v of all tokens: each (B, L, H, D / H) -> (B, L, D), before the linear ``o``."""
+    def begin(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> list[Callable[[], Tensor]]:
+        """Begin to bring q, k and v of x (B, L, D) to where they are attended to: each is on its way while the next one is computed."""
+        x = self.qkv.prepare(x)
+        begun = [self.inner_attention.begin(self.project(x, rotary, (place,)).squeeze(2)) for place in (2, 1, 0)]  # v has no norm
+        return begun[::-1]
+
+    def attend(self, begun: list[Callable[[], Tensor]]) -> Tensor:
+        """Attention of q, k and v of all tokens, from `begin`, which are let go: (B, L, D), before the linear ``o``."""
+        q, k, v = (begun.pop(0)() for _ in range(3))
         return self.inner_attention(q, k, v).flatten(2)
 
 
@@ -211,25 +223,28 @@ class Block(nn.Module):
         """Add self-attention to x part by part; yields each part, its segments, and its tokens normed for cross-attention."""
         shift, scale, gate = modulation[:3]
         parts = list(slices(segments, self.slice_tokens))
+        attention, scaling = self.self_attn, Scaling(scale, shift)
 
         def project(part: slice, inside: tuple[int, ...], which: Sequence[int]) -> Tensor:
-            normed = layer_norm(x[:, part], Scaling(scale, shift), inside, self.eps)
-            return self.self_attn.project(normed, (rotary[0][part], rotary[1][part]), which)
+            normed = layer_norm(x[:, part], scaling, inside, self.eps)
+            return attention.project(normed, (rotary[0][part], rotary[1][part]), which)
 
-        if len(parts) > 1 and self.self_attn.inner_attention.takes_some_queries:
-            kv = in_turn(parts, x, lambda part, inside: project(part, inside, (1, 2)))
+        if len(parts) > 1 and attention.inner_attention.takes_some_queries:
+            k, v = in_turn(parts, x, lambda part, inside: project(part, inside, (1, 2))).unbind(2)
             for part, inside in parts:
-                out = self.self_attn.o(self.self_attn.attend(project(part, inside, (0,))[:, :, 0], *kv.unbind(2)))
+                out = attention.o(attention.inner_attention(project(part, inside, (0,)).squeeze(2), k, v).flatten(2))
                 normed = add_layer_norm_(x[:, part], out, gate, self._affine, inside, self.eps)
                 del out
                 yield part, inside, normed
                 del normed
             return
-        qkv = in_turn(parts, x, lambda part, inside: project(part, inside, (0, 1, 2)))
-        out = self.self_attn.attend(*qkv.unbind(2))
-        del qkv
+        if len(parts) == 1:
+            begun = attention.begin(layer_norm(x, scaling, segments, self.eps), rotary)
+        else:
+            begun = [attention.inner_attention.begin(each) for each in in_turn(parts, x, partial(project, which=(0, 1, 2))).unbind(2)]
+        out = attention.attend(begun)
         for part, inside in parts:
-            added = self.self_attn.o(out[:, part])
+            added = attention.o(out[:, part])
             if (part, inside) == parts[-1]:
                 del out  # it would be there during the feed-forward, as what is added
             normed = add_layer_norm_(x[:, part], added, gate, self._affine, inside, self.eps)

@@ -27,14 +27,21 @@ def name_those_awaited(axis: Axis) -> Iterator[None]:
         raise
 
 
-def all_to_all(x: Tensor, axis: Axis) -> Tensor:
-    """x (N, ...): share i goes to rank i of the axis; returns (N, ...), share j from rank j."""
+def all_to_all(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+    """x (N, ...): share i goes to rank i of the axis; begun now, the call returns (N, ...), share j from rank j."""
     if axis.size == 1:
-        return x
+        return lambda: x
+    x = x.contiguous()
     out = torch.empty_like(x)
     with name_those_awaited(axis):
-        dist.all_to_all_single(out, x.contiguous(), group=axis.group)
-    return out
+        work = dist.all_to_all_single(out, x, group=axis.group, async_op=True)
+
+    def wait() -> Tensor:
+        with name_those_awaited(axis):
+            work.wait()
+        return out
+
+    return wait
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:

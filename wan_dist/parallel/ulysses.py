@@ -1,5 +1,8 @@
 """Ulysses: around attention, ranks trade their share of the tokens for a share of the heads (arXiv:2309.14509)."""
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +16,8 @@ from wan_dist.parallel.sequence import SplitSequence
 class UlyssesAttention(InnerAttention):
     """Attention over the tokens of all ranks of an axis, each rank with H / N of the heads.
 
-    q, k and v go in one packed exchange. A rank then holds all tokens of the axis, so padding is cut off before attention.
+    A rank then holds all tokens of the axis, so padding is cut off before attention. Two groups of its heads are attended to in turn: the
+    first is on its way back meanwhile.
     """
 
     takes_some_queries = False
@@ -24,19 +28,28 @@ class UlyssesAttention(InnerAttention):
         self.sequence = sequence
         self.axis = axis
 
+    @property
+    def _num_valid(self) -> int:
+        return self.sequence.num_valid(self.sequence.axis.rank - self.axis.rank, self.axis.size)
+
+    def begin(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin to trade tokens for heads: x (B, l, H, D) of this rank's tokens; the call returns (B, L, H / N, D) of all tokens."""
+        arriving = all_to_all(x.unflatten(2, (self.axis.size, -1)).permute(2, 1, 0, 3, 4), self.axis)  # (N, l, B, h, D)
+        return lambda: arriving().flatten(0, 1)[: self._num_valid].transpose(0, 1)
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, l, H, D) of this rank's tokens -> (B, l, H, D)."""
-        num_valid = self.sequence.num_valid(self.sequence.axis.rank - self.axis.rank, self.axis.size)
-        batch, num_tokens, num_heads, width = q.shape
-        packed = q.new_empty(self.axis.size, num_tokens, batch, 3, num_heads // self.axis.size, width)
-        for place, part in enumerate((q, k, v)):
-            packed[:, :, :, place] = part.unflatten(2, (self.axis.size, -1)).permute(2, 1, 0, 3, 4)
-        packed = all_to_all(packed, self.axis).flatten(0, 1)[:num_valid]  # (L, B, 3, h, D)
-        out = self.inner(*packed.transpose(0, 1).unbind(2))
-        del packed
-        out = F.pad(out, (0, 0, 0, 0, 0, self.axis.size * self.sequence.share - num_valid))
-        out = out.transpose(0, 1).unflatten(0, (self.axis.size, -1))  # (N, l, B, h, D)
-        return all_to_all(out, self.axis).permute(2, 1, 0, 3, 4).flatten(2, 3)
+        """q, k, v (B, L, H / N, D) of all tokens, from `begin` -> (B, l, H, D) of this rank's tokens."""
+        num_heads = q.shape[2]
+        groups = [slice(0, num_heads // 2), slice(num_heads // 2, num_heads)] if num_heads > 1 else [slice(0, 1)]
+        returning = [self._begin_back(self.inner(q[:, :, group], k[:, :, group], v[:, :, group])) for group in groups]
+        return torch.cat([wait().permute(2, 1, 0, 3, 4) for wait in returning], dim=3).flatten(2, 3)  # (B, l, N, h, D)
+
+    def _begin_back(self, out: Tensor) -> Callable[[], Tensor]:
+        """Begin to trade heads for tokens: out (B, L, h', D) of all tokens; the call returns (N, l, B, h', D) of this rank's."""
+        padding = self.axis.size * self.sequence.share - out.shape[1]
+        if padding:
+            out = F.pad(out, (0, 0, 0, 0, 0, padding))
+        return all_to_all(out.transpose(0, 1).unflatten(0, (self.axis.size, -1)), self.axis)
 
 
 def apply_ulysses(model: WanTransformer, sequence: SplitSequence, axis: Axis) -> None:
