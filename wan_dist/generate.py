@@ -23,9 +23,9 @@ from wan_dist.footprint import table
 from wan_dist.hardware import Hardware, find_host
 from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_bytes, free_memory
+from wan_dist.models import cross_attention, transformer_elementwise
 from wan_dist.models.attention import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.text_encoder import token_ids
-from wan_dist.models.transformer_elementwise import prepare_kernels
 from wan_dist.parallel.agreement import Agreeing
 from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, gather_objects, name_those_awaited
 from wan_dist.parallel.mesh import Groups, limit_waiting, local_device, open_groups
@@ -124,7 +124,8 @@ def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, dims: 
 
     def compile_all() -> None:
         torch.cuda.set_device(device)  # a thread's own is the first GPU
-        prepare_kernels(device, dims.dim)
+        transformer_elementwise.prepare_kernels(device, dims.dim)
+        cross_attention.prepare_kernels(device, dims.head_dim)
         compile_attention(device=device, dtype=dtype, head_dim=dims.head_dim)
 
     thread = ThreadPoolExecutor(1)

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from tests.conftest import relative_error
 from wan_dist.dims import TransformerDims
-from wan_dist.models import quantized
+from wan_dist.models import cross_attention, quantized
 from wan_dist.models import transformer_elementwise as elementwise
+from wan_dist.models.attention import InnerAttention
 from wan_dist.models.transformer import Block
 from wan_dist.models.transformer_elementwise import Scaling
 
@@ -59,13 +60,25 @@ def test_tokens_are_rounded_to_fp8_as_without_kernels(width: int, gelu: bool) ->
     assert relative_error(found.float() * found_scale, wanted.float() * wanted_scale) < 2e-3
 
 
+@pytest.mark.parametrize(("num_text", "num_image"), [(1, 0), (64, 0), (127, 257), (512, 514)])
+def test_padding_that_is_counted_is_padding_that_is_there(num_text: int, num_image: int) -> None:
+    torch.manual_seed(0)
+    attention = InnerAttention(name="cudnn")
+    q = tokens(3 * 128).unflatten(2, (3, 128))
+    text, image = ([torch.randn(1, number, 3, 128, device=CUDA).bfloat16() for _ in range(2)] for number in (num_text, num_image))
+    kv = [*text, *(image if num_image else [])]
+    found = cross_attention.cross_attend(attention, q, kv, 512)
+    exact = cross_attention._cross_attend(None, attention, q.float(), [part.float() for part in kv], 512)
+    plain = cross_attention._cross_attend(None, attention, q, kv, 512)
+    assert cross_attention._kernels_for(attention, q) is not None
+    assert relative_error(found, exact) < min(4e-3, 1.1 * relative_error(plain, exact))
+
+
 def test_a_block_is_as_near_to_float32_as_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     dims = TransformerDims(num_layers=1, dim=5120, ffn_dim=13824, num_heads=40)
-    from wan_dist.models.attention import InnerAttention
-
     exact = Block(dims, torch.float32, InnerAttention()).to(CUDA).requires_grad_(False)
-    half = Block(dims, torch.bfloat16, InnerAttention()).to(CUDA).requires_grad_(False)
+    half = Block(dims, torch.bfloat16, InnerAttention(name="cudnn")).to(CUDA).requires_grad_(False)
     half.load_state_dict(exact.state_dict())
     exact.load_state_dict({name: value.float() for name, value in copy.deepcopy(half).state_dict().items()})
     x, time = torch.randn(1, 512, 5120, device=CUDA).bfloat16(), torch.randn(1, 1, 6, 5120, device=CUDA)
@@ -75,7 +88,8 @@ def test_a_block_is_as_near_to_float32_as_without_kernels(monkeypatch: pytest.Mo
     with torch.no_grad():
         wanted = exact([x.float()], time, [tuple(part.float() for part in context)], rotary, (512,))[0]
         fused = relative_error(half([x.clone()], time, [tuple(context)], rotary, (512,))[0], wanted)
-        monkeypatch.setattr(elementwise, "_kernels_for", lambda *_: None)
+        for module in (elementwise, cross_attention):
+            monkeypatch.setattr(module, "_kernels_for", lambda *_: None)
         plain = relative_error(half([x.clone()], time, [tuple(context)], rotary, (512,))[0], wanted)
     print(f"from float32: with kernels {fused:.2e}, without {plain:.2e}")
     assert fused < 1.1 * plain

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from wan_dist.dims import TransformerDims
 from wan_dist.models.attention import InnerAttention, rotary_tables
+from wan_dist.models.cross_attention import cross_attend
 from wan_dist.models.transformer_elementwise import (
     Scaling,
     add_,
@@ -139,22 +140,11 @@ class CrossAttention(nn.Module):
         self.norm_q = Norm(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
-    def padded(self, kv: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return k and v as `forward` takes them, from `ContextKV.of_block`.
-
-        The published pipeline attends to the padding up to 512 tokens; one row of it is kept and repeated here.
-        """
-        num_padding = self.text_len - kv[0].shape[1]
-        return *(torch.cat([part, part[:, -1:].expand(-1, num_padding, -1, -1)], dim=1) for part in kv[:2]), *kv[2:]
-
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
-        """x (B, L, D) -> (B, L, D); kv as `padded` returns it."""
+        """x (B, L, D) -> (B, L, D); kv: see `ContextKV.of_block`."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
         norm_rotate_(q, self.norm_q.weight, self.eps)
-        out = self.inner_attention(q, *kv[:2])
-        if len(kv) > 2:
-            out += self.inner_attention(q, *kv[2:])
-        return self.o(out.flatten(2))
+        return self.o(cross_attend(self.inner_attention, q, kv, self.text_len).flatten(2))
 
 
 class FeedForward(nn.Sequential):
@@ -199,7 +189,6 @@ class Block(nn.Module):
         `ContextKV.of_block`.
         """
         modulation = (self.modulation + time).unsqueeze(3).unbind(2)  # each (B, R, 1, D)
-        contexts = [self.cross_attn.padded(context) for context in contexts]
         copies = [torch.empty_like(streams[0]) for _ in range(len(contexts) - len(streams))]  # streams differ from cross-attention on
         for number, x in enumerate(streams):
             for part, inside, normed in self._attend(x, modulation, rotary, segments):

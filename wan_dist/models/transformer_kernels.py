@@ -1,4 +1,7 @@
-"""Triton kernels of transformer_elementwise.py and quantized.py. A program takes one token with all its channels."""
+"""Triton kernels of transformer_elementwise.py, quantized.py and cross_attention.py.
+
+A program takes one token with all its channels, of cross-attention some tokens and one head.
+"""
 
 import triton
 import triton.language as tl
@@ -69,3 +72,53 @@ def round_kernel(
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) / most
     tl.store(scale_ptr + token, scale)
     tl.store(out_ptr + token * width + channel, (x / scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def cross_attend_kernel(
+    q_ptr, text_k_ptr, text_v_ptr, image_k_ptr, image_v_ptr, out_ptr,
+    q_row, q_head, text_k_row, text_k_head, text_v_row, text_v_head, image_k_row, image_k_head, image_v_row, image_v_head, out_row,
+    num_tokens, num_text, num_image, last_bias, scale,
+    width: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    """out = attention to the text, whose last key's score is raised by ``last_bias``, plus attention to the images; scores are base 2."""
+    head = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
+    channel = tl.arange(0, width)
+    inside = (token < num_tokens)[:, None]
+    q = tl.load(q_ptr + token[:, None] * q_row + head * q_head + channel[None, :], mask=inside, other=0.0)
+    out = _attended(
+        q, text_k_ptr + head * text_k_head, text_v_ptr + head * text_v_head, text_k_row, text_v_row, num_text, last_bias, scale,
+        width, rows, keys,
+    )  # fmt: skip
+    if num_image > 0:
+        out += _attended(
+            q, image_k_ptr + head * image_k_head, image_v_ptr + head * image_v_head, image_k_row, image_v_row, num_image, 0.0, scale,
+            width, rows, keys,
+        )  # fmt: skip
+    tl.store(out_ptr + token[:, None] * out_row + head * width + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attended(
+    q, k_ptr, v_ptr, k_row, v_row, num_keys, last_bias, scale, width: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr
+):  # fmt: skip
+    """Attention of q (rows, width) to all keys, a few at a time with a running maximum (arXiv:2205.14135), float32."""
+    channel = tl.arange(0, width)
+    most = tl.full((rows,), -float("inf"), tl.float32)
+    total = tl.zeros((rows,), tl.float32)
+    out = tl.zeros((rows, width), tl.float32)
+    for first in range(0, num_keys, keys):
+        key = first + tl.arange(0, keys)
+        there = key < num_keys
+        k = tl.load(k_ptr + key[:, None] * k_row + channel[None, :], mask=there[:, None], other=0.0)
+        v = tl.load(v_ptr + key[:, None] * v_row + channel[None, :], mask=there[:, None], other=0.0)
+        scores = tl.dot(q, tl.trans(k)) * scale + tl.where(key == num_keys - 1, last_bias, 0.0)[None, :]
+        scores = tl.where(there[None, :], scores, -float("inf"))
+        higher = tl.maximum(most, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - higher[:, None])
+        shrink = tl.exp2(most - higher)
+        total = total * shrink + tl.sum(weights, axis=1)
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None])
+        most = higher
+    return out / total[:, None]
