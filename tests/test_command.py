@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -269,10 +270,31 @@ def test_a_gpu_without_memory_denoises_with_less(
     assert torch.equal(*videos)
 
 
-def test_guessed_steps_are_said_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*TINY, "sample.steps=12", "cache.steps=easy", "cache.threshold=1e6", "output.name=a"]) == 0
-    assert "8 of 12 steps were guessed" in capsys.readouterr().err
-    assert json.loads((tmp_path / "outputs/a.json").read_text())["guessed_steps"] == 8
+@pytest.mark.parametrize(("kind", "guessed"), [("easy", 8), ("tea", 7)])
+def test_guessed_steps_are_said_and_recorded(
+    kind: str, guessed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wan_dist.models.transformer import Block
+
+    forward, calls = Block.forward, []
+
+    def counted(self: Block, streams: list[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
+        calls.append(len(arguments[1]))
+        return forward(self, streams, *arguments)
+
+    settings = [*TINY, "sample.steps=12", "dtype=float32", "output.save_tensor=true"]
+    for name, more in {"all": [], "a": [f"cache.steps={kind}"], "b": [f"cache.steps={kind}", "memory.passes=apart"]}.items():
+        monkeypatch.setattr(Block, "forward", counted)
+        calls.clear()
+        assert main([*settings, *more, *(["cache.threshold=1e6"] if more else []), f"output.name={name}"]) == 0
+        num_steps = sum(calls) / 2 / TASKS["toy"].transformer.num_layers  # of two passes
+        assert num_steps == (12 - guessed if more else 12)
+        if more:
+            assert f"{guessed} of 12 steps were guessed" in capsys.readouterr().err
+            assert json.loads((tmp_path / f"outputs/{name}.json").read_text())["guessed_steps"] == guessed
+    everything, together, apart = (load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in ("all", "a", "b"))
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
+    assert 0 < (together - everything).abs().mean() < 0.2
 
 
 def test_a_gpu_that_is_too_small_is_told_what_would_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -302,7 +324,11 @@ def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.Monk
         ([*TINY, "memory.vae=parallel"], "memory.vae=parallel: there is one rank; memory.vae=whole works"),
         ([*TINY, "memory.vae=tield"], "memory.vae=tield is not one of parallel, whole, tiled, cpu; did you mean 'tiled'?"),
         ([*TINY, "memory.budget_gib=4", "device=cpu"], "memory.budget_gib=4.0 limits GPU memory, and this run is on the CPU"),
-        ([*TINY, "cache.steps=tea"], "cache.steps=tea is not one of easy"),
+        ([*TINY, "cache.steps=mag"], "cache.steps=mag is not one of easy, tea"),
+        (
+            ["task=t2v-A14B", "prompt=a", "cache.steps=tea"],
+            "cache.steps=tea has been fitted to the models of t2v-1.3B, t2v-14B, t2i-14B, i2v-14B, toy, not to that of t2v-A14B",
+        ),
         ([*TINY, "cache.threshold=0"], "cache.threshold=0.0: it must be above 0, e.g. 0.05"),
         (["task=s2v-14B"], "task s2v-14B is not supported yet"),
         (["task=toy", "frame_num=abc"], "frame_num: Value 'abc' of type 'str' could not be converted to Integer"),

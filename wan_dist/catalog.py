@@ -5,6 +5,7 @@ Defaults of a run (frames, steps, guidance ...) are in ``conf/task/*.yaml``; thi
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from wan_dist.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.errors import InputError, nearest
@@ -43,6 +44,18 @@ _VAE_21 = VaeDims(dim=96, decoder_dim=96)
 _VAE_22 = VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)
 
 
+class TeaFit(NamedTuple):
+    """How TeaCache foresees a model's change from that of its timestep's embedding (arXiv:2411.19108)."""
+
+    coefficients: tuple[float, ...]
+    """Of a polynomial, the highest power first."""
+    threshold: float
+    """Of the summed change, after which a step is computed: the more careful one of those published."""
+
+
+_TEA_T2V_14B = TeaFit((-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01), 0.10)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One kind of generation.
@@ -66,6 +79,8 @@ class Task:
     sizes: tuple[tuple[int, int], ...] = ()
     still: bool = False
     """One frame, saved as PNG."""
+    tea: tuple[TeaFit, ...] = ()
+    """TeaCache's for areas up to 480P and above, or one for both: those for the transformer's e0 of ali-vilab/TeaCache, TeaCache4Wan2.1."""
 
     @property
     def latent_channels(self) -> int:
@@ -118,14 +133,21 @@ _704P = ((1280, 704), (704, 1280))
 TASKS = {
     task.name: task
     for task in (
-        Task(name="t2v-1.3B", repository="Wan-AI/Wan2.1-T2V-1.3B", transformer=_1_3B, sizes=_480P),
-        Task(name="t2v-14B", repository="Wan-AI/Wan2.1-T2V-14B", transformer=_T2V_14B, sizes=_720P),
+        Task(
+            name="t2v-1.3B",
+            repository="Wan-AI/Wan2.1-T2V-1.3B",
+            transformer=_1_3B,
+            sizes=_480P,
+            tea=(TeaFit((-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02), 0.05),),
+        ),
+        Task(name="t2v-14B", repository="Wan-AI/Wan2.1-T2V-14B", transformer=_T2V_14B, sizes=_720P, tea=(_TEA_T2V_14B,)),
         Task(
             name="t2i-14B",
             repository="Wan-AI/Wan2.1-T2V-14B",
             transformer=_T2V_14B,
             sizes=(*_720P, (1024, 1024)),
             still=True,
+            tea=(_TEA_T2V_14B,),
         ),
         Task(
             name="i2v-14B",
@@ -135,6 +157,10 @@ TASKS = {
             images=Images.FIRST,
             shifts=(3.0, 5.0),
             sizes=_720P,
+            tea=(
+                TeaFit((2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01), 0.20),
+                TeaFit((8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02), 0.20),
+            ),
         ),
         Task(
             name="flf2v-14B",
@@ -166,7 +192,14 @@ TASKS = {
             vae=_VAE_22,
             sizes=_704P,
         ),
-        Task(name="toy", repository="", transformer=_TOY, text_encoder=_TOY_UMT5, vae=VaeDims(dim=8, decoder_dim=8)),
+        Task(
+            name="toy",
+            repository="",
+            transformer=_TOY,
+            text_encoder=_TOY_UMT5,
+            vae=VaeDims(dim=8, decoder_dim=8),
+            tea=(TeaFit((1.0, 0.0), 0.2),),
+        ),
     )
 }
 

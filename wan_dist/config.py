@@ -16,7 +16,7 @@ from wan_dist.errors import InputError, nearest
 
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float32")
-STEP_CACHES = ("easy",)
+STEP_CACHES = ("easy", "tea")
 ATTENTION_BACKENDS = ("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "sdpa", "sdpa16", "sage")
 QUANTIZATIONS = ("none", "fp8", "int8", "int4")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
@@ -125,15 +125,15 @@ class CacheConfig:
 
     dir: str | None = _key("auto", "folder of kept prompt embeddings; auto: wan-dist/prompts in the user's cache; null: none are kept")
     size_gib: float = _key(1.0, "the most that they may take on disk, in GiB; the longest unused go first")
-    steps: str | None = _key(None, "easy: guess the velocity of steps where it hardly changes (EasyCache), which changes the result")
-    threshold: float = _key(0.05, "how much the velocity may have changed, relative to its size, before it is computed again")
+    steps: str | None = _key(None, "easy or tea: guess steps that hardly change anything (EasyCache, TeaCache), which changes the result")
+    threshold: float | None = _key(None, "how much may have changed before a step is computed again; null: easy 0.05, tea as published")
 
     def __post_init__(self) -> None:
         if self.size_gib <= 0:
             raise InputError(f"cache.size_gib={self.size_gib}: it must be above 0, in GiB; cache.dir=null keeps nothing")
         if self.steps is not None:
             _check_choice("cache.steps", self.steps, STEP_CACHES)
-        if self.threshold <= 0:
+        if self.threshold is not None and self.threshold <= 0:
             raise InputError(f"cache.threshold={self.threshold}: it must be above 0, e.g. 0.05; cache.steps=null computes every step")
 
     def folder(self) -> Path | None:

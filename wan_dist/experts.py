@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -26,9 +25,9 @@ from wan_dist.parallel.mesh import Groups, limit_waiting
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning
-from wan_dist.sampling.denoise import Guidance, Predict, TwoExperts, rows_of
+from wan_dist.sampling.denoise import Guidance, TwoExperts, rows_of
 from wan_dist.sampling.solvers import Solver
-from wan_dist.sampling.step_cache import EasyCache
+from wan_dist.sampling.step_cache import EasyCache, Predict, TeaCache
 from wan_dist.streaming import Streaming
 from wan_dist.weights.checkpoint import Checkpoint
 
@@ -82,11 +81,10 @@ class Experts:
             at=torch.OutOfMemoryError if self.groups.replica.size == 1 else NoRoomError,  # what one rank meets alone ends the run
             note=lambda arrangement: self.report.facts.update(stepped_down_to=asdict(arrangement)),
         )
-        if self.config.cache.steps is None:
+        if self.config.cache.steps != "easy":
             return predict
-        agree = partial(broadcast_object, axis=self.groups.replica)
-        note = partial(self.counts.update, guessed=1)
-        return EasyCache(predict, num_steps=num_steps, threshold=self.config.cache.threshold, agree=agree, note=note)
+        threshold = self.config.cache.threshold or 0.05
+        return EasyCache(predict, num_steps=num_steps, threshold=threshold, agree=self._agree, note=self._note)
 
     def _open(self, which: int, suffix: str, scale: float, arrangement: Arrangement) -> Predict:
         groups = self.groups
@@ -100,9 +98,18 @@ class Experts:
         if groups.replica.size > 1 and self.plan.load is not None:
             make_sure_of_room(activation_bytes(self.plan.load, arrangement), self.report.device, groups.replica)
         limit_waiting(groups, self.config.parallel.timeout)
+        tea = None if self.plan.tea is None else TeaCache(self.plan.tea, agree=self._agree, note=self._note)
+        given = (model, contexts, self.conditioning, self.noise)
         if groups.cfg.size == 2:
-            return ParallelGuidance(model, contexts, self.conditioning, self.noise, scale=scale, axis=groups.cfg)
-        return Guidance(model, contexts, self.conditioning, self.noise, scale=scale, apart=arrangement.passes == "apart")
+            return ParallelGuidance(*given, scale=scale, axis=groups.cfg, tea=tea)
+        return Guidance(*given, scale=scale, apart=arrangement.passes == "apart", tea=tea)
+
+    def _agree(self, decision: bool) -> bool:
+        """Return the first rank's decision."""
+        return broadcast_object(decision, self.groups.replica)
+
+    def _note(self) -> None:
+        self.counts["guessed"] += 1
 
     @property
     def _precision(self) -> str:

@@ -84,6 +84,8 @@ class Load:
     is_first_frame: bool = False
     """The image is encoded alone, as the video's first latent frame, not as a video with empty frames after it."""
     num_experts: int = 1
+    keeps_steps: bool = False
+    """What all blocks added to the tokens is kept for the next step."""
     num_ranks: int = 1
     cfg: int = 1
     num_parts: int = 1
@@ -224,7 +226,10 @@ def activation_bytes(load: Load, arrangement: Arrangement) -> int:
     tokens = -(-load.num_tokens // load.num_parts)
     part = min(arrangement.slice_tokens or tokens, tokens)
     width = tokens * dims.dim * e
-    streams = width * (1 if arrangement.passes == "apart" or load.cfg == 2 else len(load.text_tokens))
+    branches = 1 if load.cfg == 2 else len(load.text_tokens)
+    streams = width * (1 if arrangement.passes == "apart" else branches)
+    if load.keeps_steps:  # the tokens as they came, and apart, what was added in the other pass
+        streams += width * (branches if arrangement.passes == "apart" else 1)
     pieces = 4 * min(PIECE, part) * dims.dim * FLOAT
     if part < tokens and load.num_parts == 1:  # k and v of all, then q in turn
         attend = 2 * width + 3 * part * dims.dim * e + pieces

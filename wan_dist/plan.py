@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from wan_dist.arrangement import Budget, arrange, arrange_vae, budget_of
-from wan_dist.catalog import AREA_480P, TASKS, Images, Task, get_task
+from wan_dist.catalog import AREA_480P, TASKS, Images, Task, TeaFit, get_task
 from wan_dist.config import RunConfig
 from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
 from wan_dist.dims import ModelDims
@@ -43,6 +43,8 @@ class Plan:
     shift: float
     guide_scales: tuple[float, float]
     """For low and for high noise."""
+    tea: TeaFit | None = None
+    """TeaCache's, if it is asked for."""
     latent_shape: tuple[int, int, int, int]
     """(C, T, h, w)."""
     num_tokens: int
@@ -127,6 +129,7 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
         seed=seed,
         shift=_shift(config, task, width * height if config.max_area is None else config.max_area),
         guide_scales=guide_scales,
+        tea=_tea(config, task, width * height),
         latent_shape=(task.latent_channels, latent_frames, rows, columns),
         num_tokens=num_tokens,
         degrees=degrees,
@@ -157,6 +160,7 @@ def arranged(
         num_images=len(plan.images),
         is_first_frame=plan.task.known_first_frame,
         num_experts=1 if plan.task.boundary is None else 2,
+        keeps_steps=plan.tea is not None,
         num_ranks=plan.degrees.num_ranks // plan.degrees.dp,
         cfg=plan.degrees.cfg,
         num_parts=plan.degrees.ring * plan.degrees.ulysses,
@@ -302,6 +306,16 @@ def _shift(config: RunConfig, task: Task, area: int) -> float:
     if task.shifts is None:
         raise InputError(f"sample.shift is null, but {task.name} has no default by size; published defaults are 3.0 to 16.0")
     return task.shifts[0] if area <= AREA_480P else task.shifts[1]
+
+
+def _tea(config: RunConfig, task: Task, area: int) -> TeaFit | None:
+    if config.cache.steps != "tea":
+        return None
+    if not task.tea:
+        names = ", ".join(name for name, other in TASKS.items() if other.tea)
+        raise InputError(f"cache.steps=tea has been fitted to the models of {names}, not to that of {task.name}; cache.steps=easy works")
+    fit = task.tea[0 if area <= AREA_480P else -1]
+    return fit if config.cache.threshold is None else fit._replace(threshold=config.cache.threshold)
 
 
 def _check_frames(frame_num: int, task: Task) -> None:

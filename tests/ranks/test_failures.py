@@ -66,8 +66,9 @@ def test_ranks_take_less_together_where_one_has_no_room(tmp_path: Path) -> None:
     assert "a smaller size or fewer frames would take less" in outcomes[9]
 
 
-def test_ranks_guess_the_same_steps(tmp_path: Path) -> None:
-    settings = [*TOY, "sample.steps=10", "cache.steps=easy", "cache.threshold=2", "output.save_tensor=true", "dtype=float32"]
+@pytest.mark.parametrize("kind", ["easy", "tea"])
+def test_ranks_guess_the_same_steps(kind: str, tmp_path: Path) -> None:
+    settings = [*TOY, "sample.steps=10", f"cache.steps={kind}", "cache.threshold=2", "output.save_tensor=true", "dtype=float32"]
     job = start(["-m", "wan_dist.run", *settings, "output.name=two"], tmp_path)
     told, _ = job.communicate(timeout=60)
     assert job.returncode == 0, told

@@ -13,7 +13,7 @@ from wan_dist.catalog import TASKS
 from wan_dist.footprint import GIB, Arrangement, Load, activation_bytes
 from wan_dist.models import quantized, vae_elementwise
 from wan_dist.models.attention import InnerAttention
-from wan_dist.models.transformer import ContextKV, WanTransformer
+from wan_dist.models.transformer import Added, ContextKV, WanTransformer
 from wan_dist.models.vae import WanVae
 from wan_dist.parallel.mesh import Axis
 from wan_dist.vae import decode, encode, uint8_frames
@@ -33,6 +33,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     ("task", "size", "quant"),
     [
         ("t2v-1.3B", (832, 480, 81), "none"),
+        ("t2v-1.3B", (832, 480, 81), "none, and tea"),
         ("ti2v-5B", (1280, 704, 121), "none"),
         ("i2v-14B", (832, 480, 81), "none"),
         ("i2v-14B", (832, 480, 81), "fp8"),
@@ -44,6 +45,7 @@ def test_a_step_takes_what_is_planned(
     task: str, size: tuple[int, int, int], quant: str, passes: str, slice_tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized, "multiplies_fp8", lambda device: True)
+    quant, _, tea = quant.partition(", and ")
     found, (width, height, frames) = TASKS[task], size
     dims = replace(found.transformer, num_layers=3)
     shape = (found.latent_channels, (frames - 1) // 4 + 1, height // found.stride[1], width // found.stride[2])
@@ -61,9 +63,11 @@ def test_a_step_takes_what_is_planned(
     kept = [*model.parameters(), *rotary, *model.times[str(TIMES.tolist())], *(context.text for context in contexts)]
     with torch.no_grad(), LiveBytes([*kept, *([image] if image is not None else [])]) as live:
         latents = empty(1, dims.in_dim, *shape[1:])
-        for group in [contexts] if passes == "together" else [[context] for context in contexts]:
-            model(latents, TIMES, group, rotary)
-    load = Load(models=found.models, latent_shape=shape, num_tokens=num_tokens, text_tokens=(20, 200), quant=quant)
+        groups = [contexts] if passes == "together" else [[context] for context in contexts]
+        added = [Added(lambda embedding: False) if tea else None for _ in groups]
+        for group, of_group in [*zip(groups, added, strict=True)] * 2:
+            model(latents, TIMES, group, rotary, of_group)
+    load = Load(models=found.models, latent_shape=shape, num_tokens=num_tokens, text_tokens=(20, 200), quant=quant, keeps_steps=bool(tea))
     planned = activation_bytes(load, Arrangement(slice_tokens=slice_tokens, passes=passes))
     if quant in ("int8", "int4"):
         planned += dims.dim * max(3 * dims.dim, dims.ffn_dim) * 2  # counted apart, as workspace

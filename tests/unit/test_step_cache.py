@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from tests.conftest import relative_error
+from wan_dist.catalog import TeaFit
 from wan_dist.sampling.denoise import denoise
 from wan_dist.sampling.solvers import make_solver
-from wan_dist.sampling.step_cache import EasyCache
+from wan_dist.sampling.step_cache import EasyCache, TeaCache
 
 
 def flow(latents: Tensor, timestep: int) -> Tensor:
@@ -55,3 +56,17 @@ def test_ranks_decide_together() -> None:
     _, computed, guessed = denoised(10.0, agree=refuse)
     assert asked == [True] * 31
     assert (len(computed), guessed) == (40, 0)
+
+
+def test_tea_sums_the_foreseen_change() -> None:
+    """Embeddings that grow by a tenth each step, and a fit that makes 0.21 of 0.1: the change passes 0.5 at every third step."""
+    guesses: list[int] = []
+    tea = TeaCache(TeaFit((1.0, 2.0, 0.0), 0.5), num_first=3, note=lambda: guesses.append(1))
+    decisions = []
+    for step in range(12):
+        tea.begin()
+        embedding = torch.full((1, 1, 6, 4), 1.1**step)
+        decisions.append(tea(embedding))
+        assert tea(embedding) == decisions[-1]  # asked again for the other branch
+    assert decisions == [False] * 3 + [True, True, False] * 3
+    assert len(guesses) == 6

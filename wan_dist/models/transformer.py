@@ -6,10 +6,9 @@ modulation, gates, rotary, the timestep branch and the head are float32.
 Layer names are those of the published checkpoints, except that q, k, v are one linear.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -24,10 +23,12 @@ from wan_dist.models.transformer_elementwise import (
     Scaling,
     add_,
     add_layer_norm_,
+    in_turn,
     layer_norm,
     linear_gelu,
     norm_rotate_,
     pieces,
+    slices,
 )
 
 
@@ -46,27 +47,13 @@ class ContextKV:
         return text if self.image is None else (*text, *self.image[index].unbind())
 
 
-def slices(segments: Sequence[int], length: int | None) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """Yield runs of at most ``length`` tokens, all of them for None, each with what lies in it of every segment."""
-    num_tokens = sum(segments)
-    ends = list(itertools.accumulate(segments, initial=0))
-    for first in range(0, num_tokens, length or num_tokens):
-        last = min(first + (length or num_tokens), num_tokens)
-        inside = (max(0, min(end, last) - max(start, first)) for start, end in itertools.pairwise(ends))
-        yield slice(first, last), tuple(inside)
+@dataclass
+class Added:
+    """What all blocks together add to the tokens, for each context."""
 
-
-def in_turn(parts: Sequence[tuple[slice, tuple[int, ...]]], x: Tensor, work: Callable[[slice, tuple[int, ...]], Tensor]) -> Tensor:
-    """Return what ``work`` makes of the parts of `slices` of x (B, L, D), (B, l, ...) each, in one tensor (B, L, ...)."""
-    first = work(*parts[0])
-    if len(parts) == 1:
-        return first
-    whole = first.new_empty(first.shape[0], x.shape[1], *first.shape[2:])
-    whole[:, parts[0][0]] = first
-    del first
-    for part, inside in parts[1:]:
-        whole[:, part] = work(part, inside)
-    return whole
+    is_taken: Callable[[Tensor], bool]
+    """Whether a step, by its timestep's embedding (B, R, 6, D), takes what is kept."""
+    kept: list[Tensor] = field(default_factory=list)
 
 
 class Norm(nn.Module):
@@ -349,12 +336,20 @@ class WanTransformer(nn.Module):
         self.times = {str(each.tolist()): self.embed_time(each) for each in timesteps}
         del self.time_embedding, self.time_projection
 
-    def forward(self, latents: Tensor, timesteps: Tensor, contexts: Sequence[ContextKV], rotary: tuple[Tensor, Tensor]) -> list[Tensor]:
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        contexts: Sequence[ContextKV],
+        rotary: tuple[Tensor, Tensor],
+        added: Added | None = None,
+    ) -> list[Tensor]:
         """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
         timesteps (B, 1) on the CPU, or (B, 2) where the first latent frame has a timestep of its own, the first of the two. T, h, w must be
         multiples of the patch. ``contexts`` come from `ContextProjection`, ``rotary`` from `rotary`. All contexts go through a block
-        before the next one's turn, so that weights which are gathered or fetched for it are so once.
+        before the next one's turn, so that weights which are gathered or fetched for it are so once. ``added`` lets a step take
+        what the blocks added in an earlier one.
         """
         time, block_time = self.embed_time(timesteps)
         x = self.patch_embedding(latents)
@@ -362,10 +357,20 @@ class WanTransformer(nn.Module):
         num_first = num_tokens // (latents.shape[2] // self.dims.patch[0])
         segments: tuple[int, ...] = (num_tokens,) if timesteps.shape[1] == 1 else (num_first, num_tokens - num_first)
         x, rotary, segments = self.sequence.split(x, rotary, segments)
-        streams = [x]
-        del x
-        for index, block in enumerate(self.blocks):
-            streams = block(streams, block_time, [context.of_block(index) for context in contexts], rotary, segments)
+        if added is not None and added.is_taken(block_time) and added.kept:
+            streams = [x + each for each in added.kept]
+        else:
+            before = None
+            if added is not None:
+                added.kept.clear()
+                before = x.clone()
+            streams = [x]
+            del x
+            for index, block in enumerate(self.blocks):
+                streams = block(streams, block_time, [context.of_block(index) for context in contexts], rotary, segments)
+            if added is not None and before is not None:
+                added.kept = [stream - before for stream in streams]
+                del before
         return [self.unpatchify(self.sequence.gather(self.head(x, time, segments)), latents.shape[2:]) for x in streams]
 
     def unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:

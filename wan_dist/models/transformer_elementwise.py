@@ -4,8 +4,9 @@ Arithmetic is float32 whatever the dtype. Shapes: B batch, L tokens, D width, H 
 tokens that share a timestep.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
 from typing import NamedTuple
@@ -36,6 +37,29 @@ def pieces(segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
         start, end = end, end + length
         for first in range(start, end, PIECE):
             yield row, slice(first, min(first + PIECE, end))
+
+
+def slices(segments: Sequence[int], length: int | None) -> Iterator[tuple[slice, tuple[int, ...]]]:
+    """Yield runs of at most ``length`` tokens, all of them for None, each with what lies in it of every segment."""
+    num_tokens = sum(segments)
+    ends = list(itertools.accumulate(segments, initial=0))
+    for first in range(0, num_tokens, length or num_tokens):
+        last = min(first + (length or num_tokens), num_tokens)
+        inside = (max(0, min(end, last) - max(start, first)) for start, end in itertools.pairwise(ends))
+        yield slice(first, last), tuple(inside)
+
+
+def in_turn(parts: Sequence[tuple[slice, tuple[int, ...]]], x: Tensor, work: Callable[[slice, tuple[int, ...]], Tensor]) -> Tensor:
+    """Return what ``work`` makes of the parts of `slices` of x (B, L, D), (B, l, ...) each, in one tensor (B, L, ...)."""
+    first = work(*parts[0])
+    if len(parts) == 1:
+        return first
+    whole = first.new_empty(first.shape[0], x.shape[1], *first.shape[2:])
+    whole[:, parts[0][0]] = first
+    del first
+    for part, inside in parts[1:]:
+        whole[:, part] = work(part, inside)
+    return whole
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

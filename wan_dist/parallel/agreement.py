@@ -5,7 +5,7 @@ from torch import Tensor
 
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
-from wan_dist.sampling.denoise import Predict
+from wan_dist.sampling.step_cache import Predict
 
 
 class Agreeing:

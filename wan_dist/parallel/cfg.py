@@ -9,6 +9,7 @@ from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import Velocities, guided
+from wan_dist.sampling.step_cache import TeaCache
 
 
 class ParallelGuidance:
@@ -18,11 +19,19 @@ class ParallelGuidance:
     """
 
     def __init__(
-        self, model: WanTransformer, contexts: Sequence[ContextKV], conditioning: Conditioning, latents: Tensor, *, scale: float, axis: Axis
+        self,
+        model: WanTransformer,
+        contexts: Sequence[ContextKV],
+        conditioning: Conditioning,
+        latents: Tensor,
+        *,
+        scale: float,
+        axis: Axis,
+        tea: TeaCache | None = None,
     ) -> None:
         self.axis = axis
         self.scale = scale
-        self.velocities = Velocities(model, [contexts[axis.rank]], conditioning, latents)
+        self.velocities = Velocities(model, [contexts[axis.rank]], conditioning, latents, tea=tea)
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32, the same on both ranks."""

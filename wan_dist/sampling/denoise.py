@@ -5,23 +5,32 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from wan_dist.models.transformer import ContextKV, WanTransformer
+from wan_dist.models.transformer import Added, ContextKV, WanTransformer
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.solvers import Solver
-
-Predict = Callable[[Tensor, int], Tensor]
-"""(latents (B, C, T, h, w), timestep) -> velocity of the same shape."""
+from wan_dist.sampling.step_cache import Predict, TeaCache
 
 
 class Velocities:
-    """The transformer's velocity for each context. What does not change from step to step is kept."""
+    """The transformer's velocity for each context. What does not change from step to step is kept.
+
+    ``tea`` decides at which steps the blocks are not computed, but taken to add to the tokens what they added last.
+    """
 
     def __init__(
-        self, model: WanTransformer, contexts: Sequence[ContextKV], conditioning: Conditioning, latents: Tensor, *, apart: bool = False
+        self,
+        model: WanTransformer,
+        contexts: Sequence[ContextKV],
+        conditioning: Conditioning,
+        latents: Tensor,
+        *,
+        apart: bool = False,
+        tea: TeaCache | None = None,
     ) -> None:
         self.model = model
-        self.apart = apart
-        self.contexts = contexts
+        self.tea = tea
+        self.groups = [[context] for context in contexts] if apart else [contexts]
+        self.added = [None if tea is None else Added(tea) for _ in self.groups]
         self.extra_channels = conditioning.extra_channels
         self.has_known_frame = conditioning.known_latents is not None
         self.rotary = model.rotary(latents)
@@ -31,8 +40,12 @@ class Velocities:
         timesteps = rows_of(timestep, has_known_frame=self.has_known_frame)
         if self.extra_channels is not None:
             latents = torch.cat([latents, self.extra_channels], dim=1)
-        groups = [[context] for context in self.contexts] if self.apart else [self.contexts]
-        return [velocity for group in groups for velocity in self.model(latents, timesteps, group, self.rotary)]
+        velocities: list[Tensor] = []
+        if self.tea is not None:
+            self.tea.begin()
+        for group, added in zip(self.groups, self.added, strict=True):
+            velocities += self.model(latents, timesteps, group, self.rotary, added)
+        return velocities
 
 
 def rows_of(timestep: int, *, has_known_frame: bool) -> Tensor:
@@ -60,9 +73,11 @@ class Guidance:
         *,
         scale: float,
         apart: bool = False,
+        tea: TeaCache | None = None,
     ) -> None:
         self.scale = scale
-        self.velocities = Velocities(model, contexts[:1] if scale == 1 else contexts, conditioning, latents, apart=apart)
+        own = contexts[:1] if scale == 1 else contexts
+        self.velocities = Velocities(model, own, conditioning, latents, apart=apart, tea=tea)
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32."""

@@ -1,11 +1,14 @@
-"""Steps whose velocity is guessed from earlier ones instead of computed: opt-in, because the result changes."""
+"""Steps that are guessed from earlier ones instead of computed: opt-in, because the result changes."""
 
 import math
 from collections.abc import Callable
 
 from torch import Tensor
 
-from wan_dist.sampling.denoise import Predict
+from wan_dist.catalog import TeaFit
+
+Predict = Callable[[Tensor, int], Tensor]
+"""(latents (B, C, T, h, w), timestep) -> velocity of the same shape."""
 
 
 class EasyCache:
@@ -58,3 +61,44 @@ class EasyCache:
 
 def _size(x: Tensor) -> float:
     return x.abs().mean().item()
+
+
+class TeaCache:
+    """Decides which steps take what the blocks added to the tokens in the last computed one (TeaCache, arXiv:2411.19108).
+
+    How much the blocks' result changes is foreseen from how much the embedding of the timestep does, by the model's ``fit``; while it sums
+    up to less than the fit's threshold, steps are guessed. The first ``num_first`` are computed. ``agree`` and ``note``: see `EasyCache`.
+    """
+
+    def __init__(
+        self, fit: TeaFit, *, num_first: int = 5, agree: Callable[[bool], bool] = bool, note: Callable[[], None] = lambda: None
+    ) -> None:
+        self.fit, self.num_first, self.agree, self.note = fit, num_first, agree, note
+        self._count, self._change = 0, 0.0
+        self._before: Tensor | None = None
+        self._decision: bool | None = None
+
+    def begin(self) -> None:
+        """Begin a step: the decision is the same for all that is computed in it."""
+        self._decision = None
+
+    def __call__(self, embedding: Tensor) -> bool:
+        """Whether this step is guessed, by its timestep's embedding as the blocks are modulated with it."""
+        if self._decision is None:
+            self._decision = self._decide(embedding)
+            self._before = embedding
+            self._count += 1
+            if self._decision:
+                self.note()
+        return self._decision
+
+    def _decide(self, embedding: Tensor) -> bool:
+        if self._before is None or self._count < self.num_first:
+            return False
+        relative = _size(embedding - self._before) / max(_size(self._before), 1e-12)
+        foreseen = sum(factor * relative**power for power, factor in enumerate(reversed(self.fit.coefficients)))
+        self._change += max(foreseen, relative)  # where it was not fitted, with few steps, a polynomial may fall far below 0
+        is_guessed = self.agree(self._change < self.fit.threshold)
+        if not is_guessed:
+            self._change = 0.0
+        return is_guessed
