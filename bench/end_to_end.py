@@ -1,0 +1,80 @@
+"""Time a whole run by stage, from the command to the video, with a full-size random checkpoint.
+
+    python bench/checkpoint.py --task i2v-14B CHECKPOINTS/i2v-14B
+    python -m bench.end_to_end CHECKPOINTS --task i2v-14B size=832*480 sample.steps=4
+    torchrun --nproc_per_node=2 -m bench.end_to_end CHECKPOINTS --task i2v-14B size=832*480 sample.steps=4
+
+Prints each stage's seconds, and what the run would take with the task's own number of steps, from its second step on; writes
+bench/results/end-to-end-TASK-SIZE-GPUS.json.
+"""
+
+import argparse
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+from PIL import Image
+
+from bench.memory import timed_steps
+from wan_dist.arguments import prepare
+from wan_dist.catalog import TASKS, Images
+from wan_dist.run import compose
+from wan_dist.run import main as run
+
+
+def main() -> None:
+    """Run once and print where the time went."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, help="a folder with a checkpoint for each task, under its name")
+    parser.add_argument("settings", nargs="*", help="settings of the run")
+    parser.add_argument(
+        "--task", default="i2v-14B", choices=[name for name, task in TASKS.items() if task.images is not Images.FIRST_AND_LAST]
+    )
+    parser.add_argument("--work", type=Path, default=Path("/tmp/wan-dist-end-to-end"))
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    options = parser.parse_intermixed_args()
+    rank, num_ranks = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    options.work.mkdir(parents=True, exist_ok=True)
+    settings = [
+        f"task={options.task}",
+        f"ckpt_dir={options.checkpoints / options.task}",
+        "prompt=two cats boxing on a stage",
+        *options.settings,
+    ]
+    default = compose(prepare([f"task={options.task}"]))
+    config = compose(prepare(settings))
+    assert default is not None
+    assert config is not None
+    if TASKS[options.task].images is Images.FIRST:
+        image = options.work / f"image-{rank}.png"
+        Image.effect_noise(config.width_height(), 80).convert("RGB").save(image)
+        settings.append(f"image={image}")
+    start = time.perf_counter()
+    with timed_steps() as seconds:
+        code = run([*settings, "cache.dir=null", f"output.dir={options.work}", "output.name=run", "output.save_latents=false"])
+    total = time.perf_counter() - start
+    if code:
+        raise SystemExit(code)
+    if rank != "0":
+        return
+    record = json.loads((options.work / "run.json").read_text())
+    (size,) = re.findall(r"\d+x\d+", json.dumps(record["config"]["size"]).replace("*", "x"))
+    for name, stage in record["stages"].items():
+        print(f"  {name:10} {stage['seconds']:8.2f} s  {100 * stage['seconds'] / total:5.1f} %")
+    whole = total + (default.sample.steps - config.sample.steps) * min(seconds[1:] or seconds)
+    print(f"  {'in all':10} {total:8.2f} s, with {default.sample.steps} steps {whole:.0f} s; steps {seconds}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    found = {"task": options.task, "settings": options.settings, "ranks": num_ranks, "date": time.strftime("%Y-%m-%d"), "seconds": total}
+    found |= {
+        "with_default_steps": whole,
+        "step_seconds": seconds,
+        **{key: record[key] for key in ("device", "versions", "attention", "stages")},
+    }
+    file = options.out / f"end-to-end-{options.task}-{size}-{num_ranks}gpu.json"
+    file.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
