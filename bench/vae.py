@@ -23,7 +23,7 @@ from wan_dist.degrees import Degrees
 from wan_dist.dims import VaeDims
 from wan_dist.models.vae import WanVae, in_chunks
 from wan_dist.parallel.mesh import Axis, local_device, open_groups
-from wan_dist.vae import decode, encode, float32_frames, uint8_frames
+from wan_dist.vae import decode, encode, float32_frames, kernels_tried, uint8_frames
 from wan_dist.ways import Way
 from wan_dist.weights.names import diffusers_vae
 
@@ -104,10 +104,8 @@ class Bench:
         self.few = self.latents[:, :3]
         self.exact: torch.Tensor | None = None
         if axis.size == 1:
-            torch.backends.cudnn.benchmark = False  # it would take a minute to choose what runs once
             reference = random_vae(self.dims, torch.float32, self.device)
             self.exact = torch.cat(list(decode(reference, self.few, float32_frames, Way("whole"), axis)))
-            torch.backends.cudnn.benchmark = True
 
     def note(self, what: str, facts: dict[str, float]) -> None:
         """Print and keep a line."""
@@ -127,7 +125,8 @@ class Bench:
 
     def decoding(self, vae: WanVae, way: Way, dtype: str) -> None:
         """Measure decoding in one way."""
-        facts = timed(lambda: deque(decode(vae, self.latents, uint8_frames, way, self.axis), maxlen=1), self.options.runs)
+        with kernels_tried(self.dims, way):
+            facts = timed(lambda: deque(decode(vae, self.latents, uint8_frames, way, self.axis), maxlen=1), self.options.runs)
         if self.exact is not None:
             frames = torch.cat(list(decode(vae, self.few, float32_frames, way, self.axis)))
             facts |= distance(frames.to(self.device), self.exact)
@@ -146,7 +145,8 @@ class Bench:
         return facts | {"peak_gib": round(facts["peak_gib"] - video.nbytes / GIB, 2)}
 
     def peer(self) -> None:
-        """Measure diffusers' VAE in bfloat16."""
+        """Measure diffusers' VAE in bfloat16, with cuDNN's best kernels."""
+        torch.backends.cudnn.benchmark = True
         source = random_vae(self.dims, torch.float32, self.device)
         peer = diffusers_peer(source, torch.bfloat16)
         mean, std = source._moments(self.latents)
@@ -158,6 +158,7 @@ class Bench:
         if self.options.encode:
             facts = self.timed_on_video(lambda video: peer.encode(video.bfloat16(), return_dict=False))
             self.note("diffusers encode, bfloat16", facts)
+        torch.backends.cudnn.benchmark = False
 
 
 @torch.no_grad()
@@ -177,7 +178,6 @@ def main() -> None:
     options = parser.parse_args()
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = local_device("cuda")
-    torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = False  # float32 is what the others are compared with
     machine = {"gpu": f"{num_ranks} x {torch.cuda.get_device_name()}", "torch": torch.__version__, "cuda": torch.version.cuda}
     options.out.mkdir(parents=True, exist_ok=True)

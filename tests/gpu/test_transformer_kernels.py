@@ -33,9 +33,13 @@ def test_kernels_are_the_arithmetic(width: int, segments: tuple[int, ...], monke
 
     def results() -> list[Tensor]:
         first, second, heads = x.clone(), x.clone(), x.clone().unflatten(2, (-1, 128))
-        made = [elementwise.layer_norm(x, Scaling(scale, shift), segments, 1e-6)]
-        made += [elementwise.layer_norm(x, Scaling(scale, shift), segments, 1e-6, torch.float32)]
-        made += [elementwise.add_layer_norm_(first, y, gate, Scaling(weight, weight, plus_one=False), segments, 1e-6), first]
+        made = [elementwise.layer_norm(x, Scaling(scale, shift), segments, 1e-6, torch.empty_like(y))]
+        made += [elementwise.layer_norm(x, Scaling(scale, shift), segments, 1e-6, torch.empty_like(y, dtype=torch.float32))]
+        rounded = elementwise.layer_norm(x, Scaling(scale, shift), segments, 1e-6, elementwise.room_for(y, rounded=True))
+        assert isinstance(rounded, elementwise.Rounded)
+        made += [rounded.values.float() * rounded.scale]
+        affine = Scaling(weight, weight, plus_one=False)
+        made += [elementwise.add_layer_norm_(first, y, gate, affine, segments, 1e-6, torch.empty_like(y)), first]
         elementwise.add_(second, y, None, segments)
         elementwise.norm_rotate_(heads, weight.flatten(), 1e-6, rotary)
         return [*made, second, heads]

@@ -10,9 +10,11 @@ from torch import nn
 from tests.conftest import FIXTURES, relative_error
 from wan_dist import footprint
 from wan_dist.catalog import TASKS
+from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
+from wan_dist.models import quantized
 from wan_dist.models.quantized import GROUP, QuantizedLinear, quantize, quantize_blocks
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.streaming import Streaming
 from wan_dist.weights.checkpoint import open_checkpoint
 
@@ -60,6 +62,36 @@ def test_loaded_and_streamed_are_quantised_alike(kind: str) -> None:
             each.forward = lambda x, each=each: each.ffn(each.self_attn.qkv(x)[..., : component.dims.dim])  # type: ignore[method-assign]
             outputs.append(each(x))
         assert torch.equal(*outputs)
+
+
+def test_tokens_rounded_for_fp8_products_give_about_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms that round, products of fp8 by fp8 and several of the same tokens, against products of what was rounded back."""
+    torch.manual_seed(0)
+    dims = TransformerDims(num_layers=3, dim=128, ffn_dim=256, num_heads=2, text_dim=32)
+    model = WanTransformer(dims, torch.bfloat16).requires_grad_(False)
+    quantize_blocks(model.blocks, "fp8")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.float8_e4m3fn:
+            parameter.normal_(std=0.3)
+        elif parameter.dim() > 1:
+            owner = model.get_submodule(name.rpartition(".")[0])
+            for part, value in quantize(torch.randn(parameter.shape) * parameter.shape[1] ** -0.5, "fp8").items():
+                getattr(owner, part).data = value
+    latents, heads = torch.randn(1, 16, 2, 4, 6), (2, 64)
+    contexts = [ContextKV(torch.randn(3, 2, 1, number, *heads).bfloat16()) for number in (5, 9)]
+    rotary = model.rotary(latents)
+
+    def velocities() -> torch.Tensor:
+        return torch.cat(model(latents, torch.tensor([[500]]), contexts, rotary))
+
+    dequantised = velocities()
+    assert not model.blocks[1].self_attn.qkv.takes_rounded
+    monkeypatch.setattr(quantized, "multiplies_fp8", lambda device: True)
+    assert model.blocks[1].self_attn.qkv.takes_rounded
+    whole = velocities()
+    model.slice_tokens(4)
+    assert relative_error(velocities(), whole) < 1e-2
+    assert 1e-4 < relative_error(whole, dequantised) < 0.1
 
 
 @pytest.mark.parametrize("kind", ERRORS)

@@ -4,6 +4,7 @@ import importlib
 from collections.abc import Callable
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from wan_dist.errors import first_line
@@ -31,6 +32,11 @@ def tried(name: str, trial: Callable[[ModuleType | None], Tensor]) -> ModuleType
         logger.warning("kernels   %s are off by %.1e here, PyTorch does their work more slowly", name, error)
         return None
     return kernels
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether this device multiplies matrices of fp8: NVIDIA's from compute capability 8.9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def block_of(length: int) -> int:

@@ -7,29 +7,19 @@ computed in the input's dtype, but for fp8 on GPUs that multiply it, where input
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.kernels import block_of, tried
-from wan_dist.models.transformer_elementwise import gelu_
+from wan_dist.models.kernels import block_of, multiplies_fp8, tried
+from wan_dist.models.transformer_elementwise import FP8, FP8_MAX, Rounded, divided, gelu_
 
-_FP8 = torch.float8_e4m3fn
-_STORED = {"fp8": _FP8, "int8": torch.int8, "int4": torch.uint8}
+_STORED = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}
 PARTS = ("weight", "scale", "offset")
 """What takes the place of a linear's weight; an offset is there in int4 only."""
 GROUP = 64
-_FP8_MAX = 448.0
 _ROWS_AT_ONCE = 1024
-
-
-class Rounded(NamedTuple):
-    """Tokens as 8-bit floats (..., k) with a scale for each (n, 1), float32."""
-
-    values: Tensor
-    scale: Tensor
 
 
 class QuantizedLinear(nn.Module):
@@ -47,7 +37,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor | Rounded, rows: slice = slice(None), *, gelu: bool = False) -> Tensor:
         """x (..., in) -> (..., out), or those outputs whose rows of the weight these are; ``gelu``: of GELU of x, which may change x."""
-        x = self.prepare(x, gelu=gelu) if isinstance(x, Tensor) else x
+        x = self.prepare(x, gelu=gelu)
         if isinstance(x, Tensor):
             return F.linear(x, self.dequantized(x.dtype, rows), self.bias[rows])
         weight, scale_of_weight, bias = self.weight[rows].t(), self.scale[rows].t(), self.bias[rows]
@@ -55,12 +45,19 @@ class QuantizedLinear(nn.Module):
         out = torch._scaled_mm(values, weight, x.scale, scale_of_weight, bias, out_dtype=bias.dtype, use_fast_accum=True)
         return out.unflatten(0, x.values.shape[:-1])
 
-    def prepare(self, x: Tensor, *, gelu: bool = False) -> Tensor | Rounded:
+    def prepare(self, x: Tensor | Rounded, *, gelu: bool = False) -> Tensor | Rounded:
         """Return x, or GELU of it, as `forward` takes it; once for several calls. May change x."""
-        if self.kind == "fp8" and x.dtype == torch.bfloat16 and multiplies_fp8(x.device):
+        if isinstance(x, Rounded):
+            return x
+        if self.takes_rounded and x.dtype == torch.bfloat16:
             values, scale = _rounded_to_fp8(_kernels(x.device) if x.is_cuda else None, x.flatten(0, -2), gelu=gelu)
             return Rounded(values.view(x.shape), scale)
         return gelu_(x) if gelu else x
+
+    @property
+    def takes_rounded(self) -> bool:
+        """Whether it multiplies tokens that are rounded to fp8."""
+        return self.kind == "fp8" and self.bias.dtype == torch.bfloat16 and multiplies_fp8(self.weight.device)
 
     def dequantized(self, dtype: torch.dtype, which: slice = slice(None)) -> Tensor:
         """Return the weight (out, in), or these rows of it, in ``dtype``."""
@@ -79,18 +76,18 @@ class QuantizedLinear(nn.Module):
 
 def _rounded_to_fp8(kernels: ModuleType | None, tokens: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
     """Return tokens (n, k), or GELU of them, as 8-bit floats with a scale for each, (n, 1) float32."""
-    values, scale = torch.empty_like(tokens, dtype=_FP8), tokens.new_empty(len(tokens), 1, dtype=torch.float32)
+    values, scale = torch.empty_like(tokens, dtype=FP8), tokens.new_empty(len(tokens), 1, dtype=torch.float32)
     if kernels is not None:
         width = tokens.shape[1]
         block = block_of(width)
         kernels.round_kernel[(len(tokens),)](
-            tokens, values, scale, tokens.stride(0), _FP8_MAX, width=width, has_gelu=gelu, block=block, num_warps=max(4, block // 1024)
+            tokens, values, scale, tokens.stride(0), FP8_MAX, width=width, has_gelu=gelu, block=block, num_warps=max(4, block // 1024)
         )
         return values, scale
     for first in range(0, len(tokens), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         rows = F.gelu(tokens[part].float(), approximate="tanh") if gelu else tokens[part]
-        values[part], scale[part] = _rounded(rows, _FP8_MAX)
+        values[part], scale[part] = divided(rows, FP8_MAX)
     return values, scale
 
 
@@ -118,19 +115,8 @@ def quantize(weight: Tensor, kind: str) -> dict[str, Tensor]:
         scale = ((high - low) / 15).clamp_min(1e-12)
         values = ((groups - low.unsqueeze(-1)) / scale.unsqueeze(-1)).round().clamp(0, 15).to(torch.uint8).flatten(1)
         return {"weight": values[:, ::2] | values[:, 1::2] << 4, "scale": scale, "offset": low}
-    values, scale = _rounded(weight, _FP8_MAX if kind == "fp8" else 127.0)
-    return {"weight": values.to(_FP8) if kind == "fp8" else values.round().to(torch.int8), "scale": scale}
-
-
-def _rounded(rows: Tensor, most: float) -> tuple[Tensor, Tensor]:
-    """Return rows (n, k) divided so that the largest value of each is ``most``, float32, and by what, (n, 1) float32."""
-    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / most
-    return rows.float() / scale, scale
-
-
-def multiplies_fp8(device: torch.device) -> bool:
-    """Whether this device multiplies matrices of fp8: NVIDIA's from compute capability 8.9 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    values, scale = divided(weight, FP8_MAX if kind == "fp8" else 127.0)
+    return {"weight": values.to(FP8) if kind == "fp8" else values.round().to(torch.int8), "scale": scale}
 
 
 def quantize_blocks(blocks: nn.ModuleList, kind: str) -> None:

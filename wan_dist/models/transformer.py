@@ -20,6 +20,7 @@ from wan_dist.dims import TransformerDims
 from wan_dist.models.attention import InnerAttention, rotary_tables
 from wan_dist.models.cross_attention import cross_attend
 from wan_dist.models.transformer_elementwise import (
+    Rounded,
     Scaling,
     add_,
     add_layer_norm_,
@@ -28,6 +29,7 @@ from wan_dist.models.transformer_elementwise import (
     linear_gelu,
     norm_rotate_,
     pieces,
+    room_for,
     slices,
 )
 
@@ -72,9 +74,12 @@ class Linear(nn.Linear):
         """x (..., in) -> (..., out), or those outputs whose rows of the weight these are."""
         return F.linear(x, self.weight[rows], self.bias[rows])
 
-    def prepare(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor | Rounded) -> Tensor | Rounded:
         """Return x as `forward` takes it; once for several calls."""
         return x
+
+    takes_rounded = False
+    """Whether x may be rounded to fp8; see models/quantized.py."""
 
 
 class SelfAttention(nn.Module):
@@ -90,7 +95,7 @@ class SelfAttention(nn.Module):
         self.norm_k = Norm(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
-    def project(self, x: Tensor, rotary: tuple[Tensor, Tensor], which: Sequence[int]) -> Tensor:
+    def project(self, x: Tensor | Rounded, rotary: tuple[Tensor, Tensor], which: Sequence[int]) -> Tensor:
         """Return some of q, k and v (B, L, n, H, D / H) of x (B, L, D), ready for attention; rotary tables of the same tokens.
 
         ``which``: n neighbours of 0 for q, 1 for k, 2 for v.
@@ -102,7 +107,7 @@ class SelfAttention(nn.Module):
                 norm_rotate_(found[:, :, place - which[0]], norm.weight, self.eps, rotary)
         return found
 
-    def begin(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> list[Callable[[], Tensor]]:
+    def begin(self, x: Tensor | Rounded, rotary: tuple[Tensor, Tensor]) -> list[Callable[[], Tensor]]:
         """Begin to bring q, k and v of x (B, L, D) to where they are attended to: each is on its way while the next one is computed."""
         x = self.qkv.prepare(x)
         begun = [self.inner_attention.begin(self.project(x, rotary, (place,)).squeeze(2)) for place in (2, 1, 0)]  # v has no norm
@@ -183,10 +188,14 @@ class Block(nn.Module):
                     copy[:, part] = x[:, part]
                 self._feed(x[:, part], normed, modulation, contexts[number], inside)
                 for copy, context in zip(copies, contexts[1:], strict=False):
-                    layer_norm(copy[:, part], self._affine, inside, self.eps, out=normed)
+                    layer_norm(copy[:, part], self._affine, inside, self.eps, normed)
                     self._feed(copy[:, part], normed, modulation, context, inside)
                 del normed  # it would be there during the next attention
         return [*streams, *copies]
+
+    def _room(self, x: Tensor) -> Tensor | Rounded:
+        """Return room for what the linears take in x's place."""
+        return room_for(x, rounded=self.self_attn.qkv.takes_rounded)
 
     @property
     def _affine(self) -> Scaling:
@@ -195,27 +204,27 @@ class Block(nn.Module):
 
     def _attend(
         self, x: Tensor, modulation: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]
-    ) -> Iterator[tuple[slice, tuple[int, ...], Tensor]]:
+    ) -> Iterator[tuple[slice, tuple[int, ...], Tensor | Rounded]]:
         """Add self-attention to x part by part; yields each part, its segments, and its tokens normed for cross-attention."""
         shift, scale, gate = modulation[:3]
         parts = list(slices(segments, self.slice_tokens))
         attention, scaling = self.self_attn, Scaling(scale, shift)
 
         def project(part: slice, inside: tuple[int, ...], which: Sequence[int]) -> Tensor:
-            normed = layer_norm(x[:, part], scaling, inside, self.eps)
+            normed = layer_norm(x[:, part], scaling, inside, self.eps, self._room(x[:, part]))
             return attention.project(normed, (rotary[0][part], rotary[1][part]), which)
 
         if len(parts) > 1 and attention.inner_attention.takes_some_queries:
             k, v = in_turn(parts, x, lambda part, inside: project(part, inside, (1, 2))).unbind(2)
             for part, inside in parts:
                 out = attention.o(attention.inner_attention(project(part, inside, (0,)).squeeze(2), k, v).flatten(2))
-                normed = add_layer_norm_(x[:, part], out, gate, self._affine, inside, self.eps)
+                normed = add_layer_norm_(x[:, part], out, gate, self._affine, inside, self.eps, self._room(x[:, part]))
                 del out
                 yield part, inside, normed
                 del normed
             return
         if len(parts) == 1:
-            begun = attention.begin(layer_norm(x, scaling, segments, self.eps), rotary)
+            begun = attention.begin(layer_norm(x, scaling, segments, self.eps, self._room(x)), rotary)
         else:
             begun = [attention.inner_attention.begin(each) for each in in_turn(parts, x, partial(project, which=(0, 1, 2))).unbind(2)]
         out = attention.attend(begun)
@@ -223,16 +232,16 @@ class Block(nn.Module):
             added = attention.o(out[:, part])
             if (part, inside) == parts[-1]:
                 del out  # it would be there during the feed-forward, as what is added
-            normed = add_layer_norm_(x[:, part], added, gate, self._affine, inside, self.eps)
+            normed = add_layer_norm_(x[:, part], added, gate, self._affine, inside, self.eps, self._room(x[:, part]))
             del added
             yield part, inside, normed
 
     def _feed(
-        self, x: Tensor, normed: Tensor, modulation: tuple[Tensor, ...], context: tuple[Tensor, ...], segments: tuple[int, ...]
+        self, x: Tensor, normed: Tensor | Rounded, modulation: tuple[Tensor, ...], context: tuple[Tensor, ...], segments: tuple[int, ...]
     ) -> None:
         """Add cross-attention of what was normed for it, which is lost, then the feed-forward, to x."""
         shift, scale, gate = modulation[3:]
-        add_layer_norm_(x, self.cross_attn(normed, context), None, Scaling(scale, shift), segments, self.eps, out=normed)
+        add_layer_norm_(x, self.cross_attn(normed, context), None, Scaling(scale, shift), segments, self.eps, normed)
         add_(x, self.ffn(normed), gate, segments)
 
 
@@ -279,11 +288,13 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor, segments: tuple[int, ...]) -> Tensor:
         """x (B, L, D); time (B, R, D) float32, a row for each segment of tokens -> (B, L, patch volume * C) float32."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-        normed = (
-            layer_norm(x[:, part], Scaling(scale[:, row, None], shift[:, row, None]), (part.stop - part.start,), self.eps, torch.float32)
-            for row, part in pieces(segments)
-        )
-        return torch.cat([self.head(part) for part in normed], dim=1)
+
+        def normed(row: int, part: slice) -> Tensor:
+            scaling = Scaling(scale[:, row, None], shift[:, row, None])
+            out = torch.empty_like(x[:, part], dtype=torch.float32)
+            return layer_norm(x[:, part], scaling, (part.stop - part.start,), self.eps, out)
+
+        return torch.cat([self.head(normed(row, part)) for row, part in pieces(segments)], dim=1)
 
 
 class WanTransformer(nn.Module):

@@ -9,17 +9,31 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_dist.models.attention import apply_rotary
-from wan_dist.models.kernels import block_of, tried
+from wan_dist.models.kernels import block_of, multiplies_fp8, tried
 
 PIECE = 4096
 """Tokens at a time in float32 without kernels: longer sequences are cut, so that float32 copies of them stay small."""
+
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+
+
+class Rounded(NamedTuple):
+    """Tokens as 8-bit floats (..., D) with a scale for each (n, 1), float32: what linears in fp8 multiply."""
+
+    values: Tensor
+    scale: Tensor
+
+
+Out = TypeVar("Out", Tensor, Rounded, Tensor | Rounded)
 
 
 class Scaling(NamedTuple):
@@ -67,11 +81,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), weight.shape, weight, eps)
 
 
-def layer_norm(
-    x: Tensor, scaling: Scaling, segments: tuple[int, ...], eps: float, dtype: torch.dtype | None = None, out: Tensor | None = None
-) -> Tensor:
-    """LayerNorm of x (B, L, D), then `Scaling`, as in DiT's adaLN (arXiv:2212.09748); in ``dtype``, or x's, or in ``out``."""
-    out = torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device) if out is None else out
+def divided(rows: Tensor, most: float) -> tuple[Tensor, Tensor]:
+    """Return rows (..., k) divided so that the largest value of each is ``most``, float32, and by what, (n, 1) float32."""
+    scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp_min(1e-12) / most
+    return rows.float() / scale, scale.flatten(0, -2)
+
+
+def room_for(x: Tensor, *, rounded: bool) -> Tensor | Rounded:
+    """Return room for tokens like x (B, L, D)."""
+    if rounded:
+        return Rounded(x.new_empty(x.shape, dtype=FP8), x.new_empty(x.shape[:-1].numel(), 1, dtype=torch.float32))
+    return x.new_empty(x.shape)
+
+
+def layer_norm(x: Tensor, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Out) -> Out:
+    """LayerNorm of x (B, L, D), then `Scaling`, as in DiT's adaLN (arXiv:2212.09748); returns ``out``, see `room_for`."""
     _layer_norm(_kernels_for(x, segments), x, scaling, segments, eps, out)
     return out
 
@@ -81,11 +105,10 @@ def add_(x: Tensor, y: Tensor, gate: Tensor | None, segments: tuple[int, ...]) -
     _add_(_kernels_for(x, segments), x, y, gate, segments)
 
 
-def add_layer_norm_(
-    x: Tensor, y: Tensor, gate: Tensor | None, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Tensor | None = None
-) -> Tensor:
-    """Do `add_`, then return `layer_norm` of x, in ``out`` if it is given; in one pass on a GPU."""
-    return _add_layer_norm_(_kernels_for(x, segments), x, y, gate, scaling, segments, eps, out)
+def add_layer_norm_(x: Tensor, y: Tensor, gate: Tensor | None, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Out) -> Out:
+    """Do `add_`, then return `layer_norm` of x, in ``out``; in one pass on a GPU."""
+    _add_layer_norm_(_kernels_for(x, segments), x, y, gate, scaling, segments, eps, out)
+    return out
 
 
 def norm_rotate_(x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None = None) -> None:
@@ -116,14 +139,17 @@ def _kernels(device: torch.device, width: int) -> ModuleType | None:
 
     def trial(kernels: ModuleType | None) -> Tensor:
         tokens, added, normed, segments = x.bfloat16(), x.flip(1).bfloat16(), torch.empty_like(x), (1, 2)
+        affine, adaptive, rounded = torch.empty_like(tokens), torch.empty_like(tokens), room_for(tokens, rounded=multiplies_fp8(device))
         _layer_norm(kernels, tokens, Scaling(scale, shift), segments, 1e-6, normed)
-        affine = _add_layer_norm_(kernels, tokens, added, shift, Scaling(scale[:, :1], shift[:, :1], plus_one=False), segments, 1e-6)
-        adaptive = _add_layer_norm_(kernels, tokens, affine, None, Scaling(scale, shift), segments, 1e-6)
+        _layer_norm(kernels, tokens, Scaling(scale, shift), segments, 1e-6, rounded)
+        _add_layer_norm_(kernels, tokens, added, shift, Scaling(scale[:, :1], shift[:, :1], plus_one=False), segments, 1e-6, affine)
+        _add_layer_norm_(kernels, tokens, affine, None, Scaling(scale, shift), segments, 1e-6, adaptive)
         _add_(kernels, tokens, adaptive, scale, segments)
         heads = adaptive.unflatten(2, (-1, head_dim))
         _norm_rotate_(kernels, heads, x[0, 0], 1e-6, (angles.cos(), angles.sin()))
         _norm_rotate_(kernels, heads, x[0, 1], 1e-6, None)
-        return torch.cat([normed, affine.float(), tokens.float(), adaptive.float()])
+        again = rounded.values.float() * rounded.scale if isinstance(rounded, Rounded) else rounded.float()
+        return torch.cat([normed, affine.float(), tokens.float(), adaptive.float(), again])
 
     return tried("transformer_kernels", trial)
 
@@ -141,7 +167,7 @@ def _kernels_for(x: Tensor, segments: tuple[int, ...]) -> ModuleType | None:
 
 
 def _layer_norm(
-    kernels: ModuleType | None, x: Tensor, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Tensor
+    kernels: ModuleType | None, x: Tensor, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Tensor | Rounded
 ) -> None:  # fmt: skip
     if kernels is not None:
         _launch_add_norm(kernels, x, None, None, scaling, segments, out, eps)
@@ -149,9 +175,15 @@ def _layer_norm(
     for row, part in pieces(segments):
         scale, shift = _row(scaling.scale, row), _row(scaling.shift, row)
         if scaling.plus_one:
-            out[:, part] = torch.addcmul(shift, F.layer_norm(x[:, part].float(), x.shape[-1:], eps=eps), 1 + scale)
+            values = torch.addcmul(shift, F.layer_norm(x[:, part].float(), x.shape[-1:], eps=eps), 1 + scale)
         else:
-            out[:, part] = F.layer_norm(x[:, part].float(), x.shape[-1:], scale.flatten(), shift.flatten(), eps)
+            values = F.layer_norm(x[:, part].float(), x.shape[-1:], scale.flatten(), shift.flatten(), eps)
+        if isinstance(out, Rounded):
+            out.values[:, part], of_part = divided(values, FP8_MAX)
+            out.scale.view(*x.shape[:2], 1)[:, part] = of_part.view(*values.shape[:2], 1)
+        else:
+            out[:, part] = values
+        del values
 
 
 def _add_(kernels: ModuleType | None, x: Tensor, y: Tensor, gate: Tensor | None, segments: tuple[int, ...]) -> None:
@@ -166,15 +198,13 @@ def _add_(kernels: ModuleType | None, x: Tensor, y: Tensor, gate: Tensor | None,
 
 def _add_layer_norm_(
     kernels: ModuleType | None, x: Tensor, y: Tensor, gate: Tensor | None, scaling: Scaling, segments: tuple[int, ...], eps: float,
-    out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    out: Tensor | Rounded,
+) -> None:  # fmt: skip
     if kernels is not None:
         _launch_add_norm(kernels, x, y, gate, scaling, segments, out, eps)
     else:
         _add_(None, x, y, gate, segments)
         _layer_norm(None, x, scaling, segments, eps, out)
-    return out
 
 
 def _norm_rotate_(kernels: ModuleType | None, x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None) -> None:
@@ -193,16 +223,17 @@ def _norm_rotate_(kernels: ModuleType | None, x: Tensor, weight: Tensor, eps: fl
 
 def _launch_add_norm(
     kernels: ModuleType, x: Tensor, y: Tensor | None, gate: Tensor | None, scaling: Scaling | None, segments: tuple[int, ...],
-    out: Tensor | None = None, eps: float = 0.0,
+    out: Tensor | Rounded | None = None, eps: float = 0.0,
 ) -> None:  # fmt: skip
     """Start the kernel on the tokens of x; x stands in for what there is not."""
+    values, rounding = (out.values, out.scale) if isinstance(out, Rounded) else (x if out is None else out, x)
     scale, shift, plus_one = scaling or (x, x, False)
     kernels.add_norm_kernel[(x.shape[1],)](
-        x, x if y is None else y, x if gate is None else gate, scale, shift, x if out is None else out,
+        x, x if y is None else y, x if gate is None else gate, scale, shift, values, rounding,
         x.stride(1), 0 if y is None else y.stride(1), _row_stride(gate), _row_stride(None if scaling is None else scale),
-        segments[0] if len(segments) > 1 else x.shape[1], eps,
+        segments[0] if len(segments) > 1 else x.shape[1], eps, FP8_MAX,
         width=x.shape[2], has_y=y is not None, has_gate=gate is not None, has_norm=scaling is not None, plus_one=plus_one,
-        block=block_of(x.shape[2]), num_warps=8,
+        is_rounded=isinstance(out, Rounded), block=block_of(x.shape[2]), num_warps=8,
     )  # fmt: skip
 
 

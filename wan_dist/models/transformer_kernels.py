@@ -9,11 +9,15 @@ import triton.language as tl
 
 @triton.jit
 def add_norm_kernel(
-    x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr,
-    x_row, y_row, gate_row, scale_row, num_first, eps,
-    width: tl.constexpr, has_y: tl.constexpr, has_gate: tl.constexpr, has_norm: tl.constexpr, plus_one: tl.constexpr, block: tl.constexpr,
+    x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, rounding_ptr,
+    x_row, y_row, gate_row, scale_row, num_first, eps, most,
+    width: tl.constexpr, has_y: tl.constexpr, has_gate: tl.constexpr, has_norm: tl.constexpr, plus_one: tl.constexpr,
+    is_rounded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """x += gate * y; out = layer_norm(x) * scale + shift. Tokens from ``num_first`` on take the second row of gate, scale and shift."""
+    """x += gate * y; out = layer_norm(x) * scale + shift, rounded as by `round_kernel` or not.
+
+    Tokens from ``num_first`` on take the second row of gate, scale and shift.
+    """
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, block)
     inside = channel < width
@@ -33,7 +37,12 @@ def add_norm_kernel(
         shift = tl.load(shift_ptr + segment * scale_row + channel, mask=inside, other=0.0)
         if plus_one:
             scale += 1.0
-        tl.store(out_ptr + token * width + channel, (normed * scale + shift).to(out_ptr.dtype.element_ty), mask=inside)
+        out = normed * scale + shift
+        if is_rounded:
+            rounding = tl.maximum(tl.max(tl.where(inside, tl.abs(out), 0.0), axis=0), 1e-12) / most
+            tl.store(rounding_ptr + token, rounding)
+            out /= rounding
+        tl.store(out_ptr + token * width + channel, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
