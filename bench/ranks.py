@@ -25,7 +25,7 @@ from wan_dist.models.attention import choose_attention
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
 from wan_dist.parallel.mesh import local_device, make_groups
-from wan_dist.sampling.denoise import Guidance
+from wan_dist.sampling.denoise import Guidance, Velocities
 
 GIB = 2**30
 
@@ -80,11 +80,10 @@ def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], spre
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
-    if degrees.cfg == 2:
-        predict = ParallelGuidance(model, contexts, conditioning, latents, scale=5.0, axis=groups.cfg)
-    else:
-        predict = Guidance(model, contexts, conditioning, latents, scale=5.0)
-    del contexts
+    own = [contexts[groups.cfg.rank]] if degrees.cfg == 2 else contexts
+    velocities = Velocities(model, own, conditioning, latents)
+    predict = ParallelGuidance(velocities, scale=5.0, axis=groups.cfg) if degrees.cfg == 2 else Guidance(velocities, scale=5.0)
+    del contexts, own
     seconds, velocity = timed(lambda: predict(latents, 700), options.steps)
     assert torch.isfinite(velocity).all()
     return row(f"{degrees}{', sharded' if shard else ''}, {attention.name}, {usp}", seconds, weights)

@@ -21,7 +21,7 @@ from bench.random_model import random_inputs, random_transformer
 from wan_dist.catalog import TASKS, Task
 from wan_dist.errors import InputError
 from wan_dist.models.attention import choose_attention
-from wan_dist.sampling.denoise import Guidance
+from wan_dist.sampling.denoise import Guidance, Velocities
 
 GIB = 2**30
 
@@ -49,7 +49,7 @@ def measure(task: Task, size: tuple[int, int], options: argparse.Namespace, back
     attention = choose_attention(backend, device=device, dtype=torch.bfloat16, head_dim=128)
     model = random_transformer(task, attention, device, quant=quant)
     latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
-    predict = Guidance(model, contexts, conditioning, latents, scale=5.0)
+    predict = Guidance(Velocities(model, contexts, conditioning, latents), scale=5.0)
     del contexts
     found = {"what": f"ours, {attention.name}, {quant}"} | timed(lambda: predict(latents, 700), options.steps)
     if options.profile:

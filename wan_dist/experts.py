@@ -25,7 +25,7 @@ from wan_dist.parallel.mesh import Groups, limit_waiting
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning
-from wan_dist.sampling.denoise import Guidance, TwoExperts, rows_of
+from wan_dist.sampling.denoise import Guidance, TwoExperts, Velocities, rows_of
 from wan_dist.sampling.solvers import Solver
 from wan_dist.sampling.step_cache import EasyCache, Predict, TeaCache
 from wan_dist.streaming import Streaming
@@ -99,10 +99,10 @@ class Experts:
             make_sure_of_room(activation_bytes(self.plan.load, arrangement), self.report.device, groups.replica)
         limit_waiting(groups, self.config.parallel.timeout)
         tea = None if self.plan.tea is None else TeaCache(self.plan.tea, agree=self._agree, note=self._note)
-        given = (model, contexts, self.conditioning, self.noise)
-        if groups.cfg.size == 2:
-            return ParallelGuidance(*given, scale=scale, axis=groups.cfg, tea=tea)
-        return Guidance(*given, scale=scale, apart=arrangement.passes == "apart", tea=tea)
+        is_shared = groups.cfg.size == 2
+        own = [contexts[groups.cfg.rank]] if is_shared else contexts[:1] if scale == 1 else contexts
+        velocities = Velocities(model, own, self.conditioning, self.noise, apart=arrangement.passes == "apart", tea=tea)
+        return ParallelGuidance(velocities, scale=scale, axis=groups.cfg) if is_shared else Guidance(velocities, scale=scale)
 
     def _agree(self, decision: bool) -> bool:
         """Return the first rank's decision."""

@@ -1,15 +1,10 @@
 """Guidance-parallel: each branch of classifier-free guidance on ranks of its own."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
-from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import Velocities, guided
-from wan_dist.sampling.step_cache import TeaCache
 
 
 class ParallelGuidance:
@@ -18,20 +13,8 @@ class ParallelGuidance:
     Both are computed whatever the scale, so that all ranks make the same number of forward calls, as sharded weights need.
     """
 
-    def __init__(
-        self,
-        model: WanTransformer,
-        contexts: Sequence[ContextKV],
-        conditioning: Conditioning,
-        latents: Tensor,
-        *,
-        scale: float,
-        axis: Axis,
-        tea: TeaCache | None = None,
-    ) -> None:
-        self.axis = axis
-        self.scale = scale
-        self.velocities = Velocities(model, [contexts[axis.rank]], conditioning, latents, tea=tea)
+    def __init__(self, velocities: Velocities, *, scale: float, axis: Axis) -> None:
+        self.velocities, self.scale, self.axis = velocities, scale, axis
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32, the same on both ranks."""

@@ -14,7 +14,8 @@ from wan_dist.sampling.step_cache import Predict, TeaCache
 class Velocities:
     """The transformer's velocity for each context. What does not change from step to step is kept.
 
-    ``tea`` decides at which steps the blocks are not computed, but taken to add to the tokens what they added last.
+    ``apart``: one context after the other goes through the whole model, rather than together through each block. ``tea`` decides
+    at which steps the blocks are not computed, but taken to add to the tokens what they added last.
     """
 
     def __init__(
@@ -59,25 +60,10 @@ def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
 
 
 class Guidance:
-    """Classifier-free guidance: the prompt's velocity, and the negative prompt's if there is one and the scale is not 1.
+    """Classifier-free guidance of the prompt's velocity and the negative prompt's; without that one it is the prompt's alone."""
 
-    ``apart``: one after the other through the whole model, rather than together through each block.
-    """
-
-    def __init__(
-        self,
-        model: WanTransformer,
-        contexts: Sequence[ContextKV],
-        conditioning: Conditioning,
-        latents: Tensor,
-        *,
-        scale: float,
-        apart: bool = False,
-        tea: TeaCache | None = None,
-    ) -> None:
-        self.scale = scale
-        own = contexts[:1] if scale == 1 else contexts
-        self.velocities = Velocities(model, own, conditioning, latents, apart=apart, tea=tea)
+    def __init__(self, velocities: Velocities, *, scale: float) -> None:
+        self.velocities, self.scale = velocities, scale
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32."""
