@@ -11,17 +11,13 @@ bench/results/end-to-end-TASK-SIZE-GPUS.json.
 import argparse
 import json
 import os
-import re
 import time
 from pathlib import Path
 
-from PIL import Image
-
-from bench.memory import timed_steps
+from bench.memory import noise_image, timed_run
 from wan_dist.arguments import prepare
 from wan_dist.catalog import TASKS, Images
 from wan_dist.run import compose
-from wan_dist.run import main as run
 
 
 def main() -> None:
@@ -35,7 +31,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("/tmp/wan-dist-end-to-end"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_intermixed_args()
-    rank, num_ranks = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     options.work.mkdir(parents=True, exist_ok=True)
     settings = [
         f"task={options.task}",
@@ -48,19 +44,15 @@ def main() -> None:
     assert default is not None
     assert config is not None
     if TASKS[options.task].images is Images.FIRST:
-        image = options.work / f"image-{rank}.png"
-        Image.effect_noise(config.width_height(), 80).convert("RGB").save(image)
-        settings.append(f"image={image}")
+        settings.append(f"image={noise_image(config.width_height(), options.work)}")
     start = time.perf_counter()
-    with timed_steps() as seconds:
-        code = run([*settings, "cache.dir=null", f"output.dir={options.work}", "output.name=run", "output.save_latents=false"])
+    code, seconds, record = timed_run(settings, options.work)
     total = time.perf_counter() - start
     if code:
         raise SystemExit(code)
-    if rank != "0":
+    if not record:
         return
-    record = json.loads((options.work / "run.json").read_text())
-    (size,) = re.findall(r"\d+x\d+", json.dumps(record["config"]["size"]).replace("*", "x"))
+    width, height = config.width_height()
     for name, stage in record["stages"].items():
         print(f"  {name:10} {stage['seconds']:8.2f} s  {100 * stage['seconds'] / total:5.1f} %")
     whole = total + (default.sample.steps - config.sample.steps) * min(seconds[1:] or seconds)
@@ -72,7 +64,7 @@ def main() -> None:
         "step_seconds": seconds,
         **{key: record[key] for key in ("device", "versions", "attention", "stages")},
     }
-    file = options.out / f"end-to-end-{options.task}-{size}-{num_ranks}gpu.json"
+    file = options.out / f"end-to-end-{options.task}-{width}x{height}-{num_ranks}gpu.json"
     file.write_text(json.dumps(found, indent=2) + "\n")
 
 

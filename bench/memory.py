@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -99,11 +100,24 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
+def noise_image(size: tuple[int, int], folder: Path) -> Path:
+    """Return a file of noise of this size, one for each rank."""
+    image = folder / f"{size[0]}x{size[1]}-{os.environ.get('RANK', '0')}.png"
+    Image.effect_noise(size, 80).convert("RGB").save(image)
+    return image
+
+
+def timed_run(settings: list[str], folder: Path) -> tuple[int, list[float], dict[str, Any]]:
+    """Run the command with nothing kept from earlier; returns its exit code, the seconds of its steps and its record, if it succeeded."""
+    with timed_steps() as seconds:
+        code = run([*settings, "cache.dir=null", f"output.dir={folder}", "output.name=run", "output.save_latents=false"])
+    return code, seconds, json.loads((folder / "run.json").read_text()) if code == 0 and os.environ.get("RANK", "0") == "0" else {}
+
+
 def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[str, object]:
     """Run a row; returns its record's comparison and its steps' seconds."""
     width, height = re.findall(r"size=(\d+)\*(\d+)", row.settings)[-1] if "size=" in row.settings else (1280, 704)
-    image = out / f"{width}x{height}-{os.environ.get('RANK', '0')}.png"
-    Image.effect_noise((int(width), int(height)), 80).convert("RGB").save(image)
+    image = noise_image((int(width), int(height)), out)
     settings = [
         f"task={row.task}",
         f"ckpt_dir={checkpoints / row.task}",
@@ -112,12 +126,10 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
     ]
     settings += [f"image={image}"] if row.task.startswith("i2v") else []
     settings += [setting.replace("IMAGE", str(image)) for setting in row.settings.split()]
-    with timed_steps() as seconds:
-        code = run([*settings, "cache.dir=null", f"output.dir={out}", "output.name=row", "output.save_latents=false", *extra])
+    code, seconds, record = timed_run([*settings, *extra], out)
     found: dict[str, object] = {"row": row.name, "ranks": int(os.environ.get("WORLD_SIZE", "1")), "code": code}
     found["machine"] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "torch": torch.__version__}
-    if code == 0:
-        record = json.loads((out / "row.json").read_text())
+    if record:
         found |= {"arrangement": record["arrangement"], "attention": record["attention"], "seconds": seconds}
         found |= {key: record[key] for key in ("stages", "other_ranks", "memory", "ran_out", "stepped_down_to") if key in record}
     return found

@@ -105,12 +105,12 @@ def _arrange(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget
 
 def arrange_vae(load: Load, memory: MemoryConfig, base: Arrangement, budget: Budget, shorter: Callable[[int], Load | None]) -> Arrangement:
     """Return the arrangement with the first ways of the VAE that fit, from that in ``base`` on. Raises InputError if none does."""
-    dims, itemsize, size = load.models.vae, load.vae_itemsize, load.latent_shape[1:]
+    dims, itemsize = load.models.vae, load.vae_itemsize
     free = 2**62 if budget.gpu is None else budget.gpu - vae_weight_bytes(dims, itemsize)
 
     def first(name: str, *, encode: bool) -> Way:
-        frames = 1 if encode and load.is_first_frame else size[0]
-        found = ways_that_fit(name, dims, (frames, *size[1:]), load.num_ranks, free=free, itemsize=itemsize, encode=encode)[0]
+        size = load.vae_size(encode=encode)
+        found = ways_that_fit(name, dims, size, load.num_ranks, free=free, itemsize=itemsize, encode=encode)[0]
         asked = memory.vae in ("whole", "parallel") and found.name != memory.vae
         return Way(name) if asked else found  # it is obeyed, or refused below
 

@@ -30,7 +30,7 @@ COLLECTIVES_BYTES = {True: int(0.35 * GIB), False: 0}
 CONVOLVING_BYTES = {True: int(0.35 * GIB), False: 0}
 """Of the host once the VAE has worked: what cuDNN and Triton have compiled."""
 CONTEXT_BYTES = int(0.75 * GIB)
-"""Of each GPU, outside PyTorch's count: the driver's context, or NCCL, and what lies unused between allocations."""
+"""Of each GPU, outside PyTorch's count: the driver's context, and what lies unused between allocations."""
 UNUSED_BYTES = int(0.25 * GIB)
 """The last of these alone."""
 NCCL_BYTES, LATER_NCCL_BYTES = int(2.1 * GIB), int(1.2 * GIB)
@@ -95,6 +95,11 @@ class Load:
     on_gpu: bool = True
     itemsize: int = HALF
     vae_itemsize: int = HALF
+
+    def vae_size(self, *, encode: bool) -> tuple[int, int, int]:
+        """Return latent frames, rows and columns of what the VAE decodes, or encodes."""
+        frames, rows, columns = self.latent_shape[1:]
+        return 1 if encode and self.is_first_frame else frames, rows, columns
 
 
 @dataclass(frozen=True)
@@ -302,12 +307,11 @@ def _text(load: Load, arrangement: Arrangement, process: dict[str, int]) -> Use:
 
 def _vae(load: Load, way: Way, stage: str, process: dict[str, int]) -> Use:
     dims, itemsize, encode = load.models.vae, load.vae_itemsize, stage == "image"
-    frames, rows, columns = load.latent_shape[1:]
-    still = frames == 1 or (encode and load.is_first_frame)
+    frames, rows, columns = load.vae_size(encode=encode)
     size = (min(rows, columns), *way.part_of(max(rows, columns), load.num_ranks, dims))
     parts = {
         "weights": vae_weight_bytes(dims, itemsize),
-        "activations": vae_bytes(dims, size, itemsize, at_once=way.at_once, encode=encode, still=still),
+        "activations": vae_bytes(dims, size, itemsize, at_once=way.at_once, encode=encode, still=frames == 1),
     }
     return Use(stage, {}, process | parts) if way.name == "cpu" else Use(stage, parts, process)
 

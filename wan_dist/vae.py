@@ -52,8 +52,8 @@ def find_ways(config: RunConfig, plan: Plan, dims: VaeDims, device: torch.device
     planned = plan.arrangement.image if encode else plan.arrangement.vae
     itemsize = dtype_on(device, config).itemsize
     free = free_bytes(device, axis, budget_gib=config.memory.budget_gib) - vae_weight_bytes(dims, itemsize)
-    frames = 1 if encode and plan.task.known_first_frame else plan.latent_shape[1]
-    size = (frames, *plan.latent_shape[2:])
+    assert plan.load is not None
+    size = plan.load.vae_size(encode=encode)
     ways = ways_that_fit(planned.name, dims, size, axis.size, free=free, itemsize=itemsize, encode=encode)
     if ways[0].name != planned.name and config.memory.vae is not None:
         return [replace(planned, is_tight=True), *ways]  # it was asked for, and what is predicted may be too much

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -34,6 +35,7 @@ def tried(name: str, trial: Callable[[ModuleType | None], Tensor]) -> ModuleType
     return kernels
 
 
+@cache
 def multiplies_fp8(device: torch.device) -> bool:
     """Whether this device multiplies matrices of fp8: NVIDIA's from compute capability 8.9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)

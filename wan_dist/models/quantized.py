@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_dist.models.kernels import block_of, multiplies_fp8, tried
-from wan_dist.models.transformer_elementwise import FP8, FP8_MAX, Rounded, divided, gelu_
+from wan_dist.models.transformer_elementwise import FP8, FP8_MAX, Rounded, divided, gelu_, room_for
 
 _STORED = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}
 PARTS = ("weight", "scale", "offset")
@@ -50,8 +50,7 @@ class QuantizedLinear(nn.Module):
         if isinstance(x, Rounded):
             return x
         if self.takes_rounded and x.dtype == torch.bfloat16:
-            values, scale = _rounded_to_fp8(_kernels(x.device) if x.is_cuda else None, x.flatten(0, -2), gelu=gelu)
-            return Rounded(values.view(x.shape), scale)
+            return _rounded_to_fp8(_kernels(x.device) if x.is_cuda else None, x, gelu=gelu)
         return gelu_(x) if gelu else x
 
     @property
@@ -74,21 +73,23 @@ class QuantizedLinear(nn.Module):
         return out
 
 
-def _rounded_to_fp8(kernels: ModuleType | None, tokens: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
-    """Return tokens (n, k), or GELU of them, as 8-bit floats with a scale for each, (n, 1) float32."""
-    values, scale = torch.empty_like(tokens, dtype=FP8), tokens.new_empty(len(tokens), 1, dtype=torch.float32)
+def _rounded_to_fp8(kernels: ModuleType | None, x: Tensor, *, gelu: bool) -> Rounded:
+    """Return tokens x (..., k), or GELU of them, rounded."""
+    out, tokens = room_for(x, rounded=True), x.flatten(0, -2)
+    assert isinstance(out, Rounded)
     if kernels is not None:
         width = tokens.shape[1]
         block = block_of(width)
         kernels.round_kernel[(len(tokens),)](
-            tokens, values, scale, tokens.stride(0), FP8_MAX, width=width, has_gelu=gelu, block=block, num_warps=max(4, block // 1024)
+            tokens, *out, tokens.stride(0), FP8_MAX, width=width, has_gelu=gelu, block=block, num_warps=max(4, block // 1024)
         )
-        return values, scale
+        return out
+    values = out.values.flatten(0, -2)
     for first in range(0, len(tokens), _ROWS_AT_ONCE):
         part = slice(first, first + _ROWS_AT_ONCE)
         rows = F.gelu(tokens[part].float(), approximate="tanh") if gelu else tokens[part]
-        values[part], scale[part] = divided(rows, FP8_MAX)
-    return values, scale
+        values[part], out.scale[part] = divided(rows, FP8_MAX)
+    return out
 
 
 @cache

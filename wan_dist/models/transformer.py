@@ -9,7 +9,6 @@ Layer names are those of the published checkpoints, except that q, k, v are one 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import cast
 
 import torch
@@ -226,7 +225,9 @@ class Block(nn.Module):
         if len(parts) == 1:
             begun = attention.begin(layer_norm(x, scaling, segments, self.eps, self._room(x)), rotary)
         else:
-            begun = [attention.inner_attention.begin(each) for each in in_turn(parts, x, partial(project, which=(0, 1, 2))).unbind(2)]
+            qkv = in_turn(parts, x, lambda part, inside: project(part, inside, (0, 1, 2)))
+            begun = [attention.inner_attention.begin(each) for each in qkv.unbind(2)]
+            del qkv
         out = attention.attend(begun)
         for part, inside in parts:
             added = attention.o(out[:, part])
