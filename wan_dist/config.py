@@ -17,7 +17,8 @@ from wan_dist.errors import InputError, nearest
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float32")
 STEP_CACHES = ("easy", "tea")
-ATTENTION_BACKENDS = ("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "sdpa", "sdpa16", "sage")
+EIGHT_BIT_ATTENTION = ("8bit", "sage")
+ATTENTION_BACKENDS = ("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "sdpa", "sdpa16", *EIGHT_BIT_ATTENTION)
 QUANTIZATIONS = ("none", "fp8", "int8", "int4")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
 VAE_PLACES = ("parallel", "whole", "tiled", "cpu")
@@ -181,7 +182,7 @@ class RunConfig:
     dtype: str = _key("bfloat16", "bfloat16, or float32 for comparisons")
     quant: str = _key("none", "none, fp8, int8 or int4: the transformer's linears in fewer bits, but for the first and last block's")
     attention: str = _key(
-        "auto", "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), sdpa16 (in float16), sage (in 8 bits)"
+        "auto", "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), sdpa16 (in float16), 8bit or sage (in 8 bits)"
     )
     latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

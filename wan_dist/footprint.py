@@ -92,6 +92,7 @@ class Load:
     """Of the sequence: ranks of ring and ulysses."""
     ranks_per_node: int = 1
     quant: str = "none"
+    attends_in_8_bits: bool = False
     on_gpu: bool = True
     itemsize: int = HALF
     vae_itemsize: int = HALF
@@ -237,10 +238,11 @@ def activation_bytes(load: Load, arrangement: Arrangement) -> int:
         streams += width * (branches if arrangement.passes == "apart" else 1)
     pieces = 4 * min(PIECE, part) * dims.dim * FLOAT
     if part < tokens and load.num_parts == 1:  # k and v of all, then q in turn
-        attend = 2 * width + 3 * part * dims.dim * e + pieces
+        attend = 2 * width + 3 * part * dims.dim * e + max(pieces, (2 * tokens + part) * dims.dim * load.attends_in_8_bits)
     else:
         exchanged = 6 * width if load.num_parts > 1 else 0  # q, k and v as they are sent, and as they come
-        attend = 4 * width + tokens * dims.num_heads * FLOAT + max(exchanged, pieces)
+        rounded = 3 * tokens * dims.dim if load.attends_in_8_bits else 0
+        attend = 4 * width + tokens * dims.num_heads * FLOAT + max(exchanged, pieces, rounded)
     feed = part * (2 * dims.dim + dims.ffn_dim) * e
     if load.quant == "fp8":
         feed += part * dims.ffn_dim + 2 * QUANTIZED_AT_ONCE * dims.ffn_dim * FLOAT

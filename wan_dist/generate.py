@@ -118,15 +118,20 @@ def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, dims: 
 
     Raises InputError at once if a kernel asked for by name does not work here.
     """
-    if name != "auto" or device.type != "cuda":
-        chosen = choose_attention(name, device=device, dtype=dtype, head_dim=dims.head_dim)
+
+    def try_out() -> InnerAttention:
+        return choose_attention(name, device=device, dtype=dtype, head_dim=dims.head_dim)
+
+    chosen = try_out() if name != "auto" or device.type != "cuda" else None
+    if chosen is not None and device.type != "cuda":
         return lambda: chosen
 
     def compile_all() -> None:
         torch.cuda.set_device(device)  # a thread's own is the first GPU
         transformer_elementwise.prepare_kernels(device, dims.dim)
         cross_attention.prepare_kernels(device, dims.head_dim)
-        compile_attention(device=device, dtype=dtype, head_dim=dims.head_dim)
+        if chosen is None:
+            compile_attention(device=device, dtype=dtype, head_dim=dims.head_dim)
 
     thread = ThreadPoolExecutor(1)
     compiled = thread.submit(compile_all)
@@ -134,7 +139,7 @@ def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, dims: 
 
     def choose() -> InnerAttention:
         compiled.result()
-        return choose_attention(name, device=device, dtype=dtype, head_dim=dims.head_dim)
+        return chosen if chosen is not None else try_out()
 
     return choose
 

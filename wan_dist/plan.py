@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from wan_dist.arrangement import Budget, arrange, arrange_vae, budget_of
 from wan_dist.catalog import AREA_480P, TASKS, Images, Task, TeaFit, get_task
-from wan_dist.config import RunConfig
+from wan_dist.config import EIGHT_BIT_ATTENTION, RunConfig
 from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
 from wan_dist.dims import ModelDims
 from wan_dist.errors import InputError
@@ -110,6 +110,10 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
     latent_frames = (frame_num - 1) // task.stride[0] + 1
     rows, columns = height // task.stride[1], width // task.stride[2]
     num_tokens = (latent_frames // task.patch[0]) * (rows // task.patch[1]) * (columns // task.patch[2])
+    if degrees.ring > 1 and config.attention in EIGHT_BIT_ATTENTION:
+        raise InputError(
+            f"attention={config.attention} does not say by what the parts of a ring are merged; parallel.ring=1, or another attention"
+        )
     if config.parallel.usp == "xfuser" and num_tokens % (num_parts := degrees.ring * degrees.ulysses):
         raise InputError(
             f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_parts} ranks and would attend to padding; "
@@ -167,6 +171,7 @@ def arranged(
         ranks_per_node=plan.ranks_per_node,
         quant=config.quant,
         on_gpu=hardware.gpu_bytes is not None,
+        attends_in_8_bits=config.attention == "8bit",
         itemsize=2 if config.dtype == "bfloat16" else 4,
         vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
     )

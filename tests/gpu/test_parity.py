@@ -31,6 +31,25 @@ def test_attention_kernels_agree_with_float64(backend: str, queries: int, keys: 
     assert relative_error(out, exact) < 5e-3  # bf16 has 8 bits: one rounding of the result is 2e-3
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(1560, 1560), (1003, 1003), (64, 5), (1003, 2000)])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 8.0])
+def test_attention_in_8_bits_is_near_float64(queries: int, keys: int, sharpness: float) -> None:
+    try:
+        attention = choose_attention("8bit", device=CUDA, dtype=torch.bfloat16, head_dim=128)
+    except InputError as fault:
+        if "needs a Hopper GPU" in str(fault):
+            pytest.skip(str(fault))
+        raise
+    torch.manual_seed(0)
+    q = sharpness * torch.randn(2, queries, 3, 128, device=CUDA).bfloat16()
+    k, v = torch.randn(2, keys, 2, 3, 128, device=CUDA).bfloat16().unbind(2)  # with gaps between tokens
+    k = k + 5 * torch.randn(3, 128, device=CUDA).bfloat16()  # what all tokens share does not count
+    exact = InnerAttention()(q.double(), k.double(), v.double())
+    assert relative_error(attention(q, k, v), exact) < 0.055
+    same = v[:, :1].expand_as(v)
+    assert relative_error(attention(q, k, same), same[:, :1].expand_as(q)) < 5e-3  # weights are divided by their own sum
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_transformer_steps(dtype: torch.dtype, tolerance: float) -> None:
     checkpoint = open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], dtype)

@@ -11,7 +11,7 @@ from tests.live_bytes import LiveBytes
 from wan_dist import tiles
 from wan_dist.catalog import TASKS
 from wan_dist.footprint import GIB, Arrangement, Load, activation_bytes
-from wan_dist.models import quantized, vae_elementwise
+from wan_dist.models import attention_8bit, quantized, vae_elementwise
 from wan_dist.models.attention import InnerAttention
 from wan_dist.models.transformer import Added, ContextKV, WanTransformer
 from wan_dist.models.vae import WanVae
@@ -27,6 +27,23 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+class NoKernels:
+    """In place of a module of kernels, none of which does anything."""
+
+    def __getattr__(self, name: str) -> "NoKernels":
+        return self
+
+    def __getitem__(self, grid: object) -> "NoKernels":
+        return self
+
+    def __call__(self, *arguments: object, **options: object) -> None:
+        return None
+
+
+def in_8_bits(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention_8bit._attend(NoKernels(), q, k, v)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("slice_tokens", [None, 8192, 2048])
 @pytest.mark.parametrize("passes", ["together", "apart"])
 @pytest.mark.parametrize(
@@ -36,6 +53,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         ("t2v-1.3B", (832, 480, 81), "none, and tea"),
         ("ti2v-5B", (1280, 704, 121), "none"),
         ("i2v-14B", (832, 480, 81), "none"),
+        ("i2v-14B", (832, 480, 81), "none, and 8bit"),
         ("i2v-14B", (832, 480, 81), "fp8"),
         ("i2v-14B", (832, 480, 81), "int8"),
         ("i2v-14B", (832, 480, 81), "int4"),
@@ -45,13 +63,14 @@ def test_a_step_takes_what_is_planned(
     task: str, size: tuple[int, int, int], quant: str, passes: str, slice_tokens: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantized, "multiplies_fp8", lambda device: True)
-    quant, _, tea = quant.partition(", and ")
+    quant, _, more = quant.partition(", and ")
     found, (width, height, frames) = TASKS[task], size
     dims = replace(found.transformer, num_layers=3)
     shape = (found.latent_channels, (frames - 1) // 4 + 1, height // found.stride[1], width // found.stride[2])
     num_tokens = shape[1] * shape[2] * shape[3] // 4
     with torch.device("meta"):
-        model = WanTransformer(dims, torch.bfloat16, InnerAttention(lambda q, k, v: torch.empty_like(q), "like q"))
+        kernel = in_8_bits if more == "8bit" else lambda q, k, v: torch.empty_like(q)
+        model = WanTransformer(dims, torch.bfloat16, InnerAttention(kernel, "like q"))
         if quant != "none":
             quantized.quantize_blocks(model.blocks, quant)
     model.requires_grad_(False).slice_tokens(slice_tokens)
@@ -64,10 +83,18 @@ def test_a_step_takes_what_is_planned(
     with torch.no_grad(), LiveBytes([*kept, *([image] if image is not None else [])]) as live:
         latents = empty(1, dims.in_dim, *shape[1:])
         groups = [contexts] if passes == "together" else [[context] for context in contexts]
-        added = [Added(lambda embedding: False) if tea else None for _ in groups]
+        added = [Added(lambda embedding: False) if more == "tea" else None for _ in groups]
         for group, of_group in [*zip(groups, added, strict=True)] * 2:
             model(latents, TIMES, group, rotary, of_group)
-    load = Load(models=found.models, latent_shape=shape, num_tokens=num_tokens, text_tokens=(20, 200), quant=quant, keeps_steps=bool(tea))
+    load = Load(
+        models=found.models,
+        latent_shape=shape,
+        num_tokens=num_tokens,
+        text_tokens=(20, 200),
+        quant=quant,
+        keeps_steps=more == "tea",
+        attends_in_8_bits=more == "8bit",
+    )
     planned = activation_bytes(load, Arrangement(slice_tokens=slice_tokens, passes=passes))
     if quant in ("int8", "int4"):
         planned += dims.dim * max(3 * dims.dim, dims.ffn_dim) * 2  # counted apart, as workspace

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import relative_error
-from wan_dist.config import ATTENTION_BACKENDS
+from wan_dist.config import ATTENTION_BACKENDS, EIGHT_BIT_ATTENTION
 from wan_dist.errors import InputError
 from wan_dist.models import attention
 from wan_dist.models.attention import choose_attention
@@ -19,6 +19,7 @@ BFLOAT16 = {"dtype": torch.bfloat16, "head_dim": 64}
 
 def test_names_are_the_kernels() -> None:
     assert set(ATTENTION_BACKENDS) == {"auto", *attention._KERNELS}
+    assert set(attention._LOSSY) == set(EIGHT_BIT_ATTENTION)
     assert set(attention._FASTEST_FIRST).isdisjoint(attention._LOSSY)
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from wan_dist.models.attention import InnerAttention
 from wan_dist.models.kernels import tried
 
-_KERNELS_OF = ("fa4", "fa3", "cudnn", "fa2", "flash")
-"""Attention beside which the kernel is taken: those in half precision that are as exact as it."""
+_KERNELS_OF = ("fa4", "fa3", "cudnn", "fa2", "flash", "sage", "8bit")
+"""Attention beside which the kernel is taken: those in half precision, which are as exact as it, and in 8 bits, which are less."""
 _WIDTHS = (64, 128)
 """Of a head, that the kernel can take."""
 
