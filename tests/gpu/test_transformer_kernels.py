@@ -41,7 +41,10 @@ def test_kernels_are_the_arithmetic(width: int, segments: tuple[int, ...], monke
         affine = Scaling(weight, weight, plus_one=False)
         made += [elementwise.add_layer_norm_(first, y, gate, affine, segments, 1e-6, torch.empty_like(y)), first]
         elementwise.add_(second, y, None, segments)
-        elementwise.norm_rotate_(heads, weight.flatten(), 1e-6, rotary)
+        apart = torch.empty(2, LENGTH, 1, heads.shape[2] // 2, 128, dtype=heads.dtype, device=CUDA).permute(2, 1, 0, 3, 4)
+        elementwise.norm_rotate(heads, weight.flatten(), 1e-6, rotary, apart)
+        elementwise.norm_rotate(heads, weight.flatten(), 1e-6, rotary, heads)
+        assert torch.equal(apart.flatten(2, 3), heads)
         return [*made, second, heads]
 
     assert elementwise._kernels(CUDA, width) is not None

@@ -136,8 +136,15 @@ class InnerAttention(nn.Module):
         self.name = name
         self.reason = reason
 
+    def room_for(self, x: Tensor) -> Tensor:
+        """Return where what becomes of q, k or v like x (B, l, H, D) is best written for `begin`: in x, or (B, l, N, H / N, D)."""
+        return x
+
     def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin to bring q, k or v (B, l, H, D) of this device's tokens to where they are attended to; the call returns them there."""
+        """Begin to bring q, k or v of this device's tokens to where they are attended to; the call returns them there.
+
+        x (B, l, H, D), or what `room_for` returned.
+        """
         return lambda: x
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

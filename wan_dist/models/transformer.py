@@ -26,7 +26,7 @@ from wan_dist.models.transformer_elementwise import (
     in_turn,
     layer_norm,
     linear_gelu,
-    norm_rotate_,
+    norm_rotate,
     pieces,
     room_for,
     slices,
@@ -103,13 +103,19 @@ class SelfAttention(nn.Module):
         found: Tensor = self.qkv(x, slice(which[0] * width, (which[-1] + 1) * width)).unflatten(-1, (len(which), self.num_heads, -1))
         for place, norm in enumerate((self.norm_q, self.norm_k)):
             if place in which:
-                norm_rotate_(found[:, :, place - which[0]], norm.weight, self.eps, rotary)
+                one = found[:, :, place - which[0]]
+                norm_rotate(one, norm.weight, self.eps, rotary, one)
         return found
 
     def begin(self, x: Tensor | Rounded, rotary: tuple[Tensor, Tensor]) -> list[Callable[[], Tensor]]:
         """Begin to bring q, k and v of x (B, L, D) to where they are attended to: each is on its way while the next one is computed."""
-        x = self.qkv.prepare(x)
-        begun = [self.inner_attention.begin(self.project(x, rotary, (place,)).squeeze(2)) for place in (2, 1, 0)]  # v has no norm
+        x, inner, width, begun = self.qkv.prepare(x), self.inner_attention, self.norm_q.weight.shape[0], []
+        for place, norm in ((2, None), (1, self.norm_k), (0, self.norm_q)):
+            one = self.qkv(x, slice(place * width, (place + 1) * width)).unflatten(-1, (self.num_heads, -1))
+            if norm is not None:
+                norm_rotate(one, norm.weight, self.eps, rotary, room := inner.room_for(one))
+                one = room
+            begun.append(inner.begin(one))
         return begun[::-1]
 
     def attend(self, begun: list[Callable[[], Tensor]]) -> Tensor:
@@ -134,7 +140,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
         """x (B, L, D) -> (B, L, D); kv: see `ContextKV.of_block`."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
-        norm_rotate_(q, self.norm_q.weight, self.eps)
+        norm_rotate(q, self.norm_q.weight, self.eps, None, q)
         return self.o(cross_attend(self.inner_attention, q, kv, self.text_len).flatten(2))
 
 

@@ -84,7 +84,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def divided(rows: Tensor, most: float) -> tuple[Tensor, Tensor]:
     """Return rows (..., k) divided so that the largest value of each is ``most``, float32, and by what, (n, 1) float32."""
     scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp_min(1e-12) / most
-    return rows.float() / scale, scale.flatten(0, -2)
+    return rows.float() * (1 / scale), scale.flatten(0, -2)
 
 
 def room_for(x: Tensor, *, rounded: bool) -> Tensor | Rounded:
@@ -111,9 +111,12 @@ def add_layer_norm_(x: Tensor, y: Tensor, gate: Tensor | None, scaling: Scaling,
     return out
 
 
-def norm_rotate_(x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None = None) -> None:
-    """RMSNorm of x (B, L, H, D / H) over the whole width, then its rotary embedding if there is one, in place."""
-    _norm_rotate_(_kernels_for(x.flatten(2), (x.shape[1],)), x, weight, eps, rotary)
+def norm_rotate(x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None, out: Tensor) -> None:
+    """RMSNorm of x (B, L, H, D / H) over the whole width, then its rotary embedding if there is one, into ``out``, which may be x.
+
+    ``out`` may have its heads in N parts that lie apart: (B, L, N, H / N, D / H).
+    """
+    _norm_rotate(_kernels_for(x.flatten(2), (x.shape[1],)), x, weight, eps, rotary, out)
 
 
 def linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
@@ -146,8 +149,8 @@ def _kernels(device: torch.device, width: int) -> ModuleType | None:
         _add_layer_norm_(kernels, tokens, affine, None, Scaling(scale, shift), segments, 1e-6, adaptive)
         _add_(kernels, tokens, adaptive, scale, segments)
         heads = adaptive.unflatten(2, (-1, head_dim))
-        _norm_rotate_(kernels, heads, x[0, 0], 1e-6, (angles.cos(), angles.sin()))
-        _norm_rotate_(kernels, heads, x[0, 1], 1e-6, None)
+        _norm_rotate(kernels, heads, x[0, 0], 1e-6, (angles.cos(), angles.sin()), heads)
+        _norm_rotate(kernels, heads, x[0, 1], 1e-6, None, heads)
         again = rounded.values.float() * rounded.scale if isinstance(rounded, Rounded) else rounded.float()
         return torch.cat([normed, affine.float(), tokens.float(), adaptive.float(), again])
 
@@ -207,18 +210,23 @@ def _add_layer_norm_(
         _layer_norm(None, x, scaling, segments, eps, out)
 
 
-def _norm_rotate_(kernels: ModuleType | None, x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None) -> None:
+def _norm_rotate(
+    kernels: ModuleType | None, x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None, out: Tensor
+) -> None:  # fmt: skip
     if kernels is not None:
         width = x.shape[2] * x.shape[3]
         cos, sin = rotary or (weight, weight)
         kernels.norm_rotate_kernel[(x.shape[1],)](
-            x, weight, cos, sin, x.stride(1), eps,
-            width=width, pairs=x.shape[3] // 2, has_rotary=rotary is not None, block=block_of(width), num_warps=8,
+            x, out, weight, cos, sin, x.stride(1), out.stride(1), out.stride(2) if out.dim() == 5 else 0, eps,
+            width=width, part=width // out.shape[2] if out.dim() == 5 else width, pairs=x.shape[3] // 2, has_rotary=rotary is not None,
+            block=block_of(width), num_warps=8,
         )  # fmt: skip
         return
     for _, part in pieces(x.shape[1:2]):
         normed = rms_norm(x[:, part].flatten(2), weight, eps).view_as(x[:, part])
-        x[:, part] = normed if rotary is None else apply_rotary(normed, (rotary[0][part], rotary[1][part]))
+        if rotary is not None:
+            normed = apply_rotary(normed, (rotary[0][part], rotary[1][part]))
+        out[:, part] = normed.view(out[:, part].shape)
 
 
 def _launch_add_norm(

@@ -41,16 +41,19 @@ def add_norm_kernel(
         if is_rounded:
             rounding = tl.maximum(tl.max(tl.where(inside, tl.abs(out), 0.0), axis=0), 1e-12) / most
             tl.store(rounding_ptr + token, rounding)
-            out /= rounding
+            out *= 1 / rounding
         tl.store(out_ptr + token * width + channel, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def norm_rotate_kernel(
-    x_ptr, weight_ptr, cos_ptr, sin_ptr, x_row, eps,
-    width: tl.constexpr, pairs: tl.constexpr, has_rotary: tl.constexpr, block: tl.constexpr,
+    x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, x_row, out_row, out_part, eps,
+    width: tl.constexpr, part: tl.constexpr, pairs: tl.constexpr, has_rotary: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """x = rms_norm(x) * weight, then each pair of neighbours is rotated by its token's angles; heads have ``pairs`` pairs."""
+    """out = rms_norm(x) * weight, then each pair of neighbours is rotated by its token's angles; heads have ``pairs`` pairs.
+
+    A token of out lies in parts of ``part`` channels, ``out_part`` apart.
+    """
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, block)
     inside = channel < width
@@ -63,7 +66,8 @@ def norm_rotate_kernel(
         cos = tl.load(cos_ptr + token * pairs + place)
         sin = tl.load(sin_ptr + token * pairs + place)
         x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (block,))
-    tl.store(x_ptr + token * x_row + channel, x.to(x_ptr.dtype.element_ty), mask=inside)
+    place = token * out_row + channel // part * out_part + channel % part
+    tl.store(out_ptr + place, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def round_kernel(
         x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh z) / 2 is the sigmoid of 2 z
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) / most
     tl.store(scale_ptr + token, scale)
-    tl.store(out_ptr + token * width + channel, (x / scale).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + token * width + channel, (x * (1 / scale)).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -16,8 +16,7 @@ from wan_dist.parallel.sequence import SplitSequence
 class UlyssesAttention(InnerAttention):
     """Attention over the tokens of all ranks of an axis, each rank with H / N of the heads.
 
-    A rank then holds all tokens of the axis, so padding is cut off before attention. Two groups of its heads are attended to in turn: the
-    first is on its way back meanwhile.
+    A rank then holds all tokens of the axis, so padding is cut off before attention.
     """
 
     takes_some_queries = False
@@ -32,24 +31,37 @@ class UlyssesAttention(InnerAttention):
     def _num_valid(self) -> int:
         return self.sequence.num_valid(self.sequence.axis.rank - self.axis.rank, self.axis.size)
 
+    def room_for(self, x: Tensor) -> Tensor:
+        """Return room for x (B, l, H, D) as it is sent, each rank's heads together: (B, l, N, H / N, D)."""
+        batch, num_tokens, num_heads, width = x.shape
+        return x.new_empty(self.axis.size, num_tokens, batch, num_heads // self.axis.size, width).permute(2, 1, 0, 3, 4)
+
     def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin to trade tokens for heads: x (B, l, H, D) of this rank's tokens; the call returns (B, L, H / N, D) of all tokens."""
-        arriving = all_to_all(x.unflatten(2, (self.axis.size, -1)).permute(2, 1, 0, 3, 4), self.axis)  # (N, l, B, h, D)
+        """Begin to trade tokens for heads: see `InnerAttention.begin`; the call returns (B, L, H / N, D) of all tokens."""
+        if x.dim() == 4:
+            packed = self.room_for(x)
+            copy_(packed, x.view(packed.shape))
+            x = packed
+        arriving = all_to_all(x.permute(2, 1, 0, 3, 4), self.axis)  # (N, l, B, h, D)
         return lambda: arriving().flatten(0, 1)[: self._num_valid].transpose(0, 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, L, H / N, D) of all tokens, from `begin` -> (B, l, H, D) of this rank's tokens."""
-        num_heads = q.shape[2]
-        groups = [slice(0, num_heads // 2), slice(num_heads // 2, num_heads)] if num_heads > 1 else [slice(0, 1)]
-        returning = [self._begin_back(self.inner(q[:, :, group], k[:, :, group], v[:, :, group])) for group in groups]
-        return torch.cat([wait().permute(2, 1, 0, 3, 4) for wait in returning], dim=3).flatten(2, 3)  # (B, l, N, h, D)
-
-    def _begin_back(self, out: Tensor) -> Callable[[], Tensor]:
-        """Begin to trade heads for tokens: out (B, L, h', D) of all tokens; the call returns (N, l, B, h', D) of this rank's."""
+        out = self.inner(q, k, v)
         padding = self.axis.size * self.sequence.share - out.shape[1]
         if padding:
             out = F.pad(out, (0, 0, 0, 0, 0, padding))
-        return all_to_all(out.transpose(0, 1).unflatten(0, (self.axis.size, -1)), self.axis)
+        parts = all_to_all(out.transpose(0, 1).unflatten(0, (self.axis.size, -1)), self.axis)()  # (N, l, B, h, D)
+        out = parts.new_empty([parts.shape[place] for place in (2, 1, 0, 3, 4)])
+        copy_(out, parts.permute(2, 1, 0, 3, 4))
+        return out.flatten(2, 3)
+
+
+def copy_(out: Tensor, x: Tensor) -> None:
+    """Copy x to ``out``, of the same shape, in words of 16 bytes if their last dims are of some: a GPU copies those faster."""
+    if x.shape[-1] * x.element_size() % 16 == 0 and x.is_cuda:
+        out, x = out.view(torch.complex128), x.view(torch.complex128)
+    out.copy_(x)
 
 
 def apply_ulysses(model: WanTransformer, sequence: SplitSequence, axis: Axis) -> None:
