@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 SHIFT = gl.constexpr(12582912.0)  # 1.5 * 2^23: added to an integer below 2^22, it makes a float of its bits
 SHIFT_BITS = gl.constexpr(0x4B400000)
 ONE = gl.constexpr(0x38)  # in e4m3
-HIGHEST = gl.constexpr(120 / 256)  # 2^8 in e4m3, of 256: the largest weight
+HIGHEST = gl.constexpr(120.0)  # the bits of 2^8 in e4m3: the largest weight
 
 
 def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
@@ -65,7 +65,8 @@ def round_queries_kernel(
     scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127
     place = head.to(tl.int64) * num_queries + query
     tl.store(scale_ptr + place, scale * factor, mask=inside)
-    tl.store(out_ptr + place[:, None] * 128 + channel, tl.floor(q / scale[:, None] + 0.5).to(tl.int8), mask=inside[:, None])
+    q = tl.floor(q * (1 / scale)[:, None] + 0.5)
+    tl.store(out_ptr + place[:, None] * 128 + channel, q.to(tl.int8), mask=inside[:, None])
 
 
 @triton.jit
@@ -83,11 +84,11 @@ def round_keys_kernel(
     k = tl.where(inside, k - tl.load(mean_ptr + head * 128 + channel), 0.0)
     scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), 1e-12) / 127
     tl.store(key_scale_ptr + head * tl.num_programs(0) + tl.program_id(0), scale)
-    tl.store(keys_ptr + (head * all_keys + first + slot)[:, None] * 128 + channel, tl.floor(k / scale + 0.5).to(tl.int8))
+    tl.store(keys_ptr + (head * all_keys + first + slot)[:, None] * 128 + channel, tl.floor(k * (1 / scale) + 0.5).to(tl.int8))
     key = first + place_of(slot)
     v_ptr += head // num_heads * v_batch.to(tl.int64) + head % num_heads * v_head
     v = tl.load(v_ptr + key[:, None] * v_row + channel, mask=(key < num_keys)[:, None], other=0.0).to(tl.float32)
-    v = tl.trans((v / tl.load(value_scale_ptr + head * 128 + channel)).to(values_ptr.dtype.element_ty))
+    v = tl.trans((v * (1 / tl.load(value_scale_ptr + head * 128 + channel))).to(values_ptr.dtype.element_ty))
     tl.store(values_ptr + (head.to(tl.int64) * 128 + channel)[:, None] * all_keys + first + slot, v)
 
 
@@ -95,21 +96,18 @@ def round_keys_kernel(
 def _weigh(scores, scale, highest, weights_layout: gl.constexpr):
     """Return weights 2^(8 + score * scale - highest) in e4m3, the new highest, and by how much what is there counts less.
 
-    scores: int32, read as the float SHIFT + score. An e4m3's bits are 8 * (7 + log2), but for a line between powers of two. 1/256 of that,
-    kept within 0 and 1, is added to 2^15, and so becomes the last byte.
+    scores: int32, read as the float SHIFT + score. An e4m3's bits are 8 * (7 + log2), but for a line between powers of two. So many times
+    the least float16 are rounded to float16, negative ones to 0, whose bits then are that number.
     """
     shifted = scores.to(gl.float32, bitcast=True)
     new = gl.maximum(highest, (gl.max(shifted, 1) - SHIFT) * scale)
-    slope = scale / 32
-    offset = HIGHEST - new / 32 - SHIFT * slope
-    x = gl.inline_asm_elementwise(
-        "{ .reg .f32 y; fma.rn.sat.f32 y, $1, $2, $3; add.f32 $0, y, 0f47000000; }", "=r,f,f,f",
-        [shifted, slope[:, None], offset[:, None]], dtype=gl.int32, is_pure=True, pack=1,
-    )  # fmt: skip
+    slope = scale * 2.0**-21
+    offset = (HIGHEST - new * 8) * 2.0**-24 - SHIFT * slope
+    x = shifted * slope[:, None] + offset[:, None]
     rows: gl.constexpr = x.shape[0]
     x = x.reshape(rows, x.shape[1] // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(rows, x.shape[1])  # places to slots
     weights = gl.inline_asm_elementwise(
-        "{ .reg .b32 x, y; prmt.b32 x, $1, $2, 0x0040; prmt.b32 y, $3, $4, 0x0040; prmt.b32 $0, x, y, 0x5410; }", "=r,r,r,r,r",
+        "{ .reg .b32 x, y; cvt.rn.relu.f16x2.f32 x, $2, $1; cvt.rn.relu.f16x2.f32 y, $4, $3; prmt.b32 $0, x, y, 0x6420; }", "=r,f,f,f,f",
         [gl.convert_layout(x, weights_layout, assert_trivial=True)], dtype=gl.float8e4nv, is_pure=True, pack=4,
     )  # fmt: skip
     return weights, new, gl.exp2(highest - new)
