@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from bench.record import this_run
 from wan_dist.run import main as run
 from wan_dist.sampling.denoise import Velocities
 
@@ -128,7 +129,7 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
     settings += [setting.replace("IMAGE", str(image)) for setting in row.settings.split()]
     code, seconds, record = timed_run([*settings, *extra], out)
     found: dict[str, object] = {"row": row.name, "ranks": int(os.environ.get("WORLD_SIZE", "1")), "code": code}
-    found["machine"] = {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none", "torch": torch.__version__}
+    found["machine"] = this_run()
     if record:
         found |= {"arrangement": record["arrangement"], "attention": record["attention"], "seconds": seconds}
         found |= {key: record[key] for key in ("stages", "other_ranks", "memory", "ran_out", "stepped_down_to") if key in record}

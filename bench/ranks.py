@@ -7,7 +7,6 @@ Random weights at full size, bfloat16, both guidance passes in a step. Prints a 
 
 import argparse
 import gc
-import json
 import os
 import statistics
 import time
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from bench.peers import diffusers_step, diffusers_transformer
 from bench.random_model import random_inputs, random_transformer
+from bench.record import Record
 from wan_dist.catalog import TASKS, Task
 from wan_dist.degrees import Degrees
 from wan_dist.models.attention import choose_attention
@@ -130,21 +130,17 @@ def main() -> None:
     ]
     if options.peer:
         runs.append(lambda: measure_diffusers(task, options, (width, height)))
-    rows = []
+    record = Record(options.out / f"ranks-{options.task}-{width}x{height}x{options.frames}-{num_ranks}gpu.json", ["spread"])
     for run in runs:
         try:
-            rows.append(run())
+            found = run()
         except Exception as fault:  # one spread's failure must not hide the others' figures
-            rows.append({"spread": "failed", "error": f"{type(fault).__name__}: {str(fault)[:300]}"})
+            found = {"spread": "failed", "error": f"{type(fault).__name__}: {str(fault)[:300]}"}
         if int(os.environ["RANK"]) == 0:
-            print(rows[-1], flush=True)
+            print(found, flush=True)
+            record.add(found)
         gc.collect()
         torch.cuda.empty_cache()
-    if int(os.environ["RANK"]) == 0:
-        machine = {"gpu": f"{num_ranks} x {torch.cuda.get_device_name()}", "torch": torch.__version__, "cuda": torch.version.cuda}
-        options.out.mkdir(parents=True, exist_ok=True)
-        file = options.out / f"ranks-{options.task}-{width}x{height}x{options.frames}-{num_ranks}gpu.json"
-        file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
     dist.destroy_process_group()
 
 

@@ -7,7 +7,6 @@ A step is both guidance passes, with an image where the task takes one. Prints a
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 
 from bench.peers import diffusers_step, diffusers_transformer
 from bench.random_model import random_inputs, random_transformer
+from bench.record import Record
 from wan_dist.catalog import TASKS, Task
 from wan_dist.errors import InputError
 from wan_dist.models.attention import choose_attention
@@ -85,25 +85,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("*"))
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"step-{options.task}-{width}x{height}x{options.frames}.json"
-    task, size, rows = TASKS[options.task], (width, height), []
+    record = Record(options.out / f"step-{options.task}-{width}x{height}x{options.frames}.json", ["what"])
+    task, size = TASKS[options.task], (width, height)
     runs: list[Callable[[], dict[str, object]]] = [
         partial(measure, task, size, options, backend, quant) for backend in options.attention for quant in options.quant
     ]
     runs += [partial(measure_diffusers, task, size, options, compiled=how == "compiled") for how in options.peer]
-    print(f"{options.task} {width}x{height}x{options.frames} on {machine['gpu']}, torch {machine['torch']}, bfloat16", flush=True)
+    print(
+        f"{options.task} {options.size}*{options.frames} on {torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16", flush=True
+    )
     for run in runs:
         try:
-            rows.append(run())
+            row = run()
         except InputError as fault:
             print(fault)
             continue
-        row = rows[-1]
         print(f"  {row['what']:32} {row['seconds_per_step']:7.3f} s/it   first {row['all_seconds'][0]:6.2f} s"
               f"   weights {row['weights_gib']:6.2f}   peak {row['peak_gib']:6.2f} GiB", flush=True)  # fmt: skip
-        file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
+        record.add(row)
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -8,7 +8,6 @@ latents on the GPU to uint8 frames on the GPU of the first rank, or from frames 
 """
 
 import argparse
-import json
 import os
 import time
 from collections import deque
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from bench.record import Record
 from wan_dist.catalog import TASKS
 from wan_dist.degrees import Degrees
 from wan_dist.dims import VaeDims
@@ -179,15 +179,11 @@ def main() -> None:
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     device = local_device("cuda")
     torch.backends.cudnn.allow_tf32 = False  # float32 is what the others are compared with
-    machine = {"gpu": f"{num_ranks} x {torch.cuda.get_device_name()}", "torch": torch.__version__, "cuda": torch.version.cuda}
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / f"vae-{options.vae}-{num_ranks}gpu{options.suffix}.json"
-    rows: list[dict[str, object]] = []
+    record = Record(options.out / f"vae-{options.vae}-{num_ranks}gpu{options.suffix}.json", ["size", "way"])
 
     def save(row: dict[str, object]) -> None:
         print(row, flush=True)
-        rows.append(row)
-        file.write_text(json.dumps({"machine": machine, "date": time.strftime("%Y-%m-%d"), "rows": rows}, indent=2) + "\n")
+        record.add(row)
 
     with open_groups(Degrees(ulysses=num_ranks), device, timeout=300) as groups:
         for size in options.sizes:
