@@ -47,6 +47,8 @@ class Experts:
     conditioning: Conditioning
     noise: Tensor
     solver: Solver
+    num_done: int = 0
+    """Steps that were done before, by a run that this one goes on with."""
     counts: Counter[str] = field(default_factory=Counter)
     """How many steps were ``guessed``."""
 
@@ -54,19 +56,19 @@ class Experts:
         """Return the run's prediction: by one transformer, or by that for high noise and then that for low."""
         low_scale, high_scale = self.plan.guide_scales
         if self.plan.task.boundary is None:
-            return self.open(0, "", high_scale, len(self.solver))
+            return self.open(0, "", high_scale, len(self.solver), self.num_done)
         boundary = self.plan.task.boundary * NUM_TRAIN_TIMESTEPS
         high = sum(timestep >= boundary for timestep in self.solver.timesteps)
         logger.info("experts   high noise for the first %d steps, low noise for the other %d", high, len(self.solver) - high)
         return TwoExperts(
-            lambda: self.open(0, " high", high_scale, high),
-            lambda: self.open(1, " low", low_scale, len(self.solver) - high),
+            lambda: self.open(0, " high", high_scale, high, self.num_done),
+            lambda: self.open(1, " low", low_scale, len(self.solver) - high, max(0, self.num_done - high)),
             boundary=boundary,
             early=self.plan.arrangement.shard_dit,  # two shards are less than one whole expert
         )
 
-    def open(self, which: int, suffix: str, scale: float, num_steps: int) -> Predict:
-        """Load a transformer as it is planned, for ``num_steps`` steps; ``suffix`` goes to its stages' names.
+    def open(self, which: int, suffix: str, scale: float, num_steps: int, num_done: int) -> Predict:
+        """Load a transformer as it is planned, for ``num_steps`` steps of which some are done; ``suffix`` goes to its stages' names.
 
         Where a GPU runs out of memory it is loaded, or the step is repeated, with an arrangement that needs less. Several ranks look
         for room before the first step instead: one that ran out in the middle of it would leave the others waiting.
@@ -75,7 +77,7 @@ class Experts:
         planned = self.plan.arrangement
         rungs = [planned, *rungs_below(planned, self.config.memory, can_part=can_part)]
         predict = SteppingDown(
-            lambda arrangement: self._open(which, suffix, scale, arrangement),
+            lambda arrangement: self._open(which, suffix, scale, num_done, arrangement),
             rungs,
             can_part=can_part,
             at=torch.OutOfMemoryError if self.groups.replica.size == 1 else NoRoomError,  # what one rank meets alone ends the run
@@ -84,9 +86,9 @@ class Experts:
         if self.config.cache.steps != "easy":
             return predict
         threshold = self.config.cache.threshold or 0.05
-        return EasyCache(predict, num_steps=num_steps, threshold=threshold, agree=self._agree, note=self._note)
+        return EasyCache(predict, num_steps=num_steps, num_done=num_done, threshold=threshold, agree=self._agree, note=self._note)
 
-    def _open(self, which: int, suffix: str, scale: float, arrangement: Arrangement) -> Predict:
+    def _open(self, which: int, suffix: str, scale: float, num_done: int, arrangement: Arrangement) -> Predict:
         groups = self.groups
         limit_waiting(groups, self.config.parallel.load_timeout)
         free_memory()  # what was there before
@@ -98,7 +100,7 @@ class Experts:
         if groups.replica.size > 1 and self.plan.load is not None:
             make_sure_of_room(activation_bytes(self.plan.load, arrangement), self.report.device, groups.replica)
         limit_waiting(groups, self.config.parallel.timeout)
-        tea = None if self.plan.tea is None else TeaCache(self.plan.tea, agree=self._agree, note=self._note)
+        tea = None if self.plan.tea is None else TeaCache(self.plan.tea, num_done=num_done, agree=self._agree, note=self._note)
         is_shared = groups.cfg.size == 2
         own = [contexts[groups.cfg.rank]] if is_shared else contexts[:1] if scale == 1 else contexts
         velocities = Velocities(model, own, self.conditioning, self.noise, apart=arrangement.passes == "apart", tea=tea)

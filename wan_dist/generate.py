@@ -21,16 +21,18 @@ from wan_dist.errors import InputError
 from wan_dist.experts import Experts
 from wan_dist.footprint import table
 from wan_dist.hardware import Hardware, find_host
+from wan_dist.kept import Kept, Progress
 from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_bytes, free_memory
 from wan_dist.models import cross_attention, transformer_elementwise
 from wan_dist.models.attention import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.text_encoder import token_ids
-from wan_dist.parallel.agreement import Agreeing
+from wan_dist.parallel.agreement import Agreeing, is_any
 from wan_dist.parallel.collectives import broadcast, broadcast_object, first_on_each_node, gather_objects, name_those_awaited
 from wan_dist.parallel.mesh import Groups, limit_waiting, local_device, open_groups
 from wan_dist.parallel.usp import check_usp
 from wan_dist.plan import Plan, arranged
+from wan_dist.preemption import Preempted, preemption
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import initial_noise
 from wan_dist.sampling.denoise import denoise
@@ -46,6 +48,8 @@ from wan_dist.weights.hub import find_checkpoint
 def run_job(config: RunConfig, plan: Plan) -> None:
     """Open the groups of ranks and run one job in them. Raises what `generate` raises."""
     device = _device(config)
+    # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 was asked for.
+    torch.backends.cudnn.allow_tf32 = config.dtype != "float32"
     with open_groups(plan.degrees, device, timeout=config.parallel.timeout) as groups:
         seed, name = broadcast_object((plan.seed, plan.name), groups.replica)  # a drawn seed is the first rank's
         generate(config, replace(plan, seed=seed, name=name), groups, device)
@@ -76,41 +80,52 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
     if plan.advice:
         logger.info("note      %s", plan.advice)
     dtype = getattr(torch, config.dtype)
-    # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 was asked for.
-    torch.backends.cudnn.allow_tf32 = dtype != torch.float32
     report = Report(config, device)
     folder = Path(config.output.dir).expanduser()
     with report.stage("check", f"output {folder}"):
         if groups.rank == 0:
             check_output(folder, width=plan.width, height=plan.height, fps=plan.fps)
-        given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
-        checkpoint = open_checkpoint(_checkpoint_folder(config, plan, groups), plan.task, dtype, transformer_files=given)
+        checkpoint = _open_checkpoint(config, plan, groups)
         choose = _begin_to_choose(config.attention, device, dtype, checkpoint.transformers[0].dims)
         if config.parallel.usp == "xfuser":
             check_usp(device, choose().name)
-    plan = _arranged(plan, config, checkpoint, groups, device)
+    kept = Kept(folder, config, plan)
+    plan = _arranged(kept.go_on(groups.replica, device) if config.latents is None else plan, config, checkpoint, groups, device)
     report.facts |= {"checkpoint": str(checkpoint.folder), "degrees": vars(plan.degrees)}
     result = _free_path(folder, plan, fixed=config.output.name is not None)
-    kept = result.with_suffix(".latents.safetensors") if config.latents is None else Path(config.latents).expanduser()
+    file = result.with_suffix(".latents.safetensors") if config.latents is None else Path(config.latents).expanduser()
     if config.latents is None:
-        latents = _make_latents(checkpoint, config, plan, choose, groups, report)
+        latents = _make_latents(checkpoint, config, plan, choose, groups, report, kept)
         if groups.rank == 0:
-            save_tensors(kept, {"latents": latents.cpu()})
+            save_tensors(file, {"latents": latents.cpu()})
     else:
-        latents = load_file(kept)["latents"].to(device)
+        latents = load_file(file)["latents"].to(device)
     try:
+        if is_any(preemption.asked_by is not None, groups.replica, device):
+            raise Preempted("asked to end: stopped before decoding; the same command goes on from there")
         _decode(checkpoint, config, plan, latents, groups, result, report)
+    except Preempted:
+        if groups.rank == 0 and config.latents is None:
+            kept.write(Progress(config.sample.steps, latents))
+        raise
     except BaseException:
         if groups.rank == 0:
-            logger.error("the latents are kept; make the video from them with: %s", _resume_command(config, checkpoint, kept, result))
+            logger.error("the latents are kept; make the video from them with: %s", _resume_command(config, checkpoint, file, result))
         raise
-    if groups.rank != 0:
-        return None
-    _record(plan, report, result)
+    if groups.rank == 0:
+        _finish(config, plan, report, result, file, kept)
+    return result if groups.rank == 0 else None
+
+
+def _finish(config: RunConfig, plan: Plan, report: Report, result: Path, latents_file: Path, kept: Kept) -> None:
+    """Write the record; what was kept for the case of a failure goes."""
+    report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result), "arrangement": asdict(plan.arrangement)}
+    report.compare(plan.uses, plan.ranks_per_node)
+    report.save(result.with_suffix(".json"))
+    kept.remove()
     if config.latents is None and not config.output.save_latents:
-        kept.unlink()
+        latents_file.unlink()
     logger.info("saved     %s", result)
-    return result
 
 
 def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, dims: TransformerDims) -> Callable[[], InnerAttention]:
@@ -144,36 +159,50 @@ def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, dims: 
     return choose
 
 
-def _record(plan: Plan, report: Report, result: Path) -> None:
-    report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result), "arrangement": asdict(plan.arrangement)}
-    report.compare(plan.uses, plan.ranks_per_node)
-    report.save(result.with_suffix(".json"))
-
-
 def _make_latents(
-    checkpoint: Checkpoint, config: RunConfig, plan: Plan, choose: Callable[[], InnerAttention], groups: Groups, report: Report
+    checkpoint: Checkpoint, config: RunConfig, plan: Plan, choose: Callable[[], InnerAttention], groups: Groups, report: Report, kept: Kept
 ) -> Tensor:
-    """Return the latents (C, T, h, w), float32, on every rank; the models are gone from the device then."""
+    """Return the latents (C, T, h, w), float32, on every rank; the models are gone from the device then.
+
+    Goes on from the progress that was kept. Raises Preempted when this or another rank was asked to end, after a step.
+    """
+    start, num_done = kept.progress.latents, kept.progress.num_done
+    if start is not None and num_done == config.sample.steps:
+        return start
     limit_waiting(groups, config.parallel.load_timeout)
     conditioning = encode(checkpoint, config, plan, groups, report)
     solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
-    drawn = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=report.device).unsqueeze(0)
-    noise = broadcast(drawn, groups.replica, report.device)
-    assert noise is not None
+    if start is None:
+        start = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=report.device)
+        start = broadcast(start, groups.replica, report.device)
+    else:
+        solver.go_on(num_done, kept.progress.solver)
+    assert start is not None
+    start = start.unsqueeze(0)
     attention = choose()
     report.facts["attention"] = attention.name
     logger.info("attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
         logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.arrangement.shard_dit else "on every rank")
-    experts = Experts(checkpoint, config, plan, attention, groups, report, conditioning, noise, solver)
+    experts = Experts(checkpoint, config, plan, attention, groups, report, conditioning, start, solver, num_done)
     predict = Agreeing(experts.predict(), groups.replica)
+
+    def after_step(num_done: int, latents: Tensor) -> None:
+        if is_any(preemption.asked_by is not None, groups.replica, report.device):
+            if groups.rank == 0:
+                kept.write(Progress(num_done, latents.squeeze(0), solver.state()))
+            is_any(True, groups.replica, report.device)  # the first rank has written it: one that ends may have the others ended
+            raise Preempted(f"asked to end: stopped after step {num_done} of {len(solver)}; the same command goes on from there")
+
     with (
-        report.stage("denoise", f"{len(solver)} steps of {config.sample.solver}"),
+        report.stage("denoise", f"{len(solver) - num_done} steps of {config.sample.solver}"),
+        preemption.until_asked(),
         logging_redirect_tqdm([logger]),
         name_those_awaited(groups.replica),  # where sharded weights are gathered, which is not done in our collectives
     ):
         bar = _progress_bar if groups.rank == 0 else iter
-        latents = denoise(predict, noise, solver, known_latents=conditioning.known_latents, progress=bar)
+        known = conditioning.known_latents
+        latents = denoise(predict, start, solver, first=num_done, known_latents=known, progress=bar, after_step=after_step)
         if config.cache.steps is not None:
             report.facts["guessed_steps"] = experts.counts["guessed"]
             logger.info("cache     %d of %d steps were guessed", experts.counts["guessed"], len(solver))
@@ -240,15 +269,17 @@ def _device(config: RunConfig) -> torch.device:
     return device
 
 
-def _checkpoint_folder(config: RunConfig, plan: Plan, groups: Groups) -> Path:
-    """Return the checkpoint's folder; what must be made or fetched is so by the first rank of each node."""
-    if config.ckpt_dir is not None:
-        return Path(config.ckpt_dir).expanduser()
+def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoint:
+    """Open the checkpoint; what must be made or fetched is so by the first rank of each node."""
 
     def find() -> Path:
+        if config.ckpt_dir is not None:
+            return Path(config.ckpt_dir).expanduser()
         return toy_checkpoint() if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
 
-    return first_on_each_node(find, groups)
+    given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
+    folder = find() if config.ckpt_dir is not None else first_on_each_node(find, groups)
+    return open_checkpoint(folder, plan.task, getattr(torch, config.dtype), transformer_files=given)
 
 
 def _free_path(folder: Path, plan: Plan, *, fixed: bool) -> Path:
@@ -273,6 +304,6 @@ def _resume_command(config: RunConfig, checkpoint: Checkpoint, kept: Path, resul
     return shlex.join(["python", "-m", "wan_dist.run", *(f"{key}={value}" for key, value in settings.items())])
 
 
-def _progress_bar(steps: Iterable[int]) -> Iterable[int]:
+def _progress_bar(steps: range) -> Iterable[int]:
     form = "denoise   {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left"
-    return tqdm(steps, bar_format=form, mininterval=0.1 if sys.stderr.isatty() else 10.0)
+    return tqdm(steps, bar_format=form, initial=steps.start, total=steps.stop, mininterval=0.1 if sys.stderr.isatty() else 10.0)

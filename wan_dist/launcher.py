@@ -1,7 +1,8 @@
-"""What a rank does about the torchrun that started it: neither outlives the other."""
+"""What a rank does about what started it: Slurm's variables become torchrun's, and neither the rank nor torchrun outlives the other."""
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,38 @@ while time.monotonic() < end:
         sys.exit()
 os.kill(launcher, signal.SIGKILL)
 """
+
+
+def adopt_slurm() -> None:
+    """Set what torchrun would set, in a task that srun started: rank, number of ranks, and the first host's address.
+
+    The port is the job's and step's own. What is set already stays.
+    """
+    given = os.environ
+    if "RANK" in given or "SLURM_STEP_NUM_TASKS" not in given or "SLURM_STEP_TASKS_PER_NODE" not in given:
+        return  # torchrun's, or a script of sbatch, which is no task
+    on_nodes = [
+        int(count)
+        for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", given["SLURM_STEP_TASKS_PER_NODE"])
+        for _ in range(int(times or 1))
+    ]
+    job, step = int(given.get("SLURM_JOB_ID", "0")), int(given.get("SLURM_STEP_ID", "0"))
+    found = {
+        "RANK": given["SLURM_PROCID"],
+        "LOCAL_RANK": given["SLURM_LOCALID"],
+        "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_WORLD_SIZE": str(on_nodes[int(given.get("SLURM_NODEID", "0"))]),
+        "MASTER_ADDR": first_host(given.get("SLURM_STEP_NODELIST", "localhost")),
+        "MASTER_PORT": str(20000 + (job * 7 + step) % 12000),
+    }
+    for key, value in found.items():
+        given.setdefault(key, value)
+
+
+def first_host(hosts: str) -> str:
+    """Return the first of Slurm's list of hosts, e.g. gpu003 of "gpu[003-005,9],login"."""
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", hosts)
+    return re.sub(r"\[([^\]]*)\]", lambda numbers: re.split("[-,]", numbers[1])[0], first[0] if first else hosts)
 
 
 def _launched() -> bool:

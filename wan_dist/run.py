@@ -1,4 +1,4 @@
-"""The command: ``python -m wan_dist.run task=... prompt=...``. Exit codes: 0 done, 1 the run failed, 2 bad input."""
+"""The command: ``python -m wan_dist.run task=... prompt=...``. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 asked to end early."""
 
 import json
 import os
@@ -17,9 +17,10 @@ from wan_dist.arguments import prepare, require_task
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, register_configs
 from wan_dist.errors import InputError
-from wan_dist.launcher import bury_launcher, die_with_launcher
+from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
 from wan_dist.log import logger, open_log
 from wan_dist.plan import make_plan
+from wan_dist.preemption import CODE, Preempted, heed_signals
 
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"  # installed, or a checkout
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(help_text() + "\n")
         return 0
     open_log()
+    adopt_slurm()
     die_with_launcher()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # what one stage leaves is of use to the next
@@ -61,7 +63,10 @@ def main(arguments: list[str]) -> int:
             require_task(prepared)
         config = compose(prepared)
         if config is not None:
-            _run(config)
+            with heed_signals():
+                _run(config)
+    except Preempted as stop:
+        return _fail(CODE, str(stop), "")
     except InputError as fault:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # the first rank says the same, and torchrun ends us meanwhile
@@ -116,8 +121,9 @@ def _described(fault: Exception) -> str:
     return f"{type(fault).__name__}: {first}" + (f" ({where})" if where else "")
 
 
-def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"wan_dist: error: {message}\n")
+def _fail(code: int, message: str, kind: str = "error: ") -> int:
+    if kind or os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"wan_dist: {kind}{message}\n")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with the first failing rank's message
         entry = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": entry}))

@@ -132,11 +132,11 @@ def save_image(path: Path, frame: Tensor) -> None:
         aside.unlink(missing_ok=True)
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as safetensors; ``path`` appears when the file is whole. Raises SaveError."""
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, with ``facts`` in its header; ``path`` appears when the file is whole. Raises SaveError."""
     aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_bytes(save(tensors))
+        aside.write_bytes(save(tensors, facts))
         aside.replace(path)
     except OSError as fault:
         raise SaveError(f"cannot write {path}: {fault}") from fault

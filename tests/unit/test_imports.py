@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors", "dims"},
-    {"catalog", "log", "launcher", "streaming"},
+    {"catalog", "log", "launcher", "preemption", "streaming"},
     {"config", "degrees"},
     {"ways", "hardware"},
     {"footprint"},
@@ -18,7 +18,7 @@ LAYERS = [
     {"weights", "sampling", "video", "report"},
     {"prompts"},
     {"toy", "parallel"},
-    {"memory", "tiles"},
+    {"memory", "tiles", "kept"},
     {"vae"},
     {"encode"},
     {"experts"},

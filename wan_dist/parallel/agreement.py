@@ -8,6 +8,11 @@ from wan_dist.parallel.mesh import Axis
 from wan_dist.sampling.step_cache import Predict
 
 
+def is_any(flag: bool, axis: Axis, device: torch.device) -> bool:
+    """Whether the flag is set on any rank of the axis."""
+    return flag if axis.size == 1 else bool(all_gather(torch.tensor([int(flag)], device=device), axis).any())
+
+
 class Agreeing:
     """A prediction that first compares a checksum of the latents over the ranks of an axis, in the first two steps."""
 

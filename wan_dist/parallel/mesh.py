@@ -44,10 +44,10 @@ class Groups:
 
 
 def local_device(name: str) -> torch.device:
-    """Return this rank's device of the kind ``name``: on a node, ranks take the GPUs in order of LOCAL_RANK."""
+    """Return this rank's device of the kind ``name``: on a node, ranks take the GPUs in order of LOCAL_RANK, or the only one they see."""
     if name != "cuda":
         return torch.device(name)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
     torch.cuda.set_device(device)
     return device
 

@@ -98,23 +98,27 @@ def denoise(
     latents: Tensor,
     solver: Solver,
     *,
+    first: int = 0,
     known_latents: Tensor | None = None,
-    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    progress: Callable[[range], Iterable[int]] = iter,
+    after_step: Callable[[int, Tensor], None] = lambda num_done, latents: None,
 ) -> Tensor:
-    """Return the latents at the end of the solver's schedule; latents (B, C, T, h, w) float32 noise.
+    """Return the latents at the end of the solver's schedule; latents (B, C, T, h, w) float32: noise, or after the ``first`` steps.
 
     ``known_latents`` (B, C, 1, h, w) replace the first latent frame before and after every step. ``progress`` wraps the step
-    numbers, e.g. with a bar. Raises FloatingPointError if the result is not finite, as early as after the second step.
+    numbers, e.g. with a bar; ``after_step`` is told how many steps are done. Raises FloatingPointError if the result is not finite,
+    as early as after the second step.
     """
     latents = _with_known(latents, known_latents)
-    for index in progress(range(len(solver))):
+    for index in progress(range(first, len(solver))):
         latents = solver.step(index, latents, predict(latents, solver.timesteps[index]))
         latents = _with_known(latents, known_latents)
-        if index in (1, len(solver) - 1) and not torch.isfinite(latents).all():
+        if index in (first + 1, len(solver) - 1) and not torch.isfinite(latents).all():
             raise FloatingPointError(
                 f"the latents are not finite after step {index + 1}: the video would be black. Try another attention backend "
                 "(attention=sdpa) or dtype=float32; if both fail too, the weights are damaged"
             )
+        after_step(index + 1, latents)
     return latents
 
 

@@ -50,6 +50,13 @@ class Solver(ABC):
         Indices must come in order from 0: multistep solvers remember earlier steps.
         """
 
+    def state(self) -> dict[str, Tensor]:
+        """Return what is remembered of earlier steps, for `go_on`."""
+        return {}
+
+    def go_on(self, num_done: int, state: dict[str, Tensor]) -> None:  # noqa: B027  # there may be nothing to remember
+        """Remember what a solver of the same schedule did after this many steps."""
+
 
 class Euler(Solver):
     """First order: x += (σ' - σ) v."""
@@ -78,6 +85,14 @@ class DpmSolverPlusPlus(Solver):
         self._previous = data
         return target / sigma * latents - (1 - target) * math.expm1(-h) * direction
 
+    def state(self) -> dict[str, Tensor]:
+        """See `Solver.state`."""
+        return {} if self._previous is None else {"previous": self._previous}
+
+    def go_on(self, num_done: int, state: dict[str, Tensor]) -> None:
+        """See `Solver.go_on`."""
+        self._previous = state.get("previous")
+
 
 class UniPC(Solver):
     """UniPC of order 2 in data prediction with B(h) = e^h - 1 (arXiv:2302.04867, algorithms 5 and 8)."""
@@ -96,10 +111,24 @@ class UniPC(Solver):
         data = latents - self.sigmas[index] * velocity
         if self._start is not None:
             latents = self._correct(index, self._start, data)
-        self._order = min(2, len(self) - index, index + 1)
+        self._order = self._order_of(index)
         self._data = [*self._data[-1:], data]
         self._start = latents
         return self._predict(index, latents)
+
+    def _order_of(self, index: int) -> int:
+        return min(2, len(self) - index, index + 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Solver.state`."""
+        data = {f"data{place}": each for place, each in enumerate(self._data)}
+        return data if self._start is None else data | {"start": self._start}
+
+    def go_on(self, num_done: int, state: dict[str, Tensor]) -> None:
+        """See `Solver.go_on`."""
+        self._data = [state[key] for key in sorted(state) if key.startswith("data")]
+        self._start = state.get("start")
+        self._order = self._order_of(num_done - 1)
 
     def _coefficients(self, index: int) -> tuple[float, float, float, float]:
         """Return h and the weights of x and of the data prediction, and α B(h), for the step from index to index + 1."""

@@ -26,12 +26,13 @@ class EasyCache:
         *,
         num_steps: int,
         threshold: float,
+        num_done: int = 0,
         agree: Callable[[bool], bool] = bool,
         note: Callable[[], None] = lambda: None,
     ) -> None:
         self.predict, self.threshold, self.agree, self.note = predict, threshold, agree, note
         self.num_first, self.last = max(2, math.ceil(num_steps / 5)), num_steps - 1
-        self._count = 0
+        self._count = num_done
         self._error = 0.0
         self._rate: float | None = None
         self._before: tuple[Tensor, Tensor] | None = None
@@ -71,10 +72,16 @@ class TeaCache:
     """
 
     def __init__(
-        self, fit: TeaFit, *, num_first: int = 5, agree: Callable[[bool], bool] = bool, note: Callable[[], None] = lambda: None
+        self,
+        fit: TeaFit,
+        *,
+        num_first: int = 5,
+        num_done: int = 0,
+        agree: Callable[[bool], bool] = bool,
+        note: Callable[[], None] = lambda: None,
     ) -> None:
         self.fit, self.num_first, self.agree, self.note = fit, num_first, agree, note
-        self._count, self._change = 0, 0.0
+        self._count, self._change = num_done, 0.0
         self._before: Tensor | None = None
         self._decision: bool | None = None
 

@@ -1,0 +1,40 @@
+"""Runs the command and asks it to end: ``python -m tests.preempted MOMENT RANK key=value ...``, where MOMENT is a step, or decode.
+
+The rank with this number sends itself SIGUSR1 there, as Slurm would before a job's time is up.
+"""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from wan_dist import generate, vae
+from wan_dist.run import main
+from wan_dist.sampling import solvers
+
+
+def ask_at(moment: str) -> None:
+    """Have this process asked at that moment."""
+    if moment == "decode":
+        decode = vae.decode
+
+        def asked_decode(*arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return decode(*arguments)
+
+        generate.vae.decode = asked_decode  # type: ignore[assignment]
+        return
+    step = solvers.UniPC.step
+
+    def asked_step(self: solvers.UniPC, index: int, *arguments: Any) -> Any:
+        if index == int(moment):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return step(self, index, *arguments)
+
+    solvers.UniPC.step = asked_step  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    if os.environ.get("RANK", "0") == sys.argv[2]:
+        ask_at(sys.argv[1])
+    sys.exit(main(sys.argv[3:]))

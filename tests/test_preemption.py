@@ -1,0 +1,92 @@
+"""A run that is asked to end goes on where it stopped when the same command is given again, and makes the same video to the bit."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from wan_dist.arguments import prepare
+from wan_dist.kept import Kept, Progress
+from wan_dist.parallel.mesh import Axis
+from wan_dist.plan import make_plan
+from wan_dist.run import compose
+from wan_dist.sampling.solvers import SOLVERS, make_solver
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = ["task=toy", "frame_num=5", "size=64*64", "sample.steps=6", "output.name=clip", "cache.dir=null"]
+
+
+def run(num_ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    command = [sys.executable, "-W", "ignore", *launcher, "-m", module, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) -> None:
+    whole, parted = (f"output.dir={tmp_path / name}" for name in ("whole", "parted"))
+    done = run(num_ranks, "wan_dist.run", *SETTINGS, whole)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for moment, said in (("2", "stopped after step 3 of 6"), ("4", "stopped after step 5 of 6"), ("decode", "stopped by SIGUSR1")):
+        rank = "0" if moment == "decode" else str(num_ranks - 1)
+        stopped = run(num_ranks, "tests.preempted", moment, rank, *SETTINGS, parted)
+        assert stopped.returncode == (75 if num_ranks == 1 else 1)  # torchrun has codes of its own
+        assert said in stopped.stderr, stopped.stderr[-2000:]
+        assert not (tmp_path / "parted/clip.mp4").exists()
+        assert len(list((tmp_path / "parted").glob("clip.*.state.safetensors"))) == 1
+    last = run(num_ranks, "wan_dist.run", *SETTINGS, parted)
+    assert last.returncode == 0, last.stderr[-2000:]
+    assert "goes on   after 6 steps" in last.stderr
+    assert (tmp_path / "parted/clip.mp4").read_bytes() == (tmp_path / "whole/clip.mp4").read_bytes()
+    assert not list((tmp_path / "parted").glob("*.state.safetensors"))
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("num_done", [1, 2, 3, 5])
+def test_a_solver_goes_on(name: str, num_done: int) -> None:
+    torch.manual_seed(0)
+    velocities = torch.randn(6, 1, 4, 2, 3, 3)
+    through, before, after = (make_solver(name, 6, 5.0) for _ in range(3))
+    latents = other = torch.randn(1, 4, 2, 3, 3)
+    for index in range(6):
+        latents = through.step(index, latents, velocities[index])
+        if index == num_done:
+            after.go_on(num_done, before.state())
+        other = (before if index < num_done else after).step(index, other, velocities[index])
+    assert torch.equal(latents, other)
+
+
+def kept(folder: Path, *settings: str) -> Kept:
+    config = compose(prepare(["task=toy", "prompt=a ball", *settings]))
+    assert config is not None
+    return Kept(folder, config, make_plan(config))
+
+
+def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:
+    progress = Progress(3, torch.randn(4, 2, 3, 3), {"start": torch.randn(1, 4, 2, 3, 3)})
+    file = kept(tmp_path, "seed=7").write(progress)
+    again = kept(tmp_path, "seed=7", "memory.dit=stream", "output.name=other", "fps=8")
+    plan = again.go_on(Axis(), torch.device("cpu"))
+    assert (again.progress.num_done, plan.seed) == (3, 7)
+    assert again.progress.latents is not None
+    assert torch.equal(again.progress.latents, progress.latents)  # type: ignore[arg-type]
+    assert torch.equal(again.progress.solver["start"], progress.solver["start"])
+    for setting in ("seed=8", "prompt=a cube", "sample.steps=9", "dtype=bfloat16", "sample.guide_scale=3"):
+        other = kept(tmp_path, *(["seed=7"] if "seed" not in setting else []), setting)
+        other.go_on(Axis(), torch.device("cpu"))
+        assert other.progress.num_done == 0, setting
+    again.remove()
+    assert not file.exists()
+    again.remove()
+
+
+def test_a_drawn_seed_is_kept(tmp_path: Path) -> None:
+    first = kept(tmp_path, "seed=-1")
+    first.write(Progress(2, torch.zeros(4, 2, 3, 3)))
+    second = kept(tmp_path, "seed=-1")
+    plan = second.go_on(Axis(), torch.device("cpu"))
+    assert (plan.seed, plan.name) == (first.plan.seed, first.plan.name)

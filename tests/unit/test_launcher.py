@@ -1,0 +1,76 @@
+"""What a task of srun takes from Slurm in place of torchrun's variables."""
+
+import pytest
+
+from wan_dist.launcher import adopt_slurm, first_host
+
+TASK = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_STEP_NODELIST": "gpu[03-05,9]",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+}
+SET = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    found = dict(TASK)
+    monkeypatch.setattr("os.environ", found)
+    return found
+
+
+def test_a_task_knows_its_place(environment: dict[str, str]) -> None:
+    adopt_slurm()
+    assert [environment[key] for key in SET[:5]] == ["5", "1", "7", "2", "gpu03"]
+    assert 20000 <= int(environment["MASTER_PORT"]) < 32000
+
+
+def test_steps_of_a_job_have_ports_of_their_own(environment: dict[str, str]) -> None:
+    ports = set()
+    for job, step in ((4711, 0), (4711, 1), (4712, 0), (4713, 3)):
+        environment |= {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
+        environment.pop("RANK", None)
+        environment.pop("MASTER_PORT", None)
+        adopt_slurm()
+        ports.add(environment["MASTER_PORT"])
+    assert len(ports) == 4
+
+
+def test_what_is_set_stays(environment: dict[str, str]) -> None:
+    environment |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
+    adopt_slurm()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "1")
+
+
+@pytest.mark.parametrize("gone", ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE"])
+def test_a_batch_script_is_no_task(gone: str, environment: dict[str, str]) -> None:
+    environment |= {"SLURM_NTASKS": "7"}
+    del environment[gone]
+    adopt_slurm()
+    assert not set(SET) & set(environment)
+
+
+def test_ranks_of_torchrun_are_torchruns(environment: dict[str, str]) -> None:
+    environment["RANK"] = "0"
+    adopt_slurm()
+    assert "WORLD_SIZE" not in environment
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [
+        ("node1", "node1"),
+        ("a,b", "a"),
+        ("gpu[003-005,9],login", "gpu003"),
+        ("r[1-2]n[1-4]", "r1n1"),
+        ("n[7]-ib", "n7-ib"),
+        ("n-1,n-2", "n-1"),
+    ],
+)
+def test_the_first_host(hosts: str, first: str) -> None:
+    assert first_host(hosts) == first

@@ -1,0 +1,99 @@
+"""Ending early when asked: on SIGTERM or SIGUSR1 a run finishes its step, keeps what it needs to go on, and ends with code 75."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+CODE = 75
+"""EX_TEMPFAIL of sysexits.h: try again later."""
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_PATIENCE = 25.0
+"""Seconds that ranks have for their step after SIGTERM: torchrun and Slurm kill them after 30."""
+
+
+class Preempted(BaseException):
+    """The run was asked to end early. Not an Exception, as KeyboardInterrupt is none."""
+
+
+class Preemption:
+    """Whether this process was asked to end, and by what."""
+
+    def __init__(self) -> None:
+        self.asked_by: signal.Signals | None = None
+        self.deferred = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal; what comes after the first changes nothing."""
+        if self.asked_by is None:
+            self.asked_by = signal.Signals(number)
+            if not self.deferred:
+                raise Preempted(f"stopped by {self.asked_by.name}; the same command goes on")
+
+    @contextmanager
+    def until_asked(self) -> Iterator[None]:
+        """Within, a signal is only noted in ``asked_by``."""
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+
+preemption = Preemption()
+"""Of this process."""
+
+
+@contextmanager
+def heed_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 are heeded as described above; in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    preemption.asked_by = None
+    before = {number: signal.signal(number, preemption) for number in _SIGNALS}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    old_writer = signal.set_wakeup_fd(writer)
+    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(old_writer)
+        os.close(writer)  # ends the thread
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(reader: int) -> None:
+    """End this process where the main thread cannot: after SIGTERM it may be waiting for ever for a rank that is gone."""
+    parent, seen = os.getppid(), set()
+    while received := os.read(reader, 1):
+        seen.add(received[0])
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if received[0] != signal.SIGTERM or num_ranks == 1:
+            continue
+        timer = threading.Timer(_PATIENCE, os._exit, [128 + signal.SIGTERM])
+        timer.daemon = True
+        timer.start()
+        time.sleep(1)  # the main thread notes the signal, unless it waits
+        is_alone = os.getppid() != parent or _num_ranks_of(parent) < num_ranks
+        if is_alone and preemption.asked_by is None and signal.SIGUSR1 not in seen:
+            os._exit(128 + signal.SIGTERM)
+    os.close(reader)
+
+
+def _num_ranks_of(launcher: int) -> int:
+    """Return how many processes of the launcher are alive."""
+    count = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = file.read_text().rpartition(")")[2].split()[:2]
+        except OSError:  # gone meanwhile
+            continue
+        count += int(parent) == launcher and state not in "ZX"
+    return count
