@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slurm lint clean
 
 demo: $(VENV)/.runtime ## make a video with a tiny model, without a download
 	$(BIN)/python -m wan_dist.run task=toy
 
 test: $(VENV)/.dev ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-slurm: $(VENV)/.dev ## submit the scripts of slurm/ to a Slurm on this machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_slurm.py -rs
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

@@ -69,13 +69,13 @@ def kept(folder: Path, *settings: str) -> Kept:
 def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:
     progress = Progress(3, torch.randn(4, 2, 3, 3), {"start": torch.randn(1, 4, 2, 3, 3)})
     file = kept(tmp_path, "seed=7").write(progress)
-    again = kept(tmp_path, "seed=7", "memory.dit=stream", "output.name=other", "fps=8")
+    again = kept(tmp_path, "seed=7", "memory.dit=stream", "parallel.timeout=60", "fps=8")
     plan = again.go_on(Axis(), torch.device("cpu"))
     assert (again.progress.num_done, plan.seed) == (3, 7)
     assert again.progress.latents is not None
     assert torch.equal(again.progress.latents, progress.latents)  # type: ignore[arg-type]
     assert torch.equal(again.progress.solver["start"], progress.solver["start"])
-    for setting in ("seed=8", "prompt=a cube", "sample.steps=9", "dtype=bfloat16", "sample.guide_scale=3"):
+    for setting in ("seed=8", "prompt=a cube", "sample.steps=9", "dtype=bfloat16", "sample.guide_scale=3", "output.name=other"):
         other = kept(tmp_path, *(["seed=7"] if "seed" not in setting else []), setting)
         other.go_on(Axis(), torch.device("cpu"))
         assert other.progress.num_done == 0, setting

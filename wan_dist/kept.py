@@ -42,6 +42,7 @@ class Kept:
         settings |= {"prompt": plan.prompt, "negative_prompt": plan.negative_prompt, "size": (plan.width, plan.height)}
         settings["images"] = [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in plan.images]
         settings |= {"cache": (config.cache.steps, config.cache.threshold), "vae_dtype": config.memory.vae_dtype}
+        settings["name"] = config.output.name
         if config.seed == -1:  # drawn anew by each job, but not when it is requeued
             settings["job"] = [os.environ.get(key) for key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")]
         self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]

@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         sys.stdout.write(help_text() + "\n")
         return 0
-    open_log()
     adopt_slurm()
+    open_log()
     die_with_launcher()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # what one stage leaves is of use to the next

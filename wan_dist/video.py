@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import socket
 import subprocess
 import tempfile
 from collections import deque
@@ -146,7 +148,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] |
 
 def check_output(folder: Path, *, width: int, height: int, fps: int) -> None:
     """Make the folder and encode two frames into it, so that a run cannot fail there after hours; raises InputError."""
-    probe = folder / ".wan-dist-probe.mp4"
+    probe = folder / f".wan-dist-probe-{socket.gethostname()}-{os.getpid()}.mp4"  # runs may begin at once in one folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()

@@ -1,0 +1,131 @@
+"""The scripts of slurm/, submitted to a real Slurm on this machine, with the toy model on the CPU."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT.parent / "shared" / "slurm"
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+RUN = ["task=toy", "frame_num=5", "size=64*64", "cache.dir=null", "device=cpu"]
+SMALL = ["--cpus-per-task=1", "--mem=2000", "--time=10"]
+TWO_TASKS = ["--gpus-per-node=2", "--ntasks-per-node=2", *SMALL]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_scripts_are_sound(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", script], check=True)
+
+
+class Slurm:
+    """A cluster of two nodes; jobs run in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        cluster = Path(tempfile.mkdtemp(prefix="wan-slurm-"))
+        cluster.chmod(0o755)  # munge will not have it otherwise
+        self.environment = os.environ | {
+            "SLURM_TEST_DIR": str(cluster),
+            "SLURM_TEST_PORT": str(free_port()),
+            "SLURM_CONF": str(cluster / "etc/slurm.conf"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin:/sbin",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def __call__(self, *command: str | Path, **environment: str) -> str:
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, check=False, timeout=180
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout[-1000:]} {done.stderr[-2000:]}"
+        return done.stdout.strip()
+
+    def submit(self, options: list[str], script: str, *settings: str, **environment: str) -> str:
+        return self("sbatch", "--parsable", *options, ROOT / "slurm" / script, *RUN, *settings, **environment)
+
+    def ended(self, job: str) -> str:
+        """Wait for the job's end and return its state, code and number of restarts."""
+        command = [TOOLS / "wait_job.sh", job, "150"]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout.strip()
+
+    def log(self, job: str) -> str:
+        file = self.folder / f"wan-{job}.log"
+        return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if not (TOOLS / "slurm_up.sh").exists():
+        pytest.skip("the scripts that start a Slurm are not beside this checkout")
+    cluster = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster(TOOLS / "slurm_up.sh")
+    except AssertionError as fault:
+        pytest.skip(f"no Slurm can be started here: {str(fault)[-300:]}")
+    yield cluster
+    subprocess.run([TOOLS / "slurm_down.sh", "--purge"], env=cluster.environment, capture_output=True, check=False)
+
+
+def latents(slurm: Slurm, name: str) -> torch.Tensor:
+    return load_file(slurm.folder / f"outputs/{name}.latents.safetensors")["latents"]
+
+
+def test_one_node_and_two_make_the_same(slurm: Slurm) -> None:
+    jobs = [slurm.submit(TWO_TASKS, f"{name}.sbatch", "sample.steps=3", f"output.name={name}") for name in ("one-node", "several-nodes")]
+    for job in jobs:
+        assert slurm.ended(job).startswith("COMPLETED 0:0"), slurm.log(job)
+    record = json.loads((slurm.folder / "outputs/several-nodes.json").read_text())
+    assert record["degrees"]["cfg"] * record["degrees"]["ulysses"] * record["degrees"]["ring"] == 4
+    assert "rank 1" not in slurm.log(jobs[1])  # the first rank speaks for all
+    torch.testing.assert_close(latents(slurm, "several-nodes"), latents(slurm, "one-node"), atol=1e-4, rtol=1e-4)
+
+
+def test_an_array_makes_a_video_of_each_line(slurm: Slurm) -> None:
+    lines = ["a red ball", 'a "blue" cube, $HOME', "一只猫"]
+    (slurm.folder / "prompts.txt").write_text("\n".join(lines) + "\n")
+    options = ["--array=0-3%2", "--gpus-per-node=1", *SMALL]
+    array = slurm.submit(options, "array.sbatch", "sample.steps=2", PROMPTS="prompts.txt")
+    for number, line in enumerate(lines):
+        assert slurm.ended(f"{array}_{number}").startswith("COMPLETED 0:0"), slurm.log(f"{array}-{number}")
+        assert (slurm.folder / f"outputs/line-{number}.mp4").stat().st_size > 1000
+        assert json.loads((slurm.folder / f"outputs/line-{number}.json").read_text())["prompt"] == line
+    assert slurm.ended(f"{array}_3").startswith("FAILED 2:0")
+    assert "line 3 of prompts.txt is empty or not there" in slurm.log(f"{array}-3")
+
+
+def test_a_job_that_is_requeued_makes_the_same_video(slurm: Slurm) -> None:
+    settings = ["sample.steps=400"]
+    job = slurm.submit(TWO_TASKS, "requeue.sbatch", *settings, "output.name=parted")
+    end = time.monotonic() + 60
+    while "load  " not in slurm.log(job):  # denoising begins
+        assert time.monotonic() < end, slurm.log(job)
+        time.sleep(0.05)
+    time.sleep(0.7)
+    slurm("scancel", "--signal=USR1", job)
+    whole = slurm.submit(TWO_TASKS, "one-node.sbatch", *settings, "output.name=whole")
+    assert slurm.ended(job).startswith("COMPLETED 0:0 restarts=1"), slurm.log(job)
+    assert "asked to end: stopped after step" in slurm.log(job)
+    assert "goes on   after" in slurm.log(job)
+    assert slurm.ended(whole).startswith("COMPLETED 0:0"), slurm.log(whole)
+    assert (slurm.folder / "outputs/parted.mp4").read_bytes() == (slurm.folder / "outputs/whole.mp4").read_bytes()
+    assert not list((slurm.folder / "outputs").glob("*.state.safetensors"))
