@@ -2,10 +2,10 @@
 
 import sys
 
-from launch import plan
+from launch import local, plan
 from wan_dist.errors import InputError
 
-COMMANDS = {"plan": plan}
+COMMANDS = {"plan": plan, "local": local}
 
 
 def main(arguments: list[str]) -> int:

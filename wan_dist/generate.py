@@ -22,7 +22,7 @@ from wan_dist.experts import Experts
 from wan_dist.footprint import table
 from wan_dist.hardware import Hardware, find_host
 from wan_dist.kept import Kept, Progress
-from wan_dist.log import logger
+from wan_dist.log import keep_log, logger
 from wan_dist.memory import first_that_works, free_bytes, free_memory
 from wan_dist.models import cross_attention, transformer_elementwise
 from wan_dist.models.attention import InnerAttention, choose_attention, compile_attention
@@ -52,6 +52,8 @@ def run_job(config: RunConfig, plan: Plan) -> None:
     torch.backends.cudnn.allow_tf32 = config.dtype != "float32"
     with open_groups(plan.degrees, device, timeout=config.parallel.timeout) as groups:
         seed, name = broadcast_object((plan.seed, plan.name), groups.replica)  # a drawn seed is the first rank's
+        if plan.degrees.num_ranks > 1:
+            keep_log(Path(config.output.dir).expanduser() / "logs" / name)
         generate(config, replace(plan, seed=seed, name=name), groups, device)
 
 

@@ -3,16 +3,33 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 logger = logging.getLogger("wan_dist")
 
 
 def open_log(level: int = logging.INFO) -> None:
     """Send the project's log lines to standard error, as ``[time rank] text``; of the other ranks only errors."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_form())
+    handler.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+def keep_log(folder: Path) -> None:
+    """Write all log lines of this rank to a file of its own in ``folder`` too, if that can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / f"rank-{os.environ.get('RANK', '0')}.log", mode="a", encoding="utf-8")
+    except OSError:  # of a folder that only the first rank's node has, for example
+        return
+    handler.setFormatter(_form())
+    logger.addHandler(handler)
+
+
+def _form() -> logging.Formatter:
     several_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank = f" rank {os.environ.get('RANK', '0')}" if several_ranks else ""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(f"[%(asctime)s{rank}] %(message)s", datefmt="%H:%M:%S"))
-    logger.handlers = [handler]
-    logger.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-    logger.propagate = False
+    return logging.Formatter(f"[%(asctime)s{rank}] %(message)s", datefmt="%H:%M:%S")

@@ -1,0 +1,64 @@
+"""Make a video with all GPUs of this machine: checks the settings, then starts torchrun.
+
+    python -m launch local task=i2v-14B image=cat.jpg prompt="A cat on a surfboard"
+    python -m launch local ranks=4 task=t2v-14B prompt=@prompt.txt size=832*480
+    python -m launch local ranks=2 task=toy                  # two processes on the CPU, where there is no GPU
+
+Keys are those of a run, and: ranks=COUNT, by default one for each GPU. The command and the variables that it sets are printed; what is
+set in the environment already stays.
+"""
+
+import os
+import shlex
+import sys
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from wan_dist.arguments import prepare, require_task
+from wan_dist.errors import InputError
+from wan_dist.hardware import find_gpus
+from wan_dist.plan import make_plan
+from wan_dist.run import compose, readable
+
+
+def main(arguments: list[str]) -> None:
+    """Become the command that makes the video; raises InputError for what cannot be, before anything heavy starts."""
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key == "ranks"}
+    settings = [argument for argument in arguments if not argument.startswith("ranks=")]
+    num_ranks = _number_of(given["ranks"]) if "ranks" in given else len(find_gpus()) or 1
+    prepared = prepare(settings)
+    require_task(prepared)
+    try:
+        config = compose(prepared)
+    except (HydraException, OmegaConfBaseException) as fault:
+        raise InputError(readable(fault)) from None
+    if config is None:
+        return
+    make_plan(config, ranks=(num_ranks, num_ranks))
+    command = command_for(num_ranks, settings)
+    variables = {key: value for key, value in variables_for(num_ranks).items() if key not in os.environ}
+    words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
+    sys.stderr.write("$ " + " ".join([*words, shlex.join(command)]) + "\n")
+    os.execve(command[0], command, os.environ | variables)
+
+
+def command_for(num_ranks: int, settings: list[str]) -> list[str]:
+    """Return the command that makes the video on so many ranks; one needs no torchrun."""
+    run = ["-m", "wan_dist.run", *settings]
+    if num_ranks == 1:
+        return [sys.executable, *run]
+    ranks = ["--nnodes=1", f"--nproc_per_node={num_ranks}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a free port
+    return [sys.executable, "-m", "torch.distributed.run", *ranks, *run]
+
+
+def variables_for(num_ranks: int) -> dict[str, str]:
+    """Return what should be set for so many ranks on this machine."""
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    return {"OMP_NUM_THREADS": str(threads), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+def _number_of(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"ranks={text} is not a number of processes, e.g. ranks=4")
+    return int(text)

@@ -1,0 +1,74 @@
+"""``python -m launch local``: what it starts, and what it refuses before anything starts."""
+
+import os
+import sys
+
+import pytest
+
+from launch import local
+from launch.__main__ import main
+
+
+class StartedError(Exception):
+    pass
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    found: dict[str, object] = {}
+
+    def execve(path: str, command: list[str], environment: dict[str, str]) -> None:
+        found.update(path=path, command=command, environment=environment)
+        raise StartedError
+
+    monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    for key in ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(key, raising=False)
+    return found
+
+
+@pytest.mark.parametrize(("gpus", "given", "num_ranks"), [(4, [], 4), (0, [], 1), (4, ["ranks=2"], 2), (0, ["ranks=2"], 2)])
+def test_a_rank_for_each_gpu(
+    gpus: int,
+    given: list[str],
+    num_ranks: int,
+    started: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(local, "find_gpus", lambda: [("a GPU", 80, 80)] * gpus)
+    with pytest.raises(StartedError):
+        main(["local", *given, "task=toy", "prompt=it's here"])
+    launcher = ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    command = started["command"]
+    assert isinstance(command, list)
+    assert command[: 1 + len(launcher)] == [sys.executable, *launcher]
+    assert command[-4:] == ["-m", "wan_dist.run", "task=toy", "prompt=it's here"]
+    assert started["environment"]["OMP_NUM_THREADS"] == str(32 // num_ranks)  # type: ignore[index]
+    assert f"OMP_NUM_THREADS={32 // num_ranks} PYTORCH_ALLOC_CONF=expandable_segments:True" in capsys.readouterr().err
+
+
+def test_what_is_set_stays(started: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    with pytest.raises(StartedError):
+        main(["local", "ranks=2", "task=toy"])
+    assert started["environment"]["OMP_NUM_THREADS"] == "3"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ranks=none", "task=toy"], "ranks=none is not a number of processes"),
+        (["ranks=3", "task=toy", "parallel.ulysses=2"], "parallel.ulysses=2 does not fit 3 ranks"),
+        (["ranks=2", "task=i2v-14B", "prompt=x"], "image"),
+        (["ranks=2", "task=toy", "size=1*1"], "size=1*1"),
+        (["ranks=2"], "task"),
+    ],
+)
+def test_what_cannot_be_is_refused_first(
+    arguments: list[str], message: str, started: dict[str, object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["local", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not started
