@@ -12,27 +12,17 @@ import os
 import shlex
 import sys
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from wan_dist.arguments import prepare, require_task
+from launch.settings import configured, parted
 from wan_dist.errors import InputError
 from wan_dist.hardware import find_gpus
 from wan_dist.plan import make_plan
-from wan_dist.run import compose, readable
 
 
 def main(arguments: list[str]) -> None:
     """Become the command that makes the video; raises InputError for what cannot be, before anything heavy starts."""
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key == "ranks"}
-    settings = [argument for argument in arguments if not argument.startswith("ranks=")]
+    given, settings = parted(arguments, ("ranks",))
     num_ranks = _number_of(given["ranks"]) if "ranks" in given else len(find_gpus()) or 1
-    prepared = prepare(settings)
-    require_task(prepared)
-    try:
-        config = compose(prepared)
-    except (HydraException, OmegaConfBaseException) as fault:
-        raise InputError(readable(fault)) from None
+    config = configured(settings)
     if config is None:
         return
     make_plan(config, ranks=(num_ranks, num_ranks))

@@ -9,29 +9,20 @@ Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT.
 
 import sys
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from wan_dist.arguments import prepare, require_task
+from launch.settings import configured, parted
 from wan_dist.catalog import get_task
 from wan_dist.errors import InputError
 from wan_dist.footprint import table
 from wan_dist.hardware import Hardware, find_gpus, find_host, parse_bytes, parse_gpus
 from wan_dist.plan import arranged, make_plan
-from wan_dist.run import compose, readable
 
 _HARDWARE = ("gpus", "host", "nodes")
 
 
 def main(arguments: list[str]) -> None:
     """Print the plan; raises InputError for what cannot be."""
-    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in _HARDWARE}
-    settings = prepare([argument for argument in arguments if argument.partition("=")[0] not in _HARDWARE])
-    require_task(settings)
-    try:
-        config = compose(settings)
-    except (HydraException, OmegaConfBaseException) as fault:
-        raise InputError(readable(fault)) from None
+    given, settings = parted(arguments, _HARDWARE)
+    config = configured(settings)
     if config is None:
         return
     hardware, ranks = hardware_of(given)

@@ -1,0 +1,27 @@
+"""The arguments of a command: its own keys, and those of a run."""
+
+from collections.abc import Sequence
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from wan_dist.arguments import prepare, require_task
+from wan_dist.config import RunConfig
+from wan_dist.errors import InputError
+from wan_dist.run import compose, readable
+
+
+def parted(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the values given for ``keys``, and the other arguments."""
+    own = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in keys}
+    return own, [argument for argument in arguments if argument.partition("=")[0] not in keys]
+
+
+def configured(settings: Sequence[str]) -> RunConfig | None:
+    """Return the configuration of a run's settings, None after a flag that only prints; raises InputError."""
+    prepared = prepare(list(settings))
+    require_task(prepared)
+    try:
+        return compose(prepared)
+    except (HydraException, OmegaConfBaseException) as fault:
+        raise InputError(readable(fault)) from None
