@@ -1,4 +1,4 @@
-"""Runs the command and asks it to end: ``python -m tests.preempted MOMENT RANK key=value ...``, where MOMENT is a step, or decode.
+"""Runs the command and asks it to end: ``python -m tests.preempted MOMENT RANK key=value ...``; MOMENT is a step, encode or decode.
 
 The rank with this number sends itself SIGUSR1 there, as Slurm would before a job's time is up.
 """
@@ -15,14 +15,15 @@ from wan_dist.sampling import solvers
 
 def ask_at(moment: str) -> None:
     """Have this process asked at that moment."""
-    if moment == "decode":
-        decode = vae.decode
+    if moment in ("encode", "decode"):
+        place = generate if moment == "encode" else vae
+        work = getattr(place, moment)
 
-        def asked_decode(*arguments: Any) -> Any:
+        def asked(*arguments: Any) -> Any:
             os.kill(os.getpid(), signal.SIGUSR1)
-            return decode(*arguments)
+            return work(*arguments)
 
-        generate.vae.decode = asked_decode  # type: ignore[assignment]
+        setattr(place, moment, asked)
         return
     step = solvers.UniPC.step
 

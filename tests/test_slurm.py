@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -117,10 +118,10 @@ def test_a_job_that_is_requeued_makes_the_same_video(slurm: Slurm) -> None:
     settings = ["sample.steps=400"]
     job = slurm.submit(TWO_TASKS, "requeue.sbatch", *settings, "output.name=parted")
     end = time.monotonic() + 60
-    while "load  " not in slurm.log(job):  # denoising begins
+    while not re.search(r"read +\d", slurm.log(job)):  # what is said last before denoising
         assert time.monotonic() < end, slurm.log(job)
         time.sleep(0.05)
-    time.sleep(0.7)
+    time.sleep(0.3)
     slurm("scancel", "--signal=USR1", job)
     whole = slurm.submit(TWO_TASKS, "one-node.sbatch", *settings, "output.name=whole")
     assert slurm.ended(job).startswith("COMPLETED 0:0 restarts=1"), slurm.log(job)

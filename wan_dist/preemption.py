@@ -65,8 +65,8 @@ def heed_signals() -> Iterator[None]:
     finally:
         signal.set_wakeup_fd(old_writer)
         os.close(writer)  # ends the thread
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, handler in before.items():  # a rank that is ending is told to when another has ended: its code should stand
+            signal.signal(number, handler if preemption.asked_by is None else signal.SIG_IGN)
 
 
 def _watch(reader: int) -> None:
@@ -81,9 +81,10 @@ def _watch(reader: int) -> None:
         timer.daemon = True
         timer.start()
         time.sleep(1)  # the main thread notes the signal, unless it waits
-        is_alone = os.getppid() != parent or _num_ranks_of(parent) < num_ranks
-        if is_alone and preemption.asked_by is None and signal.SIGUSR1 not in seen:
-            os._exit(128 + signal.SIGTERM)
+        was_asked = signal.SIGUSR1 in seen
+        is_left = not was_asked if os.getppid() != parent else _num_ranks_of(parent) < num_ranks
+        if is_left and preemption.asked_by is None:
+            os._exit(CODE if was_asked else 128 + signal.SIGTERM)
     os.close(reader)
 
 

@@ -20,7 +20,7 @@ from wan_dist.errors import InputError
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
 from wan_dist.log import logger, open_log
 from wan_dist.plan import make_plan
-from wan_dist.preemption import CODE, Preempted, heed_signals
+from wan_dist.preemption import CODE, Preempted, heed_signals, preemption
 
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"  # installed, or a checkout
@@ -76,6 +76,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except Exception as fault:
+        if preemption.asked_by is not None:
+            return _fail(CODE, "asked to end, as another rank was, which has; the same command goes on", "")
         if any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
             time.sleep(3)  # the rank that broke ends first, so that torchrun names it and not those it left waiting
         logger.exception("the run failed")
