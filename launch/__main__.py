@@ -2,10 +2,10 @@
 
 import sys
 
-from launch import local, plan
+from launch import fetch, local, plan
 from wan_dist.errors import InputError
 
-COMMANDS = {"plan": plan, "local": local}
+COMMANDS = {"plan": plan, "fetch": fetch, "local": local}
 
 
 def main(arguments: list[str]) -> int:

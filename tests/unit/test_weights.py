@@ -307,7 +307,7 @@ def test_fill_rejects_nothing_silently(folder: Path) -> None:
 def test_a_cached_repository_is_used_without_the_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def snapshot(repository: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def snapshot(repository: str, *, allow_patterns: list[str], local_files_only: bool = False, local_dir: None = None) -> str:
         calls.append((repository, local_files_only))
         return str(folder)
 
@@ -321,7 +321,7 @@ def test_a_half_downloaded_repository_is_completed(folder: Path, monkeypatch: py
     content = vae.read_bytes()
     vae.unlink()
 
-    def snapshot(repository: str, *, allow_patterns: list[str], local_files_only: bool = False) -> str:
+    def snapshot(repository: str, *, allow_patterns: list[str], local_files_only: bool = False, local_dir: None = None) -> str:
         if not local_files_only:
             vae.write_bytes(content)
         return str(folder)
