@@ -27,9 +27,10 @@ def main(arguments: list[str]) -> None:
     config = configured([f"task={task.name}", *(f"{key}={value}" for key, value in given.items())])
     assert config is not None
     width, height = config.width_height()
-    from wan_dist.weights.hub import download  # it imports torch, which takes seconds
+    from wan_dist.weights.hub import check_whole, download  # they import torch, which takes seconds
 
     found = download(task, area=width * height, folder=folder)
+    check_whole(found, task)
     size = sum(file.stat().st_size for file in found.rglob("*") if file.is_file() and ".cache" not in file.parts)
     use = f"ckpt_dir={found} " if folder is not None else ""
     sys.stdout.write(

@@ -124,9 +124,10 @@ def _finish(config: RunConfig, plan: Plan, report: Report, result: Path, latents
     report.facts |= {"seed": plan.seed, "prompt": plan.prompt, "file": str(result), "arrangement": asdict(plan.arrangement)}
     report.compare(plan.uses, plan.ranks_per_node)
     report.save(result.with_suffix(".json"))
-    kept.remove()
-    if config.latents is None and not config.output.save_latents:
-        latents_file.unlink()
+    if config.latents is None:  # others' latents say nothing of what was kept
+        kept.remove()
+        if not config.output.save_latents:
+            latents_file.unlink()
     logger.info("saved     %s", result)
 
 
@@ -275,12 +276,10 @@ def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoin
     """Open the checkpoint; what must be made or fetched is so by the first rank of each node."""
 
     def find() -> Path:
-        if config.ckpt_dir is not None:
-            return Path(config.ckpt_dir).expanduser()
         return toy_checkpoint() if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
 
     given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
-    folder = find() if config.ckpt_dir is not None else first_on_each_node(find, groups)
+    folder = first_on_each_node(find, groups) if config.ckpt_dir is None else Path(config.ckpt_dir).expanduser()
     return open_checkpoint(folder, plan.task, getattr(torch, config.dtype), transformer_files=given)
 
 

@@ -76,9 +76,9 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail(130, "interrupted")
     except Exception as fault:
-        if preemption.asked_by is not None:
-            return _fail(CODE, "asked to end, as another rank was, which has; the same command goes on", "")
         if any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
+            if preemption.asked_by is not None:
+                return _fail(CODE, "asked to end, as another rank was, which has; the same command goes on", "")
             time.sleep(3)  # the rank that broke ends first, so that torchrun names it and not those it left waiting
         logger.exception("the run failed")
         bury_launcher()

@@ -12,8 +12,6 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from wan_dist.errors import first_line
-
 _KEYS = 128
 """Of a block: they are rounded with one scale, and attended to at once."""
 _QUERIES = 64
@@ -27,17 +25,11 @@ _STAGES = 4
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return about softmax(q kᵀ / √D) v; q (B, Lq, H, 128), k and v (B, Lk, H, 128), bfloat16 or float16 -> (B, Lq, H, 128).
 
-    Raises RuntimeError on other GPUs than Hopper, for heads of another width, and if Triton cannot compile it.
+    Raises RuntimeError on other GPUs than Hopper and for heads of another width, and what Triton raises if it cannot compile it.
     """
     if torch.cuda.get_device_capability(q.device) != (9, 0) or q.shape[3] != 128:
         raise RuntimeError("needs a Hopper GPU and heads of 128 channels; attention=sage takes others")
-    try:
-        kernels = importlib.import_module("wan_dist.models.attention_8bit_kernels")
-        return _attend(kernels, q, k, v)
-    except (torch.OutOfMemoryError, ImportError):
-        raise
-    except Exception as fault:  # Triton raises its own errors, subprocess', OSError ...
-        raise RuntimeError(f"its kernels do not work here: {first_line(fault)}") from fault
+    return _attend(importlib.import_module("wan_dist.models.attention_8bit_kernels"), q, k, v)
 
 
 def _attend(kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -18,7 +18,10 @@ def find_checkpoint(task: Task, *, area: int) -> Path:
     """
     repository, patterns = task.hub_repository(area), download_patterns(task)
     try:
-        return _checked(Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True)), task)
+        folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+        for part in find_layout(folder, task).transformers:
+            part.open()  # a shard may be missing
+        return folder
     except (LocalEntryNotFoundError, InputError):
         return download(task, area=area)
 
@@ -26,12 +29,12 @@ def find_checkpoint(task: Task, *, area: int) -> Path:
 def download(task: Task, *, area: int, folder: Path | None = None) -> Path:
     """Download the task's published checkpoint for videos of ``area`` pixels to a folder, by default of the Hugging Face cache; returns it.
 
-    Files that are there whole are not fetched again. Raises InputError if it cannot be fetched, or is not whole then.
+    Files that are there whole are not fetched again. Raises InputError if it cannot be fetched.
     """
     repository, patterns = task.hub_repository(area), download_patterns(task)
     logger.info("download  %s to %s", repository, folder or "the Hugging Face cache")
     try:
-        return _checked(Path(snapshot_download(repository, allow_patterns=patterns, local_dir=folder)), task)
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_dir=folder))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as fault:
         raise InputError(
             f"the checkpoint of {task.name} is not on this machine and could not be downloaded ({type(fault).__name__}); where there is "
@@ -40,10 +43,9 @@ def download(task: Task, *, area: int, folder: Path | None = None) -> Path:
         ) from None
 
 
-def _checked(folder: Path, task: Task) -> Path:
-    """Return the folder if all files of the task are there and their headers can be read; raises InputError."""
+def check_whole(folder: Path, task: Task) -> None:
+    """Raise InputError unless all files of the task are there and their headers can be read."""
     layout = find_layout(folder, task)
     for part in (*layout.transformers, layout.text_encoder, layout.image_encoder, layout.vae):
         if part is not None:
-            part.open()  # a shard may be missing
-    return folder
+            part.open()
