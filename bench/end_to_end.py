@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from bench.memory import noise_image, timed_run
+from bench.record import this_run
 from wan_dist.arguments import prepare
 from wan_dist.catalog import TASKS, Images
 from wan_dist.run import compose
@@ -58,12 +59,8 @@ def main() -> None:
     whole = total + (default.sample.steps - config.sample.steps) * min(seconds[1:] or seconds)
     print(f"  {'in all':10} {total:8.2f} s, with {default.sample.steps} steps {whole:.0f} s; steps {seconds}")
     options.out.mkdir(parents=True, exist_ok=True)
-    found = {"task": options.task, "settings": options.settings, "ranks": num_ranks, "date": time.strftime("%Y-%m-%d"), "seconds": total}
-    found |= {
-        "with_default_steps": whole,
-        "step_seconds": seconds,
-        **{key: record[key] for key in ("device", "versions", "attention", "stages")},
-    }
+    found = {"task": options.task, "settings": options.settings, "machine": this_run(), "seconds": total}
+    found |= {"with_default_steps": whole, "step_seconds": seconds, **{key: record[key] for key in ("attention", "stages")}}
     file = options.out / f"end-to-end-{options.task}-{width}x{height}-{num_ranks}gpu.json"
     file.write_text(json.dumps(found, indent=2) + "\n")
 
