@@ -73,11 +73,18 @@ def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: in
         aside.unlink(missing_ok=True)
 
 
+def _ffmpeg() -> str:
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as fault:
+        raise SaveError(str(fault).split(". ")[0]) from None
+
+
 def _encode(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
     first = next(chunks)
     height, width = first.shape[1:3]
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *_ENCODING, str(path)]
+    command = [_ffmpeg(), "-y", "-loglevel", "error", *source, *_ENCODING, str(path)]
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors) as ffmpeg,

@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
@@ -67,11 +68,21 @@ def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> It
         groups = make_groups(degrees, device.type)
         limit_waiting(groups, timeout)  # new groups do not take it over
         yield groups
-    finally:
-        dist.destroy_process_group()
-        if backend == "gloo":
-            # Its threads let go of the last collectives' tensors, for which they need the interpreter; one that is ending aborts them.
-            time.sleep(0.1)
+    except BaseException:
+        _end_groups(backend, others_follow=False)
+        raise
+    _end_groups(backend, others_follow=True)
+
+
+def _end_groups(backend: str, *, others_follow: bool) -> None:
+    """End all process groups; NCCL waits for the other ranks to do the same, so after an error it is told to give up instead."""
+    if backend == "nccl" and not others_follow:
+        distributed_c10d._abort_process_group()
+        return
+    dist.destroy_process_group()
+    if backend == "gloo":
+        # Its threads let go of the last collectives' tensors, for which they need the interpreter; one that is ending aborts them.
+        time.sleep(0.1)
 
 
 def limit_waiting(groups: Groups, timeout: float) -> None:
