@@ -43,17 +43,28 @@ def adopt_slurm() -> None:
         "LOCAL_RANK": given["SLURM_LOCALID"],
         "WORLD_SIZE": given["SLURM_STEP_NUM_TASKS"],
         "LOCAL_WORLD_SIZE": str(on_nodes[int(given.get("SLURM_NODEID", "0"))]),
-        "MASTER_ADDR": first_host(given.get("SLURM_STEP_NODELIST", "localhost")),
+        "MASTER_ADDR": next(iter(hosts_of(given.get("SLURM_STEP_NODELIST", ""))), "localhost"),
         "MASTER_PORT": str(20000 + (job * 7 + step) % 12000),
     }
     for key, value in found.items():
         given.setdefault(key, value)
 
 
-def first_host(hosts: str) -> str:
-    """Return the first of Slurm's list of hosts, e.g. gpu003 of "gpu[003-005,9],login"."""
-    first = re.match(r"(?:[^\[,]|\[[^\]]*\])*", hosts)
-    return re.sub(r"\[([^\]]*)\]", lambda numbers: re.split("[-,]", numbers[1])[0], first[0] if first else hosts)
+def hosts_of(nodes: str) -> list[str]:
+    """Return the hosts of Slurm's list, e.g. gpu003, gpu004, gpu9 and login of "gpu[003-004,9],login"."""
+    return [host for part in re.findall(r"(?:[^\[,]|\[[^\]]*\])+", nodes) for host in _expand(part)]
+
+
+def _expand(name: str) -> list[str]:
+    before, bracket, rest = name.partition("[")
+    if not bracket:
+        return [name]
+    numbers, _, after = rest.partition("]")
+    found = []
+    for part in numbers.split(","):
+        first, _, last = part.partition("-")
+        found += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+    return [f"{before}{number}{end}" for number in found for end in _expand(after)]
 
 
 def _launched() -> bool:

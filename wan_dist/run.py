@@ -19,6 +19,7 @@ from wan_dist.config import RunConfig, leaf_fields, register_configs
 from wan_dist.errors import InputError
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
 from wan_dist.log import logger, open_log
+from wan_dist.network import choose_network
 from wan_dist.plan import make_plan
 from wan_dist.preemption import CODE, Preempted, heed_signals, preemption
 
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> int:
         return 0
     adopt_slurm()
     open_log()
+    choose_network()
     die_with_launcher()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # what one stage leaves is of use to the next

@@ -42,6 +42,41 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     subprocess.run(["bash", SCRIPTS / "netns_down.sh"], capture_output=True, check=False)
 
 
+SECOND_NETWORK = """
+for number in 1 2; do
+  host=$NETNS_PREFIX-host$number
+  ip -n "$host" link add eth1 type veth peer name other
+  ip -n "$host" addr add 10.232.0.1/24 dev eth1
+  ip -n "$host" link set eth1 up
+  ip -n "$host" link set other up
+  ip -n "$host" route add default dev eth0
+done
+"""
+NAMED_AS_LOOPBACK = """#!/bin/bash
+sed "s/^[0-9.]* $(hostname)$/127.0.1.1 $(hostname)/" /etc/hosts > "$HOSTS_OF_ITS_OWN.$(hostname)"
+mount --bind "$HOSTS_OF_ITS_OWN.$(hostname)" /etc/hosts
+unset GLOO_SOCKET_IFNAME NCCL_SOCKET_IFNAME
+exec "$RIGHT_TORCHRUN" "$@"
+"""
+
+
+def test_hosts_with_two_networks_and_misleading_names_find_each_other(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second network leads nowhere, and a host's own name to its loopback, as Debian has it."""
+    subprocess.run(["bash", "-euc", SECOND_NETWORK], check=True)
+    launcher = network / "torchrun"
+    launcher.write_text(NAMED_AS_LOOPBACK)
+    launcher.chmod(0o755)
+    monkeypatch.setenv("HOSTS_OF_ITS_OWN", str(network / "hosts"))
+    monkeypatch.setenv("RIGHT_TORCHRUN", os.environ["TORCHRUN"])
+    monkeypatch.setenv("TORCHRUN", str(launcher))
+    toy = ["task=toy", "size=64*48", "frame_num=5", "sample.steps=2", "device=cpu", "parallel.timeout=30", f"output.dir={network / 'out'}"]
+    job = start(network, toy)
+    job.communicate(timeout=120)
+    told = logs(network)
+    assert job.returncode == 0, told
+    assert "network   eth0 of eth0, eth1;" in told["host1"]
+
+
 def start(network: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
     command = ["bash", str(SCRIPTS / "netns_torchrun.sh"), str(network / "logs"), "-m", "wan_dist.run", *arguments]
     return subprocess.Popen(command, cwd=network, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors", "dims"},
     {"catalog", "log", "launcher", "preemption", "streaming"},
+    {"network"},
     {"config", "degrees"},
     {"ways", "hardware"},
     {"footprint"},

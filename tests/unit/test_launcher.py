@@ -2,7 +2,7 @@
 
 import pytest
 
-from wan_dist.launcher import adopt_slurm, first_host
+from wan_dist.launcher import adopt_slurm, hosts_of
 
 TASK = {
     "SLURM_JOB_ID": "4711",
@@ -62,15 +62,16 @@ def test_ranks_of_torchrun_are_torchruns(environment: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hosts", "first"),
+    ("nodes", "hosts"),
     [
-        ("node1", "node1"),
-        ("a,b", "a"),
-        ("gpu[003-005,9],login", "gpu003"),
-        ("r[1-2]n[1-4]", "r1n1"),
-        ("n[7]-ib", "n7-ib"),
-        ("n-1,n-2", "n-1"),
+        ("", []),
+        ("node1", ["node1"]),
+        ("a,b", ["a", "b"]),
+        ("gpu[009-011,9],login", ["gpu009", "gpu010", "gpu011", "gpu9", "login"]),
+        ("r[1-2]n[3,4]", ["r1n3", "r1n4", "r2n3", "r2n4"]),
+        ("n[7]-ib", ["n7-ib"]),
+        ("n-1,n-2", ["n-1", "n-2"]),
     ],
 )
-def test_the_first_host(hosts: str, first: str) -> None:
-    assert first_host(hosts) == first
+def test_hosts_of_a_list(nodes: str, hosts: list[str]) -> None:
+    assert hosts_of(nodes) == hosts

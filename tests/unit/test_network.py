@@ -1,0 +1,68 @@
+"""Which network is taken where there are several."""
+
+import pytest
+
+from wan_dist import network
+from wan_dist.network import choose_network
+
+ADDRESSES = {"eth0": "10.0.0.5", "ib0": "10.9.0.5"}
+ROUTES = {"head": "10.9.0.5", "gpu2": "10.9.0.5", "elsewhere": "10.0.0.5", "itself": "127.0.0.1"}
+
+
+class Socket:
+    """A socket whose packets go the ways of ROUTES."""
+
+    def __init__(self, *kind: int) -> None: ...
+
+    def __enter__(self) -> "Socket":
+        return self
+
+    def __exit__(self, *fault: object) -> None: ...
+
+    def connect(self, place: tuple[str, int]) -> None:
+        if place[0] not in ROUTES:
+            raise OSError("not known")
+        self.address = ROUTES[place[0]]
+
+    def getsockname(self) -> tuple[str, int]:
+        return self.address, 1
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network, "interfaces", lambda: list(ADDRESSES))
+    monkeypatch.setattr(network, "address_of", ADDRESSES.__getitem__)
+    monkeypatch.setattr(network.socket, "socket", Socket)
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({"MASTER_ADDR": "head"}, "ib0"),
+        ({"MASTER_ADDR": "elsewhere"}, "eth0"),
+        ({"MASTER_ADDR": "itself", "SLURM_STEP_NODELIST": "itself,gpu[2-3]"}, "ib0"),
+        ({"MASTER_ADDR": "head", "GLOO_SOCKET_IFNAME": "eth0"}, "eth0"),
+    ],
+)
+def test_the_network_that_leads_to_the_others(given: dict[str, str], chosen: str) -> None:
+    environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", **given}
+    choose_network(environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == chosen
+    assert "NCCL_SOCKET_IFNAME" in environment
+
+
+@pytest.mark.parametrize("ranks", [{}, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])
+def test_one_host_needs_none(ranks: dict[str, str]) -> None:
+    environment = {"MASTER_ADDR": "head", **ranks}
+    choose_network(environment)
+    assert "GLOO_SOCKET_IFNAME" not in environment
+
+
+def test_nccl_takes_infiniband_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("infiniband")
+    (folder / "mlx5_0").touch()
+    monkeypatch.setattr(network, "_INFINIBAND", folder)
+    environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "head"}
+    choose_network(environment)
+    assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert "NCCL_SOCKET_IFNAME" not in environment

@@ -1,0 +1,86 @@
+"""Which of several networks the ranks of several hosts use: the one that leads to the first host, unless it was chosen already."""
+
+import os
+import re
+import socket
+import struct
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from wan_dist.launcher import hosts_of
+from wan_dist.log import logger
+
+_GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_VIRTUAL = re.compile(r"lo$|docker|veth|virbr|br-|cni|flannel|cali|tailscale|wg|tun|tap|podman|kube")
+_INFINIBAND = Path("/sys/class/infiniband")
+_ROUTES = Path("/proc/net/route")
+_SIOCGIFFLAGS, _SIOCGIFADDR, _IFF_UP = 0x8913, 0x8915, 1  # linux/sockios.h, linux/if.h
+
+
+def interfaces() -> list[str]:
+    """Return the network interfaces that are up, have an IPv4 address and may lead to other machines, by name."""
+    names = [name for _, name in socket.if_nameindex() if not _VIRTUAL.match(name)]
+    return [name for name in names if _is_up(name) and address_of(name)]
+
+
+def address_of(interface: str) -> str:
+    """Return the interface's IPv4 address, or nothing."""
+    answer = _ask(interface, _SIOCGIFADDR)
+    return socket.inet_ntoa(answer[20:24]) if answer else ""
+
+
+def _is_up(interface: str) -> bool:
+    answer = _ask(interface, _SIOCGIFFLAGS)
+    return bool(answer) and bool(struct.unpack("16xH", answer[:18])[0] & _IFF_UP)
+
+
+def _ask(interface: str, what: int) -> bytes:
+    from fcntl import ioctl  # not on Windows
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            return ioctl(one, what, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            return b""
+
+
+def choose_network(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Name the interface that gloo and NCCL use, for ranks on several hosts; what is set already stays.
+
+    Gloo else takes the one that the host's own name leads to, on many systems the loopback, which no other host reaches. NCCL takes
+    InfiniBand first where it is, and else any, also those of containers.
+    """
+    num_ranks = environment.get("WORLD_SIZE", "1")
+    if environment.get("LOCAL_WORLD_SIZE", num_ranks) == num_ranks or (_GLOO in environment and _NCCL in environment):
+        return
+    found = interfaces()
+    others = [environment.get("MASTER_ADDR", ""), *hosts_of(environment.get("SLURM_STEP_NODELIST", ""))]
+    name = next((name for host in others if (name := _towards(host, found))), None) or _way_out(found)
+    if name is None:
+        return
+    environment.setdefault(_GLOO, name)
+    if not any(_INFINIBAND.glob("*")):
+        environment.setdefault(_NCCL, name)
+    if len(found) > 1:
+        logger.info("network   %s of %s; %s and %s choose another", environment[_GLOO], ", ".join(found), _GLOO, _NCCL)
+
+
+def _towards(host: str, found: list[str]) -> str | None:
+    """Return the interface by which packets go to the host; None if that is this one, or not known."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+            one.connect((host, 1))  # sends nothing
+            address = one.getsockname()[0]
+    except OSError:
+        return None
+    return next((name for name in found if address_of(name) == address), None)
+
+
+def _way_out(found: list[str]) -> str | None:
+    """Return the only interface, or that of the route to anywhere."""
+    try:
+        rows = [line.split() for line in _ROUTES.read_text().splitlines()[1:]]
+    except OSError:
+        rows = []
+    ways = [row[0] for row in rows if row[1] == "00000000" and row[0] in found]
+    return found[0] if len(found) == 1 else next(iter(ways), None)
