@@ -1,11 +1,11 @@
-"""The command ``python -m launch``. Exit codes: 0 done, 2 bad input."""
+"""The command ``python -m launch``. Exit codes: 0 done, 1 something is wrong, 2 bad input."""
 
 import sys
 
-from launch import fetch, local, plan
+from launch import doctor, fetch, local, plan
 from wan_dist.errors import InputError
 
-COMMANDS = {"plan": plan, "fetch": fetch, "local": local}
+COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local}
 
 
 def main(arguments: list[str]) -> int:
@@ -22,10 +22,9 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(f"{command.__doc__}\n")
         return 0
     try:
-        command.main(rest)
+        return command.main(rest) or 0
     except InputError as fault:
         return _fail(str(fault))
-    return 0
 
 
 def _fail(message: str) -> int:

@@ -15,6 +15,6 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def first_line(fault: Exception) -> str:
-    """Return the first line of an error's message, or its type."""
+def first_line(fault: object) -> str:
+    """Return the first line of an error's message, or of another text; its type where there is none."""
     return next(iter(str(fault).strip().splitlines()), type(fault).__name__)

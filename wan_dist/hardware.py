@@ -10,11 +10,14 @@ import resource
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from wan_dist.errors import InputError
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _NO_LIMIT = 2**60
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,34 @@ def parse_gpus(text: str) -> tuple[int, int]:
     return int(match[1] or 1), parse_bytes(match[2], "gpus")
 
 
+def ask_nvidia_smi(what: str, *fields: str) -> list[list[str]]:
+    """Return a row of these fields for each of ``what``: gpu, or compute-apps; memory in MiB.
+
+    Raises OSError where there is no nvidia-smi, and SubprocessError where it fails.
+    """
+    query = ["nvidia-smi", f"--query-{what}={','.join(fields)}", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    return [[field.strip() for field in line.split(",")] for line in told.strip().splitlines()]
+
+
+def visible(found: dict[str, T]) -> list[T]:
+    """Return those of the GPUs, by number and by name, that CUDA_VISIBLE_DEVICES leaves, in its order."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [key for key in found if key.isdigit()] if given is None else [name.strip() for name in given.split(",")]
+    return [found[name] for name in names if name in found]
+
+
 def find_gpus() -> list[tuple[str, int, int]]:
     """Return name, total and free bytes of the GPUs that this process may use, by nvidia-smi; none where there is none."""
-    query = ["nvidia-smi", "--query-gpu=uuid,name,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+        rows = ask_nvidia_smi("gpu", "index", "uuid", "name", "memory.total", "memory.free")
     except (OSError, subprocess.SubprocessError):
         return []
     found = {}
-    for number, line in enumerate(told.strip().splitlines()):
-        uuid, name, total, free = (field.strip() for field in line.split(","))
+    for index, uuid, name, total, free in rows:
         if total.isdigit() and free.isdigit():
-            found[str(number)] = found[uuid] = (name, int(total) * 2**20, int(free) * 2**20)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [key for key in found if key.isdigit()] if visible is None else [name.strip() for name in visible.split(",")]
-    return [found[name] for name in names if name in found]
+            found[index] = found[uuid] = (name, int(total) * 2**20, int(free) * 2**20)
+    return visible(found)
 
 
 def find_host() -> tuple[int, str]:

@@ -142,7 +142,7 @@ def test_a_limit_below_the_need_is_refused_before_loading(limit: str, tmp_path: 
 
 def test_gpus_as_nvidia_smi_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'GPU-a, NVIDIA H200, 143771, 143000'\necho 'GPU-b, NVIDIA H200, 143771, 1000'\n")
+    tool.write_text("#!/bin/sh\necho '0, GPU-a, NVIDIA H200, 143771, 143000'\necho '1, GPU-b, NVIDIA H200, 143771, 1000'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

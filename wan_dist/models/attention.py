@@ -158,7 +158,7 @@ def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, hea
     Raises InputError if a kernel asked for by name does not work here.
     """
     if name != "auto":
-        kernel, fault = _try(name, device, dtype, head_dim)
+        kernel, fault = try_attention(name, device=device, dtype=dtype, head_dim=head_dim)
         if kernel is None:
             raise InputError(f"attention={name} does not work here: {fault}; attention=auto takes what does")
         return InnerAttention(kernel, name, "asked for")
@@ -168,7 +168,7 @@ def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, hea
         return InnerAttention(_in_float16, "sdpa16", "this GPU has no bfloat16 arithmetic, so it is done in float16")
     faults: list[str] = []
     for candidate in _FASTEST_FIRST:
-        kernel, fault = _try(candidate, device, dtype, head_dim)
+        kernel, fault = try_attention(candidate, device=device, dtype=dtype, head_dim=head_dim)
         if kernel is not None:
             return InnerAttention(kernel, candidate, "; ".join(faults) or "the fastest known")
         faults.append(f"no {candidate}: {fault}")
@@ -178,7 +178,7 @@ def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, hea
 def compile_attention(*, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Try the kernels of packages, some of which are compiled then; may be done in a thread, unlike trying PyTorch's own."""
     for name in _FASTEST_FIRST:
-        if name in _NEEDS and _try(name, device, dtype, head_dim)[0] is not None:
+        if name in _NEEDS and try_attention(name, device=device, dtype=dtype, head_dim=head_dim)[0] is not None:
             return
 
 
@@ -187,8 +187,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _try(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Kernel | None, str]:
-    """Return (kernel, "") or (None, what is wrong)."""
+def try_attention(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Kernel | None, str]:
+    """Try a kernel on a tiny tensor; returns (kernel, "") or (None, what is wrong)."""
     if name != "sdpa":
         if device.type != "cuda":
             return None, f"needs a GPU, runs on {device.type}"
