@@ -54,7 +54,7 @@ _GROUPS = ("task", "hydra")
 
 def prepare(arguments: list[str]) -> list[str]:
     """Check the arguments' keys and quote the text values; raises InputError for what Hydra could only reject or misread."""
-    text_keys = {key for key, item in leaf_fields().items() if item.type in (str, str | None) and key != "task"}
+    text_keys = {key for key in leaf_fields() if is_text(key)}
     overrides: list[str] = []
     flags: list[str] = []
     awaits_value = False
@@ -109,10 +109,21 @@ def _check_key(name: str) -> None:
     raise InputError(f"unknown key {name!r}{hint} (--help lists them all)")
 
 
+def is_text(key: str) -> bool:
+    """Whether a key's values are text, which is taken as it stands."""
+    field = leaf_fields().get(key)
+    return field is not None and field.type in (str, str | None) and key != "task"
+
+
 def quote(value: str) -> str:
     """Quote ``value`` so that Hydra and OmegaConf give back exactly this text; ``null`` and quoted text are left as they are."""
     if value in ("", "null") or re.fullmatch(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", value, re.DOTALL):
         return value
+    return quoted(value)
+
+
+def quoted(value: str) -> str:
+    """Quote ``value``, whatever it is; see `quote`."""
     value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf: an escaped interpolation is plain text
     value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # Hydra: backslashes count only before a quote
     value = re.sub(r"(\\+)\Z", r"\1\1", value)

@@ -58,7 +58,6 @@ def main(arguments: list[str]) -> int:
     die_with_launcher()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # what one stage leaves is of use to the next
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
     try:
         prepared = prepare(arguments)
         if "--hydra-help" not in prepared:
@@ -90,6 +89,7 @@ def main(arguments: list[str]) -> int:
 
 def compose(arguments: list[str]) -> RunConfig | None:
     """Return the configuration of these arguments, or None after a flag that only prints, such as ``--cfg job``."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
     register_configs()
     composed: list[DictConfig] = []
 

@@ -15,7 +15,7 @@ LAYERS = [
     {"footprint"},
     {"arrangement"},
     {"images", "arguments", "models"},
-    {"plan"},
+    {"plan", "jobs", "work"},
     {"weights", "sampling", "video", "report"},
     {"prompts"},
     {"toy", "parallel"},
