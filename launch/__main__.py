@@ -2,10 +2,10 @@
 
 import sys
 
-from launch import doctor, fetch, local, plan
+from launch import doctor, fetch, local, plan, submit
 from wan_dist.errors import InputError
 
-COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local}
+COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local, "submit": submit}
 
 
 def main(arguments: list[str]) -> int:

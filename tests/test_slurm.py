@@ -16,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import FIXTURES
+
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT.parent / "shared" / "slurm"
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -130,3 +132,47 @@ def test_a_job_that_is_requeued_makes_the_same_video(slurm: Slurm) -> None:
     assert slurm.ended(whole).startswith("COMPLETED 0:0"), slurm.log(whole)
     assert (slurm.folder / "outputs/parted.mp4").read_bytes() == (slurm.folder / "outputs/whole.mp4").read_bytes()
     assert not list((slurm.folder / "outputs").glob("*.state.safetensors"))
+
+
+HERE = "gpus_per_node: 2\ncpus_per_gpu: 1\nhost_memory: 64GB\nfetch_time: 10\nmax_time: 10\n"
+STAND_IN = """
+import shutil, sys
+if "fetch" in sys.orig_argv:
+    import huggingface_hub
+    def snapshot_download(repository, local_dir=None, **options):
+        return shutil.copytree({found!r}, local_dir)
+    huggingface_hub.snapshot_download = snapshot_download
+"""
+
+
+def launch(slurm: Slurm, *arguments: str, **environment: str) -> list[str]:
+    """Submit with ``python -m launch submit`` and return the jobs."""
+    told = slurm(sys.executable, "-m", "launch", "submit", f"cluster={slurm.folder / 'here.yaml'}", *arguments, **environment)
+    return re.findall(r"^job (\d+)", told, re.MULTILINE)
+
+
+def test_jobs_that_are_submitted_from_a_plan(slurm: Slurm) -> None:
+    (slurm.folder / "here.yaml").write_text(HERE)
+    (slurm.folder / "stand-in").mkdir()
+    (slurm.folder / "stand-in/sitecustomize.py").write_text(STAND_IN.format(found=str(FIXTURES / "wan2.1-t2v")))
+    small = ["mem=2GB", "sample.steps=2", *RUN[1:]]
+    (slurm.folder / "jobs.jsonl").write_text('{"prompt": "a red ball, \\"$HOME\\""}\n{"prompt": "一只猫", "seed": 7}\n')
+    path = f"{slurm.folder / 'stand-in'}:{ROOT}"
+    fetched = launch(slurm, "gpus=1", "fetch=fetched", "task=t2v-1.3B", "prompt=a cat", "output.name=fetched", *small, PYTHONPATH=path)
+    (array,) = launch(slurm, "gpus=1", "array=jobs.jsonl", "task=toy", *small)
+    (spread,) = launch(slurm, "nodes=2", "task=toy", "prompt=a cat", "output.name=spread", *small)
+    for job in (*fetched, f"{array}_0", f"{array}_1", spread):
+        assert slurm.ended(job).startswith("COMPLETED 0:0"), slurm.log(job.replace("_", "-"))
+    records = {name: json.loads((slurm.folder / f"outputs/{name}.json").read_text()) for name in ("fetched", "jobs-1", "jobs-2", "spread")}
+    assert records["fetched"]["checkpoint"] == "fetched"
+    assert (records["jobs-1"]["prompt"], records["jobs-2"]["prompt"]) == ('a red ball, "$HOME"', "一只猫")
+    assert records["jobs-2"]["seed"] == 7
+    assert len(records["spread"]["other_ranks"]) == 3
+
+
+def test_a_video_waits_for_its_download(slurm: Slurm) -> None:
+    (slurm.folder / "here.yaml").write_text(HERE)
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(slurm.folder / "empty")}
+    fetching, video = launch(slurm, "gpus=1", "mem=2GB", "fetch=nothing", "task=t2v-1.3B", "prompt=a cat", **nowhere)
+    assert slurm.ended(fetching).startswith("FAILED 2:0")
+    assert slurm.ended(video).startswith("CANCELLED")

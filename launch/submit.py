@@ -1,0 +1,158 @@
+"""Submit a video, or a file of them, to Slurm: the plan says what memory and time it takes.
+
+    python -m launch submit cluster=h100 task=t2v-14B ckpt_dir=/shared/Wan2.1-T2V-14B prompt="Two cats, boxing on a stage"
+    python -m launch submit cluster=h100 nodes=2 cluster.partition=gpu task=i2v-14B image=cat.jpg prompt="A cat on a surfboard" --dry-run
+    python -m launch submit cluster=mine.yaml gpus=1 array=prompts.txt at_once=8 task=t2v-1.3B     # a job for each line
+    python -m launch submit cluster=a100 fetch=/shared/Wan2.1-T2V-14B task=t2v-14B prompt=@prompt.txt     # a job before downloads
+
+Keys are those of a run, and: cluster=NAME of conf/cluster/ or a YAML file, cluster.KEY=value for one of its settings, nodes=COUNT,
+gpus=COUNT of a node, time=HH:MM:SS and mem=SIZE instead of what is computed, array=FILE of prompts (in .jsonl or .csv any settings),
+at_once=COUNT of its jobs, fetch=FOLDER, after=JOB. --dry-run prints the script. Jobs are told to keep their state before their time is
+up, go back into the queue, and go on.
+"""
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from launch.cluster import ClusterConfig, cluster_of, minutes_of
+from launch.estimate import seconds_of, step_seconds_of
+from launch.sbatch import Request, clock, fetch_script, run_script
+from launch.settings import configured, parted
+from wan_dist.catalog import get_task
+from wan_dist.config import RunConfig
+from wan_dist.errors import InputError
+from wan_dist.hardware import Hardware, parse_bytes
+from wan_dist.jobs import configs_of, read_jobs
+from wan_dist.plan import Plan, arranged, make_plan
+
+_KEYS = ("cluster", "nodes", "gpus", "time", "mem", "array", "at_once", "fetch", "after")
+_GIB = 2**30
+
+
+def main(arguments: list[str]) -> None:
+    """Submit; raises InputError for what cannot be, before anything is submitted."""
+    is_dry = "--dry-run" in arguments
+    given, settings = parted([argument for argument in arguments if argument != "--dry-run"], _KEYS)
+    changes = [setting.removeprefix("cluster.") for setting in settings if setting.startswith("cluster.")]
+    settings = [setting for setting in settings if not setting.startswith("cluster.")]
+    if "cluster" not in given:
+        raise InputError("say what the nodes are like: cluster=h100, or a file of your own (--help has more)")
+    cluster = cluster_of(given["cluster"], changes)
+    python = "python" if cluster.setup else sys.executable
+    fetching = ""
+    if "fetch" in given:
+        fetching = fetch_script(_what_to_fetch(given["fetch"], settings), cluster, python)
+        settings = [*settings, f"ckpt_dir={given['fetch']}"]
+    request = _request(given, settings, cluster, is_fetched=bool(fetching))
+    if request is None:
+        return
+    if is_dry:
+        script = run_script(replace(request, after="FETCH") if fetching else request, cluster, python)
+        sys.stdout.write(f"{fetching}\n# and, once it is submitted as job FETCH:\n\n{script}" if fetching else script)
+        return
+    if fetching:
+        _submit(run_script(request, cluster, python), "--test-only")  # it should not be refused once the download is on its way
+        request = replace(request, after=_submit(fetching))
+        sys.stdout.write(f"job {request.after} downloads to {given['fetch']}: wan-fetch-{request.after}.log\n")
+    job = _submit(run_script(request, cluster, python))
+    sys.stdout.write("".join(f"{note}\n" for note in request.notes))
+    sys.stdout.write(f"job {job}: wan-{job}{'-N' if request.is_array else ''}.log; squeue --job {job}\n")
+
+
+def _request(given: dict[str, str], settings: list[str], cluster: ClusterConfig, *, is_fetched: bool) -> Request | None:
+    """Return what to ask Slurm for; None after a flag that only prints."""
+    nodes = _count("nodes", given.get("nodes", "1"))
+    gpus = _count("gpus", given.get("gpus", str(cluster.gpus_per_node)))
+    if gpus > cluster.gpus_per_node:
+        raise InputError(f"gpus={gpus}: a node of cluster={given['cluster']} has {cluster.gpus_per_node}; nodes=COUNT takes several")
+    if "array" in given:
+        jobs = read_jobs(Path(given["array"]).expanduser())
+        elements = [[*settings, *job.settings] for job in jobs]
+        configs = configs_of(jobs, settings, _configured)
+        checked = [(_plan(config, cluster, nodes, gpus, f"{job.place}: "), config) for job, config in configs]
+    else:
+        config = configured(settings)
+        if config is None:
+            return None
+        elements, checked = [settings], [(_plan(config, cluster, nodes, gpus), config)]
+    plans = [plan for plan, _ in checked]
+    first, config = checked[0]
+    if config.ckpt_dir is not None and not is_fetched and not Path(config.ckpt_dir).expanduser().is_dir():
+        folder = config.ckpt_dir
+        sys.stderr.write(f"note: ckpt_dir={folder} is not a folder here; the nodes must see one, or fetch={folder} makes it\n")
+    minutes = minutes_of(given["time"], "time") if "time" in given else max(_minutes_of(plan, config, cluster) for plan, config in checked)
+    memory = parse_bytes(given["mem"], "mem") if "mem" in given else max(_memory_of(plan, cluster) for plan in plans)
+    step = max(step_seconds_of(plan, cluster.tflops) for plan in plans)
+    spread = f"{first.degrees.num_ranks} ranks, {first.degrees}; " if first.degrees.num_ranks > 1 else ""
+    notes = [first.summary, spread + first.arrangement.words]
+    notes.append(f"{len(plans)} jobs, each: " * ("array" in given) + f"{-(-memory // _GIB)} GiB of a node, up to {clock(minutes)}")
+    return Request(
+        name=f"wan-{first.task.name}",
+        notes=notes,
+        settings=elements,
+        is_array="array" in given,
+        at_once=_count("at_once", given["at_once"]) if "at_once" in given else None,
+        nodes=nodes,
+        gpus_per_node=gpus,
+        memory_gib=-(-memory // _GIB),
+        minutes=minutes,
+        signal_seconds=max(cluster.signal_seconds, 30 + int(1.5 * step)),
+        after=given.get("after"),
+    )
+
+
+def _configured(settings: list[str]) -> RunConfig:
+    config = configured(settings)
+    if config is None:
+        raise InputError("a flag that prints the configuration says nothing of several jobs; leave array=FILE out")
+    return config
+
+
+def _plan(config: RunConfig, cluster: ClusterConfig, nodes: int, gpus: int, where: str = "") -> Plan:
+    is_on_gpu = config.device != "cpu"
+    gpu_bytes = parse_bytes(cluster.gpu_memory, "cluster.gpu_memory") if is_on_gpu else None
+    hardware = Hardware(gpu_bytes, parse_bytes(cluster.host_memory, "cluster.host_memory"), "cluster.host_memory")
+    try:
+        return arranged(make_plan(config, ranks=(nodes * gpus, gpus)), config, hardware, get_task(config.task).models)
+    except InputError as fault:
+        raise InputError(f"{where}{fault}") from None
+
+
+def _memory_of(plan: Plan, cluster: ClusterConfig) -> int:
+    """Return the bytes to ask for: a fifth and 4 GiB more than planned, if nodes have them."""
+    planned = max(use.host_bytes for use in plan.uses)
+    return min(int(1.2 * planned) + 4 * _GIB, parse_bytes(cluster.host_memory, "cluster.host_memory"))
+
+
+def _minutes_of(plan: Plan, config: RunConfig, cluster: ClusterConfig) -> int:
+    """Return the minutes to ask for: half as much again as it should take, and five, in steps of five."""
+    wanted = 5 * math.ceil((1.5 * seconds_of(plan, config.sample.steps, cluster.tflops) / 60 + 5) / 5)
+    return wanted if cluster.max_time is None else min(wanted, minutes_of(cluster.max_time, "cluster.max_time"))
+
+
+def _what_to_fetch(folder: str, settings: list[str]) -> list[str]:
+    keys = dict(setting.partition("=")[::2] for setting in settings)
+    if "ckpt_dir" in keys:
+        raise InputError(f"fetch={folder} is where the checkpoint comes to be; leave ckpt_dir={keys['ckpt_dir']} out")
+    size = [f"size={keys['size']}"] if "size" in keys else []
+    return [get_task(keys.get("task", "")).name, folder, *size]
+
+
+def _submit(script: str, *options: str) -> str:
+    """Submit a script and return the job's number."""
+    try:
+        done = subprocess.run(["sbatch", "--parsable", *options], input=script, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise InputError("there is no sbatch on this machine; --dry-run prints the script, to be submitted where there is one") from None
+    if done.returncode:
+        raise InputError(f"Slurm refuses it: {done.stderr.strip() or done.returncode}")
+    return done.stdout.strip().partition(";")[0]
+
+
+def _count(key: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"{key}={text} is not a number from 1 on")
+    return int(text)

@@ -1,0 +1,104 @@
+"""What the docs show works: commands and settings are composed, named files are there."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from launch import __main__ as launch
+from launch import doctor, fetch, local, plan, submit
+from launch.cluster import cluster_of
+from launch.settings import configured, parted
+from tests.conftest import FIXTURES
+from wan_dist.arguments import is_text
+from wan_dist.catalog import TASKS, get_task
+from wan_dist.config import leaf_fields
+from wan_dist.run import CONF, EXAMPLES
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+DOCS = [README, EXAMPLES, *(command.__doc__ or "" for command in (plan, doctor, fetch, local, submit))]
+DOCS += [re.sub(r"^# ?", "", file.read_text(), flags=re.MULTILINE) for file in sorted((ROOT / "slurm").glob("*.sbatch"))]
+OWN = {"local": ("ranks",), "plan": ("gpus", "host", "nodes"), "submit": submit._KEYS, "doctor": (), "fetch": ("size",)}
+RUN = r"(?:torchrun [-\w= ]*-m wan_dist\.run|python -m wan_dist\.run|sbatch .*?slurm/[\w-]+\.sbatch)"
+
+
+def _found(pattern: str) -> list[str]:
+    """Return the rest of each line, or of the text between backticks, after what the pattern finds, without a comment."""
+    lines = [line for text in DOCS for line in text.splitlines()]
+    rests = [match[1] for line in lines for match in re.finditer(rf"(?:^ *\$? *|`|=\S* ){pattern}( [^`\n]*)?", line) if match[1]]
+    return sorted({re.split(r"\s{2,}#", rest)[0].strip() for rest in rests} - {""})
+
+
+TABLED = re.findall(r"\| `(task=[^`]*)` \|", README)
+RUNS = [rest for rest in _found(RUN) if re.search(r"task=[\w]", rest) and "--cfg" not in rest] + TABLED
+LAUNCHED = _found(r"(?:torchrun [-\w= ]*-m|srun python -m|python -m) launch")
+
+
+def test_commands_were_found() -> None:
+    assert len(RUNS) > 20
+    assert {command.split()[0] for command in LAUNCHED if command.split()[0] in OWN} == set(OWN)
+
+
+@pytest.mark.parametrize("command", RUNS)
+def test_runs_that_are_shown_are_composed(command: str) -> None:
+    assert configured(shlex.split(command)) is not None
+
+
+@pytest.mark.parametrize("command", LAUNCHED)
+def test_commands_of_launch_that_are_shown_are_composed(command: str) -> None:
+    name, *words = shlex.split(command)
+    if "task=..." in words:
+        return
+    assert name in launch.COMMANDS
+    if name == "fetch":
+        assert get_task(next(word for word in words if "=" not in word).replace("TASK", "toy"))
+        return
+    given, settings = parted([word for word in words if word != "--dry-run"], OWN[name])
+    changes = [setting.removeprefix("cluster.") for setting in settings if setting.startswith("cluster.")]
+    if name == "submit":
+        cluster = given["cluster"]
+        assert cluster_of(str(FIXTURES / "submit/site.yaml") if cluster == "mine.yaml" else cluster, changes)
+    if settings := [setting for setting in settings if not setting.startswith("cluster.")]:
+        assert configured(settings) is not None
+
+
+@pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
+def test_every_file_of_conf_is_composed(file: Path) -> None:
+    group, name = file.parent.name, file.stem
+    if group == "cluster":
+        assert cluster_of(name, [])
+    elif group == "task" and not name.startswith("_"):
+        config = configured([f"task={name}"])
+        assert config is not None
+        assert config.task == name
+        assert name in TASKS
+    elif group == "memory":
+        assert all(configured([f"task={task}", f"memory={name}"]) is not None for task in ("toy", "i2v-14B"))
+
+
+@pytest.mark.parametrize("setting", sorted(set(re.findall(r"`((?:[a-z_0-9]+\.)*[a-z_0-9]+=[^`\s]+)`", README)) - {"key=value"}))
+def test_settings_that_are_shown_exist(setting: str) -> None:
+    key, _, value = setting.partition("=")
+    own = {name for names in OWN.values() for name in names}
+    if key in own or key.split(".")[0] == "cluster" or "..." in value:
+        assert key in own | set(leaf_fields()) | {"task"}
+        return
+    value = "FILE" if value.isupper() and is_text(key) else value
+    task = [] if key == "task" else ["task=t2v-A14B"]
+    assert configured([*task, f"{key}={value}"]) is not None
+
+
+def test_files_that_are_shown_are_there() -> None:
+    named = re.findall(r"`((?:slurm|conf|bench|tests|wan_dist|launch|toy)/[\w./*-]*)`", README)
+    missing = [name for name in named if not any(ROOT.glob(name.rstrip("/")))]
+    assert [name for name in missing if "NAME" not in name] == []
+
+
+def test_an_installation_has_all_of_conf() -> None:
+    folders = {"wan_dist.conf", *(f"wan_dist.conf.{folder.name}" for folder in CONF.iterdir() if folder.is_dir())}
+    assert folders - {"wan_dist.conf.__pycache__"} <= set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    )

@@ -1,0 +1,123 @@
+"""``python -m launch submit``: the scripts that it makes, and what it refuses. tests/test_slurm.py submits some."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from launch.cluster import minutes_of
+from tests.conftest import FIXTURES
+from wan_dist.run import CONF
+
+FOLDER = FIXTURES / "submit"
+PROMPTS = ["a red ball", 'a "blue" cube, $HOME; rm -rf `x`', '"quoted"', "一只猫"]
+CASES = {
+    "one-node": ["cluster=h100", "task=t2v-14B", 'prompt=It\'s a "cat", $HOME'],
+    "two-nodes": ["cluster=h200", "nodes=2", "cluster.partition=gpu", "task=t2v-14B", "prompt=a cat", "size=832*480", "after=4711"],
+    "slow-steps": ["cluster=a100", "gpus=1", "task=t2v-14B", "prompt=a cat"],
+    "array": ["cluster=l40s", "gpus=1", "array=prompts.txt", "at_once=2", "task=t2v-1.3B", "time=30", "mem=20GB"],
+    "site": ["cluster=FOLDER/site.yaml", "fetch=/shared/Wan2.1-T2V-1.3B", "task=t2v-1.3B", "prompt=a cat"],
+}
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", "/env of mine/bin/python")
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")
+    return tmp_path
+
+
+def rendered(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["submit", *(argument.replace("FOLDER", str(FOLDER)) for argument in arguments), "--dry-run"]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scripts_are_as_they_were(name: str, capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    script = rendered(CASES[name], capsys)
+    if os.environ.get("WRITE_SCRIPTS"):  # after a change that is meant
+        (FOLDER / f"{name}.sbatch").write_text(script)
+    assert script == (FOLDER / f"{name}.sbatch").read_text()
+    for number, part in enumerate(script.split("\n# and, once it is submitted as job FETCH:\n\n")):
+        file = place / f"{number}.sbatch"
+        file.write_text(part)
+        subprocess.run(["bash", "-n", file], check=True)
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", "--severity=warning", file], check=True)
+
+
+def test_elements_of_an_array_get_what_was_written(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    """The shell's own reading of the script, and Hydra's of that, against the file."""
+    from launch.settings import configured
+
+    script = rendered(CASES["array"], capsys)
+    part = script[script.index("case ") : script.index("esac") + 4]
+    for number, prompt in enumerate(PROMPTS):
+        told = subprocess.run(
+            ["bash", "-c", f'{part}\nprintf "%s\\0" "${{settings[@]}}"'],
+            env={"SLURM_ARRAY_TASK_ID": str(number)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        config = configured(told.split("\0")[:-1])
+        assert config is not None
+        assert config.prompt == prompt
+        assert config.output.name == f"prompts-{2 * number + 1}"
+
+
+def test_every_cluster_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:
+    clusters = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
+    assert clusters
+    for name in clusters:
+        assert "--ntasks-per-node=" in rendered([f"cluster={name}", "task=t2v-14B", "prompt=a cat"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("task=t2v-14B prompt=x", "cluster=h100"),
+        ("cluster=h101 task=t2v-14B prompt=x", "did you mean 'h100'"),
+        ("cluster=h100 prompt=x", "task=NAME"),
+        ("cluster=h100 task=t2v-14B", "prompt is missing"),
+        ("cluster=h100 task=t2v-14B prompt=x gpus=9", "has 8"),
+        ("cluster=h100 task=t2v-14B prompt=x nodes=0", "nodes=0"),
+        ("cluster=h100 task=t2v-14B prompt=x time=3h", "time=02:30:00"),
+        ("cluster=h100 task=t2v-14B prompt=x mem=lots", "mem=lots"),
+        ("cluster=h100 task=t2v-14B prompt=x cluster.partion=x", "partion"),
+        ("cluster=h100 task=t2v-14B prompt=x cluster.cpus_per_gpu=no", "cpus_per_gpu"),
+        ("cluster=h100 task=t2v-14B prompt=x cluster.gpu_memory=2GB memory.dit=resident", "GiB"),
+        ("cluster=h100 task=t2v-14B prompt=x fetch=/a ckpt_dir=/b", "leave ckpt_dir=/b out"),
+        ("cluster=h100 task=t2v-14B array=nowhere.txt", "nowhere.txt cannot be read"),
+        ("cluster=h100 task=i2v-14B array=prompts.txt", "prompts.txt, line 1: image is missing"),
+        ("cluster=h100 task=t2v-14B array=prompts.txt --cfg job", "says nothing of several jobs"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "minutes"), [("30", 30), ("02:30:00", 150), ("1-00:00:00", 1440), ("00:00:30", 1)])
+def test_times(text: str, minutes: int) -> None:
+    assert minutes_of(text, "time") == minutes
+
+
+def test_a_machine_without_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert main(["submit", *CASES["one-node"]]) == 2
+    assert "--dry-run prints the script" in capsys.readouterr().err
+
+
+def test_a_thousand_lines_are_checked_soon(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = [{"prompt": f"a ball, number {number}", "seed": number} for number in range(1000)]
+    jobs[998]["size"] = "833*480"
+    (place / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
+    assert main(["submit", "cluster=h100", "array=jobs.jsonl", "task=t2v-14B"]) == 2
+    assert "jobs.jsonl, line 999: size=833*480" in capsys.readouterr().err
