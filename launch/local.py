@@ -9,6 +9,7 @@ set in the environment already stays.
 """
 
 import os
+import re
 import shlex
 import sys
 
@@ -16,6 +17,9 @@ from launch.settings import configured, parted
 from wan_dist.errors import InputError
 from wan_dist.hardware import find_gpus
 from wan_dist.plan import make_plan
+
+_WITHOUT_PEERS = re.compile(r"GeForce RTX [45]0\d\d")
+"""Cards that do not reach each other's memory, though some drivers say they do: NCCL then hangs, or what it sends arrives wrong."""
 
 
 def main(arguments: list[str]) -> None:
@@ -45,7 +49,10 @@ def command_for(num_ranks: int, settings: list[str]) -> list[str]:
 def variables_for(num_ranks: int) -> dict[str, str]:
     """Return what should be set for so many ranks on this machine."""
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    return {"OMP_NUM_THREADS": str(threads), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    found = {"OMP_NUM_THREADS": str(threads), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    if num_ranks > 1 and any(_WITHOUT_PEERS.search(name) for name, _, _ in find_gpus()):
+        found["NCCL_P2P_DISABLE"] = "1"
+    return found
 
 
 def _number_of(text: str) -> int:

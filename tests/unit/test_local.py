@@ -49,6 +49,19 @@ def test_a_rank_for_each_gpu(
     assert f"OMP_NUM_THREADS={32 // num_ranks} PYTORCH_ALLOC_CONF=expandable_segments:True" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "is_set"), [("NVIDIA GeForce RTX 4090", True), ("NVIDIA GeForce RTX 3090", False), ("NVIDIA H200", False)]
+)
+def test_cards_that_cannot_reach_each_other(
+    name: str, is_set: bool, started: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    monkeypatch.setattr(local, "find_gpus", lambda: [(name, 80, 80)] * 2)
+    with pytest.raises(StartedError):
+        main(["local", "task=toy"])
+    assert ("NCCL_P2P_DISABLE=1" in capsys.readouterr().err) is is_set
+
+
 def test_what_is_set_stays(started: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with pytest.raises(StartedError):
