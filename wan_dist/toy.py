@@ -3,9 +3,7 @@
 Its weights are random: the video is coloured noise. Benchmarks make full-size ones the same way.
 """
 
-import json
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -26,6 +24,7 @@ from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
 from wan_dist.weights.layout import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, WEIGHTS
 from wan_dist.weights.names import KeyMap, original_image_encoder, original_text_encoder, original_transformer, original_vae
+from wan_dist.weights.write import stored, write_config
 
 _VERSION = 2
 _SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
@@ -83,27 +82,22 @@ def make_checkpoint(
         stored = dict(_stored_tensors(image_encoder, original_image_encoder([last]), generator)) | {last: torch.ones(1)}
         torch.save(stored, folder / IMAGE_ENCODER)
     torch.save(dict(_stored_tensors(vae, original_vae([]), generator)), folder / f"Wan2.{2 if dims.vae.residual else 1}_VAE.pth")
-    stated = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
-    kind = "t2v" if dims.transformer.in_dim == dims.transformer.out_dim else "i2v"
-    config = {"_class_name": "WanModel", "model_type": kind} | {key: getattr(dims.transformer, key) for key in stated}
-    (place / "config.json").write_text(json.dumps(config, indent=2))
+    write_config(dims.transformer, place)
     _byte_tokenizer().save_pretrained(folder / TOKENIZER)
 
 
 def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     """Yield random values for every parameter under the checkpoint's keys, scaled to keep activations near 1."""
-    whole: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1 and "gamma" not in name:
-            value = torch.randn(parameter.shape, generator=generator, device=generator.device) / parameter[0].numel() ** 0.5
-        else:
-            value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
-        sources = keys.sources(name)
-        for source, part in zip(sources, value.chunk(len(sources)), strict=True):
-            whole[source.key][source.part] = part.to("cpu", parameter.dtype, copy=True)
-            if len(whole[source.key]) == source.parts:  # a tensor may be several of ours
-                parts = whole.pop(source.key)
-                yield source.key, torch.cat([parts[number] for number in range(source.parts)])
+
+    def drawn() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "gamma" not in name:
+                value = torch.randn(parameter.shape, generator=generator, device=generator.device) / parameter[0].numel() ** 0.5
+            else:
+                value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
+            yield name, value.to(parameter.dtype)
+
+    return stored(drawn(), keys)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,33 @@
+"""Models -> checkpoint tensors and files in the original layout; the reverse of loading."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_dist.dims import TransformerDims
+from wan_dist.weights.names import KeyMap
+
+_STATED = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
+
+
+def stored(tensors: Iterable[tuple[str, Tensor]], keys: KeyMap) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors by our names under the checkpoint's keys, on the CPU; one tensor of ours may be several there, or the reverse."""
+    whole: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for name, value in tensors:
+        sources = keys.sources(name)
+        for source, part in zip(sources, value.chunk(len(sources)), strict=True):
+            whole[source.key][source.part] = part.to("cpu", copy=True)
+            if len(whole[source.key]) == source.parts:
+                parts = whole.pop(source.key)
+                yield source.key, torch.cat([parts[number] for number in range(source.parts)])
+
+
+def write_config(dims: TransformerDims, folder: Path) -> None:
+    """Write a transformer's config.json."""
+    kind = "t2v" if dims.in_dim == dims.out_dim else "i2v"
+    config = {"_class_name": "WanModel", "model_type": kind} | {key: getattr(dims, key) for key in _STATED}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
