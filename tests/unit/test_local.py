@@ -49,9 +49,7 @@ def test_a_rank_for_each_gpu(
     assert f"OMP_NUM_THREADS={32 // num_ranks} PYTORCH_ALLOC_CONF=expandable_segments:True" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("name", "is_set"), [("GeForce RTX 4090", True), ("GeForce RTX 3090", False), ("NVIDIA H200", False)]
-)
+@pytest.mark.parametrize(("name", "is_set"), [("GeForce RTX 4090", True), ("GeForce RTX 3090", False), ("NVIDIA H200", False)])
 def test_cards_that_cannot_reach_each_other(
     name: str, is_set: bool, started: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
