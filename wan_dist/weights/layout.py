@@ -97,11 +97,17 @@ def _original(folder: Path, task: Task) -> Layout:
     return Layout(
         name="original",
         transformers=tuple(Part(folder / place, WEIGHTS, names.original_transformer, "config.json") for place in places),
-        text_encoder=Part(folder, TEXT_ENCODER, names.original_text_encoder),
-        image_encoder=Part(folder, IMAGE_ENCODER, names.original_image_encoder) if task.looks_at_images else None,
-        vae=Part(folder, vae_file(task), names.original_vae),
+        text_encoder=Part(folder, _either(folder, TEXT_ENCODER), names.original_text_encoder),
+        image_encoder=Part(folder, _either(folder, IMAGE_ENCODER), names.original_image_encoder) if task.looks_at_images else None,
+        vae=Part(folder, _either(folder, vae_file(task)), names.original_vae),
         tokenizer=folder / TOKENIZER,
     )
+
+
+def _either(folder: Path, file: str) -> str:
+    """Return the name of a file that is published as .pth, or as the same in .safetensors where that is there instead."""
+    other = Path(file).with_suffix(".safetensors").name
+    return other if (folder / other).is_file() and not (folder / file).is_file() else file
 
 
 def _diffusers(folder: Path, task: Task) -> Layout:

@@ -1,0 +1,85 @@
+"""The VAE computed plainly, a whole video at once, nothing changed in place, so that it can be trained; the parameters are `WanVae`'s."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan_dist.models.vae import WanVae
+from wan_dist.models.vae_layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Upsample
+
+
+def moments(vae: WanVae, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and log variance (B, C, T, h, w), float32 and not normalised, of the latents of videos (B, 3, 4 T - 3, H, W)."""
+    encoder = vae.encoder
+    x = _through([*encoder.downsamples, *encoder.middle], _conv(encoder.conv1, video))
+    mean, log_variance = _conv(vae.conv1, _head(encoder.head, x)).float().chunk(2, dim=1)
+    return mean, log_variance.clamp(-20, 10)
+
+
+def decode(vae: WanVae, latents: Tensor) -> Tensor:
+    """Return the frames (B, 3, 4 T - 3, H, W), float32, of latents (B, C, T, h, w) that are not normalised."""
+    decoder = vae.decoder
+    x = _through([*decoder.middle, *decoder.upsamples], _conv(decoder.conv1, _conv(vae.conv2, latents)))
+    return _head(decoder.head, x).float()
+
+
+def _through(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        match layer:
+            case ResidualBlock():
+                x = _residual(layer, x)
+            case AttentionBlock():
+                x = _attention(layer, x)
+            case Downsample():
+                x = _down(layer, x)
+            case Upsample():
+                x = _up(layer, x)
+    return x
+
+
+def _conv(conv: CausalConv3d, x: Tensor) -> Tensor:
+    return F.conv3d(F.pad(x, (0, 0, 0, 0, conv.num_past, 0)), conv.weight, conv.bias, padding=cast(tuple[int, int, int], conv.padding))
+
+
+def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+    gamma = cast(RMSNorm, norm).gamma
+    return F.silu(F.normalize(x.float(), dim=1) * gamma.shape[0] ** 0.5 * gamma).to(x.dtype)
+
+
+def _head(head: nn.ModuleList, x: Tensor) -> Tensor:
+    norm, _, conv = head
+    return _conv(cast(CausalConv3d, conv), _activated(norm, x))
+
+
+def _residual(block: ResidualBlock, x: Tensor) -> Tensor:
+    norm1, _, conv1, norm2, _, _, conv2 = block.residual
+    out = _conv(cast(CausalConv3d, conv1), _activated(norm1, x))
+    out = _conv(cast(CausalConv3d, conv2), _activated(norm2, out))
+    return out + (x if block.shortcut is None else _conv(block.shortcut, x))
+
+
+def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
+    frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
+    normed = F.normalize(frames.float(), dim=1) * block.norm.gamma.shape[0] ** 0.5 * block.norm.gamma
+    q, k, v = (part.flatten(2).transpose(1, 2) for part in block.to_qkv(normed.to(x.dtype)).chunk(3, dim=1))
+    out = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1).transpose(1, 2)
+    out = block.proj(out.reshape(frames.shape))
+    return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _each_frame(module: nn.Module, x: Tensor) -> Tensor:
+    return cast(Tensor, module(x.transpose(1, 2).flatten(0, 1))).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def _down(layer: Downsample, x: Tensor) -> Tensor:
+    x = _each_frame(layer.resample, x)
+    return x if layer.time_conv is None else torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)  # the first frame stays one
+
+
+def _up(layer: Upsample, x: Tensor) -> Tensor:
+    if layer.time_conv is not None and x.shape[2] > 1:  # the first frame is never doubled
+        doubled = _conv(layer.time_conv, x[:, :, 1:]).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
+        x = torch.cat([x[:, :, :1], doubled.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
+    return _each_frame(layer.resample, x)

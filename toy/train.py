@@ -1,0 +1,289 @@
+"""Train the toy model from nothing on one GPU and write its checkpoint: first the VAE, then text encoder and transformer together.
+
+python -m toy.train toy/checkpoint
+python -m toy.train FOLDER --vae-steps 4 --clips 8 --steps 4 --batch 4      # a try on a CPU
+"""
+
+import argparse
+import random
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from toy import plain, plain_vae
+from toy.render import render
+from toy.scenes import caption, draw_scene
+from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.models.context import ContextProjection
+from wan_dist.models.text_encoder import build_text_encoder, token_ids
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.vae import LATENT_MEAN, LATENT_STD, WanVae
+from wan_dist.models.vae_layers import AttentionBlock, Downsample, ResidualBlock, Upsample
+from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
+from wan_dist.weights.names import original_text_encoder, original_transformer, original_vae
+from wan_dist.weights.write import stored, write_config
+
+DIMS = ModelDims(
+    transformer=TransformerDims(num_layers=7, dim=192, ffn_dim=640, num_heads=6, text_dim=128, text_len=64),
+    text_encoder=TextEncoderDims(num_layers=2, dim=128, ffn_dim=256, num_heads=4, head_dim=32, vocab_size=640),
+    vae=VaeDims(dim=8, decoder_dim=8),
+)
+_SPECIAL = ("<pad>", "</s>", "<unk>")
+_DIVERGENCE = 3e-4
+_SHIFT = 3.0
+"""Of the noise levels that are trained on: more of them are high."""
+
+
+def main() -> None:
+    """Train and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--vae-steps", type=int, default=1500)
+    parser.add_argument("--clips", type=int, default=40000)
+    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae", type=Path, help="a VAE's file to go on from, instead of training one")
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    chance = random.Random(options.seed)
+    begun = time.perf_counter()
+    (options.folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    vae = WanVae(DIMS.vae).to(device)
+    if options.vae is None:
+        train_vae(vae, options.vae_steps, chance, device)
+        save(stored(halved(vae), original_vae([])), options.folder / "Wan2.1_VAE.safetensors")
+    else:
+        keys, kept = original_vae([]), load_file(options.vae)
+        vae.load_state_dict({name: kept[keys.sources(name)[0].key] for name, _ in vae.named_parameters()})
+    print(f"VAE: {time.perf_counter() - begun:.0f} s", flush=True)
+    tokenizer = make_tokenizer(random.Random(options.seed))
+    tokenizer.save_pretrained(options.folder / TOKENIZER)
+    clips = make_clips(vae, tokenizer, options.clips, chance, device)
+    print(f"clips: {time.perf_counter() - begun:.0f} s", flush=True)
+    train_transformer(clips, options.steps, options.batch, device, options.folder)
+    print(f"all: {time.perf_counter() - begun:.0f} s", flush=True)
+
+
+def halved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's parameters in bfloat16."""
+    return ((name, parameter.detach().bfloat16()) for name, parameter in model.named_parameters())
+
+
+def save(tensors: Iterable[tuple[str, Tensor]], file: Path) -> None:
+    """Write tensors into a safetensors file."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors}, file)
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _rate(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate: up for a fortieth of the steps, then down along a cosine."""
+    warm = max(1, steps // 40)
+    fraction = torch.tensor(max(0, step - warm) / max(1, steps - warm) * torch.pi)
+    return peak * min(1.0, (step + 1) / warm) * float(0.5 + 0.5 * fraction.cos()) + 1e-6
+
+
+def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.device) -> None:
+    """Train the VAE to make what it was shown: absolute and squared error, and a little of the divergence from a normal distribution."""
+    _initialise_vae(vae)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda")
+
+    def loss_of(video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_variance = plain_vae.moments(vae, video)
+        difference = plain_vae.decode(vae, mean + (log_variance / 2).exp() * noise) - video
+        divergence = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
+        squared = difference.square().mean()
+        return difference.abs().mean() + squared + _DIVERGENCE * divergence, squared
+
+    compiled = torch.compile(loss_of, dynamic=False) if device.type == "cuda" else loss_of
+    for step in range(steps):
+        size, num_frames, batch = (96, 9, 32) if step < 0.6 * steps else (128, 17, 16)
+        batch = batch if device.type == "cuda" else 2
+        video = render([draw_scene(chance) for _ in range(batch)], chance, device, size=size, num_frames=num_frames)
+        noise = torch.randn(batch, DIMS.vae.latent_dim, num_frames // 4 + 1, size // 8, size // 8, device=device)
+        with _autocast(device):
+            loss, squared = compiled(video, noise)
+        _descend(loss, optimizer, _rate(step, steps, 1e-3))
+        if step % 200 == 0 or step == steps - 1:
+            print(f"vae {step} loss {loss.item():.4f} PSNR {-10 * squared.div(4).log10().item():.1f}", flush=True)
+    normalise(vae, chance, device)
+
+
+def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0)
+    optimizer.step()
+
+
+@torch.no_grad()
+def normalise(vae: WanVae, chance: random.Random, device: torch.device) -> None:
+    """Scale the latents, inside the convolutions beside them, to the mean and deviation that the published VAE has and pipelines expect."""
+    scenes = [draw_scene(chance) for _ in range(64 if device.type == "cuda" else 4)]
+    with _autocast(device):
+        mean, _ = plain_vae.moments(vae, render(scenes, chance, device))
+    mu, sigma = mean.mean((0, 2, 3, 4)), mean.std((0, 2, 3, 4))
+    wanted_mean, wanted_std = (torch.tensor(table[len(mu)], device=device) for table in (LATENT_MEAN, LATENT_STD))
+    first, scale = vae.conv1, wanted_std / sigma
+    assert first.bias is not None
+    first.weight[: len(mu)] *= scale.view(-1, 1, 1, 1, 1)
+    first.bias[: len(mu)] = (first.bias[: len(mu)] - mu) * scale + wanted_mean
+    assert vae.conv2.bias is not None
+    vae.conv2.bias += vae.conv2.weight.flatten(1) @ (mu - wanted_mean / scale)
+    vae.conv2.weight /= scale.view(1, -1, 1, 1, 1)
+
+
+def make_tokenizer(chance: random.Random, num_captions: int = 20000) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of pieces of captions, down to bytes, so that any text has one."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=DIMS.text_encoder.vocab_size,
+        special_tokens=list(_SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((caption(draw_scene(chance), chance) for _ in range(num_captions)), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@torch.no_grad()
+def make_clips(
+    vae: WanVae, tokenizer: PreTrainedTokenizerBase, count: int, chance: random.Random, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return normalised latents (N, C, T, h, w) in bfloat16, two captions of each clip (N, 2, n) and those of no caption (n)."""
+    text_len = DIMS.transformer.text_len
+
+    def ids(text: str) -> list[int]:
+        found = token_ids(tokenizer, text, text_len)
+        return found + [0] * (text_len - len(found))
+
+    mean, std = (torch.tensor(table[DIMS.vae.latent_dim], device=device).view(1, -1, 1, 1, 1) for table in (LATENT_MEAN, LATENT_STD))
+    latents, texts = [], []
+    for start in range(0, count, 64):
+        scenes = [draw_scene(chance) for _ in range(min(64, count - start))]
+        with _autocast(device):
+            found, _ = plain_vae.moments(vae, render(scenes, chance, device))
+        latents.append(((found - mean) / std).bfloat16())
+        texts += [[ids(caption(scene, chance)) for _ in range(2)] for scene in scenes]
+    return torch.cat(latents), torch.tensor(texts, device=device), torch.tensor(ids(""), device=device)
+
+
+def train_transformer(clips: tuple[Tensor, Tensor, Tensor], steps: int, batch: int, device: torch.device, folder: Path) -> None:
+    """Train and write text encoder and transformer by flow matching (arXiv:2210.02747): the velocity is noise minus latents.
+
+    One caption in ten is left out, for guidance; one clip in four is given its first frame, with a timestep of 0 of its own.
+    """
+    latents, texts, nothing = clips
+    text_encoder = build_text_encoder(DIMS.text_encoder, torch.float32).to(device).eval()
+    projection, transformer = (kind(DIMS.transformer, torch.float32).to(device) for kind in (ContextProjection, WanTransformer))
+    _initialise(projection, transformer)
+    everything = nn.ModuleList([text_encoder, projection, transformer])
+    parameters = list(everything.parameters())
+    averages = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
+    rotary = transformer.rotary(latents[:1])
+
+    def loss_of(x: Tensor, noise: Tensor, level: Tensor, given: Tensor, ids: Tensor) -> Tensor:
+        mask = ids != 0
+        embedded = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask.unsqueeze(-1)
+        mixed = x + level.view(-1, 1, 1, 1, 1) * (noise - x)
+        first = torch.where(given.view(-1, 1, 1, 1, 1), x[:, :, :1], mixed[:, :, :1])
+        timesteps = 1000 * torch.stack([torch.where(given, 0, level), level], dim=1)
+        found = plain.velocity(
+            transformer, torch.cat([first, mixed[:, :, 1:]], dim=2), timesteps, plain.project(projection, embedded), rotary
+        )
+        error = (found - (noise - x)).square()
+        return error[:, :, 1:].mean() + (error[:, :, :1].mean((1, 2, 3, 4)) * ~given).mean() / x.shape[2]
+
+    compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
+    begun = time.perf_counter()
+    for step in range(steps):
+        chosen = torch.randint(len(latents), (batch,), device=device)
+        x, drawn = latents[chosen].float(), torch.rand(3, batch, device=device)
+        ids = texts[chosen, torch.randint(2, (batch,), device=device)]
+        ids = torch.where((drawn[0] < 0.1).unsqueeze(1), nothing, ids)
+        level = _SHIFT * drawn[1] / (1 + (_SHIFT - 1) * drawn[1])
+        with _autocast(device):
+            loss = compiled(x, torch.randn_like(x), level, drawn[2] < 0.25, ids)
+        _descend(loss, optimizer, _rate(step, steps, 1.5e-3))
+        torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - min(0.9995, (step + 1) / (step + 10)))
+        if step % 250 == 0 or step == steps - 1:
+            print(f"step {step} loss {loss.item():.4f} {time.perf_counter() - begun:.0f} s", flush=True)
+        if step % 2000 == 1999 or step == steps - 1:
+            kept = [parameter.detach().clone() for parameter in parameters]
+            _copy(averages, parameters)
+            write_transformer(text_encoder, projection, transformer, folder)
+            _copy(kept, parameters)
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], parameters: list[nn.Parameter]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+def write_transformer(text_encoder: nn.Module, projection: ContextProjection, transformer: WanTransformer, folder: Path) -> None:
+    """Write them in bfloat16."""
+    keys = original_transformer([])
+    save([*stored(halved(transformer), keys), *stored(halved(projection), keys)], folder / f"{WEIGHTS}.safetensors")
+    save(stored(halved(text_encoder), original_text_encoder([])), folder / Path(TEXT_ENCODER).with_suffix(".safetensors"))
+    write_config(DIMS.transformer, folder)
+
+
+@torch.no_grad()
+def _initialise_vae(vae: WanVae) -> None:
+    """Draw the convolutions' weights for the present frame alone; residuals begin small, and frames are halved and doubled as they are."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.zeros_(module.weight)
+            nn.init.kaiming_normal_(module.weight[:, :, -1] if module.weight.dim() == 5 else module.weight, nonlinearity="linear")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        match module:
+            case ResidualBlock():
+                cast(nn.Conv3d, module.residual[6]).weight.mul_(0.1)
+            case AttentionBlock():
+                nn.init.zeros_(module.proj.weight)
+            case Upsample(time_conv=nn.Conv3d() as conv):
+                conv.weight.zero_()[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(2, 1)
+            case Downsample(time_conv=nn.Conv3d() as conv):
+                conv.weight.zero_()[:, :, -2:, 0, 0] = 0.5 * torch.eye(conv.in_channels).unsqueeze(-1)
+
+
+@torch.no_grad()
+def _initialise(*trained: nn.Module) -> None:
+    """Draw the linears' weights; what a block adds, and the head, begin near zero."""
+    for model in trained:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 or "norm" in name:
+                continue
+            if "modulation" in name:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(("o.weight", "ffn.2.weight")) or name.startswith(("head.head", "time_projection")):
+                nn.init.normal_(parameter, std=0.005)
+            else:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
+if __name__ == "__main__":
+    main()
