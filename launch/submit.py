@@ -55,8 +55,9 @@ def main(arguments: list[str]) -> None:
         return
     if fetching:
         _submit(run_script(request, cluster, python), "--test-only")  # it should not be refused once the download is on its way
-        request = replace(request, after=_submit(fetching))
-        sys.stdout.write(f"job {request.after} downloads to {given['fetch']}: wan-fetch-{request.after}.log\n")
+        fetched = _submit(fetching)
+        request = replace(request, after=f"{request.after}:{fetched}" if request.after else fetched)
+        sys.stdout.write(f"job {fetched} downloads to {given['fetch']}: wan-fetch-{fetched}.log\n")
     job = _submit(run_script(request, cluster, python))
     sys.stdout.write("".join(f"{note}\n" for note in request.notes))
     sys.stdout.write(f"job {job}: wan-{job}{'-N' if request.is_array else ''}.log; squeue --job {job}\n")
