@@ -31,11 +31,12 @@ def velocity(
     time, block_time = model.embed_time(timesteps)
     num_first = latents.shape[3] * latents.shape[4] // 4
     x = model.patch_embedding(latents)
-    rows = (torch.arange(x.shape[1], device=x.device) >= num_first).long()
-    block_time = block_time[:, rows]  # (B, L, 6, D)
+    is_first = (torch.arange(x.shape[1], device=x.device) < num_first).view(1, -1, 1, 1)
+    block_time = torch.where(is_first, block_time[:, :1], block_time[:, 1:])  # (B, L, 6, D)
     for block, context in zip(model.blocks, contexts, strict=True):
         x = _block(cast(Block, block), x, block_time, context, rotary)
-    shift, scale = (model.head.modulation + time[:, rows].unsqueeze(2)).unbind(2)
+    time = torch.where(is_first, time[:, :1, None], time[:, 1:, None])  # (B, L, 1, D)
+    shift, scale = (model.head.modulation + time).unbind(2)
     out = model.head.head(_norm(x, model.head.eps) * (1 + scale) + shift)
     return model.unpatchify(out, latents.shape[2:])
 

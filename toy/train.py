@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +25,6 @@ from wan_dist.models.context import ContextProjection
 from wan_dist.models.text_encoder import build_text_encoder, token_ids
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import LATENT_MEAN, LATENT_STD, WanVae
-from wan_dist.models.vae_layers import AttentionBlock, Downsample, ResidualBlock, Upsample
 from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
 from wan_dist.weights.names import original_text_encoder, original_transformer, original_vae
 from wan_dist.weights.write import stored, write_config
@@ -67,6 +65,8 @@ def main() -> None:
         keys, kept = original_vae([]), load_file(options.vae)
         vae.load_state_dict({name: kept[keys.sources(name)[0].key] for name, _ in vae.named_parameters()})
     print(f"VAE: {time.perf_counter() - begun:.0f} s", flush=True)
+    torch.manual_seed(options.seed + 1)  # whether the VAE was trained now or before
+    chance = random.Random(options.seed + 1)
     tokenizer = make_tokenizer(random.Random(options.seed))
     tokenizer.save_pretrained(options.folder / TOKENIZER)
     clips = make_clips(vae, tokenizer, options.clips, chance, device)
@@ -98,7 +98,11 @@ def _rate(step: int, steps: int, peak: float) -> float:
 
 def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.device) -> None:
     """Train the VAE to make what it was shown: absolute and squared error, and a little of the divergence from a normal distribution."""
-    _initialise_vae(vae)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda")
 
     def loss_of(video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,27 +251,6 @@ def write_transformer(text_encoder: nn.Module, projection: ContextProjection, tr
     save([*stored(halved(transformer), keys), *stored(halved(projection), keys)], folder / f"{WEIGHTS}.safetensors")
     save(stored(halved(text_encoder), original_text_encoder([])), folder / Path(TEXT_ENCODER).with_suffix(".safetensors"))
     write_config(DIMS.transformer, folder)
-
-
-@torch.no_grad()
-def _initialise_vae(vae: WanVae) -> None:
-    """Draw the convolutions' weights for the present frame alone; residuals begin small, and frames are halved and doubled as they are."""
-    for module in vae.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            nn.init.zeros_(module.weight)
-            nn.init.kaiming_normal_(module.weight[:, :, -1] if module.weight.dim() == 5 else module.weight, nonlinearity="linear")
-            assert module.bias is not None
-            nn.init.zeros_(module.bias)
-    for module in vae.modules():
-        match module:
-            case ResidualBlock():
-                cast(nn.Conv3d, module.residual[6]).weight.mul_(0.1)
-            case AttentionBlock():
-                nn.init.zeros_(module.proj.weight)
-            case Upsample(time_conv=nn.Conv3d() as conv):
-                conv.weight.zero_()[:, :, -1, 0, 0] = torch.eye(conv.in_channels).repeat(2, 1)
-            case Downsample(time_conv=nn.Conv3d() as conv):
-                conv.weight.zero_()[:, :, -2:, 0, 0] = 0.5 * torch.eye(conv.in_channels).unsqueeze(-1)
 
 
 @torch.no_grad()
