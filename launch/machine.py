@@ -32,8 +32,9 @@ def check_system() -> Iterator[Finding]:
 def check_host_memory() -> Iterator[Finding]:
     """Look at how much memory a run may take of the host, and of what ranks share."""
     size, limit = find_host()
+    num_gpus = len(find_gpus())
     found = f"{size / GIB:.1f} GiB may be taken: {limit}"
-    if size < _LEAST_HOST and find_gpus():
+    if size < _LEAST_HOST and num_gpus:
         advice = "python -m launch plan task=... says what a run takes" + ("; ask for more with --mem" if "Slurm" in limit else "")
         yield Finding("host memory", found, NOTE, advice)
     else:
@@ -42,9 +43,9 @@ def check_host_memory() -> Iterator[Finding]:
         return
     usage = shutil.disk_usage(_SHARED_MEMORY)
     found = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
-    if usage.free < _LEAST_SHARED and len(find_gpus()) != 1:
+    if usage.free < _LEAST_SHARED and num_gpus != 1:
         advice = "several ranks may end with a bus error: start the container with --shm-size=16g or --ipc=host, or clear out /dev/shm"
-        yield Finding("/dev/shm", found, FAULT if find_gpus() else NOTE, advice)
+        yield Finding("/dev/shm", found, FAULT if num_gpus else NOTE, advice)
     else:
         yield Finding("/dev/shm", found)
 
