@@ -1,5 +1,6 @@
 """A run that is asked to end goes on where it stopped when the same command is given again, and makes the same video to the bit."""
 
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,16 @@ def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) ->
     assert "goes on   after 6 steps" in last.stderr
     assert (tmp_path / "parted/clip.mp4").read_bytes() == (tmp_path / "whole/clip.mp4").read_bytes()
     assert not list((tmp_path / "parted").glob("*.state.safetensors"))
+
+
+def test_guessed_steps_go_on_too(tmp_path: Path) -> None:
+    settings = ["task=toy", "frame_num=5", "size=64*64", "sample.steps=14", "output.name=clip", "cache.steps=easy", "cache.threshold=9"]
+    assert run(1, "wan_dist.run", *settings, f"output.dir={tmp_path / 'whole'}").returncode == 0
+    for moment in ("1", "5", "6", "7", "8"):
+        assert run(1, "tests.preempted", moment, "0", *settings, f"output.dir={tmp_path / 'parted'}").returncode == 75
+    assert run(1, "wan_dist.run", *settings, f"output.dir={tmp_path / 'parted'}").returncode == 0
+    assert json.loads((tmp_path / "whole/clip.json").read_text())["guessed_steps"] > 4
+    assert (tmp_path / "parted/clip.mp4").read_bytes() == (tmp_path / "whole/clip.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor
@@ -49,6 +50,10 @@ class Experts:
     solver: Solver
     num_done: int = 0
     """Steps that were done before, by a run that this one goes on with."""
+    guesses: dict[str, Tensor] = field(default_factory=dict)
+    """What that run's step cache left; see `EasyCache.state`."""
+    caches: list[ReferenceType[EasyCache]] = field(default_factory=list)
+    """Of the transformers that were opened; those that are let go are not held."""
     counts: Counter[str] = field(default_factory=Counter)
     """How many steps were ``guessed``."""
 
@@ -86,7 +91,16 @@ class Experts:
         if self.config.cache.steps != "easy":
             return predict
         threshold = self.config.cache.threshold or 0.05
-        return EasyCache(predict, num_steps=num_steps, num_done=num_done, threshold=threshold, agree=self._agree, note=self._note)
+        cache = EasyCache(predict, num_steps=num_steps, num_done=num_done, threshold=threshold, agree=self._agree, note=self._note)
+        if num_done and self.guesses:
+            cache.go_on(self.guesses)
+        self.caches.append(ReferenceType(cache))
+        return cache
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what the step cache of the transformer that is at work leaves for a run that goes on."""
+        caches = [cache for reference in reversed(self.caches) if (cache := reference()) is not None]
+        return next((state for cache in caches if (state := cache.state())), {})
 
     def _open(self, which: int, suffix: str, scale: float, num_done: int, arrangement: Arrangement) -> Predict:
         groups = self.groups

@@ -187,13 +187,13 @@ def _make_latents(
     logger.info("attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
         logger.info("ranks     %s, transformer %s", plan.degrees, "sharded" if plan.arrangement.shard_dit else "on every rank")
-    experts = Experts(checkpoint, config, plan, attention, groups, report, conditioning, start, solver, num_done)
+    experts = Experts(checkpoint, config, plan, attention, groups, report, conditioning, start, solver, num_done, kept.progress.guesses)
     predict = Agreeing(experts.predict(), groups.replica)
 
     def after_step(num_done: int, latents: Tensor) -> None:
         if is_any(preemption.asked_by is not None, groups.replica, report.device):
             if groups.rank == 0:
-                kept.write(Progress(num_done, latents.squeeze(0), solver.state()))
+                kept.write(Progress(num_done, latents.squeeze(0), solver.state(), experts.state()))
             is_any(True, groups.replica, report.device)  # the first rank has written it: one that ends may have the others ended
             raise Preempted(f"asked to end: stopped after step {num_done} of {len(solver)}; the same command goes on from there")
 
@@ -209,7 +209,7 @@ def _make_latents(
         if config.cache.steps is not None:
             report.facts["guessed_steps"] = experts.counts["guessed"]
             logger.info("cache     %d of %d steps were guessed", experts.counts["guessed"], len(solver))
-        del predict, experts
+        del predict
         free_memory()
     report.other_ranks = gather_objects(report.stages, groups.replica)[1:]
     return latents.squeeze(0)

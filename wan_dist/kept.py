@@ -21,6 +21,8 @@ from wan_dist.video import save_tensors
 _OF_NO_MATTER = ("device", "fps", "latents", "memory", "output", "parallel", "fsdp")
 """Settings that may differ when a run goes on: they do not change the latents, or not more than rounding does."""
 
+_GUESSES = "guesses."
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -32,6 +34,8 @@ class Progress:
     """(C, T, h, w), float32, after that many steps."""
     solver: dict[str, Tensor] = field(default_factory=dict)
     """See `Solver.state`."""
+    guesses: dict[str, Tensor] = field(default_factory=dict)
+    """See `EasyCache.state`."""
 
 
 class Kept:
@@ -64,7 +68,8 @@ class Kept:
             logger.info("goes on   after %s steps, from %s", facts["num_done"], file)
         facts, names = broadcast_object((facts, list(stored)), axis)
         tensors = {name: cast(Tensor, broadcast(stored.get(name), axis, device)).to(device) for name in names}
-        self.progress = Progress(int(facts["num_done"]), tensors.pop("latents", None), tensors)
+        guesses = {name.removeprefix(_GUESSES): tensors.pop(name) for name in names if name.startswith(_GUESSES)}
+        self.progress = Progress(int(facts["num_done"]), tensors.pop("latents", None), tensors, guesses)
         self.plan = replace(self.plan, seed=int(facts["seed"]), name=facts["name"])
         return self.plan
 
@@ -73,7 +78,8 @@ class Kept:
         assert progress.latents is not None
         file = self.folder / f"{self.plan.name}.{self.digest}.state.safetensors"
         facts = {"num_done": str(progress.num_done), "seed": str(self.plan.seed), "name": self.plan.name}
-        tensors = {"latents": progress.latents, **progress.solver}
+        guesses = {f"{_GUESSES}{name}": tensor for name, tensor in progress.guesses.items()}
+        tensors = {"latents": progress.latents, **progress.solver, **guesses}
         save_tensors(file, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, facts)
         return file
 

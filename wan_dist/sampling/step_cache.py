@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from wan_dist.catalog import TeaFit
@@ -52,6 +53,19 @@ class EasyCache:
                 self._rate = _size(velocity - self._before[1]) / max(_size(latents - self._before[0]), 1e-12)
         self._before = latents, velocity
         return velocity
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `go_on` needs to guess the same in another run; nothing before the first step."""
+        if self._before is None or isinstance(self._offset, float):
+            return {}
+        numbers = torch.tensor([self._error, math.nan if self._rate is None else self._rate], dtype=torch.float64)
+        return {"latents": self._before[0], "velocity": self._before[1], "offset": self._offset, "numbers": numbers}
+
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """Take over the state after the steps that are done."""
+        self._before, self._offset = (state["latents"], state["velocity"]), state["offset"]
+        self._error, rate = state["numbers"].tolist()
+        self._rate = None if math.isnan(rate) else rate
 
     def _is_guessed(self, step: int, latents: Tensor) -> bool:
         if step < self.num_first or step >= self.last or self._rate is None or self._before is None:
