@@ -8,6 +8,7 @@ from typing import cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from wan_dist.errors import InputError, nearest
 from wan_dist.hardware import parse_bytes
@@ -79,9 +80,9 @@ def cluster_of(name: str, changes: Sequence[str]) -> ClusterConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(file), OmegaConf.from_dotlist(list(changes)))
         return cast(ClusterConfig, OmegaConf.to_object(merged))
+    except InputError:  # of a value
+        raise
     except OmegaConfBaseException as fault:
         raise InputError(f"cluster={name}: {readable(fault)}") from None
-    except (OSError, ValueError) as fault:
-        if isinstance(fault, InputError):
-            raise
-        raise InputError(f"cluster={name}: {file} cannot be read: {fault}") from None
+    except (OSError, ValueError, YAMLError) as fault:
+        raise InputError(f"cluster={name}: {file} cannot be read: {' '.join(str(fault).split())}") from None

@@ -13,7 +13,7 @@ import sys
 from functools import partial
 
 from launch import gpus, machine, software
-from launch.findings import FAULT, NOTE, Finding, examine
+from launch.findings import FAULT, NOTE, OK, Finding, examine
 from launch.settings import configured
 from wan_dist.launcher import adopt_slurm
 from wan_dist.network import choose_network
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     if os.environ["RANK"] == "0":
         for number, (host, theirs) in enumerate(by_host):
             for finding in theirs:
-                if number == 0 or finding.verdict != "ok":
+                if number == 0 or finding.verdict != OK:
                     _print(finding, host if number else "")
         return _end([finding for _, theirs in by_host for finding in theirs])
     return 0  # the first rank's code says it: torchrun would end that one as soon as another has failed

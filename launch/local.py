@@ -13,8 +13,7 @@ import re
 import shlex
 import sys
 
-from launch.settings import configured, parted
-from wan_dist.errors import InputError
+from launch.settings import configured, number_of, parted
 from wan_dist.hardware import find_gpus
 from wan_dist.plan import make_plan
 
@@ -25,7 +24,7 @@ _WITHOUT_PEERS = re.compile(r"GeForce RTX [45]0\d\d")
 def main(arguments: list[str]) -> None:
     """Become the command that makes the video; raises InputError for what cannot be, before anything heavy starts."""
     given, settings = parted(arguments, ("ranks",))
-    num_ranks = _number_of(given["ranks"]) if "ranks" in given else len(find_gpus()) or 1
+    num_ranks = number_of("ranks", given["ranks"], "processes") if "ranks" in given else len(find_gpus()) or 1
     config = configured(settings)
     if config is None:
         return
@@ -53,9 +52,3 @@ def variables_for(num_ranks: int) -> dict[str, str]:
     if num_ranks > 1 and any(_WITHOUT_PEERS.search(name) for name, _, _ in find_gpus()):
         found["NCCL_P2P_DISABLE"] = "1"
     return found
-
-
-def _number_of(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise InputError(f"ranks={text} is not a number of processes, e.g. ranks=4")
-    return int(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.findings import FAULT, NOTE, Finding
 from wan_dist.hardware import find_gpus, find_host
-from wan_dist.network import address_of, interfaces
+from wan_dist.network import address_of, infiniband, interfaces
 
 GIB = 2**30
 _SHARED_MEMORY = Path("/dev/shm")
@@ -56,7 +56,7 @@ def check_limits() -> Iterator[Finding]:
     if files < _LEAST_FILES:
         yield Finding("limits", f"only {files} files may be open", NOTE, f"ulimit -n {_LEAST_FILES}, or more")
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if any(Path("/sys/class/infiniband").glob("*")) and locked != resource.RLIM_INFINITY:
+    if infiniband() and locked != resource.RLIM_INFINITY:
         found = f"{locked // 2**20} MiB of memory may be locked, and there is InfiniBand"
         yield Finding("limits", found, NOTE, "between nodes NCCL may need ulimit -l unlimited")
 
@@ -84,6 +84,6 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> Iterator[Fin
 def check_network() -> Iterator[Finding]:
     """Look at what leads to other nodes."""
     found = [f"{name} {address_of(name)}" for name in interfaces()]
-    fast = sorted(file.name for file in Path("/sys/class/infiniband").glob("*"))
-    words = (", ".join(found) or "no network to other machines") + (f"; InfiniBand or RoCE: {', '.join(fast)}" if fast else "")
+    fast = ", ".join(infiniband())
+    words = (", ".join(found) or "no network to other machines") + (f"; InfiniBand or RoCE: {fast}" if fast else "")
     yield Finding("network", words)

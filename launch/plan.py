@@ -9,12 +9,12 @@ Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT.
 
 import sys
 
-from launch.settings import configured, parted
+from launch.settings import configured, number_of, parted
 from wan_dist.catalog import get_task
-from wan_dist.errors import InputError
+from wan_dist.config import RunConfig
 from wan_dist.footprint import table
 from wan_dist.hardware import Hardware, find_gpus, find_host, parse_bytes, parse_gpus
-from wan_dist.plan import arranged, make_plan
+from wan_dist.plan import Plan, arranged, make_plan
 
 _HARDWARE = ("gpus", "host", "nodes")
 
@@ -26,11 +26,16 @@ def main(arguments: list[str]) -> None:
     if config is None:
         return
     hardware, ranks = hardware_of(given)
-    plan = arranged(make_plan(config, ranks=ranks, is_rehearsal=True), config, hardware, get_task(config.task).models)
+    plan = rehearsed(config, hardware, ranks)
     assert plan.budget is not None
     where = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
     lines = [plan.summary, where + plan.arrangement.words, "", *table(plan.uses, plan.budget.gpu, plan.budget.host)]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def rehearsed(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) -> Plan:
+    """Return the plan for this hardware and so many ranks, in all and on a node; prompt and images may be missing."""
+    return arranged(make_plan(config, ranks=ranks, is_rehearsal=True), config, hardware, get_task(config.task).models)
 
 
 def hardware_of(given: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
@@ -41,6 +46,5 @@ def hardware_of(given: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
     elif found := find_gpus():
         count, gpu_bytes = len(found), min(total for _, total, _ in found)
     host, limit = (parse_bytes(given["host"], "host"), "host") if "host" in given else find_host()
-    if not (nodes := given.get("nodes", "1")).isdigit() or int(nodes) < 1:
-        raise InputError(f"nodes={nodes} is not a number of machines, e.g. nodes=2")
-    return Hardware(gpu_bytes, host, limit), (count * int(nodes), count)
+    nodes = number_of("nodes", given.get("nodes", "1"), "machines")
+    return Hardware(gpu_bytes, host, limit), (count * nodes, count)

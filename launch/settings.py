@@ -17,6 +17,13 @@ def parted(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str
     return own, [argument for argument in arguments if argument.partition("=")[0] not in keys]
 
 
+def number_of(key: str, text: str, what: str) -> int:
+    """Return the number from 1 on that is given for ``key``, of ``what``; raises InputError."""
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"{key}={text} is not a number of {what}, e.g. {key}=2")
+    return int(text)
+
+
 def configured(settings: Sequence[str]) -> RunConfig | None:
     """Return the configuration of a run's settings, None after a flag that only prints; raises InputError."""
     prepared = prepare(list(settings))

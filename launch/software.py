@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.findings import FAULT, NOTE, OK, Finding
-from launch.plan import hardware_of
+from launch.plan import hardware_of, rehearsed
 from wan_dist.catalog import get_task
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError, first_line
 from wan_dist.hardware import find_gpus
-from wan_dist.plan import arranged, make_plan
 
 _LEAST_TORCH = (2, 10)
 _OPTIONAL = ("triton", "flash-attn-4", "flash-attn", "sageattention", "xfuser", "torchao")
@@ -170,7 +169,6 @@ def check_ffmpeg() -> Iterator[Finding]:
 def check_task(config: RunConfig) -> Iterator[Finding]:
     """Look at a task's checkpoint, if its folder is given, and whether it fits this machine."""
     task = get_task(config.task)
-    models = task.models
     if config.ckpt_dir is not None:
         from wan_dist.weights.hub import check_whole
 
@@ -183,7 +181,7 @@ def check_task(config: RunConfig) -> Iterator[Finding]:
         yield Finding("checkpoint", f"{config.ckpt_dir} is whole")
     hardware, ranks = hardware_of({})
     try:
-        plan = arranged(make_plan(config, ranks=ranks, is_rehearsal=True), config, hardware, models)
+        plan = rehearsed(config, hardware, ranks)
     except InputError as fault:
         yield Finding("plan", str(fault), FAULT)
         return

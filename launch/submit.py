@@ -20,7 +20,7 @@ from pathlib import Path
 from launch.cluster import ClusterConfig, cluster_of, minutes_of
 from launch.estimate import seconds_of, step_seconds_of
 from launch.sbatch import Request, clock, fetch_script, run_script
-from launch.settings import configured, parted
+from launch.settings import configured, number_of, parted
 from wan_dist.catalog import get_task
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
@@ -65,8 +65,8 @@ def main(arguments: list[str]) -> None:
 
 def _request(given: dict[str, str], settings: list[str], cluster: ClusterConfig, *, is_fetched: bool) -> Request | None:
     """Return what to ask Slurm for; None after a flag that only prints."""
-    nodes = _count("nodes", given.get("nodes", "1"))
-    gpus = _count("gpus", given.get("gpus", str(cluster.gpus_per_node)))
+    nodes = number_of("nodes", given.get("nodes", "1"), "machines")
+    gpus = number_of("gpus", given.get("gpus", str(cluster.gpus_per_node)), "GPUs")
     if gpus > cluster.gpus_per_node:
         raise InputError(f"gpus={gpus}: a node of cluster={given['cluster']} has {cluster.gpus_per_node}; nodes=COUNT takes several")
     if "array" in given:
@@ -95,7 +95,7 @@ def _request(given: dict[str, str], settings: list[str], cluster: ClusterConfig,
         notes=notes,
         settings=elements,
         is_array="array" in given,
-        at_once=_count("at_once", given["at_once"]) if "at_once" in given else None,
+        at_once=number_of("at_once", given["at_once"], "jobs") if "at_once" in given else None,
         nodes=nodes,
         gpus_per_node=gpus,
         memory_gib=-(-memory // _GIB),
@@ -151,9 +151,3 @@ def _submit(script: str, *options: str) -> str:
     if done.returncode:
         raise InputError(f"Slurm refuses it: {done.stderr.strip() or done.returncode}")
     return done.stdout.strip().partition(";")[0]
-
-
-def _count(key: str, text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise InputError(f"{key}={text} is not a number from 1 on")
-    return int(text)

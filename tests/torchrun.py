@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 
-def torchrun(num_ranks: int, module: str, *arguments: str, timeout: float = 240) -> str:
-    """Run a module on this many ranks of this machine and return what it printed; fails with the end of what it said if it failed."""
+def torchrun(num_ranks: int, module: str, *arguments: str, timeout: float = 240, code: int = 0) -> str:
+    """Run a module on this many ranks of this machine and return what it printed; fails, with the end of what it said, at another code."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
     done = subprocess.run(
         [*command, "-m", module, *arguments],
@@ -18,5 +18,5 @@ def torchrun(num_ranks: int, module: str, *arguments: str, timeout: float = 240)
         check=False,
         timeout=timeout,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == code, done.stderr[-3000:]
     return done.stdout

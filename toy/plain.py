@@ -10,6 +10,7 @@ from torch import Tensor
 from wan_dist.models.attention import apply_rotary
 from wan_dist.models.context import ContextBlock, ContextProjection
 from wan_dist.models.transformer import Block, WanTransformer
+from wan_dist.models.transformer_elementwise import rms_norm
 
 
 def project(projection: ContextProjection, texts: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -19,7 +20,7 @@ def project(projection: ContextProjection, texts: Tensor) -> list[tuple[Tensor, 
     for index in projection.indices:
         block = cast(ContextBlock, projection.blocks[str(index)]).cross_attn
         k, v = block.kv(embedded).chunk(2, dim=-1)
-        k = F.rms_norm(k.float(), (k.shape[-1],), block.norm_k.weight, block.eps).to(v.dtype)
+        k = rms_norm(k, block.norm_k.weight, block.eps).to(v.dtype)
         found.append((_heads(k, block.num_heads), _heads(v, block.num_heads)))
     return found
 
@@ -46,13 +47,13 @@ def _block(block: Block, x: Tensor, time: Tensor, context: tuple[Tensor, Tensor]
     attention, cross = block.self_attn, block.cross_attn
     q, k, v = attention.qkv(_norm(x, block.eps) * (1 + scale) + shift).chunk(3, dim=-1)
     q, k = (
-        apply_rotary(F.rms_norm(each.float(), (each.shape[-1],), norm.weight, block.eps).unflatten(-1, (attention.num_heads, -1)), rotary)
+        apply_rotary(rms_norm(each, norm.weight, block.eps).unflatten(-1, (attention.num_heads, -1)), rotary)
         for each, norm in ((q, attention.norm_q), (k, attention.norm_k))
     )
     out = F.scaled_dot_product_attention(q.transpose(1, 2).to(v.dtype), k.transpose(1, 2).to(v.dtype), _heads(v, attention.num_heads))
     x = x + gate * attention.o(out.transpose(1, 2).flatten(2))
     q = cross.q(F.layer_norm(x, (x.shape[-1],), block.norm3.weight, block.norm3.bias, block.eps))
-    q = F.rms_norm(q.float(), (q.shape[-1],), cross.norm_q.weight, cross.eps).to(v.dtype)
+    q = rms_norm(q, cross.norm_q.weight, cross.eps).to(v.dtype)
     out = F.scaled_dot_product_attention(_heads(q, cross.num_heads), *context)
     x = x + cross.o(out.transpose(1, 2).flatten(2))
     up, _, down = block.ffn

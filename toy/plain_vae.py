@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_dist.models.vae import WanVae
+from wan_dist.models.vae_elementwise import rms_norm
 from wan_dist.models.vae_layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Upsample
 
 
@@ -44,8 +45,7 @@ def _conv(conv: CausalConv3d, x: Tensor) -> Tensor:
 
 
 def _activated(norm: nn.Module, x: Tensor) -> Tensor:
-    gamma = cast(RMSNorm, norm).gamma
-    return F.silu(F.normalize(x.float(), dim=1) * gamma.shape[0] ** 0.5 * gamma).to(x.dtype)
+    return F.silu(rms_norm(x, cast(RMSNorm, norm).gamma)).to(x.dtype)
 
 
 def _head(head: nn.ModuleList, x: Tensor) -> Tensor:
@@ -62,8 +62,7 @@ def _residual(block: ResidualBlock, x: Tensor) -> Tensor:
 
 def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
     frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
-    normed = F.normalize(frames.float(), dim=1) * block.norm.gamma.shape[0] ** 0.5 * block.norm.gamma
-    q, k, v = (part.flatten(2).transpose(1, 2) for part in block.to_qkv(normed.to(x.dtype)).chunk(3, dim=1))
+    q, k, v = (part.flatten(2).transpose(1, 2) for part in block.to_qkv(block.norm(frames)).chunk(3, dim=1))
     out = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1).transpose(1, 2)
     out = block.proj(out.reshape(frames.shape))
     return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)

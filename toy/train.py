@@ -5,6 +5,7 @@ python -m toy.train FOLDER --vae-steps 4 --clips 8 --steps 4 --batch 4      # a 
 """
 
 import argparse
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -12,8 +13,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -24,8 +25,11 @@ from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.text_encoder import build_text_encoder, token_ids
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import LATENT_MEAN, LATENT_STD, WanVae
+from wan_dist.models.vae import WanVae
+from wan_dist.toy import SPECIAL_TOKENS, with_end_mark
+from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
+from wan_dist.weights.load import fill
 from wan_dist.weights.names import original_text_encoder, original_transformer, original_vae
 from wan_dist.weights.write import stored, write_config
 
@@ -34,7 +38,6 @@ DIMS = ModelDims(
     text_encoder=TextEncoderDims(num_layers=2, dim=128, ffn_dim=256, num_heads=4, head_dim=32, vocab_size=640),
     vae=VaeDims(dim=8, decoder_dim=8),
 )
-_SPECIAL = ("<pad>", "</s>", "<unk>")
 _DIVERGENCE = 3e-4
 _SHIFT = 3.0
 """Of the noise levels that are trained on: more of them are high."""
@@ -57,13 +60,14 @@ def main() -> None:
     chance = random.Random(options.seed)
     begun = time.perf_counter()
     (options.folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
-    vae = WanVae(DIMS.vae).to(device)
     if options.vae is None:
+        vae = WanVae(DIMS.vae).to(device)
         train_vae(vae, options.vae_steps, chance, device)
         save(stored(halved(vae), original_vae([])), options.folder / "Wan2.1_VAE.safetensors")
     else:
-        keys, kept = original_vae([]), load_file(options.vae)
-        vae.load_state_dict({name: kept[keys.sources(name)[0].key] for name, _ in vae.named_parameters()})
+        with torch.device("meta"):
+            vae = WanVae(DIMS.vae)
+        fill(vae, TensorFiles([options.vae]), original_vae([]), device)
     print(f"VAE: {time.perf_counter() - begun:.0f} s", flush=True)
     torch.manual_seed(options.seed + 1)  # whether the VAE was trained now or before
     chance = random.Random(options.seed + 1)
@@ -92,8 +96,8 @@ def _autocast(device: torch.device) -> AbstractContextManager[object]:
 def _rate(step: int, steps: int, peak: float) -> float:
     """Return the learning rate: up for a fortieth of the steps, then down along a cosine."""
     warm = max(1, steps // 40)
-    fraction = torch.tensor(max(0, step - warm) / max(1, steps - warm) * torch.pi)
-    return peak * min(1.0, (step + 1) / warm) * float(0.5 + 0.5 * fraction.cos()) + 1e-6
+    fraction = max(0, step - warm) / max(1, steps - warm)
+    return peak * min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * fraction)) + 1e-6
 
 
 def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.device) -> None:
@@ -142,7 +146,7 @@ def normalise(vae: WanVae, chance: random.Random, device: torch.device) -> None:
     with _autocast(device):
         mean, _ = plain_vae.moments(vae, render(scenes, chance, device))
     mu, sigma = mean.mean((0, 2, 3, 4)), mean.std((0, 2, 3, 4))
-    wanted_mean, wanted_std = (torch.tensor(table[len(mu)], device=device) for table in (LATENT_MEAN, LATENT_STD))
+    wanted_mean, wanted_std = (moment.flatten() for moment in vae.latent_moments(mean))
     first, scale = vae.conv1, wanted_std / sigma
     assert first.bias is not None
     first.weight[: len(mu)] *= scale.view(-1, 1, 1, 1, 1)
@@ -160,13 +164,12 @@ def make_tokenizer(chance: random.Random, num_captions: int = 20000) -> PreTrain
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=DIMS.text_encoder.vocab_size,
-        special_tokens=list(_SPECIAL),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator((caption(draw_scene(chance), chance) for _ in range(num_captions)), trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    return with_end_mark(tokenizer)
 
 
 @torch.no_grad()
@@ -180,12 +183,12 @@ def make_clips(
         found = token_ids(tokenizer, text, text_len)
         return found + [0] * (text_len - len(found))
 
-    mean, std = (torch.tensor(table[DIMS.vae.latent_dim], device=device).view(1, -1, 1, 1, 1) for table in (LATENT_MEAN, LATENT_STD))
     latents, texts = [], []
     for start in range(0, count, 64):
         scenes = [draw_scene(chance) for _ in range(min(64, count - start))]
         with _autocast(device):
             found, _ = plain_vae.moments(vae, render(scenes, chance, device))
+        mean, std = vae.latent_moments(found)
         latents.append(((found - mean) / std).bfloat16())
         texts += [[ids(caption(scene, chance)) for _ in range(2)] for scene in scenes]
     return torch.cat(latents), torch.tensor(texts, device=device), torch.tensor(ids(""), device=device)

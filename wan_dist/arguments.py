@@ -54,7 +54,6 @@ _GROUPS = ("task", "hydra")
 
 def prepare(arguments: list[str]) -> list[str]:
     """Check the arguments' keys and quote the text values; raises InputError for what Hydra could only reject or misread."""
-    text_keys = {key for key in leaf_fields() if is_text(key)}
     overrides: list[str] = []
     flags: list[str] = []
     awaits_value = False
@@ -65,7 +64,7 @@ def prepare(arguments: list[str]) -> list[str]:
             _check_flag(argument)
             flags.append(argument)
         else:
-            overrides.append(_prepare_override(argument, text_keys))
+            overrides.append(_prepare_override(argument))
         awaits_value = not awaits_value and argument in _FLAGS_WITH_VALUE
     return overrides + flags  # Hydra wants them apart
 
@@ -86,7 +85,7 @@ def _check_flag(argument: str) -> None:
         raise InputError(f"unknown flag {flag}; settings are given as key=value (--help lists them)")
 
 
-def _prepare_override(argument: str, text_keys: set[str]) -> str:
+def _prepare_override(argument: str) -> str:
     if argument.startswith("~"):
         return argument
     key, equals, value = argument.partition("=")
@@ -96,7 +95,7 @@ def _prepare_override(argument: str, text_keys: set[str]) -> str:
         )
     name = key.lstrip("+")
     _check_key(name)
-    return f"{key}={quote(value)}" if name in text_keys else argument
+    return f"{key}={quote(value)}" if is_text(name) else argument
 
 
 def _check_key(name: str) -> None:

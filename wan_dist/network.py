@@ -29,6 +29,11 @@ def address_of(interface: str) -> str:
     return socket.inet_ntoa(answer[20:24]) if answer else ""
 
 
+def infiniband() -> list[str]:
+    """Return the InfiniBand and RoCE devices, by name."""
+    return sorted(file.name for file in _INFINIBAND.glob("*"))
+
+
 def _is_up(interface: str) -> bool:
     answer = _ask(interface, _SIOCGIFFLAGS)
     return bool(answer) and bool(struct.unpack("16xH", answer[:18])[0] & _IFF_UP)
@@ -59,7 +64,7 @@ def choose_network(environment: MutableMapping[str, str] = os.environ) -> None:
     if name is None:
         return
     environment.setdefault(_GLOO, name)
-    if not any(_INFINIBAND.glob("*")):
+    if not infiniband():
         environment.setdefault(_NCCL, name)
     if len(found) > 1:
         logger.info("network   %s of %s; %s and %s choose another", environment[_GLOO], ", ".join(found), _GLOO, _NCCL)

@@ -27,7 +27,7 @@ from wan_dist.weights.names import KeyMap, original_image_encoder, original_text
 from wan_dist.weights.write import stored, write_config
 
 _VERSION = 2
-_SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
+SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
 def toy_checkpoint() -> Path:
@@ -102,8 +102,13 @@ def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are the bytes of the text, with an end mark, so that any text has one."""
-    alphabet = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return with_end_mark(tokenizer)
+
+
+def with_end_mark(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that begins with ``SPECIAL_TOKENS`` as umT5's is: an end mark after each text."""
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

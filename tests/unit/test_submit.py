@@ -104,6 +104,13 @@ def test_what_cannot_be_is_refused(arguments: str, message: str, capsys: pytest.
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["a: [", "- 1", "gpus_per_node: many"])
+def test_a_broken_file_of_a_cluster_is_refused(text: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "mine.yaml").write_text(text)
+    assert main(["submit", "cluster=mine.yaml", "task=t2v-14B", "prompt=x"]) == 2
+    assert capsys.readouterr().err.startswith("launch: error: cluster=mine.yaml: ")
+
+
 @pytest.mark.parametrize(("text", "minutes"), [("30", 30), ("02:30:00", 150), ("1-00:00:00", 1440), ("00:00:30", 1)])
 def test_times(text: str, minutes: int) -> None:
     assert minutes_of(text, "time") == minutes

@@ -46,7 +46,7 @@ def test_the_vae_that_is_trained_is_the_one_that_is_run() -> None:
     video = torch.rand(1, 3, 13, 32, 48) * 2 - 1
     with torch.no_grad():
         latents = vae.encode(in_chunks(video))
-        mean, std = vae._moments(latents)
+        mean, std = vae.latent_moments(latents)
         trained, _ = plain_vae.moments(vae, video)
         torch.testing.assert_close(latents * std + mean, trained, atol=1e-5, rtol=1e-5)
         shown = torch.cat(list(vae.decode(latents)), dim=2)

@@ -187,7 +187,8 @@ class WanVae(nn.Module):
         self.conv2 = CausalConv3d(dims.latent_dim, dims.latent_dim, 1, dtype)
         self.decoder = Decoder(dims, dtype)
 
-    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of each latent channel, (1, C, 1, 1, 1), where and as ``like`` is."""
         mean, std = (like.new_tensor(table[self.dims.latent_dim]) for table in (LATENT_MEAN, LATENT_STD))
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
@@ -222,7 +223,7 @@ class WanVae(nn.Module):
         """Return the normalised mean latents (B, C, T, h, w), float32, of what `Encoder.begin` made of each chunk."""
         moments = (self.conv1(self.encoder.finish(feature, state), state) for feature in features)
         latents = torch.cat([pair.float().chunk(2, dim=1)[0] for pair in moments], dim=2)
-        mean, std = self._moments(latents)
+        mean, std = self.latent_moments(latents)
         return (latents - mean) / std
 
     def decode(self, latents: Tensor, state: VideoState | None = None) -> Iterator[Tensor]:
@@ -236,7 +237,7 @@ class WanVae(nn.Module):
 
     def denormalised(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the decoder's input for normalised latents (B, C, T, h, w): the first latent frame, then as many at once as is set."""
-        mean, std = self._moments(latents.float())
+        mean, std = self.latent_moments(latents.float())
         first, rest = latents[:, :, :1], latents[:, :, 1:]
         for latent in (first, *(rest.split(self.latents_at_once, dim=2) if rest.shape[2] else ())):
             yield self.conv2((latent * std + mean).to(self.dtype, memory_format=self._format(latent)), VideoState())
