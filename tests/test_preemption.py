@@ -75,7 +75,7 @@ def test_a_solver_goes_on(name: str, num_done: int) -> None:
 def kept(folder: Path, *settings: str) -> Kept:
     config = compose(prepare(["task=toy", "prompt=a ball", *settings]))
     assert config is not None
-    return Kept(folder, config, make_plan(config))
+    return Kept(folder, config, make_plan(config), "weights")
 
 
 def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:

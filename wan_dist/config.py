@@ -151,6 +151,7 @@ class OutputConfig:
     """Where the results go."""
 
     dir: str = _key("outputs", "folder of the results; made if missing")
+    events: str | None = _key(None, "a file that gets a line of JSON for each event of a run with jobs; - is standard output")
     name: str | None = _key(None, "file name without suffix; null: from task, prompt and seed")
     save_latents: bool = _key(True, "keep the denoised latents beside the video")
     save_tensor: bool = _key(False, "also save the frames as safetensors: video, float32 (3, F, H, W) in [-1, 1]")
@@ -185,6 +186,8 @@ class RunConfig:
         "auto", "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), sdpa16 (in float16), 8bit or sage (in 8 bits)"
     )
     latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
+    jobs: str | None = _key(None, "a file of videos to make: a prompt a line, or .jsonl or .csv with any of these keys")
+    retry_failed: bool = _key(False, "make the jobs again that have failed before")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

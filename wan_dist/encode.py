@@ -1,7 +1,7 @@
 """Text and images -> `Conditioning`: once in a replica, on its first rank, and sent to the others."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -13,44 +13,48 @@ from torch import Tensor, nn
 
 from wan_dist import vae
 from wan_dist.config import RunConfig
-from wan_dist.dims import ImageEncoderDims, TransformerDims
+from wan_dist.dims import ImageEncoderDims
 from wan_dist.images import cover
 from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_memory
-from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder
 from wan_dist.models.transformer import ContextKV
 from wan_dist.parallel.collectives import all_gather, broadcast, broadcast_object
 from wan_dist.parallel.fsdp import apply_fsdp
-from wan_dist.parallel.mesh import Groups
 from wan_dist.plan import Plan
 from wan_dist.prompts import PromptCache, digest_of_files
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, chunks_of_images, mask_of_images
+from wan_dist.session import Session
+from wan_dist.shelf import Shelf
 from wan_dist.streaming import Streaming
 from wan_dist.ways import Way
 from wan_dist.weights.checkpoint import Checkpoint, Component
 
 
-def encode(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups, report: Report) -> Conditioning:
+def encode(session: Session, config: RunConfig, plan: Plan, report: Report) -> Conditioning:
     """Return what stays the same for all steps, on every rank; the encoders are gone from the device then."""
-    found = _contexts(checkpoint, config, plan, groups, report)
-    is_first = groups.replica.rank == 0
-    if is_first and plan.images and checkpoint.image_encoder is not None:
-        found["image_features"] = _look_at_images(checkpoint.image_encoder, plan, report).to(report.device)
+    axis = session.groups.replica
+    texts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
+    prompts = {name: text for name, text in texts.items() if text is not None}
+    embeddings = embed(session, config, plan, prompts.values(), report)
+    found = {name: embeddings[text].to(report.device) for name, text in prompts.items()} if axis.rank == 0 else {}
+    image_encoder = session.checkpoint.image_encoder
+    if axis.rank == 0 and plan.images and image_encoder is not None:
+        found["image_features"] = _look_at_images(image_encoder, plan, report, session.shelf).to(report.device)
     if plan.images:
-        found |= _encode_images(checkpoint, config, plan, groups, report)
-    everywhere = {field.name: broadcast(found.get(field.name), groups.replica, report.device) for field in fields(Conditioning)}
+        found |= _encode_images(session, config, plan, report)
+    everywhere = {field.name: broadcast(found.get(field.name), axis, report.device) for field in fields(Conditioning)}
     context = everywhere.pop("context")
     assert context is not None
     return Conditioning(context=context, negative_context=everywhere.pop("negative_context"), **everywhere)
 
 
 def project_contexts(
-    component: Component[ContextProjection, TransformerDims],
+    session: Session,
+    which: int,
     conditioning: Conditioning,
-    groups: Groups,
     report: Report,
     name: str,
     *,
@@ -58,40 +62,46 @@ def project_contexts(
 ) -> list[ContextKV]:
     """Return a transformer's cross-attention k and v of the prompt, and of the negative one if there is one, on every rank.
 
-    Every rank of the replica reads and computes its share of the blocks. The weights are gone from the device then.
+    Every rank of the replica reads and computes its share of the blocks. Where weights are streamed, or the shelf does not keep them,
+    they are gone from the device then.
     """
-    num_blocks, axis = component.dims.num_layers, groups.replica
+    component, axis = session.checkpoint.projections[which], session.groups.replica
+    num_blocks = component.dims.num_layers
     each = -(-num_blocks // axis.size)
     own = [min(index, num_blocks - 1) for index in range(axis.rank * each, (axis.rank + 1) * each)]  # shares are of one size
     with report.stage(name, f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}"):
         streaming = Streaming("blocks", from_disk=True, num_rounds=1) if streamed else None
-        projection = component.load(report.device, spread=lambda model: model.keep(own), streaming=streaming)
+        shelf = session.shelf if streaming is None else Shelf()
+        shelf.make_way("projection", which)
+        projection = shelf.take(
+            "projection", which, lambda: component.load(report.device, spread=lambda model: model.keep(own), streaming=streaming)
+        )
         prompts = [text for text in (conditioning.context, conditioning.negative_context) if text is not None]
         shares = projection(prompts, conditioning.image_features)
         texts = [all_gather(share.text, axis).flatten(0, 1)[:num_blocks] for share in shares]
         image = None if shares[0].image is None else all_gather(shares[0].image, axis).flatten(0, 1)[:num_blocks]
         del projection, shares
-        free_memory()
+        if not session.shelf.keeps:
+            free_memory()
     return [ContextKV(text, image) for text in texts]
 
 
-def _contexts(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
-    """Return the prompts' embeddings on the first rank, and make those that are not kept from an earlier run."""
-    texts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
-    prompts = {name: text for name, text in texts.items() if text is not None}
-    cache = _prompt_cache(checkpoint, config, report.device) if groups.replica.rank == 0 else None
-    kept = {name: context for name, text in prompts.items() if cache is not None and (context := cache.get(text)) is not None}
-    missing = broadcast_object([name for name in prompts if name not in kept], groups.replica)
+def embed(session: Session, config: RunConfig, plan: Plan, prompts: Iterable[str], report: Report) -> dict[str, Tensor]:
+    """Return the prompts' embeddings on the replica's first rank, by prompt, and make those that the session and earlier runs lack."""
+    checkpoint, axis = session.checkpoint, session.groups.replica
+    cache = _prompt_cache(checkpoint, config, report.device) if axis.rank == 0 else None
+    found = {text: session.texts[text] for text in prompts if text in session.texts}
+    kept = {text: context for text in prompts if text not in found and cache is not None and (context := cache.get(text)) is not None}
+    missing = broadcast_object([text for text in dict.fromkeys(prompts) if text not in found and text not in kept], axis)
     made: dict[str, Tensor] = {}
-    if missing and (groups.replica.rank == 0 or plan.arrangement.shard_t5):
-        embeddings = _encode_texts(checkpoint, plan, [prompts[name] for name in missing], groups, report)
-        made = dict(zip(missing, embeddings, strict=True))
+    if missing and (axis.rank == 0 or plan.arrangement.shard_t5):
+        made = dict(zip(missing, _encode_texts(session, plan, missing, report), strict=True))
     elif kept:
-        logger.info("text      seen before, kept in %s", cache.folder if cache is not None else "")
+        logger.log(report.level, "text      seen before, kept in %s", cache.folder if cache is not None else "")
     if cache is not None:
-        for name, context in made.items():
-            cache.put(prompts[name], context)
-    return {name: context.to(report.device) for name, context in (kept | made).items()}
+        for text, context in made.items():
+            cache.put(text, context)
+    return found | kept | made
 
 
 def _prompt_cache(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> PromptCache | None:
@@ -104,9 +114,10 @@ def _prompt_cache(checkpoint: Checkpoint, config: RunConfig, device: torch.devic
     return PromptCache(folder, json.dumps(identity), int(config.cache.size_gib * 2**30))
 
 
-def _encode_texts(checkpoint: Checkpoint, plan: Plan, prompts: list[str], groups: Groups, report: Report) -> list[Tensor]:
+def _encode_texts(session: Session, plan: Plan, prompts: list[str], report: Report) -> list[Tensor]:
+    checkpoint = session.checkpoint
     spread: Callable[[nn.Module], None] | None = None
-    if plan.arrangement.shard_t5 and (mesh := groups.replica_mesh) is not None:
+    if plan.arrangement.shard_t5 and (mesh := session.groups.replica_mesh) is not None:
 
         def spread(encoder: nn.Module) -> None:
             apply_fsdp(encoder, encoder.get_submodule("block").children(), mesh)
@@ -120,31 +131,32 @@ def _encode_texts(checkpoint: Checkpoint, plan: Plan, prompts: list[str], groups
             encoder = component.load(device, streaming=streaming)
         else:
             encoder = component.load(device, spread=spread)
-        embed = TextEncoder(
+        encode_text = TextEncoder(
             encoder,
             checkpoint.tokenizer,
             text_len=checkpoint.transformers[0].dims.text_len,
             device=device,
             rows=partial(component.rows, "embed_tokens.weight") if plan.arrangement.t5 == "stream" else None,
         )
-        found = [embed(prompt) for prompt in prompts]
-        del embed, encoder
+        found = [encode_text(prompt) for prompt in prompts]
+        del encode_text, encoder
         free_memory()
     return found
 
 
-def _look_at_images(image_encoder: Component[nn.Module, ImageEncoderDims], plan: Plan, report: Report) -> Tensor:
+def _look_at_images(image_encoder: Component[nn.Module, ImageEncoderDims], plan: Plan, report: Report, shelf: Shelf) -> Tensor:
     device = report.device if plan.arrangement.clip == "gpu" else torch.device("cpu")
     with report.stage("look", f"CLIP on {device.type}, {len(plan.images)} image{'s' if len(plan.images) > 1 else ''}"):
-        clip = image_encoder.load(device)
+        clip = shelf.take("clip", device, lambda: image_encoder.load(device))
         features = encode_images(clip, [pixels(image) for image in plan.images], image_size=image_encoder.dims.image_size)
         del clip
         free_memory()
     return features
 
 
-def _encode_images(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups: Groups, report: Report) -> dict[str, Tensor]:
+def _encode_images(session: Session, config: RunConfig, plan: Plan, report: Report) -> dict[str, Tensor]:
     """Return what the VAE makes of the images; in strips, one for each rank, where the ranks share that."""
+    checkpoint, axis = session.checkpoint, session.groups.replica
     found: dict[str, Tensor] = {}
 
     def chunks() -> Iterator[Tensor]:
@@ -154,19 +166,21 @@ def _encode_images(checkpoint: Checkpoint, config: RunConfig, plan: Plan, groups
         return chunks_of_images(first, last[0] if last else None, frame_num=plan.frame_num, width=plan.width, height=plan.height)
 
     def work(way: Way) -> None:
-        if groups.replica.rank != 0 and way.name != "parallel":
+        if axis.rank != 0 and way.name != "parallel":
             return  # the first rank goes on alone
         with report.stage("image", f"VAE {way}, " + ", ".join(f"{image.width}x{image.height}" for image in plan.images)):
-            model = vae.load(checkpoint, config, way, report.device)
+            model = vae.load(checkpoint, config, way, report.device, session.shelf)
             device = next(model.parameters()).device
-            latents = vae.encode(model, lambda: (chunk.to(device) for chunk in chunks()), way, groups.replica).to(report.device)
+            latents = vae.encode(model, lambda: (chunk.to(device) for chunk in chunks()), way, axis).to(report.device)
             if plan.task.known_first_frame:
                 found["known_latents"] = latents
             else:
                 mask = mask_of_images(plan.latent_shape, has_last=len(plan.images) == 2).to(report.device)
                 found["extra_channels"] = torch.cat([mask, latents], dim=1)
 
-    ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, groups.replica, encode=True)
+    ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
+    if ways[0].name == "cpu" and config.memory.vae is None and session.shelf.clear():  # sooner read the transformer again
+        ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
     if first_that_works(ways, work, "encoding the image"):
         report.ran_out("image")
     free_memory()

@@ -29,8 +29,8 @@ from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import Guidance, TwoExperts, Velocities, rows_of
 from wan_dist.sampling.solvers import Solver
 from wan_dist.sampling.step_cache import EasyCache, Predict, TeaCache
+from wan_dist.session import Session
 from wan_dist.streaming import Streaming
-from wan_dist.weights.checkpoint import Checkpoint
 
 Result = TypeVar("Result")
 
@@ -39,11 +39,10 @@ Result = TypeVar("Result")
 class Experts:
     """What opening a transformer takes; ``noise`` has the latents' shape."""
 
-    checkpoint: Checkpoint
+    session: Session
     config: RunConfig
     plan: Plan
     attention: InnerAttention
-    groups: Groups
     report: Report
     conditioning: Conditioning
     noise: Tensor
@@ -56,6 +55,11 @@ class Experts:
     """Of the transformers that were opened; those that are let go are not held."""
     counts: Counter[str] = field(default_factory=Counter)
     """How many steps were ``guessed``."""
+
+    @property
+    def groups(self) -> Groups:
+        """The ranks."""
+        return self.session.groups
 
     def predict(self) -> Predict:
         """Return the run's prediction: by one transformer, or by that for high noise and then that for low."""
@@ -79,14 +83,16 @@ class Experts:
         for room before the first step instead: one that ran out in the middle of it would leave the others waiting.
         """
         can_part = scale != 1 and self.conditioning.negative_context is not None
-        planned = self.plan.arrangement
+        planned, lowered = self.plan.arrangement, self.session.lowered
         rungs = [planned, *rungs_below(planned, self.config.memory, can_part=can_part)]
+        if lowered in rungs:  # the video before this one found that those above take too much
+            rungs = rungs[rungs.index(lowered) :]
         predict = SteppingDown(
             lambda arrangement: self._open(which, suffix, scale, num_done, arrangement),
             rungs,
             can_part=can_part,
             at=torch.OutOfMemoryError if self.groups.replica.size == 1 else NoRoomError,  # what one rank meets alone ends the run
-            note=lambda arrangement: self.report.facts.update(stepped_down_to=asdict(arrangement)),
+            note=self._note_lower,
         )
         if self.config.cache.steps != "easy":
             return predict
@@ -97,6 +103,11 @@ class Experts:
         self.caches.append(ReferenceType(cache))
         return cache
 
+    def _note_lower(self, arrangement: Arrangement) -> None:
+        self.report.facts["stepped_down_to"] = asdict(arrangement)
+        self.session.lowered = arrangement
+        self.session.shelf.clear()
+
     def state(self) -> dict[str, Tensor]:
         """Return what the step cache of the transformer that is at work leaves for a run that goes on."""
         caches = [cache for reference in reversed(self.caches) if (cache := reference()) is not None]
@@ -105,12 +116,14 @@ class Experts:
     def _open(self, which: int, suffix: str, scale: float, num_done: int, arrangement: Arrangement) -> Predict:
         groups = self.groups
         limit_waiting(groups, self.config.parallel.load_timeout)
-        free_memory()  # what was there before
-        projection = self.checkpoint.projections[which]
+        if not self.session.shelf.keeps:
+            free_memory()  # what was there before
+        self.session.shelf.make_way("transformer", (which, arrangement))
         contexts = project_contexts(
-            projection, self.conditioning, groups, self.report, f"context{suffix}", streamed=arrangement.dit != "resident"
+            self.session, which, self.conditioning, self.report, f"context{suffix}", streamed=arrangement.dit != "resident"
         )
-        model = self._load(which, f"load{suffix}", arrangement)
+        model = self.session.shelf.take("transformer", (which, arrangement), lambda: self._load(which, f"load{suffix}", arrangement))
+        model.slice_tokens(arrangement.slice_tokens)
         if groups.replica.size > 1 and self.plan.load is not None:
             make_sure_of_room(activation_bytes(self.plan.load, arrangement), self.report.device, groups.replica)
         limit_waiting(groups, self.config.parallel.timeout)
@@ -132,7 +145,7 @@ class Experts:
         return self.config.dtype if self.config.quant == "none" else f"{self.config.quant} and {self.config.dtype}"
 
     def _load(self, which: int, stage: str, arrangement: Arrangement) -> WanTransformer:
-        component = self.checkpoint.transformers[which]
+        component = self.session.checkpoint.transformers[which]
 
         def spread(model: WanTransformer) -> None:
             if self.config.quant != "none":
@@ -144,10 +157,10 @@ class Experts:
         with self.report.stage(stage, f"transformer {component.dims.num_layers} x {component.dims.dim}, {self._precision}{where}"):
             before = component.files.bytes_read
             model = component.load(self.report.device, spread=spread, streaming=streaming, inner_attention=self.attention)
-            model.slice_tokens(arrangement.slice_tokens)
             if not arrangement.shard_dit:
-                has_known_frame = self.conditioning.known_latents is not None
-                model.keep_times(rows_of(timestep, has_known_frame=has_known_frame) for timestep in dict.fromkeys(self.solver.timesteps))
+                has_known = self.conditioning.known_latents is not None
+                times = self.session.times or [(timestep, has_known) for timestep in self.solver.timesteps]
+                model.keep_times(rows_of(timestep, has_known_frame=is_known) for timestep, is_known in dict.fromkeys(times))
         if streaming is None:
             self.report.rate(stage, component.files.bytes_read - before)
         return model

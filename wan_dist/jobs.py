@@ -1,8 +1,10 @@
 """A file of jobs -> the settings of each: a prompt a line, or JSON objects, or a table; no torch."""
 
 import csv
+import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +14,16 @@ from wan_dist.arguments import is_text, quote, quoted
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
 
+ALIASES = {
+    "name": "output.name",
+    "steps": "sample.steps",
+    "solver": "sample.solver",
+    "shift": "sample.shift",
+    "guide_scale": "sample.guide_scale",
+    "frames": "frame_num",
+}
+"""Short names that keys have in a file of jobs."""
+_OF_THE_RUN = ("jobs", "retry_failed", "device", "parallel", "fsdp", "output.dir", "output.events")
 _FILES = ("image", "first_frame", "last_frame", "latents")
 _PLAIN = {"prompt": str, "negative_prompt": str, "image": str, "first_frame": str, "last_frame": str, "seed": int, "output.name": str}
 """Keys that change nothing else, and the types of their values: their jobs share what Hydra composes, which takes a while."""
@@ -32,6 +44,12 @@ class Job:
         """Where it is from."""
         return f"{self.file}, line {self.line}"
 
+    def check_keys(self) -> None:
+        """Raise InputError if it sets what jobs of one run share."""
+        for key in self.values:
+            if any(key == name or key.startswith(f"{name}.") for name in _OF_THE_RUN):
+                raise InputError(f"{self.place}: {key} is of the whole run; give it on the command line")
+
     @property
     def settings(self) -> list[str]:
         """What it sets, as on the command line."""
@@ -41,8 +59,9 @@ class Job:
 def read_jobs(file: Path) -> list[Job]:
     """Return the jobs of a file: of .jsonl an object of settings a line, of .csv a row, with keys in the first, of others a prompt a line.
 
-    Empty lines are left out. Images and ``@file.txt`` are sought beside the file. Results are named after file and line where a job
-    gives no output.name. Raises InputError, with the line, for what cannot be read; keys and values are checked as they are used.
+    Empty lines are left out. Images and ``@file.txt`` are sought beside the file. Where a job gives no name, its results are named
+    after its prompt and a digest of its settings, so that lines may be added before it. Raises InputError, with the line, for what
+    cannot be read; keys and values are checked as they are used.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -56,6 +75,8 @@ def read_jobs(file: Path) -> list[Job]:
     before: dict[object, Job] = {}
     for job in jobs:
         if (other := before.setdefault(job.values["output.name"], job)) is not job:
+            if job.values == other.values:
+                raise InputError(f"{job.place}: the same as line {other.line}; leave one out, or give it a name or seed of its own")
             raise InputError(f"{job.place}: output.name={job.values['output.name']} is that of line {other.line} too")
     return jobs
 
@@ -117,6 +138,7 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 def _settled(entry: dict[str, object], file: Path, line: int) -> dict[str, object]:
     """Return the entry with a name, and with files where they are."""
+    entry = {ALIASES.get(key, key): value for key, value in entry.items()}
     found = dict(entry)
     for key, value in entry.items():
         if isinstance(value, dict):
@@ -125,8 +147,15 @@ def _settled(entry: dict[str, object], file: Path, line: int) -> dict[str, objec
             found[key] = str(file.parent / Path(value).expanduser())
         elif isinstance(value, str) and key in ("prompt", "negative_prompt") and value.startswith("@"):
             found[key] = f"@{file.parent / Path(value[1:]).expanduser()}"
-    found.setdefault("output.name", f"{file.stem}-{line}")
+    if "output.name" not in found:
+        digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]
+        found["output.name"] = "-".join(part for part in (words_of(str(entry.get("prompt", ""))), digest) if part)
     return found
+
+
+def words_of(prompt: str) -> str:
+    """Return the beginning of a prompt as part of a file's name."""
+    return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")
 
 
 def _setting(key: str, value: object) -> str:

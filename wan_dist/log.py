@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 logger = logging.getLogger("wan_dist")
+ANNOUNCEMENT = logging.INFO + 5
+"""The level of what every replica says, not only the first one."""
 
 
 def open_log(level: int = logging.INFO) -> None:
@@ -16,6 +18,13 @@ def open_log(level: int = logging.INFO) -> None:
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
+
+
+def announce_here() -> None:
+    """Let this rank's announcements, and what is worse, be seen as the first one's are."""
+    for handler in logger.handlers:
+        if handler.level > ANNOUNCEMENT:
+            handler.setLevel(ANNOUNCEMENT)
 
 
 def keep_log(folder: Path) -> None:

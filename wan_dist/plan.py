@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, Load, Use, footprint
 from wan_dist.hardware import Hardware
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
+from wan_dist.jobs import words_of
 from wan_dist.ways import Way
 
 
@@ -84,10 +84,11 @@ class Plan:
         )
 
 
-def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_rehearsal: bool = False) -> Plan:
+def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_rehearsal: bool = False, is_job: bool = False) -> Plan:
     """Resolve what the configuration leaves open; raises InputError with what would work if the fields do not fit together.
 
-    ``ranks``: how many there are, and on a node; None: those that torchrun has started. A rehearsal does without prompt and images.
+    ``ranks``: how many there are, and on a node; None: those that torchrun has started. A rehearsal does without prompt and images. A
+    job is one of several videos, so there may be replicas.
     """
     task = get_task(config.task)
     images: tuple[Image.Image, ...] = ()
@@ -107,6 +108,8 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     num_ranks, ranks_per_node = ranks or (num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
     degrees = _degrees(config, task, num_ranks, ranks_per_node, guided=guide_scales != (1, 1))
+    if (dp := degrees.dp) > 1 and not is_job:
+        raise InputError(f"parallel.dp={dp}: replicas are for several videos (jobs=FILE), and this run makes one; use parallel.dp=1")
     latent_frames = (frame_num - 1) // task.stride[0] + 1
     rows, columns = height // task.stride[1], width // task.stride[2]
     num_tokens = (latent_frames // task.patch[0]) * (rows // task.patch[1]) * (columns // task.patch[2])
@@ -186,7 +189,7 @@ def arranged(
 
 def _degrees(config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int, *, guided: bool) -> Degrees:
     """Spread the ranks over the axes."""
-    degrees = plan_degrees(
+    return plan_degrees(
         num_ranks,
         ranks_per_node=ranks_per_node,
         num_heads=_num_heads(config, task),
@@ -196,9 +199,6 @@ def _degrees(config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int,
         ring=config.parallel.ring,
         ulysses=config.parallel.ulysses,
     )
-    if degrees.dp > 1:
-        raise InputError(f"parallel.dp={degrees.dp}: replicas are for several videos, and this run makes one; use parallel.dp=1")
-    return degrees
 
 
 def _num_heads(config: RunConfig, task: Task) -> int:
@@ -365,8 +365,7 @@ def _file_name(config: RunConfig, prompt: str | None, seed: int) -> str:
         return config.output.name.removesuffix(".mp4").removesuffix(".png")
     if config.latents is not None:
         return Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
-    words = re.sub(r"\W+", "-", prompt or "").strip("-")[:40].strip("-")
-    return "_".join(part for part in (config.task, words, str(seed)) if part)
+    return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed)) if part)
 
 
 def _size_of_latents(file: str, task: Task) -> tuple[int, int, int]:

@@ -1,8 +1,10 @@
 """What a run cost: seconds and peak memory of each stage, logged as it goes and kept in a JSON record beside the video."""
 
 import json
+import logging
 import platform
 import resource
+import socket
 import threading
 import time
 import weakref
@@ -20,20 +22,22 @@ from wan_dist import __version__
 from wan_dist.config import RunConfig
 from wan_dist.footprint import Use
 from wan_dist.log import logger
+from wan_dist.video import write_aside
 
 _PACKAGES = ("transformers", "safetensors", "hydra-core", "imageio-ffmpeg", "numpy")
 _GIB = 2**30
 
 
 class Report:
-    """Collects the stages of one run. ``facts`` are further entries of the record.
+    """Collects the stages of one video. ``facts`` are further entries of the record; a quiet one logs nothing.
 
     ``host_gib`` is the most of the host's memory that the process had for itself during a stage; ``peak_host_gib`` is its largest
     resident set so far, which counts mapped pages of the weight files too, which the system takes back when it needs the memory.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, device: torch.device, *, quiet: bool = False) -> None:
         self.device = device
+        self.level = logging.DEBUG if quiet else logging.INFO
         self.start = time.perf_counter()
         self._watch = HostWatch()
         self._peaks_of_open_stages: list[int] = []
@@ -45,18 +49,23 @@ class Report:
             "versions": {"wan-dist": __version__, "python": platform.python_version(), "torch": torch.__version__}
             | {name: version(name) for name in _PACKAGES},
             "device": _device_name(device),
+            "machine": socket.gethostname(),
+            "began": round(time.time(), 3),
         }
 
     @contextmanager
-    def stage(self, name: str, detail: str = "") -> Iterator[None]:
-        """Time a stage and log one line when it is done; stages may nest."""
-        cuda = self.device.type == "cuda"
+    def stage(self, name: str, detail: str = "", *, beside: bool = False) -> Iterator[None]:
+        """Time a stage and log one line when it is done; stages may nest.
+
+        Of one that goes on ``beside`` another video's, the GPU's memory is not noted: it counts as that of the other.
+        """
+        cuda = self.device.type == "cuda" and not beside
         if cuda:
             peak = torch.cuda.max_memory_allocated(self.device)  # the counter starts anew; an open stage keeps what it saw
             self._peaks_of_open_stages = [max(peak, seen) for seen in self._peaks_of_open_stages]
             torch.cuda.reset_peak_memory_stats(self.device)
         self._peaks_of_open_stages.append(0)
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.time()
         try:
             yield
         except BaseException as fault:
@@ -65,7 +74,8 @@ class Report:
         if cuda:
             torch.cuda.synchronize(self.device)
         peak_seen = self._peaks_of_open_stages.pop()
-        entry = {"seconds": round(time.perf_counter() - start, 3), "peak_host_gib": round(_peak_host_bytes() / _GIB, 3)}
+        entry = {"began": round(began, 3), "seconds": round(time.perf_counter() - start, 3)}
+        entry["peak_host_gib"] = round(_peak_host_bytes() / _GIB, 3)
         entry["host_gib"] = round(self._watch.peak_since(start) / _GIB, 3)
         if cuda:
             entry["peak_gpu_gib"] = round(max(peak_seen, torch.cuda.max_memory_allocated(self.device)) / _GIB, 3)
@@ -74,7 +84,7 @@ class Report:
             entry["outside_gpu_gib"] = round((total - free - torch.cuda.memory_reserved(self.device)) / _GIB, 3)  # driver, others
         self.stages[name] = entry
         memory = f", GPU peak {entry['peak_gpu_gib']:.1f} GiB" if cuda else ""
-        logger.info("%-9s %6.1f s%s%s", name, entry["seconds"], memory, f"  {detail}" if detail else "")
+        logger.log(self.level, "%-9s %6.1f s%s%s", name, entry["seconds"], memory, f"  {detail}" if detail else "")
 
     def ran_out(self, name: str) -> None:
         """Note that a stage ran out of memory and was done in another way than planned."""
@@ -84,7 +94,7 @@ class Report:
         """Note and log how fast a stage that is done has read this rank's share of a file."""
         speed = num_bytes / 1e9 / max(self.stages[name]["seconds"], 1e-3)
         self.stages[name] |= {"read_gb": round(num_bytes / 1e9, 3), "gb_per_second": round(speed, 2)}
-        logger.info("read      %.1f GB at %.1f GB/s", num_bytes / 1e9, speed)
+        logger.log(self.level, "read      %.1f GB at %.1f GB/s", num_bytes / 1e9, speed)
 
     def compare(self, uses: Sequence[Use], ranks_per_node: int) -> None:
         """Put the plan's GiB for one rank beside the measured peaks, of all ranks, in the record, and log the largest."""
@@ -104,7 +114,8 @@ class Report:
         if compared and all(peak in entry for entry in compared.values()):
             stage = max(compared, key=lambda name: compared[name][peak])
             found = compared[stage]
-            logger.info("memory    %.1f GiB of the %s at most, in %s; planned %.1f", found[peak], key, stage, found[f"planned_{key}_gib"])
+            planned = found[f"planned_{key}_gib"]
+            logger.log(self.level, "memory    %.1f GiB of the %s at most, in %s; planned %.1f", found[peak], key, stage, planned)
 
     def save(self, path: Path) -> None:
         """Write the record."""
@@ -114,7 +125,7 @@ class Report:
         }
         seconds = round(time.perf_counter() - self.start, 3)
         record = self.facts | {"stages": self.stages, "other_ranks": self.other_ranks, "seconds": seconds} | peaks
-        path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_aside(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 class HostWatch:

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -17,11 +18,13 @@ from wan_dist.arguments import prepare, require_task
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, register_configs
 from wan_dist.errors import InputError
+from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
 from wan_dist.log import logger, open_log
 from wan_dist.network import choose_network
-from wan_dist.plan import make_plan
+from wan_dist.plan import Plan, make_plan
 from wan_dist.preemption import CODE, Preempted, heed_signals, preemption
+from wan_dist.replicas import spread
 
 _PACKAGE = Path(__file__).parent
 CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"  # installed, or a checkout
@@ -31,6 +34,7 @@ EXAMPLES = """\
   python -m wan_dist.run task=t2v-1.3B prompt="Two cats, boxing on a stage" seed=7
   python -m wan_dist.run task=t2v-14B ckpt_dir=/models/Wan2.1-T2V-14B prompt=@prompt.txt size=832*480 sample.steps=30
   python -m wan_dist.run task=t2v-1.3B latents=outputs/NAME.latents.safetensors     # decode again, without denoising
+  torchrun --nproc_per_node=8 -m wan_dist.run task=t2v-14B jobs=prompts.txt output.dir=videos     # a video for each line
   python -m wan_dist.run task=t2v-1.3B --cfg job                                    # print all settings, run nothing"""
 
 
@@ -65,7 +69,7 @@ def main(arguments: list[str]) -> int:
         config = compose(prepared)
         if config is not None:
             with heed_signals():
-                _run(config)
+                return _run(config, prepared)
     except Preempted as stop:
         return _fail(CODE, str(stop), "")
     except InputError as fault:
@@ -101,11 +105,56 @@ def compose(arguments: list[str]) -> RunConfig | None:
     return cast(RunConfig, OmegaConf.to_object(composed[0])) if composed else None
 
 
-def _run(config: RunConfig) -> None:
-    plan = make_plan(config)
-    from wan_dist.generate import run_job  # after the checks: it imports torch and transformers, which takes seconds
+def _run(config: RunConfig, arguments: list[str]) -> int:
+    if config.jobs is None:
+        plan = make_plan(config)
+        from wan_dist.generate import run_job  # after the checks: it imports torch and transformers, which takes seconds
 
-    run_job(config, plan)
+        run_job(config, plan)
+        return 0
+    checked = _check_jobs(config, arguments)
+    from wan_dist.batch import Item, run_jobs
+
+    return run_jobs(config, [Item(job, config, plan) for job, config, plan in checked])
+
+
+def _check_jobs(config: RunConfig, arguments: list[str]) -> list[tuple[Job, RunConfig, Plan]]:
+    """Return each job of the run's file with its configuration and plan; raises InputError with the line of one that cannot be made."""
+    assert config.jobs is not None
+    jobs = read_jobs(Path(config.jobs).expanduser())
+    for job in jobs:
+        job.check_keys()
+    shared = [argument for argument in arguments if argument.partition("=")[0] not in ("jobs", "output.name")]
+    pairs = list(configs_of(jobs, shared, _configured))
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    spread_configs = spread([each for _, each in pairs], num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)), _gpu_bytes(config))
+    checked = []
+    for job, each in zip(jobs, spread_configs, strict=True):
+        try:
+            checked.append((job, each, replace(make_plan(each, is_job=True), images=())))
+        except InputError as fault:
+            raise InputError(f"{job.place}: {fault}") from None
+    return checked
+
+
+def _configured(arguments: list[str]) -> RunConfig:
+    try:
+        prepared = prepare(arguments)
+        require_task(prepared)
+        config = compose(prepared)
+    except (HydraException, OmegaConfBaseException) as fault:
+        raise InputError(readable(fault)) from None
+    assert config is not None
+    return config
+
+
+def _gpu_bytes(config: RunConfig) -> int | None:
+    """Return the memory of this rank's GPU, None where the run is on the CPU."""
+    if config.device == "cpu":
+        return None
+    import torch
+
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 def readable(fault: Exception) -> str:

@@ -20,6 +20,7 @@ from wan_dist.parallel.collectives import gather_on_first
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.vae import decode_split, encode_split, shares, split_dim
 from wan_dist.plan import Plan
+from wan_dist.shelf import Shelf
 from wan_dist.tiles import decode_tiles, encode_tiles
 from wan_dist.video import to_uint8
 from wan_dist.ways import Way, ways_that_fit
@@ -79,10 +80,11 @@ def kernels_tried(dims: VaeDims, way: Way) -> Iterator[None]:
         torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = before
 
 
-def load(checkpoint: Checkpoint, config: RunConfig, way: Way, device: torch.device) -> WanVae:
+def load(checkpoint: Checkpoint, config: RunConfig, way: Way, device: torch.device, shelf: Shelf) -> WanVae:
     """Return the VAE where it works in this way."""
     device = torch.device("cpu") if way.name == "cpu" else device
-    return checkpoint.vae.load(device, dtype=dtype_on(device, config)).lay_out()
+    dtype = dtype_on(device, config)
+    return shelf.take("vae", (device, dtype), lambda: checkpoint.vae.load(device, dtype=dtype).lay_out())
 
 
 def encode(vae: WanVae, chunks: Callable[[], Iterable[Tensor]], way: Way, axis: Axis) -> Tensor:

@@ -143,9 +143,14 @@ def save_image(path: Path, frame: Tensor) -> None:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, with ``facts`` in its header; ``path`` appears when the file is whole. Raises SaveError."""
+    write_aside(path, save(tensors, facts))
+
+
+def write_aside(path: Path, contents: bytes) -> None:
+    """Write a file that appears when it is whole; raises SaveError."""
     aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_bytes(save(tensors, facts))
+        aside.write_bytes(contents)
         aside.replace(path)
     except OSError as fault:
         raise SaveError(f"cannot write {path}: {fault}") from fault

@@ -53,7 +53,7 @@ def test_settings_of_each_line(tmp_path: Path) -> None:
     assert (first.sample.steps, first.size, first.output.name) == (7, "64*64", "first")
     assert second.prompt == f"@{tmp_path / 'words.txt'}"
     assert second.image == str(tmp_path / "cat.png")
-    assert (second.sample.guide_scale, second.cache.dir, second.output.name) == ([3.0, 4.0], None, "jobs-3")
+    assert (second.sample.guide_scale, second.cache.dir, second.output.name) == ([3.0, 4.0], None, "words-txt-84b4dfda")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_settings_of_each_line(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "x", "seed": -7}', "line 1: seed=-7"),
         ("a.jsonl", '{"prompt": " "}', "line 1: the prompt is empty"),
         ("a.jsonl", '{"prompt": "x", "output.name": "../x"}', "line 1: output.name='../x'"),
-        ("a.jsonl", '{"prompt": "x", "output.name": "y"}\n{"prompt": "x", "output.name": "y"}', "line 2: output.name=y is that of line 1"),
+        ("a.jsonl", '{"prompt": "x", "output.name": "y"}\n{"prompt": "z", "output.name": "y"}', "line 2: output.name=y is that of line 1"),
         ("a.jsonl", "[" * 100000, "line 1: not JSON"),
         ("a.csv", "prompt,seed\nx\n", "line 2: 1 values for the 2 keys"),
         ("a.csv", 'prompt\n"x', "not a table"),

@@ -284,7 +284,7 @@ def test_any_number_of_ranks_works(num_heads: int, guided: bool) -> None:
         (4, ["parallel.ring=2", "attention=8bit"], "attention=8bit does not say by what the parts of a ring are merged; parallel.ring=1"),
         (4, ["parallel.cfg=2", "sample.guide_scale=1"], "parallel.cfg=2 needs guidance"),
         (4, ["parallel.ring=0"], "parallel.ring=0: a degree is at least 1"),
-        (4, ["parallel.dp=2"], "replicas are for several videos, and this run makes one"),
+        (4, ["parallel.dp=2"], "replicas are for several videos (jobs=FILE), and this run makes one"),
         (1, ["fsdp.dit=true"], "fsdp.dit=true shards weights over several ranks, but there is one"),
         (1, ["fsdp.t5=true"], "fsdp.t5=true shards weights over several ranks, but there is one"),
         (1, ["parallel.ulysses=2"], "parallel.ulysses=2 does not fit 1 rank"),

@@ -69,7 +69,7 @@ def test_elements_of_an_array_get_what_was_written(capsys: pytest.CaptureFixture
         config = configured(told.split("\0")[:-1])
         assert config is not None
         assert config.prompt == prompt
-        assert config.output.name == f"prompts-{2 * number + 1}"
+        assert config.output.name in part
 
 
 def test_every_cluster_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Groups:
-    """The axes of a run. ``sp``: ring and ulysses together; ``replica``: everything that works on one video."""
+    """The axes of a run. ``sp``: ring and ulysses together; ``replica``: everything that works on one video; ``world``: all ranks."""
 
     rank: int = 0
     local_rank: int = 0
@@ -40,6 +40,7 @@ class Groups:
     ulysses: Axis = Axis()
     sp: Axis = Axis()
     replica: Axis = Axis()
+    world: Axis = Axis()
     replica_mesh: DeviceMesh | None = None
     """Over which weights are sharded; None for one rank."""
 
@@ -87,7 +88,7 @@ def _end_groups(backend: str, *, others_follow: bool) -> None:
 
 def limit_waiting(groups: Groups, timeout: float) -> None:
     """From now on, ranks that wait for each other longer than ``timeout`` seconds give up with an error."""
-    for axis in (groups.dp, groups.cfg, groups.ring, groups.ulysses, groups.sp, groups.replica):
+    for axis in (groups.dp, groups.cfg, groups.ring, groups.ulysses, groups.sp, groups.replica, groups.world):
         if axis.group is not None:
             _set_pg_timeout(timedelta(seconds=timeout), axis.group)
 
@@ -119,6 +120,7 @@ def make_groups(degrees: Degrees, device_type: str) -> Groups:
         rank=dist.get_rank(),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         sp=axis("ring", "ulysses"),
+        world=Axis(dist.get_rank(), degrees.num_ranks, dist.group.WORLD),
         replica=replica,
         replica_mesh=None if replica.group is None else DeviceMesh.from_group(replica.group, device_type, mesh_dim_names=("replica",)),
         **{name: axis(name) for name in AXES},

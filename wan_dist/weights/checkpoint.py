@@ -86,6 +86,13 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
 
     @property
+    def paths(self) -> list[Path]:
+        """All files with weights."""
+        found = [path for transformer in self.transformers for path in transformer.files.paths]
+        found += [*self.text_encoder.files.paths, *self.vae.files.paths]
+        return found if self.image_encoder is None else [*found, *self.image_encoder.files.paths]
+
+    @property
     def models(self) -> ModelDims:
         """Sizes of its models."""
         return ModelDims(

@@ -1,0 +1,193 @@
+"""Runs with a file of jobs: equal to single runs, made once, gone on with after anything, on one rank and on several."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.torchrun import torchrun
+from wan_dist.run import main
+
+TINY = ["task=toy", "dtype=float32", "size=64*48", "frame_num=5", "sample.steps=3", "output.save_tensor=true"]
+JOBS: list[dict[str, object]] = [
+    {"name": "plain", "prompt": "a red ball"},
+    {"name": "other-size", "prompt": "a blue cube, <b>bold</b>", "size": "48*64", "steps": 2},
+    {"name": "unguided", "prompt": "a red ball", "guide_scale": 1, "seed": 7},
+    {"name": "longer", "prompt": "一个红色圆形", "frames": 9, "solver": "euler", "shift": 2.0},
+]
+
+
+def write_jobs(file: Path, jobs: list[dict[str, object]]) -> str:
+    file.write_text("".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8")
+    return f"jobs={file}"
+
+
+def videos(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        file.stem: load_file(file)["video"]
+        for file in sorted(folder.glob("*.safetensors"))
+        if not file.name.endswith(".latents.safetensors")
+    }
+
+
+def record(folder: Path, name: str) -> dict[str, object]:
+    found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    assert isinstance(found, dict)
+    return found
+
+
+def written(folder: Path) -> dict[str, int]:
+    """When each video was written, in nanoseconds."""
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.mp4")}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The jobs' videos, each from a run of its own."""
+    folder = tmp_path_factory.mktemp("single")
+    keys = {
+        "name": "output.name",
+        "steps": "sample.steps",
+        "guide_scale": "sample.guide_scale",
+        "frames": "frame_num",
+        "solver": "sample.solver",
+        "shift": "sample.shift",
+    }
+    with torch.no_grad():
+        for job in JOBS:
+            own = [f"{keys.get(key, key)}={value}" for key, value in job.items()]
+            assert main([*TINY, *own, f"output.dir={folder}"]) == 0
+    return videos(folder)
+
+
+def test_jobs_are_what_single_runs_are(single: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    out, events = tmp_path / "out", tmp_path / "events.jsonl"
+    command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={out}", f"output.events={events}"]
+    assert main(command) == 0
+    made = videos(out)
+    assert made.keys() == single.keys()
+    for name, video in made.items():
+        assert torch.equal(video, single[name]), name
+    lines = [json.loads(line) for line in events.read_text().splitlines()]
+    assert [line["event"] for line in lines].count("done") == 4
+    assert (lines[-1]["event"], lines[-1]["done"], lines[-1]["left"]) == ("ended", 4, 0)
+    plain = record(out, "plain")
+    assert (plain["status"], plain["job"], plain["num_frames"]) == ("done", {"file": str(tmp_path / "jobs.jsonl"), "line": 1}, 5)
+    assert float(str(plain["tflops"])) > 0
+
+    before = written(out)  # and again: nothing is made that is whole
+    assert main(command) == 0
+    assert written(out) == before
+    (out / "plain.mp4").write_bytes((out / "plain.mp4").read_bytes()[:-1])
+    (out / "longer.json").unlink()
+    assert main(command) == 0
+    after = written(out)
+    assert {name for name in after if after[name] != before[name]} == {"plain.mp4", "longer.mp4"}
+    changed = [dict(job, prompt="another") if job["name"] == "unguided" else job for job in JOBS]
+    write_jobs(tmp_path / "jobs.jsonl", changed)
+    assert main(command) == 0
+    assert {name for name in after if written(out)[name] != after[name]} == {"unguided.mp4"}
+
+
+def test_a_job_that_fails_leaves_the_others_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bad = torch.full((16, 2, 6, 8), float("nan"))
+    save_file({"latents": bad}, tmp_path / "bad.safetensors")
+    jobs: list[dict[str, object]] = [{"name": "bad", "latents": "bad.safetensors"}, JOBS[0]]
+    out = tmp_path / "out"
+    command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={out}"]
+    assert main(command) == 1
+    assert record(out, "bad")["status"] == "failed"
+    assert str(record(out, "bad")["error"]).startswith("FloatingPointError: the latents are not finite")
+    assert record(out, "plain")["status"] == "done"
+    assert "bad of " in capfd.readouterr().err
+    before = (out / "bad.json").stat().st_mtime_ns
+    assert main(command) == 1, "it is still not there"
+    assert (out / "bad.json").stat().st_mtime_ns == before, "but not tried again"
+    assert "1 failed before (retry_failed=true makes them again)" in capfd.readouterr().err
+    assert main([*command, "retry_failed=true"]) == 1
+    assert (out / "bad.json").stat().st_mtime_ns > before
+    save_file({"latents": torch.zeros_like(bad)}, tmp_path / "bad.safetensors")
+    assert main([*command, "retry_failed=true"]) == 0
+
+
+def test_a_full_disk_ends_the_run_and_not_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wan_dist.generate.save_video", full)
+        command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={tmp_path / 'out'}"]
+        assert main(command) == 1
+    assert not list((tmp_path / "out").glob("*.json"))
+    kept = [file.name for file in (tmp_path / "out").glob("*.latents.safetensors")]
+    assert "plain.latents.safetensors" in kept
+    with monkeypatch.context() as patch:  # what was denoised is not denoised again
+        patch.setattr("wan_dist.generate.encode", lambda *_: pytest.fail("it has its latents"))
+        one = write_jobs(tmp_path / "one.jsonl", JOBS[:1])
+        assert main([*TINY, one, f"output.dir={tmp_path / 'out'}"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"prompt": "a", "parallel.dp": 2}'], "line 1: parallel.dp is of the whole run; give it on the command line"),
+        (['{"prompt": "a"}', '{"prompt": "b", "output.dir": "x"}'], "line 2: output.dir is of the whole run"),
+        (['{"prompt": "a"}', '{"prompt": "a"}'], "line 2: the same as line 1; leave one out, or give it a name or seed of its own"),
+        (['{"prompt": "a"}', '{"prompt": "b", "frame_num": 6}'], "line 2: frame_num=6 is not 4n + 1"),
+        (['{"prompt": "a"}', '{"prompt": "b", "image": "no.png"}'], "line 2: image is given, but toy"),
+        (['{"prompt": "a", "stepz": 3}'], "line 1: unknown key 'stepz'"),
+    ],
+)
+def test_all_lines_are_checked_first(lines: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    assert main([*TINY, f"jobs={tmp_path / 'jobs.jsonl'}", f"output.dir={tmp_path / 'out'}"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_asked_run_goes_on(single: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    """The first job was in its second step, and the others are not begun."""
+    command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={tmp_path}"]
+    asked = [sys.executable, "-W", "ignore", "-m", "tests.preempted", "1", "0", *command]
+    done = subprocess.run(asked, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 75, done.stderr
+    assert len(list(tmp_path.glob("plain.*.state.safetensors"))) == 1
+    assert main(command) == 0
+    for name, video in videos(tmp_path).items():
+        assert torch.equal(video, single[name]), name
+    assert not list(tmp_path.glob("*.state.safetensors"))
+
+
+@pytest.mark.parametrize(("num_ranks", "degrees"), [(2, ""), (4, "parallel.dp=2 parallel.cfg=1 parallel.ulysses=2")])
+def test_replicas_share_the_jobs(num_ranks: int, degrees: str, single: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    events = tmp_path / "events.jsonl"
+    command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), *degrees.split(), f"output.dir={tmp_path}", f"output.events={events}"]
+    torchrun(num_ranks, "wan_dist.run", *command)
+    made = videos(tmp_path)
+    assert made.keys() == single.keys()
+    for name, video in made.items():
+        assert (video - single[name]).abs().max() < 1e-3, name
+    done = [line["job"] for line in map(json.loads, events.read_text().splitlines()) if line["event"] == "done"]
+    assert sorted(done) == sorted(single)
+    assert len({record(tmp_path, name)["rank"] for name in single}) == 2
+
+
+def test_two_runs_on_a_folder_make_each_job_once(tmp_path: Path) -> None:
+    jobs: list[dict[str, object]] = [{"name": f"job-{number}", "prompt": "a ball", "seed": number} for number in range(8)]
+    command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path}"]
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "wan_dist.run", *command, f"output.events={tmp_path / f'events-{number}.jsonl'}"],
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.DEVNULL,
+        )
+        for number in range(2)
+    ]
+    assert [run.wait(timeout=120) for run in begun] == [0, 0]
+    lines = [json.loads(line) for file in tmp_path.glob("events-*.jsonl") for line in file.read_text().splitlines()]
+    assert sorted(line["job"] for line in lines if line["event"] == "done") == [f"job-{number}" for number in range(8)]
+    assert len(list(tmp_path.glob("*.mp4"))) == 8

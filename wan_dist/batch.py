@@ -1,0 +1,335 @@
+"""Many videos from a file of jobs: models are loaded once, replicas take the next job each, what is done stays done."""
+
+import errno
+import os
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_dist.config import RunConfig
+from wan_dist.encode import embed
+from wan_dist.errors import first_line
+from wan_dist.events import Events, in_words
+from wan_dist.generate import Video, begin, complete, make_latents
+from wan_dist.jobs import Job
+from wan_dist.kept import Kept
+from wan_dist.ledger import DONE, FAILED, Ledger
+from wan_dist.log import announce_here, keep_log, logger
+from wan_dist.memory import free_memory
+from wan_dist.parallel.agreement import is_any
+from wan_dist.parallel.collectives import broadcast_object, gather_objects
+from wan_dist.parallel.counts import Counts
+from wan_dist.parallel.mesh import Groups, limit_waiting, open_groups
+from wan_dist.plan import Plan, make_plan
+from wan_dist.record import described
+from wan_dist.report import Report
+from wan_dist.room import Room, room_of
+from wan_dist.sampling.solvers import make_solver
+from wan_dist.session import Session, find_device, open_session
+from wan_dist.shelf import Shelf
+from wan_dist.video import check_output
+
+_PATIENCE = 20.0
+"""Seconds in which all ranks of a replica have to meet the same error, for the others' jobs to go on."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A job that has been checked."""
+
+    job: Job
+    config: RunConfig
+    plan: Plan
+    """Without the images, which are read again when it is made."""
+
+    @property
+    def name(self) -> str:
+        """Of its files, without suffix."""
+        return self.plan.name
+
+    @property
+    def models(self) -> str:
+        """What the models depend on that are loaded for it."""
+        config = self.config
+        return repr(
+            (config.task, config.ckpt_dir, config.dit_file, config.dtype, config.quant, config.attention, config.memory, config.fsdp)
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What kernels may be compiled for."""
+        return (self.plan.width, self.plan.height, self.plan.frame_num)
+
+    def planned(self) -> Plan:
+        """Return the plan with its images."""
+        has_images = any(file is not None for file in (self.config.image, self.config.first_frame, self.config.last_frame))
+        return make_plan(self.config, is_job=True) if has_images else self.plan
+
+
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """Return jobs of the same models together, and among them those of the same shape, each in the order they are in."""
+    models: dict[str, dict[tuple[int, ...], list[Item]]] = {}
+    for item in items:
+        models.setdefault(item.models, {}).setdefault(item.shape, []).append(item)
+    return [item for shapes in models.values() for together in shapes.values() for item in together]
+
+
+@torch.no_grad()
+def run_jobs(config: RunConfig, items: Sequence[Item]) -> int:
+    """Make all jobs that are not done, and return the exit code: 1 if some have failed.
+
+    ``config`` is the run's own, without a job's. Raises InputError for what is wrong with a checkpoint or the output folder, before
+    weights are read.
+    """
+    device = find_device(config)
+    with open_groups(items[0].plan.degrees, device, timeout=config.parallel.timeout) as groups:
+        run_id = broadcast_object(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", groups.world)
+        batch = Batch(config, in_order(items), groups, device, run_id)
+        try:
+            return batch.run()
+        finally:
+            batch.close()
+
+
+@dataclass
+class Batch:
+    """A run of jobs, on one rank."""
+
+    config: RunConfig
+    items: list[Item]
+    groups: Groups
+    device: torch.device
+    run_id: str
+    began: float = field(default_factory=time.time)
+    sessions: dict[str, Session] = field(default_factory=dict)
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    pending: Future[None] | None = None
+    """The video that is decoded and written while the next one is denoised."""
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.config.output.dir).expanduser()
+        self.is_first = self.groups.replica.rank == 0
+        self.counts = Counts()
+        self.report = Report(self.config, self.device)
+        self.ledger = Ledger(self.folder)
+
+    def run(self) -> int:
+        """Make the jobs; see `run_jobs`."""
+        if self.groups.rank == 0:
+            first = self.items[0].plan
+            check_output(self.folder, width=first.width, height=first.height, fps=first.fps)
+        self._open_sessions()
+        if self.groups.world.size > 1:
+            keep_log(self.folder / "logs" / self.run_id)
+        if self.is_first:
+            announce_here()
+        before = broadcast_object(self._before() if self.groups.rank == 0 else [], self.groups.world)
+        is_open = {None, FAILED} if self.config.retry_failed else {None}
+        todo = [item for item, outcome in zip(self.items, before, strict=True) if outcome in is_open]
+        self._say_what_is_left(before, len(todo))
+        self.events = Events(self.config.output.events, len(todo), self.counts)
+        if todo:
+            limit_waiting(self.groups, self.config.parallel.load_timeout)
+            self._prepare(todo)
+            limit_waiting(self.groups, self.config.parallel.timeout)
+        while (item := self._next(todo)) is not None:
+            self._make(item)
+        self._settle()
+        if self.is_first:
+            self.counts.add("ended")
+        self.counts.wait("ended", self.groups.dp.size)
+        return self._conclude(before.count(FAILED) if not self.config.retry_failed else 0)
+
+    def close(self) -> None:
+        """Wait for the video that is being written, if any."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.ledger.close()
+
+    def _open_sessions(self) -> None:
+        for item in self.items:
+            if item.models not in self.sessions:
+                with self.report.stage("check", f"{item.config.task}, output {self.folder}"):
+                    session = open_session(item.config, item.plan, self.groups, self.device)
+                    session.shelf = Shelf(keeps=True)
+                    self.sessions[item.models] = session
+
+    def _kept(self, item: Item, plan: Plan) -> Kept:
+        weights = self.sessions[item.models].weights if self.is_first else ""
+        return Kept(self.folder, item.config, plan, weights, is_job=True)
+
+    def _before(self) -> list[str | None]:
+        """Return what has become of each job in earlier runs."""
+        return [self.ledger.outcome(item.name, self._kept(item, item.planned()).digest) for item in self.items]
+
+    def _say_what_is_left(self, before: Sequence[str | None], num_left: int) -> None:
+        parts = [f"{before.count(DONE)} done before"] if DONE in before else []
+        if FAILED in before:
+            hint = "made again" if self.config.retry_failed else "retry_failed=true makes them again"
+            parts.append(f"{before.count(FAILED)} failed before ({hint})")
+        dp, size = self.groups.dp.size, self.groups.replica.size
+        how = f" on {dp} replicas of {size} rank{'s' if size > 1 else ''}" if dp > 1 else f" on {size} ranks" if size > 1 else ""
+        logger.info("jobs      %d: %s", len(before), ", ".join([*parts, f"{num_left} to make{how}"]))
+
+    def _prepare(self, todo: Sequence[Item]) -> None:
+        """Find out what models may stay, and embed all texts: each replica its share."""
+        for models, session in self.sessions.items():
+            items = [item for item in todo if item.models == models and item.config.latents is None]
+            if not items:
+                continue
+            largest = max(items, key=lambda item: item.plan.num_tokens)
+            plan = session.arrange(largest.plan, largest.config)
+            room = room_of(plan)
+            session.shelf.keeps = room is not Room.NONE
+            session.has_room_beside = room is Room.BESIDE and self.groups.replica.size == 1
+            session.times = tuple(dict.fromkeys(time for item in items for time in _times(item)))
+            texts = {text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None}
+            share = sorted(texts)[self.groups.dp.rank :: self.groups.dp.size]
+            embedded = embed(session, largest.config, plan, share, self.report)
+            if self.is_first:
+                embedded = {text: context.cpu() for text, context in embedded.items()}
+                session.texts = {text: context for part in gather_objects(embedded, self.groups.dp) for text, context in part.items()}
+
+    def _next(self, todo: Sequence[Item]) -> Item | None:
+        """Return the next job that nobody is at, None after the last; the same on all ranks of the replica."""
+        index: int | None = None
+        while self.is_first:
+            index = self.counts.add("next") - 1
+            if index >= len(todo):
+                index = None
+                break
+            item = todo[index]
+            if self.ledger.lock(item.name):
+                if self.ledger.outcome(item.name, self._kept(item, item.planned()).digest) != DONE:
+                    break
+                self.ledger.unlock(item.name)
+            self.counts.add("elsewhere")  # another run is at it, or has made it meanwhile
+        index = broadcast_object(index, self.groups.replica)
+        return None if index is None else todo[index]
+
+    def _make(self, item: Item) -> None:
+        """Make one job; what goes wrong with it alone ends in its record."""
+        session = self.sessions[item.models]
+        for models, other in self.sessions.items():
+            if models != item.models:
+                other.shelf.clear()
+        report = Report(item.config, self.device, quiet=True)
+        report.facts |= described(item.config, item.plan) | {"run": self.run_id, "job": {"file": str(item.job.file), "line": item.job.line}}
+        report.facts["rank"] = self.groups.rank
+        if self.is_first:
+            self.events.tell("begun", job=item.name, line=item.job.line)
+        try:
+            kept = self._kept(item, item.planned())
+            report.facts["digest"] = kept.digest
+            video = begin(session, item.config, kept.plan, report, kept, quiet=True)
+            latents = make_latents(video)
+        except Exception as fault:
+            self._settle()
+            self._all_met(item.name)
+            self._failed(item, report, fault)
+            return
+        self._settle()
+        if session.has_room_beside:
+            self.pending = self.pool.submit(self._write_beside, item, video, latents)
+        else:
+            self._write(item, video, latents)
+
+    def _settle(self) -> None:
+        """Wait for the video that is being written; raises what should end the run."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+
+    def _write_beside(self, item: Item, video: Video, latents: Tensor) -> None:
+        """Decode and write in a thread of its own, on a stream of its own."""
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with torch.no_grad(), torch.cuda.stream(stream):
+            try:
+                complete(video, latents, beside=True)
+            except Exception as fault:
+                self._failed(item, video.report, fault)
+            else:
+                self._done(item, video)
+
+    def _write(self, item: Item, video: Video, latents: Tensor) -> None:
+        fault: Exception | None = None
+        try:
+            complete(video, latents)
+        except Exception as error:
+            fault = error
+        if is_any(fault is not None, self.groups.replica, self.device):
+            self._failed(item, video.report, fault)
+        elif self.is_first:
+            self._done(item, video)
+
+    def _done(self, item: Item, video: Video) -> None:
+        self.ledger.unlock(item.name)
+        self.counts.add("done")
+        facts = video.report.facts
+        seconds = round(time.time() - facts["began"], 1)
+        each = f" ({facts['step_seconds']:.2f} s/it)" if "step_seconds" in facts else ""
+        self.events.announce(f"{item.name}: {in_words(seconds)}{each}")
+        self.events.tell("done", job=item.name, line=item.job.line, file=str(video.result), seconds=seconds)
+
+    def _failed(self, item: Item, report: Report, fault: Exception | None) -> None:
+        """Write the error into the job's record; raises it if the other jobs would meet it too."""
+        if fault is not None and _is_of_all(fault):
+            raise fault
+        if not self.is_first:
+            free_memory()
+            return
+        message = "another rank of its replica failed" if fault is None else f"{type(fault).__name__}: {first_line(fault)}"
+        report.facts |= {"status": FAILED, "error": message}
+        report.save(self.folder / f"{item.name}.json")
+        self.ledger.unlock(item.name)
+        self.counts.add("failed")
+        logger.debug("%s", item.name, exc_info=fault)
+        self.events.announce(f"{item.name} of {item.job.place} FAILED: {message}")
+        self.events.tell("failed", job=item.name, line=item.job.line, error=message)
+        free_memory()
+
+    def _all_met(self, name: str) -> None:
+        """Raise the error that is being handled unless all ranks of the replica have met one in this job: others would wait for ever."""
+        size = self.groups.replica.size
+        if size == 1:
+            return
+        key = f"met/{self.groups.dp.rank}/{name}"
+        self.counts.add(key)
+        if not self.counts.wait(key, size, _PATIENCE):
+            raise
+
+    def _conclude(self, failed_before: int) -> int:
+        """Say how it went."""
+        standing = self.events.standing()
+        failed, elsewhere = (standing["failed"] or 0) + failed_before, self.counts["elsewhere"]
+        if self.groups.rank != 0:
+            return 0
+        parts = [f"{standing['done']} made in {in_words(time.time() - self.began)}"]
+        parts += [f"{failed} failed; their records say why"] if failed else []
+        parts += [f"{elsewhere} left to another run on the same folder"] if elsewhere else []
+        logger.info("jobs      %s", ", ".join(parts))
+        self.events.tell("ended")
+        return 1 if failed else 0
+
+
+def _times(item: Item) -> list[tuple[int, bool]]:
+    """Return a job's timesteps, and whether with a known first frame."""
+    has_known = item.plan.task.known_first_frame and item.config.image is not None
+    solver = make_solver(item.config.sample.solver, item.config.sample.steps, item.plan.shift)
+    return [(timestep, has_known) for timestep in solver.timesteps]
+
+
+def _is_of_all(fault: BaseException) -> bool:
+    """Whether an error is of the disk or the GPU, not of the job."""
+    seen: BaseException | None = fault
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            return True
+        if "No space left" in str(seen) or ("CUDA error" in str(seen) and not isinstance(seen, torch.OutOfMemoryError)):
+            return True
+        seen = seen.__cause__
+    return False

@@ -1,0 +1,142 @@
+"""What videos made one after the other share: the ranks' groups, an open checkpoint, the attention kernel, loaded models, texts."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wan_dist.config import RunConfig
+from wan_dist.dims import TransformerDims
+from wan_dist.errors import InputError
+from wan_dist.footprint import Arrangement, table
+from wan_dist.hardware import Hardware, find_host
+from wan_dist.log import logger
+from wan_dist.memory import free_bytes
+from wan_dist.models import cross_attention, transformer_elementwise
+from wan_dist.models.attention import InnerAttention, choose_attention, compile_attention
+from wan_dist.models.text_encoder import token_ids
+from wan_dist.parallel.collectives import broadcast_object, first_on_each_node
+from wan_dist.parallel.mesh import Groups, local_device
+from wan_dist.parallel.usp import check_usp
+from wan_dist.plan import Plan, arranged
+from wan_dist.prompts import digest_of_files
+from wan_dist.shelf import Shelf
+from wan_dist.toy import toy_checkpoint
+from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
+from wan_dist.weights.hub import find_checkpoint
+
+
+@dataclass
+class Session:
+    """Videos of one checkpoint, one after the other."""
+
+    groups: Groups
+    device: torch.device
+    checkpoint: Checkpoint
+    choose: Callable[[], InnerAttention]
+    """Returns the attention kernel; it may have to wait for one that is being compiled."""
+    hardware: Hardware
+    """As it was before a model was loaded."""
+    shelf: Shelf = field(default_factory=Shelf)
+    texts: dict[str, Tensor] = field(default_factory=dict)
+    """Embeddings (n, text_dim) of prompts on the CPU, on the replica's first rank."""
+    times: tuple[tuple[int, bool], ...] = ()
+    """Timesteps that may come, and whether with a known first frame; of one video its own are enough."""
+    lowered: Arrangement | None = None
+    """What was stepped down to, where memory ran out."""
+    has_room_beside: bool = False
+    """A video may be decoded while the next one is denoised."""
+
+    @cached_property
+    def weights(self) -> str:
+        """A digest of the checkpoint's files."""
+        return digest_of_files(self.checkpoint.paths)
+
+    def arrange(self, plan: Plan, config: RunConfig, *, quiet: bool = False) -> Plan:
+        """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so."""
+        text_len = self.checkpoint.transformers[0].dims.text_len
+        models, tokenizer = self.checkpoint.models, self.checkpoint.tokenizer
+        plan = arranged(plan, config, self.hardware, models, lambda text: len(token_ids(tokenizer, text, text_len)))
+        assert plan.budget is not None
+        if not quiet:
+            logger.info("plan      %s", plan.arrangement.words)
+            for line in table(plan.uses, plan.budget.gpu, plan.budget.host):
+                logger.info("          %s", line)
+        return plan
+
+
+def open_session(config: RunConfig, plan: Plan, groups: Groups, device: torch.device) -> Session:
+    """Open the plan's checkpoint, choose its attention; raises InputError for what is wrong with them, before weights are read."""
+    checkpoint = _open_checkpoint(config, plan, groups)
+    choose = _begin_to_choose(config.attention, device, getattr(torch, config.dtype), checkpoint.transformers[0].dims)
+    if config.parallel.usp == "xfuser":
+        check_usp(device, choose().name)
+    free = free_bytes(device, groups.replica)
+    host, limit = broadcast_object(find_host(), groups.replica)
+    hardware = Hardware(free if device.type == "cuda" else None, host, host_limit=limit, has_context=True)
+    return Session(groups, device, checkpoint, choose, hardware)
+
+
+def find_device(config: RunConfig) -> torch.device:
+    """Return this rank's device, with its memory limited to the budget if there is one."""
+    available = torch.cuda.is_available()
+    if "cuda" in (config.device, config.noise_device) and not available:
+        key = "device" if config.device == "cuda" else "noise_device"
+        raise InputError(f"{key}=cuda, but PyTorch {torch.__version__} sees no GPU here; {key}=cpu works")
+    device = local_device("cuda" if config.device == "cuda" or (config.device == "auto" and available) else "cpu")
+    if (budget := config.memory.budget_gib) is not None:
+        if device.type != "cuda":
+            raise InputError(f"memory.budget_gib={budget} limits GPU memory, and this run is on the CPU; leave it out")
+        total = torch.cuda.get_device_properties(device).total_memory / 2**30
+        if budget > total:
+            raise InputError(f"memory.budget_gib={budget} is more than the GPU's {total:.1f} GiB")
+        torch.cuda.set_per_process_memory_fraction(budget / total, device)
+    # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 was asked for.
+    torch.backends.cudnn.allow_tf32 = config.dtype != "float32"
+    return device
+
+
+def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoint:
+    """Open the checkpoint; what must be made or fetched is so by the first rank of each node."""
+
+    def find() -> Path:
+        return toy_checkpoint() if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
+
+    given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
+    folder = first_on_each_node(find, groups) if config.ckpt_dir is None else Path(config.ckpt_dir).expanduser()
+    return open_checkpoint(folder, plan.task, getattr(torch, config.dtype), transformer_files=given)
+
+
+def _begin_to_choose(name: str, device: torch.device, dtype: torch.dtype, dims: TransformerDims) -> Callable[[], InnerAttention]:
+    """Return what chooses the attention kernel; what has to be compiled for it begins to be, and is while texts are encoded.
+
+    Raises InputError at once if a kernel asked for by name does not work here.
+    """
+
+    def try_out() -> InnerAttention:
+        return choose_attention(name, device=device, dtype=dtype, head_dim=dims.head_dim)
+
+    chosen = try_out() if name != "auto" or device.type != "cuda" else None
+    if chosen is not None and device.type != "cuda":
+        return lambda: chosen
+
+    def compile_all() -> None:
+        torch.cuda.set_device(device)  # a thread's own is the first GPU
+        transformer_elementwise.prepare_kernels(device, dims.dim)
+        cross_attention.prepare_kernels(device, dims.head_dim)
+        if chosen is None:
+            compile_attention(device=device, dtype=dtype, head_dim=dims.head_dim)
+
+    thread = ThreadPoolExecutor(1)
+    compiled = thread.submit(compile_all)
+    thread.shutdown(wait=False)
+
+    def choose() -> InnerAttention:
+        compiled.result()
+        return chosen if chosen is not None else try_out()
+
+    return choose
