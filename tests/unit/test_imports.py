@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
-    {"errors", "dims"},
+    {"errors", "dims", "quoting"},
     {"catalog", "log", "launcher", "preemption", "streaming"},
     {"network"},
     {"config", "degrees"},
