@@ -90,7 +90,7 @@ def test_bad_input_is_answered_without_torch() -> None:
 
 
 def test_a_gallery_is_made_without_torch() -> None:
-    modules = "wan_dist.gallery.page, wan_dist.gallery.table"
+    modules = "launch.runs, wan_dist.gallery.page, wan_dist.gallery.table"
     code = f"import sys, {modules}; sys.exit(int('torch' in sys.modules or 'hydra' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
