@@ -2,10 +2,10 @@
 
 import sys
 
-from launch import doctor, fetch, local, plan, submit
+from launch import doctor, fetch, gallery, local, plan, runs, submit
 from wan_dist.errors import InputError
 
-COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local, "submit": submit}
+COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local, "submit": submit, "runs": runs, "gallery": gallery}
 
 
 def main(arguments: list[str]) -> int:

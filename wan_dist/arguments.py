@@ -4,12 +4,13 @@ Hydra's grammar gives commas, quotes, brackets and ``$`` a meaning (``prompt=two
 text keys are quoted here, before Hydra parses them. Unknown keys and the reference's flags get an answer that helps.
 """
 
-import re
 from collections.abc import Iterable
 
 from wan_dist.catalog import TASKS, get_task
 from wan_dist.config import leaf_fields
 from wan_dist.errors import InputError, nearest
+from wan_dist.quoting import quote as quote
+from wan_dist.quoting import quoted as quoted
 
 REFERENCE_FLAGS = {
     "--task": "task",
@@ -112,18 +113,3 @@ def is_text(key: str) -> bool:
     """Whether a key's values are text, which is taken as it stands."""
     field = leaf_fields().get(key)
     return field is not None and field.type in (str, str | None) and key != "task"
-
-
-def quote(value: str) -> str:
-    """Quote ``value`` so that Hydra and OmegaConf give back exactly this text; ``null`` and quoted text are left as they are."""
-    if value in ("", "null") or re.fullmatch(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", value, re.DOTALL):
-        return value
-    return quoted(value)
-
-
-def quoted(value: str) -> str:
-    """Quote ``value``, whatever it is; see `quote`."""
-    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf: an escaped interpolation is plain text
-    value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # Hydra: backslashes count only before a quote
-    value = re.sub(r"(\\+)\Z", r"\1\1", value)
-    return f"'{value}'"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
-    {"errors", "dims"},
-    {"catalog", "log", "launcher", "preemption", "streaming"},
+    {"errors", "dims", "quoting"},
+    {"catalog", "log", "launcher", "preemption", "streaming", "gallery"},
     {"network"},
     {"config", "degrees"},
     {"ways", "hardware"},
@@ -36,6 +36,7 @@ ONLY_IN = {
     "omegaconf": {"run", "config"},
     "torch.distributed": {"parallel", "weights/load"},
     "xfuser": {"parallel/usp"},
+    "jinja2": {"gallery"},
 }
 
 
@@ -89,6 +90,12 @@ def test_models_know_one_device() -> None:
 
 def test_bad_input_is_answered_without_torch() -> None:
     code = "import sys, wan_dist.run; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_gallery_is_made_without_torch() -> None:
+    modules = "launch.runs, wan_dist.gallery.page, wan_dist.gallery.table"
+    code = f"import sys, {modules}; sys.exit(int('torch' in sys.modules or 'hydra' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

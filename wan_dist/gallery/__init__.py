@@ -1,0 +1,1 @@
+"""What a batch of videos made, to look at: records, contact sheets, a table and a page; no torch."""

@@ -1,0 +1,18 @@
+"""Text as Hydra and OmegaConf give it back: exactly as it stood."""
+
+import re
+
+
+def quote(value: str) -> str:
+    """Quote ``value`` so that Hydra and OmegaConf give back exactly this text; ``null`` and quoted text are left as they are."""
+    if value in ("", "null") or re.fullmatch(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", value, re.DOTALL):
+        return value
+    return quoted(value)
+
+
+def quoted(value: str) -> str:
+    """Quote ``value``, whatever it is; see `quote`."""
+    value = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)  # OmegaConf: an escaped interpolation is plain text
+    value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # Hydra: backslashes count only before a quote
+    value = re.sub(r"(\\+)\Z", r"\1\1", value)
+    return f"'{value}'"
