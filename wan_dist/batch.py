@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wan_dist.chronicle import Chronicle, add_sheet
 from wan_dist.config import RunConfig
 from wan_dist.encode import embed
 from wan_dist.errors import first_line
@@ -132,18 +133,25 @@ class Batch:
         is_open = {None, FAILED} if self.config.retry_failed else {None}
         todo = [item for item, outcome in zip(self.items, before, strict=True) if outcome in is_open]
         self._say_what_is_left(before, len(todo))
+        self.chronicle = Chronicle(self.folder, self.run_id, self.groups.world.size, len(todo), self.report.stages)
         self.events = Events(self.config.output.events, len(todo), self.counts)
-        if todo:
-            limit_waiting(self.groups, self.config.parallel.load_timeout)
-            self._prepare(todo)
-            limit_waiting(self.groups, self.config.parallel.timeout)
-        while (item := self._next(todo)) is not None:
-            self._make(item)
-        self._settle()
-        if self.is_first:
-            self.counts.add("ended")
-        self.counts.wait("ended", self.groups.dp.size)
-        return self._conclude(before.count(FAILED) if not self.config.retry_failed else 0)
+        failed_before = 0 if self.config.retry_failed else before.count(FAILED)
+        if not todo:
+            return self._conclude(failed_before)
+        limit_waiting(self.groups, self.config.parallel.load_timeout)
+        self._prepare(todo)
+        limit_waiting(self.groups, self.config.parallel.timeout)
+        try:
+            while (item := self._next(todo)) is not None:
+                self._make(item)
+            self._settle()
+            if self.is_first:
+                self.counts.add("ended")
+            self.counts.wait("ended", self.groups.dp.size)
+        finally:
+            if self.groups.rank == 0:
+                self.chronicle.write(self.events.standing(), ended=True)
+        return self._conclude(failed_before)
 
     def close(self) -> None:
         """Wait for the video that is being written, if any."""
@@ -183,6 +191,7 @@ class Batch:
                 continue
             largest = max(items, key=lambda item: item.plan.num_tokens)
             plan = session.arrange(largest.plan, largest.config)
+            self.chronicle.plans.append(plan)
             room = room_of(plan)
             session.shelf.keeps = room is not Room.NONE
             session.has_room_beside = room is Room.BESIDE and self.groups.replica.size == 1
@@ -267,6 +276,7 @@ class Batch:
             self._done(item, video)
 
     def _done(self, item: Item, video: Video) -> None:
+        add_sheet(video.result, video.plan.frame_num)
         self.ledger.unlock(item.name)
         self.counts.add("done")
         facts = video.report.facts
@@ -274,6 +284,8 @@ class Batch:
         each = f" ({facts['step_seconds']:.2f} s/it)" if "step_seconds" in facts else ""
         self.events.announce(f"{item.name}: {in_words(seconds)}{each}")
         self.events.tell("done", job=item.name, line=item.job.line, file=str(video.result), seconds=seconds)
+        if self.groups.rank == 0:
+            self.chronicle.write(self.events.standing())
 
     def _failed(self, item: Item, report: Report, fault: Exception | None) -> None:
         """Write the error into the job's record; raises it if the other jobs would meet it too."""

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from wan_dist import __version__
+from wan_dist.aside import written_aside
 from wan_dist.config import RunConfig
 from wan_dist.footprint import Use
 from wan_dist.log import logger
-from wan_dist.video import write_aside
 
 _PACKAGES = ("transformers", "safetensors", "hydra-core", "imageio-ffmpeg", "numpy")
 _GIB = 2**30
@@ -125,7 +125,8 @@ class Report:
         }
         seconds = round(time.perf_counter() - self.start, 3)
         record = self.facts | {"stages": self.stages, "other_ranks": self.other_ranks, "seconds": seconds} | peaks
-        write_aside(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        with written_aside(path) as aside:
+            aside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class HostWatch:

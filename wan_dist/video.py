@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
+from wan_dist.aside import written_aside
 from wan_dist.errors import InputError
 
 _ENCODING = [
@@ -60,17 +61,14 @@ def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: in
 
     ``path`` appears only when the file holds all ``num_frames`` frames. Raises SaveError otherwise; an error from ``chunks`` passes.
     """
-    aside = path.with_name(f".{path.stem}.partial.mp4")
     try:
-        _encode(aside, iter(chunks), fps)
-        found, _ = imageio_ffmpeg.count_frames_and_secs(str(aside))
-        if found != num_frames:
-            raise SaveError(f"cannot write {path}: it has {found} frames, not {num_frames}")
-        aside.replace(path)
+        with written_aside(path) as aside:
+            _encode(aside, iter(chunks), fps)
+            found, _ = imageio_ffmpeg.count_frames_and_secs(str(aside))
+            if found != num_frames:
+                raise SaveError(f"cannot write {path}: it has {found} frames, not {num_frames}")
     except OSError as fault:
         raise SaveError(f"cannot write {path}: {fault}") from fault
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _ffmpeg() -> str:
@@ -131,31 +129,20 @@ def _send(frames: Tensor, ready: torch.cuda.Event | None, pipe: IO[bytes]) -> No
 
 def save_image(path: Path, frame: Tensor) -> None:
     """Write one uint8 frame (H, W, 3) as PNG; raises SaveError."""
-    aside = path.with_name(f".{path.stem}.partial.png")
     try:
-        Image.fromarray(frame.cpu().numpy()).save(aside)
-        aside.replace(path)
+        with written_aside(path) as aside:
+            Image.fromarray(frame.cpu().numpy()).save(aside)
     except OSError as fault:
         raise SaveError(f"cannot write {path}: {fault}") from fault
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
     """Write tensors as safetensors, with ``facts`` in its header; ``path`` appears when the file is whole. Raises SaveError."""
-    write_aside(path, save(tensors, facts))
-
-
-def write_aside(path: Path, contents: bytes) -> None:
-    """Write a file that appears when it is whole; raises SaveError."""
-    aside = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_bytes(contents)
-        aside.replace(path)
+        with written_aside(path) as aside:
+            aside.write_bytes(save(tensors, facts))
     except OSError as fault:
         raise SaveError(f"cannot write {path}: {fault}") from fault
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def check_output(folder: Path, *, width: int, height: int, fps: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
-    {"errors", "dims", "quoting"},
+    {"errors", "dims", "aside", "quoting"},
     {"catalog", "log", "launcher", "preemption", "streaming", "gallery"},
     {"network"},
     {"config", "degrees"},
@@ -17,7 +17,7 @@ LAYERS = [
     {"images", "arguments", "models"},
     {"jobs", "work"},
     {"plan"},
-    {"record", "replicas", "room"},
+    {"record", "replicas", "room", "chronicle"},
     {"weights", "sampling", "video"},
     {"prompts", "report"},
     {"toy", "parallel"},

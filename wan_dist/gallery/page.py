@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from wan_dist.aside import written_aside
 from wan_dist.gallery.again import command
 from wan_dist.gallery.records import Record, read_records
 from wan_dist.gallery.runs import Run, read_runs
@@ -37,12 +38,8 @@ def write_page(folder: Path) -> Path:
     records, runs = read_records(folder), read_runs(folder)
     _write_sheets(records)
     to = folder / "index.html"
-    aside = to.with_name(f".{to.name}.{os.getpid()}.partial")
-    try:
+    with written_aside(to) as aside:
         aside.write_text(_page(folder.resolve().name or "Videos", records, runs), encoding="utf-8", errors="replace")
-        aside.replace(to)
-    finally:
-        aside.unlink(missing_ok=True)
     return to
 
 

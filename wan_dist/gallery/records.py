@@ -11,7 +11,7 @@ from pathlib import Path
 from wan_dist.errors import InputError, first_line
 from wan_dist.gallery.fields import listed, moment, natural, number, table, text, whole
 
-_NOT_IN_RESULT = ("output.", "parallel.", "fsdp.", "memory.", "cache.dir", "cache.size_gib", "device")
+_NOT_IN_RESULT = ("output.", "parallel.", "fsdp.", "memory.", "cache.dir", "cache.size_gib", "device", "jobs", "retry_failed")
 """Settings, or beginnings of them, that do not change a video's frames; of memory's one does."""
 _LOSSLESS = {"quant": ("none",), "attention": ("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "sdpa", "sdpa16"), "cache.steps": (None,)}
 
@@ -30,6 +30,8 @@ class Record:
     """done or failed."""
     error: str
     run: str
+    rank: int | None
+    """The first of those that made it."""
     job: str
     """File and line."""
     task: str
@@ -135,6 +137,7 @@ def _record(path: Path, entry: dict[str, object], files: set[str]) -> Record | N
         status="failed" if is_failed else "done",
         error=first_line(text(entry, "error") or "no reason was kept")[:500] if is_failed else "",
         run=text(entry, "run"),
+        rank=whole(entry, "rank"),
         job=f"{text(job, 'file')}, line {whole(job, 'line')}" if job else "",
         task=text(settings, "task"),
         prompt=text(entry, "prompt") or text(settings, "prompt"),

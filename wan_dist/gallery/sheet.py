@@ -1,12 +1,13 @@
 """A video -> a contact sheet: frames from its beginning to its end in one small JPEG."""
 
 import io
-import os
 import subprocess
 from pathlib import Path
 
 import imageio_ffmpeg
 from PIL import Image, UnidentifiedImageError
+
+from wan_dist.aside import written_aside
 
 COLUMNS, ROWS = 4, 2
 _CELL = 320
@@ -45,15 +46,12 @@ def write_sheet(video: Path, to: Path, *, num_frames: int | None = None) -> None
     A video of fewer frames fills fewer places; a PNG gives a picture of at most 640 pixels. ``num_frames`` are counted where they are
     not given. ``to`` appears when it is whole. Raises SheetError.
     """
-    aside = to.with_name(f".{to.name}.{os.getpid()}.partial")
     try:
         sheet = _thumbnail(video) if video.suffix.lower() == ".png" else _tiled(video, num_frames)
-        sheet.save(aside, "JPEG", quality=82, optimize=True, comment=_OURS)
-        aside.replace(to)
+        with written_aside(to) as aside:
+            sheet.save(aside, "JPEG", quality=82, optimize=True, comment=_OURS)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as fault:
         raise SheetError(f"cannot make {to}: {fault}") from fault
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _thumbnail(picture: Path) -> Image.Image:

@@ -3,11 +3,11 @@
 import csv
 import io
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from wan_dist.aside import written_aside
 from wan_dist.errors import InputError
 from wan_dist.gallery.records import Record, is_plain
 
@@ -34,12 +34,8 @@ def write_table(run: Path | str, records: Iterable[Record]) -> Path:
     writer.writerow([_cell(column) for column in columns])
     writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    with written_aside(path) as aside:
         aside.write_text(_BYTE_ORDER_MARK + text.getvalue(), encoding="utf-8", errors="replace", newline="")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
     return path
 
 
