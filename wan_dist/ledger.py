@@ -1,6 +1,7 @@
 """What is done in an output folder, and what somebody is at: several runs may share one."""
 
 import fcntl
+import glob
 import hashlib
 import json
 from functools import cached_property
@@ -25,13 +26,16 @@ class Ledger:
         return (self.folder / ".jobs.lock").open("ab")
 
     def lock(self, name: str) -> bool:
-        """Return whether this process has the name now, and no other one."""
+        """Return whether this process has the name now, and no other one; files that one before it has not finished go then."""
         try:
             fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _place(name))
         except (BlockingIOError, PermissionError):
             return False
         except OSError as fault:
             logger.warning("%s cannot be locked (%s): do not let two runs share it", self.folder, fault.strerror)
+            return True
+        for leftover in self.folder.glob(f".{glob.escape(name)}.*partial*"):
+            leftover.unlink(missing_ok=True)
         return True
 
     def unlock(self, name: str) -> None:
