@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wan_dist.arguments import prepare, require_task
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, register_configs
-from wan_dist.errors import InputError
+from wan_dist.errors import InputError, told
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
 from wan_dist.log import logger, open_log
 from wan_dist.network import choose_network
@@ -113,7 +113,9 @@ def readable(fault: Exception) -> str:
     cause = fault.__cause__ if isinstance(fault.__cause__, OmegaConfBaseException) else fault  # Hydra's own says less
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return f"{key}: {lines[0]}" if key else lines[0]
+    what = f"{key}: {lines[0]}" if key else lines[0]
+    is_of_several = what.startswith(("Ambiguous value", "Sweep parameters"))  # Hydra's advice is for what is not done here
+    return f"{what.partition(' requires')[0]}: a setting takes one value" if is_of_several else what
 
 
 def _described(fault: Exception) -> str:
@@ -126,6 +128,7 @@ def _described(fault: Exception) -> str:
 
 
 def _fail(code: int, message: str, kind: str = "error: ") -> int:
+    message = told(message)
     if kind or os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"wan_dist: {kind}{message}\n")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with the first failing rank's message
