@@ -8,13 +8,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors", "dims"},
+    {"reading"},
     {"catalog", "log", "launcher", "preemption", "streaming"},
     {"network"},
     {"config", "degrees"},
     {"ways", "hardware"},
     {"footprint"},
     {"arrangement"},
-    {"images", "arguments", "models"},
+    {"images", "latents", "arguments", "models"},
     {"plan", "jobs", "work"},
     {"weights", "sampling", "video", "report"},
     {"prompts"},
