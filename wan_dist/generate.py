@@ -101,7 +101,7 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
         if groups.rank == 0:
             save_tensors(file, {"latents": latents.cpu()})
     else:
-        latents = load_file(file)["latents"].to(device)
+        latents = _given_latents(file).to(device)
     try:
         if is_any(preemption.asked_by is not None, groups.replica, device):
             raise Preempted("asked to end: stopped before decoding; the same command goes on from there")
@@ -117,6 +117,13 @@ def generate(config: RunConfig, plan: Plan, groups: Groups, device: torch.device
     if groups.rank == 0:
         _finish(config, plan, report, result, file, kept)
     return result if groups.rank == 0 else None
+
+
+def _given_latents(file: Path) -> Tensor:
+    latents = load_file(file)["latents"].float()
+    if not torch.isfinite(latents).all():
+        raise InputError(f"latents={file} are not finite: the video would be black")
+    return latents
 
 
 def _finish(config: RunConfig, plan: Plan, report: Report, result: Path, latents_file: Path, kept: Kept) -> None:
