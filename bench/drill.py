@@ -137,14 +137,14 @@ def _signal(process: int, number: signal.Signals) -> None:
 
 
 def kill_rank(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """A rank is gone at once."""
+    """End a rank at once."""
     if ranks := _ranks_of(run):
         _signal(drill.chance.choice(ranks), signal.SIGKILL)
     run.wait(timeout=120)
 
 
 def kill_launcher(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """Torchrun is gone at once."""
+    """End torchrun at once."""
     ranks = _ranks_of(run)
     _signal(run.pid, signal.SIGKILL)
     run.wait(timeout=120)
@@ -156,13 +156,13 @@ def kill_launcher(drill: Drill, run: subprocess.Popen[bytes]) -> None:
 
 
 def ask(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """The launcher is asked to end, as by Slurm."""
+    """Ask the launcher to end, as Slurm does."""
     _signal(run.pid, signal.SIGTERM)
     run.wait(timeout=120)
 
 
 def hold(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """A rank is held for a few seconds."""
+    """Hold a rank for a few seconds."""
     if ranks := _ranks_of(run):
         rank = drill.chance.choice(ranks)
         _signal(rank, signal.SIGSTOP)
@@ -171,7 +171,7 @@ def hold(drill: Drill, run: subprocess.Popen[bytes]) -> None:
 
 
 def fill_disk(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """There is no space left until the run has ended."""
+    """Leave no space until the run has ended."""
     filler = drill.disk / ".filler"
     with filler.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(drill.disk).free - 4096))
@@ -180,7 +180,7 @@ def fill_disk(drill: Drill, run: subprocess.Popen[bytes]) -> None:
 
 
 def run_beside(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """Somebody gives the same command in another terminal, and leaves it to itself."""
+    """Give the same command in another terminal, and end that one."""
     other = drill.begin(drill.disk, launched=False)
     time.sleep(drill.chance.uniform(6, 12))
     _signal(other.pid, drill.chance.choice([signal.SIGKILL, signal.SIGTERM]))

@@ -3,7 +3,7 @@
 import sys
 
 from launch import doctor, fetch, gallery, local, plan, runs, submit
-from wan_dist.errors import InputError
+from wan_dist.errors import InputError, told
 
 COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local, "submit": submit, "runs": runs, "gallery": gallery}
 
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    sys.stderr.write(f"launch: error: {message}\n")
+    sys.stderr.write(f"launch: error: {told(message)}\n")
     return 2
 
 

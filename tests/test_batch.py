@@ -101,7 +101,7 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path: Path, capfd: pytest.
     command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={out}"]
     assert main(command) == 1
     assert record(out, "bad")["status"] == "failed"
-    assert str(record(out, "bad")["error"]).startswith("FloatingPointError: the latents are not finite")
+    assert str(record(out, "bad")["error"]).startswith("InputError: latents=")
     assert record(out, "plain")["status"] == "done"
     assert "bad of " in capfd.readouterr().err
     before = (out / "bad.json").stat().st_mtime_ns
@@ -136,7 +136,6 @@ def test_a_full_disk_ends_the_run_and_not_each_job(tmp_path: Path, monkeypatch: 
     [
         (['{"prompt": "a", "parallel.dp": 2}'], "line 1: parallel.dp is of the whole run; give it on the command line"),
         (['{"prompt": "a"}', '{"prompt": "b", "output.dir": "x"}'], "line 2: output.dir is of the whole run"),
-        (['{"prompt": "a"}', '{"prompt": "a"}'], "line 2: the same as line 1; leave one out, or give it a name or seed of its own"),
         (['{"prompt": "a"}', '{"prompt": "b", "frame_num": 6}'], "line 2: frame_num=6 is not 4n + 1"),
         (['{"prompt": "a"}', '{"prompt": "b", "image": "no.png"}'], "line 2: image is given, but toy"),
         (['{"prompt": "a", "stepz": 3}'], "line 1: unknown key 'stepz'"),

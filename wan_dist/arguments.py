@@ -50,7 +50,9 @@ _FLAGS = {
     "--shell-completion",
     "-sc",
 } | _FLAGS_WITH_VALUE
-_GROUPS = ("task", "hydra")
+
+_LONGEST_VALUE = 1000
+"""Of what is not text."""
 
 
 def prepare(arguments: list[str]) -> list[str]:
@@ -87,22 +89,23 @@ def _check_flag(argument: str) -> None:
 
 
 def _prepare_override(argument: str) -> str:
-    if argument.startswith("~"):
-        return argument
     key, equals, value = argument.partition("=")
     if not equals:
         raise InputError(
             f"{argument!r} is not key=value; a value with spaces needs the shell's quotes around it, as in 'prompt=two cats boxing'"
         )
     name = key.lstrip("+")
-    _check_key(name)
+    check_key(name)
+    if len(value) > _LONGEST_VALUE and not is_text(name):
+        raise InputError(f"{key}={value[:40]}... has {len(value)} characters, and a value of its kind {_LONGEST_VALUE} at most")
     return f"{key}={quote(value)}" if is_text(name) else argument
 
 
-def _check_key(name: str) -> None:
+def check_key(name: str) -> None:
+    """Raise InputError unless a run has a setting, or a section of them, of this name. Hydra's own keys are none: they can run code."""
     keys = leaf_fields()
     sections = {key.rpartition(".")[0] for key in keys} - {""}
-    if name in keys or name in sections or name.split(".")[0].split("@")[0].split("/")[0] in _GROUPS:
+    if name in keys or name in sections:
         return
     short = {key.rpartition(".")[2]: key for key in keys}  # people drop the section: steps for sample.steps
     hint = f"; did you mean {short[name]!r}?" if name in short else nearest(name, keys)

@@ -4,6 +4,7 @@ The stages of a run follow each other, so each is arranged on its own: text enco
 """
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -174,8 +175,13 @@ def _change(
     shorter: Callable[[int], Load | None],
 ) -> str:
     """Return the smallest change with which it would fit."""
-    for number in range(1, load.latent_shape[1]):
+
+    def fits(number: int) -> bool:
         other = shorter(number)
-        if other is not None and not lacks(least, other, 1.0):
-            return f"frame_num={4 * (other.latent_shape[1] - 1) + 1} would fit, or a smaller size"
+        return other is not None and not lacks(least, other, 1.0)
+
+    numbers = range(1, load.latent_shape[1])  # of frames less
+    fewest = bisect_left(numbers, True, key=fits)
+    if fewest < len(numbers):
+        return f"frame_num={4 * (load.latent_shape[1] - numbers[fewest] - 1) + 1} would fit, or a smaller size"
     return "fewer frames would not help; a smaller size or more memory would"

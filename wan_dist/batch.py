@@ -14,7 +14,7 @@ from torch import Tensor
 from wan_dist.chronicle import Chronicle, add_sheet
 from wan_dist.config import RunConfig
 from wan_dist.encode import embed
-from wan_dist.errors import first_line
+from wan_dist.errors import first_line, told
 from wan_dist.events import Events, in_words
 from wan_dist.generate import Video, begin, complete, make_latents
 from wan_dist.jobs import Job
@@ -294,7 +294,7 @@ class Batch:
         if not self.is_first:
             free_memory()
             return
-        message = "another rank of its replica failed" if fault is None else f"{type(fault).__name__}: {first_line(fault)}"
+        message = "another rank of its replica failed" if fault is None else told(f"{type(fault).__name__}: {first_line(fault)}")
         report.facts |= {"status": FAILED, "error": message}
         report.save(self.folder / f"{item.name}.json")
         self.ledger.unlock(item.name)

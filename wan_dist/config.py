@@ -3,16 +3,21 @@
 Errors that cross fields belong to ``plan.py``. Strings such as ``size`` are parsed here, once.
 """
 
+import math
 import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields, is_dataclass
+from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from wan_dist.errors import InputError, nearest
+from wan_dist.errors import InputError, nearest, printable
 
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float32")
@@ -27,6 +32,14 @@ T5_PLACES = ("gpu", "stream", "cpu")
 PASSES = ("together", "apart")
 DEVICES = ("auto", "cuda", "cpu")
 NOISE_DEVICES = ("cpu", "cuda")
+MOST_STEPS = 1000
+MOST_CHARACTERS = 2**20
+_MOST_SECONDS = 365 * 86400
+_MOST_FPS = 1000
+_MOST_BYTES_OF_NAME = 200
+"""Of the 255 that file systems allow: files have suffixes, the longest where a run was ended, and are written under other names."""
+_PROMPTS = ("prompt", "negative_prompt")
+_PATHS = ("ckpt_dir", "dit_file", "image", "first_frame", "last_frame", "latents", "jobs", "cache.dir", "output.dir", "output.events")
 
 
 def _key(default: Any, text: str) -> Any:
@@ -38,9 +51,25 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
 
 
+def _check_path(key: str, value: str) -> None:
+    if not value.strip():
+        raise InputError(f"{key} is empty; leave it out, or say which {'folder' if key.endswith('dir') else 'file'}")
+    try:
+        for path in value.split(",") if key == "dit_file" else [value]:
+            Path(path.strip()).expanduser()
+    except RuntimeError:
+        raise InputError(f"{key}={value}: there is no user of this name, whose home it would be in; ./~ begins a name with ~") from None
+
+
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{key}={value} is not one of {', '.join(choices)}{nearest(value, choices)}")
+
+
+def _check_above_0(key: str, value: float | None, unit: str = "", hint: str = "") -> None:
+    if value is not None and not 0 < value < math.inf:
+        what = "above 0" if value <= 0 else "finite"
+        raise InputError(f"{key}={value}: it must be {what}{unit and ', in '}{unit}{hint}")
 
 
 @dataclass(kw_only=True)
@@ -56,8 +85,9 @@ class SampleConfig:
         _check_choice("sample.solver", self.solver, SOLVERS)
         if self.steps < 1:
             raise InputError(f"sample.steps={self.steps}: at least 1 step is needed")
-        if self.shift is not None and self.shift <= 0:
-            raise InputError(f"sample.shift={self.shift}: it must be above 0 (published defaults are 3.0 to 16.0)")
+        if self.steps > MOST_STEPS:
+            raise InputError(f"sample.steps={self.steps}: the models know {MOST_STEPS} noise levels, so more steps do nothing")
+        _check_above_0("sample.shift", self.shift, hint=" (published defaults are 3.0 to 16.0)")
         self.guide_scales()
 
     def guide_scales(self) -> tuple[float, float]:
@@ -65,6 +95,8 @@ class SampleConfig:
         scales = self.guide_scale if isinstance(self.guide_scale, list) else [self.guide_scale] * 2
         if len(scales) != 2 or any(isinstance(scale, bool) or not isinstance(scale, int | float) for scale in scales):
             raise InputError(f"sample.guide_scale={self.guide_scale} is neither a number nor [low, high], e.g. 5.0 or [3.0,4.0]")
+        if not all(abs(scale) <= sys.float_info.max for scale in scales):
+            raise InputError(f"sample.guide_scale={self.guide_scale}: it must be finite, e.g. 5.0")
         return float(scales[0]), float(scales[1])
 
 
@@ -83,8 +115,9 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         _check_choice("parallel.usp", self.usp, USP_IMPLEMENTATIONS)
         for key in ("timeout", "load_timeout"):
-            if (limit := getattr(self, key)) <= 0:
-                raise InputError(f"parallel.{key}={limit}: it must be above 0, in seconds")
+            _check_above_0(f"parallel.{key}", limit := getattr(self, key), "seconds")
+            if limit > _MOST_SECONDS:
+                raise InputError(f"parallel.{key}={limit}: more than {_MOST_SECONDS} s, a year, cannot be waited")
 
 
 @dataclass(kw_only=True)
@@ -116,8 +149,7 @@ class MemoryConfig:
         if self.slice_tokens is not None and self.slice_tokens < 1:
             raise InputError(f"memory.slice_tokens={self.slice_tokens}: at least 1 token is needed")
         for key in ("budget_gib", "host_budget_gib"):
-            if (limit := getattr(self, key)) is not None and limit <= 0:
-                raise InputError(f"memory.{key}={limit}: it must be above 0, in GiB")
+            _check_above_0(f"memory.{key}", getattr(self, key), "GiB")
 
 
 @dataclass(kw_only=True)
@@ -130,12 +162,10 @@ class CacheConfig:
     threshold: float | None = _key(None, "how much may have changed before a step is computed again; null: easy 0.05, tea as published")
 
     def __post_init__(self) -> None:
-        if self.size_gib <= 0:
-            raise InputError(f"cache.size_gib={self.size_gib}: it must be above 0, in GiB; cache.dir=null keeps nothing")
+        _check_above_0("cache.size_gib", self.size_gib, "GiB", "; cache.dir=null keeps nothing")
         if self.steps is not None:
             _check_choice("cache.steps", self.steps, STEP_CACHES)
-        if self.threshold is not None and self.threshold <= 0:
-            raise InputError(f"cache.threshold={self.threshold}: it must be above 0, e.g. 0.05; cache.steps=null computes every step")
+        _check_above_0("cache.threshold", self.threshold, hint=", e.g. 0.05; cache.steps=null computes every step")
 
     def folder(self) -> Path | None:
         """Return the folder, None if nothing is kept."""
@@ -144,6 +174,14 @@ class CacheConfig:
         if self.dir == "auto":
             return user_cache() / "prompts"
         return Path(self.dir).expanduser()
+
+
+def check_name(key: str, name: str) -> None:
+    """Raise InputError unless files can be called ``name``, with the suffixes that they get, and a terminal shows it as it is."""
+    if not name.strip() or "/" in name or name.startswith(".") or printable(name) != name:
+        raise InputError(f"{key}={name!r} must be a plain file name without control characters; folders go into output.dir")
+    if (length := len(name.encode())) > _MOST_BYTES_OF_NAME:
+        raise InputError(f"{key}={name[:40]}... has {length} bytes; with suffixes there is room for {_MOST_BYTES_OF_NAME}")
 
 
 @dataclass(kw_only=True)
@@ -157,8 +195,8 @@ class OutputConfig:
     save_tensor: bool = _key(False, "also save the frames as safetensors: video, float32 (3, F, H, W) in [-1, 1]")
 
     def __post_init__(self) -> None:
-        if self.name is not None and (not self.name or "/" in self.name or self.name.startswith(".")):
-            raise InputError(f"output.name={self.name!r} must be a plain file name; folders go into output.dir")
+        if self.name is not None:
+            check_name("output.name", self.name)
 
 
 @dataclass(kw_only=True)
@@ -196,6 +234,7 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
+        self._check_texts()
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("quant", self.quant, QUANTIZATIONS)
         _check_choice("attention", self.attention, ATTENTION_BACKENDS)
@@ -204,19 +243,43 @@ class RunConfig:
         self.width_height()
         if self.fps < 1:
             raise InputError(f"fps={self.fps}: at least 1 frame a second is needed")
+        if self.fps > _MOST_FPS:
+            raise InputError(f"fps={self.fps}: players show {_MOST_FPS} frames a second at most")
         if self.seed < -1:
             raise InputError(f"seed={self.seed}: use a number from 0 on, or -1 to have one drawn")
+        if self.seed >= 2**64:
+            raise InputError(f"seed={self.seed}: the largest is 2^64 - 1")
         if self.max_area is not None and self.max_area < 1:
             raise InputError(f"max_area={self.max_area}: it must be above 0, in pixels")
         if self.prompt is not None and not self.prompt.strip():
             raise InputError('the prompt is empty; say what to show, e.g. prompt="two cats boxing on a stage"')
 
+    def _check_texts(self) -> None:
+        """Raise InputError for texts that cannot be written or be names of files."""
+        for key, value in ((key, get(self)) for key, get in _texts().items()):
+            if value is None:
+                continue
+            if re.search("[\ud800-\udfff]", value):  # what Python makes of bytes that are no UTF-8
+                raise InputError(f"{key}={value!r} is not UTF-8 text; the shell, or the file that it is from, has another encoding")
+            if key in _PROMPTS:
+                if len(value) > MOST_CHARACTERS:
+                    raise InputError(f"{key} has {len(value)} characters; models read the first 500 words, and {MOST_CHARACTERS} are taken")
+            elif "\0" in value:
+                raise InputError(f"{key}={value!r} has a NUL in it, which no name has")
+            if key in _PATHS:
+                _check_path(key, value)
+
     def width_height(self) -> tuple[int, int]:
         """Return ``size`` as (width, height) in pixels."""
-        match = re.fullmatch(r"(\d+)[*xX×](\d+)", self.size.strip())
-        if not match or "0" in match.groups():
+        match = re.fullmatch(r"([1-9][0-9]{0,9})[*xX×]([1-9][0-9]{0,9})", self.size.strip())
+        if not match:
             raise InputError(f"size={self.size} is not width*height, e.g. size=832*480")
         return int(match[1]), int(match[2])
+
+
+@cache
+def _texts() -> dict[str, Callable[[RunConfig], str | None]]:
+    return {key: attrgetter(key) for key, item in leaf_fields().items() if item.type in (str, str | None)}
 
 
 def leaf_fields(schema: type = RunConfig, prefix: str = "") -> dict[str, Field[Any]]:

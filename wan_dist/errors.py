@@ -1,6 +1,7 @@
 """The one error class that means "the user can fix this"."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -18,3 +19,18 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def first_line(fault: object) -> str:
     """Return the first line of an error's message, or of another text; its type where there is none."""
     return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+
+
+_OBEYED = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""What a terminal obeys rather than shows: control characters, ends of lines, changes of direction; and halves of characters."""
+
+
+def printable(text: str) -> str:
+    r"""Return ``text`` in one line that a terminal shows as it is: what it would obey is escaped, as ``\x1b``."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def told(fault: object) -> str:
+    """Return an error as it is told in a terminal: printable, and without the middle of what is very long."""
+    text = printable(str(fault))
+    return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"

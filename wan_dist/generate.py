@@ -17,6 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from wan_dist import vae
 from wan_dist.config import RunConfig
 from wan_dist.encode import encode
+from wan_dist.errors import InputError
 from wan_dist.experts import Experts
 from wan_dist.kept import Kept, Progress
 from wan_dist.log import keep_log, logger
@@ -101,7 +102,7 @@ def begin(session: Session, config: RunConfig, plan: Plan, report: Report, kept:
 def make_latents(video: Video) -> Tensor:
     """Return the latents (C, T, h, w), float32, on every rank, when the first one has them on disk."""
     if video.config.latents is not None:
-        return load_file(video.latents_file)["latents"].to(video.session.device)
+        return _given_latents(video.latents_file).to(video.session.device)
     latents = _denoised(video)
     if video.is_first:
         save_tensors(video.latents_file, {"latents": latents.cpu()}, {"digest": video.kept.digest})
@@ -130,6 +131,13 @@ def complete(video: Video, latents: Tensor, *, beside: bool = False) -> None:
         raise
     if video.is_first:
         _finish(video)
+
+
+def _given_latents(file: Path) -> Tensor:
+    latents = load_file(file)["latents"].float()
+    if not torch.isfinite(latents).all():
+        raise InputError(f"latents={file} are not finite: the video would be black")
+    return latents
 
 
 def _finish(video: Video) -> None:

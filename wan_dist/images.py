@@ -1,11 +1,16 @@
 """Images as people have them -> plain 8-bit RGB, and the video sizes that keep their aspect. No torch."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from wan_dist.errors import InputError
+from wan_dist.errors import InputError, first_line
+from wan_dist.reading import UnreadableError, check_file
+
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
+"""Not all that Pillow knows: for PostScript it would run a program."""
 
 
 def read_image(file: str, key: str) -> Image.Image:
@@ -15,19 +20,32 @@ def read_image(file: str, key: str) -> Image.Image:
     """
     path = Path(file).expanduser()
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            image.load()
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"{key}={file}: there is no such file") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
-        raise InputError(f"{key}={file} cannot be read as an image ({str(fault).splitlines()[0]}); JPEG, PNG and WebP can") from None
+        check_file(path)
+    except UnreadableError as fault:
+        raise InputError(f"{key}={file}: there is no such file ({fault})") from None
+    try:
+        image = _upright(path)
+    except Exception as fault:  # Pillow's readers raise many types for what is broken
+        raise InputError(f"{key}={file} cannot be read as an image ({first_line(fault)}); JPEG, PNG and WebP can") from None
     if image.mode.startswith("I"):  # 16 bits in one channel, which Pillow would clip rather than scale
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _upright(path: Path) -> Image.Image:
+    """Read an image; an orientation that cannot be read is none."""
+    Image.init()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large images, of which the largest are errors, and of broken EXIF
+        with Image.open(path, formats=[form for form in _FORMATS if form in Image.OPEN]) as opened:
+            opened.load()
+            try:
+                return ImageOps.exif_transpose(opened)
+            except Exception:
+                return opened.copy()
 
 
 def size_of_area(width: int, height: int, area: int, multiple: tuple[int, int]) -> tuple[int, int]:
@@ -68,7 +86,10 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == size:
         return image
     scale = max(size[0] / image.width, size[1] / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
+    whole = (round(image.width * scale), round(image.height * scale))
+    if whole[0] * whole[1] > (Image.MAX_IMAGE_PIXELS or 2**30):
+        raise InputError(f"an image of {image.width}x{image.height} cannot be cut to {size[0]}x{size[1]}: their shapes are too different")
+    image = image.resize(whole, Image.Resampling.LANCZOS)
     left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
     return image.crop((left, top, left + size[0], top + size[1]))
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wan_dist.arguments import is_text, quote, quoted
+from wan_dist.arguments import check_key, is_text, quote, quoted
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
+from wan_dist.log import logger
+from wan_dist.reading import UnreadableError, read_text
 
 ALIASES = {
     "name": "output.name",
@@ -27,6 +29,8 @@ _OF_THE_RUN = ("jobs", "retry_failed", "device", "parallel", "fsdp", "output.dir
 _FILES = ("image", "first_frame", "last_frame", "latents")
 _PLAIN = {"prompt": str, "negative_prompt": str, "image": str, "first_frame": str, "last_frame": str, "seed": int, "output.name": str}
 """Keys that change nothing else, and the types of their values: their jobs share what Hydra composes, which takes a while."""
+
+_MOST_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -59,26 +63,26 @@ class Job:
 def read_jobs(file: Path) -> list[Job]:
     """Return the jobs of a file: of .jsonl an object of settings a line, of .csv a row, with keys in the first, of others a prompt a line.
 
-    Empty lines are left out. Images and ``@file.txt`` are sought beside the file. Where a job gives no name, its results are named
+    Empty lines are left out, and those that are the same as others. Images and ``@file.txt`` are sought beside the file. Where a job gives no name, its results are named
     after its prompt and a digest of its settings, so that lines may be added before it. Raises InputError, with the line, for what
     cannot be read; keys and values are checked as they are used.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as fault:
-        why = getattr(fault, "strerror", None) or "it is not UTF-8 text"
-        raise InputError(f"{file} cannot be read as a file of jobs: {why}") from None
+        text = read_text(file, most=_MOST_BYTES)
+    except UnreadableError as fault:
+        raise InputError(f"{file} cannot be read as a file of jobs: {fault}") from None
     read = {".jsonl": _objects, ".csv": _rows}.get(file.suffix.lower(), _prompts)
     jobs = [Job(file, line, _settled(entry, file, line)) for line, entry in read(text, file)]
     if not jobs:
         raise InputError(f"{file} holds no jobs; it should have a prompt a line, or be .jsonl or .csv")
-    before: dict[object, Job] = {}
+    found: dict[str, Job] = {}
     for job in jobs:
-        if (other := before.setdefault(job.values["output.name"], job)) is not job:
-            if job.values == other.values:
-                raise InputError(f"{job.place}: the same as line {other.line}; leave one out, or give it a name or seed of its own")
-            raise InputError(f"{job.place}: output.name={job.values['output.name']} is that of line {other.line} too")
-    return jobs
+        plain = str(job.values["output.name"]).removesuffix(".mp4").removesuffix(".png")  # as results are named
+        if (other := found.setdefault(plain, job)).values != job.values:
+            raise InputError(f"{job.place}: output.name={plain} is that of line {other.line} too")
+    if len(found) < len(jobs):
+        logger.info("note      %s: lines that are the same as others, %d, are made once", file, len(jobs) - len(found))
+    return list(found.values())
 
 
 def configs_of(jobs: Iterable[Job], settings: Sequence[str], compose: Callable[[list[str]], RunConfig]) -> Iterator[tuple[Job, RunConfig]]:
@@ -99,7 +103,7 @@ def configs_of(jobs: Iterable[Job], settings: Sequence[str], compose: Callable[[
 
 
 def _prompts(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield number, {"prompt": line.strip()}
 
@@ -109,7 +113,7 @@ def _objects(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
         except (ValueError, RecursionError) as fault:
             raise InputError(f"{file}, line {number}: not JSON ({fault})") from None
         if not isinstance(entry, dict):
@@ -117,10 +121,24 @@ def _objects(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
         yield number, entry
 
 
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
+    return found
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
 def _rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         keys = [key.strip() for key in next(reader, [])]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise InputError(f"{file}, line 1: the key {twice[0]} is given twice")
         while True:
             number = reader.line_num + 1
             row = next(reader, None)
@@ -130,8 +148,8 @@ def _rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
                 continue
             if len(row) != len(keys):
                 raise InputError(f"{file}, line {number}: {len(row)} values for the {len(keys)} keys of the first line")
-            cells = {key: value for key, value in zip(keys, row, strict=True) if value}
-            yield number, {key: int(value) if key == "seed" and value.isdecimal() else value for key, value in cells.items()}
+            found = [(key, value) for key, value in zip(keys, row, strict=True) if value]
+            yield number, {key: int(value) if key == "seed" and re.fullmatch("[0-9]{1,20}", value) else value for key, value in found}
     except csv.Error as fault:
         raise InputError(f"{file}, line {reader.line_num}: not a table ({fault})") from None
 
@@ -141,13 +159,15 @@ def _settled(entry: dict[str, object], file: Path, line: int) -> dict[str, objec
     entry = {ALIASES.get(key, key): value for key, value in entry.items()}
     found = dict(entry)
     for key, value in entry.items():
-        if isinstance(value, dict):
-            raise InputError(f"{file}, line {line}: {key} is an object; write its keys with dots, as sample.steps")
+        try:
+            _check(key, value)
+        except InputError as fault:
+            raise InputError(f"{file}, line {line}: {fault}") from None
         if isinstance(value, str) and key in _FILES:
-            found[key] = str(file.parent / Path(value).expanduser())
+            found[key] = _beside(file, value)
         elif isinstance(value, str) and key in ("prompt", "negative_prompt") and value.startswith("@"):
-            found[key] = f"@{file.parent / Path(value[1:]).expanduser()}"
-    if "output.name" not in found:
+            found[key] = f"@{_beside(file, value[1:])}"
+    if found.get("output.name") is None:
         digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]
         found["output.name"] = "-".join(part for part in (words_of(str(entry.get("prompt", ""))), digest) if part)
     return found
@@ -156,6 +176,22 @@ def _settled(entry: dict[str, object], file: Path, line: int) -> dict[str, objec
 def words_of(prompt: str) -> str:
     """Return the beginning of a prompt as part of a file's name."""
     return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")
+
+
+def _beside(file: Path, name: str) -> str:
+    return name if name.startswith("~") else str(file.parent / name)
+
+
+def _check(key: str, value: object) -> None:
+    """Raise InputError for what is no setting, or no value of one. A file of jobs holds data: nothing in it is computed."""
+    if isinstance(value, dict):
+        raise InputError(f"{key} is an object; write its keys with dots, as sample.steps")
+    check_key(key)
+    if is_text(key):
+        if isinstance(value, bool | list):
+            raise InputError(f"{key}={json.dumps(value)} is not a text; write it in quotes")
+    elif "${" in json.dumps(value):
+        raise InputError(f"{key}={json.dumps(value)} has ${{ in it, and takes a value as it is")
 
 
 def _setting(key: str, value: object) -> str:

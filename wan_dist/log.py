@@ -5,6 +5,8 @@ import os
 import sys
 from pathlib import Path
 
+from wan_dist.errors import printable
+
 logger = logging.getLogger("wan_dist")
 ANNOUNCEMENT = logging.INFO + 5
 """The level of what every replica says, not only the first one."""
@@ -41,4 +43,11 @@ def keep_log(folder: Path) -> None:
 def _form() -> logging.Formatter:
     several_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
     rank = f" rank {os.environ.get('RANK', '0')}" if several_ranks else ""
-    return logging.Formatter(f"[%(asctime)s{rank}] %(message)s", datefmt="%H:%M:%S")
+    return _Printable(f"[%(asctime)s{rank}] %(message)s", datefmt="%H:%M:%S")
+
+
+class _Printable(logging.Formatter):
+    """Names of files and prompts are others' text, which a terminal must not obey; tracebacks keep their lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(printable(line) for line in super().format(record).split("\n"))

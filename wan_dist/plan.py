@@ -1,6 +1,5 @@
 """RunConfig + task -> Plan: every derived number and every error that crosses fields. No torch, so that it answers at once."""
 
-import json
 import os
 import random
 from collections.abc import Callable
@@ -8,11 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
 from wan_dist.arrangement import Budget, arrange, arrange_vae, budget_of
 from wan_dist.catalog import AREA_480P, TASKS, Images, Task, TeaFit, get_task
-from wan_dist.config import EIGHT_BIT_ATTENTION, RunConfig
+from wan_dist.config import EIGHT_BIT_ATTENTION, MOST_CHARACTERS, RunConfig, check_name
 from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
 from wan_dist.dims import ModelDims
 from wan_dist.errors import InputError
@@ -20,7 +18,11 @@ from wan_dist.footprint import Arrangement, Load, Use, footprint
 from wan_dist.hardware import Hardware
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
 from wan_dist.jobs import words_of
+from wan_dist.latents import LONGEST_SIDE, size_of_latents
+from wan_dist.reading import UnreadableError, read_object, read_text
 from wan_dist.ways import Way
+
+_MOST_FRAMES = 10**6 + 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
     images: tuple[Image.Image, ...] = ()
     size_note, frame_num = "", config.frame_num
     if config.latents is not None:
-        width, height, frame_num = _size_of_latents(config.latents, task)
+        width, height, frame_num = size_of_latents(config.latents, task)
     else:
         images = _any_images(config, task) if is_rehearsal else _read_images(config, task)
         width, height, size_note = _video_size(config, task, images)
@@ -206,9 +208,9 @@ def _num_heads(config: RunConfig, task: Task) -> int:
     if config.ckpt_dir is not None:
         for place in (".", "high_noise_model", "transformer"):
             try:
-                found = json.loads((Path(config.ckpt_dir).expanduser() / place / "config.json").read_text(encoding="utf-8"))
+                found = read_object(Path(config.ckpt_dir).expanduser() / place / "config.json")
                 return int(found.get("num_heads") or found["num_attention_heads"])
-            except (OSError, ValueError, KeyError, AttributeError):
+            except (ValueError, KeyError, TypeError):
                 continue  # whatever is wrong with the folder is said when it is opened
     return task.transformer.num_heads
 
@@ -330,12 +332,16 @@ def _check_frames(frame_num: int, task: Task) -> None:
     if frame_num < 1 or (frame_num - 1) % stride:
         below = max(frame_num - 1, 0) // stride * stride + 1
         raise InputError(f"frame_num={frame_num} is not {stride}n + 1; the nearest that work are {below} and {below + stride}")
+    if frame_num > _MOST_FRAMES:
+        raise InputError(f"frame_num={frame_num}: more than {_MOST_FRAMES} frames are not made in one video")
     if task.images is Images.FIRST_AND_LAST and frame_num == 1:
         raise InputError(f"frame_num=1: a first and a last frame need at least frame_num={stride + 1}")
 
 
 def _check_size(width: int, height: int, task: Task) -> None:
     across, down = task.multiple
+    if max(width, height) > LONGEST_SIDE:
+        raise InputError(f"size={width}*{height}: H.264 has {LONGEST_SIDE} pixels a side at most")
     if width % across == 0 and height % down == 0:
         return
     smaller = f"{max(width // across, 1) * across}*{max(height // down, 1) * down}"
@@ -350,11 +356,13 @@ def _text(key: str, value: str | None) -> str | None:
     """Return the text, or the contents of the file after ``@``."""
     if value is None or not value.startswith("@"):
         return value
-    path = Path(value[1:]).expanduser()
     try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as fault:
-        raise InputError(f"{key}={value}: cannot read {path} ({getattr(fault, 'strerror', None) or 'it is not UTF-8 text'})") from None
+        path = Path(value[1:]).expanduser()
+        text = read_text(path, most=MOST_CHARACTERS).strip()
+    except UnreadableError as fault:
+        raise InputError(f"{key}={value}: cannot read {path} ({fault})") from None
+    except RuntimeError as fault:
+        raise InputError(f"{key}={value}: {fault}") from None
     if not text and key == "prompt":
         raise InputError(f"{key}={value}: the file is empty")
     return text
@@ -364,17 +372,7 @@ def _file_name(config: RunConfig, prompt: str | None, seed: int) -> str:
     if config.output.name is not None:
         return config.output.name.removesuffix(".mp4").removesuffix(".png")
     if config.latents is not None:
-        return Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
+        name = Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
+        check_name("output.name (from latents)", name)
+        return name
     return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed)) if part)
-
-
-def _size_of_latents(file: str, task: Task) -> tuple[int, int, int]:
-    """Return width, height and frames of the video that kept latents hold."""
-    try:
-        with safe_open(Path(file).expanduser(), framework="numpy") as tensors:
-            shape = tensors.get_slice("latents").get_shape()
-    except (OSError, SafetensorError) as fault:
-        raise InputError(f"latents={file} cannot be read as kept latents: {fault}") from None
-    if len(shape) != 4 or shape[0] != task.latent_channels:
-        raise InputError(f"latents={file} has shape {tuple(shape)}; {task.name} needs ({task.latent_channels}, T, h, w)")
-    return shape[3] * task.stride[2], shape[2] * task.stride[1], (shape[1] - 1) * task.stride[0] + 1

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from wan_dist.arguments import prepare, require_task
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, register_configs
-from wan_dist.errors import InputError
+from wan_dist.errors import InputError, told
 from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
 from wan_dist.log import logger, open_log
@@ -162,7 +162,9 @@ def readable(fault: Exception) -> str:
     cause = fault.__cause__ if isinstance(fault.__cause__, OmegaConfBaseException) else fault  # Hydra's own says less
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return f"{key}: {lines[0]}" if key else lines[0]
+    what = f"{key}: {lines[0]}" if key else lines[0]
+    is_of_several = what.startswith(("Ambiguous value", "Sweep parameters"))  # Hydra's advice is for what is not done here
+    return f"{what.partition(' requires')[0]}: a setting takes one value" if is_of_several else what
 
 
 def _described(fault: Exception) -> str:
@@ -175,6 +177,7 @@ def _described(fault: Exception) -> str:
 
 
 def _fail(code: int, message: str, kind: str = "error: ") -> int:
+    message = told(message)
     if kind or os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"wan_dist: {kind}{message}\n")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with the first failing rank's message

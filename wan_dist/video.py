@@ -64,7 +64,7 @@ def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: in
     try:
         with written_aside(path) as aside:
             _encode(aside, iter(chunks), fps)
-            found, _ = imageio_ffmpeg.count_frames_and_secs(str(aside))
+            found, _ = imageio_ffmpeg.count_frames_and_secs(str(aside.absolute()))
             if found != num_frames:
                 raise SaveError(f"cannot write {path}: it has {found} frames, not {num_frames}")
     except OSError as fault:
@@ -82,7 +82,7 @@ def _encode(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
     first = next(chunks)
     height, width = first.shape[1:3]
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
-    command = [_ffmpeg(), "-y", "-loglevel", "error", *source, *_ENCODING, str(path)]
+    command = [_ffmpeg(), "-y", "-loglevel", "error", *source, *_ENCODING, str(path.absolute())]
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors) as ffmpeg,
@@ -152,7 +152,8 @@ def check_output(folder: Path, *, width: int, height: int, fps: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
     except OSError as fault:
-        raise InputError(f"output.dir={folder} cannot be written: {fault.strerror}; choose another output.dir") from None
+        why = "it is a file" if isinstance(fault, FileExistsError) else fault.strerror
+        raise InputError(f"output.dir={folder} cannot be written: {why}; choose another output.dir") from None
     try:
         save_video(probe, [torch.zeros(2, height, width, 3, dtype=torch.uint8)], fps=fps, num_frames=2)
     except SaveError as fault:

@@ -32,6 +32,7 @@ class FilesOf(TensorFiles):
 
     def __init__(self, model: nn.Module) -> None:
         self.paths = (Path(type(model).__name__),)
+        self.not_floats: dict[str, str] = {}
         self.shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors", "dims", "aside", "quoting"},
+    {"reading"},
     {"catalog", "log", "launcher", "preemption", "streaming", "gallery"},
     {"network"},
     {"config", "degrees"},
     {"ways", "hardware"},
     {"footprint"},
     {"arrangement"},
-    {"images", "arguments", "models"},
+    {"images", "latents", "arguments", "models"},
     {"jobs", "work"},
     {"plan"},
     {"record", "replicas", "room", "chronicle"},

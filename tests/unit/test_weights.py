@@ -46,6 +46,7 @@ class Manifest(TensorFiles):
         self.config = content.get("config") or {}
         self.num_params = content["num_params"]
         self.paths = (Path(name),)
+        self.not_floats: dict[str, str] = {}
         self.shapes: dict[str, Shape] = {key: tuple(shape) for key, shape in content["tensors"].items()}
 
 

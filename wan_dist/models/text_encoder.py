@@ -36,8 +36,8 @@ def build_text_encoder(dims: TextEncoderDims, dtype: torch.dtype) -> nn.Module:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a local folder."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    """Return the tokenizer in a local folder; code that the folder may hold is not run, nor is it asked whether it should be."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: int) -> list[int]:

@@ -17,6 +17,7 @@ from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder, load_tokenizer
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
+from wan_dist.reading import UnreadableError, check_file
 from wan_dist.streaming import Streaming, stream_blocks
 from wan_dist.weights import dims as read_dims
 from wan_dist.weights.files import TensorFiles
@@ -123,6 +124,8 @@ def open_checkpoint(folder: Path, task: Task, dtype: torch.dtype, *, transformer
         tokenizer=_tokenizer(layout.tokenizer),
     )
     _check_task(checkpoint, task)
+    if (words := len(checkpoint.tokenizer)) > (rows := checkpoint.text_encoder.dims.vocab_size):
+        raise InputError(f"{layout.tokenizer} has {words} words, and {checkpoint.text_encoder.files} {rows}: they do not belong together")
     return checkpoint
 
 
@@ -171,6 +174,11 @@ def _check_task(checkpoint: Checkpoint, task: Task) -> None:
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
+        for file in folder.iterdir():
+            if not file.is_dir():
+                check_file(file)
         return load_tokenizer(folder)
+    except UnreadableError as fault:
+        raise InputError(f"{file} cannot be read: {fault}; download it again") from None
     except Exception as fault:  # transformers and tokenizers raise many types, tokenizers even the bare one
         raise InputError(f"{folder} holds no tokenizer that can be read; download it again ({first_line(fault)})") from None

@@ -3,20 +3,26 @@
 import ctypes
 import json
 import mmap
+import pickle
+import re
 import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan_dist.errors import InputError, first_line
+from wan_dist.reading import UnreadableError, check_file, read_object
 
 Shape = tuple[int, ...]
 
 _LIBC = ctypes.CDLL(None)
+_MOST_BYTES_OF_HEADER = 100_000_000
+"""As the safetensors library has it."""
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class TensorFiles:
@@ -29,12 +35,23 @@ class TensorFiles:
         self.paths = tuple(paths)
         self.bytes_read = 0
         self.shapes: dict[str, Shape] = {}
+        self.not_floats: dict[str, str] = {}
+        """Tensors that cannot be weights, and the types of their numbers."""
         self._fp8: set[str] = set()
         self._readers: dict[str, Any] = {}
+        owners: dict[str, Path] = {}
         for path in self.paths:
-            reader, shapes, fp8 = _open_safetensors(path) if path.suffix == ".safetensors" else (*_open_pickle(path), set())
+            try:
+                check_file(path)
+            except UnreadableError as fault:
+                raise InputError(f"{path} cannot be read: {fault}; is the download complete?") from None
+            reader, shapes, types = (_open_safetensors if path.suffix == ".safetensors" else _open_pickle)(path)
+            if twice := next((name for name in shapes if name in owners), None):
+                raise InputError(f"{owners[twice]} and {path.name} both hold {twice}; remove the file that is not of this checkpoint")
+            owners |= dict.fromkeys(shapes, path)
             self.shapes |= shapes
-            self._fp8 |= fp8
+            self.not_floats |= {name: type_ for name, type_ in types.items() if type_ not in _FLOATS}
+            self._fp8 |= {name for name, type_ in types.items() if type_ == "F8_E4M3"}
             self._readers |= dict.fromkeys(shapes, reader)
 
     def read(self, name: str) -> Tensor:
@@ -81,7 +98,7 @@ def open_sharded(folder: Path, stem: str) -> TensorFiles:
     """Open ``stem.safetensors``, or the shards that ``stem.safetensors.index.json`` lists; raises InputError if one is missing."""
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = _shards(index)
         missing = [shard for shard in shards if not (folder / shard).exists()]
         if missing:
             raise InputError(f"{folder}: {len(missing)} of the {len(shards)} shards in {index.name} are missing: {first_ten(missing)}")
@@ -92,17 +109,35 @@ def open_sharded(folder: Path, stem: str) -> TensorFiles:
     return TensorFiles(paths)
 
 
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index lists; raises InputError for others than those of its own folder."""
+    places = read_object(index).get("weight_map")
+    names = list(places.values()) if isinstance(places, dict) else []
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{index} has no weight_map from tensors to files; download it again")
+    for name in names:
+        if Path(name).name != name:
+            raise InputError(f"{index} names {name}, which is outside its folder; download it again")
+        if not name.endswith(".safetensors"):
+            raise InputError(f"{index} names {name}, which is no .safetensors file; download it again")
+    return sorted(set(names))
+
+
 def first_ten(items: Sequence[str]) -> str:
     """Return the first ten items and how many more there are."""
     more = f" and {len(items) - 10} more" if len(items) > 10 else ""
     return ", ".join(items[:10]) + more
 
 
-def _open_safetensors(path: Path) -> tuple[Any, dict[str, Shape], set[str]]:
+def _open_safetensors(path: Path) -> tuple[Any, dict[str, Shape], dict[str, str]]:
+    """Return what reads tensors, their shapes and types."""
     header = _read_header(path)
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    fp8 = {name for name, entry in entries.items() if entry["dtype"] == "F8_E4M3"}
-    return safe_open(path, framework="pt"), {name: tuple(entry["shape"]) for name, entry in entries.items()}, fp8
+    try:
+        reader = safe_open(path, framework="pt")  # checks that the tensors fill the file one after the other
+        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+        return reader, {name: tuple(entry["shape"]) for name, entry in entries}, {name: entry["dtype"] for name, entry in entries}
+    except (SafetensorError, OSError, KeyError, TypeError) as fault:
+        raise InputError(f"{path} has no readable safetensors header; download it again ({first_line(fault)})") from None
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -114,25 +149,43 @@ def _read_header(path: Path) -> dict[str, Any]:
             raise InputError(f"{path} is a Git LFS pointer, not the weights; fetch them with `git lfs pull` or `hf download`")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         try:
-            header: dict[str, Any] = json.loads(file.read(length) if 0 < length < size else b"")
-        except ValueError:
-            raise InputError(f"{path} ({size} bytes) has no readable safetensors header; download it again") from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
+            content = file.read(length) if 0 < length < min(size, _MOST_BYTES_OF_HEADER) else b""
+            header: dict[str, Any] = json.loads(content, object_pairs_hook=_once)
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            expected = 8 + length + max(ends, default=0)
+        except (ValueError, RecursionError, TypeError, AttributeError, KeyError, IndexError) as fault:
+            why = f" ({fault})" if isinstance(fault, _TwiceError) else ""
+            raise InputError(f"{path} ({size} bytes) has no readable safetensors header; download it again{why}") from None
     if size < expected:
         raise InputError(f"{path} is truncated: {size} of {expected} bytes; download it again")
     return header
 
 
-def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Shape]]:
+class _TwiceError(ValueError):
+    pass
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse two tensors of a name: which of them is meant would be a guess."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _TwiceError("a name is given twice")
+    return found
+
+
+def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Shape], dict[str, str]]:
+    """Return tensors, their shapes and types; nothing that a pickle may hold besides is run."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing; is the download complete?") from None
     except Exception as fault:  # torch raises RuntimeError, UnpicklingError, EOFError or ValueError for a damaged file
-        raise InputError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; download it again ({first_line(fault)})"
-        ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        if isinstance(fault, pickle.UnpicklingError) and (found := re.search(r"(?:GLOBAL|class|global) ([\w.]+)", str(fault))):
+            why = f"it holds code, {found[1]}, which is not run (weights_only); take the weights as their publisher has them"
+        else:
+            why = f"download it again ({first_line(fault)})"
+        raise InputError(f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; {why}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()):
         raise InputError(f"{path} is not a plain dictionary of tensors")
-    return tensors, {name: tuple(value.shape) for name, value in tensors.items()}
+    if odd := [name for name, value in tensors.items() if value.layout != torch.strided or value.device.type != "cpu"]:
+        raise InputError(f"{path} is not a plain dictionary of tensors: {first_ten(odd)} is sparse, or without values")
+    types = {name: "F32" if value.is_floating_point() else str(value.dtype).removeprefix("torch.") for name, value in tensors.items()}
+    return tensors, {name: tuple(value.shape) for name, value in tensors.items()}, types

@@ -3,7 +3,6 @@
 Original: files at the top, transformers of two experts in folders of their own. Diffusers: a folder for each model.
 """
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from wan_dist.catalog import Task
 from wan_dist.errors import InputError
+from wan_dist.reading import read_object
 from wan_dist.weights import names
 from wan_dist.weights.files import TensorFiles, open_sharded
 from wan_dist.weights.names import KeyMap
@@ -35,13 +35,7 @@ class Part:
         """Return config, files and key map; headers are read, weights are not. Raises InputError for missing or damaged files."""
         config: dict[str, Any] = {}
         if self.config is not None:
-            path = self.folder / self.config
-            try:
-                config = json.loads(path.read_text(encoding="utf-8"))
-            except FileNotFoundError:
-                raise InputError(f"{path} is missing; is the download complete?") from None
-            except ValueError as fault:
-                raise InputError(f"{path} is not valid JSON: {fault}") from None
+            config = read_object(self.folder / self.config)
         is_file = self.file.endswith((".pth", ".safetensors"))
         files = TensorFiles([self.folder / self.file]) if is_file else open_sharded(self.folder, self.file)
         return config, files, self.keys(files.shapes)

@@ -23,7 +23,7 @@ def check_keys(models: Sequence[nn.Module], files: TensorFiles, keys: KeyMap) ->
     Shapes only: nothing is read.
     """
     wanted: set[str] = set()
-    missing, misshapen = [], []
+    missing, misshapen, mistyped = [], [], []
     for name, parameter in chain.from_iterable(model.named_parameters() for model in models):
         sources = keys.sources(name)
         for source in sources:
@@ -33,10 +33,17 @@ def check_keys(models: Sequence[nn.Module], files: TensorFiles, keys: KeyMap) ->
                 missing.append(source.key)
             elif not _fits(files.shapes[source.key], expected):
                 misshapen.append(f"{source.key} {files.shapes[source.key]}, not {expected}")
+            elif source.key in files.not_floats:
+                mistyped.append(f"{source.key} ({files.not_floats[source.key]})")
     unexpected = [key for key in files.shapes if key not in wanted and not keys.ignores(key)]
     faults = [
         f"{len(items)} {kind}: {first_ten(items)}"
-        for kind, items in (("missing", missing), ("unexpected", unexpected), ("of the wrong shape", misshapen))
+        for kind, items in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of the wrong shape", misshapen),
+            ("of numbers that are no floats", mistyped),
+        )
         if items
     ]
     if faults:
