@@ -63,9 +63,9 @@ class Job:
 def read_jobs(file: Path) -> list[Job]:
     """Return the jobs of a file: of .jsonl an object of settings a line, of .csv a row, with keys in the first, of others a prompt a line.
 
-    Empty lines are left out, and those that are the same as others. Images and ``@file.txt`` are sought beside the file. Where a job gives no name, its results are named
-    after its prompt and a digest of its settings, so that lines may be added before it. Raises InputError, with the line, for what
-    cannot be read; keys and values are checked as they are used.
+    Empty lines are left out, and those that are the same as others. Images and ``@file.txt`` are sought beside the file. Where a job
+    gives no name, its results are named after its prompt and a digest of its settings, so that lines may be added before it. Raises
+    InputError, with the line, for what cannot be read; keys and values are checked as they are used.
     """
     try:
         text = read_text(file, most=_MOST_BYTES)
