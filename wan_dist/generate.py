@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from wan_dist import vae
 from wan_dist.config import RunConfig
 from wan_dist.encode import encode
-from wan_dist.errors import InputError
+from wan_dist.errors import InputError, first_line
 from wan_dist.experts import Experts
 from wan_dist.kept import Kept, Progress
 from wan_dist.log import keep_log, logger
@@ -120,11 +120,13 @@ def complete(video: Video, latents: Tensor, *, beside: bool = False) -> None:
         if not beside and is_any(preemption.asked_by is not None, axis, latents.device):
             raise Preempted("asked to end: stopped before decoding; the same command goes on from there")
         _decode(video, latents, beside=beside)
-    except Preempted:
-        if video.is_first and config.latents is None:
-            video.kept.write(Progress(config.sample.steps, latents))
-        raise
-    except BaseException:
+    except (Exception, Preempted) as fault:
+        if isinstance(fault, Preempted) or preemption.was_asked():  # ffmpeg may have been asked as well
+            if video.is_first and config.latents is None:
+                video.kept.write(Progress(config.sample.steps, latents))
+            if isinstance(fault, Preempted):
+                raise
+            raise Preempted(f"asked to end: stopped while decoding ({first_line(fault)}); the same command goes on from there") from fault
         if video.is_first:
             command = _resume_command(config, video.session.checkpoint, video.latents_file, video.result)
             logger.error("the latents are kept; make the video from them with: %s", command)

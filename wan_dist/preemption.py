@@ -15,6 +15,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _PATIENCE = 25.0
 """Seconds that ranks have for their step after SIGTERM: torchrun and Slurm kill them after 30."""
 
+_SOON = 0.5
+"""Seconds between the same signal to several processes of a job."""
+
 
 class Preempted(BaseException):
     """The run was asked to end early. Not an Exception, as KeyboardInterrupt is none."""
@@ -33,6 +36,13 @@ class Preemption:
             self.asked_by = signal.Signals(number)
             if not self.deferred:
                 raise Preempted(f"stopped by {self.asked_by.name}; the same command goes on")
+
+    def was_asked(self) -> bool:
+        """Whether something that failed just now may have been ended by the signal that this process gets as well, if a little later."""
+        until = time.monotonic() + _SOON
+        while self.asked_by is None and time.monotonic() < until:
+            time.sleep(0.02)
+        return self.asked_by is not None
 
     @contextmanager
     def until_asked(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ def _encode(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
     command = [_ffmpeg(), "-y", "-loglevel", "error", *source, *_ENCODING, str(path.absolute())]
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors) as ffmpeg,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, process_group=0) as ffmpeg,
         ThreadPoolExecutor(1) as sender,  # while a chunk is sent and encoded, the next one is made
     ):
         assert ffmpeg.stdin is not None
