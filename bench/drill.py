@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +31,7 @@ _ROOT = Path(__file__).parents[1]
 _SETTINGS = ["task=toy", "dtype=float32", "size=32*32", "frame_num=5", "sample.steps=2", "parallel.timeout=15"]
 _ENDS = (0, 1, 75, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit codes that a run under blows may have."""
-_DISK_BYTES = 2**20
-"""What the full disk has left."""
+_FILL_BYTES = 2**16
 
 
 @dataclass
@@ -173,9 +172,12 @@ def hold(drill: Drill, run: subprocess.Popen[bytes]) -> None:
 def fill_disk(drill: Drill, run: subprocess.Popen[bytes]) -> None:
     """Leave no space until the run has ended."""
     filler = drill.disk / ".filler"
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(drill.disk).free - 4096))
-    run.wait(timeout=300)
+    with filler.open("wb", buffering=0) as file:
+        while run.poll() is None:  # it writes as well, and files of its own may go meanwhile
+            with suppress(OSError):
+                file.write(bytes(_FILL_BYTES))
+            time.sleep(0.002)
+    run.wait()
     filler.unlink()
 
 

@@ -81,16 +81,16 @@ def in_order(items: Iterable[Item]) -> list[Item]:
 
 
 @torch.no_grad()
-def run_jobs(config: RunConfig, items: Sequence[Item]) -> int:
+def run_jobs(config: RunConfig, items: Sequence[Item], arguments: Sequence[str]) -> int:
     """Make all jobs that are not done, and return the exit code: 1 if some have failed.
 
-    ``config`` is the run's own, without a job's. Raises InputError for what is wrong with a checkpoint or the output folder, before
-    weights are read.
+    ``config`` is the run's own, without a job's, ``arguments`` are those of its command. Raises InputError for what is wrong with a
+    checkpoint or the output folder, before weights are read.
     """
     device = find_device(config)
     with open_groups(items[0].plan.degrees, device, timeout=config.parallel.timeout) as groups:
         run_id = broadcast_object(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", groups.world)
-        batch = Batch(config, in_order(items), groups, device, run_id)
+        batch = Batch(config, in_order(items), groups, device, run_id, arguments)
         try:
             return batch.run()
         finally:
@@ -106,6 +106,7 @@ class Batch:
     groups: Groups
     device: torch.device
     run_id: str
+    arguments: Sequence[str]
     began: float = field(default_factory=time.time)
     sessions: dict[str, Session] = field(default_factory=dict)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
@@ -133,7 +134,7 @@ class Batch:
         is_open = {None, FAILED} if self.config.retry_failed else {None}
         todo = [item for item, outcome in zip(self.items, before, strict=True) if outcome in is_open]
         self._say_what_is_left(before, len(todo))
-        self.chronicle = Chronicle(self.folder, self.run_id, self.groups.world.size, len(todo), self.report.stages)
+        self.chronicle = Chronicle(self.folder, self.run_id, self.arguments, self.groups.world.size, len(todo), self.report.stages)
         self.events = Events(self.config.output.events, len(todo), self.counts)
         failed_before = 0 if self.config.retry_failed else before.count(FAILED)
         if not todo:

@@ -1,9 +1,8 @@
 """What a run with jobs leaves for people: what each rank did when (``runs/RUN.json``), a table of its videos, the page that shows all."""
 
 import json
-import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ class Chronicle:
 
     folder: Path
     run: str
+    arguments: Sequence[str]
     num_ranks: int
     num_jobs: int
     own: Mapping[str, Mapping[str, float]]
@@ -61,7 +61,7 @@ class Chronicle:
             "run": self.run,
             "began": round(self.began, 3),
             "ended": round(time.time(), 3) if ended else None,
-            "command": ["python", "-m", "wan_dist.run", *sys.argv[1:]],
+            "command": ["python", "-m", "wan_dist.run", *self.arguments],
             "ranks": self.num_ranks,
             "jobs": self.num_jobs,
             "done": standing["done"],

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> int:
         config = compose(prepared)
         if config is not None:
             with heed_signals():
-                return _run(config, prepared)
+                return _run(config, arguments)
     except Preempted as stop:
         return _fail(CODE, str(stop), "")
     except InputError as fault:
@@ -115,7 +115,7 @@ def _run(config: RunConfig, arguments: list[str]) -> int:
     checked = _check_jobs(config, arguments)
     from wan_dist.batch import Item, run_jobs
 
-    return run_jobs(config, [Item(job, config, plan) for job, config, plan in checked])
+    return run_jobs(config, [Item(job, config, plan) for job, config, plan in checked], arguments)
 
 
 def _check_jobs(config: RunConfig, arguments: list[str]) -> list[tuple[Job, RunConfig, Plan]]:

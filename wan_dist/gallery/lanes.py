@@ -1,12 +1,14 @@
 """A rank's spans -> bars, few enough to draw."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from wan_dist.gallery.runs import Span
 
 _MOST_NAMED = 2
+_BESIDE = 0.4
+"""Of a lane's height."""
 _LEAST_SHARE = 0.08
 """Of a bar's time, to be seen in it."""
 
@@ -26,7 +28,7 @@ class Bar:
 
 
 def bars_of(spans: Iterable[Span], start: float, length: float, least: float, css_of: Callable[[str], str]) -> list[Bar]:
-    """Return a rank's bars in the order they are painted: what is nested in a stage over it.
+    """Return a rank's bars in the order they are painted: what is nested in a stage over it, what another job does beside it below it.
 
     Spans of less than ``least`` percent of the axis (from ``start``, ``length`` seconds long) that begin within so much of each other
     are bars one above the other, as high as their stages' shares of that time.
@@ -40,16 +42,32 @@ def bars_of(spans: Iterable[Span], start: float, length: float, least: float, cs
             bars.extend(_merged(thin, start, percent, least, css_of))
             thin.clear()
 
-    for span in sorted(spans, key=lambda span: (span.began, -span.seconds)):
+    in_order = sorted(spans, key=lambda span: (span.began, -span.seconds))
+    beside = _beside(in_order)
+    for span in sorted(in_order, key=lambda span: span in beside):
         if span.seconds * percent >= least:
             flush()
-            bars.append(Bar(round((span.began - start) * percent, 3), round(span.seconds * percent, 3), css_of(span.stage), _tip(span)))
+            place = (1 - _BESIDE, _BESIDE) if span in beside else (0.0, 1.0)
+            x, width = round((span.began - start) * percent, 3), round(span.seconds * percent, 3)
+            bars.append(Bar(x, width, css_of(span.stage), _tip(span), *place))
             continue
         if thin and (span.began + span.seconds - thin[0].began) * percent > least:
             flush()
         thin.append(span)
     flush()
     return bars
+
+
+def _beside(spans: Sequence[Span]) -> set[Span]:
+    """Return those, of spans by their beginning, that go on while a longer one of another job does."""
+    found: set[Span] = set()
+    for number, span in enumerate(spans):
+        for later in spans[number + 1 :]:
+            if later.began >= span.began + span.seconds:
+                break
+            if span.job and later.job and later.job != span.job:
+                found.add(min(span, later, key=lambda each: each.seconds))
+    return found
 
 
 def _merged(spans: list[Span], start: float, percent: float, least: float, css_of: Callable[[str], str]) -> Iterator[Bar]:
