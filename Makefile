@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slurm lint clean
+.PHONY: demo test test-slurm drill lint clean
 
 demo: $(VENV)/.runtime ## make a video with a tiny model, without a download
 	$(BIN)/python -m wan_dist.run task=toy
@@ -12,6 +12,9 @@ test: $(VENV)/.dev ## run the tests
 
 test-slurm: $(VENV)/.dev ## submit the scripts of slurm/ to a Slurm on this machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_slurm.py -rs
+
+drill: $(VENV)/.runtime ## beat a run of 1000 jobs until it is done; half an hour on 2 cores
+	$(BIN)/python -m bench.drill
 
 lint: $(VENV)/.dev ## style and types
 	$(BIN)/ruff check .

@@ -14,9 +14,9 @@ from functools import partial
 
 from launch import gpus, machine, software
 from launch.findings import FAULT, NOTE, OK, Finding, examine
-from launch.settings import configured
 from wan_dist.launcher import adopt_slurm
 from wan_dist.network import choose_network
+from wan_dist.run import configured
 
 
 def main(arguments: list[str]) -> int:

@@ -1,5 +1,7 @@
 """How long a run would take, on the safe side; no torch."""
 
+from collections.abc import Sequence
+
 from wan_dist.footprint import Load, image_encoder_bytes, text_encoder_bytes, transformer_bytes
 from wan_dist.plan import Plan
 from wan_dist.work import forward_operations
@@ -13,12 +15,19 @@ _SPREAD = 0.85
 """How much of its speed a GPU keeps among several."""
 
 
-def seconds_of(plan: Plan, num_steps: int, tflops: float) -> float:
-    """Return the seconds of a run on GPUs of this speed, from its arithmetic and the bytes that it reads."""
-    load = plan.load
-    assert load is not None
-    around = _AROUND * load.num_tokens / 75600 / load.num_ranks
-    return _START + _weight_bytes(load) / _DISK + num_steps * step_seconds_of(plan, tflops) + around
+def seconds_of(videos: Sequence[tuple[Plan, int]], tflops: float) -> float:
+    """Return the seconds of a run on GPUs of this speed, from its arithmetic and the bytes that it reads.
+
+    ``videos``: plans, and their steps; weights are read once, and replicas share the videos.
+    """
+    working, read = 0.0, 0.0
+    for plan, num_steps in videos:
+        load = plan.load
+        assert load is not None
+        working += num_steps * step_seconds_of(plan, tflops) + _AROUND * load.num_tokens / 75600 / load.num_ranks
+        read = max(read, _weight_bytes(load) / _DISK)
+    rounds = -(-len(videos) // (dp := videos[0][0].degrees.dp)) * dp / len(videos)  # the last round may not be full
+    return _START + read + working * rounds / dp
 
 
 def step_seconds_of(plan: Plan, tflops: float) -> float:

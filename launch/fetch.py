@@ -10,9 +10,10 @@ Files are complete when it ends: sizes are compared with the repository's, and t
 import sys
 from pathlib import Path
 
-from launch.settings import configured, parted
+from launch.settings import parted
 from wan_dist.catalog import get_task
 from wan_dist.errors import InputError
+from wan_dist.run import configured
 
 
 def main(arguments: list[str]) -> None:

@@ -13,9 +13,10 @@ import re
 import shlex
 import sys
 
-from launch.settings import configured, number_of, parted
+from launch.settings import number_of, parted
 from wan_dist.hardware import find_gpus
 from wan_dist.plan import make_plan
+from wan_dist.run import configured
 
 _WITHOUT_PEERS = re.compile(r"GeForce RTX [45]0\d\d")
 """Cards that do not reach each other's memory, though some drivers say they do: NCCL then hangs, or what it sends arrives wrong."""

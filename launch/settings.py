@@ -2,13 +2,7 @@
 
 from collections.abc import Sequence
 
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
-
-from wan_dist.arguments import prepare, require_task
-from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
-from wan_dist.run import compose, readable
 
 
 def parted(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -22,13 +16,3 @@ def number_of(key: str, text: str, what: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise InputError(f"{key}={text} is not a number of {what}, e.g. {key}=2")
     return int(text)
-
-
-def configured(settings: Sequence[str]) -> RunConfig | None:
-    """Return the configuration of a run's settings, None after a flag that only prints; raises InputError."""
-    prepared = prepare(list(settings))
-    require_task(prepared)
-    try:
-        return compose(prepared)
-    except (HydraException, OmegaConfBaseException) as fault:
-        raise InputError(readable(fault)) from None

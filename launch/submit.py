@@ -2,31 +2,35 @@
 
     python -m launch submit cluster=h100 task=t2v-14B ckpt_dir=/shared/Wan2.1-T2V-14B prompt="Two cats, boxing on a stage"
     python -m launch submit cluster=h100 nodes=2 cluster.partition=gpu task=i2v-14B image=cat.jpg prompt="A cat on a surfboard" --dry-run
-    python -m launch submit cluster=mine.yaml gpus=1 array=prompts.txt at_once=8 task=t2v-1.3B     # a job for each line
+    python -m launch submit cluster=h100 nodes=2 jobs=prompts.txt output.dir=videos task=t2v-14B ckpt_dir=/shared/Wan2.1-T2V-14B
+    python -m launch submit cluster=mine.yaml gpus=1 array=prompts.txt at_once=8 task=t2v-1.3B     # a job of Slurm's for each line
     python -m launch submit cluster=a100 fetch=/shared/Wan2.1-T2V-14B task=t2v-14B prompt=@prompt.txt     # a job before downloads
 
 Keys are those of a run, and: cluster=NAME of conf/cluster/ or a YAML file, cluster.KEY=value for one of its settings, nodes=COUNT,
 gpus=COUNT of a node, time=HH:MM:SS and mem=SIZE instead of what is computed, array=FILE of prompts (in .jsonl or .csv any settings),
 at_once=COUNT of its jobs, fetch=FOLDER, after=JOB. --dry-run prints the script. Jobs are told to keep their state before their time is
-up, go back into the queue, and go on.
+up, go back into the queue, and go on. jobs=FILE makes all videos of a file in one job of Slurm's, whose ranks take the next one each and
+load the models once; an array loads them for each, and begins as soon as one of its elements has a place.
 """
 
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from launch.cluster import ClusterConfig, cluster_of, minutes_of
 from launch.estimate import seconds_of, step_seconds_of
 from launch.sbatch import Request, clock, fetch_script, run_script
-from launch.settings import configured, number_of, parted
+from launch.settings import number_of, parted
 from wan_dist.catalog import get_task
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
 from wan_dist.hardware import Hardware, parse_bytes
 from wan_dist.jobs import configs_of, read_jobs
 from wan_dist.plan import Plan, arranged, make_plan
+from wan_dist.run import check_jobs, configured
 
 _KEYS = ("cluster", "nodes", "gpus", "time", "mem", "array", "at_once", "fetch", "after")
 _GIB = 2**30
@@ -69,27 +73,32 @@ def _request(given: dict[str, str], settings: list[str], cluster: ClusterConfig,
     gpus = number_of("gpus", given.get("gpus", str(cluster.gpus_per_node)), "GPUs")
     if gpus > cluster.gpus_per_node:
         raise InputError(f"gpus={gpus}: a node of cluster={given['cluster']} has {cluster.gpus_per_node}; nodes=COUNT takes several")
+    elements = [settings]
     if "array" in given:
         jobs = read_jobs(Path(given["array"]).expanduser())
         elements = [[*settings, *job.settings] for job in jobs]
         configs = configs_of(jobs, settings, _configured)
         checked = [(_plan(config, cluster, nodes, gpus, f"{job.place}: "), config) for job, config in configs]
+    elif (config := configured(settings)) is None:
+        return None
+    elif config.jobs is not None:
+        told = check_jobs(config, settings, ranks=(nodes * gpus, gpus), gpu_bytes=_hardware(config, cluster).gpu_bytes)
+        checked = [(_arranged(plan, own, cluster, f"{job.place}: "), own) for job, own, plan in told]
     else:
-        config = configured(settings)
-        if config is None:
-            return None
-        elements, checked = [settings], [(_plan(config, cluster, nodes, gpus), config)]
+        checked = [(_plan(config, cluster, nodes, gpus), config)]
     plans = [plan for plan, _ in checked]
     first, config = checked[0]
     if config.ckpt_dir is not None and not is_fetched and not Path(config.ckpt_dir).expanduser().is_dir():
         folder = config.ckpt_dir
         sys.stderr.write(f"note: ckpt_dir={folder} is not a folder here; the nodes must see one, or fetch={folder} makes it\n")
-    minutes = minutes_of(given["time"], "time") if "time" in given else max(_minutes_of(plan, config, cluster) for plan, config in checked)
+    runs = [[each] for each in checked] if "array" in given else [checked]
+    minutes = minutes_of(given["time"], "time") if "time" in given else max(_minutes_of(run, cluster) for run in runs)
     memory = parse_bytes(given["mem"], "mem") if "mem" in given else max(_memory_of(plan, cluster) for plan in plans)
     step = max(step_seconds_of(plan, cluster.tflops) for plan in plans)
     spread = f"{first.degrees.num_ranks} ranks, {first.degrees}; " if first.degrees.num_ranks > 1 else ""
     notes = [first.summary, spread + first.arrangement.words]
-    notes.append(f"{len(plans)} jobs, each: " * ("array" in given) + f"{-(-memory // _GIB)} GiB of a node, up to {clock(minutes)}")
+    count = f"{len(plans)} jobs, each: " if "array" in given else f"{len(plans)} videos: " if len(plans) > 1 else ""
+    notes.append(count + f"{-(-memory // _GIB)} GiB of a node, up to {clock(minutes)}")
     return Request(
         name=f"wan-{first.task.name}",
         notes=notes,
@@ -112,12 +121,22 @@ def _configured(settings: list[str]) -> RunConfig:
     return config
 
 
+def _hardware(config: RunConfig, cluster: ClusterConfig) -> Hardware:
+    gpu_bytes = parse_bytes(cluster.gpu_memory, "cluster.gpu_memory") if config.device != "cpu" else None
+    return Hardware(gpu_bytes, parse_bytes(cluster.host_memory, "cluster.host_memory"), "cluster.host_memory")
+
+
 def _plan(config: RunConfig, cluster: ClusterConfig, nodes: int, gpus: int, where: str = "") -> Plan:
-    is_on_gpu = config.device != "cpu"
-    gpu_bytes = parse_bytes(cluster.gpu_memory, "cluster.gpu_memory") if is_on_gpu else None
-    hardware = Hardware(gpu_bytes, parse_bytes(cluster.host_memory, "cluster.host_memory"), "cluster.host_memory")
     try:
-        return arranged(make_plan(config, ranks=(nodes * gpus, gpus)), config, hardware, get_task(config.task).models)
+        plan = make_plan(config, ranks=(nodes * gpus, gpus))
+    except InputError as fault:
+        raise InputError(f"{where}{fault}") from None
+    return _arranged(plan, config, cluster, where)
+
+
+def _arranged(plan: Plan, config: RunConfig, cluster: ClusterConfig, where: str) -> Plan:
+    try:
+        return arranged(plan, config, _hardware(config, cluster), get_task(config.task).models)
     except InputError as fault:
         raise InputError(f"{where}{fault}") from None
 
@@ -128,9 +147,10 @@ def _memory_of(plan: Plan, cluster: ClusterConfig) -> int:
     return min(int(1.2 * planned) + 4 * _GIB, parse_bytes(cluster.host_memory, "cluster.host_memory"))
 
 
-def _minutes_of(plan: Plan, config: RunConfig, cluster: ClusterConfig) -> int:
-    """Return the minutes to ask for: half as much again as it should take, and five, in steps of five."""
-    wanted = 5 * math.ceil((1.5 * seconds_of(plan, config.sample.steps, cluster.tflops) / 60 + 5) / 5)
+def _minutes_of(videos: Sequence[tuple[Plan, RunConfig]], cluster: ClusterConfig) -> int:
+    """Return the minutes to ask for: half as much again as they should take, and five, in steps of five."""
+    seconds = seconds_of([(plan, config.sample.steps) for plan, config in videos], cluster.tflops)
+    wanted = 5 * math.ceil((1.5 * seconds / 60 + 5) / 5)
     return wanted if cluster.max_time is None else min(wanted, minutes_of(cluster.max_time, "cluster.max_time"))
 
 

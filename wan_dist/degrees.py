@@ -27,6 +27,11 @@ class Degrees:
         return self.dp * self.cfg * self.ring * self.ulysses
 
     @property
+    def ranks_of_replica(self) -> int:
+        """Ranks that work on one video."""
+        return self.cfg * self.ring * self.ulysses
+
+    @property
     def settings(self) -> str:
         """The same as command-line settings."""
         degrees = {name: degree for name, degree in vars(self).items() if degree > 1}

@@ -170,7 +170,7 @@ def arranged(
         is_first_frame=plan.task.known_first_frame,
         num_experts=1 if plan.task.boundary is None else 2,
         keeps_steps=plan.tea is not None,
-        num_ranks=plan.degrees.num_ranks // plan.degrees.dp,
+        num_ranks=plan.degrees.ranks_of_replica,
         cfg=plan.degrees.cfg,
         num_parts=plan.degrees.ring * plan.degrees.ulysses,
         ranks_per_node=plan.ranks_per_node,
@@ -219,9 +219,9 @@ def _shard(what: str, asked: bool | None, place: str | None, degrees: Degrees, *
     is_elsewhere = place not in (None, "resident", "gpu")
     if asked and is_elsewhere:
         raise InputError(f"fsdp.{what}=true keeps shards on the GPUs and memory.{what}={place} does not; leave one of them out")
-    if asked and degrees.num_ranks == 1:
+    if asked and degrees.ranks_of_replica == 1:
         raise InputError(f"fsdp.{what}=true shards weights over several ranks, but there is one; leave it out, or start with torchrun")
-    return degrees.num_ranks > 1 and not is_elsewhere and (default if asked is None else asked)
+    return degrees.ranks_of_replica > 1 and not is_elsewhere and (default if asked is None else asked)
 
 
 def _settled(config: RunConfig, task: Task, degrees: Degrees, side: int, *, guided: bool) -> Arrangement:
@@ -252,7 +252,7 @@ def _shorter(load: Load, number: int) -> Load | None:
 
 def _vae(config: RunConfig, degrees: Degrees, side: int) -> Way:
     """Return where the VAE works; its ranks share the latents' larger side, ``side``."""
-    num_ranks = degrees.num_ranks // degrees.dp
+    num_ranks = degrees.ranks_of_replica
     fits = num_ranks > 1 and side >= MIN_STRIP * num_ranks
     if config.memory.vae == "parallel" and not fits:
         why = "there is one rank" if num_ranks == 1 else f"{side} latent pixels are too few for {num_ranks} ranks"

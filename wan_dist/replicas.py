@@ -29,10 +29,8 @@ def spread(configs: list[RunConfig], num_ranks: int, ranks_per_node: int, gpu_by
         dp = num_ranks // size
         plans = [_plan(config, dp, num_ranks, ranks_per_node, hardware) for config in kinds.values()]
         if size == sizes[-1] or all(plan is not None and plan.arrangement.dit == "resident" for plan in plans):
-            degrees = [plan.degrees for plan in plans if plan is not None]
-            if not degrees:
-                raise InputError(f"no job fits {num_ranks} ranks; python -m launch plan says why")
-            return [_with(config, degrees[0]) for config in configs]
+            degrees = next((plan.degrees for plan in plans if plan is not None), None)
+            return configs if degrees is None else [_with(config, degrees) for config in configs]  # what is wrong is found with its line
     raise AssertionError
 
 

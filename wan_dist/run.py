@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -112,38 +113,48 @@ def _run(config: RunConfig, arguments: list[str]) -> int:
 
         run_job(config, plan)
         return 0
-    checked = _check_jobs(config, arguments)
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = (num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
+    checked = check_jobs(config, arguments, ranks=ranks, gpu_bytes=_gpu_bytes(config))
     from wan_dist.batch import Item, run_jobs
 
     return run_jobs(config, [Item(job, config, plan) for job, config, plan in checked], arguments)
 
 
-def _check_jobs(config: RunConfig, arguments: list[str]) -> list[tuple[Job, RunConfig, Plan]]:
-    """Return each job of the run's file with its configuration and plan; raises InputError with the line of one that cannot be made."""
+def check_jobs(
+    config: RunConfig, arguments: list[str], *, ranks: tuple[int, int], gpu_bytes: int | None
+) -> list[tuple[Job, RunConfig, Plan]]:
+    """Return each job of a run's file with its configuration and plan; raises InputError with the line of one that cannot be made.
+
+    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU.
+    """
     assert config.jobs is not None
     jobs = read_jobs(Path(config.jobs).expanduser())
     for job in jobs:
         job.check_keys()
     shared = [argument for argument in arguments if argument.partition("=")[0] not in ("jobs", "output.name")]
-    pairs = list(configs_of(jobs, shared, _configured))
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    spread_configs = spread([each for _, each in pairs], num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)), _gpu_bytes(config))
+    configs = [each for _, each in configs_of(jobs, shared, _configured)]
     checked = []
-    for job, each in zip(jobs, spread_configs, strict=True):
+    for job, each in zip(jobs, spread(configs, *ranks, gpu_bytes), strict=True):
         try:
-            checked.append((job, each, replace(make_plan(each, is_job=True), images=())))
+            checked.append((job, each, replace(make_plan(each, ranks=ranks, is_job=True), images=())))
         except InputError as fault:
             raise InputError(f"{job.place}: {fault}") from None
     return checked
 
 
-def _configured(arguments: list[str]) -> RunConfig:
+def configured(arguments: Sequence[str]) -> RunConfig | None:
+    """Return the configuration of a run's arguments, None after a flag that only prints; raises InputError."""
+    prepared = prepare(list(arguments))
+    require_task(prepared)
     try:
-        prepared = prepare(arguments)
-        require_task(prepared)
-        config = compose(prepared)
+        return compose(prepared)
     except (HydraException, OmegaConfBaseException) as fault:
         raise InputError(readable(fault)) from None
+
+
+def _configured(arguments: Sequence[str]) -> RunConfig:
+    config = configured(arguments)
     assert config is not None
     return config
 

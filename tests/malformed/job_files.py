@@ -7,10 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from launch.settings import configured
 from tests.malformed.case import SETTINGS, Case
 from wan_dist.config import RunConfig
 from wan_dist.jobs import configs_of, read_jobs
+from wan_dist.run import configured
 
 Configs = list[RunConfig]
 

@@ -10,12 +10,12 @@ import pytest
 from launch import __main__ as launch
 from launch import doctor, fetch, gallery, local, plan, runs, submit
 from launch.cluster import cluster_of
-from launch.settings import configured, parted
+from launch.settings import parted
 from tests.conftest import FIXTURES
 from wan_dist.arguments import is_text
 from wan_dist.catalog import TASKS, get_task
 from wan_dist.config import leaf_fields
-from wan_dist.run import CONF, EXAMPLES
+from wan_dist.run import CONF, EXAMPLES, configured
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

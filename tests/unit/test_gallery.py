@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 
 from launch.__main__ import main
-from launch.settings import configured
 from tests.gallery_folder import BEGAN, RUN, write_record, write_run, write_video
 from wan_dist.errors import InputError
 from wan_dist.gallery.again import command
@@ -29,6 +28,7 @@ from wan_dist.gallery.sheet import SheetError, sheet_of, write_sheet
 from wan_dist.gallery.sweeps import find_sweeps
 from wan_dist.gallery.table import write_table
 from wan_dist.gallery.timeline import timeline_of
+from wan_dist.run import configured
 from wan_dist.video import save_video
 
 ROOT = Path(__file__).parents[2]

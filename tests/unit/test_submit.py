@@ -54,7 +54,7 @@ def test_scripts_are_as_they_were(name: str, capsys: pytest.CaptureFixture[str],
 
 def test_elements_of_an_array_get_what_was_written(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     """The shell's own reading of the script, and Hydra's of that, against the file."""
-    from launch.settings import configured
+    from wan_dist.run import configured
 
     script = rendered(CASES["array"], capsys)
     part = script[script.index("case ") : script.index("esac") + 4]
@@ -128,3 +128,17 @@ def test_a_thousand_lines_are_checked_soon(place: Path, capsys: pytest.CaptureFi
     (place / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
     assert main(["submit", "cluster=h100", "array=jobs.jsonl", "task=t2v-14B"]) == 2
     assert "jobs.jsonl, line 999: size=833*480" in capsys.readouterr().err
+
+
+def test_a_file_of_videos_is_one_job(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["cluster=h100", "gpus=4", "task=t2v-14B", "output.dir=videos", "jobs=prompts.txt"]
+    script = rendered(arguments, capsys)
+    assert "# 4 ranks, dp 4 x cfg 1 x ring 1 x ulysses 1; transformer resident" in script
+    assert "# 4 videos: " in script
+    assert "settings=(task=t2v-14B output.dir=videos jobs=prompts.txt)" in script
+    (place / "prompts.txt").write_text("\n".join(f"{prompt}, {number}" for number in range(5) for prompt in PROMPTS))
+    clock = [line for line in (script + rendered(arguments, capsys)).splitlines() if line.startswith("#SBATCH --time")]
+    assert clock[0] < clock[1], "five times as many take longer"
+    (place / "prompts.txt").write_text("a cat\n@nowhere.txt\n")
+    assert main(["submit", *arguments]) == 2
+    assert "prompts.txt, line 2: prompt=@" in capsys.readouterr().err

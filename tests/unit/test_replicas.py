@@ -1,0 +1,74 @@
+"""How ranks are cut into replicas for a file of jobs, and which models stay between videos."""
+
+from dataclasses import replace
+
+import pytest
+
+from wan_dist.catalog import get_task
+from wan_dist.config import RunConfig
+from wan_dist.errors import InputError
+from wan_dist.hardware import Hardware
+from wan_dist.plan import arranged, make_plan
+from wan_dist.replicas import spread
+from wan_dist.room import Room, room_of
+from wan_dist.run import configured
+
+GIB = 2**30
+
+
+def config(*settings: str) -> RunConfig:
+    found = configured([*settings, "prompt=a cat"])
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "num_jobs", "ranks", "gib", "wanted"),
+    [
+        ("t2v-14B", "", 100, (8, 8), 80, (8, 1, 1, 1)),  # it fits one GPU
+        ("t2v-14B", "", 100, (8, 8), 24, (4, 2, 1, 1)),  # two shards of 12 GiB do
+        ("t2v-14B", "", 100, (8, 8), 16, (2, 2, 1, 2)),
+        ("t2v-14B", "", 3, (8, 8), 80, (2, 2, 1, 2)),  # no more than jobs
+        ("t2v-14B", "", 1, (8, 8), 80, (1, 2, 1, 4)),
+        ("t2v-14B", "", 100, (16, 8), 80, (16, 1, 1, 1)),
+        ("t2v-14B", "parallel.ulysses=8", 100, (8, 8), 80, (1, 1, 1, 8)),
+        ("t2v-14B", "parallel.dp=2 parallel.cfg=1", 100, (8, 8), 80, (2, 1, 1, 4)),
+        ("toy", "", 5, (4, 4), None, (4, 1, 1, 1)),
+        ("toy", "", 5, (1, 1), None, (1, 1, 1, 1)),
+    ],
+)
+def test_replicas(
+    task: str, settings: str, num_jobs: int, ranks: tuple[int, int], gib: int | None, wanted: tuple[int, int, int, int]
+) -> None:
+    configs = [config(f"task={task}", *settings.split())] * num_jobs
+    found = spread(configs, *ranks, None if gib is None else gib * GIB)
+    assert len(found) == num_jobs
+    degrees = {(each.parallel.dp, each.parallel.cfg, each.parallel.ring, each.parallel.ulysses) for each in found}
+    assert degrees == {wanted}
+
+
+def test_degrees_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InputError, match=r"parallel\.dp=3 does not fit 8 ranks"):
+        spread([config("task=t2v-14B", "parallel.dp=3")] * 9, 8, 8, 80 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gib", "host", "room"),
+    [
+        ("task=t2v-14B", 80, 100, Room.BESIDE),
+        ("task=t2v-14B memory.dit=resident", 40, 100, Room.STAY),
+        ("task=t2v-14B memory.dit=resident", 31, 100, Room.NONE),
+        ("task=t2v-14B", 24, 100, Room.BESIDE),  # streamed: the host has the weights
+        ("task=t2v-14B memory.dit=disk", 80, 100, Room.NONE),
+        ("task=toy", None, 8, Room.BESIDE),
+    ],
+)
+def test_which_models_stay(settings: str, gib: int | None, host: int, room: Room) -> None:
+    own = config(*settings.split())
+    hardware = Hardware(None if gib is None else gib * GIB, host * GIB)
+    plan = arranged(make_plan(own), own, hardware, get_task(own.task).models)
+    assert room_of(plan) is room
+    assert plan.budget is not None
+    if gib is not None and room is not Room.NONE:
+        less = replace(plan, budget=replace(plan.budget, gpu=plan.uses[-2].gpu_bytes))
+        assert room_of(less) is Room.NONE
