@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.torchrun import torchrun
@@ -129,6 +130,29 @@ def test_a_full_disk_ends_the_run_and_not_each_job(tmp_path: Path, monkeypatch: 
         patch.setattr("wan_dist.generate.encode", lambda *_: pytest.fail("it has its latents"))
         one = write_jobs(tmp_path / "one.jsonl", JOBS[:1])
         assert main([*TINY, one, f"output.dir={tmp_path / 'out'}"]) == 0
+
+
+def test_a_run_whose_jobs_all_fail_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the kernel is broken")
+
+    jobs: list[dict[str, object]] = [{"name": f"job-{number:02}", "prompt": "a ball", "seed": number} for number in range(12)]
+    monkeypatch.setattr("wan_dist.generate.encode", broken)
+    assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path}"]) == 1
+    assert "the kernel is broken (the last of 10 jobs that failed one after the other)" in capsys.readouterr().err
+    assert len(list(tmp_path.glob("job-*.json"))) == 9
+
+
+def test_a_picture_that_has_the_name_of_a_sheet_stays(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "plain.jpg")
+    before = (tmp_path / "plain.jpg").read_bytes()
+    assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]) == 0
+    assert (tmp_path / "plain.jpg").read_bytes() == before
+    (tmp_path / "plain.jpg").unlink()
+    (tmp_path / "plain.json").unlink()
+    assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]) == 0
+    with Image.open(tmp_path / "plain.jpg") as sheet:
+        assert sheet.size == (4 * 64, 2 * 48)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ from torch import Tensor
 from wan_dist.chronicle import Chronicle, add_sheet
 from wan_dist.config import RunConfig
 from wan_dist.encode import embed
-from wan_dist.errors import first_line, told
+from wan_dist.errors import InputError, first_line, told
 from wan_dist.events import Events, in_words
 from wan_dist.generate import Video, begin, complete, make_latents
 from wan_dist.jobs import Job
@@ -37,6 +38,8 @@ from wan_dist.video import check_output
 
 _PATIENCE = 20.0
 """Seconds in which all ranks of a replica have to meet the same error, for the others' jobs to go on."""
+_MOST_FAILURES = 10
+"""In a row, until a run is given up: something is wrong with more than the jobs."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Batch:
     began: float = field(default_factory=time.time)
     sessions: dict[str, Session] = field(default_factory=dict)
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    failures_in_a_row: int = 0
     pending: Future[None] | None = None
     """The video that is decoded and written while the next one is denoised."""
 
@@ -130,6 +134,7 @@ class Batch:
             keep_log(self.folder / "logs" / self.run_id)
         if self.is_first:
             announce_here()
+        self._check_folder()
         before = broadcast_object(self._before() if self.groups.rank == 0 else [], self.groups.world)
         is_open = {None, FAILED} if self.config.retry_failed else {None}
         todo = [item for item, outcome in zip(self.items, before, strict=True) if outcome in is_open]
@@ -153,6 +158,16 @@ class Batch:
             if self.groups.rank == 0:
                 self.chronicle.write(self.events.standing(), ended=True)
         return self._conclude(failed_before)
+
+    def _check_folder(self) -> None:
+        """Raise InputError if a replica does not see the first rank's folder: its jobs would all fail, or be made twice."""
+        if self.groups.rank == 0:
+            self.ledger.open()
+        broadcast_object(None, self.groups.world)
+        if self.is_first and not self.ledger.is_seen():
+            raise InputError(
+                f"output.dir={self.folder} of the first rank is not seen on {socket.gethostname()}; take one that all nodes share"
+            )
 
     def close(self) -> None:
         """Wait for the video that is being written, if any."""
@@ -263,6 +278,7 @@ class Batch:
             except Exception as fault:
                 self._failed(item, video.report, fault)
             else:
+                self.failures_in_a_row = 0
                 self._done(item, video)
 
     def _write(self, item: Item, video: Video, latents: Tensor) -> None:
@@ -273,7 +289,9 @@ class Batch:
             fault = error
         if is_any(fault is not None, self.groups.replica, self.device):
             self._failed(item, video.report, fault)
-        elif self.is_first:
+            return
+        self.failures_in_a_row = 0
+        if self.is_first:
             self._done(item, video)
 
     def _done(self, item: Item, video: Video) -> None:
@@ -290,7 +308,11 @@ class Batch:
 
     def _failed(self, item: Item, report: Report, fault: Exception | None) -> None:
         """Write the error into the job's record; raises it if the other jobs would meet it too."""
-        if fault is not None and _is_of_all(fault):
+        if not isinstance(fault, InputError):
+            self.failures_in_a_row += 1
+        if fault is not None and (_is_of_all(fault) or self.failures_in_a_row == _MOST_FAILURES):
+            if self.failures_in_a_row == _MOST_FAILURES:
+                fault.add_note(f"the last of {_MOST_FAILURES} jobs that failed one after the other")
             raise fault
         if not self.is_first:
             free_memory()

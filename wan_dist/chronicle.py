@@ -11,7 +11,7 @@ from wan_dist.aside import written_aside
 from wan_dist.errors import InputError
 from wan_dist.gallery.page import write_page
 from wan_dist.gallery.records import Record, read_records
-from wan_dist.gallery.sheet import SheetError, sheet_of, write_sheet
+from wan_dist.gallery.sheet import SheetError, is_current, sheet_of, write_sheet
 from wan_dist.gallery.table import write_table
 from wan_dist.log import logger
 from wan_dist.plan import Plan
@@ -107,7 +107,9 @@ def _planned(plan: Plan) -> dict[str, Any]:
 
 
 def add_sheet(video: Path, num_frames: int) -> None:
-    """Write a video's contact sheet beside it; the page does without one that cannot be made."""
+    """Write a video's contact sheet beside it, unless somebody else's picture is there; the page does without one that cannot be made."""
+    if is_current(video):
+        return
     try:
         write_sheet(video, sheet_of(video), num_frames=num_frames)
     except SheetError as fault:

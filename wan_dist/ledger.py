@@ -4,6 +4,7 @@ import fcntl
 import glob
 import hashlib
 import json
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,9 @@ from wan_dist.log import logger
 from wan_dist.record import digest_of
 
 DONE, FAILED = "done", "failed"
+_LOCKS = ".jobs.lock"
+_DELAY = 15.0
+"""Seconds in which nodes see what one of them has written."""
 
 
 class Ledger:
@@ -23,7 +27,11 @@ class Ledger:
     @cached_property
     def _locks(self) -> BinaryIO:
         """One file: a lock is of the byte whose place the name says."""
-        return (self.folder / ".jobs.lock").open("ab")
+        return (self.folder / _LOCKS).open("ab")
+
+    def open(self) -> None:
+        """Make the file of locks, if it is new."""
+        self._locks.flush()
 
     def lock(self, name: str) -> bool:
         """Return whether this process has the name now, and no other one; files that one before it has not finished go then."""
@@ -41,6 +49,15 @@ class Ledger:
     def unlock(self, name: str) -> None:
         """Leave it to others."""
         fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, _place(name))
+
+    def is_seen(self) -> bool:
+        """Whether this process sees the folder in which another one has opened the ledger; network file systems may take a moment."""
+        until = time.monotonic() + _DELAY
+        while not (self.folder / _LOCKS).exists():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.5)
+        return True
 
     def close(self) -> None:
         """Leave all names to others."""
