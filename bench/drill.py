@@ -28,7 +28,7 @@ from bench.record import this_run
 from wan_dist.record import digest_of
 
 _ROOT = Path(__file__).parents[1]
-_SETTINGS = ["task=toy", "dtype=float32", "size=64*48", "frame_num=9", "sample.steps=8", "parallel.timeout=15"]
+_SETTINGS = ["task=toy", "dtype=float32", "size=64*48", "frame_num=9", "sample.steps=30", "parallel.timeout=15"]
 _ENDS = (0, 1, 75, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit codes that a run under blows may have."""
 _FILL_BYTES = 2**16

@@ -143,6 +143,13 @@ def test_a_run_whose_jobs_all_fail_is_given_up(tmp_path: Path, monkeypatch: pyte
     assert len(list(tmp_path.glob("job-*.json"))) == 9
 
 
+def test_events_that_cannot_be_written_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]
+    assert main([*command, f"output.events={tmp_path}"]) == 2
+    assert "cannot be written: Is a directory" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.mp4"))
+
+
 def test_a_picture_that_has_the_name_of_a_sheet_stays(tmp_path: Path) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "plain.jpg")
     before = (tmp_path / "plain.jpg").read_bytes()

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from wan_dist.errors import InputError
 from wan_dist.log import ANNOUNCEMENT, logger
 from wan_dist.parallel.counts import Counts
 
@@ -13,12 +14,14 @@ from wan_dist.parallel.counts import Counts
 class Events:
     """``target``: the file that lines of JSON are added to, - for standard output, None for none; ``total``: the jobs that are to be made.
 
-    Counts are of all ranks: each tells of its own jobs.
+    Counts are of all ranks: each tells of its own jobs. Raises InputError for a file that cannot be written.
     """
 
     def __init__(self, target: str | None, total: int, counts: Counts) -> None:
         self.target, self.total, self.counts = target, total, counts
         self._began = time.monotonic()
+        if target not in (None, "-"):
+            self._write("")
 
     def tell(self, event: str, **facts: Any) -> None:
         """Write a line of JSON: its time, the event, facts, and how many jobs are done, failed and left."""
@@ -29,8 +32,17 @@ class Events:
             sys.stdout.write(line)
             sys.stdout.flush()
         else:
+            self._write(line)
+
+    def _write(self, line: str) -> None:
+        assert self.target is not None
+        try:
             with Path(self.target).expanduser().open("a", encoding="utf-8") as file:
                 file.write(line)
+        except OSError as fault:
+            raise InputError(
+                f"output.events={self.target} cannot be written: {fault.strerror}; name another file, or - for the output"
+            ) from None
 
     def standing(self) -> dict[str, float | None]:
         """Return jobs done, failed and left, and the seconds that those are likely to take."""

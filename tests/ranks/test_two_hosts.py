@@ -99,7 +99,7 @@ def test_two_hosts_make_the_reference_implementations_video(network: Path) -> No
 
 
 def test_a_cut_link_ends_both_hosts_in_time(network: Path) -> None:
-    toy = ["task=toy", "size=64*48", "frame_num=5", "sample.steps=1000000", "device=cpu", f"parallel.timeout={TIMEOUT}"]
+    toy = ["task=toy", "size=256*256", "frame_num=81", "sample.steps=1000", "device=cpu", f"parallel.timeout={TIMEOUT}"]
     job = start(network, toy)
     for _ in range(120):
         time.sleep(0.5)
