@@ -6,7 +6,6 @@ A line for each video, by run and name, under one that failed why, and at the en
 and TFLOP/s those of its steps and of one rank.
 """
 
-import re
 import shutil
 import sys
 import textwrap
@@ -14,7 +13,8 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from wan_dist.errors import InputError
+from wan_dist.durations import duration
+from wan_dist.errors import InputError, printable
 from wan_dist.gallery.records import Record, read_records
 from wan_dist.gallery.runs import Run, read_runs
 
@@ -55,7 +55,7 @@ def lines_of(records: Sequence[Record], runs: Sequence[Run], columns: int) -> li
     for record, row in zip(records, rows[1:], strict=True):
         lines.append(_line(row, widths, columns))
         if record.error:
-            wrapped = textwrap.wrap(_printable(record.error), max(20, columns - 2))
+            wrapped = textwrap.wrap(printable(record.error), max(20, columns - 2))
             lines += [_cut(f"  {line}", columns) for line in wrapped]
     return [*lines, "", *(_cut(line, columns) for line in _totals(records, runs))]
 
@@ -65,7 +65,7 @@ def _row(record: Record) -> tuple[str, ...]:
     peak = "-" if record.peak is None else f"{record.peak[0]:.1f} {record.peak[1]}"
     numbers = (_shown(record.seconds, ".1f"), _shown(record.step_seconds, ".3f"), _shown(record.tflops, ".3g"))
     words = (record.name, record.task or "-", size, _shown(record.steps), _shown(record.seed), *numbers, peak, record.status)
-    return tuple(_printable(word) for word in words)
+    return tuple(printable(word) for word in words)
 
 
 def _totals(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[str]:
@@ -74,12 +74,12 @@ def _totals(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[str]:
     for name in names:
         own = [record for record in records if record.run == name]
         run = told.get(name)
-        took = "" if run is None or run.seconds is None else f" in {_time(run.seconds)}"
+        took = "" if run is None or run.seconds is None else f" in {duration(run.seconds)}"
         ranks = f" on {run.ranks} rank{'' if run.ranks == 1 else 's'}" if run is not None and run.ranks else ""
-        yield f"run {_printable(name)}: {_counted(own)}{took}{ranks}"
+        yield f"run {printable(name)}: {_counted(own)}{took}{ranks}"
     seconds = sum(record.seconds or 0.0 for record in records)
     peaks = [f"{max(found):.1f} GiB of the {of} at most" for of in ("GPU", "host") if (found := _peaks(records, of))]
-    yield ", ".join([_counted(records), f"{_time(seconds)} of work", *peaks])
+    yield ", ".join([_counted(records), f"{duration(seconds)} of work", *peaks])
 
 
 def _peaks(records: Sequence[Record], of: str) -> list[float]:
@@ -90,11 +90,6 @@ def _counted(records: Sequence[Record]) -> str:
     failed = sum(record.status == "failed" for record in records)
     done = len(records) - failed
     return f"{done} video{'' if done == 1 else 's'}" + (f", {failed} failed" if failed else "")
-
-
-def _time(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _shown(value: float | None, style: str = "") -> str:
@@ -108,11 +103,6 @@ def _line(row: Sequence[str], widths: Sequence[int], columns: int) -> str:
         gap = " " * (width - _width(word))
         cells.append(word + gap if place in _LEFT else gap + word)
     return _cut("  ".join(cells).rstrip(), columns)
-
-
-def _printable(text: str) -> str:
-    """Return the text without what would move a terminal's cursor, or colour it."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "?", text)
 
 
 def _width(text: str) -> int:

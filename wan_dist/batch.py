@@ -14,9 +14,10 @@ from torch import Tensor
 
 from wan_dist.chronicle import Chronicle, add_sheet
 from wan_dist.config import RunConfig
+from wan_dist.durations import duration
 from wan_dist.encode import embed
 from wan_dist.errors import InputError, first_line, told
-from wan_dist.events import Events, in_words
+from wan_dist.events import Events
 from wan_dist.generate import Video, begin, complete, make_latents
 from wan_dist.jobs import Job
 from wan_dist.kept import Kept
@@ -301,7 +302,7 @@ class Batch:
         facts = video.report.facts
         seconds = round(time.time() - facts["began"], 1)
         each = f" ({facts['step_seconds']:.2f} s/it)" if "step_seconds" in facts else ""
-        self.events.announce(f"{item.name}: {in_words(seconds)}{each}")
+        self.events.announce(f"{item.name}: {duration(seconds)}{each}")
         self.events.tell("done", job=item.name, line=item.job.line, file=str(video.result), seconds=seconds)
         if self.groups.rank == 0:
             self.chronicle.write(self.events.standing())
@@ -343,7 +344,7 @@ class Batch:
         failed, elsewhere = (standing["failed"] or 0) + failed_before, self.counts["elsewhere"]
         if self.groups.rank != 0:
             return 0
-        parts = [f"{standing['done']} made in {in_words(time.time() - self.began)}"]
+        parts = [f"{standing['done']} made in {duration(time.time() - self.began)}"]
         parts += [f"{failed} failed; their records say why"] if failed else []
         parts += [f"{elsewhere} left to another run on the same folder"] if elsewhere else []
         logger.info("jobs      %s", ", ".join(parts))

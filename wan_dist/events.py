@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from wan_dist.durations import duration
 from wan_dist.errors import InputError
 from wan_dist.log import ANNOUNCEMENT, logger
 from wan_dist.parallel.counts import Counts
@@ -54,14 +55,6 @@ class Events:
     def announce(self, text: str) -> None:
         """Log a line about a job, with how many are left."""
         standing = self.standing()
-        left = f"{standing['left']} left" + (f", about {in_words(standing['seconds_left'] or 0)}" if standing["left"] else "")
+        left = f"{standing['left']} left" + (f", about {duration(standing['seconds_left'] or 0)}" if standing["left"] else "")
         failed = f", {standing['failed']} failed" if standing["failed"] else ""
         logger.log(ANNOUNCEMENT, "job       %s; %d of %d done%s, %s", text, standing["done"], self.total, failed, left)
-
-
-def in_words(seconds: float) -> str:
-    """Return a length of time as people say it."""
-    minutes, hours = round(seconds / 60), seconds / 3600
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{hours:.1f} h"

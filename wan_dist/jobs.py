@@ -14,6 +14,7 @@ from wan_dist.arguments import check_key, is_text, quote, quoted
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
 from wan_dist.log import logger
+from wan_dist.quoting import words_of
 from wan_dist.reading import UnreadableError, read_text
 
 ALIASES = {
@@ -171,11 +172,6 @@ def _settled(entry: dict[str, object], file: Path, line: int) -> dict[str, objec
         digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]
         found["output.name"] = "-".join(part for part in (words_of(str(entry.get("prompt", ""))), digest) if part)
     return found
-
-
-def words_of(prompt: str) -> str:
-    """Return the beginning of a prompt as part of a file's name."""
-    return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")
 
 
 def _beside(file: Path, name: str) -> str:

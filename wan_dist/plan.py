@@ -17,8 +17,8 @@ from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, Load, Use, footprint
 from wan_dist.hardware import Hardware
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
-from wan_dist.jobs import words_of
 from wan_dist.latents import LONGEST_SIDE, size_of_latents
+from wan_dist.quoting import words_of
 from wan_dist.reading import UnreadableError, read_object, read_text
 from wan_dist.ways import Way
 

@@ -15,12 +15,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from wan_dist.aside import written_aside
+from wan_dist.durations import duration
 from wan_dist.gallery.again import command
 from wan_dist.gallery.records import Record, read_records
 from wan_dist.gallery.runs import Run, read_runs
 from wan_dist.gallery.sheet import COLUMNS, ROWS, SheetError, is_current, sheet_of, write_sheet
 from wan_dist.gallery.sweeps import Sweep, find_sweeps
-from wan_dist.gallery.timeline import duration, timeline_of
+from wan_dist.gallery.timeline import timeline_of
 
 _TEMPLATES = Path(__file__).parent / "templates"
 _STYLES = ("base", "cards", "compare", "runs")

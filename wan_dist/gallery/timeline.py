@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from wan_dist.durations import duration
 from wan_dist.gallery.lanes import Bar, bars_of
 from wan_dist.gallery.runs import Run, Span
 
@@ -122,14 +123,6 @@ def css_of(stage: str) -> str:
     """Return the class of a stage's colour."""
     first = stage.split()[0]
     return f"s-{first}" if first in STAGES else f"s-other{sum(map(ord, first)) % 3}"
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in at most two units: 1 h 05 min, 12 min 07 s, 4.2 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _time_ticks(length: float) -> list[Tick]:
