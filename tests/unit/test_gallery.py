@@ -353,7 +353,7 @@ def test_launch_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     ]
     assert [line.split()[0] for line in lines if line.startswith("job-")] == ["job-2", "job-10"]
     assert lines[-1] == "2 videos, 1 failed, 37.5 s of work, 3.4 GiB of the GPU at most"
-    assert f"run {RUN}: 2 videos in 30 s on 2 ranks" in lines
+    assert f"run {RUN}: 2 videos in 30.0 s on 2 ranks" in lines
     assert "out of memory" in told
 
 
