@@ -8,7 +8,7 @@ demo: $(VENV)/.runtime ## make a video with a tiny model, without a download
 	$(BIN)/python -m wan_dist.run task=toy
 
 test: $(VENV)/.dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-slurm: $(VENV)/.dev ## submit the scripts of slurm/ to a Slurm on this machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_slurm.py -rs

@@ -156,18 +156,25 @@ def test_jobs_that_are_submitted_from_a_plan(slurm: Slurm) -> None:
     (slurm.folder / "stand-in").mkdir()
     (slurm.folder / "stand-in/sitecustomize.py").write_text(STAND_IN.format(found=str(FIXTURES / "wan2.1-t2v")))
     small = ["mem=2GB", "sample.steps=2", *RUN[1:]]
-    (slurm.folder / "jobs.jsonl").write_text('{"prompt": "a red ball, \\"$HOME\\""}\n{"prompt": "一只猫", "seed": 7}\n')
+    (slurm.folder / "jobs.jsonl").write_text(
+        '{"name": "ball", "prompt": "a red ball, \\"$HOME\\""}\n{"name": "cat", "prompt": "一只猫", "seed": 7}\n'
+    )
     path = f"{slurm.folder / 'stand-in'}:{ROOT}"
     fetched = launch(slurm, "gpus=1", "fetch=fetched", "task=t2v-1.3B", "prompt=a cat", "output.name=fetched", *small, PYTHONPATH=path)
     (array,) = launch(slurm, "gpus=1", "array=jobs.jsonl", "task=toy", *small)
     (spread,) = launch(slurm, "nodes=2", "task=toy", "prompt=a cat", "output.name=spread", *small)
-    for job in (*fetched, f"{array}_0", f"{array}_1", spread):
+    (together,) = launch(slurm, "nodes=2", "jobs=jobs.jsonl", "task=toy", "output.dir=together", *small)
+    for job in (*fetched, f"{array}_0", f"{array}_1", spread, together):
         assert slurm.ended(job).startswith("COMPLETED 0:0"), slurm.log(job.replace("_", "-"))
-    records = {name: json.loads((slurm.folder / f"outputs/{name}.json").read_text()) for name in ("fetched", "jobs-1", "jobs-2", "spread")}
+    records = {name: json.loads((slurm.folder / f"outputs/{name}.json").read_text()) for name in ("fetched", "ball", "cat", "spread")}
     assert records["fetched"]["checkpoint"] == "fetched"
-    assert (records["jobs-1"]["prompt"], records["jobs-2"]["prompt"]) == ('a red ball, "$HOME"', "一只猫")
-    assert records["jobs-2"]["seed"] == 7
+    assert (records["ball"]["prompt"], records["cat"]["prompt"]) == ('a red ball, "$HOME"', "一只猫")
+    assert records["cat"]["seed"] == 7
     assert len(records["spread"]["other_ranks"]) == 3
+    made = [json.loads((slurm.folder / f"together/{name}.json").read_text()) for name in ("ball", "cat")]
+    assert [record["status"] for record in made] == ["done", "done"]
+    assert {record["degrees"]["dp"] for record in made} == {2}, "of four ranks two for each job"
+    assert (slurm.folder / "together/index.html").exists()
 
 
 def test_a_video_waits_for_its_download(slurm: Slurm) -> None:
