@@ -107,8 +107,7 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
         raise InputError('prompt is missing; say what to show, e.g. prompt="two cats boxing on a stage", or prompt=@file.txt')
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
     guide_scales = _guide_scales(config, task)
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    num_ranks, ranks_per_node = ranks or (num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
+    num_ranks, ranks_per_node = ranks or ranks_started()
     degrees = _degrees(config, task, num_ranks, ranks_per_node, guided=guide_scales != (1, 1))
     if (dp := degrees.dp) > 1 and not is_job:
         raise InputError(f"parallel.dp={dp}: replicas are for several videos (jobs=FILE), and this run makes one; use parallel.dp=1")
@@ -146,6 +145,12 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
         arrangement=_settled(config, task, degrees, max(rows, columns), guided=negative is not None),
         name=_file_name(config, prompt, seed),
     )
+
+
+def ranks_started() -> tuple[int, int]:
+    """Return how many ranks torchrun has started, and on this node."""
+    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
 
 
 def _about_as_many_tokens(text: str) -> int:

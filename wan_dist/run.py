@@ -23,7 +23,7 @@ from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
 from wan_dist.log import logger, open_log
 from wan_dist.network import choose_network
-from wan_dist.plan import Plan, make_plan
+from wan_dist.plan import Plan, make_plan, ranks_started
 from wan_dist.preemption import CODE, Preempted, heed_signals, preemption
 from wan_dist.replicas import spread
 
@@ -113,9 +113,7 @@ def _run(config: RunConfig, arguments: list[str]) -> int:
 
         run_job(config, plan)
         return 0
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    ranks = (num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))
-    checked = check_jobs(config, arguments, ranks=ranks, gpu_bytes=_gpu_bytes(config))
+    checked = check_jobs(config, arguments, ranks=ranks_started(), gpu_bytes=_gpu_bytes(config))
     from wan_dist.batch import Item, run_jobs
 
     return run_jobs(config, [Item(job, config, plan) for job, config, plan in checked], arguments)

@@ -34,7 +34,8 @@ class Shelf:
 
     def clear(self) -> bool:
         """Let go of all; returns whether there was any."""
-        had_any = bool(self._held)
+        if not self._held:
+            return False
         self._held.clear()
         free_memory()
-        return had_any
+        return True
