@@ -10,8 +10,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import golden_folder
+from tests.test_command import reference_arguments
 from tests.torchrun import torchrun
 from wan_dist.run import main
+from wan_dist.weights.checkpoint import Component
 
 TINY = ["task=toy", "dtype=float32", "size=64*48", "frame_num=5", "sample.steps=3", "output.save_tensor=true"]
 JOBS: list[dict[str, object]] = [
@@ -160,6 +163,25 @@ def test_a_picture_that_has_the_name_of_a_sheet_stays(tmp_path: Path) -> None:
     assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]) == 0
     with Image.open(tmp_path / "plain.jpg") as sheet:
         assert sheet.size == (4 * 64, 2 * 48)
+
+
+def test_both_experts_stay_from_video_to_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[object] = []
+    load = Component.load
+
+    def counted(self: Component[torch.nn.Module, object], device: torch.device, **options: object) -> torch.nn.Module:
+        loads.append(self)
+        return load(self, device, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Component, "load", counted)
+    folder = golden_folder("wan2.2-t2v-a14b")
+    run = [*reference_arguments(folder, "unipc", "t2v-A14B"), "dtype=float32", f"output.dir={tmp_path}"]
+    jobs = write_jobs(tmp_path / "jobs.jsonl", [{"name": "one"}, {"name": "two", "seed": 1}, {"name": "three", "steps": 3}])
+    assert main([*(setting for setting in run if not setting.startswith("output.name")), jobs, "cache.dir=null"]) == 0
+    assert len(loads) == 6  # text encoder, VAE, two transformers with their projections
+    expected = load_file(folder / "expected/unipc.safetensors")["video"]
+    torch.testing.assert_close(videos(tmp_path)["one"], expected, rtol=0, atol=1e-3)
+    assert not any(stage.startswith("load") for name in ("two", "three") for stage in record(tmp_path, name)["stages"])  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from wan_dist.parallel.mesh import Groups, limit_waiting, open_groups
 from wan_dist.plan import Plan, make_plan
 from wan_dist.record import described
 from wan_dist.report import Report
-from wan_dist.room import Room, room_of
+from wan_dist.room import Room, experts_stay, room_of
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.session import Session, find_device, open_session
 from wan_dist.shelf import Shelf
@@ -209,7 +209,8 @@ class Batch:
             largest = max(items, key=lambda item: item.plan.num_tokens)
             plan = session.arrange(largest.plan, largest.config)
             self.chronicle.plans.append(plan)
-            room = room_of(plan)
+            session.keeps_experts = experts_stay(plan)
+            room = room_of(plan, both_experts=session.keeps_experts)
             session.shelf.keeps = room is not Room.NONE
             session.has_room_beside = room is Room.BESIDE and self.groups.replica.size == 1
             session.times = tuple(dict.fromkeys(time for item in items for time in _times(item)))

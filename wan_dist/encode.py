@@ -72,9 +72,10 @@ def project_contexts(
     with report.stage(name, f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}"):
         streaming = Streaming("blocks", from_disk=True, num_rounds=1) if streamed else None
         shelf = session.shelf if streaming is None else Shelf()
-        shelf.make_way("projection", which)
+        place = session.place("projection", which)
+        shelf.make_way(place, which)
         projection = shelf.take(
-            "projection", which, lambda: component.load(report.device, spread=lambda model: model.keep(own), streaming=streaming)
+            place, which, lambda: component.load(report.device, spread=lambda model: model.keep(own), streaming=streaming)
         )
         prompts = [text for text in (conditioning.context, conditioning.negative_context) if text is not None]
         shares = projection(prompts, conditioning.image_features)

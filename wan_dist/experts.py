@@ -106,6 +106,7 @@ class Experts:
     def _note_lower(self, arrangement: Arrangement) -> None:
         self.report.facts["stepped_down_to"] = asdict(arrangement)
         self.session.lowered = arrangement
+        self.session.keeps_experts = False
         self.session.shelf.clear()
 
     def state(self) -> dict[str, Tensor]:
@@ -118,11 +119,12 @@ class Experts:
         limit_waiting(groups, self.config.parallel.load_timeout)
         if not self.session.shelf.keeps:
             free_memory()  # what was there before
-        self.session.shelf.make_way("transformer", (which, arrangement))
+        shelf, place = self.session.shelf, self.session.place("transformer", which)
+        shelf.make_way(place, (which, arrangement))
         contexts = project_contexts(
             self.session, which, self.conditioning, self.report, f"context{suffix}", streamed=arrangement.dit != "resident"
         )
-        model = self.session.shelf.take("transformer", (which, arrangement), lambda: self._load(which, f"load{suffix}", arrangement))
+        model = shelf.take(place, (which, arrangement), lambda: self._load(which, f"load{suffix}", arrangement))
         model.slice_tokens(arrangement.slice_tokens)
         if groups.replica.size > 1 and self.plan.load is not None:
             make_sure_of_room(activation_bytes(self.plan.load, arrangement), self.report.device, groups.replica)

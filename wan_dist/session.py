@@ -48,6 +48,8 @@ class Session:
     """Timesteps that may come, and whether with a known first frame; of one video its own are enough."""
     lowered: Arrangement | None = None
     """What was stepped down to, where memory ran out."""
+    keeps_experts: bool = False
+    """Both transformers of a task that has two may stay, not just the one at work."""
     has_room_beside: bool = False
     """A video may be decoded while the next one is denoised."""
 
@@ -55,6 +57,10 @@ class Session:
     def weights(self) -> str:
         """A digest of the checkpoint's files."""
         return digest_of_files(self.checkpoint.paths)
+
+    def place(self, model: str, which: int) -> str:
+        """Return an expert's place on the shelf, which the experts share where both cannot stay."""
+        return f"{model} {which}" if self.keeps_experts else model
 
     def arrange(self, plan: Plan, config: RunConfig, *, quiet: bool = False) -> Plan:
         """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so."""

@@ -10,7 +10,7 @@ from wan_dist.errors import InputError
 from wan_dist.hardware import Hardware
 from wan_dist.plan import arranged, make_plan
 from wan_dist.replicas import spread
-from wan_dist.room import Room, room_of
+from wan_dist.room import Room, experts_stay, room_of
 from wan_dist.run import configured
 
 GIB = 2**30
@@ -69,6 +69,19 @@ def test_which_models_stay(settings: str, gib: int | None, host: int, room: Room
     plan = arranged(make_plan(own), own, hardware, get_task(own.task).models)
     assert room_of(plan) is room
     assert plan.budget is not None
+    assert not experts_stay(plan)  # there is one
     if gib is not None and room is not Room.NONE:
         less = replace(plan, budget=replace(plan.budget, gpu=plan.uses[-2].gpu_bytes))
         assert room_of(less) is Room.NONE
+
+
+@pytest.mark.parametrize(
+    ("settings", "gib", "stay"),
+    [("", 80, True), ("", 52, False), ("memory.dit=stream", 80, False), ("quant=fp8", 48, True)],
+)
+def test_when_both_experts_stay(settings: str, gib: int, stay: bool) -> None:
+    own = config("task=t2v-A14B", "size=832*480", *settings.split())
+    plan = arranged(make_plan(own), own, Hardware(gib * GIB, 100 * GIB), get_task(own.task).models)
+    assert experts_stay(plan) is stay
+    if stay:
+        assert plan.uses[-2].gpu_bytes + plan.uses[-2].gpu["weights"] < gib * GIB
