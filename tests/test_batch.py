@@ -118,7 +118,10 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path: Path, capfd: pytest.
     assert main([*command, "retry_failed=true"]) == 0
 
 
-def test_a_full_disk_ends_the_run_and_not_each_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("frames", [True, False], ids=["written later", "written at once"])
+def test_a_full_disk_ends_the_run_and_not_each_job(frames: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wan_dist.batch.frames_wait", lambda *_: frames)
+
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -133,6 +136,7 @@ def test_a_full_disk_ends_the_run_and_not_each_job(tmp_path: Path, monkeypatch: 
         patch.setattr("wan_dist.generate.encode", lambda *_: pytest.fail("it has its latents"))
         one = write_jobs(tmp_path / "one.jsonl", JOBS[:1])
         assert main([*TINY, one, f"output.dir={tmp_path / 'out'}"]) == 0
+    assert ("save" in record(tmp_path / "out", "plain")["stages"]) is frames  # type: ignore[operator]
 
 
 def test_a_run_whose_jobs_all_fail_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,9 +4,10 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from wan_dist.durations import duration
 from wan_dist.encode import embed
 from wan_dist.errors import InputError, first_line, told
 from wan_dist.events import Events
-from wan_dist.generate import Video, begin, complete, make_latents
+from wan_dist.footprint import FLOAT
+from wan_dist.generate import Video, begin, complete, complete_later, decode_first, make_latents
 from wan_dist.jobs import Job
 from wan_dist.kept import Kept
 from wan_dist.ledger import DONE, FAILED, Ledger
@@ -31,7 +33,7 @@ from wan_dist.parallel.mesh import Groups, limit_waiting, open_groups
 from wan_dist.plan import Plan, make_plan
 from wan_dist.record import described
 from wan_dist.report import Report
-from wan_dist.room import Room, experts_stay, room_of
+from wan_dist.room import experts_stay, frames_wait, models_stay
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.session import Session, find_device, open_session
 from wan_dist.shelf import Shelf
@@ -116,7 +118,7 @@ class Batch:
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     failures_in_a_row: int = 0
     pending: Future[None] | None = None
-    """The video that is decoded and written while the next one is denoised."""
+    """The video that is written while the next one is denoised."""
 
     def __post_init__(self) -> None:
         self.folder = Path(self.config.output.dir).expanduser()
@@ -207,12 +209,13 @@ class Batch:
             if not items:
                 continue
             largest = max(items, key=lambda item: item.plan.num_tokens)
+            session.shelf.keeps = False
+            plan = session.arrange(largest.plan, largest.config, quiet=True)
+            session.keeps_experts = experts_stay(plan)
+            session.shelf.keeps = models_stay(plan)
             plan = session.arrange(largest.plan, largest.config)
             self.chronicle.plans.append(plan)
-            session.keeps_experts = experts_stay(plan)
-            room = room_of(plan, both_experts=session.keeps_experts)
-            session.shelf.keeps = room is not Room.NONE
-            session.has_room_beside = room is Room.BESIDE and self.groups.replica.size == 1
+            session.has_room_for_frames = frames_wait(plan, FLOAT if largest.config.output.save_tensor else 1)
             session.times = tuple(dict.fromkeys(time for item in items for time in _times(item)))
             texts = {text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None}
             share = sorted(texts)[self.groups.dp.rank :: self.groups.dp.size]
@@ -259,11 +262,16 @@ class Batch:
             self._all_met(item.name)
             self._failed(item, report, fault)
             return
+        frames: list[Tensor] = []
+        if not session.has_room_for_frames:
+            self._settle()
+            if self._all_do(item, video, partial(complete, video, latents)) and self.is_first:
+                self._done(item, video)
+            return
+        is_decoded = self._all_do(item, video, lambda: frames.extend(decode_first(video, latents)))
         self._settle()
-        if session.has_room_beside:
-            self.pending = self.pool.submit(self._write_beside, item, video, latents)
-        else:
-            self._write(item, video, latents)
+        if is_decoded and self.is_first:
+            self.pending = self.pool.submit(self._write, item, video, latents, frames)
 
     def _settle(self) -> None:
         """Wait for the video that is being written; raises what should end the run."""
@@ -271,30 +279,28 @@ class Batch:
             pending, self.pending = self.pending, None
             pending.result()
 
-    def _write_beside(self, item: Item, video: Video, latents: Tensor) -> None:
-        """Decode and write in a thread of its own, on a stream of its own."""
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        with torch.no_grad(), torch.cuda.stream(stream):
-            try:
-                complete(video, latents, beside=True)
-            except Exception as fault:
-                self._failed(item, video.report, fault)
-            else:
-                self.failures_in_a_row = 0
-                self._done(item, video)
+    def _write(self, item: Item, video: Video, latents: Tensor, frames: Sequence[Tensor]) -> None:
+        """Write a video that is decoded, in a thread of its own: encoding it may take longer than decoding, and no GPU."""
+        try:
+            complete_later(video, latents, frames)
+        except Exception as fault:
+            self._failed(item, video.report, fault)
+        else:
+            self.failures_in_a_row = 0
+            self._done(item, video)
 
-    def _write(self, item: Item, video: Video, latents: Tensor) -> None:
+    def _all_do(self, item: Item, video: Video, work: Callable[[], None]) -> bool:
+        """Do what all ranks of the replica do for a video; returns whether none of them failed."""
         fault: Exception | None = None
         try:
-            complete(video, latents)
+            work()
         except Exception as error:
             fault = error
         if is_any(fault is not None, self.groups.replica, self.device):
             self._failed(item, video.report, fault)
-            return
+            return False
         self.failures_in_a_row = 0
-        if self.is_first:
-            self._done(item, video)
+        return True
 
     def _done(self, item: Item, video: Video) -> None:
         add_sheet(video.result, video.plan.frame_num)

@@ -5,7 +5,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,16 +112,43 @@ def make_latents(video: Video) -> Tensor:
 
 
 @torch.no_grad()
-def complete(video: Video, latents: Tensor, *, beside: bool = False) -> None:
-    """Decode and write the result and its record; ``beside``: while the next video is denoised.
+def complete(video: Video, latents: Tensor) -> None:
+    """Decode and write the result and its record.
 
     If decoding or writing fails, the latents are on disk and the error says how to go on from them.
     """
-    config, axis = video.config, video.session.groups.replica
+    with _latents_safe(video, latents):
+        _decode(video, latents, partial(_write, video))
+    if video.is_first:
+        _finish(video)
+
+
+@torch.no_grad()
+def decode_first(video: Video, latents: Tensor) -> list[Tensor]:
+    """Return the result's frames, chunks (n, H, W, 3) on the host of the first rank, for `complete_later`; fails as `complete` does."""
+    frames: list[Tensor] = []
+
+    def take(chunks: Iterator[Tensor]) -> None:
+        frames[:] = [chunk.cpu() for chunk in chunks]
+
+    with _latents_safe(video, latents):
+        _decode(video, latents, take)
+    return frames
+
+
+def complete_later(video: Video, latents: Tensor, frames: Iterable[Tensor]) -> None:
+    """Write the result from what `decode_first` returned, and its record, on the first rank, while the next video is denoised."""
+    with _latents_safe(video, latents), video.report.stage("save", beside=True):
+        _write(video, iter(frames))
+    _finish(video)
+
+
+@contextmanager
+def _latents_safe(video: Video, latents: Tensor) -> Iterator[None]:
+    """Say how to go on from the latents if what is done inside fails; keep them as progress if it fails since the run was asked to end."""
+    config = video.config
     try:
-        if not beside and is_any(preemption.asked_by is not None, axis, latents.device):
-            raise Preempted("asked to end: stopped before decoding; the same command goes on from there")
-        _decode(video, latents, beside=beside)
+        yield
     except (Exception, Preempted) as fault:
         if isinstance(fault, Preempted) or preemption.was_asked():  # ffmpeg may have been asked as well
             if video.is_first and config.latents is None:
@@ -131,8 +160,6 @@ def complete(video: Video, latents: Tensor, *, beside: bool = False) -> None:
             command = _resume_command(config, video.session.checkpoint, video.latents_file, video.result)
             logger.error("the latents are kept; make the video from them with: %s", command)
         raise
-    if video.is_first:
-        _finish(video)
 
 
 def _given_latents(file: Path) -> Tensor:
@@ -227,10 +254,12 @@ def _keeper(video: Video, experts: Experts) -> Callable[[int, Tensor], None]:
     return after_step
 
 
-def _decode(video: Video, latents: Tensor, *, beside: bool) -> None:
-    """Decode latents (C, T, h, w) and write the result as frames are ready; where memory runs out, again in a way that needs less."""
+def _decode(video: Video, latents: Tensor, take: Callable[[Iterator[Tensor]], None]) -> None:
+    """Decode latents (C, T, h, w); the first rank takes frames as they are ready; where memory runs out, again in a way that needs less."""
     session, config, plan = video.session, video.config, video.plan
     axis, checkpoint = session.groups.replica, session.checkpoint
+    if is_any(preemption.asked_by is not None, axis, latents.device):
+        raise Preempted("asked to end: stopped before decoding; the same command goes on from there")
     if not torch.isfinite(latents).all():
         raise FloatingPointError("the latents are not finite: the video would be black")
 
@@ -238,12 +267,12 @@ def _decode(video: Video, latents: Tensor, *, beside: bool) -> None:
         if axis.rank != 0 and way.name != "parallel":
             return  # the first rank goes on alone
         detail = f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"
-        with video.report.stage("decode", detail, beside=beside), vae.kernels_tried(checkpoint.vae.dims, way):
+        with video.report.stage("decode", detail), vae.kernels_tried(checkpoint.vae.dims, way):
             model = vae.load(checkpoint, config, way, latents.device, session.shelf)
             chunks = vae.decode(model, latents, float32_frames if config.output.save_tensor else uint8_frames, way, axis)
             if axis.rank == 0:
                 try:
-                    _write(chunks, config, plan, video.result)
+                    take(chunks)
                 except SaveError:
                     deque(chunks, maxlen=0)  # the other ranks send their shares of all
                     raise
@@ -257,8 +286,9 @@ def _decode(video: Video, latents: Tensor, *, beside: bool) -> None:
         video.report.ran_out("decode")
 
 
-def _write(chunks: Iterator[Tensor], config: RunConfig, plan: Plan, result: Path) -> None:
+def _write(video: Video, chunks: Iterator[Tensor]) -> None:
     """Write frames (n, H, W, 3), uint8, or float32 in [-1, 1] which are kept too."""
+    config, plan, result = video.config, video.plan, video.result
     floats: list[Tensor] = []
 
     def seen() -> Iterator[Tensor]:

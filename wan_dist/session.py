@@ -24,6 +24,7 @@ from wan_dist.parallel.mesh import Groups, local_device
 from wan_dist.parallel.usp import check_usp
 from wan_dist.plan import Plan, arranged
 from wan_dist.prompts import digest_of_files
+from wan_dist.room import staying
 from wan_dist.shelf import Shelf
 from wan_dist.toy import toy_checkpoint
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
@@ -50,8 +51,8 @@ class Session:
     """What was stepped down to, where memory ran out."""
     keeps_experts: bool = False
     """Both transformers of a task that has two may stay, not just the one at work."""
-    has_room_beside: bool = False
-    """A video may be decoded while the next one is denoised."""
+    has_room_for_frames: bool = False
+    """A video that is decoded may be written while the next one is denoised."""
 
     @cached_property
     def weights(self) -> str:
@@ -63,10 +64,15 @@ class Session:
         return f"{model} {which}" if self.keeps_experts else model
 
     def arrange(self, plan: Plan, config: RunConfig, *, quiet: bool = False) -> Plan:
-        """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so."""
+        """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so.
+
+        Where models stay, they are in what each stage takes.
+        """
         text_len = self.checkpoint.transformers[0].dims.text_len
         models, tokenizer = self.checkpoint.models, self.checkpoint.tokenizer
         plan = arranged(plan, config, self.hardware, models, lambda text: len(token_ids(tokenizer, text, text_len)))
+        if self.shelf.keeps:
+            plan = staying(plan, experts=2 if self.keeps_experts else 1)
         assert plan.budget is not None
         if not quiet:
             logger.info("plan      %s", plan.arrangement.words)

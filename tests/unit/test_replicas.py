@@ -1,8 +1,10 @@
 """How ranks are cut into replicas for a file of jobs, and which models stay between videos."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from wan_dist.catalog import get_task
 from wan_dist.config import RunConfig
@@ -10,7 +12,7 @@ from wan_dist.errors import InputError
 from wan_dist.hardware import Hardware
 from wan_dist.plan import arranged, make_plan
 from wan_dist.replicas import spread
-from wan_dist.room import Room, experts_stay, room_of
+from wan_dist.room import experts_stay, frames_wait, models_stay
 from wan_dist.run import configured
 
 GIB = 2**30
@@ -53,26 +55,32 @@ def test_degrees_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "gib", "host", "room"),
+    ("settings", "gib", "host", "stay"),
     [
-        ("task=t2v-14B", 80, 100, Room.BESIDE),
-        ("task=t2v-14B memory.dit=resident", 40, 100, Room.STAY),
-        ("task=t2v-14B memory.dit=resident", 31, 100, Room.NONE),
-        ("task=t2v-14B", 24, 100, Room.BESIDE),  # streamed: the host has the weights
-        ("task=t2v-14B memory.dit=disk", 80, 100, Room.NONE),
-        ("task=toy", None, 8, Room.BESIDE),
+        ("task=t2v-14B", 80, 100, True),
+        ("task=t2v-14B memory.dit=resident", 40, 100, True),
+        ("task=t2v-14B memory.dit=resident", 31, 100, False),  # not while a video is decoded
+        ("task=t2v-14B", 24, 100, True),  # streamed: the host has the weights
+        ("task=t2v-14B", 24, 23.6, False),  # but not what decoding takes too
+        ("task=t2v-14B memory.dit=disk", 80, 100, False),
+        ("task=i2v-14B image=in.png", 48, 100, True),
+        ("task=toy", None, 8, True),
     ],
 )
-def test_which_models_stay(settings: str, gib: int | None, host: int, room: Room) -> None:
+def test_which_models_stay(
+    settings: str, gib: int | None, host: float, stay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (832, 480)).save("in.png")
     own = config(*settings.split())
-    hardware = Hardware(None if gib is None else gib * GIB, host * GIB)
+    hardware = Hardware(None if gib is None else gib * GIB, int(host * GIB))
     plan = arranged(make_plan(own), own, hardware, get_task(own.task).models)
-    assert room_of(plan) is room
+    assert models_stay(plan) is stay
     assert plan.budget is not None
     assert not experts_stay(plan)  # there is one
-    if gib is not None and room is not Room.NONE:
+    if gib is not None and stay:
         less = replace(plan, budget=replace(plan.budget, gpu=plan.uses[-2].gpu_bytes))
-        assert room_of(less) is Room.NONE
+        assert not models_stay(less)
 
 
 @pytest.mark.parametrize(
@@ -84,4 +92,14 @@ def test_when_both_experts_stay(settings: str, gib: int, stay: bool) -> None:
     plan = arranged(make_plan(own), own, Hardware(gib * GIB, 100 * GIB), get_task(own.task).models)
     assert experts_stay(plan) is stay
     if stay:
+        assert frames_wait(plan, 4)
         assert plan.uses[-2].gpu_bytes + plan.uses[-2].gpu["weights"] < gib * GIB
+
+
+def test_frames_wait_where_the_host_has_room() -> None:
+    own = config("task=t2v-1.3B", "size=832*480")
+    plan = arranged(make_plan(own), own, Hardware(80 * GIB, 100 * GIB), get_task(own.task).models)
+    most, frames = max(use.host_bytes for use in plan.uses), 81 * 832 * 480 * 3
+    assert plan.budget is not None
+    for host, does in ((most + 2 * frames, True), (most + 2 * frames - 1, False)):
+        assert frames_wait(replace(plan, budget=replace(plan.budget, host=host)), 1) is does
