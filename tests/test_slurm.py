@@ -123,7 +123,7 @@ def test_a_job_that_is_requeued_makes_the_same_video(slurm: Slurm) -> None:
     while not re.search(r"read +\d", slurm.log(job)):  # what is said last before denoising
         assert time.monotonic() < end, slurm.log(job)
         time.sleep(0.05)
-    time.sleep(0.3)
+    time.sleep(1.5)
     slurm("scancel", "--signal=USR1", job)
     whole = slurm.submit(TWO_TASKS, "one-node.sbatch", *settings, "output.name=whole")
     assert slurm.ended(job).startswith("COMPLETED 0:0 restarts=1"), slurm.log(job)
