@@ -18,7 +18,7 @@ from wan_dist.parallel.collectives import all_to_all, gather_objects
 from wan_dist.parallel.mesh import Axis, local_device, open_groups
 
 _LIMIT = 60.0
-_SIZES = (2**10, 2**18, 2**24)
+_SIZES = {"cuda": (2**10, 2**18, 2**24), "cpu": (2**10, 2**18)}
 """Numbers of 4 bytes that a rank sends in all."""
 _TIMES = 5
 _SLOW = 20.0
@@ -59,10 +59,12 @@ def _give_up(who: str) -> None:
 
 
 def _findings(axis: Axis, device: torch.device) -> Iterator[Finding]:
-    wrong = sum(_num_wrong(size, axis, device) for size in _SIZES for _ in range(_TIMES))
+    wrong = sum(_num_wrong(size, axis, device) for size in _SIZES[device.type] for _ in range(_TIMES))
     if wrong:
         advice = "the GPUs' direct path corrupts what is sent: run with NCCL_P2P_DISABLE=1, and update the driver"
-        yield Finding("exchange", f"{wrong} of {_TIMES * sum(_SIZES)} numbers arrived wrong on rank {axis.rank}", FAULT, advice)
+        yield Finding(
+            "exchange", f"{wrong} of {_TIMES * sum(_SIZES[device.type])} numbers arrived wrong on rank {axis.rank}", FAULT, advice
+        )
     if any(gather_objects(wrong, axis)):
         return
     rate = min(gather_objects(_rate(axis, device), axis))
@@ -88,7 +90,7 @@ def _num_wrong(size: int, axis: Axis, device: torch.device) -> int:
 
 def _rate(axis: Axis, device: torch.device) -> float:
     """Return how many GB a second this rank sends to the others, and receives."""
-    x = torch.zeros(axis.size, _SIZES[-1] // axis.size, device=device)
+    x = torch.zeros(axis.size, _SIZES[device.type][-1] // axis.size, device=device)
     seconds = []
     for _ in range(_TIMES):
         _wait(device)
