@@ -215,7 +215,7 @@ class Batch:
             session.shelf.keeps = models_stay(plan)
             plan = session.arrange(largest.plan, largest.config)
             self.chronicle.plans.append(plan)
-            session.has_room_for_frames = frames_wait(plan, FLOAT if largest.config.output.save_tensor else 1)
+            session.has_room_for_frames = frames_wait(plan, FLOAT if any(item.config.output.save_tensor for item in items) else 1)
             session.times = tuple(dict.fromkeys(time for item in items for time in _times(item)))
             texts = {text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None}
             share = sorted(texts)[self.groups.dp.rank :: self.groups.dp.size]
