@@ -194,7 +194,7 @@ def test_both_experts_stay_from_video_to_video(tmp_path: Path, monkeypatch: pyte
         (['{"prompt": "a", "parallel.dp": 2}'], "line 1: parallel.dp is of the whole run; give it on the command line"),
         (['{"prompt": "a"}', '{"prompt": "b", "output.dir": "x"}'], "line 2: output.dir is of the whole run"),
         (['{"prompt": "a"}', '{"prompt": "b", "frame_num": 6}'], "line 2: frame_num=6 is not 4n + 1"),
-        (['{"prompt": "a"}', '{"prompt": "b", "image": "no.png"}'], "line 2: image is given, but toy"),
+        (['{"prompt": "a"}', '{"prompt": "b", "last_frame": "no.png"}'], "line 2: last_frame is given, but toy"),
         (['{"prompt": "a", "stepz": 3}'], "line 1: unknown key 'stepz'"),
     ],
 )

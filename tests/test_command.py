@@ -108,7 +108,7 @@ def test_bfloat16_stays_close(case: str, tmp_path: Path) -> None:
 def test_the_toy_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(TINY) == 0
     names = sorted(path.name for path in (tmp_path / "outputs").iterdir())
-    stem = "toy_two-cats-boxing-on-a-stage_42"
+    stem = "toy_a-red-circle-moving-right-on-a-blue-back_42"
     assert names == [f"{stem}.json", f"{stem}.latents.safetensors", f"{stem}.mp4"]
     told = capsys.readouterr().err
     assert "toy: 5 frames of 64x48 at 16 fps = 0.3 s of video, seed 42" in told

@@ -45,7 +45,7 @@ def _path(scene: Scene, number: int, chance: random.Random, num_frames: int) -> 
     if number >= len(scene.things):
         return [(-1.0, -1.0, 0.01, 0.0)] * num_frames  # outside
     thing, is_alone = scene.things[number], len(scene.things) == 1
-    radius = chance.uniform(0.10, 0.13) if is_alone else chance.uniform(0.085, 0.1)
+    radius = chance.uniform(0.15, 0.18) if is_alone else chance.uniform(0.1, 0.115)
     beside = _is_beside(scene)
     half_x, half_y = (0.48, 0.48) if is_alone else (0.24, 0.48) if beside else (0.48, 0.24)
     center_x = 0.5 if is_alone or not beside else 0.26 + 0.48 * number

@@ -1,26 +1,36 @@
 """Score the toy model as it is run: how many of the held-out captions it shows rightly, and how far frames are from the float32 run's.
 
-python -m toy.score toy/checkpoint                           # the table of toy/README.md
-python -m toy.score toy/checkpoint --only "steps=4" --captions 16
+    python -m toy.score --at-once 6 --out scores.json            # every way to run it: the table of toy/README.md
+    python -m toy.score --only "float32" --ranks 2
+    python -m toy.score --only "4 steps" --captions 16 --checkpoint FOLDER
+
+Ways that need a GPU are left out where there is none.
 """
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file
 
+from bench.record import this_run
 from toy.judge import Verdict, judge
+from toy.render import render
 from toy.scenes import Scene, all_scenes, caption
-from wan_dist.run import main as run
+
+_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -31,10 +41,13 @@ class Way:
     settings: tuple[str, ...] = ()
     gpu: bool = False
     """Whether it needs one."""
+    image: bool = False
+    """Whether it is given a first frame."""
 
 
 WAYS = (
     Way("float32", ("dtype=float32",)),
+    Way("float32, first frame given", ("dtype=float32",), image=True),
     Way("bfloat16", ("dtype=bfloat16",)),
     *(Way(f"quant={quant}", ("dtype=bfloat16", f"quant={quant}"), gpu=quant == "fp8") for quant in ("fp8", "int8", "int4")),
     Way("attention=8bit", ("dtype=bfloat16", "attention=8bit"), gpu=True),
@@ -54,17 +67,41 @@ def held_out(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
     return [(scene, caption(scene, chance)) for scene in chance.sample(scenes, count)]
 
 
-def video_of(prompt: str, folder: Path, settings: list[str]) -> NDArray[np.uint8]:
-    """Make a video by the command and return its frames (F, H, W, 3)."""
-    code = run(["task=toy", f"prompt={prompt}", *settings, f"output.dir={folder}", "output.name=out", "output.save_tensor=true"])
-    if code:
-        raise SystemExit(code)
-    video = load_file(folder / "out.safetensors")["video"]  # (3, F, H, W) in [-1, 1]
+def videos_of(
+    asked: Sequence[tuple[Scene, str]], settings: Sequence[str], *, num_ranks: int = 1, threads: int = 1, image: bool = False
+) -> list[NDArray[np.uint8]]:
+    """Make a video of each caption by one run of the command and return their frames (F, H, W, 3).
+
+    Several ranks share each video. With ``image`` each is given the first frame of a video that was drawn of its scene.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        jobs: list[dict[str, object]] = []
+        for number, (scene, text) in enumerate(asked):
+            jobs.append({"name": f"{number:03}", "prompt": text, "seed": number})
+            if image:
+                drawn = render([scene], random.Random(number), torch.device("cpu"))
+                Image.fromarray(_frames(drawn[0])[0]).save(folder / f"{number:03}.first.png")
+                jobs[-1]["image"] = f"{number:03}.first.png"
+        (folder / "jobs.jsonl").write_text("".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+        shared = [f"jobs={folder}/jobs.jsonl", f"output.dir={folder}", "output.save_tensor=true", f"parallel.ulysses={num_ranks}"]
+        command = [sys.executable, "-W", "ignore", *torchrun, "-m", "wan_dist.run", "task=toy", *shared, *settings]
+        done = subprocess.run(
+            command, cwd=_ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(settings)}: exit {done.returncode}\n{done.stderr[-2000:]}")
+        return [_frames(load_file(folder / f"{number:03}.safetensors")["video"]) for number in range(len(asked))]
+
+
+def _frames(video: torch.Tensor) -> NDArray[np.uint8]:
+    """Return frames (F, H, W, 3) of a video (3, F, H, W) in [-1, 1]."""
     return (video * 127.5 + 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
 
 
 def psnr(video: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
-    """Return the peak signal-to-noise ratio in dB."""
+    """Return the peak signal-to-noise ratio in dB, at most 78."""
     error = np.square(video.astype(np.float64) - reference).mean()
     return float(10 * np.log10(255**2 / max(error, 1e-3)))
 
@@ -72,33 +109,48 @@ def psnr(video: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
 def main() -> None:
     """Score each way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--checkpoint", type=Path, help="another than the one that comes with the program")
     parser.add_argument("--captions", type=int, default=64)
-    parser.add_argument("--only", help="ways whose name holds this")
+    parser.add_argument("--only", help="ways whose name holds this; float32, which the others are compared with, is always run")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, help="ways that are run side by side")
     parser.add_argument("--out", type=Path, help="a JSON file of what was found")
     options = parser.parse_args()
-    found, references = {}, {}
-    for way in WAYS:
-        if (options.only and options.only not in way.name and way.name != "float32") or (way.gpu and not torch.cuda.is_available()):
-            continue
-        verdicts: list[Verdict] = []
-        distances, begun = [], time.perf_counter()
-        for number, (scene, text) in enumerate(held_out(options.captions)):
-            with tempfile.TemporaryDirectory() as folder:
-                frames = video_of(text, Path(folder), [f"ckpt_dir={options.checkpoint}", f"seed={number}", *way.settings])
-            references.setdefault(number, frames)
-            distances.append(psnr(frames, references[number]))
-            verdicts.append(judge(frames, scene))
-            if not verdicts[-1].right:
-                print(f"{way.name}: {text!r} became {verdicts[-1].seen}", file=sys.stderr)
-        share = {key: sum(getattr(each, key) for each in verdicts) / len(verdicts) for key in ("right", "background", "colors", "motions")}
-        found[way.name] = {**share, "psnr": float(np.mean(distances)), "seconds": (time.perf_counter() - begun) / len(verdicts)}
-        print(
-            f"| {way.name} | " + " | ".join(f"{100 * value:.0f} %" for value in share.values()) + f" | {found[way.name]['psnr']:.1f} |",
-            flush=True,
-        )
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=2) + "\n")
+    ways = [way for way in WAYS if way.name == "float32" or not options.only or options.only in way.name]
+    ways = [way for way in ways if not way.gpu or torch.cuda.is_available()]
+    asked = held_out(options.captions)
+    given = [] if options.checkpoint is None else [f"ckpt_dir={options.checkpoint.resolve()}"]
+    threads = max(1, (os.cpu_count() or 1) // options.at_once // options.ranks)
+    rows: list[dict[str, object]] = []
+
+    def made(way: Way) -> list[NDArray[np.uint8]]:
+        return videos_of(asked, [*given, *way.settings], num_ranks=options.ranks, threads=threads, image=way.image)
+
+    with ThreadPoolExecutor(options.at_once) as pool:
+        running: list[tuple[Way, Future[list[NDArray[np.uint8]]]]] = [(way, pool.submit(made, way)) for way in ways]
+        references = running[0][1].result()
+        for index, (way, future) in enumerate(running):
+            videos = future.result()
+            running[index] = (way, Future())  # their frames are not needed any more
+            rows.append(_score(way, asked, videos, references))
+            if options.out:
+                options.out.write_text(json.dumps({"run": this_run(), "ranks": options.ranks, "rows": rows}, indent=2) + "\n")
+
+
+def _score(
+    way: Way, asked: Sequence[tuple[Scene, str]], videos: Sequence[NDArray[np.uint8]], references: Sequence[NDArray[np.uint8]]
+) -> dict[str, object]:
+    """Print and return a row of the table."""
+    verdicts: list[Verdict] = []
+    for (scene, text), frames in zip(asked, videos, strict=True):
+        verdicts.append(judge(frames, scene))
+        if not verdicts[-1].right:
+            print(f"{way.name}: {text!r} became {verdicts[-1].seen}", file=sys.stderr)
+    shares = {key: sum(getattr(each, key) for each in verdicts) / len(verdicts) for key in ("right", "background", "colors", "motions")}
+    distance = float(np.mean([psnr(one, other) for one, other in zip(videos, references, strict=True)]))
+    far = "" if way is WAYS[0] or way.image else f"{distance:.1f}"
+    print(f"| {way.name} | " + " | ".join(f"{100 * share:.0f} %" for share in shares.values()) + f" | {far} |", flush=True)
+    return {"way": way.name, "captions": len(verdicts), **shares, "psnr": distance}
 
 
 if __name__ == "__main__":

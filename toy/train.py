@@ -8,7 +8,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -19,37 +19,41 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from toy import plain, plain_vae
-from toy.render import render
+from toy.descent import Descent, recorded
+from toy.render import NUM_FRAMES, SIZE, render
 from toy.scenes import caption, draw_scene
-from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
+from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
+from wan_dist.catalog import TASKS
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.text_encoder import build_text_encoder, token_ids
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
-from wan_dist.toy import SPECIAL_TOKENS, with_end_mark
 from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
 from wan_dist.weights.load import fill
 from wan_dist.weights.names import original_text_encoder, original_transformer, original_vae
 from wan_dist.weights.write import stored, write_config
 
-DIMS = ModelDims(
-    transformer=TransformerDims(num_layers=7, dim=192, ffn_dim=640, num_heads=6, text_dim=128, text_len=64),
-    text_encoder=TextEncoderDims(num_layers=2, dim=128, ffn_dim=256, num_heads=4, head_dim=32, vocab_size=640),
-    vae=VaeDims(dim=8, decoder_dim=8),
-)
+DIMS = TASKS["toy"].models
 _DIVERGENCE = 3e-4
+_EMPHASIS = 5.0
+"""Of the pixels where things are, which are few, against those of the background."""
+_VAE_RATE, _RATE = 1e-3, 1.5e-3
+_STEPS_AN_AVERAGE = 10
 _SHIFT = 3.0
 """Of the noise levels that are trained on: more of them are high."""
+
+Clips = tuple[Tensor, Tensor, Tensor]
+"""Normalised latents (N, C, T, h, w) in bfloat16, the tokens of two captions of each (N, 2, n) and those of no caption (n)."""
 
 
 def main() -> None:
     """Train and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--vae-steps", type=int, default=1500)
-    parser.add_argument("--clips", type=int, default=40000)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--vae-steps", type=int, default=5600)
+    parser.add_argument("--clips", type=int, default=28000)
+    parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", type=Path, help="a VAE's file to go on from, instead of training one")
@@ -90,7 +94,7 @@ def save(tensors: Iterable[tuple[str, Tensor]], file: Path) -> None:
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
 def _rate(step: int, steps: int, peak: float) -> float:
@@ -107,36 +111,29 @@ def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.devi
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             assert module.bias is not None
             nn.init.zeros_(module.bias)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda")
+    descent = Descent(vae.named_parameters(), lambda *_: False)
 
     def loss_of(video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_variance = plain_vae.moments(vae, video)
         difference = plain_vae.decode(vae, mean + (log_variance / 2).exp() * noise) - video
         divergence = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
-        squared = difference.square().mean()
-        return difference.abs().mean() + squared + _DIVERGENCE * divergence, squared
+        is_thing = (video - video[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1  # the corner shows the background
+        weight = 1 + (_EMPHASIS - 1) * is_thing
+        squared = difference.square()
+        return (weight * (difference.abs() + squared)).mean() + _DIVERGENCE * divergence, squared.mean()
 
     compiled = torch.compile(loss_of, dynamic=False) if device.type == "cuda" else loss_of
+    batch = 8 if device.type == "cuda" else 2
     for step in range(steps):
-        size, num_frames, batch = (96, 9, 32) if step < 0.6 * steps else (128, 33, 8)  # the later frames of long videos are no others'
-        batch = batch if device.type == "cuda" else 2
-        video = render([draw_scene(chance) for _ in range(batch)], chance, device, size=size, num_frames=num_frames)
-        noise = torch.randn(batch, DIMS.vae.latent_dim, num_frames // 4 + 1, size // 8, size // 8, device=device)
+        video = render([draw_scene(chance) for _ in range(batch)], chance, device)
+        noise = torch.randn(batch, DIMS.vae.latent_dim, NUM_FRAMES // 4 + 1, SIZE // 8, SIZE // 8, device=device)
         with _autocast(device):
             loss, squared = compiled(video, noise)
-        _descend(loss, optimizer, _rate(step, steps, 1e-3))
+        descent.rate.fill_(_rate(step, steps, _VAE_RATE))
+        descent.step(loss)
         if step % 200 == 0 or step == steps - 1:
             print(f"vae {step} loss {loss.item():.4f} PSNR {-10 * squared.div(4).log10().item():.1f}", flush=True)
     normalise(vae, chance, device)
-
-
-def _descend(loss: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], 1.0)
-    optimizer.step()
 
 
 @torch.no_grad()
@@ -173,10 +170,8 @@ def make_tokenizer(chance: random.Random, num_captions: int = 20000) -> PreTrain
 
 
 @torch.no_grad()
-def make_clips(
-    vae: WanVae, tokenizer: PreTrainedTokenizerBase, count: int, chance: random.Random, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return normalised latents (N, C, T, h, w) in bfloat16, two captions of each clip (N, 2, n) and those of no caption (n)."""
+def make_clips(vae: WanVae, tokenizer: PreTrainedTokenizerBase, count: int, chance: random.Random, device: torch.device) -> Clips:
+    """Return encoded videos with captions."""
     text_len = DIMS.transformer.text_len
 
     def ids(text: str) -> list[int]:
@@ -194,23 +189,63 @@ def make_clips(
     return torch.cat(latents), torch.tensor(texts, device=device), torch.tensor(ids(""), device=device)
 
 
-def train_transformer(clips: tuple[Tensor, Tensor, Tensor], steps: int, batch: int, device: torch.device, folder: Path) -> None:
-    """Train and write text encoder and transformer by flow matching (arXiv:2210.02747): the velocity is noise minus latents.
-
-    One caption in ten is left out, for guidance; one clip in four is given its first frame, with a timestep of 0 of its own.
-    """
-    latents, texts, nothing = clips
+def train_transformer(clips: Clips, steps: int, batch: int, device: torch.device, folder: Path) -> None:
+    """Train and write text encoder and transformer; what is written is an average of the last steps' weights."""
     text_encoder = build_text_encoder(DIMS.text_encoder, torch.float32).to(device).eval()
     projection, transformer = (kind(DIMS.transformer, torch.float32).to(device) for kind in (ContextProjection, WanTransformer))
     _initialise(projection, transformer)
     for name, parameter in text_encoder.named_parameters():
         if "relative_attention_bias" in name:  # from the usual 0.09 it takes long to learn which noun a colour stands before
             nn.init.normal_(parameter, std=1.5)
-    everything = nn.ModuleList([text_encoder, projection, transformer])
+    everything = nn.ModuleDict({"text_encoder": text_encoder, "projection": projection, "transformer": transformer})
     parameters = list(everything.parameters())
     averages = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=device.type == "cuda")
-    rotary = transformer.rotary(latents[:1])
+    descent = Descent(everything.named_parameters(), _is_matrix)
+    loss_of = _flow_matching(text_encoder, projection, transformer, transformer.rotary(clips[0][:1]))
+    compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
+
+    def descend() -> Tensor:
+        drawn = _draw(clips, batch)
+        with _autocast(device):
+            loss = compiled(*drawn)
+        descent.step(loss)
+        return loss.detach()
+
+    begun = time.perf_counter()
+    one_step = recorded(descend, device)
+    for step in range(steps):
+        descent.rate.fill_(_rate(step, steps * 5 // 4, _RATE))  # the average does what the cosine's last fifth would
+        loss = one_step()
+        if step % _STEPS_AN_AVERAGE == 0:
+            times = step // _STEPS_AN_AVERAGE
+            torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - min(0.995, (times + 1) / (times + 10)))
+        if step % 250 == 0 or step == steps - 1:
+            print(f"step {step} loss {loss.item():.4f} {time.perf_counter() - begun:.0f} s", flush=True)
+    with torch.no_grad():
+        for parameter, average in zip(parameters, averages, strict=True):
+            parameter.copy_(average)
+    write_transformer(text_encoder, projection, transformer, folder)
+
+
+def _draw(clips: Clips, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return latents (B, C, T, h, w), noise, its level (B), whether the first frame is given (B), and a caption's tokens (B, n)."""
+    latents, texts, nothing = clips
+    device = latents.device
+    chosen = torch.randint(len(latents), (batch,), device=device)
+    x, drawn = latents[chosen].float(), torch.rand(3, batch, device=device)
+    ids = texts[chosen, torch.randint(2, (batch,), device=device)]
+    ids = torch.where((drawn[0] < 0.1).unsqueeze(1), nothing, ids)
+    level = _SHIFT * drawn[1] / (1 + (_SHIFT - 1) * drawn[1])
+    return x, torch.randn_like(x), level, drawn[2] < 0.25, ids
+
+
+def _flow_matching(
+    text_encoder: nn.Module, projection: ContextProjection, transformer: WanTransformer, rotary: tuple[Tensor, Tensor]
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return the loss of what `_draw` returns, arXiv:2210.02747: the velocity is noise minus latents.
+
+    One caption in ten is left out, for guidance; one clip in four is given its first frame, with a timestep of 0 of its own.
+    """
 
     def loss_of(x: Tensor, noise: Tensor, level: Tensor, given: Tensor, ids: Tensor) -> Tensor:
         mask = ids != 0
@@ -224,31 +259,12 @@ def train_transformer(clips: tuple[Tensor, Tensor, Tensor], steps: int, batch: i
         error = (found - (noise - x)).square()
         return error[:, :, 1:].mean() + (error[:, :, :1].mean((1, 2, 3, 4)) * ~given).mean() / x.shape[2]
 
-    compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
-    begun = time.perf_counter()
-    for step in range(steps):
-        chosen = torch.randint(len(latents), (batch,), device=device)
-        x, drawn = latents[chosen].float(), torch.rand(3, batch, device=device)
-        ids = texts[chosen, torch.randint(2, (batch,), device=device)]
-        ids = torch.where((drawn[0] < 0.1).unsqueeze(1), nothing, ids)
-        level = _SHIFT * drawn[1] / (1 + (_SHIFT - 1) * drawn[1])
-        with _autocast(device):
-            loss = compiled(x, torch.randn_like(x), level, drawn[2] < 0.25, ids)
-        _descend(loss, optimizer, _rate(step, steps, 1.5e-3))
-        torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - min(0.9995, (step + 1) / (step + 10)))
-        if step % 250 == 0 or step == steps - 1:
-            print(f"step {step} loss {loss.item():.4f} {time.perf_counter() - begun:.0f} s", flush=True)
-        if step % 2000 == 1999 or step == steps - 1:
-            kept = [parameter.detach().clone() for parameter in parameters]
-            _copy(averages, parameters)
-            write_transformer(text_encoder, projection, transformer, folder)
-            _copy(kept, parameters)
+    return loss_of
 
 
-@torch.no_grad()
-def _copy(values: list[Tensor], parameters: list[nn.Parameter]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon moves it: the matrices of all blocks."""
+    return parameter.dim() == 2 and (".blocks." in name or ".block." in name) and "relative_attention_bias" not in name
 
 
 def write_transformer(text_encoder: nn.Module, projection: ContextProjection, transformer: WanTransformer, folder: Path) -> None:

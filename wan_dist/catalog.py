@@ -36,9 +36,9 @@ _T2V_14B = TransformerDims(num_layers=40, dim=5120, ffn_dim=13824, num_heads=40)
 _I2V_A14B = replace(_T2V_14B, in_dim=36)
 _I2V_14B = replace(_I2V_A14B, image_dim=1280)
 _FLF2V_14B = replace(_I2V_14B, image_positions=2 * 257)
-_TOY = TransformerDims(num_layers=4, dim=96, ffn_dim=256, num_heads=4, text_dim=32)
+_TOY = TransformerDims(num_layers=7, dim=192, ffn_dim=512, num_heads=6, text_dim=128, text_len=64)
 _UMT5_XXL = TextEncoderDims(num_layers=24, dim=4096, ffn_dim=10240, num_heads=64, head_dim=64, vocab_size=256384)
-_TOY_UMT5 = TextEncoderDims(num_layers=2, dim=32, ffn_dim=64, num_heads=4, head_dim=8, vocab_size=256 + 3)
+_TOY_UMT5 = TextEncoderDims(num_layers=2, dim=128, ffn_dim=256, num_heads=4, head_dim=32, vocab_size=640)
 _CLIP_H = ImageEncoderDims(num_layers=32, dim=1280, ffn_dim=5120, num_heads=16, patch=14, image_size=224)
 _VAE_21 = VaeDims(dim=96, decoder_dim=96)
 _VAE_22 = VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)
@@ -196,8 +196,10 @@ TASKS = {
             name="toy",
             repository="",
             transformer=_TOY,
+            images=Images.OPTIONAL,
             text_encoder=_TOY_UMT5,
-            vae=VaeDims(dim=8, decoder_dim=8),
+            vae=VaeDims(dim=8, decoder_dim=12),
+            sizes=((128, 128),),
             tea=(TeaFit((1.0, 0.0), 0.2),),
         ),
     )

@@ -278,7 +278,7 @@ def _read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
     given = {key: file for key in ("image", "first_frame", "last_frame") if (file := getattr(config, key)) is not None}
     wanted = task.images.keys
     if unwanted := [key for key in given if key not in wanted]:
-        takers = [name for name, other in TASKS.items() if unwanted[0] in other.images.keys]
+        takers = [name for name, other in TASKS.items() if unwanted[0] in other.images.keys and other.repository]
         raise InputError(f"{unwanted[0]} is given, but {task.name} takes {task.images.value}; {', '.join(takers)} would take {unwanted[0]}")
     missing = [key for key in wanted if key not in given]
     if missing and task.images is not Images.OPTIONAL:

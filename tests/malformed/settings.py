@@ -153,7 +153,7 @@ PLACES = [
     _with("dit_file is a pipe", "dit_file=x.safetensors", "dit_file=x.safetensors is no .safetensors file", pipe="x.safetensors"),
     setting("dit_file=x.pth", says="dit_file=x.pth is no .safetensors file"),
     setting("dit_file=a.safetensors,b.safetensors", says="this task takes one, not 2 files"),
-    setting("image=x.png", says="toy takes no image"),
+    setting("last_frame=x.png", says="toy takes image=FILE, or none"),
     accepted("output.name=-pipe:1 %d", "output.dir=outputs/\x1b[31mred", check=_of("\x1b[31mred", "-pipe:1 %d")),
 ]
 

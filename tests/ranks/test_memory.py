@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from bench.random_checkpoint import make_checkpoint
 from tests.torchrun import torchrun
 from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.toy import make_checkpoint
 from wan_dist.weights.layout import WEIGHTS
 from wan_dist.weights.names import original_transformer
 

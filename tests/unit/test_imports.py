@@ -21,7 +21,7 @@ LAYERS = [
     {"record", "replicas", "room", "chronicle"},
     {"weights", "sampling", "video"},
     {"prompts", "report"},
-    {"toy", "parallel"},
+    {"parallel"},
     {"memory", "tiles", "kept", "events", "ledger"},
     {"shelf"},
     {"vae", "session"},

@@ -1,5 +1,6 @@
 """What the toy model is trained on and judged by; that what is trained is what is run."""
 
+import copy
 import random
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from toy import plain, plain_vae, train
+from toy.descent import Descent
 from toy.judge import judge
 from toy.render import render
 from toy.scenes import COLORS, MOTIONS, SHAPES, Scene, all_scenes, caption, draw_scene
@@ -107,6 +109,29 @@ def test_captions_fit_the_tokenizer() -> None:
     assert max(len(tokenizer(text).input_ids) for text in texts) <= train.DIMS.transformer.text_len
     assert len({tuple(tokenizer(text).input_ids) for text in texts}) == len({text.lower() for text in texts})
     assert tokenizer("A red STAR 🐈").input_ids[:3] == tokenizer("a red star").input_ids[:3]
+
+
+def test_matrices_go_down_as_with_pytorchs_muon() -> None:
+    """PyTorch's goes through them one at a time."""
+    torch.manual_seed(0)
+    with torch.enable_grad():
+        ours = nn.ModuleList([nn.Linear(24, 16), nn.Linear(24, 16), nn.Linear(16, 24)])
+        theirs = copy.deepcopy(ours)
+        descent = Descent(ours.named_parameters(), lambda name, _: name.endswith("weight"))
+        descent.rate.fill_(1e-2)
+        muon = torch.optim.Muon([layer.weight for layer in theirs], lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        adam = torch.optim.AdamW([layer.bias for layer in theirs], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01)
+        for _ in range(5):
+            x = torch.randn(8, 24)
+            descent.step(sum(layer(x[:, : layer.in_features]).square().mean() for layer in ours))
+            for optimizer in (muon, adam):
+                optimizer.zero_grad()
+            sum(layer(x[:, : layer.in_features]).square().mean() for layer in theirs).backward()
+            nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            for optimizer in (muon, adam):
+                optimizer.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
 def test_training_writes_a_checkpoint_that_is_read(tmp_path: Path) -> None:

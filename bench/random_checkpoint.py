@@ -1,21 +1,16 @@
-"""A tiny checkpoint in the published layout, made on the spot, so that the whole pipeline runs anywhere without a download.
+"""Checkpoints in the published layout with random weights: for tests, and full-size ones to try a whole run without a download."""
 
-Its weights are random: the video is coloured noise. Benchmarks make full-size ones the same way.
-"""
-
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from wan_dist.catalog import TASKS
-from wan_dist.config import user_cache
+from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
 from wan_dist.dims import ModelDims
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
@@ -25,25 +20,6 @@ from wan_dist.models.vae import WanVae
 from wan_dist.weights.layout import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, WEIGHTS
 from wan_dist.weights.names import KeyMap, original_image_encoder, original_text_encoder, original_transformer, original_vae
 from wan_dist.weights.write import stored, write_config
-
-_VERSION = 2
-SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
-
-
-def toy_checkpoint() -> Path:
-    """Return the folder of the toy checkpoint in the user's cache, made there if it is new."""
-    cache = user_cache()
-    folder = cache / f"toy-{_VERSION}"
-    if not folder.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=cache))
-        make_checkpoint(aside, TASKS["toy"].models)
-        try:
-            aside.rename(folder)
-        except OSError:  # another run was faster
-            if not folder.exists():
-                raise
-    return folder
 
 
 def make_checkpoint(
@@ -106,9 +82,3 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return with_end_mark(tokenizer)
-
-
-def with_end_mark(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that begins with ``SPECIAL_TOKENS`` as umT5's is: an end mark after each text."""
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")

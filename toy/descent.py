@@ -1,0 +1,87 @@
+"""How the toy's parameters go down their loss: matrices by Muon, everything else by AdamW, a step recorded as a CUDA graph."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+_MOMENTUM = 0.95
+_DECAY = 0.01
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Of the Newton-Schulz iteration that drives singular values towards 1."""
+
+
+def orthogonal(matrices: Tensor, num_steps: int = 5) -> Tensor:
+    """Return the nearest matrices (N, A, B), about, whose singular values are all 1.
+
+    Newton-Schulz in bfloat16, as in https://kellerjordan.github.io/posts/muon.
+    """
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if is_tall else matrices).bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    a, b, c = _QUINTIC
+    for _ in range(num_steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if is_tall else x
+
+
+class Descent:
+    """Muon with Nesterov's momentum for the matrices (N, M) named by ``is_matrix``, AdamW for the rest.
+
+    All matrices of one shape are made orthogonal at once. ``rate`` is a tensor, so that a recorded step reads what is written there.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], is_matrix: Callable[[str, nn.Parameter], bool]) -> None:
+        shapes, rest = defaultdict(list), []
+        for name, parameter in named:
+            (shapes[parameter.shape] if is_matrix(name, parameter) else rest).append(parameter)
+        device = rest[0].device
+        self.rate = torch.zeros((), device=device)
+        self._groups = [(matrices, [torch.zeros_like(matrix) for matrix in matrices]) for matrices in shapes.values()]
+        self._parameters = [*rest, *(matrix for matrices in shapes.values() for matrix in matrices)]
+        is_cuda = device.type == "cuda"
+        self._rest = torch.optim.AdamW(rest, lr=self.rate, betas=(0.9, 0.98), weight_decay=_DECAY, fused=True, capturable=is_cuda)
+
+    def step(self, loss: Tensor) -> None:
+        """Change the parameters along the loss's gradient, cut to a norm of 1."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        loss.backward()
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._rest.step()
+        with torch.no_grad():
+            for matrices, momenta in self._groups:
+                self._step_matrices(matrices, momenta)
+
+    def _step_matrices(self, matrices: list[nn.Parameter], momenta: list[Tensor]) -> None:
+        gradients = [matrix.grad for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
+        rows, columns = matrices[0].shape
+        scale = 0.2 * max(rows, columns) ** 0.5  # the root mean square of AdamW's steps, arXiv:2502.16982
+        changes = orthogonal(torch.stack(ahead)).float() * (scale * self.rate)
+        torch._foreach_mul_(matrices, 1 - _DECAY * self.rate)
+        torch._foreach_sub_(matrices, list(changes))
+
+
+def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """Return what does ``step``, without Python in between on a GPU: a CUDA graph, recorded after three steps."""
+    if device.type != "cuda":
+        return step
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def again() -> Tensor:
+        graph.replay()
+        return result
+
+    return again
