@@ -1,7 +1,7 @@
 """Score the toy model as it is run: how many of the held-out captions it shows rightly, and how far frames are from the float32 run's.
 
     python -m toy.score --at-once 6 --out scores.json            # every way to run it: the table of toy/README.md
-    python -m toy.score --only "float32" --ranks 2
+    python -m toy.score --only float32 --ranks 2
     python -m toy.score --only "4 steps" --captions 16 --checkpoint FOLDER
 
 Ways that need a GPU are left out where there is none.
@@ -130,8 +130,12 @@ def main() -> None:
         running: list[tuple[Way, Future[list[NDArray[np.uint8]]]]] = [(way, pool.submit(made, way)) for way in ways]
         references = running[0][1].result()
         for index, (way, future) in enumerate(running):
-            videos = future.result()
-            running[index] = (way, Future())  # their frames are not needed any more
+            running[index] = (way, Future())  # its frames are not needed for longer than this turn
+            try:
+                videos = future.result()
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+                continue
             rows.append(_score(way, asked, videos, references))
             if options.out:
                 options.out.write_text(json.dumps({"run": this_run(), "ranks": options.ranks, "rows": rows}, indent=2) + "\n")
