@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from toy.judge import judge
 from toy.score import held_out, psnr, videos_of
 
-ASKED = held_out(64)[: int(os.environ.get("WAN_DIST_CAPTIONS", "6"))]
+ASKED = held_out(64)[: int(os.environ.get("WAN_DIST_CAPTIONS", "4"))]
 
 
 @cache
