@@ -51,13 +51,26 @@ WAYS = (
     Way("bfloat16", ("dtype=bfloat16",)),
     *(Way(f"quant={quant}", ("dtype=bfloat16", f"quant={quant}"), gpu=quant == "fp8") for quant in ("fp8", "int8", "int4")),
     Way("attention=8bit", ("dtype=bfloat16", "attention=8bit"), gpu=True),
-    *(Way(f"cache.steps={kind}", ("dtype=float32", f"cache.steps={kind}")) for kind in ("easy", "tea")),
+    *(
+        Way(f"cache.steps={kind} cache.threshold={threshold}", ("dtype=float32", f"cache.steps={kind}", f"cache.threshold={threshold}"))
+        for kind, threshold in (("easy", 0.05), ("easy", 0.1), ("easy", 0.2), ("tea", 0.1), ("tea", 0.2), ("tea", 0.4))
+    ),
     *(
         Way(f"{solver}, {steps} steps", ("dtype=float32", f"sample.solver={solver}", f"sample.steps={steps}"))
         for solver in ("unipc", "dpm++", "euler")
         for steps in (4, 8, 12, 20, 50)
     ),
 )
+
+
+@dataclass(frozen=True)
+class Made:
+    """A video that was made."""
+
+    frames: NDArray[np.uint8]
+    """(F, H, W, 3)."""
+    num_steps: int
+    """That were computed, not guessed."""
 
 
 def held_out(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
@@ -69,8 +82,8 @@ def held_out(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
 
 def videos_of(
     asked: Sequence[tuple[Scene, str]], settings: Sequence[str], *, num_ranks: int = 1, threads: int = 1, image: bool = False
-) -> list[NDArray[np.uint8]]:
-    """Make a video of each caption by one run of the command and return their frames (F, H, W, 3).
+) -> list[Made]:
+    """Make a video of each caption by one run of the command.
 
     Several ranks share each video. With ``image`` each is given the first frame of a video that was drawn of its scene.
     """
@@ -92,7 +105,15 @@ def videos_of(
         )
         if done.returncode:
             raise RuntimeError(f"{' '.join(settings)}: exit {done.returncode}\n{done.stderr[-2000:]}")
-        return [_frames(load_file(folder / f"{number:03}.safetensors")["video"]) for number in range(len(asked))]
+        return [_made(folder, f"{number:03}") for number in range(len(asked))]
+
+
+def _made(folder: Path, name: str) -> Made:
+    record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return Made(
+        _frames(load_file(folder / f"{name}.safetensors")["video"]),
+        record["config"]["sample"]["steps"] - (record.get("guessed_steps") or 0),
+    )
 
 
 def _frames(video: torch.Tensor) -> NDArray[np.uint8]:
@@ -123,11 +144,11 @@ def main() -> None:
     threads = max(1, (os.cpu_count() or 1) // options.at_once // options.ranks)
     rows: list[dict[str, object]] = []
 
-    def made(way: Way) -> list[NDArray[np.uint8]]:
+    def made(way: Way) -> list[Made]:
         return videos_of(asked, [*given, *way.settings], num_ranks=options.ranks, threads=threads, image=way.image)
 
     with ThreadPoolExecutor(options.at_once) as pool:
-        running: list[tuple[Way, Future[list[NDArray[np.uint8]]]]] = [(way, pool.submit(made, way)) for way in ways]
+        running: list[tuple[Way, Future[list[Made]]]] = [(way, pool.submit(made, way)) for way in ways]
         references = running[0][1].result()
         for index, (way, future) in enumerate(running):
             running[index] = (way, Future())  # its frames are not needed for longer than this turn
@@ -141,20 +162,19 @@ def main() -> None:
                 options.out.write_text(json.dumps({"run": this_run(), "ranks": options.ranks, "rows": rows}, indent=2) + "\n")
 
 
-def _score(
-    way: Way, asked: Sequence[tuple[Scene, str]], videos: Sequence[NDArray[np.uint8]], references: Sequence[NDArray[np.uint8]]
-) -> dict[str, object]:
+def _score(way: Way, asked: Sequence[tuple[Scene, str]], videos: Sequence[Made], references: Sequence[Made]) -> dict[str, object]:
     """Print and return a row of the table."""
     verdicts: list[Verdict] = []
-    for (scene, text), frames in zip(asked, videos, strict=True):
-        verdicts.append(judge(frames, scene))
+    for (scene, text), made in zip(asked, videos, strict=True):
+        verdicts.append(judge(made.frames, scene))
         if not verdicts[-1].right:
             print(f"{way.name}: {text!r} became {verdicts[-1].seen}", file=sys.stderr)
     shares = {key: sum(getattr(each, key) for each in verdicts) / len(verdicts) for key in ("right", "background", "colors", "motions")}
-    distance = float(np.mean([psnr(one, other) for one, other in zip(videos, references, strict=True)]))
+    steps = float(np.mean([made.num_steps for made in videos]))
+    distance = float(np.mean([psnr(one.frames, other.frames) for one, other in zip(videos, references, strict=True)]))
     far = "" if way is WAYS[0] or way.image else f"{distance:.1f}"
-    print(f"| {way.name} | " + " | ".join(f"{100 * share:.0f} %" for share in shares.values()) + f" | {far} |", flush=True)
-    return {"way": way.name, "captions": len(verdicts), **shares, "psnr": distance}
+    print(f"| {way.name} | {steps:.1f} | " + " | ".join(f"{100 * share:.0f} %" for share in shares.values()) + f" | {far} |", flush=True)
+    return {"way": way.name, "captions": len(verdicts), "computed_steps": steps, **shares, "psnr": distance}
 
 
 if __name__ == "__main__":
