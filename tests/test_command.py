@@ -282,7 +282,7 @@ def test_guessed_steps_are_said_and_recorded(
         calls.append(len(arguments[1]))
         return forward(self, streams, *arguments)
 
-    settings = [*TINY, "sample.steps=12", "dtype=float32", "output.save_tensor=true"]
+    settings = [*TINY, "size=128*128", "sample.steps=12", "dtype=float32", "output.save_tensor=true"]
     for name, more in {"all": [], "a": [f"cache.steps={kind}"], "b": [f"cache.steps={kind}", "memory.passes=apart"]}.items():
         monkeypatch.setattr(Block, "forward", counted)
         calls.clear()
@@ -294,7 +294,7 @@ def test_guessed_steps_are_said_and_recorded(
             assert json.loads((tmp_path / f"outputs/{name}.json").read_text())["guessed_steps"] == guessed
     everything, together, apart = (load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in ("all", "a", "b"))
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
-    assert not torch.equal(together, everything)  # how far they are from each other, toy/score.py measures
+    assert 0 < (together - everything).abs().mean() < 0.05  # another seed's video is 0.1 away
 
 
 def test_a_gpu_that_is_too_small_is_told_what_would_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
