@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bench.record import this_run
+from launch.local import command_for
 from toy.judge import Verdict, judge
 from toy.render import render
 from toy.scenes import Scene, all_scenes, caption
+from wan_dist.vae import uint8_frames
 
 _ROOT = Path(__file__).parents[1]
 
@@ -94,15 +96,13 @@ def videos_of(
             jobs.append({"name": f"{number:03}", "prompt": text, "seed": number})
             if image:
                 drawn = render([scene], random.Random(number), torch.device("cpu"))
-                Image.fromarray(_frames(drawn[0])[0]).save(folder / f"{number:03}.first.png")
+                Image.fromarray(uint8_frames(drawn[0])[0].numpy()).save(folder / f"{number:03}.first.png")
                 jobs[-1]["image"] = f"{number:03}.first.png"
         (folder / "jobs.jsonl").write_text("".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
         shared = [f"jobs={folder}/jobs.jsonl", f"output.dir={folder}", "output.save_tensor=true", f"parallel.ulysses={num_ranks}"]
-        command = [sys.executable, "-W", "ignore", *torchrun, "-m", "wan_dist.run", "task=toy", *shared, *settings]
-        done = subprocess.run(
-            command, cwd=_ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True, check=False
-        )
+        command = command_for(num_ranks, ["task=toy", *shared, *settings])
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(settings)}: exit {done.returncode}\n{done.stderr[-2000:]}")
         return [_made(folder, f"{number:03}") for number in range(len(asked))]
@@ -111,14 +111,9 @@ def videos_of(
 def _made(folder: Path, name: str) -> Made:
     record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return Made(
-        _frames(load_file(folder / f"{name}.safetensors")["video"]),
+        uint8_frames(load_file(folder / f"{name}.safetensors")["video"]).numpy(),
         record["config"]["sample"]["steps"] - (record.get("guessed_steps") or 0),
     )
-
-
-def _frames(video: torch.Tensor) -> NDArray[np.uint8]:
-    """Return frames (F, H, W, 3) of a video (3, F, H, W) in [-1, 1]."""
-    return (video * 127.5 + 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).numpy()
 
 
 def psnr(video: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
@@ -145,19 +140,20 @@ def main() -> None:
     rows: list[dict[str, object]] = []
 
     def made(way: Way) -> list[Made]:
-        return videos_of(asked, [*given, *way.settings], num_ranks=options.ranks, threads=threads, image=way.image)
+        try:
+            return videos_of(asked, [*given, *way.settings], num_ranks=options.ranks, threads=threads, image=way.image)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return []
 
+    references: list[Made] = []
     with ThreadPoolExecutor(options.at_once) as pool:
-        running: list[tuple[Way, Future[list[Made]]]] = [(way, pool.submit(made, way)) for way in ways]
-        references = running[0][1].result()
-        for index, (way, future) in enumerate(running):
-            running[index] = (way, Future())  # its frames are not needed for longer than this turn
-            try:
-                videos = future.result()
-            except RuntimeError as error:
-                print(error, file=sys.stderr)
-                continue
-            rows.append(_score(way, asked, videos, references))
+        for way, videos in zip(ways, pool.map(made, ways), strict=True):
+            references = references or videos
+            if not references:
+                raise SystemExit(1)
+            if videos:
+                rows.append(_score(way, asked, videos, references))
             if options.out:
                 options.out.write_text(json.dumps({"run": this_run(), "ranks": options.ranks, "rows": rows}, indent=2) + "\n")
 

@@ -46,6 +46,12 @@ def _key(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def packaged(name: str, checkout: str) -> Path:
+    """Return the folder ``name`` that is in the package once it is installed; in a checkout it is ``checkout``, beside the package."""
+    package = Path(__file__).parent
+    return package / name if (package / name).is_dir() else package.parent / checkout
+
+
 def user_cache() -> Path:
     """Return the folder in the user's cache that is ours."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wan_dist.arguments import prepare, require_task
 from wan_dist.catalog import TASKS
-from wan_dist.config import RunConfig, leaf_fields, register_configs
+from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
 from wan_dist.errors import InputError, told
 from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
@@ -27,8 +27,7 @@ from wan_dist.plan import Plan, make_plan, ranks_started
 from wan_dist.preemption import CODE, Preempted, heed_signals, preemption
 from wan_dist.replicas import spread
 
-_PACKAGE = Path(__file__).parent
-CONF = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"  # installed, or a checkout
+CONF = packaged("conf", "conf")
 
 EXAMPLES = """\
   python -m wan_dist.run task=toy

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_dist.config import RunConfig
+from wan_dist.config import RunConfig, packaged
 from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, table
@@ -28,9 +28,6 @@ from wan_dist.room import staying
 from wan_dist.shelf import Shelf
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.hub import find_checkpoint
-
-_PACKAGE = Path(__file__).parent
-_TOY = _PACKAGE / "toy" if (_PACKAGE / "toy").is_dir() else _PACKAGE.parent / "toy" / "checkpoint"  # installed, or a checkout
 
 
 @dataclass
@@ -118,7 +115,7 @@ def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoin
     """Open the checkpoint; what must be made or fetched is so by the first rank of each node."""
 
     def find() -> Path:
-        return _TOY if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
+        return packaged("toy", "toy/checkpoint") if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
 
     given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
     folder = first_on_each_node(find, groups) if config.ckpt_dir is None else Path(config.ckpt_dir).expanduser()

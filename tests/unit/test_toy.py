@@ -18,6 +18,7 @@ from wan_dist.dims import TransformerDims, VaeDims
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae, in_chunks
+from wan_dist.vae import uint8_frames
 from wan_dist.weights.hub import check_whole
 from wan_dist.weights.layout import TOKENIZER
 
@@ -72,17 +73,17 @@ def test_normalised_latents_have_the_published_moments() -> None:
 
 def test_what_is_drawn_is_judged_right() -> None:
     chance = random.Random(1)
-    scenes = [draw_scene(chance) for _ in range(24)] + chance.sample(list(all_scenes()), 24)
+    scenes = [draw_scene(chance) for _ in range(60)] + chance.sample(list(all_scenes()), 60)
     for scene, video in zip(scenes, render(scenes, chance, CPU), strict=True):
-        frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+        frames = uint8_frames(video).numpy()
         assert judge(frames, scene).right, (scene, judge(frames, scene).seen)
 
 
 def test_what_is_wrong_is_judged_wrong() -> None:
     chance = random.Random(2)
-    scenes = chance.sample(list(all_scenes()), 6)
+    scenes = chance.sample(list(all_scenes()), 10)
     for scene, video in zip(scenes, render(scenes, chance, CPU), strict=True):
-        frames = ((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+        frames = uint8_frames(video).numpy()
         (thing,) = scene.things
         for motion in set(MOTIONS) - {thing.motion}:
             assert not judge(frames, Scene((type(thing)(thing.color, thing.shape, motion),), scene.background)).motions
