@@ -1,10 +1,10 @@
 """Score the toy model as it is run: how many of the held-out captions it shows rightly, and how far frames are from the float32 run's.
 
-    python -m toy.score --at-once 6 --out scores.json            # every way to run it: the table of toy/README.md
+    python -m toy.score --at-once 8 --out scores.json            # every way to run it: the table of toy/README.md
     python -m toy.score --only float32 --ranks 2
     python -m toy.score --only "4 steps" --captions 16 --checkpoint FOLDER
 
-Ways that need a GPU are left out where there is none.
+Ways that need a GPU are left out where there is none, and `attention=8bit` everywhere: its heads have 128 channels, the toy's 32.
 """
 
 import argparse
@@ -52,7 +52,6 @@ WAYS = (
     Way("float32, first frame given", ("dtype=float32",), image=True),
     Way("bfloat16", ("dtype=bfloat16",)),
     *(Way(f"quant={quant}", ("dtype=bfloat16", f"quant={quant}"), gpu=quant == "fp8") for quant in ("fp8", "int8", "int4")),
-    Way("attention=8bit", ("dtype=bfloat16", "attention=8bit"), gpu=True),
     *(
         Way(f"cache.steps={kind} cache.threshold={threshold}", ("dtype=float32", f"cache.steps={kind}", f"cache.threshold={threshold}"))
         for kind, threshold in (("easy", 0.05), ("easy", 0.1), ("easy", 0.2), ("tea", 0.1), ("tea", 0.2), ("tea", 0.4))
@@ -146,6 +145,7 @@ def main() -> None:
             print(error, file=sys.stderr)
             return []
 
+    print("| | steps computed | right | background | colours | motions | PSNR |\n|---|---|---|---|---|---|---|", flush=True)
     references: list[Made] = []
     with ThreadPoolExecutor(options.at_once) as pool:
         for way, videos in zip(ways, pool.map(made, ways), strict=True):
@@ -168,7 +168,8 @@ def _score(way: Way, asked: Sequence[tuple[Scene, str]], videos: Sequence[Made],
     shares = {key: sum(getattr(each, key) for each in verdicts) / len(verdicts) for key in ("right", "background", "colors", "motions")}
     steps = float(np.mean([made.num_steps for made in videos]))
     distance = float(np.mean([psnr(one.frames, other.frames) for one, other in zip(videos, references, strict=True)]))
-    far = "" if way is WAYS[0] or way.image else f"{distance:.1f}"
+    is_same = all(np.array_equal(one.frames, other.frames) for one, other in zip(videos, references, strict=True))
+    far = "" if way is WAYS[0] or way.image else "the same" if is_same else f"{distance:.1f} dB"
     print(f"| {way.name} | {steps:.1f} | " + " | ".join(f"{100 * share:.0f} %" for share in shares.values()) + f" | {far} |", flush=True)
     return {"way": way.name, "captions": len(verdicts), "computed_steps": steps, **shares, "psnr": distance}
 
