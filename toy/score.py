@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file
 
-from bench.record import this_run
+from bench.record import Record
 from launch.local import command_for
 from toy.judge import Verdict, judge
 from toy.render import render
@@ -129,14 +129,14 @@ def main() -> None:
     parser.add_argument("--only", help="ways whose name holds this; float32, which the others are compared with, is always run")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=1, help="ways that are run side by side")
-    parser.add_argument("--out", type=Path, help="a JSON file of what was found")
+    parser.add_argument("--out", type=Path, help="a JSON file of what was found; ways that are scored again are replaced in it")
     options = parser.parse_args()
     ways = [way for way in WAYS if way.name == "float32" or not options.only or options.only in way.name]
     ways = [way for way in ways if not way.gpu or torch.cuda.is_available()]
     asked = held_out(options.captions)
     given = [] if options.checkpoint is None else [f"ckpt_dir={options.checkpoint.resolve()}"]
     threads = max(1, (os.cpu_count() or 1) // options.at_once // options.ranks)
-    rows: list[dict[str, object]] = []
+    record = None if options.out is None else Record(options.out, ("way", "ranks", "captions"))
 
     def made(way: Way) -> list[Made]:
         try:
@@ -153,9 +153,9 @@ def main() -> None:
             if not references:
                 raise SystemExit(1)
             if videos:
-                rows.append(_score(way, asked, videos, references))
-            if options.out:
-                options.out.write_text(json.dumps({"run": this_run(), "ranks": options.ranks, "rows": rows}, indent=2) + "\n")
+                row = _score(way, asked, videos, references)
+                if record is not None:
+                    record.add({"ranks": options.ranks, **row})
 
 
 def _score(way: Way, asked: Sequence[tuple[Scene, str]], videos: Sequence[Made], references: Sequence[Made]) -> dict[str, object]:
@@ -167,8 +167,8 @@ def _score(way: Way, asked: Sequence[tuple[Scene, str]], videos: Sequence[Made],
             print(f"{way.name}: {text!r} became {verdicts[-1].seen}", file=sys.stderr)
     shares = {key: sum(getattr(each, key) for each in verdicts) / len(verdicts) for key in ("right", "background", "colors", "motions")}
     steps = float(np.mean([made.num_steps for made in videos]))
-    distance = float(np.mean([psnr(one.frames, other.frames) for one, other in zip(videos, references, strict=True)]))
-    is_same = all(np.array_equal(one.frames, other.frames) for one, other in zip(videos, references, strict=True))
+    pairs = [(one.frames, other.frames) for one, other in zip(videos, references, strict=True)]
+    distance, is_same = float(np.mean([psnr(*pair) for pair in pairs])), all(np.array_equal(*pair) for pair in pairs)
     far = "" if way is WAYS[0] or way.image else "the same" if is_same else f"{distance:.1f} dB"
     print(f"| {way.name} | {steps:.1f} | " + " | ".join(f"{100 * share:.0f} %" for share in shares.values()) + f" | {far} |", flush=True)
     return {"way": way.name, "captions": len(verdicts), "computed_steps": steps, **shares, "psnr": distance}

@@ -228,7 +228,10 @@ def train_transformer(clips: Clips, steps: int, batch: int, device: torch.device
 
 
 def _draw(clips: Clips, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return latents (B, C, T, h, w), noise, its level (B), whether the first frame is given (B), and a caption's tokens (B, n)."""
+    """Return latents (B, C, T, h, w), noise, its level (B), whether the first frame is given (B), and a caption's tokens (B, n).
+
+    One caption in ten is left out, for guidance; one clip in four is given its first frame.
+    """
     latents, texts, nothing = clips
     device = latents.device
     chosen = torch.randint(len(latents), (batch,), device=device)
@@ -244,7 +247,7 @@ def _flow_matching(
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the loss of what `_draw` returns, arXiv:2210.02747: the velocity is noise minus latents.
 
-    One caption in ten is left out, for guidance; one clip in four is given its first frame, with a timestep of 0 of its own.
+    A first frame that is given has a timestep of 0 of its own, and its error does not count.
     """
 
     def loss_of(x: Tensor, noise: Tensor, level: Tensor, given: Tensor, ids: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def find_device(config: RunConfig) -> torch.device:
 
 
 def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoint:
-    """Open the checkpoint; what must be made or fetched is so by the first rank of each node."""
+    """Open the checkpoint; what must be fetched is so by the first rank of each node."""
 
     def find() -> Path:
         return packaged("toy", "toy/checkpoint") if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
