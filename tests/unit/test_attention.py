@@ -14,6 +14,7 @@ from wan_dist.errors import InputError
 from wan_dist.footprint import SCORE_BYTES
 from wan_dist.models import attention
 from wan_dist.models.attention import attend_with_lse, choose_attention
+from wan_dist.parallel.usp import check_usp
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BFLOAT16 = {"dtype": torch.bfloat16, "head_dim": 64}
@@ -116,3 +117,12 @@ def test_a_ring_takes_flash_attention_where_there_is_one(
     monkeypatch.setattr(torch.ops, "aten", flash)
     q = torch.zeros(1, 4, 2, 8, dtype=getattr(torch, dtype))
     assert isinstance(attend_with_lse("sdpa", q, q, q)[0], Tensor) == has_flash
+
+
+def test_xfuser_is_refused_before_ampere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(InputError, match="its ring and Ulysses need a GPU of Ampere or later"):
+        check_usp(CUDA, "sdpa")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    check_usp(CUDA, "sdpa")

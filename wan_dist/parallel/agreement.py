@@ -22,7 +22,7 @@ def checksum(x: Tensor) -> Tensor:
     Each value's bits count times an odd number that goes by its place, modulo 2^64: integers sum up to the same in any order, which
     floats do not, and tensors that differ in one value never have the same sum.
     """
-    bits = x.contiguous().view(-1).view(_WORDS[x.element_size()]).long()
+    bits = x.flatten().contiguous().view(_WORDS[x.element_size()]).long()
     return (bits * (2 * torch.arange(x.numel(), device=x.device) + 1)).sum().view(1)
 
 

@@ -43,7 +43,8 @@ def _bytes_of(x: Tensor, axis: Axis) -> Tensor:
 
     Backends want contiguous tensors on their own device, and each lacks some dtypes.
     """
-    return x.to(_device_of(axis, x.device)).contiguous().view(-1).view(torch.uint8)
+    x = x.to(_device_of(axis, x.device)).contiguous()
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)  # dims of size 1 may have any stride
 
 
 def _empty_bytes(x: Tensor, axis: Axis, shape: Sequence[int]) -> Tensor:
