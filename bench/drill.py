@@ -2,7 +2,7 @@
 
     python -m bench.drill                                       # 1000 jobs, 4 ranks on CPUs, 60 faults: about an hour on 2 cores
     python -m bench.drill --jobs 12 --ranks 2 --faults 4
-    python -m bench.drill --jobs 12 --ranks 2 --kinds SIGINT "power cut"    # each once
+    python -m bench.drill --jobs 12 --ranks 2 --steps 10 --kinds SIGINT "power cut"    # each once, in this order
 
 The faults are in bench/faults.py: a rank or the launcher is killed, stopped or gets a signal, the disk is full, other runs begin in the
 same folder, files are damaged, an image vanishes, the file of jobs is edited, fsync fails or has no effect before a power cut. After each
@@ -12,6 +12,7 @@ need that, or a C compiler, are left out where there is none.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -30,7 +31,7 @@ from typing import Any
 
 from PIL import Image
 
-from bench.faults import FAULTS, NEED_FSYNC, Fsync, Run, build_fsync, kill_all
+from bench.faults import BETWEEN_RUNS, FAULTS, NEED_FSYNC, Fsync, Run, build_fsync, kill_all
 from bench.record import this_run
 from wan_dist.record import digest_of
 
@@ -70,6 +71,7 @@ class Drill:
     made_again: Counter[str] = field(default_factory=Counter)
     """How often a job may be made more than once."""
     num_cuts: int = 0
+    num_steps: int = 30
 
     def __post_init__(self) -> None:
         self.lines = [self._line(number) for number in range(self.num_jobs)]
@@ -114,7 +116,7 @@ class Drill:
         """Start a run of the jobs; its events go to a file of the folder's name."""
         jobs, events = self.folder / "jobs.jsonl", self.folder / f"{out.name}.jsonl"
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.num_ranks}"]
-        settings = [*_COMMON, "sample.steps=30", f"jobs={jobs}", f"output.dir={out}", f"output.events={events}", *more]
+        settings = [*_COMMON, f"sample.steps={self.num_steps}", f"jobs={jobs}", f"output.dir={out}", f"output.events={events}", *more]
         return self._start([*(torchrun if launched else []), "-m", "wan_dist.run", *settings])
 
     def start_single(self, prompt: str, *, num_steps: int) -> Run:
@@ -147,20 +149,20 @@ class Drill:
     def inject(self) -> None:
         """Inject the faults, then let a run end."""
         run = self.start(self.disk)
-        for number, kind in enumerate(self.plan):
+        for number, (kind, after) in enumerate(itertools.zip_longest(self.plan, self.plan[1:])):
             num_done = len(set(self.events(self.disk, "done")))
             share = max(0, self.num_jobs - num_done) / (len(self.plan) - number + 1)
             self._await(run, num_done + round(self.chance.uniform(0, 1.5 * share)))
-            if run.poll() is not None:
+            if run.poll() is not None and kind not in BETWEEN_RUNS:
                 run = self._again(run)
-                time.sleep(self.chance.uniform(0, 12))  # also while it begins
+                time.sleep(self.chance.uniform(0, 8))  # also while it begins
             with (self.folder / "log.txt").open("a") as log:
                 log.write(f"---- {time.strftime('%H:%M:%S')} fault: {kind}\n")
             FAULTS[kind](self, run)
-            if run.poll() is not None:
+            if run.poll() is not None and after not in BETWEEN_RUNS:
                 run = self._again(run)
-        self._end_of(run)
-        for _ in range(_MOST_RUNS):
+        is_done = self._end_of(run) == 0 and "a second run" not in self.plan  # which may have had jobs
+        for _ in range(0 if is_done else _MOST_RUNS):
             if self._end_of(self.start(self.disk, "retry_failed=true")) == 0:
                 break
 
@@ -249,8 +251,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--faults", type=int, help="how many; 60, or each of --kinds once")
+    parser.add_argument("--faults", type=int, help="how many, in any order; 60, or each of --kinds once")
     parser.add_argument("--kinds", nargs="+", choices=list(FAULTS), metavar="KIND", help="faults of these kinds: " + ", ".join(FAULTS))
+    parser.add_argument("--steps", type=int, default=30, help="of a job")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file of what was found")
     options = parser.parse_args()
@@ -258,8 +261,8 @@ def main() -> None:
         folder, chance, fsync = Path(name), random.Random(options.seed), build_fsync(Path(name))
         missing = {*(NEED_FSYNC if fsync is None else ()), *(("full disk",) if disk.parent == folder else ())}
         kinds = [kind for kind in options.kinds or FAULTS if kind not in missing]
-        plan = choose_faults(options.faults or (len(kinds) if options.kinds else 60), kinds, chance)
-        drill = Drill(folder, disk, options.jobs, options.ranks, plan, chance, fsync)
+        plan = kinds if options.kinds and options.faults is None else choose_faults(options.faults or 60, kinds, chance)
+        drill = Drill(folder, disk, options.jobs, options.ranks, plan, chance, fsync, num_steps=options.steps)
         drill.notes += [f"no {kind}: it needs {'a C compiler' if kind in NEED_FSYNC else 'root'}" for kind in sorted(missing)]
         started = time.perf_counter()
         try:

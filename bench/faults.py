@@ -33,7 +33,7 @@ class Fsync:
         """What a run needs in its environment to have it."""
         return {"LD_PRELOAD": str(self.library), "FSYNC_CONTROL": str(self.control)}
 
-    def set(self, mode: str) -> None:
+    def set_mode(self, mode: str) -> None:
         """Let every second call fail (f), or all have no effect (l), or work again (empty)."""
         self.control.write_text(mode)
 
@@ -108,10 +108,11 @@ def kill_launcher(drill: "Drill", run: Run) -> None:
 
 
 def terminate(drill: "Drill", run: Run) -> None:
-    """Ask the launcher to end, as Slurm does."""
-    ranks = ranks_of(run)
-    send_signal(run.pid, signal.SIGTERM)
-    await_end(run, ranks)
+    """Ask the launcher to end, as Slurm does, unless it has ended."""
+    if run.poll() is None:
+        ranks = ranks_of(run)
+        send_signal(run.pid, signal.SIGTERM)
+        await_end(run, ranks)
 
 
 def interrupt(number: signal.Signals) -> Callable[["Drill", Run], None]:
@@ -214,11 +215,11 @@ def edit_jobs(drill: "Drill", run: Run) -> None:
 def fail_fsync(drill: "Drill", run: Run) -> None:
     """Let every second fsync fail for a while."""
     assert drill.fsync is not None
-    drill.fsync.set("f")
+    drill.fsync.set_mode("f")
     until = time.monotonic() + drill.chance.uniform(2, 6)
     while run.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
-    drill.fsync.set("")
+    drill.fsync.set_mode("")
 
 
 def cut_power(drill: "Drill", run: Run) -> None:
@@ -230,10 +231,10 @@ def cut_power(drill: "Drill", run: Run) -> None:
     is_lying = drill.num_cuts % 2 == 1
     drill.num_cuts += 1
     since = time.time()
-    drill.fsync.set("l" if is_lying else "")
+    drill.fsync.set_mode("l" if is_lying else "")
     time.sleep(drill.chance.uniform(1, 5))
     kill_all(run)
-    drill.fsync.set("")
+    drill.fsync.set_mode("")
     synced = drill.fsync.synced
     for file in drill.disk.rglob("*"):
         if not file.is_file() or file.is_symlink() or file.name == ".filler":
@@ -261,5 +262,7 @@ FAULTS: dict[str, Callable[["Drill", Run], None]] = {
     "failing fsync": fail_fsync,
     "power cut": cut_power,
 }
+BETWEEN_RUNS = ("damaged files", "edited jobs")
+"""What is done when a run has ended, so that several are done at once where they follow each other."""
 NEED_FSYNC = ("failing fsync", "power cut")
 """What needs a C compiler."""
