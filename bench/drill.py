@@ -72,6 +72,8 @@ class Drill:
     """How often a job may be made more than once."""
     num_cuts: int = 0
     num_steps: int = 30
+    num_replicas: int | None = None
+    """Into which the ranks are divided; None: each is one, so that a run without torchrun makes the same videos bit by bit."""
 
     def __post_init__(self) -> None:
         self.lines = [self._line(number) for number in range(self.num_jobs)]
@@ -117,6 +119,7 @@ class Drill:
         jobs, events = self.folder / "jobs.jsonl", self.folder / f"{out.name}.jsonl"
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.num_ranks}"]
         settings = [*_COMMON, f"sample.steps={self.num_steps}", f"jobs={jobs}", f"output.dir={out}", f"output.events={events}", *more]
+        settings += [f"parallel.dp={self.num_replicas}"] if self.num_replicas is not None else []
         return self._start([*(torchrun if launched else []), "-m", "wan_dist.run", *settings])
 
     def start_single(self, prompt: str, *, num_steps: int) -> Run:
@@ -251,6 +254,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--replicas", type=int, help="into which the ranks are divided, fewer than them: then they share each video's work")
     parser.add_argument("--faults", type=int, help="how many, in any order; 60, or each of --kinds once")
     parser.add_argument("--kinds", nargs="+", choices=list(FAULTS), metavar="KIND", help="faults of these kinds: " + ", ".join(FAULTS))
     parser.add_argument("--steps", type=int, default=30, help="of a job")
@@ -262,7 +266,9 @@ def main() -> None:
         missing = {*(NEED_FSYNC if fsync is None else ()), *(("full disk",) if disk.parent == folder else ())}
         kinds = [kind for kind in options.kinds or FAULTS if kind not in missing]
         plan = kinds if options.kinds and options.faults is None else choose_faults(options.faults or 60, kinds, chance)
-        drill = Drill(folder, disk, options.jobs, options.ranks, plan, chance, fsync, num_steps=options.steps)
+        drill = Drill(
+            *(folder, disk, options.jobs, options.ranks, plan, chance, fsync), num_steps=options.steps, num_replicas=options.replicas
+        )
         drill.notes += [f"no {kind}: it needs {'a C compiler' if kind in NEED_FSYNC else 'root'}" for kind in sorted(missing)]
         started = time.perf_counter()
         try:
@@ -276,8 +282,8 @@ def main() -> None:
             if drill.found or sys.exc_info()[0] is not None:
                 shutil.copy(folder / "log.txt", "drill-log.txt")
         failures = fsync.num_failures if fsync else 0
-    found = {"jobs": options.jobs, "ranks": options.ranks, "faults": dict(Counter(plan)), "ends": dict(drill.codes), "found": drill.found}
-    found |= {"notes": drill.notes, "failed_fsyncs": failures}
+    found = {"jobs": options.jobs, "ranks": options.ranks, "replicas": options.replicas, "faults": dict(Counter(plan))}
+    found |= {"ends": dict(drill.codes), "found": drill.found, "notes": drill.notes, "failed_fsyncs": failures}
     found |= {"seconds_alone": round(alone, 1), "seconds_under_faults": round(under_faults, 1)}
     print(json.dumps(found, indent=2))
     if options.out:

@@ -148,10 +148,11 @@ def fill_disk(drill: "Drill", run: Run) -> None:
 
 def run_beside(drill: "Drill", run: Run) -> None:
     """Give the same command in another terminal, and end that one."""
-    other = drill.start(drill.disk, launched=False)
+    other = drill.start(drill.disk, launched=drill.num_replicas is not None)
     time.sleep(drill.chance.uniform(6, 12))
+    ranks = ranks_of(other)
     send_signal(other.pid, drill.chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-    await_end(other, [])
+    await_end(other, ranks)
 
 
 def run_pair(drill: "Drill", run: Run) -> None:
@@ -203,6 +204,8 @@ def vanish_image(drill: "Drill", run: Run) -> None:
             break
         time.sleep(0.1)
     aside.rename(image)
+    if run.poll() not in (None, 0) and line["name"] not in drill.events(drill.disk, "failed"):
+        drill.found.append(f"the image of {line['name']} vanished, and the run ended with code {run.returncode}")
 
 
 def edit_jobs(drill: "Drill", run: Run) -> None:
