@@ -70,6 +70,7 @@ class Drill:
     """Prompts of which two single runs have made a video each."""
     made_again: Counter[str] = field(default_factory=Counter)
     """How often a job may be made more than once."""
+    edited: set[str] = field(default_factory=set)
     num_cuts: int = 0
     num_steps: int = 30
     num_replicas: int | None = None
@@ -77,10 +78,7 @@ class Drill:
 
     def __post_init__(self) -> None:
         self.lines = [self._line(number) for number in range(self.num_jobs)]
-        num_edits = min(self.plan.count("edited jobs"), self.num_jobs // 2)
-        edited = self.chance.sample(range(self.num_jobs), 2 * num_edits)
-        self._edits = list(zip(edited[::2], edited[1::2], strict=True))
-        self._write("jobs.jsonl")
+        self._write()
 
     def _line(self, number: int) -> Line:
         line: Line = {"name": f"job-{number:04}", "prompt": f"a ball, {number}", "seed": number}
@@ -89,29 +87,31 @@ class Drill:
             Image.new("RGB", (64, 48), (number % 256, number * 7 % 256, 100)).save(line["image"])
         return line
 
-    def _write(self, name: str) -> None:
-        (self.folder / name).write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+    def _write(self) -> None:
+        (self.folder / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
 
-    def edit_next(self) -> list[str]:
-        """Make the next of the edits that are planned, in the file of jobs; returns the names of the changed lines."""
-        if not self._edits:
-            return []
-        changed = [self.lines[number] for number in self._edits.pop()]
-        changed[0]["fps"] = 7
-        changed[1]["prompt"] += ", changed"
+    def edit(self) -> list[str]:
+        """Change the fps of a line whose video is there, if one is, and another line's prompt, and add a line.
+
+        Returns the names of the changed lines.
+        """
+        done = set(self.events(self.disk, "done"))
+        lines = [line for line in self.lines if line["name"] not in self.edited]
+        self.chance.shuffle(lines)
+        lines.sort(key=lambda line: line["name"] not in done)  # stable
+        changed = lines[:1] + lines[-1:] if len(lines) > 1 else []
+        if changed:
+            changed[0]["fps"] = 7
+            changed[1]["prompt"] += ", changed"
         self.lines.append(self._line(len(self.lines)))
-        self._write("jobs.jsonl")
-        return [line["name"] for line in changed]
+        self._write()
+        names = [line["name"] for line in changed]
+        self.edited.update(names)
+        return names
 
     def run_alone(self, folder: Path) -> None:
         """Make the jobs, as the file has them in the end, without faults."""
-        lines, edits = json.loads(json.dumps(self.lines)), list(self._edits)
-        while self._edits:
-            self.edit_next()
-        code = self.start(folder).wait()
-        self.lines, self._edits = lines, edits
-        self._write("jobs.jsonl")
-        if code:
+        if code := self.start(folder).wait():
             raise SystemExit(f"the run without faults ended with code {code}")
 
     def start(self, out: Path, *more: str, launched: bool = True) -> Run:
@@ -250,7 +250,7 @@ def choose_faults(number: int, kinds: Sequence[str], chance: random.Random) -> l
 
 
 def main() -> None:
-    """Run alone, run with faults, compare, print what was found; code 1 if anything is not as it should be."""
+    """Run with faults, run alone, compare, print what was found; code 1 if anything is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=4)
@@ -272,10 +272,10 @@ def main() -> None:
         drill.notes += [f"no {kind}: it needs {'a C compiler' if kind in NEED_FSYNC else 'root'}" for kind in sorted(missing)]
         started = time.perf_counter()
         try:
-            drill.run_alone(folder / "alone")
-            alone = time.perf_counter() - started
             drill.inject()
-            under_faults = time.perf_counter() - started - alone
+            under_faults = time.perf_counter() - started
+            drill.run_alone(folder / "alone")
+            alone = time.perf_counter() - started - under_faults
             drill.compare(folder / "alone")
         finally:
             drill.close()

@@ -209,9 +209,9 @@ def vanish_image(drill: "Drill", run: Run) -> None:
 
 
 def edit_jobs(drill: "Drill", run: Run) -> None:
-    """Change the file of jobs between two runs: one line's fps, one line's prompt, and a line more."""
+    """Change the file of jobs between two runs: the fps of a line that is done, another's prompt, and a line more."""
     terminate(drill, run)
-    for name in drill.edit_next():
+    for name in drill.edit():
         drill.allow_again(name)
 
 
