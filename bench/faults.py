@@ -219,7 +219,7 @@ def fail_fsync(drill: "Drill", run: Run) -> None:
     """Let every second fsync fail for a while."""
     assert drill.fsync is not None
     drill.fsync.set_mode("f")
-    until = time.monotonic() + drill.chance.uniform(2, 6)
+    until = time.monotonic() + drill.chance.uniform(1, 4)
     while run.poll() is None and time.monotonic() < until:
         time.sleep(0.1)
     drill.fsync.set_mode("")
