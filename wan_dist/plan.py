@@ -1,6 +1,5 @@
 """RunConfig + task -> Plan: every derived number and every error that crosses fields. No torch, so that it answers at once."""
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from wan_dist.catalog import AREA_480P, TASKS, Images, Task, TeaFit, get_task
 from wan_dist.config import EIGHT_BIT_ATTENTION, MOST_CHARACTERS, RunConfig, check_name
 from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
 from wan_dist.dims import ModelDims
+from wan_dist.environment import read_ranks
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, Load, Use, footprint
 from wan_dist.hardware import Hardware
@@ -148,9 +148,9 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
 
 
 def ranks_started() -> tuple[int, int]:
-    """Return how many ranks torchrun has started, and on this node."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    """Return how many ranks were started, and on this node."""
+    ranks = read_ranks()
+    return ranks.num_ranks, ranks.ranks_per_node
 
 
 def _about_as_many_tokens(text: str) -> int:

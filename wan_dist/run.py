@@ -18,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 from wan_dist.arguments import prepare, require_task
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
+from wan_dist.environment import Ranks, read_ranks
 from wan_dist.errors import InputError, told
 from wan_dist.jobs import Job, configs_of, read_jobs
-from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher
+from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher, is_shell_of_srun
 from wan_dist.log import logger, open_log
 from wan_dist.network import choose_network
 from wan_dist.plan import Plan, make_plan, ranks_started
@@ -56,13 +57,17 @@ def main(arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
         sys.stdout.write(help_text() + "\n")
         return 0
-    adopt_slurm()
-    open_log()
-    choose_network()
-    die_with_launcher()
+    ranks = Ranks()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # what one stage leaves is of use to the next
     try:
+        adopt_slurm()
+        ranks = read_ranks()
+        open_log()
+        if is_shell_of_srun():
+            logger.info("ranks     one: srun's other tasks ended as this shell was opened; `python -m launch local` takes all GPUs")
+        choose_network()
+        die_with_launcher()
         prepared = prepare(arguments)
         if "--hydra-help" not in prepared:
             require_task(prepared)
@@ -73,7 +78,7 @@ def main(arguments: list[str]) -> int:
     except Preempted as stop:
         return _fail(CODE, str(stop), "")
     except InputError as fault:
-        if os.environ.get("RANK", "0") != "0":
+        if ranks.rank:
             time.sleep(3)  # the first rank says the same, and torchrun ends us meanwhile
         return _fail(2, str(fault))
     except (HydraException, OmegaConfBaseException) as fault:
@@ -179,14 +184,14 @@ def _described(fault: Exception) -> str:
     """Return an error in a line: what, where, and on which rank of which host."""
     first = next(iter(str(fault).splitlines()), "")
     where = "; ".join(getattr(fault, "__notes__", [])[:2])
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        where = "; ".join(part for part in (where, f"rank {os.environ.get('RANK')} on {socket.gethostname()}") if part)
+    if (ranks := read_ranks()).num_ranks > 1:
+        where = "; ".join(part for part in (where, f"rank {ranks.rank} on {socket.gethostname()}") if part)
     return f"{type(fault).__name__}: {first}" + (f" ({where})" if where else "")
 
 
 def _fail(code: int, message: str, kind: str = "error: ") -> int:
     message = told(message)
-    if kind or os.environ.get("RANK", "0") == "0":
+    if kind or read_ranks().rank == 0:
         sys.stderr.write(f"wan_dist: {kind}{message}\n")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with the first failing rank's message
         entry = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors", "dims", "aside", "quoting", "durations"},
-    {"reading"},
+    {"reading", "environment"},
     {"catalog", "log", "launcher", "preemption", "streaming", "gallery"},
     {"network"},
     {"config", "degrees"},

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wan_dist.degrees import Degrees
-from wan_dist.parallel.mesh import Axis, make_groups
+from wan_dist.errors import InputError
+from wan_dist.parallel.mesh import Axis, local_device, make_groups
 from wan_dist.parallel.sequence import SplitSequence
 
 SPREADS = [
@@ -62,3 +63,24 @@ def test_shares_are_the_sequence(num_tokens: int, num_ranks: int) -> None:
         counted += [row for row, count in enumerate(parts) for _ in range(count)][:num_valid]
     assert seen == tokens.flatten().tolist()
     assert counted == [row for row, count in enumerate(segments) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("num_gpus", "local_rank", "taken"), [(8, 0, 0), (8, 7, 7), (1, 0, 0), (1, 3, 0)])
+def test_each_rank_takes_its_own_gpu_or_the_only_one(num_gpus: int, local_rank: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _start_rank(local_rank, num_gpus, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert local_device("cuda") == torch.device("cuda", taken)
+
+
+def test_a_rank_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    _start_rank(2, 2, monkeypatch)
+    with pytest.raises(InputError, match="LOCAL_RANK=2: rank 2 sees 2 GPUs"):
+        local_device("cuda")
+    assert local_device("cpu").type == "cpu"
+
+
+def _start_rank(local_rank: int, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    rank = str(local_rank)
+    for key, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(key, value)

@@ -1,6 +1,5 @@
 """Degrees -> process groups. All four axes always exist; on an axis of size 1 nothing is sent."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from wan_dist.degrees import Degrees
+from wan_dist.environment import read_ranks
+from wan_dist.errors import InputError
 
 AXES = ("dp", "cfg", "ring", "ulysses")
 
@@ -46,10 +47,19 @@ class Groups:
 
 
 def local_device(name: str) -> torch.device:
-    """Return this rank's device of the kind ``name``: on a node, ranks take the GPUs in order of LOCAL_RANK, or the only one they see."""
+    """Return this rank's device of the kind ``name``: on a node, ranks take the GPUs in order of LOCAL_RANK, or the only one they see.
+
+    Raises InputError where there are GPUs, but not for this rank.
+    """
     if name != "cuda":
         return torch.device(name)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
+    ranks, num_gpus = read_ranks(), torch.cuda.device_count()
+    if 1 < num_gpus <= ranks.local_rank:
+        raise InputError(
+            f"LOCAL_RANK={ranks.local_rank}: rank {ranks.rank} sees {num_gpus} GPUs, and each rank takes its own; start at most {num_gpus} "
+            "ranks on this node (torchrun --nproc_per_node, srun --ntasks-per-node), or let it see more (CUDA_VISIBLE_DEVICES)"
+        )
+    device = torch.device("cuda", ranks.local_rank if num_gpus > 1 else 0)
     torch.cuda.set_device(device)
     return device
 
@@ -118,7 +128,7 @@ def make_groups(degrees: Degrees, device_type: str) -> Groups:
     replica = axis("cfg", "ring", "ulysses")
     return Groups(
         rank=dist.get_rank(),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_rank=read_ranks().local_rank,
         sp=axis("ring", "ulysses"),
         world=Axis(dist.get_rank(), degrees.num_ranks, dist.group.WORLD),
         replica=replica,
