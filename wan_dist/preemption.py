@@ -49,11 +49,11 @@ class Preemption:
     @contextmanager
     def until_asked(self) -> Iterator[None]:
         """Within, a signal is only noted in ``asked_by``."""
-        self.deferred = True
+        before, self.deferred = self.deferred, True
         try:
             yield
         finally:
-            self.deferred = False
+            self.deferred = before
 
 
 preemption = Preemption()
