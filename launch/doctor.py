@@ -8,12 +8,12 @@
 Keys are those of a run. Exit code 1 says that something would make runs fail.
 """
 
-import os
 import sys
 from functools import partial
 
 from launch import gpus, machine, software
 from launch.findings import FAULT, NOTE, OK, Finding, examine
+from wan_dist.environment import read_ranks
 from wan_dist.launcher import adopt_slurm
 from wan_dist.network import choose_network
 from wan_dist.run import configured
@@ -22,10 +22,11 @@ from wan_dist.run import configured
 def main(arguments: list[str]) -> int:
     """Print what was found and return the exit code; raises InputError for settings that are wrong."""
     adopt_slurm()
+    ranks = read_ranks()
     config = configured(arguments) if arguments else None
     if arguments and config is None:
         return 0
-    is_first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_first_on_node = ranks.local_rank == 0
     checks = [
         ("system", machine.check_system),
         ("GPUs", gpus.check_gpus),
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
     ]
     if config is not None:
         checks.append(("task", partial(software.check_task, config)))
-    several_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several_ranks = ranks.num_ranks > 1
     found: list[Finding] = []
     for finding in examine(checks if is_first_on_node else ()):
         found.append(finding)
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
 
     choose_network()
     by_host = check_exchange(found)
-    if os.environ["RANK"] == "0":
+    if ranks.rank == 0:
         for number, (host, theirs) in enumerate(by_host):
             for finding in theirs:
                 if number == 0 or finding.verdict != OK:

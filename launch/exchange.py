@@ -13,6 +13,7 @@ from torch import Tensor
 
 from launch.findings import FAULT, NOTE, Finding
 from wan_dist.degrees import Degrees
+from wan_dist.environment import read_ranks
 from wan_dist.errors import first_line
 from wan_dist.parallel.collectives import all_to_all, gather_objects
 from wan_dist.parallel.mesh import Axis, local_device, open_groups
@@ -34,7 +35,8 @@ def check_exchange(found: list[Finding]) -> list[tuple[str, list[Finding]]]:
 
     A rank that waits for more than a minute says so and ends with code 1.
     """
-    num_ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    ranks = read_ranks()
+    num_ranks, rank = ranks.num_ranks, ranks.rank
     host = socket.gethostname()
     giving_up = threading.Timer(_LIMIT, _give_up, (f"rank {rank} on {host}",))
     giving_up.daemon = True
@@ -69,7 +71,7 @@ def _findings(axis: Axis, device: torch.device) -> Iterator[Finding]:
         return
     rate = min(gather_objects(_rate(axis, device), axis))
     found = f"{axis.size} ranks by {dist.get_backend()}: all values right, {rate:.1f} GB/s a rank"
-    is_one_node = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    is_one_node = (ranks := read_ranks()).ranks_per_node == ranks.num_ranks
     if device.type == "cuda" and is_one_node and rate < _SLOW:
         yield Finding("exchange", found, NOTE, "without NVLink: parallel.cfg=2, which sends least, is taken first; keep it")
     else:

@@ -83,7 +83,8 @@ def kept(folder: Path, *settings: str) -> Kept:
 
 def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:
     progress = Progress(3, torch.randn(4, 2, 3, 3), {"start": torch.randn(1, 4, 2, 3, 3)})
-    file = kept(tmp_path, "seed=7").write(progress)
+    assert kept(tmp_path, "seed=7").write(progress)
+    (file,) = tmp_path.glob("*.state.safetensors")
     again = kept(tmp_path, "seed=7", "memory.dit=stream", "parallel.timeout=60", "fps=8")
     plan = again.go_on(Axis(), torch.device("cpu"))
     assert (again.progress.num_done, plan.seed) == (3, 7)

@@ -38,14 +38,23 @@ def encode(session: Session, config: RunConfig, plan: Plan, report: Report) -> C
     axis = session.groups.replica
     texts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
     prompts = {name: text for name, text in texts.items() if text is not None}
-    embeddings = embed(session, config, plan, prompts.values(), report)
-    found = {name: embeddings[text].to(report.device) for name, text in prompts.items()} if axis.rank == 0 else {}
-    image_encoder = session.checkpoint.image_encoder
-    if axis.rank == 0 and plan.images and image_encoder is not None:
-        found["image_features"] = _look_at_images(image_encoder, plan, report, session.shelf).to(report.device)
+
+    def embed_and_look() -> dict[str, Tensor]:
+        embeddings = embed(session, config, plan, prompts.values(), report)
+        found = {name: embeddings[text].to(report.device) for name, text in prompts.items()} if axis.rank == 0 else {}
+        image_encoder = session.checkpoint.image_encoder
+        if axis.rank == 0 and plan.images and image_encoder is not None:
+            found["image_features"] = _look_at_images(image_encoder, plan, report, session.shelf).to(report.device)
+        return found
+
+    found = session.together(embed_and_look, "encode the prompt")
     if plan.images:
         found |= _encode_images(session, config, plan, report)
-    everywhere = {field.name: broadcast(found.get(field.name), axis, report.device) for field in fields(Conditioning)}
+
+    def send() -> dict[str, Tensor | None]:
+        return {field.name: broadcast(found.get(field.name), axis, report.device) for field in fields(Conditioning)}
+
+    everywhere = session.together(send, "send what was encoded")
     context = everywhere.pop("context")
     assert context is not None
     return Conditioning(context=context, negative_context=everywhere.pop("negative_context"), **everywhere)
@@ -179,10 +188,14 @@ def _encode_images(session: Session, config: RunConfig, plan: Plan, report: Repo
                 mask = mask_of_images(plan.latent_shape, has_last=len(plan.images) == 2).to(report.device)
                 found["extra_channels"] = torch.cat([mask, latents], dim=1)
 
-    ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
-    if ways[0].name == "cpu" and config.memory.vae is None and session.shelf.clear():  # sooner read the transformer again
+    def choose() -> list[Way]:
         ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
-    if first_that_works(ways, work, "encoding the image"):
+        if ways[0].name == "cpu" and config.memory.vae is None and session.shelf.clear():  # sooner read the transformer again
+            ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
+        return ways
+
+    ways = session.together(choose, "choose how to encode the image")
+    if first_that_works(ways, lambda way: session.together(lambda: work(way), "encode the image"), "encoding the image"):
         report.ran_out("image")
     free_memory()
     return found

@@ -1,10 +1,10 @@
 """One logger for the project, with the rank in each line when there is more than one."""
 
 import logging
-import os
 import sys
 from pathlib import Path
 
+from wan_dist.environment import read_ranks
 from wan_dist.errors import printable
 
 logger = logging.getLogger("wan_dist")
@@ -16,7 +16,7 @@ def open_log(level: int = logging.INFO) -> None:
     """Send the project's log lines to standard error, as ``[time rank] text``; of the other ranks only errors."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_form())
-    handler.setLevel(level if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    handler.setLevel(level if read_ranks().rank == 0 else logging.ERROR)
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
@@ -33,7 +33,7 @@ def keep_log(folder: Path) -> None:
     """Write all log lines of this rank to a file of its own in ``folder`` too, if that can be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / f"rank-{os.environ.get('RANK', '0')}.log", mode="a", encoding="utf-8")
+        handler = logging.FileHandler(folder / f"rank-{read_ranks().rank}.log", mode="a", encoding="utf-8")
     except OSError:  # of a folder that only the first rank's node has, for example
         return
     handler.setFormatter(_form())
@@ -41,8 +41,8 @@ def keep_log(folder: Path) -> None:
 
 
 def _form() -> logging.Formatter:
-    several_ranks = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    rank = f" rank {os.environ.get('RANK', '0')}" if several_ranks else ""
+    ranks = read_ranks()
+    rank = f" rank {ranks.rank}" if ranks.num_ranks > 1 else ""
     return _Printable(f"[%(asctime)s{rank}] %(message)s", datefmt="%H:%M:%S")
 
 

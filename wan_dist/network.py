@@ -7,6 +7,7 @@ import struct
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from wan_dist.environment import read_ranks, text_of
 from wan_dist.launcher import hosts_of
 from wan_dist.log import logger
 
@@ -55,11 +56,11 @@ def choose_network(environment: MutableMapping[str, str] = os.environ) -> None:
     Gloo else takes the one that the host's own name leads to, on many systems the loopback, which no other host reaches. NCCL takes
     InfiniBand first where it is, and else any, also those of containers.
     """
-    num_ranks = environment.get("WORLD_SIZE", "1")
-    if environment.get("LOCAL_WORLD_SIZE", num_ranks) == num_ranks or (_GLOO in environment and _NCCL in environment):
+    ranks = read_ranks(environment)
+    if ranks.ranks_per_node == ranks.num_ranks or (_GLOO in environment and _NCCL in environment):
         return
     found = interfaces()
-    others = [environment.get("MASTER_ADDR", ""), *hosts_of(environment.get("SLURM_STEP_NODELIST", ""))]
+    others = [text_of("MASTER_ADDR", environment), *hosts_of(text_of("SLURM_STEP_NODELIST", environment))]
     name = next((name for host in others if (name := _towards(host, found))), None) or _way_out(found)
     if name is None:
         return

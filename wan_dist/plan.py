@@ -1,9 +1,10 @@
 """RunConfig + task -> Plan: every derived number and every error that crosses fields. No torch, so that it answers at once."""
 
-import os
+import hashlib
+import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,7 @@ from wan_dist.catalog import AREA_480P, TASKS, Images, Task, TeaFit, get_task
 from wan_dist.config import EIGHT_BIT_ATTENTION, MOST_CHARACTERS, RunConfig, check_name
 from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
 from wan_dist.dims import ModelDims
+from wan_dist.environment import read_ranks
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, Load, Use, footprint
 from wan_dist.hardware import Hardware
@@ -23,6 +25,8 @@ from wan_dist.reading import UnreadableError, read_object, read_text
 from wan_dist.ways import Way
 
 _MOST_FRAMES = 10**6 + 1
+_WITHOUT_EFFECT = ("device", "jobs", "retry_failed", "parallel", "fsdp", "memory", "output")
+"""Settings that do not change a result, or not more than rounding does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,9 +154,9 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
 
 
 def ranks_started() -> tuple[int, int]:
-    """Return how many ranks torchrun has started, and on this node."""
-    num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return num_ranks, int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    """Return how many ranks were started, and on this node."""
+    ranks = read_ranks()
+    return ranks.num_ranks, ranks.ranks_per_node
 
 
 def _about_as_many_tokens(text: str) -> int:
@@ -382,4 +386,11 @@ def _file_name(config: RunConfig, prompt: str | None, seed: int) -> str:
         name = Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
         check_name("output.name (from latents)", name)
         return name
-    return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed)) if part)
+    return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed), _distinction(config, prompt)) if part)
+
+
+def _distinction(config: RunConfig, prompt: str | None) -> str:
+    """Return what tells a made-up name from that of a run whose prompt begins alike, or whose other settings differ."""
+    settings = {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT}
+    settings |= {"prompt": prompt, "tensor": config.output.save_tensor, "vae_dtype": config.memory.vae_dtype}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]

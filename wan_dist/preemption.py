@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from wan_dist.environment import read_ranks
+
 CODE = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -47,11 +49,11 @@ class Preemption:
     @contextmanager
     def until_asked(self) -> Iterator[None]:
         """Within, a signal is only noted in ``asked_by``."""
-        self.deferred = True
+        before, self.deferred = self.deferred, True
         try:
             yield
         finally:
-            self.deferred = False
+            self.deferred = before
 
 
 preemption = Preemption()
@@ -84,7 +86,7 @@ def _watch(reader: int) -> None:
     parent, seen = os.getppid(), set()
     while received := os.read(reader, 1):
         seen.add(received[0])
-        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        num_ranks = read_ranks().ranks_per_node
         if received[0] != signal.SIGTERM or num_ranks == 1:
             continue
         timer = threading.Timer(_PATIENCE, os._exit, [128 + signal.SIGTERM])

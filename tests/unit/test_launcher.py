@@ -1,7 +1,11 @@
 """What a task of srun takes from Slurm in place of torchrun's variables."""
 
+from pathlib import Path
+
 import pytest
 
+from wan_dist.environment import read_ranks
+from wan_dist.errors import InputError
 from wan_dist.launcher import adopt_slurm, hosts_of
 
 TASK = {
@@ -53,6 +57,67 @@ def test_a_batch_script_is_no_task(gone: str, environment: dict[str, str]) -> No
     del environment[gone]
     adopt_slurm()
     assert not set(SET) & set(environment)
+
+
+@pytest.mark.parametrize("key", [*SET, "SLURM_JOB_ID", "SLURM_NODEID"])
+def test_what_is_set_to_nothing_is_not_set(key: str, environment: dict[str, str]) -> None:
+    environment |= {key: " "}
+    adopt_slurm()
+    assert read_ranks(environment).num_ranks == 7
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"SLURM_PROCID": ""}, "without SLURM_PROCID"),
+        ({"SLURM_LOCALID": ""}, "without SLURM_LOCALID"),
+        ({"SLURM_PROCID": "five"}, "SLURM_PROCID=five"),
+        ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS=many"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x3"}, "SLURM_STEP_TASKS_PER_NODE=2(x3 "),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2(x999999999)", "SLURM_NODEID": "999999999"}, "has 999999999 nodes"),
+        ({"SLURM_NODEID": "4"}, "SLURM_NODEID=4 in the environment, but SLURM_STEP_TASKS_PER_NODE=2(x3),1 has 4 nodes"),
+        ({"SLURM_STEP_NODELIST": "gpu[a-b]"}, "gpu[a-b] in the environment is not Slurm's list of hosts"),
+        ({"SLURM_STEP_NODELIST": "gpu["}, "gpu[ in the environment is not Slurm's list of hosts"),
+        ({"SLURM_JOB_ID": "job"}, "SLURM_JOB_ID=job"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 in the environment, but srun says 7"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 in the environment, but srun says 1"),
+    ],
+)
+def test_what_slurm_does_not_set_so_is_refused(changed: dict[str, str], message: str, environment: dict[str, str]) -> None:
+    environment |= changed
+    with pytest.raises(InputError) as refused:
+        adopt_slurm()
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("command", "is_shell"),
+    [
+        (["bash"], True),
+        (["/bin/bash", "-i"], True),
+        (["-bash", "--login"], True),
+        (["zsh", "-l"], True),
+        (["bash", "job.sh"], False),
+        (["bash", "-c", "make"], False),
+        (["sh", "-lc", "make"], False),
+        (["python", "-m", "wan_dist.run"], False),
+    ],
+)
+def test_a_shell_of_srun_is_alone(
+    command: list[str], is_shell: bool, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cmdline").write_text("".join(f"{word}\0" for word in command))
+    monkeypatch.setattr("wan_dist.launcher.Path", lambda path: tmp_path / "cmdline" if str(path).startswith("/proc") else Path(path))
+    environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_PTY_PORT": "4242"}
+    adopt_slurm()
+    assert (read_ranks(environment).num_ranks == 1) is is_shell
+
+
+def test_without_a_terminal_it_is_a_task(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    monkeypatch.setattr("os.getsid", lambda _: pytest.fail("nobody asked for a terminal"))
+    adopt_slurm()
+    assert read_ranks(environment).num_ranks == 7
 
 
 def test_ranks_of_torchrun_are_torchruns(environment: dict[str, str]) -> None:

@@ -6,8 +6,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wan_dist.degrees import Degrees
-from wan_dist.parallel.mesh import Axis, make_groups
+from wan_dist.environment import Ranks
+from wan_dist.errors import InputError
+from wan_dist.parallel.mesh import Axis, local_device, make_groups
 from wan_dist.parallel.sequence import SplitSequence
+from wan_dist.parallel.team import Team
 
 SPREADS = [
     Degrees(dp=1, cfg=2, ring=1, ulysses=4),
@@ -21,23 +24,27 @@ SPREADS = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("degrees", SPREADS, ids=str)
 def test_groups_are_neighbours_from_ulysses_outwards(degrees: Degrees) -> None:
-    num_ranks = degrees.num_ranks
-    for rank in {0, 1, num_ranks // 2, num_ranks - 1}:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    size = degrees.ranks_of_replica
+    for rank in {0, 1, degrees.num_ranks // 2, degrees.num_ranks - 1}:
+        team = Team(Ranks(), 60)
+        team.rank = rank
+        groups = make_groups(degrees, team, torch.device("cpu"), 60)
+        within = rank % size
+        rest, ulysses = divmod(rank, degrees.ulysses)
+        rest, ring = divmod(rest, degrees.ring)
+        dp, cfg = divmod(rest, degrees.cfg)
+        assert (groups.dp.rank, groups.cfg.rank, groups.ring.rank, groups.ulysses.rank) == (dp, cfg, ring, ulysses)
+        assert groups.sp.rank == ring * degrees.ulysses + ulysses
+        assert groups.replica.rank == within == list(groups.replica_ranks).index(rank)
+        dist.init_process_group("fake", store=FakeStore(), rank=within, world_size=size)
         try:
-            groups = make_groups(degrees, "cpu")
-            rest, ulysses = divmod(rank, degrees.ulysses)
-            rest, ring = divmod(rest, degrees.ring)
-            dp, cfg = divmod(rest, degrees.cfg)
-            assert (groups.dp.rank, groups.cfg.rank, groups.ring.rank, groups.ulysses.rank) == (dp, cfg, ring, ulysses)
-            assert groups.sp.rank == ring * degrees.ulysses + ulysses
-            assert groups.replica.rank == rank % (num_ranks // degrees.dp)
+            groups.cut_axes()
             strides = {"ulysses": 1, "ring": degrees.ulysses, "cfg": degrees.ulysses * degrees.ring}
             for name, stride in strides.items():
                 axis = getattr(groups, name)
                 if axis.size > 1:
                     members = dist.get_process_group_ranks(axis.group)
-                    assert members == [rank + (i - axis.rank) * stride for i in range(axis.size)]
+                    assert members == [within + (i - axis.rank) * stride for i in range(axis.size)]
         finally:
             dist.destroy_process_group()
 
@@ -62,3 +69,24 @@ def test_shares_are_the_sequence(num_tokens: int, num_ranks: int) -> None:
         counted += [row for row, count in enumerate(parts) for _ in range(count)][:num_valid]
     assert seen == tokens.flatten().tolist()
     assert counted == [row for row, count in enumerate(segments) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("num_gpus", "local_rank", "taken"), [(8, 0, 0), (8, 7, 7), (1, 0, 0), (1, 3, 0)])
+def test_each_rank_takes_its_own_gpu_or_the_only_one(num_gpus: int, local_rank: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _start_rank(local_rank, num_gpus, monkeypatch)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert local_device("cuda") == torch.device("cuda", taken)
+
+
+def test_a_rank_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    _start_rank(2, 2, monkeypatch)
+    with pytest.raises(InputError, match="LOCAL_RANK=2: rank 2 sees 2 GPUs"):
+        local_device("cuda")
+    assert local_device("cpu").type == "cpu"
+
+
+def _start_rank(local_rank: int, num_gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    rank = str(local_rank)
+    for key, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(key, value)

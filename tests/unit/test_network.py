@@ -8,6 +8,8 @@ from wan_dist.network import choose_network
 ADDRESSES = {"eth0": "10.0.0.5", "ib0": "10.9.0.5"}
 ROUTES = {"head": "10.9.0.5", "gpu2": "10.9.0.5", "elsewhere": "10.0.0.5", "itself": "127.0.0.1"}
 
+TWO_HOSTS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+
 
 class Socket:
     """A socket whose packets go the ways of ROUTES."""
@@ -45,7 +47,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_network_that_leads_to_the_others(given: dict[str, str], chosen: str) -> None:
-    environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", **given}
+    environment = TWO_HOSTS | given
     choose_network(environment)
     assert environment["GLOO_SOCKET_IFNAME"] == chosen
     assert "NCCL_SOCKET_IFNAME" in environment
@@ -53,7 +55,7 @@ def test_the_network_that_leads_to_the_others(given: dict[str, str], chosen: str
 
 @pytest.mark.parametrize("ranks", [{}, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])
 def test_one_host_needs_none(ranks: dict[str, str]) -> None:
-    environment = {"MASTER_ADDR": "head", **ranks}
+    environment = {"MASTER_ADDR": "head", **(TWO_HOSTS | ranks if ranks else {})}
     choose_network(environment)
     assert "GLOO_SOCKET_IFNAME" not in environment
 
@@ -62,7 +64,7 @@ def test_nccl_takes_infiniband_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_pa
     folder = tmp_path_factory.mktemp("infiniband")
     (folder / "mlx5_0").touch()
     monkeypatch.setattr(network, "_INFINIBAND", folder)
-    environment = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "head"}
+    environment = TWO_HOSTS | {"MASTER_ADDR": "head"}
     choose_network(environment)
     assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
     assert "NCCL_SOCKET_IFNAME" not in environment

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wan_dist.parallel.mesh import Axis, Groups
+from wan_dist.parallel.mesh import Axis
 
 T = TypeVar("T")
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
@@ -198,12 +198,3 @@ def gather_objects(value: T, axis: Axis) -> list[T]:
     with name_those_awaited(axis):
         dist.all_gather_object(found, value, group=axis.group)
     return cast(list[T], found)
-
-
-def first_on_each_node(find: Callable[[], T], groups: Groups) -> T:
-    """Call ``find`` on the first rank of each node, then on the others, which find what it left."""
-    if groups.replica.size == 1:
-        return find()
-    found = find() if groups.local_rank == 0 else None
-    dist.barrier(group=groups.replica.group)
-    return find() if found is None else found

@@ -1,0 +1,97 @@
+"""The variables of a launcher: all of a set or none, and none that contradict each other."""
+
+import pytest
+
+from wan_dist.environment import Ranks, launched_by, number_of, read_ranks
+from wan_dist.errors import InputError
+from wan_dist.run import main
+
+WHOLE = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_a_whole_set() -> None:
+    assert read_ranks(WHOLE) == Ranks(5, 8, 1, 4)
+
+
+def test_without_counts_of_nodes_there_is_one_node() -> None:
+    assert read_ranks({key: value for key, value in WHOLE.items() if key != "LOCAL_WORLD_SIZE"}) == Ranks(5, 8, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WORLD_SIZE": ""},
+        {"RANK": "", "WORLD_SIZE": "  ", "LOCAL_RANK": ""},
+        {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"},
+        {"WORLD_SIZE": "1"},
+        {"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "none"},
+    ],
+)
+def test_one_rank(environment: dict[str, str]) -> None:
+    assert read_ranks(environment) == Ranks()
+
+
+@pytest.mark.parametrize("gone", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+@pytest.mark.parametrize("empty", [False, True])
+def test_half_a_set_is_refused(gone: str, empty: bool) -> None:
+    rest = {key: value for key, value in WHOLE.items() if key != gone} | ({gone: ""} if empty else {})
+    with pytest.raises(InputError, match=f"without {gone}: .*unset RANK WORLD_SIZE"):
+        read_ranks(rest)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"RANK": "8"}, "RANK=8 with WORLD_SIZE=8"),
+        ({"RANK": "-1"}, "RANK=-1 in the environment is not a whole number"),
+        ({"WORLD_SIZE": "eight"}, "WORLD_SIZE=eight in the environment is not a whole number"),
+        ({"WORLD_SIZE": "8.0"}, "WORLD_SIZE=8.0"),
+        ({"WORLD_SIZE": "٨"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4 LOCAL_WORLD_SIZE=4"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE=0"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000"),
+        ({"RANK": "9" * 30}, "RANK=9"),
+    ],
+)
+def test_what_cannot_be_is_refused(changed: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        read_ranks(WHOLE | changed)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("environment", [{"RANK": "3"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {"LOCAL_WORLD_SIZE": "2"}])
+def test_the_command_says_it_in_a_line(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert main(["task=toy"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"wan_dist: error: {'='.join(*environment.items())} in the environment without ")
+
+
+@pytest.mark.parametrize(("text", "number"), [("", None), ("  ", None), ("0", 0), (" 7 ", 7), ("007", 7)])
+def test_numbers(text: str, number: int | None) -> None:
+    assert number_of("KEY", {"KEY": text}) == number
+
+
+def test_who_started_it() -> None:
+    assert launched_by({}) is None
+    assert launched_by(WHOLE) is None
+    task = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}
+    assert launched_by(WHOLE | task) == "srun"
+    assert launched_by(task) is None  # a shell, or a script of sbatch
+    assert launched_by(WHOLE | task | {"TORCHELASTIC_RUN_ID": "x"}) == "torchrun"
