@@ -216,11 +216,11 @@ def edit_jobs(drill: "Drill", run: Run) -> None:
 
 
 def fail_fsync(drill: "Drill", run: Run) -> None:
-    """Let every second fsync fail for a while."""
+    """Let every second fsync fail, until some have."""
     assert drill.fsync is not None
+    before, until = drill.fsync.num_failures, time.monotonic() + _LIMIT
     drill.fsync.set_mode("f")
-    until = time.monotonic() + drill.chance.uniform(1, 4)
-    while run.poll() is None and time.monotonic() < until:
+    while run.poll() is None and drill.fsync.num_failures < before + 3 and time.monotonic() < until:
         time.sleep(0.1)
     drill.fsync.set_mode("")
 
