@@ -72,6 +72,8 @@ class Drill:
     """How often a job may be made more than once."""
     edited: set[str] = field(default_factory=set)
     num_cuts: int = 0
+    num_begun: int = 0
+    """Jobs that were begun before the last run was started."""
     num_steps: int = 30
     num_replicas: int | None = None
     """Into which the ranks are divided; None: each is one, so that a run without torchrun makes the same videos bit by bit."""
@@ -117,6 +119,7 @@ class Drill:
     def start(self, out: Path, *more: str, launched: bool = True) -> Run:
         """Start a run of the jobs; its events go to a file of the folder's name."""
         jobs, events = self.folder / "jobs.jsonl", self.folder / f"{out.name}.jsonl"
+        self.num_begun = len(self.events(out, "begun"))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.num_ranks}"]
         settings = [*_COMMON, f"sample.steps={self.num_steps}", f"jobs={jobs}", f"output.dir={out}", f"output.events={events}", *more]
         settings += [f"parallel.dp={self.num_replicas}"] if self.num_replicas is not None else []

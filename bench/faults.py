@@ -189,7 +189,12 @@ def damage(file: Path, chance: Random) -> None:
 
 
 def vanish_image(drill: "Drill", run: Run) -> None:
-    """Let the image of a job that is to come vanish until the run has come to it, or has ended."""
+    """Let the image of a job that is to come vanish until the run has come to it, or has ended.
+
+    Not while the run checks its jobs, when an image that is missing is bad input.
+    """
+    while run.poll() is None and len(drill.events(drill.disk, "begun")) == drill.num_begun:
+        time.sleep(0.1)
     seen = {*drill.events(drill.disk, "done"), *drill.events(drill.disk, "failed")}
     coming = [line for line in drill.lines if "image" in line and line["name"] not in seen]
     if not coming:
