@@ -29,7 +29,7 @@ def test_the_others_learn_of_a_rank_that_ends_whatever_ends_it(error: BaseExcept
         raise error
 
     monkeypatch.setattr("wan_dist.parallel.team.Team", Others)
-    monkeypatch.setattr("wan_dist.rank_facts.find_facts", fail)
+    monkeypatch.setattr(run, "find_facts", fail)
     with pytest.raises(type(error)):
         run._run_in_team(["task=toy", "prompt=a ball", "device=cpu"], Ranks())
     assert told == ["failed", "left"]
