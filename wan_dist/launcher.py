@@ -92,7 +92,7 @@ def _tasks_on_node(text: str, node: int) -> int:
 
 
 def hosts_of(nodes: str) -> list[str]:
-    """Return the hosts of Slurm's list, e.g. gpu003, gpu004, gpu9 and login of "gpu[003-004,9],login"; raises InputError for no such list."""
+    """Return the hosts of Slurm's list, e.g. gpu003, gpu004, gpu9 and login of "gpu[003-004,9],login"; raises InputError for other text."""
     if nodes and not re.fullmatch(r"(?:[^\s\[\]]|\[\d{1,6}(?:[-,]\d{1,6})*\])+", nodes, re.ASCII):
         raise InputError(f"SLURM_STEP_NODELIST={nodes} in the environment is not Slurm's list of hosts, such as gpu[003-004,9]")
     return [host for part in re.findall(r"(?:[^\[,]|\[[^\]]*\])+", nodes) for host in _expand(part)]
