@@ -4,12 +4,14 @@ import sys
 
 from launch import doctor, fetch, gallery, local, plan, runs, submit
 from wan_dist.errors import InputError, told
+from wan_dist.log import protect_streams
 
 COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local, "submit": submit, "runs": runs, "gallery": gallery}
 
 
 def main(arguments: list[str]) -> int:
     """Run a subcommand and return its exit code."""
+    protect_streams()
     if not arguments or arguments[0] in ("--help", "-h"):
         lines = [f"  {name:8} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
         sys.stdout.write("\n".join(["python -m launch COMMAND [key=value ...]; COMMAND --help says more", "", *lines]) + "\n")

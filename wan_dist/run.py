@@ -1,5 +1,11 @@
 """The command: ``python -m wan_dist.run task=... prompt=...``. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 asked to end early."""
 
+from wan_dist.preemption import CODE, Preempted, end_when_asked, heed_signals, preemption
+
+if __name__ == "__main__":
+    end_when_asked()  # before the imports below, which take a second
+
+import contextlib
 import json
 import os
 import socket
@@ -22,10 +28,9 @@ from wan_dist.environment import Ranks, read_ranks
 from wan_dist.errors import InputError, told
 from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher, is_shell_of_srun
-from wan_dist.log import logger, open_log
+from wan_dist.log import logger, open_log, protect_streams
 from wan_dist.network import choose_network
 from wan_dist.plan import Plan, make_plan, ranks_started
-from wan_dist.preemption import CODE, Preempted, heed_signals, preemption
 from wan_dist.replicas import spread
 
 CONF = packaged("conf", "conf")
@@ -54,46 +59,51 @@ def help_text() -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the command with these arguments and return its exit code."""
+    protect_streams()
     if {"--help", "-h"} & set(arguments):
         sys.stdout.write(help_text() + "\n")
         return 0
     ranks = Ranks()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # what one stage leaves is of use to the next
-    try:
-        adopt_slurm()
-        ranks = read_ranks()
-        open_log()
-        if is_shell_of_srun():
-            logger.info("ranks     one: srun's other tasks ended as this shell was opened; `python -m launch local` takes all GPUs")
-        choose_network()
-        die_with_launcher()
-        prepared = prepare(arguments)
-        if "--hydra-help" not in prepared:
-            require_task(prepared)
-        config = compose(prepared)
-        if config is not None:
-            with heed_signals():
-                return _run(config, arguments)
-    except Preempted as stop:
-        return _fail(CODE, str(stop), "")
-    except InputError as fault:
-        if ranks.rank:
-            time.sleep(3)  # the first rank says the same, and torchrun ends us meanwhile
-        return _fail(2, str(fault))
-    except (HydraException, OmegaConfBaseException) as fault:
-        return _fail(2, readable(fault))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
-    except Exception as fault:
-        if any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
-            if preemption.asked_by is not None:
-                return _fail(CODE, "asked to end, as another rank was, which has; the same command goes on", "")
-            time.sleep(3)  # the rank that broke ends first, so that torchrun names it and not those it left waiting
-        logger.exception("the run failed")
-        bury_launcher()
-        return _fail(1, _described(fault))
-    return 0
+    with heed_signals():
+        try:
+            with preemption.heeded():
+                ranks = _prepare_rank()
+                prepared = prepare(arguments)
+                if "--hydra-help" not in prepared:
+                    require_task(prepared)
+                config = compose(prepared)
+                return 0 if config is None else _run(config, arguments)
+        except Preempted as stop:
+            return _fail(CODE, str(stop), "", is_said=ranks.rank == 0)
+        except InputError as fault:
+            if ranks.rank:
+                time.sleep(3)  # the first rank says the same, and torchrun ends us meanwhile
+            return _fail(2, str(fault))
+        except (HydraException, OmegaConfBaseException) as fault:
+            return _fail(2, readable(fault))
+        except Exception as fault:
+            if any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
+                if preemption.asked_by is not None:
+                    message = "asked to end, as another rank was, which has; the same command goes on"
+                    return _fail(CODE, message, "", is_said=ranks.rank == 0)
+                time.sleep(3)  # the rank that broke ends first, so that torchrun names it and not those it left waiting
+            logger.exception("the run failed")
+            bury_launcher()
+            return _fail(1, _described(fault))
+
+
+def _prepare_rank() -> Ranks:
+    """Find this rank's place among all, its log and its network; raises InputError for an environment that contradicts itself."""
+    adopt_slurm()
+    ranks = read_ranks()
+    open_log()
+    if is_shell_of_srun():
+        logger.info("ranks     one: srun's other tasks ended as this shell was opened; `python -m launch local` takes all GPUs")
+    choose_network()
+    die_with_launcher()
+    return ranks
 
 
 def compose(arguments: list[str]) -> RunConfig | None:
@@ -189,13 +199,14 @@ def _described(fault: Exception) -> str:
     return f"{type(fault).__name__}: {first}" + (f" ({where})" if where else "")
 
 
-def _fail(code: int, message: str, kind: str = "error: ") -> int:
+def _fail(code: int, message: str, kind: str = "error: ", *, is_said: bool = True) -> int:
     message = told(message)
-    if kind or read_ranks().rank == 0:
+    if is_said:
         sys.stderr.write(f"wan_dist: {kind}{message}\n")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with the first failing rank's message
         entry = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-        Path(file).write_text(json.dumps({"message": entry}))
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": entry}))
     return code
 
 

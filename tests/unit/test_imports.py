@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors", "dims", "aside", "quoting", "durations"},
     {"reading", "environment"},
-    {"catalog", "log", "launcher", "preemption", "streaming", "gallery"},
-    {"network"},
+    {"catalog", "log", "launcher", "streaming", "gallery"},
+    {"network", "preemption"},
     {"config", "degrees"},
     {"ways", "hardware"},
     {"footprint"},
