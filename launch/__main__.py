@@ -4,7 +4,7 @@ import sys
 
 from launch import doctor, fetch, gallery, local, plan, runs, submit
 from wan_dist.errors import InputError, told
-from wan_dist.log import protect_streams
+from wan_dist.log import find_lost_output, protect_streams
 
 COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local, "submit": submit, "runs": runs, "gallery": gallery}
 
@@ -24,9 +24,12 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(f"{command.__doc__}\n")
         return 0
     try:
-        return command.main(rest) or 0
+        code = command.main(rest) or 0
     except InputError as fault:
         return _fail(str(fault))
+    if why := find_lost_output():
+        return max(code, _fail(f"standard output is not whole: {why}"))
+    return code
 
 
 def _fail(message: str) -> int:

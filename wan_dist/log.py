@@ -19,12 +19,16 @@ ANNOUNCEMENT = logging.INFO + 5
 class _Unfailing(io.FileIO):
     """A file whose writing does not fail: where the disk is full or no reader is left, what is written is lost, not the run."""
 
+    fault: OSError | None = None
+    """Why something was lost, unless because its reader had enough."""
+
     def write(self, data: Any) -> int:
         """Write as much as can be, and return the size of all."""
         size = memoryview(data).nbytes
         try:
             return super().write(data) or size  # nothing is taken where it would have to wait for a reader
-        except OSError:
+        except OSError as fault:
+            self.fault = None if isinstance(fault, BrokenPipeError) else fault
             return size
 
 
@@ -50,6 +54,12 @@ def protect_streams() -> None:
                 with contextlib.suppress(OSError):
                     stream.flush()
             setattr(sys, name, _unfailing(file, None if stream is None else stream.encoding))
+
+
+def find_lost_output() -> str | None:
+    """Return why standard output is not whole, for commands whose output is their result; None where it is, or nobody reads it."""
+    fault = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "fault", None)
+    return None if fault is None else fault.strerror
 
 
 def open_log(level: int = logging.INFO) -> None:

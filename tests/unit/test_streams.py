@@ -145,3 +145,12 @@ def test_a_reader_that_is_slow_gets_whole_lines(tmp_path: Path) -> None:
 def test_what_cannot_be_written_at_the_start_is_refused(target: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         events(tmp_path / target)
+
+
+@pytest.mark.parametrize(("target", "code"), [("/dev/full", 2), ("/dev/null", 0)])
+def test_a_plan_that_cannot_be_printed(target: str, code: int) -> None:
+    command = [sys.executable, "-m", "launch", "plan", "task=t2v-1.3B", "gpus=24GB", "host=64GB"]
+    with Path(target).open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr == ("launch: error: standard output is not whole: No space left on device\n" if code else "")
