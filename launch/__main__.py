@@ -3,6 +3,8 @@
 import sys
 
 from launch import doctor, fetch, gallery, local, plan, runs, submit
+from wan_dist.caches import settle_caches
+from wan_dist.environment import settle_environment
 from wan_dist.errors import InputError, told
 from wan_dist.log import find_lost_output, protect_streams
 
@@ -24,9 +26,13 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(f"{command.__doc__}\n")
         return 0
     try:
+        settle_environment()
+        settle_caches()
         code = command.main(rest) or 0
     except InputError as fault:
         return _fail(str(fault))
+    except KeyboardInterrupt:
+        return max(130, _fail("interrupted"))
     if why := find_lost_output():
         return max(code, _fail(f"standard output is not whole: {why}"))
     return code

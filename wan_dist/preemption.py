@@ -41,11 +41,14 @@ class Preemption:
     def __init__(self) -> None:
         self.asked_by: signal.Signals | None = None
         self.deferred = True
+        self.is_at_once = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal; what comes after the first changes nothing here, see `_watch`."""
         if self.asked_by is None:
             self.asked_by = signal.Signals(number)
+            if self.is_at_once:
+                _end_at_once(CODE, f"stopped by {self.asked_by.name}; the same command goes on")
             if not self.deferred:
                 self.stop_if_asked()
 
@@ -62,6 +65,15 @@ class Preemption:
             yield
         finally:
             self.deferred = True
+
+    @contextmanager
+    def ends_at_once(self) -> Iterator[None]:
+        """Within, a signal ends the process at once: nothing is lost then, and what waits for threads of others would wait for long."""
+        self.is_at_once = True
+        try:
+            yield
+        finally:
+            self.is_at_once = False
 
     def stop_if_asked(self) -> None:
         """Raise Preempted if this process was asked to end."""

@@ -22,9 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wan_dist.arguments import prepare, require_task
+from wan_dist.caches import is_writable, settle_caches
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
-from wan_dist.environment import Ranks, read_ranks
+from wan_dist.environment import Ranks, read_ranks, settle_environment
 from wan_dist.errors import InputError, told
 from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher, is_shell_of_srun
@@ -74,7 +75,11 @@ def main(arguments: list[str]) -> int:
                 if "--hydra-help" not in prepared:
                     require_task(prepared)
                 config = compose(prepared)
-                return 0 if config is None else _run(config, arguments)
+                if config is None:
+                    return 0
+                if (folder := config.cache.folder()) is not None and not is_writable(folder):
+                    logger.info("note      cache.dir=%s cannot be written: prompt embeddings are not kept; name another folder", folder)
+                return _run(config, arguments)
         except Preempted as stop:
             return _fail(CODE, str(stop), "", is_said=ranks.rank == 0)
         except InputError as fault:
@@ -96,11 +101,14 @@ def main(arguments: list[str]) -> int:
 
 def _prepare_rank() -> Ranks:
     """Find this rank's place among all, its log and its network; raises InputError for an environment that contradicts itself."""
+    settle_environment()
     adopt_slurm()
     ranks = read_ranks()
     open_log()
     if is_shell_of_srun():
         logger.info("ranks     one: srun's other tasks ended as this shell was opened; `python -m launch local` takes all GPUs")
+    if note := settle_caches():
+        logger.info("note      %s", note)
     choose_network()
     die_with_launcher()
     return ranks

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors", "dims", "aside", "quoting", "durations"},
     {"reading", "environment"},
-    {"catalog", "log", "launcher", "streaming", "gallery"},
+    {"caches", "catalog", "log", "launcher", "streaming", "gallery"},
     {"network", "preemption"},
     {"config", "degrees"},
     {"ways", "hardware"},
