@@ -6,6 +6,7 @@ set to nothing, as .env and compose files leave it, counts as not set.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -49,6 +50,8 @@ def number_of(key: str, environment: Mapping[str, str] | None = None) -> int | N
 
 def settle_environment() -> None:
     """Remove variables that are set to nothing, and check those that libraries read as they are imported; raises InputError."""
+    if sys.flags.optimize > 1:
+        raise InputError("PYTHONOPTIMIZE=2 (python -OO) removes what transformers reads as it is imported; unset it, or PYTHONOPTIMIZE=1")
     for key in [key for key in os.environ if (key in _WITHOUT_NOTHING or key.startswith("HF_")) and not text_of(key)]:
         del os.environ[key]
     for key in [key for key in os.environ if key.startswith("HF_") and key.endswith("_TIMEOUT")]:
