@@ -74,7 +74,7 @@ def fetch_script(arguments: Sequence[str], cluster: ClusterConfig, python: str) 
         "time": cluster.fetch_time,
         "output": "wan-fetch-%j.log",
     }
-    return _script([], options, [], cluster, f"{shlex.quote(python)} -m launch fetch {shlex.join(arguments)}\n")
+    return _script([], options, [], cluster, f"{shlex.quote(python)} -m wan_dist fetch {shlex.join(arguments)}\n")
 
 
 def clock(minutes: int) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from launch.cluster import ClusterConfig, cluster_of, minutes_of
 from launch.estimate import seconds_of, step_seconds_of
 from launch.sbatch import Request, clock, fetch_script, run_script
-from launch.settings import number_of, parted
+from launch.settings import number_of, parted, path_of
 from wan_dist.catalog import get_task
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
@@ -75,7 +75,7 @@ def _request(given: dict[str, str], settings: list[str], cluster: ClusterConfig,
         raise InputError(f"gpus={gpus}: a node of cluster={given['cluster']} has {cluster.gpus_per_node}; nodes=COUNT takes several")
     elements = [settings]
     if "array" in given:
-        jobs = read_jobs(Path(given["array"]).expanduser())
+        jobs = read_jobs(path_of("array", given["array"]))
         elements = [[*settings, *job.settings] for job in jobs]
         configs = configs_of(jobs, settings, _configured)
         checked = [(_plan(config, cluster, nodes, gpus, f"{job.place}: "), config) for job, config in configs]

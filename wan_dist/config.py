@@ -4,7 +4,6 @@ Errors that cross fields belong to ``plan.py``. Strings such as ``size`` are par
 """
 
 import math
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from wan_dist.environment import text_of
 from wan_dist.errors import InputError, nearest, printable
 
 SOLVERS = ("unipc", "dpm++", "euler")
@@ -52,9 +52,12 @@ def packaged(name: str, checkout: str) -> Path:
     return package / name if (package / name).is_dir() else package.parent / checkout
 
 
-def user_cache() -> Path:
-    """Return the folder in the user's cache that is ours."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
+def user_cache() -> Path | None:
+    """Return the folder in the user's cache that is ours, None for a user without a home."""
+    try:
+        return Path(text_of("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
+    except RuntimeError:
+        return None
 
 
 def _check_path(key: str, value: str) -> None:
@@ -64,7 +67,7 @@ def _check_path(key: str, value: str) -> None:
         for path in value.split(",") if key == "dit_file" else [value]:
             Path(path.strip()).expanduser()
     except RuntimeError:
-        raise InputError(f"{key}={value}: there is no user of this name, whose home it would be in; ./~ begins a name with ~") from None
+        raise InputError(f"{key}={value}: no home folder of this user is known; ./~ begins a name with ~") from None
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -178,7 +181,8 @@ class CacheConfig:
         if self.dir is None:
             return None
         if self.dir == "auto":
-            return user_cache() / "prompts"
+            cache = user_cache()
+            return None if cache is None else cache / "prompts"
         return Path(self.dir).expanduser()
 
 

@@ -1,5 +1,6 @@
 """Prompt embeddings kept on disk, so that a prompt seen before does not need the text encoder."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -36,9 +37,10 @@ class PromptCache:
         file = self._file(prompt)
         try:
             context = load_file(file)["context"]
-            os.utime(file)  # used just now
         except (OSError, SafetensorError, KeyError):  # not there, or being deleted, or damaged: it is made again
             return None
+        with contextlib.suppress(OSError):  # of a cache that others keep and this user reads
+            os.utime(file)  # used just now
         return context
 
     def put(self, prompt: str, context: Tensor) -> None:
