@@ -358,14 +358,16 @@ def _check_size(width: int, height: int, task: Task) -> None:
 
 
 def _text(key: str, value: str | None) -> str | None:
-    """Return the text, or the contents of the file after ``@``."""
+    """Return the text, or the contents of the file after ``@``; ``@@`` begins a text with ``@``."""
     if value is None or not value.startswith("@"):
         return value
+    if value.startswith("@@"):
+        return value[1:]
     try:
         path = Path(value[1:]).expanduser()
         text = read_text(path, most=MOST_CHARACTERS).strip()
     except UnreadableError as fault:
-        raise InputError(f"{key}={value}: cannot read {path} ({fault})") from None
+        raise InputError(f"{key}={value}: cannot read {path} ({fault}); a text that begins with @ is written with @@") from None
     except RuntimeError as fault:
         raise InputError(f"{key}={value}: {fault}") from None
     if not text and key == "prompt":

@@ -1,5 +1,6 @@
 """Small files that users give, read with care: no pipe is waited for, no device read for ever, nothing but UTF-8 text taken."""
 
+import codecs
 import json
 import stat
 from pathlib import Path
@@ -30,13 +31,16 @@ def read_text(path: Path, *, most: int) -> str:
     if (size := path.stat().st_size) > most:
         raise UnreadableError(f"it has {size} bytes, and texts {most} at most")
     try:
+        with path.open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise UnreadableError("it is UTF-16 text, not UTF-8; save it as UTF-8")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as fault:
         raise UnreadableError(fault.strerror) from None
     except UnicodeDecodeError:
-        raise UnreadableError("it is not UTF-8 text") from None
+        raise UnreadableError("it is not UTF-8 text; save it as UTF-8") from None
     if "\0" in text:
-        raise UnreadableError("it has NUL bytes, as UTF-16 has: it is not UTF-8 text")
+        raise UnreadableError("it has NUL bytes, as UTF-16 has: it is not UTF-8 text; save it as UTF-8")
     return text
 
 

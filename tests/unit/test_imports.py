@@ -15,7 +15,7 @@ LAYERS = [
     {"ways", "hardware"},
     {"footprint"},
     {"arrangement"},
-    {"images", "latents", "arguments", "models"},
+    {"images", "latents", "arguments", "job_files", "models"},
     {"jobs", "work"},
     {"plan"},
     {"record", "replicas", "room", "chronicle"},
