@@ -12,7 +12,7 @@ LAYERS = [
     {"catalog", "log", "launcher", "preemption", "streaming", "gallery"},
     {"network"},
     {"config", "degrees"},
-    {"ways", "hardware"},
+    {"ways", "hardware", "colours"},
     {"footprint"},
     {"arrangement"},
     {"images", "latents", "arguments", "job_files", "models"},
