@@ -63,10 +63,21 @@ def _check_path(key: str, value: str) -> None:
     if not value.strip():
         raise InputError(f"{key} is empty; leave it out, or say which {'folder' if key.endswith('dir') else 'file'}")
     try:
-        for path in value.split(",") if key == "dit_file" else [value]:
-            Path(path.strip()).expanduser()
+        if key == "dit_file":
+            split_files(value)
+        else:
+            Path(value.strip()).expanduser()
     except RuntimeError:
         raise InputError(f"{key}={value}: there is no user of this name, whose home it would be in; ./~ begins a name with ~") from None
+
+
+def split_files(value: str) -> list[Path]:
+    """Return the files of a setting, one or two with a comma between; where such a file exists, a comma is part of its name."""
+    cuts = [index for index, sign in enumerate(value) if sign == ","]
+    choices = [[value], *([value[:cut], value[cut + 1 :]] for cut in cuts), value.split(",")]
+    choices = [[name.strip() for name in names if name.strip()] for names in choices]
+    found = [[Path(name).expanduser() for name in names] for names in choices]
+    return next((paths for paths in found if paths and all(map(os.path.exists, paths))), found[-1] or found[0])
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_dist.config import RunConfig, packaged
+from wan_dist.config import RunConfig, packaged, split_files
 from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, table
@@ -117,7 +117,7 @@ def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoin
     def find() -> Path:
         return packaged("toy", "toy/checkpoint") if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
 
-    given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
+    given = [] if config.dit_file is None else split_files(config.dit_file)
     folder = first_on_each_node(find, groups) if config.ckpt_dir is None else Path(config.ckpt_dir).expanduser()
     return open_checkpoint(folder, plan.task, getattr(torch, config.dtype), transformer_files=given)
 

@@ -62,7 +62,7 @@ MIXED = {
 
 
 @pytest.mark.parametrize("lines", MIXED.values(), ids=MIXED)
-@pytest.mark.parametrize("shared", ["", "parallel.dp=1", "parallel.ulysses=4", "parallel.ring=2", "parallel.usp=xfuser"])
+@pytest.mark.parametrize("shared", ["", "parallel.ulysses=4", "parallel.usp=xfuser"])
 def test_one_mesh_suits_all_jobs_in_either_order(lines: tuple[list[str], list[str]], shared: str) -> None:
     jobs = [config(*line, "size=832*480", *shared.split()) for line in lines]
     meshes = []
