@@ -9,6 +9,13 @@ from typing import Any
 from wan_dist.errors import InputError
 
 _MOST_BYTES_OF_JSON = 16 * 2**20
+_OTHERS = {
+    codecs.BOM_UTF16_LE: "UTF-16 (save it as UTF-8)",
+    codecs.BOM_UTF16_BE: "UTF-16 (save it as UTF-8)",
+    b"PK\3\4": "a ZIP archive, as .xlsx and .docx are (save it as .csv or .txt)",
+    b"\x1f\x8b": "packed by gzip (unpack it)",
+}
+"""How files begin that are called texts and are none."""
 
 
 class UnreadableError(ValueError):
@@ -32,8 +39,9 @@ def read_text(path: Path, *, most: int) -> str:
         raise UnreadableError(f"it has {size} bytes, and texts {most} at most")
     try:
         with path.open("rb") as file:
-            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise UnreadableError("it is UTF-16 text, not UTF-8; save it as UTF-8")
+            begin = file.read(4)
+        if what := next((what for sign, what in _OTHERS.items() if begin.startswith(sign)), None):
+            raise UnreadableError(f"it is {what}, not UTF-8 text")
         text = path.read_text(encoding="utf-8-sig")
     except OSError as fault:
         raise UnreadableError(fault.strerror) from None

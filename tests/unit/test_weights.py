@@ -179,6 +179,14 @@ def test_files_are_told_apart_by_what_is_in_them(name: str, kind: str, folder: P
         assert all(torch.equal(found[key], value) for key, value in wanted.items())
 
 
+@pytest.mark.parametrize("suffix", [".SAFETENSORS", ".bin", ".pth"])
+def test_a_transformer_with_another_suffix(suffix: str, folder: Path) -> None:
+    tensors = load_file(folder / TRANSFORMER)
+    (folder / TRANSFORMER).unlink()
+    (save_file if suffix == ".SAFETENSORS" else torch.save)(tensors, folder / f"diffusion_pytorch_model{suffix}")
+    open_checkpoint(folder, torch.float32)
+
+
 def test_a_pickle_whose_name_is_published_is_taken_before_others(folder: Path) -> None:
     shutil.copy(folder / TEXT_ENCODER, folder / "Wan2.1_VAE.safetensors")
     open_checkpoint(folder, torch.float32)

@@ -130,7 +130,10 @@ class TensorFiles:
 
 
 def open_sharded(folder: Path, stem: str) -> TensorFiles:
-    """Open ``stem.safetensors``, or the shards that ``stem.safetensors.index.json`` lists; raises InputError if one is missing."""
+    """Open ``stem.safetensors``, or the shards that ``stem.safetensors.index.json`` lists, else ``stem.bin`` or another of PyTorch's.
+
+    Raises InputError if one is missing.
+    """
     index = folder / f"{stem}.safetensors.index.json"
     if index.exists():
         shards = _shards(index)
@@ -139,6 +142,7 @@ def open_sharded(folder: Path, stem: str) -> TensorFiles:
             raise InputError(f"{folder}: {len(missing)} of the {len(shards)} shards in {index.name} are missing: {first_ten(missing)}")
         return TensorFiles([folder / shard for shard in shards])
     paths = sorted(path for path in folder.glob(f"{stem}*") if path.suffix.lower() == ".safetensors")
+    paths = paths or sorted(path for path in folder.glob(f"{stem}.*") if path.suffix.lower() in _PICKLES)
     if not paths:
         raise InputError(f"{folder} holds no {stem}*.safetensors; is the download complete?")
     return TensorFiles(paths)
