@@ -1,4 +1,5 @@
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,28 @@ def test_a_profile_of_other_pixels_is_left_aside(tmp_path: Path) -> None:
     image = Image.fromarray(GRADIENT).convert("CMYK")
     image.save(tmp_path / "x.tiff", icc_profile=profile(P3))
     assert (read(tmp_path / "x.tiff") == np.asarray(image.convert("RGB"))).all()
+
+
+PLUGIN = """
+import io
+from PIL import Image, PngImagePlugin
+
+def register_heif_opener():
+    Image.register_open("HEIF", lambda file, _: PngImagePlugin.PngImageFile(io.BytesIO(file.read()[24:])), lambda begin: b"ftyp" in begin)
+"""
+
+
+def test_heic_is_read_where_there_is_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plugin that is as pillow-heif but for what it reads: a PNG behind the header of HEIC."""
+    (tmp_path / "pillow_heif.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    Image.fromarray(GRADIENT).save(tmp_path / "x.png")
+    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + (tmp_path / "x.png").read_bytes())
+    try:
+        assert (read(tmp_path / "x.heic") == GRADIENT).all()
+    finally:
+        sys.modules.pop("pillow_heif", None)
 
 
 def test_large_photos_are_read_at_a_fraction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
