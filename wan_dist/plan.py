@@ -203,7 +203,7 @@ def _degrees(config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int,
     return plan_degrees(
         num_ranks,
         ranks_per_node=ranks_per_node,
-        num_heads=_num_heads(config, task),
+        num_heads=heads_of(config),
         guided=guided,
         dp=config.parallel.dp,
         cfg=config.parallel.cfg,
@@ -212,7 +212,7 @@ def _degrees(config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int,
     )
 
 
-def _num_heads(config: RunConfig, task: Task) -> int:
+def heads_of(config: RunConfig) -> int:
     """Return the heads of the checkpoint that is used, where its config can be read, else those of the published one."""
     if config.ckpt_dir is not None:
         for place in (".", "high_noise_model", "transformer"):
@@ -221,7 +221,7 @@ def _num_heads(config: RunConfig, task: Task) -> int:
                 return int(found.get("num_heads") or found["num_attention_heads"])
             except (ValueError, KeyError, TypeError):
                 continue  # whatever is wrong with the folder is said when it is opened
-    return task.transformer.num_heads
+    return get_task(config.task).transformer.num_heads
 
 
 def _shard(what: str, asked: bool | None, place: str | None, degrees: Degrees, *, default: bool) -> bool:
@@ -362,14 +362,16 @@ def _check_size(width: int, height: int, task: Task) -> None:
 
 
 def _text(key: str, value: str | None) -> str | None:
-    """Return the text, or the contents of the file after ``@``."""
+    """Return the text, or the contents of the file after ``@``; ``@@`` begins a text with ``@``."""
     if value is None or not value.startswith("@"):
         return value
+    if value.startswith("@@"):
+        return value[1:]
     try:
         path = Path(value[1:]).expanduser()
         text = read_text(path, most=MOST_CHARACTERS).strip()
     except UnreadableError as fault:
-        raise InputError(f"{key}={value}: cannot read {path} ({fault})") from None
+        raise InputError(f"{key}={value}: cannot read {path} ({fault}); a text that begins with @ is written with @@") from None
     except RuntimeError as fault:
         raise InputError(f"{key}={value}: {fault}") from None
     if not text and key == "prompt":

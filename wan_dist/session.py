@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from wan_dist.config import RunConfig, packaged
+from wan_dist.config import RunConfig, packaged, split_files
 from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, table
@@ -139,7 +139,7 @@ def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoin
     def find() -> Path:
         return packaged("toy", "toy/checkpoint") if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
 
-    given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
+    given = [] if config.dit_file is None else split_files(config.dit_file)
     if config.ckpt_dir is not None:
         folder = Path(config.ckpt_dir).expanduser()
     else:  # it may have to be downloaded, for as long as that takes
