@@ -288,6 +288,7 @@ def _texts() -> dict[str, Callable[[RunConfig], str | None]]:
     return {key: attrgetter(key) for key, item in leaf_fields().items() if item.type in (str, str | None)}
 
 
+@cache
 def leaf_fields(schema: type = RunConfig, prefix: str = "") -> dict[str, Field[Any]]:
     """Return every settable key of a schema, dotted, with its dataclass field."""
     leaves: dict[str, Field[Any]] = {}
