@@ -16,7 +16,7 @@ from torch import Tensor
 from wan_dist.chronicle import Chronicle, add_sheet
 from wan_dist.config import RunConfig
 from wan_dist.durations import duration
-from wan_dist.encode import embed
+from wan_dist.encode import embed_ahead, share_texts
 from wan_dist.errors import InputError, first_line, told
 from wan_dist.events import Events
 from wan_dist.footprint import FLOAT
@@ -27,7 +27,7 @@ from wan_dist.ledger import DONE, FAILED, Ledger
 from wan_dist.log import announce_here, keep_log, logger
 from wan_dist.memory import free_memory
 from wan_dist.parallel.agreement import is_any
-from wan_dist.parallel.collectives import broadcast_object, gather_objects
+from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.counts import Counts
 from wan_dist.parallel.mesh import Groups, limit_waiting, open_groups
 from wan_dist.plan import Plan, make_plan
@@ -217,12 +217,10 @@ class Batch:
             self.chronicle.plans.append(plan)
             session.has_room_for_frames = frames_wait(plan, FLOAT if any(item.config.output.save_tensor for item in items) else 1)
             session.times = tuple(dict.fromkeys(time for item in items for time in _times(item)))
-            texts = {text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None}
-            share = sorted(texts)[self.groups.dp.rank :: self.groups.dp.size]
-            embedded = embed(session, largest.config, plan, share, self.report)
+            texts = sorted({text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None})
+            embed_ahead(session, largest.config, plan, texts[self.groups.dp.rank :: self.groups.dp.size], self.report)
             if self.is_first:
-                embedded = {text: context.cpu() for text, context in embedded.items()}
-                session.texts = {text: context for part in gather_objects(embedded, self.groups.dp) for text, context in part.items()}
+                share_texts(session, texts)
 
     def _next(self, todo: Sequence[Item]) -> Item | None:
         """Return the next job that nobody is at, None after the last; the same on all ranks of the replica."""

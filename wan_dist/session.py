@@ -23,7 +23,7 @@ from wan_dist.parallel.collectives import broadcast_object, first_on_each_node
 from wan_dist.parallel.mesh import Groups, local_device
 from wan_dist.parallel.usp import check_usp
 from wan_dist.plan import Plan, arranged
-from wan_dist.prompts import digest_of_files
+from wan_dist.prompts import PromptCache, digest_of_files
 from wan_dist.room import staying
 from wan_dist.shelf import Shelf
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
@@ -43,7 +43,9 @@ class Session:
     """As it was before a model was loaded."""
     shelf: Shelf = field(default_factory=Shelf)
     texts: dict[str, Tensor] = field(default_factory=dict)
-    """Embeddings (n, text_dim) of prompts on the CPU, on the replica's first rank."""
+    """Embeddings (n, text_dim) of prompts on the CPU, on the replica's first rank: those that no prompt cache has."""
+    prompt_cache: PromptCache | None = None
+    """Where a batch's other embeddings are, there too."""
     times: tuple[tuple[int, bool], ...] = ()
     """Timesteps that may come, and whether with a known first frame; of one video its own are enough."""
     lowered: Arrangement | None = None
@@ -57,6 +59,12 @@ class Session:
     def weights(self) -> str:
         """A digest of the checkpoint's files."""
         return digest_of_files(self.checkpoint.paths)
+
+    @cached_property
+    def text_encoder_digest(self) -> str:
+        """A digest of the files of the text encoder and its tokenizer."""
+        tokenizer = Path(self.checkpoint.tokenizer.name_or_path)
+        return digest_of_files([*self.checkpoint.text_encoder.files.paths, *(file for file in tokenizer.iterdir() if file.is_file())])
 
     def place(self, model: str, which: int) -> str:
         """Return an expert's place on the shelf, which the experts share where both cannot stay."""
