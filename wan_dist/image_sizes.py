@@ -1,14 +1,20 @@
-"""Sizes of images from their headers, for the check of many jobs: decoding takes a hundred times as long. No torch."""
+"""Which images a task starts from, and their sizes by their headers: to decode the images of many jobs takes long. No torch."""
 
 import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
-from wan_dist.images import read_image
+from wan_dist.catalog import TASKS, Images, Task
+from wan_dist.config import RunConfig
+from wan_dist.errors import InputError
+from wan_dist.images import covering_size, read_image
 from wan_dist.reading import check_file
 
+SizeOfImage = Callable[[str, str], tuple[int, int]]
+"""From a file and the setting that names it, such as `image_size`, which may be cached."""
 _FORMATS = ("JPEG", "PNG", "WEBP")
 """Whose headers and ends say enough; the others are decoded."""
 _MOST_PIXELS = 64 * 10**6
@@ -31,6 +37,27 @@ def image_size(file: str, key: str) -> tuple[int, int]:
     except Exception:  # Pillow's readers raise many types; what is wrong is said below
         size = None
     return read_image(file, key).size if size is None else size
+
+
+def image_files(config: RunConfig, task: Task) -> dict[str, str]:
+    """Return the files of the images the task starts from, by key; raises InputError if one is missing or not wanted."""
+    given = {key: file for key in ("image", "first_frame", "last_frame") if (file := getattr(config, key)) is not None}
+    wanted = task.images.keys
+    if unwanted := [key for key in given if key not in wanted]:
+        takers = [name for name, other in TASKS.items() if unwanted[0] in other.images.keys and other.repository]
+        raise InputError(f"{unwanted[0]} is given, but {task.name} takes {task.images.value}; {', '.join(takers)} would take {unwanted[0]}")
+    missing = [key for key in wanted if key not in given]
+    if missing and task.images is not Images.OPTIONAL:
+        raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: {task.name} takes {task.images.value}")
+    return given
+
+
+def image_sizes(files: Mapping[str, str], size_of_image: SizeOfImage) -> list[tuple[int, int]]:
+    """Return the sizes of the files, by setting; raises InputError also where the second cannot be cut to the shape of the first."""
+    sizes = [size_of_image(file, key) for key, file in files.items()]
+    if len(sizes) == 2 and sizes[0] != sizes[1]:
+        covering_size(sizes[1], sizes[0])
+    return sizes
 
 
 def _size_in_header(path: Path) -> tuple[int, int] | None:

@@ -16,7 +16,8 @@ from wan_dist.dims import ModelDims
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, Load, Use, footprint
 from wan_dist.hardware import Hardware
-from wan_dist.images import best_size_of_area, cover, covering_size, read_image, size_of_area
+from wan_dist.image_sizes import SizeOfImage, image_files, image_sizes
+from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
 from wan_dist.latents import LONGEST_SIDE, size_of_latents
 from wan_dist.quoting import words_of
 from wan_dist.reading import UnreadableError, read_object, read_text
@@ -93,7 +94,7 @@ def make_plan(
     ranks: tuple[int, int] | None = None,
     is_rehearsal: bool = False,
     is_job: bool = False,
-    size_of_image: Callable[[str, str], tuple[int, int]] | None = None,
+    size_of_image: SizeOfImage | None = None,
 ) -> Plan:
     """Resolve what the configuration leaves open; raises InputError with what would work if the fields do not fit together.
 
@@ -102,17 +103,15 @@ def make_plan(
     """
     task = get_task(config.task)
     images: tuple[Image.Image, ...] = ()
-    image_sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int]] = []
     size_note, frame_num = "", config.frame_num
     if config.latents is not None:
         width, height, frame_num = size_of_latents(config.latents, task)
     else:
         if size_of_image is None:
             images = _any_images(config, task) if is_rehearsal else _read_images(config, task)
-            image_sizes = [image.size for image in images]
-        else:
-            image_sizes = _image_sizes(config, task, size_of_image)
-        width, height, size_note = _video_size(config, task, image_sizes)
+        sizes = [image.size for image in images] if size_of_image is None else image_sizes(image_files(config, task), size_of_image)
+        width, height, size_note = _video_size(config, task, sizes)
     _check_size(width, height, task)
     _check_frames(frame_num, task)
     prompt = _text("prompt", config.prompt)
@@ -142,7 +141,7 @@ def make_plan(
         prompt=prompt or "",
         negative_prompt=negative,
         images=images,
-        num_images=len(image_sizes),
+        num_images=len(sizes),
         width=width,
         height=height,
         size_note=size_note,
@@ -289,31 +288,10 @@ def _any_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
 
 def _read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
     """Return the images the task starts from; raises InputError if one is missing, unreadable or not wanted."""
-    images = tuple(read_image(file, key) for key, file in _image_files(config, task).items())
+    images = tuple(read_image(file, key) for key, file in image_files(config, task).items())
     if len(images) == 2:
         images = (images[0], cover(images[1], images[0].size))
     return images
-
-
-def _image_sizes(config: RunConfig, task: Task, size_of_image: Callable[[str, str], tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the sizes of the images the task starts from; raises InputError as `_read_images` does."""
-    sizes = [size_of_image(file, key) for key, file in _image_files(config, task).items()]
-    if len(sizes) == 2 and sizes[0] != sizes[1]:
-        covering_size(sizes[1], sizes[0])
-    return sizes
-
-
-def _image_files(config: RunConfig, task: Task) -> dict[str, str]:
-    """Return the files of the images the task starts from, by key; raises InputError if one is missing or not wanted."""
-    given = {key: file for key in ("image", "first_frame", "last_frame") if (file := getattr(config, key)) is not None}
-    wanted = task.images.keys
-    if unwanted := [key for key in given if key not in wanted]:
-        takers = [name for name, other in TASKS.items() if unwanted[0] in other.images.keys and other.repository]
-        raise InputError(f"{unwanted[0]} is given, but {task.name} takes {task.images.value}; {', '.join(takers)} would take {unwanted[0]}")
-    missing = [key for key in wanted if key not in given]
-    if missing and task.images is not Images.OPTIONAL:
-        raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: {task.name} takes {task.images.value}")
-    return given
 
 
 def _video_size(config: RunConfig, task: Task, image_sizes: Sequence[tuple[int, int]]) -> tuple[int, int, str]:

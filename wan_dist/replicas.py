@@ -1,6 +1,5 @@
 """How the ranks of a run with jobs are cut into replicas, which make a video each. No torch."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from wan_dist.catalog import get_task
@@ -8,6 +7,7 @@ from wan_dist.config import RunConfig
 from wan_dist.degrees import Degrees
 from wan_dist.errors import InputError
 from wan_dist.hardware import Hardware
+from wan_dist.image_sizes import SizeOfImage
 from wan_dist.plan import Plan, arranged, make_plan
 
 _HOST_BYTES = 2**60
@@ -19,7 +19,7 @@ def spread(
     num_ranks: int,
     ranks_per_node: int,
     gpu_bytes: int | None,
-    size_of_image: Callable[[str, str], tuple[int, int]] | None = None,
+    size_of_image: SizeOfImage | None = None,
 ) -> list[RunConfig]:
     """Return the configurations with the degrees of all axes, the same for all.
 
@@ -48,7 +48,7 @@ def _plan(
     dp: int,
     ranks: tuple[int, int],
     hardware: Hardware,
-    size_of_image: Callable[[str, str], tuple[int, int]] | None,
+    size_of_image: SizeOfImage | None,
 ) -> Plan | None:
     """Return the plan with so many replicas, None if it does not fit."""
     config = replace(config, parallel=replace(config.parallel, dp=dp))
