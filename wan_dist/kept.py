@@ -61,7 +61,13 @@ class Kept:
         self.progress = Progress()
 
     def _find(self) -> Path | None:
+        if self._is_job:  # whose name is given; its folder may hold 100,000 files
+            file = self._file()
+            return file if file.exists() else None
         return next(self.folder.glob(f"*.{self.digest}.state.safetensors"), None)
+
+    def _file(self) -> Path:
+        return self.folder / f"{self.plan.name}.{self.digest}.state.safetensors"
 
     def _latents(self) -> Tensor | None:
         """Return the denoised latents of a job that was ended before its video was whole."""
@@ -95,7 +101,7 @@ class Kept:
     def write(self, progress: Progress) -> Path:
         """Keep this progress, in place of what was kept before; returns the file."""
         assert progress.latents is not None
-        file = self.folder / f"{self.plan.name}.{self.digest}.state.safetensors"
+        file = self._file()
         facts = {"num_done": str(progress.num_done), "seed": str(self.plan.seed), "name": self.plan.name}
         guesses = {f"{_GUESSES}{name}": tensor for name, tensor in progress.guesses.items()}
         tensors = {"latents": progress.latents, **progress.solver, **guesses}
