@@ -33,7 +33,7 @@ from wan_dist.streaming import Streaming
 from wan_dist.ways import Way
 from wan_dist.weights.checkpoint import Component
 
-_SENT_AT_ONCE = 16
+_SENT_AT_ONCE = 8
 """Embeddings that a rank sends to others, of 4 MB at the most."""
 _TELL_SECONDS = 60.0
 """Between two lines that say how far a batch's texts have come."""
@@ -209,9 +209,9 @@ def _encode_texts(session: Session, plan: Plan, prompts: list[str], report: Repo
 
     component, text_len = checkpoint.text_encoder, checkpoint.transformers[0].dims.text_len
     is_streamed = plan.arrangement.t5 == "stream"
-    chunks = split_into_chunks(checkpoint.tokenizer, prompts, text_len) if is_streamed else []
-    streaming = Streaming("block", from_disk=True, leave=("embed_tokens.",), num_rounds=len(chunks)) if is_streamed else None
     device = torch.device("cpu") if plan.arrangement.t5 == "cpu" else report.device
+    chunks = split_into_chunks(checkpoint.tokenizer, prompts, text_len, device) if is_streamed else []
+    streaming = Streaming("block", from_disk=True, leave=("embed_tokens.",), num_rounds=len(chunks)) if is_streamed else None
     how = ", sharded" if plan.arrangement.shard_t5 else ", from disk" if is_streamed else ""
     with report.stage("text", f"umT5 on {device.type}{how}"):
         encode_text = TextEncoder(

@@ -36,10 +36,13 @@ def checkpoint(request: pytest.FixtureRequest) -> Checkpoint:
 
 def test_chunks_keep_order_and_are_not_too_long(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_encoder, "_MOST_TOKENS", 40)
-    chunks = split_into_chunks(checkpoint.tokenizer, PROMPTS, 512)
+    chunks = split_into_chunks(checkpoint.tokenizer, PROMPTS, 512, torch.device("cuda"))
     assert [prompt for chunk in chunks for prompt in chunk] == PROMPTS
     assert 1 < len(chunks) <= len(PROMPTS)
-    assert split_into_chunks(checkpoint.tokenizer, [], 512) == []
+    assert all(chunks)
+    monkeypatch.setattr(text_encoder, "_MOST_TOKENS", 10**6)
+    assert [len(chunk) for chunk in split_into_chunks(checkpoint.tokenizer, ["a"] * 20, 512, CPU)] == [8, 8, 4]
+    assert [len(chunk) for chunk in split_into_chunks(checkpoint.tokenizer, ["a"] * 20, 512, torch.device("cuda"))] == [20]
 
 
 def streamed_embeddings(checkpoint: Checkpoint, run: Callable[..., None], t5: str) -> tuple[dict[str, torch.Tensor], list[str]]:

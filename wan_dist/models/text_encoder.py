@@ -14,6 +14,8 @@ from wan_dist.dims import TextEncoderDims
 
 _MOST_TOKENS = 2**15
 """Whose states are held on the host at once: 256 MiB of umT5-XXL in bfloat16."""
+_MOST_ON_CPU = 8
+"""Prompts of a chunk: a CPU takes seconds for each, and what is not done is lost when the run is ended; reading is a small part then."""
 
 
 def clean_prompt(text: str) -> str:
@@ -49,13 +51,14 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: int) ->
     return ids
 
 
-def split_into_chunks(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], text_len: int) -> list[list[str]]:
-    """Return the prompts in order, as many together as their states should be held of on the host; see `TextEncoder.encode_by_block`."""
-    chunks: list[list[str]] = []
-    num_tokens = _MOST_TOKENS
+def split_into_chunks(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], text_len: int, device: torch.device) -> list[list[str]]:
+    """Return the prompts in order, as many together as it pays to encode block by block; see `TextEncoder.encode_by_block`."""
+    most = _MOST_ON_CPU if device.type == "cpu" else len(prompts)
+    chunks: list[list[str]] = [[]]
+    num_tokens = 0
     for prompt in prompts:
         own = len(token_ids(tokenizer, prompt, text_len))
-        if num_tokens + own > _MOST_TOKENS:
+        if chunks[-1] and (num_tokens + own > _MOST_TOKENS or len(chunks[-1]) == most):
             chunks.append([])
             num_tokens = 0
         chunks[-1].append(prompt)
