@@ -4,6 +4,7 @@ Errors that cross fields belong to ``plan.py``. Strings such as ``size`` are par
 """
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable

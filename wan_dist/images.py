@@ -173,13 +173,19 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale an image until it covers ``size`` (width, height), then cut its centre out; an image of that size is unchanged."""
     if image.size == size:
         return image
-    scale = max(size[0] / image.width, size[1] / image.height)
-    whole = (round(image.width * scale), round(image.height * scale))
-    if whole[0] * whole[1] > _MOST_PIXELS // 2:
-        raise InputError(f"an image of {image.width}x{image.height} cannot be cut to {size[0]}x{size[1]}: their shapes are too different")
-    image = image.resize(whole, Image.Resampling.LANCZOS)
+    image = image.resize(covering_size(image.size, size), Image.Resampling.LANCZOS)
     left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
     return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return (width, height) to which an image is scaled to cover ``size``; raises InputError where that is far larger."""
+    scale = max(size[0] / image_size[0], size[1] / image_size[1])
+    width, height = round(image_size[0] * scale), round(image_size[1] * scale)
+    if width * height > (Image.MAX_IMAGE_PIXELS or 2**30):
+        shapes = f"an image of {image_size[0]}x{image_size[1]} cannot be cut to {size[0]}x{size[1]}"
+        raise InputError(f"{shapes}: their shapes are too different")
+    return width, height
 
 
 def _checked(width: int, height: int, area: int, multiple: tuple[int, int]) -> tuple[int, int]:

@@ -4,21 +4,19 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from wan_dist.arguments import check_key, is_text, quote, quoted
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
 from wan_dist.job_files import ALIASES, read_entries
 from wan_dist.log import logger
+from wan_dist.overrides import UnplainError, is_plain_key, override_config
 from wan_dist.quoting import words_of
 
 _OF_THE_RUN = ("jobs", "retry_failed", "device", "parallel", "fsdp", "output.dir", "output.events")
 _FILES = ("image", "first_frame", "last_frame", "latents")
-_PLAIN = {"prompt": str, "negative_prompt": str, "image": str, "first_frame": str, "last_frame": str, "seed": int, "output.name": str}
-"""Keys that change nothing else, and the types of their values: their jobs share what Hydra composes, which takes a while."""
 
 
 @dataclass(frozen=True)
@@ -84,20 +82,40 @@ def _file_of(job: Job) -> str:
 
 
 def configs_of(jobs: Iterable[Job], settings: Sequence[str], compose: Callable[[list[str]], RunConfig]) -> Iterator[tuple[Job, RunConfig]]:
-    """Return each job with its configuration: ``settings``, and over them its own. Raises InputError with the line."""
-    composed: dict[tuple[str, ...], RunConfig] = {}
+    """Return each job with its configuration: ``settings``, and over them its own. Raises InputError with the line.
+
+    What jobs share is composed once, and for each choice of files of defaults (``task=``, ``memory=``) that jobs make.
+    """
+    composed: dict[tuple[str, ...], RunConfig | None] = {}
     for job in jobs:
-        plain: dict[str, Any] = {key: value for key, value in job.values.items() if type(value) is _PLAIN.get(key)}
-        rest = tuple(_setting(key, value) for key, value in job.values.items() if key not in plain)
+        chosen = tuple(_setting(key, value) for key, value in job.values.items() if not is_plain_key(key))
         try:
-            if rest not in composed:
-                composed[rest] = compose([*settings, *rest])
-            config = composed[rest]
-            output = replace(config.output, name=plain.pop("output.name")) if "output.name" in plain else config.output
-            config = replace(config, output=output, **plain)
+            if chosen not in composed:
+                composed[chosen] = _composed(compose, [*settings, *chosen])
+            config = _overridden(composed[chosen], job)
+            if config is None:
+                config = compose([*settings, *job.settings])
         except InputError as fault:
             raise InputError(f"{job.place}: {fault}") from None
         yield job, config
+
+
+def _composed(compose: Callable[[list[str]], RunConfig], settings: list[str]) -> RunConfig | None:
+    """Return the configuration of these settings; None where something is wrong with it, which a job's own settings may mend."""
+    try:
+        return compose(settings)
+    except InputError:
+        return None
+
+
+def _overridden(config: RunConfig | None, job: Job) -> RunConfig | None:
+    """Return the configuration with a job's plain settings; None where only Hydra can say what comes of them."""
+    if config is None:
+        return None
+    try:
+        return override_config(config, [(key, value, _setting(key, value)) for key, value in job.values.items() if is_plain_key(key)])
+    except UnplainError:
+        return None
 
 
 def _settled(entry: dict[str, object], file: Path, line: int) -> dict[str, object]:

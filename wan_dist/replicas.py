@@ -8,18 +8,21 @@ from wan_dist.config import RunConfig
 from wan_dist.degrees import Degrees, plan_degrees
 from wan_dist.errors import InputError
 from wan_dist.hardware import Hardware
+from wan_dist.image_sizes import SizeOfImage
 from wan_dist.plan import Plan, arranged, heads_of, make_plan
 
 _HOST_BYTES = 2**60
 """What hosts have free differs between ranks, which must find the same; a run looks at its own later."""
 
 
-def spread(configs: list[RunConfig], num_ranks: int, ranks_per_node: int, gpu_bytes: int | None) -> list[RunConfig]:
+def spread(
+    configs: list[RunConfig], num_ranks: int, ranks_per_node: int, gpu_bytes: int | None, size_of_image: SizeOfImage | None = None
+) -> list[RunConfig]:
     """Return the configurations with the degrees of all axes, the same for all, whatever their order.
 
     Those that are given stay. Else the replicas are the smallest that hold a transformer whole, as ranks that need not wait for each
-    other make the most videos, but no more than there are jobs. ``gpu_bytes``: of one GPU, None on a CPU. Raises InputError, with the
-    job and what to put on the command line, for degrees that are given and do not suit all jobs.
+    other make the most videos, but no more than there are jobs. ``gpu_bytes``: of one GPU, None on a CPU; ``size_of_image``: see
+    `make_plan`. Raises InputError, with the job and what to put on the command line, for degrees that are given and do not suit all jobs.
     """
     asked = configs[0].parallel
     given = {key: degree for key in ("dp", "cfg", "ring", "ulysses") if (degree := getattr(asked, key)) is not None}
@@ -29,18 +32,18 @@ def spread(configs: list[RunConfig], num_ranks: int, ranks_per_node: int, gpu_by
     if num_ranks == 1 or given:
         _check_given(given, list(kinds.values()), num_heads)
         degrees = plan_degrees(num_ranks, ranks_per_node=ranks_per_node, num_heads=num_heads, guided=guided, **given)
-        return [_with(config, degrees) for config in configs]
+        return _with(configs, degrees)
     hardware = Hardware(gpu_bytes, _HOST_BYTES)
     sizes = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0 and num_ranks // size <= len(configs)]
     found: Degrees | None = None
     for size in sizes:
         degrees = plan_degrees(num_ranks, ranks_per_node=ranks_per_node, num_heads=num_heads, guided=guided, dp=num_ranks // size)
-        plans = [_plan(_with(config, degrees), num_ranks, ranks_per_node, hardware) for config in kinds.values()]
+        plans = [_plan(config, (num_ranks, ranks_per_node), hardware, size_of_image) for config in _with(list(kinds.values()), degrees)]
         if all(plan is not None and plan.arrangement.dit == "resident" for plan in plans):
-            return [_with(config, degrees) for config in configs]
+            return _with(configs, degrees)
         if None not in plans:
             found = degrees
-    return [_with(config, found or degrees) for config in configs]  # what is wrong with a job is found with its line
+    return _with(configs, found or degrees)  # what is wrong with a job is found with its line
 
 
 def _kind(config: RunConfig) -> tuple[object, ...]:
@@ -76,14 +79,16 @@ def _named(configs: list[RunConfig]) -> str:
     return f"{configs[0].output.name}, of {configs[0].task}"
 
 
-def _plan(config: RunConfig, num_ranks: int, ranks_per_node: int, hardware: Hardware) -> Plan | None:
+def _plan(config: RunConfig, ranks: tuple[int, int], hardware: Hardware, size_of_image: SizeOfImage | None) -> Plan | None:
     """Return the plan with the degrees that are given, None if it does not fit."""
     try:
-        plan = make_plan(config, ranks=(num_ranks, ranks_per_node), is_job=True)
+        plan = make_plan(config, ranks=ranks, is_job=True, size_of_image=size_of_image)
         return arranged(plan, config, hardware, get_task(config.task).models)
     except InputError:
         return None
 
 
-def _with(config: RunConfig, degrees: Degrees) -> RunConfig:
-    return replace(config, parallel=replace(config.parallel, **vars(degrees)))
+def _with(configs: list[RunConfig], degrees: Degrees) -> list[RunConfig]:
+    """Return the configurations with these degrees, in one object for all, as ``parallel`` is of the whole run."""
+    parallel = replace(configs[0].parallel, **vars(degrees))
+    return [replace(config, parallel=parallel) for config in configs]

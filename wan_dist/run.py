@@ -12,7 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +27,7 @@ from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
 from wan_dist.environment import Ranks, read_ranks, settle_environment
 from wan_dist.errors import InputError, told
+from wan_dist.image_sizes import image_size
 from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher, is_shell_of_srun
 from wan_dist.log import logger, open_log, protect_streams
@@ -199,7 +200,9 @@ def check_jobs(
 ) -> list[tuple[Job, RunConfig, Plan]]:
     """Return each job of a run's file with its configuration and plan; raises InputError with the line of one that cannot be made.
 
-    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU.
+    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU. It is
+    enough to call it on one rank: what it returns can be pickled, in about 1 kB a job, of which most is the prompt. Images are not
+    decoded, and those that jobs share are looked at once.
     """
     assert config.jobs is not None
     jobs = read_jobs(Path(config.jobs).expanduser())
@@ -208,9 +211,10 @@ def check_jobs(
     shared = [argument for argument in arguments if argument.partition("=")[0] not in ("jobs", "output.name")]
     configs = [each for _, each in configs_of(jobs, shared, _configured)]
     checked = []
-    for job, each in zip(jobs, spread(configs, *ranks, gpu_bytes), strict=True):
+    size_of_image = cache(image_size)
+    for job, each in zip(jobs, spread(configs, *ranks, gpu_bytes, size_of_image), strict=True):
         try:
-            checked.append((job, each, replace(make_plan(each, ranks=ranks, is_job=True), images=())))
+            checked.append((job, each, make_plan(each, ranks=ranks, is_job=True, size_of_image=size_of_image)))
         except InputError as fault:
             raise InputError(f"{job.place}: {fault}") from None
     return checked

@@ -18,6 +18,7 @@ LAYERS = [
     {"footprint"},
     {"arrangement"},
     {"images", "latents", "arguments", "job_files", "models"},
+    {"image_sizes", "overrides"},
     {"jobs", "work"},
     {"plan"},
     {"record", "replicas", "room", "chronicle"},
@@ -39,8 +40,8 @@ LAYERS = [
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "hydra": {"run", "config"},
-    "omegaconf": {"run", "config"},
+    "hydra": {"run", "config", "overrides"},
+    "omegaconf": {"run", "config", "overrides"},
     "torch.distributed": {"parallel", "weights/load"},
     "xfuser": {"parallel/usp"},
     "jinja2": {"gallery"},
