@@ -134,6 +134,8 @@ def make_plan(
         raise InputError(
             f"attention={config.attention} does not say by what the parts of a ring are merged; parallel.ring=1, or another attention"
         )
+    if config.parallel.usp == "xfuser" and config.dtype == "float32":
+        raise InputError("parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; parallel.usp=plain takes both")
     if config.parallel.usp == "xfuser" and num_tokens % (num_parts := degrees.ring * degrees.ulysses):
         raise InputError(
             f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_parts} ranks and would attend to padding; "

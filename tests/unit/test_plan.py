@@ -288,6 +288,7 @@ def test_any_number_of_ranks_works(num_heads: int, guided: bool) -> None:
         (3, ["parallel.cfg=2"], "parallel.cfg=2 does not fit 3 ranks"),
         (4, ["parallel.cfg=4"], "guidance has two branches"),
         (4, ["parallel.ring=2", "attention=8bit"], "attention=8bit does not say by what the parts of a ring are merged; parallel.ring=1"),
+        (4, ["parallel.usp=xfuser", "dtype=float32"], "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32"),
         (4, ["parallel.cfg=2", "sample.guide_scale=1"], "parallel.cfg=2 needs guidance"),
         (4, ["parallel.ring=0"], "parallel.ring=0: a degree is at least 1"),
         (4, ["parallel.dp=2"], "replicas are for several videos (jobs=FILE), and this run makes one"),
