@@ -33,6 +33,9 @@ from wan_dist.streaming import Streaming
 from wan_dist.ways import Way
 from wan_dist.weights.checkpoint import Component
 
+_TELL_SECONDS = 60.0
+"""Between two lines that say how far a batch's texts have come."""
+
 
 def encode(session: Session, config: RunConfig, plan: Plan, report: Report) -> Conditioning:
     """Return what stays the same for all steps, on every rank; the encoders are gone from the device then."""

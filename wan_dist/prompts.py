@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,8 +15,6 @@ from wan_dist.log import logger
 from wan_dist.models.text_encoder import clean_prompt
 from wan_dist.video import SaveError, save_tensors
 
-_SAMPLES = 16
-_SAMPLE_BYTES = 65536
 _HEADER_BYTES = 80
 """Of a file, besides the values."""
 _LOOKS = 64
@@ -104,16 +101,3 @@ class PromptCache:
                 "is interrupted; a larger cache.size_gib keeps them",
                 self.limit / 2**30,
             )
-
-
-def digest_of_files(paths: Iterable[Path]) -> str:
-    """Return a digest of files' sizes and of samples of their contents, which is quick however large they are."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        size = path.stat().st_size
-        digest.update(f"{size};".encode())
-        with path.open("rb") as file:
-            for number in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -147,8 +147,9 @@ def test_replicas_get_the_texts_that_they_do_not_see(caches: str, tmp_path: Path
     for rank in range(3):
         folder = tmp_path / ("all" if caches == "shared" else str(rank))
         cache = None if caches == "none" else PromptCache(folder, "", 10**6)
-        team = SimpleNamespace(gather=lambda value, what, axis=Axis(rank, 3): meeting.gather(value, axis))
-        groups = SimpleNamespace(dp=Axis(rank, 3), replica=Axis(), team=team)
+        axis = Axis(rank, 3)
+        team = SimpleNamespace(gather=lambda value, what, axis=axis: meeting.gather(value, axis))
+        groups = SimpleNamespace(dp=axis, replica=Axis(), team=team)
         session: Any = SimpleNamespace(texts={}, prompt_cache=cache, shared_texts=None, groups=groups, text_encoder_digest="")
         for text in texts[rank::3]:
             if cache is None:
