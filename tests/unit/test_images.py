@@ -200,7 +200,11 @@ def test_a_photo_in_display_p3_is_converted(alpha: bool, tmp_path: Path) -> None
     assert np.abs(read(tmp_path / "x.png")[0] - wanted).max() <= 2
 
 
-@pytest.mark.parametrize("icc", [profile(SRGB), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"noise", b""])
+@pytest.mark.parametrize(
+    "icc",
+    [profile(SRGB), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"noise", b""],
+    ids=["matrix", "lcms", "noise", "none"],
+)
 def test_plain_srgb_is_read_bit_by_bit(icc: bytes, tmp_path: Path) -> None:
     Image.fromarray(GRADIENT).save(tmp_path / "x.png", icc_profile=icc)
     assert (read(tmp_path / "x.png") == GRADIENT).all()
