@@ -3,13 +3,13 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import cast
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from launch.settings import path_of
 from wan_dist.errors import InputError, nearest
 from wan_dist.hardware import parse_bytes
 from wan_dist.run import CONF, readable
@@ -73,7 +73,7 @@ def minutes_of(text: str, key: str) -> int:
 
 def cluster_of(name: str, changes: Sequence[str]) -> ClusterConfig:
     """Return the cluster of this name, or in this file, with changes such as ``partition=gpu``; raises InputError."""
-    file = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else _CLUSTERS / f"{name}.yaml"
+    file = path_of("cluster", name) if name.endswith((".yaml", ".yml")) else _CLUSTERS / f"{name}.yaml"
     if not file.is_file():
         known = sorted(path.stem for path in _CLUSTERS.glob("*.yaml"))
         raise InputError(f"cluster={name}: there is {', '.join(known)}, or a file of your own, cluster=mine.yaml{nearest(name, known)}")

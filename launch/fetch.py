@@ -8,11 +8,11 @@ Files are complete when it ends: sizes are compared with the repository's, and t
 """
 
 import sys
-from pathlib import Path
 
-from launch.settings import parted
+from launch.settings import parted, path_of
 from wan_dist.catalog import get_task
 from wan_dist.errors import InputError
+from wan_dist.preemption import heed_signals
 from wan_dist.run import configured
 
 
@@ -24,13 +24,14 @@ def main(arguments: list[str]) -> None:
     task = get_task(places[0])
     if task.name == "toy":
         raise InputError("task toy needs no download: its model is made when it is first used")
-    folder = Path(places[1]).expanduser() if len(places) == 2 else None
+    folder = path_of("folder", places[1]) if len(places) == 2 else None
     config = configured([f"task={task.name}", *(f"{key}={value}" for key, value in given.items())])
     assert config is not None
     width, height = config.width_height()
     from wan_dist.weights.hub import check_whole, download  # they import torch, which takes seconds
 
-    found = download(task, area=width * height, folder=folder)
+    with heed_signals():
+        found = download(task, area=width * height, folder=folder)
     check_whole(found, task)
     size = sum(file.stat().st_size for file in found.rglob("*") if file.is_file() and ".cache" not in file.parts)
     use = f"ckpt_dir={found} " if folder is not None else ""

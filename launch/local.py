@@ -11,6 +11,7 @@ set in the environment already stays.
 import os
 import re
 import shlex
+import signal
 import sys
 
 from launch.settings import number_of, parted
@@ -20,6 +21,8 @@ from wan_dist.run import configured
 
 _WITHOUT_PEERS = re.compile(r"GeForce RTX [45]0\d\d")
 """Cards that do not reach each other's memory, though some drivers say they do: NCCL then hangs, or what it sends arrives wrong."""
+_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+"""What torchrun passes on to its ranks."""
 
 
 def main(arguments: list[str]) -> None:
@@ -42,8 +45,8 @@ def command_for(num_ranks: int, settings: list[str]) -> list[str]:
     run = ["-m", "wan_dist.run", *settings]
     if num_ranks == 1:
         return [sys.executable, *run]
-    ranks = ["--nnodes=1", f"--nproc_per_node={num_ranks}", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]  # a free port
-    return [sys.executable, "-m", "torch.distributed.run", *ranks, *run]
+    here = ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]  # a free port; a host's name may not resolve
+    return [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={num_ranks}", *here, *run]
 
 
 def variables_for(num_ranks: int) -> dict[str, str]:
@@ -52,4 +55,6 @@ def variables_for(num_ranks: int) -> dict[str, str]:
     found = {"OMP_NUM_THREADS": str(threads), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if num_ranks > 1 and any(_WITHOUT_PEERS.search(name) for name, _, _ in find_gpus()):
         found["NCCL_P2P_DISABLE"] = "1"
+    if num_ranks > 1:  # torchrun heeds what nohup and shells have it ignore, and would die of SIGUSR1 and leave its ranks behind
+        found["PET_SIGNALS_TO_HANDLE"] = ",".join(name for name in _SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN)
     return found

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from launch.settings import path_of
 from wan_dist.durations import duration
 from wan_dist.errors import InputError, printable
 from wan_dist.gallery.records import Record, read_records
@@ -35,7 +36,7 @@ def folder_of(arguments: Sequence[str], command: str) -> tuple[Path, list[Record
     """Return the folder that a command was given and what is in it; raises InputError."""
     if len(arguments) != 1:
         raise InputError(f"{command} takes the folder that the videos are in, e.g. python -m launch {command} outputs")
-    folder = Path(arguments[0]).expanduser()
+    folder = path_of("folder", arguments[0])
     if not folder.is_dir():
         raise InputError(f"{folder} is {'not a folder' if folder.exists() else 'not there'}; give the folder that the videos are in")
     records = read_records(folder)

@@ -1,6 +1,7 @@
 """The arguments of a command: its own keys, and those of a run."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from wan_dist.errors import InputError
 
@@ -13,6 +14,14 @@ def parted(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str
 
 def number_of(key: str, text: str, what: str) -> int:
     """Return the number from 1 on that is given for ``key``, of ``what``; raises InputError."""
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise InputError(f"{key}={text} is not a number of {what}, e.g. {key}=2")
     return int(text)
+
+
+def path_of(key: str, value: str) -> Path:
+    """Return a file or folder of the user's, in whose name ``~`` is the home; raises InputError where that is not known."""
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise InputError(f"{key}={value}: no home folder of this user is known; ./~ begins a name with ~") from None

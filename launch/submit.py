@@ -23,11 +23,12 @@ from pathlib import Path
 from launch.cluster import ClusterConfig, cluster_of, minutes_of
 from launch.estimate import seconds_of, step_seconds_of
 from launch.sbatch import Request, clock, fetch_script, run_script
-from launch.settings import number_of, parted
+from launch.settings import number_of, parted, path_of
 from wan_dist.catalog import get_task
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
 from wan_dist.hardware import Hardware, parse_bytes
+from wan_dist.image_sizes import image_size
 from wan_dist.jobs import configs_of, read_jobs
 from wan_dist.plan import Plan, arranged, make_plan
 from wan_dist.run import check_jobs, configured
@@ -75,7 +76,7 @@ def _request(given: dict[str, str], settings: list[str], cluster: ClusterConfig,
         raise InputError(f"gpus={gpus}: a node of cluster={given['cluster']} has {cluster.gpus_per_node}; nodes=COUNT takes several")
     elements = [settings]
     if "array" in given:
-        jobs = read_jobs(Path(given["array"]).expanduser())
+        jobs = read_jobs(path_of("array", given["array"]))
         elements = [[*settings, *job.settings] for job in jobs]
         configs = configs_of(jobs, settings, _configured)
         checked = [(_plan(config, cluster, nodes, gpus, f"{job.place}: "), config) for job, config in configs]
@@ -128,7 +129,7 @@ def _hardware(config: RunConfig, cluster: ClusterConfig) -> Hardware:
 
 def _plan(config: RunConfig, cluster: ClusterConfig, nodes: int, gpus: int, where: str = "") -> Plan:
     try:
-        plan = make_plan(config, ranks=(nodes * gpus, gpus))
+        plan = make_plan(config, ranks=(nodes * gpus, gpus), size_of_image=image_size)
     except InputError as fault:
         raise InputError(f"{where}{fault}") from None
     return _arranged(plan, config, cluster, where)

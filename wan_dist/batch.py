@@ -3,7 +3,7 @@
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from wan_dist.chronicle import Chronicle, add_sheet
 from wan_dist.config import RunConfig
 from wan_dist.denoising import Video, make_latents
 from wan_dist.durations import duration
-from wan_dist.encode import embed
+from wan_dist.encode import embed_ahead, share_texts
 from wan_dist.errors import InputError, told
 from wan_dist.events import Events
 from wan_dist.footprint import FLOAT
@@ -31,7 +31,6 @@ from wan_dist.parallel.mesh import Groups, limit_waiting, make_groups, opened
 from wan_dist.parallel.shared_work import kind_of, text_of
 from wan_dist.parallel.team import Team
 from wan_dist.plan import Plan, make_plan
-from wan_dist.prompts import PromptCache
 from wan_dist.record import described
 from wan_dist.report import Report
 from wan_dist.room import experts_stay, frames_wait, models_stay
@@ -45,27 +44,6 @@ _MOST_FAILURES = 10
 
 _TEXTS = ".texts"
 """Folder of prompts' embeddings, in the output folder, which all replicas see."""
-
-
-class SharedTexts(Mapping[str, Tensor]):
-    """Embeddings (n, text_dim) that any replica has made, by prompt, read from the folder where they lie."""
-
-    def __init__(self, cache: PromptCache) -> None:
-        self._cache = cache
-
-    def __getitem__(self, text: str) -> Tensor:
-        """Return one; raises KeyError."""
-        if (context := self._cache.get(text)) is None:
-            raise KeyError(text)
-        return context
-
-    def __iter__(self) -> Iterator[str]:
-        """Not known: files have digests for names."""
-        return iter(())
-
-    def __len__(self) -> int:
-        """Not known either."""
-        return 0
 
 
 @dataclass(frozen=True)
@@ -263,22 +241,10 @@ class Batch:
             self.chronicle.plans.append(plan)
             session.has_room_for_frames = frames_wait(plan, FLOAT if any(item.config.output.save_tensor for item in items) else 1)
             session.times = tuple(dict.fromkeys(time for item in items for time in _times(item)))
-            texts = {text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None}
-            session.texts = self._embed(session, largest.config, plan, sorted(texts))
-
-    def _embed(self, session: Session, config: RunConfig, plan: Plan, texts: Sequence[str]) -> Mapping[str, Tensor]:
-        """Embed the texts, each replica its share; returns all, on each one's first rank."""
-        dp = self.groups.dp
-        share = texts[dp.rank :: dp.size]
-        embedded = session.together(lambda: embed(session, config, plan, share, self.report), "encode the prompts")
-        if dp.size == 1:
-            return {text: context.cpu() for text, context in embedded.items()} if self.is_first else {}
-        shared = PromptCache(self.folder / _TEXTS, session.checkpoint.digest + config.dtype, limit=2**62)
-        if self.is_first:
-            for text, context in embedded.items():
-                shared.put(text, context)
-        self.team.gather(None, "encode the prompts")
-        return SharedTexts(shared) if self.is_first else {}
+            texts = sorted({text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None})
+            share = texts[self.groups.dp.rank :: self.groups.dp.size]
+            session.together(lambda: embed_ahead(session, largest.config, plan, share, self.report), "encode the prompts")  # noqa: B023
+            share_texts(session, texts, self.folder / _TEXTS)
 
     def _next(self, todo: Sequence[Item]) -> Item | None:
         """Return the next job that nobody is at, None after the last; the same on all ranks of the replica."""

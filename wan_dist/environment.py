@@ -6,8 +6,10 @@ set to nothing, as .env and compose files leave it, counts as not set.
 """
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from wan_dist.errors import InputError
 
@@ -16,6 +18,9 @@ ADDRESS_KEYS = ("MASTER_ADDR", "MASTER_PORT")
 _REQUIRED_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *ADDRESS_KEYS)
 _LARGEST_PORT = 65535
 _WAY_OUT = f"start ranks with torchrun or srun, which set all of them, or run alone: unset {' '.join(PLACE_KEYS)}"
+
+_WITHOUT_NOTHING = (*PLACE_KEYS, *ADDRESS_KEYS, "HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""And those of the Hugging Face libraries: what means nothing to us means an empty name or number to libraries."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,27 @@ def number_of(key: str, environment: Mapping[str, str] | None = None) -> int | N
     if not text:
         return None
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise InputError(f"{key}={text} in the environment is not a whole number; unset {key}, or let its launcher set it")
+        raise InputError(f"{key}={text} in the environment is not a whole number; unset {key}, or set it to one")
     return int(text)
+
+
+def settle_environment() -> None:
+    """Remove variables that are set to nothing, and check those that libraries read as they are imported; raises InputError."""
+    if sys.flags.optimize > 1:
+        raise InputError("PYTHONOPTIMIZE=2 (python -OO) removes what transformers reads as it is imported; unset it, or PYTHONOPTIMIZE=1")
+    for key in [key for key in os.environ if (key in _WITHOUT_NOTHING or key.startswith("HF_")) and not text_of(key)]:
+        del os.environ[key]
+    for key in [key for key in os.environ if key.startswith("HF_") and key.endswith("_TIMEOUT")]:
+        number_of(key)
+    if endpoint := text_of("HF_ENDPOINT"):
+        try:
+            is_address = urlsplit(endpoint).scheme in ("http", "https") and bool(urlsplit(endpoint).hostname)
+        except ValueError:
+            is_address = False
+        if not is_address:
+            raise InputError(
+                f"HF_ENDPOINT={endpoint} in the environment is not an address such as https://huggingface.co; unset HF_ENDPOINT"
+            )
 
 
 def read_ranks(environment: Mapping[str, str] | None = None) -> Ranks:

@@ -9,10 +9,13 @@ import re
 import resource
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
+from wan_dist.environment import number_of, text_of
 from wan_dist.errors import InputError
+from wan_dist.log import logger
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _NO_LIMIT = 2**60
@@ -61,23 +64,61 @@ def ask_nvidia_smi(what: str, *fields: str) -> list[list[str]]:
 
 
 def visible(found: dict[str, T]) -> list[T]:
-    """Return those of the GPUs, by number and by name, that CUDA_VISIBLE_DEVICES leaves, in its order."""
+    """Return those of the GPUs, by number and by name, that CUDA_VISIBLE_DEVICES leaves, in its order and by CUDA's rules.
+
+    A list is of numbers, or of names that may be abbreviated (GPU-8f2e), or of MIG devices, of which CUDA takes the first. It ends at the
+    first entry that is no such GPU or fits several, which is logged once unless it is meant to hide the rest (-1, NoDevFiles); a GPU
+    that is named twice hides all.
+    """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [key for key in found if key.isdigit()] if given is None else [name.strip() for name in given.split(",")]
-    return [found[name] for name in names if name in found]
+    if given is None:
+        return [found[key] for key in found if key.isdigit()]
+    names = given.strip().split(",")
+    kind = next((prefix for prefix in ("GPU-", "MIG-") if names[0].startswith(prefix)), "")
+    taken: list[str] = []
+    for name in names[:1] if kind == "MIG-" else names:
+        key = _key_of(name, kind, found)
+        if key is None or key in taken:
+            if given.strip() not in ("", "-1", "NoDevFiles", "none", "void") and name.strip() != "-1":
+                why = "no GPU here" if key is None else "named twice"
+                _warn_once(f"CUDA_VISIBLE_DEVICES={given}: {name.strip()!r} is {why}, and CUDA ignores {'all' if key else 'the rest'}")
+            return [] if key else [found[key] for key in taken]
+        taken.append(key)
+    return [found[key] for key in taken]
+
+
+def _key_of(name: str, kind: str, found: dict[str, T]) -> str | None:
+    """Return the one GPU that an entry of CUDA_VISIBLE_DEVICES names; None if there is none, or several."""
+    if kind:
+        keys = [key for key in found if name.startswith(kind) and key.startswith(name.rstrip())]
+        return keys[0] if len(keys) == 1 else None
+    number = re.match(r"\s*\+?([0-9]+)", name)  # as C's strtoul: what follows a number is ignored
+    return key if number and (key := str(int(number[1]))) in found else None
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
 
 
 def find_gpus() -> list[tuple[str, int, int]]:
     """Return name, total and free bytes of the GPUs that this process may use, by nvidia-smi; none where there is none."""
     try:
         rows = ask_nvidia_smi("gpu", "index", "uuid", "name", "memory.total", "memory.free")
+        found = _mig_devices() if os.environ.get("CUDA_VISIBLE_DEVICES", "").strip().startswith("MIG-") else {}
     except (OSError, subprocess.SubprocessError):
         return []
-    found = {}
     for index, uuid, name, total, free in rows:
         if total.isdigit() and free.isdigit():
             found[index] = found[uuid] = (name, int(total) * 2**20, int(free) * 2**20)
     return visible(found)
+
+
+def _mig_devices() -> dict[str, tuple[str, int, int]]:
+    """Return the parts that GPUs are divided into, by UUID, with the memory that their profile's name says."""
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
+    parts = re.findall(r"^\s*(MIG \S*?(\d+)gb\S*) .*\(UUID: (MIG-\S+)\)", listed, re.MULTILINE)
+    return {uuid: (name, int(size) * 10**9, int(size) * 10**9) for name, size, uuid in parts}
 
 
 def find_host() -> tuple[int, str]:
@@ -148,8 +189,20 @@ def _reclaimable(group: Path) -> int:
 
 
 def _slurm_room() -> int:
-    """Return the memory that Slurm gave the job on a node, in MB in its variables."""
-    if megabytes := os.environ.get("SLURM_MEM_PER_NODE"):
-        return int(megabytes) * 2**20 or _NO_LIMIT
-    per_cpu, cpus = os.environ.get("SLURM_MEM_PER_CPU"), os.environ.get("SLURM_CPUS_ON_NODE")
-    return int(per_cpu) * int(cpus) * 2**20 if per_cpu and cpus else _NO_LIMIT
+    """Return the memory that Slurm gave the job on a node; raises InputError for variables of Slurm that are no amounts."""
+    if (size := _slurm_bytes("SLURM_MEM_PER_NODE")) is not None:
+        return size or _NO_LIMIT  # 0: all of the node's
+    for key, counted_by in (("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"), ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE")):
+        size, count = _slurm_bytes(key), number_of(counted_by)
+        if size and count:
+            return size * count
+    return _NO_LIMIT
+
+
+def _slurm_bytes(key: str) -> int | None:
+    """Return a variable of Slurm's in bytes: MB, or with a unit as in 64G."""
+    if not (text := text_of(key)):
+        return None
+    if not (match := re.fullmatch(r"(\d{1,12})([KMGT]?)B?", text.upper(), re.ASCII)):
+        raise InputError(f"{key}={text} in the environment is not an amount of memory as Slurm writes it (MB); unset {key}")
+    return int(match[1]) * 1024 ** (" KMGT".index(match[2]) if match[2] else 2)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wan_dist.environment import ADDRESS_KEYS, PLACE_KEYS, launched_by, number_of, text_of
+from wan_dist.environment import launched_by, number_of, text_of
 from wan_dist.errors import InputError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -32,15 +32,12 @@ os.kill(launcher, signal.SIGKILL)
 def adopt_slurm() -> None:
     """Set what torchrun would set, in a task that srun started: rank, number of ranks, and the first host's address.
 
-    The port is the job's and step's own. An address that is set stays; variables that are set to nothing are removed, for libraries that
-    read them too. Raises InputError for variables of Slurm that are incomplete, malformed, or contradict those that are set.
+    The port is the job's and step's own. An address that is set stays. Raises InputError for variables of Slurm that are incomplete,
+    malformed, or contradict those that are set.
     """
     given = os.environ
-    for key in (*PLACE_KEYS, *ADDRESS_KEYS):
-        if key in given and not text_of(key):
-            del given[key]
     num_tasks, on_nodes = number_of("SLURM_STEP_NUM_TASKS"), text_of("SLURM_STEP_TASKS_PER_NODE")
-    if "RANK" in given or num_tasks is None or not on_nodes or is_shell_of_srun():
+    if text_of("RANK") or num_tasks is None or not on_nodes or is_shell_of_srun():
         return  # torchrun's, or a script of sbatch, which is no task, or a shell in which nothing else runs
     found = {
         "RANK": str(_slurm_number("SLURM_PROCID")),
@@ -92,7 +89,7 @@ def _tasks_on_node(text: str, node: int) -> int:
 
 
 def hosts_of(nodes: str) -> list[str]:
-    """Return the hosts of Slurm's list, e.g. gpu003, gpu004, gpu9 and login of "gpu[003-004,9],login"; raises InputError for no such list."""
+    """Return the hosts of Slurm's list, e.g. gpu003, gpu004, gpu9 and login of "gpu[003-004,9],login"; raises InputError for other text."""
     if nodes and not re.fullmatch(r"(?:[^\s\[\]]|\[\d{1,6}(?:[-,]\d{1,6})*\])+", nodes, re.ASCII):
         raise InputError(f"SLURM_STEP_NODELIST={nodes} in the environment is not Slurm's list of hosts, such as gpu[003-004,9]")
     return [host for part in re.findall(r"(?:[^\[,]|\[[^\]]*\])+", nodes) for host in _expand(part)]

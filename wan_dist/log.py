@@ -1,8 +1,12 @@
 """One logger for the project, with the rank in each line when there is more than one."""
 
+import contextlib
+import io
 import logging
+import os
 import sys
 from pathlib import Path
+from typing import Any, TextIO
 
 from wan_dist.environment import read_ranks
 from wan_dist.errors import printable
@@ -10,6 +14,52 @@ from wan_dist.errors import printable
 logger = logging.getLogger("wan_dist")
 ANNOUNCEMENT = logging.INFO + 5
 """The level of what every replica says, not only the first one."""
+
+
+class _Unfailing(io.FileIO):
+    """A file whose writing does not fail: where the disk is full or no reader is left, what is written is lost, not the run."""
+
+    fault: OSError | None = None
+    """Why something was lost, unless because its reader had enough."""
+
+    def write(self, data: Any) -> int:
+        """Write as much as can be, and return the size of all."""
+        size = memoryview(data).nbytes
+        try:
+            return super().write(data) or size  # nothing is taken where it would have to wait for a reader
+        except OSError as fault:
+            self.fault = None if isinstance(fault, BrokenPipeError) else fault
+            return size
+
+
+def _unfailing(file: str | int, encoding: str | None = None) -> TextIO:
+    raw = _Unfailing(file, "a" if isinstance(file, str) else "w", closefd=isinstance(file, str))
+    buffered = io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffered, encoding=encoding or "utf-8", errors="backslashreplace", line_buffering=True, write_through=True)
+
+
+def protect_streams() -> None:
+    """Let a run go on when nobody reads what it prints any more: ``2>&1 | head``, a closed terminal, a full disk.
+
+    Writing to standard output and error then does nothing, whoever writes: our log, progress bars, libraries. Streams that are closed
+    from the start are opened, so that no file gets their numbers. Streams that were replaced, as tests do, stay.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name, file in (("stdout", 1), ("stderr", 2)):
+        stream: TextIO | None = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):
+            if stream is not None:
+                with contextlib.suppress(OSError):
+                    stream.flush()
+            setattr(sys, name, _unfailing(file, None if stream is None else stream.encoding))
+
+
+def find_lost_output() -> str | None:
+    """Return why standard output is not whole, for commands whose output is their result; None where it is, or nobody reads it."""
+    fault = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "fault", None)
+    return None if fault is None else fault.strerror
 
 
 def open_log(level: int = logging.INFO) -> None:
@@ -33,7 +83,7 @@ def keep_log(folder: Path) -> None:
     """Write all log lines of this rank to a file of its own in ``folder`` too, if that can be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / f"rank-{read_ranks().rank}.log", mode="a", encoding="utf-8")
+        handler = logging.StreamHandler(_unfailing(str(folder / f"rank-{read_ranks().rank}.log")))
     except OSError:  # of a folder that only the first rank's node has, for example
         return
     handler.setFormatter(_form())

@@ -12,6 +12,7 @@ from wan_dist.launcher import hosts_of
 from wan_dist.log import logger
 
 _GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_LOOPBACK = "lo"
 _VIRTUAL = re.compile(r"lo$|docker|veth|virbr|br-|cni|flannel|cali|tailscale|wg|tun|tap|podman|kube")
 _INFINIBAND = Path("/sys/class/infiniband")
 _ROUTES = Path("/proc/net/route")
@@ -51,13 +52,18 @@ def _ask(interface: str, what: int) -> bytes:
 
 
 def choose_network(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Name the interface that gloo and NCCL use, for ranks on several hosts; what is set already stays.
+    """Name the interface that gloo and NCCL use, for several ranks; what is set already stays.
 
     Gloo else takes the one that the host's own name leads to, on many systems the loopback, which no other host reaches. NCCL takes
-    InfiniBand first where it is, and else any, also those of containers.
+    InfiniBand first where it is, and else any, also those of containers. Ranks on one host do without its name, which nobody may know.
     """
     ranks = read_ranks(environment)
-    if ranks.ranks_per_node == ranks.num_ranks or (_GLOO in environment and _NCCL in environment):
+    if ranks.num_ranks == 1:
+        return
+    if ranks.ranks_per_node == ranks.num_ranks:
+        _stay_on_host(environment)
+        return
+    if _GLOO in environment and _NCCL in environment:
         return
     found = interfaces()
     others = [text_of("MASTER_ADDR", environment), *hosts_of(text_of("SLURM_STEP_NODELIST", environment))]
@@ -69,6 +75,15 @@ def choose_network(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault(_NCCL, name)
     if len(found) > 1:
         logger.info("network   %s of %s; %s and %s choose another", environment[_GLOO], ", ".join(found), _GLOO, _NCCL)
+
+
+def _stay_on_host(environment: MutableMapping[str, str]) -> None:
+    """Have the ranks of one host meet at its loopback, where they would look for its own name, and send there with gloo."""
+    if not _is_up(_LOOPBACK) or not address_of(_LOOPBACK):
+        return
+    environment.setdefault(_GLOO, _LOOPBACK)
+    if text_of("MASTER_ADDR", environment).partition(".")[0] == socket.gethostname().partition(".")[0]:
+        environment["MASTER_ADDR"] = address_of(_LOOPBACK)
 
 
 def _towards(host: str, found: list[str]) -> str | None:

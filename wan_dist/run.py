@@ -1,12 +1,18 @@
 """The command: ``python -m wan_dist.run task=... prompt=...``. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 asked to end early."""
 
+from wan_dist.preemption import CODE, Preempted, end_when_asked, heed_signals, preemption
+
+if __name__ == "__main__":
+    end_when_asked()  # before the imports below, which take a second
+
+import contextlib
 import json
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -16,16 +22,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wan_dist.arguments import prepare, require_task
+from wan_dist.caches import is_writable, settle_caches
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
-from wan_dist.environment import Ranks, read_ranks
+from wan_dist.environment import Ranks, read_ranks, settle_environment
 from wan_dist.errors import InputError, told
+from wan_dist.image_sizes import image_size
 from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher, is_shell_of_srun
-from wan_dist.log import logger, open_log
+from wan_dist.log import logger, open_log, protect_streams
 from wan_dist.network import choose_network
 from wan_dist.plan import Plan, make_plan
-from wan_dist.preemption import CODE, Preempted, heed_signals, preemption
 from wan_dist.rank_facts import check_alike, find_facts
 from wan_dist.replicas import spread
 
@@ -60,37 +67,47 @@ def help_text() -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the command with these arguments and return its exit code."""
+    protect_streams()
     if {"--help", "-h"} & set(arguments):
         sys.stdout.write(help_text() + "\n")
         return 0
     ranks = Ranks()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # what one stage leaves is of use to the next
-    try:
-        adopt_slurm()
-        ranks = read_ranks()
-        open_log()
-        if is_shell_of_srun():
-            logger.info("ranks     one: srun's other tasks ended as this shell was opened; `python -m launch local` takes all GPUs")
-        choose_network()
-        die_with_launcher()
-        with heed_signals():
-            return _run_alone(arguments) if ranks.num_ranks == 1 else _run_in_team(arguments, ranks)
-    except Preempted as stop:
-        return _fail(CODE, str(stop), "")
-    except InputError as fault:
-        return _fail(2, str(fault))
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted")
-    except Exception as fault:
-        said_by_other = getattr(fault, "fault", None)  # of a RankError, whose class comes with torch
-        if said_by_other is not None:
-            return _fail_after(said_by_other.kind, str(fault))
-        if preemption.asked_by is not None and any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
-            return _fail(CODE, "asked to end, as another rank was, which has; the same command goes on", "")
-        logger.exception("the run failed")
-        bury_launcher()
-        return _fail(1, _described(fault))
+    with heed_signals():
+        try:
+            with preemption.heeded():
+                ranks = _prepare_rank()
+                return _run_alone(arguments) if ranks.num_ranks == 1 else _run_in_team(arguments, ranks)
+        except Preempted as stop:
+            return _fail(CODE, str(stop), "", is_said=ranks.rank == 0)
+        except InputError as fault:
+            return _fail(2, str(fault))
+        except Exception as fault:
+            said_by_other = getattr(fault, "fault", None)  # of a RankError, whose class comes with torch
+            if said_by_other is not None:
+                return _fail_after(said_by_other.kind, str(fault))
+            if preemption.asked_by is not None and any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
+                message = "asked to end, as another rank was, which has; the same command goes on"
+                return _fail(CODE, message, "", is_said=ranks.rank == 0)
+            logger.exception("the run failed")
+            bury_launcher()
+            return _fail(1, _described(fault))
+
+
+def _prepare_rank() -> Ranks:
+    """Find this rank's place among all, its log and its network; raises InputError for an environment that contradicts itself."""
+    settle_environment()
+    adopt_slurm()
+    ranks = read_ranks()
+    open_log()
+    if is_shell_of_srun():
+        logger.info("ranks     one: srun's other tasks ended as this shell was opened; `python -m launch local` takes all GPUs")
+    if note := settle_caches():
+        logger.info("note      %s", note)
+    choose_network()
+    die_with_launcher()
+    return ranks
 
 
 def compose(arguments: list[str]) -> RunConfig | None:
@@ -112,6 +129,7 @@ def _run_alone(arguments: list[str]) -> int:
     config = configured(arguments)
     if config is None:
         return 0
+    _warn_of_cache(config)
     planned = _planned(config, arguments, Ranks(), _gpu_bytes)
     from wan_dist.parallel.team import Team
 
@@ -135,6 +153,7 @@ def _run_in_team(arguments: list[str], ranks: Ranks) -> int:
             raise wrong
         if config is None:
             return 0
+        _warn_of_cache(config)
         facts = find_facts(config, _gpu_name(config), _gpu_bytes(config))
         least = check_alike(team.gather(facts, "start"))
         planned = team.share(lambda: _planned(config, arguments, ranks, lambda _: least), "check the settings")
@@ -146,7 +165,13 @@ def _run_in_team(arguments: list[str], ranks: Ranks) -> int:
             raise RankError(text, Fault(team.rank, "", kind_of(fault), text)) from None
         raise
     finally:
-        team.leave()
+        with preemption.noted():
+            team.leave()
+
+
+def _warn_of_cache(config: RunConfig) -> None:
+    if (folder := config.cache.folder()) is not None and not is_writable(folder):
+        logger.info("note      cache.dir=%s cannot be written: prompt embeddings are not kept; name another folder", folder)
 
 
 def _planned(
@@ -175,7 +200,9 @@ def check_jobs(
 ) -> list[tuple[Job, RunConfig, Plan]]:
     """Return each job of a run's file with its configuration and plan; raises InputError with the line of one that cannot be made.
 
-    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU.
+    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU. It is
+    enough to call it on one rank: what it returns can be pickled, in about 1 kB a job, of which most is the prompt. Images are not
+    decoded, and those that jobs share are looked at once.
     """
     assert config.jobs is not None
     jobs = read_jobs(Path(config.jobs).expanduser())
@@ -184,9 +211,10 @@ def check_jobs(
     shared = [argument for argument in arguments if argument.partition("=")[0] not in ("jobs", "output.name")]
     configs = [each for _, each in configs_of(jobs, shared, _configured)]
     checked = []
-    for job, each in zip(jobs, spread(configs, *ranks, gpu_bytes), strict=True):
+    size_of_image = cache(image_size)
+    for job, each in zip(jobs, spread(configs, *ranks, gpu_bytes, size_of_image), strict=True):
         try:
-            checked.append((job, each, replace(make_plan(each, ranks=ranks, is_job=True), images=())))
+            checked.append((job, each, make_plan(each, ranks=ranks, is_job=True, size_of_image=size_of_image)))
         except InputError as fault:
             raise InputError(f"{job.place}: {fault}") from None
     return checked
@@ -257,9 +285,9 @@ def _fail_after(kind: str, message: str) -> int:
     return _note_failure({"input": 2, "signal": CODE}.get(kind, 1), told(message), delay=1)  # torchrun names the first
 
 
-def _fail(code: int, message: str, kind: str = "error: ") -> int:
+def _fail(code: int, message: str, kind: str = "error: ", *, is_said: bool = True) -> int:
     message = told(message)
-    if kind or read_ranks().rank == 0:
+    if is_said:
         sys.stderr.write(f"wan_dist: {kind}{message}\n")
     return _note_failure(code, message)
 
@@ -267,7 +295,8 @@ def _fail(code: int, message: str, kind: str = "error: ") -> int:
 def _note_failure(code: int, message: str, *, delay: int = 0) -> int:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with the first failing rank's message
         entry = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()) + delay)}}
-        Path(file).write_text(json.dumps({"message": entry}))
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": entry}))
     return code
 
 

@@ -1,15 +1,16 @@
 """What videos made one after the other share: the ranks' groups, an open checkpoint, the attention kernel, loaded models, texts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from wan_dist.config import RunConfig, packaged
+from wan_dist.config import RunConfig, packaged, split_files
 from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, table
@@ -23,11 +24,14 @@ from wan_dist.parallel.mesh import Axis, Groups, local_device
 from wan_dist.parallel.shared_work import work_together
 from wan_dist.parallel.usp import check_usp
 from wan_dist.plan import Plan, arranged
+from wan_dist.prompts import PromptCache
+from wan_dist.record import digest_of
 from wan_dist.report import Report
 from wan_dist.room import staying
 from wan_dist.shelf import Shelf
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.hub import find_checkpoint
+from wan_dist.weights.identity import digest_of_weights
 
 T = TypeVar("T")
 
@@ -44,8 +48,12 @@ class Session:
     hardware: Hardware
     """As it was before a model was loaded."""
     shelf: Shelf = field(default_factory=Shelf)
-    texts: Mapping[str, Tensor] = field(default_factory=dict)
-    """Embeddings (n, text_dim) of prompts on the CPU, on the replica's first rank."""
+    texts: dict[str, Tensor] = field(default_factory=dict)
+    """Embeddings (n, text_dim) of prompts on the CPU, on the replica's first rank: those that no prompt cache has."""
+    prompt_cache: PromptCache | None = None
+    """Where a batch's other embeddings are, there too."""
+    shared_texts: PromptCache | None = None
+    """Where those are that other replicas have made, and their ranks' prompt cache does not show here."""
     times: tuple[tuple[int, bool], ...] = ()
     """Timesteps that may come, and whether with a known first frame; of one video its own are enough."""
     lowered: Arrangement | None = None
@@ -71,6 +79,13 @@ class Session:
         self.lowered = arrangement
         self.keeps_experts = False
         self.shelf.clear()
+
+    @cached_property
+    def text_encoder_digest(self) -> str:
+        """Return a digest of the text encoder's weights and of its tokenizer's files."""
+        tokenizer = Path(self.checkpoint.tokenizer.name_or_path)
+        files = sorted(file for file in tokenizer.iterdir() if file.is_file())
+        return " ".join([digest_of_weights([self.checkpoint.text_encoder.files]), *map(digest_of, files)])
 
     def place(self, model: str, which: int) -> str:
         """Return an expert's place on the shelf, which the experts share where both cannot stay."""
@@ -139,7 +154,7 @@ def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoin
     def find() -> Path:
         return packaged("toy", "toy/checkpoint") if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
 
-    given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
+    given = [] if config.dit_file is None else split_files(config.dit_file)
     if config.ckpt_dir is not None:
         folder = Path(config.ckpt_dir).expanduser()
     else:  # it may have to be downloaded, for as long as that takes

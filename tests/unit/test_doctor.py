@@ -44,7 +44,7 @@ def test_gpus_are_listed(nvidia_smi: Callable[[str], None]) -> None:
     assert "3 uncorrected memory errors" in found[1].found
 
 
-@pytest.mark.parametrize(("visible", "verdicts"), [("1", [OK]), ("GPU-b,0", [OK, OK]), ("7", [FAULT]), ("", [FAULT])])
+@pytest.mark.parametrize(("visible", "verdicts"), [("1", [OK]), ("GPU-b,GPU-a", [OK, OK]), ("7", [FAULT]), ("", [FAULT])])
 def test_gpus_that_are_hidden(
     visible: str, verdicts: list[str], nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,13 +1,20 @@
 """``python -m launch fetch``: what is asked for of the Hugging Face hub, and that what came is whole."""
 
+import errno
+import os
 import shutil
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from launch.__main__ import main
 from tests.conftest import FIXTURES
+from wan_dist import preemption
+from wan_dist.environment import settle_environment
 from wan_dist.weights import hub
 
 
@@ -76,10 +83,110 @@ def test_bad_input(arguments: list[str], message: str, asked: list[str], capsys:
     assert not asked
 
 
-def test_without_a_network_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def offline(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("offline")
+class RefusedError(Exception):
+    """What the hub's client raises when it was answered: with the answer, of any library."""
 
-    monkeypatch.setattr(hub, "snapshot_download", offline)
+    def __init__(self, status: int) -> None:
+        super().__init__(f"{status} Client Error: Unauthorized for url\n\nInvalid username or password.")
+        self.response = SimpleNamespace(status_code=status)
+
+
+def full_disk() -> Exception:
+    return OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("fault", "environment", "messages"),
+    [
+        (LocalEntryNotFoundError("offline"), {}, ["LocalEntryNotFoundError: offline; is there internet"]),
+        (
+            OSError(errno.ECONNREFUSED, "refused"),
+            {"HTTPS_PROXY": "http://me:secret@proxy:1"},
+            ["refused; HTTPS_PROXY=http://...@proxy:1 may"],
+        ),
+        (ValueError("Unknown scheme"), {"all_proxy": "socks4://x:1"}, ["Unknown scheme; all_proxy=socks4://x:1 may be wrong"]),
+        (ImportError("no socksio"), {"ALL_PROXY": "socks5://x:1"}, ["ALL_PROXY=socks5://x:1 needs a package", "pip install socksio"]),
+        (RuntimeError("404"), {"HF_ENDPOINT": "https://mirror"}, ["404; HF_ENDPOINT=https://mirror may be wrong"]),
+        (RuntimeError("x"), {"HF_HUB_OFFLINE": "1"}, ["HF_HUB_OFFLINE=1 forbids it"]),
+        (RefusedError(401), {"HF_TOKEN": "hf_secret"}, ["401 Client Error", "a token is refused", "HF_TOKEN"]),
+        (full_disk(), {}, ["No space left on device; make room", "HF_HOME=FOLDER"]),
+        (RuntimeError("IO Error: No space left on device (os error 28)"), {}, ["(os error 28); make room"]),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/cache"),
+            {},
+            ["Permission denied", "HF_HOME=FOLDER name a folder that you may"],
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), {}, ["Permission denied; is there internet"]),  # of a connection
+        (RuntimeError("SSL: CERTIFICATE_VERIFY_FAILED"), {"SSL_CERT_FILE": "/own.pem"}, ["SSL_CERT_FILE=/own.pem may be wrong"]),
+        (KeyError("whatever"), {}, ["KeyError: 'whatever'"]),
+    ],
+)
+def test_what_fails_is_told_in_a_line_with_its_variable(
+    fault: Exception,
+    environment: dict[str, str],
+    messages: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object, **__: object) -> str:
+        try:
+            raise fault
+        except Exception as origin:
+            if isinstance(origin, OSError) and origin.errno == errno.ENOSPC:
+                raise RuntimeError("data processing error") from origin
+            raise
+
+    for key in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "SSL_CERT_FILE"):
+        monkeypatch.delenv(key, raising=False)
+        monkeypatch.delenv(key.lower(), raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(hub, "snapshot_download", fails)
     assert main(["fetch", "t2v-14B", str(tmp_path)]) == 2
-    assert "could not be downloaded" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "could not be downloaded: " in line
+    assert all(message in line for message in messages), line
+    assert "secret" not in line
+
+
+def test_a_client_that_cannot_be_imported_is_told_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["fetch", "t2v-14B", str(tmp_path)]) == 2
+    assert "could not be downloaded: ModuleNotFoundError" in capsys.readouterr().err
+
+
+def test_a_signal_does_not_wait_for_the_file_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def downloading(*_: object, **__: object) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it waits")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(hub, "snapshot_download", downloading)
+    monkeypatch.setattr(preemption.os, "_exit", leave)
+    with pytest.raises(SystemExit, match="75"):
+        main(["fetch", "t2v-14B", str(tmp_path)])
+    preemption.preemption.forget()
+
+
+@pytest.mark.parametrize("key", ["HF_ENDPOINT", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "HF_HOME", "XDG_CACHE_HOME"])
+def test_what_is_set_to_nothing_does_not_reach_libraries(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(key, "")
+    settle_environment()
+    assert key not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("HF_ENDPOINT", "hf-mirror.com"), ("HF_ENDPOINT", "http://["), ("HF_ENDPOINT", "https://"), ("HF_HUB_DOWNLOAD_TIMEOUT", "a minute")],
+)
+def test_what_libraries_could_not_be_imported_with(
+    key: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(key, value)
+    assert main(["fetch", "t2v-14B"]) == 2
+    assert f"{key}={value} in the environment is not" in capsys.readouterr().err

@@ -5,17 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[2] / "wan_dist"
 LAYERS = [
     {"errors", "dims", "aside", "quoting", "durations"},
     {"reading", "environment"},
-    {"catalog", "log", "launcher", "preemption", "streaming", "gallery"},
-    {"network"},
+    {"caches", "catalog", "log", "launcher", "streaming", "gallery"},
+    {"network", "preemption"},
     {"config", "degrees"},
-    {"ways", "hardware"},
+    {"ways", "hardware", "colours"},
     {"footprint"},
     {"arrangement"},
-    {"images", "latents", "arguments", "models"},
+    {"images", "latents", "arguments", "job_files", "models"},
+    {"image_sizes", "overrides"},
     {"jobs", "work"},
     {"plan"},
     {"record", "replicas", "room", "chronicle"},
@@ -33,11 +36,12 @@ LAYERS = [
     {"generate"},
     {"batch"},
     {"run"},
+    {"__main__"},
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 ONLY_IN = {
-    "hydra": {"run", "config"},
-    "omegaconf": {"run", "config"},
+    "hydra": {"run", "config", "overrides"},
+    "omegaconf": {"run", "config", "overrides"},
     "torch.distributed": {"parallel", "weights/load"},
     "xfuser": {"parallel/usp"},
     "jinja2": {"gallery"},
@@ -111,3 +115,42 @@ def test_sizes() -> None:
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None
                 assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
+
+
+PURE_CALLS = {"isinstance", "len", "all", "any", "set"}
+
+
+def _effects(test: ast.expr) -> list[str]:
+    """Return what an assert does besides looking: calls that may have an effect, and names that it binds."""
+    calls = [node for node in ast.walk(test) if isinstance(node, ast.Call)]
+    unknown = [ast.unparse(call) for call in calls if not (isinstance(call.func, ast.Name) and call.func.id in PURE_CALLS)]
+    kinds = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
+    return unknown + [ast.unparse(node) for node in ast.walk(test) if isinstance(node, kinds)]
+
+
+def test_asserts_do_nothing() -> None:
+    """python -O leaves them out."""
+    working = [
+        f"{path.name}:{node.lineno}: {effect}"
+        for folder in (PACKAGE, PACKAGE.parent / "launch")
+        for path in folder.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert)
+        for effect in _effects(node.test)
+    ]
+    assert not working
+
+
+@pytest.mark.parametrize(
+    ("code", "num_effects"),
+    [
+        ("x is not None", 0),
+        ("isinstance(x, int) and len(x) == 2", 0),
+        ("next(x) is None", 1),
+        ("x.pop()", 1),
+        ("(y := x) is not None", 1),
+        ("all(f(each) for each in x)", 1),
+    ],
+)
+def test_effects_are_found(code: str, num_effects: int) -> None:
+    assert len(_effects(ast.parse(code, mode="eval").body)) == num_effects

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.environment import read_ranks
+from wan_dist.environment import read_ranks, settle_environment
 from wan_dist.errors import InputError
 from wan_dist.launcher import adopt_slurm, hosts_of
 
@@ -62,6 +62,7 @@ def test_a_batch_script_is_no_task(gone: str, environment: dict[str, str]) -> No
 @pytest.mark.parametrize("key", [*SET, "SLURM_JOB_ID", "SLURM_NODEID"])
 def test_what_is_set_to_nothing_is_not_set(key: str, environment: dict[str, str]) -> None:
     environment |= {key: " "}
+    settle_environment()
     adopt_slurm()
     assert read_ranks(environment).num_ranks == 7
 

@@ -1,6 +1,7 @@
 """``python -m launch local``: what it starts, and what it refuses before anything starts."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -23,7 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
     monkeypatch.setattr(os, "execve", execve)
     monkeypatch.setattr(os, "cpu_count", lambda: 32)
-    for key in ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF"):
+    for key in ("OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF", "PET_SIGNALS_TO_HANDLE"):
         monkeypatch.delenv(key, raising=False)
     return found
 
@@ -58,6 +59,21 @@ def test_cards_that_cannot_reach_each_other(
     with pytest.raises(StartedError):
         main(["local", "task=toy"])
     assert ("NCCL_P2P_DISABLE=1" in capsys.readouterr().err) is is_set
+
+
+def test_what_nohup_ignores_torchrun_does_not_heed(started: dict[str, object]) -> None:
+    for handler, signals in ((signal.SIG_DFL, "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"), (signal.SIG_IGN, "SIGTERM,SIGINT,SIGQUIT,SIGUSR1")):
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            with pytest.raises(StartedError):
+                main(["local", "ranks=2", "task=toy"])
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        assert started["environment"]["PET_SIGNALS_TO_HANDLE"] == signals  # type: ignore[index]
+
+
+def test_a_name_that_does_not_resolve_is_not_asked_for() -> None:
+    assert {"--rdzv_endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"} <= set(local.command_for(2, []))
 
 
 def test_what_is_set_stays(started: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from launch.__main__ import main as launch
 from wan_dist import hardware
 from wan_dist.errors import InputError
 from wan_dist.hardware import find_gpus, find_host, parse_bytes, parse_gpus
+from wan_dist.log import logger
 
 GIB = 2**30
 
@@ -152,3 +153,79 @@ def test_gpus_as_nvidia_smi_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert find_gpus() == [("NVIDIA H200", 143771 * 2**20, 1000 * 2**20)]
     monkeypatch.setenv("PATH", "")
     assert find_gpus() == []
+
+
+NAMES = {"0": "a", "GPU-8f2e-11": "a", "1": "b", "GPU-8f3c-22": "b", "2": "c", "GPU-11aa-33": "c"}
+MIGS = {"MIG-77-1": "m", "MIG-GPU-8f2e-11/1/0": "n"}
+
+
+@pytest.mark.parametrize(
+    ("given", "seen", "said"),
+    [
+        ("", "", ""),
+        ("-1", "", ""),
+        ("NoDevFiles", "", ""),
+        ("1", "b", ""),
+        ("2, 0", "ca", ""),
+        ("01", "b", ""),
+        ("0,-1,1", "a", ""),
+        ("0,9,1", "a", "'9' is no GPU here, and CUDA ignores the rest"),
+        ("0,x,1", "a", "'x' is no GPU here"),
+        ("0,,1", "a", "'' is no GPU here"),
+        ("1,0,1", "", "'1' is named twice, and CUDA ignores all"),
+        ("GPU-8f2e", "a", ""),
+        ("GPU-11,GPU-8f3", "cb", ""),
+        ("GPU-8f", "", "'GPU-8f' is no GPU here"),
+        ("GPU-8f2e,GPU-8f2e-11", "", "named twice"),
+        ("GPU-11,0", "c", "'0' is no GPU here"),
+        ("0,GPU-11", "a", "'GPU-11' is no GPU here"),
+        ("MIG-77-1", "m", ""),
+        ("MIG-77", "m", ""),
+        ("MIG-GPU-8f2e-11/1/0,MIG-77-1", "n", ""),
+        ("MIG-GPU-8f2e-11/2/0", "", "is no GPU here"),
+    ],
+)
+def test_gpus_that_are_visible(given: str, seen: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    hardware._warn_once.cache_clear()
+    for _ in range(2):
+        assert "".join(hardware.visible(NAMES | MIGS)) == seen
+    assert len(caplog.messages) == bool(said)
+    assert said in caplog.text
+
+
+def test_a_part_of_a_gpu_has_its_own_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n  MIG 3g.40gb+me  Device  1: (UUID: MIG-2)"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncase $1 in -L) echo '{listed}';; *) echo '0, GPU-a, NVIDIA H100, 81559, 80000';; esac\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2")
+    assert find_gpus() == [("MIG 3g.40gb+me", 40 * 10**9, 40 * 10**9)]
+
+
+@pytest.mark.parametrize(
+    ("environment", "size"),
+    [
+        ({}, None),
+        ({"SLURM_MEM_PER_NODE": ""}, None),
+        ({"SLURM_MEM_PER_NODE": "0"}, None),
+        ({"SLURM_MEM_PER_NODE": "64000"}, 64000 * 2**20),
+        ({"SLURM_MEM_PER_NODE": "64G"}, 64 * 2**30),
+        ({"SLURM_MEM_PER_CPU": "4096", "SLURM_CPUS_ON_NODE": "8"}, 2**35),
+        ({"SLURM_MEM_PER_CPU": "4096"}, None),
+        ({"SLURM_MEM_PER_GPU": "4096", "SLURM_GPUS_ON_NODE": "2"}, 2**33),
+    ],
+)
+def test_memory_that_slurm_gave(environment: dict[str, str], size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    assert hardware._slurm_room() == (size or hardware._NO_LIMIT)
+
+
+@pytest.mark.parametrize("key", ["SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"])
+def test_memory_that_slurm_would_not_give(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(key, "lots")
+    with pytest.raises(InputError, match=f"{key}=lots in the environment is not "):
+        hardware._slurm_room()

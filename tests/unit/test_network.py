@@ -5,7 +5,7 @@ import pytest
 from wan_dist import network
 from wan_dist.network import choose_network
 
-ADDRESSES = {"eth0": "10.0.0.5", "ib0": "10.9.0.5"}
+ADDRESSES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib0": "10.9.0.5"}
 ROUTES = {"head": "10.9.0.5", "gpu2": "10.9.0.5", "elsewhere": "10.0.0.5", "itself": "127.0.0.1"}
 
 TWO_HOSTS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
@@ -32,7 +32,8 @@ class Socket:
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "interfaces", lambda: list(ADDRESSES))
+    monkeypatch.setattr(network, "interfaces", lambda: ["eth0", "ib0"])
+    monkeypatch.setattr(network, "_is_up", ADDRESSES.__contains__)
     monkeypatch.setattr(network, "address_of", ADDRESSES.__getitem__)
     monkeypatch.setattr(network.socket, "socket", Socket)
 
@@ -54,10 +55,20 @@ def test_the_network_that_leads_to_the_others(given: dict[str, str], chosen: str
 
 
 @pytest.mark.parametrize("ranks", [{}, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])
-def test_one_host_needs_none(ranks: dict[str, str]) -> None:
+def test_one_host_needs_no_network(ranks: dict[str, str]) -> None:
     environment = {"MASTER_ADDR": "head", **(TWO_HOSTS | ranks if ranks else {})}
     choose_network(environment)
-    assert "GLOO_SOCKET_IFNAME" not in environment
+    assert environment.get("GLOO_SOCKET_IFNAME") == ("lo" if ranks else None)
+    assert "NCCL_SOCKET_IFNAME" not in environment
+    assert environment["MASTER_ADDR"] == "head"
+
+
+@pytest.mark.parametrize("name", ["nobody-knows-this", "nobody-knows-this.domain"])
+def test_one_host_does_without_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(network.socket, "gethostname", lambda: "nobody-knows-this")
+    environment = TWO_HOSTS | {"LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": name}
+    choose_network(environment)
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
 
 
 def test_nccl_takes_infiniband_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:

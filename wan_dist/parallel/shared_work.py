@@ -43,7 +43,7 @@ def work_together(groups: Groups, work: Callable[[], T], what: str) -> T:
         result = work()
     except (Exception, KeyboardInterrupt, Preempted) as error:
         own = error
-    with preemption.until_asked():
+    with preemption.noted():
         if own is not None:
             _tell(groups, key, own)
         first = _await_end(groups, key, what)

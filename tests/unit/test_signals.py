@@ -1,0 +1,152 @@
+"""What signals do to a run: noted or raised as the run wants it, from its first moment on; a second one ends it at once."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from wan_dist import preemption as module
+from wan_dist import run
+from wan_dist.errors import InputError
+from wan_dist.preemption import CODE, Preempted, end_when_asked, heed_signals, preemption
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+
+
+@pytest.fixture(autouse=True)
+def _handlers_are_restored() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    yield
+    signal.set_wakeup_fd(wakeup)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    preemption.forget()
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Codes with which the process would have ended at once."""
+    codes: list[int] = []
+    monkeypatch.setattr(module.os, "_exit", codes.append)
+    return codes
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def send_and_wait(number: int) -> None:
+    send(number)
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_asks_a_run_to_end(number: signal.Signals) -> None:
+    with heed_signals():
+        with pytest.raises(Preempted, match=f"stopped by {number.name}; the same command goes on"), preemption.heeded():
+            send_and_wait(number)
+        assert preemption.asked_by == number
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_step_is_finished_first(number: signal.Signals) -> None:
+    with heed_signals(), preemption.heeded(), preemption.until_asked():
+        send(number)
+        time.sleep(0.01)
+        assert preemption.asked_by == number
+
+
+def test_what_came_too_early_or_was_swallowed_is_heeded_later() -> None:
+    with heed_signals():
+        send(signal.SIGTERM)
+        with pytest.raises(Preempted), preemption.heeded():
+            pytest.fail("it was asked before")
+        preemption.deferred = False
+        with pytest.raises(Preempted), preemption.until_asked():
+            pytest.fail("it was asked before")
+
+
+def test_while_modules_are_imported_it_just_ends(ends: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+    end_when_asked()
+    for number in SIGNALS:
+        send(number)
+    time.sleep(0.01)
+    assert ends == [CODE] * 4
+    assert "stopped by SIGHUP before it began" in capfd.readouterr().err
+
+
+def test_what_is_ignored_stays_ignored(ends: list[int]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    end_when_asked()
+    send(signal.SIGHUP)
+    with heed_signals(), preemption.heeded():
+        send(signal.SIGHUP)
+        time.sleep(0.01)
+        assert preemption.asked_by is None
+    assert not ends
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code"),
+    [
+        (signal.SIGINT, signal.SIGINT, 130),
+        (signal.SIGTERM, signal.SIGTERM, 143),
+        (signal.SIGINT, signal.SIGTERM, 143),
+        (signal.SIGUSR1, signal.SIGTERM, None),
+        (signal.SIGHUP, signal.SIGINT, None),
+        (signal.SIGTERM, signal.SIGUSR1, None),
+    ],
+)
+def test_a_second_one_ends_at_once(first: int, second: int, code: int | None, ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ECHO_SECONDS", 0.05)
+    with heed_signals():
+        send(first)
+        time.sleep(0.1)
+        send(second)
+        time.sleep(0.05)
+    assert ends == ([] if code is None else [code])
+
+
+def test_an_echo_is_no_second_one(ends: list[int]) -> None:
+    with heed_signals():
+        for _ in range(3):
+            send(signal.SIGINT)
+            time.sleep(0.02)
+    assert not ends
+
+
+def test_the_command_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def asked(arguments: list[str]) -> list[str]:
+        send_and_wait(signal.SIGHUP)
+        return arguments
+
+    monkeypatch.setattr(sys, "argv", ["wan_dist"])
+    monkeypatch.setattr(run, "prepare", asked)
+    assert run.main(["task=toy"]) == CODE
+    assert "wan_dist: stopped by SIGHUP; the same command goes on" in capsys.readouterr().err
+
+
+def test_an_error_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(arguments: list[str]) -> list[str]:
+        raise InputError("no such thing")
+
+    def told(message: object) -> str:
+        send(signal.SIGTERM)
+        time.sleep(0.01)
+        return str(message)
+
+    monkeypatch.setattr(run, "prepare", refused)
+    monkeypatch.setattr(run, "told", told)
+    assert run.main(["task=toy"]) == 2
+    assert "no such thing" in capsys.readouterr().err
+
+
+def test_handlers_come_before_heavy_imports() -> None:
+    lines = Path(run.__file__).read_text(encoding="utf-8").splitlines()
+    assert lines.index("    end_when_asked()  # before the imports below, which take a second") < lines.index("import hydra")
