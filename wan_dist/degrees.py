@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from wan_dist.config import EIGHT_BIT_ATTENTION
 from wan_dist.errors import InputError
 
 MIN_STRIP = 2
@@ -80,6 +81,23 @@ def plan_degrees(
             f"{asked} does not fit {num_ranks} rank{'s' if num_ranks > 1 else ''}, whose number their product must divide; use {suggestion}"
         )
     return found
+
+
+def check_attention(degrees: Degrees, num_tokens: int, attention: str, dtype: str, usp: str) -> None:
+    """Raise InputError if attention as the settings of these names ask for it cannot be spread by these degrees."""
+    if degrees.ring > 1 and attention in EIGHT_BIT_ATTENTION:
+        raise InputError(
+            f"attention={attention} does not say by what the parts of a ring are merged; parallel.ring=1, or another attention"
+        )
+    if usp != "xfuser":
+        return
+    if dtype == "float32":
+        raise InputError("parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; parallel.usp=plain takes both")
+    if num_tokens % (num_parts := degrees.ring * degrees.ulysses):
+        raise InputError(
+            f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_parts} ranks and would attend to padding; "
+            "parallel.usp=plain takes any number"
+        )
 
 
 def _fit(num_ranks: int, ranks_per_node: int, num_heads: int, guided: bool, given: dict[str, int]) -> Degrees | None:

@@ -11,8 +11,8 @@ from PIL import Image
 
 from wan_dist.arrangement import Budget, arrange, arrange_vae, budget_of
 from wan_dist.catalog import AREA_480P, TASKS, Images, Task, TeaFit, get_task
-from wan_dist.config import EIGHT_BIT_ATTENTION, MOST_CHARACTERS, RunConfig, check_name
-from wan_dist.degrees import MIN_STRIP, Degrees, plan_degrees
+from wan_dist.config import MOST_CHARACTERS, RunConfig, check_name
+from wan_dist.degrees import MIN_STRIP, Degrees, check_attention, plan_degrees
 from wan_dist.dims import ModelDims
 from wan_dist.environment import read_ranks
 from wan_dist.errors import InputError
@@ -130,17 +130,7 @@ def make_plan(
     latent_frames = (frame_num - 1) // task.stride[0] + 1
     rows, columns = height // task.stride[1], width // task.stride[2]
     num_tokens = (latent_frames // task.patch[0]) * (rows // task.patch[1]) * (columns // task.patch[2])
-    if degrees.ring > 1 and config.attention in EIGHT_BIT_ATTENTION:
-        raise InputError(
-            f"attention={config.attention} does not say by what the parts of a ring are merged; parallel.ring=1, or another attention"
-        )
-    if config.parallel.usp == "xfuser" and config.dtype == "float32":
-        raise InputError("parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; parallel.usp=plain takes both")
-    if config.parallel.usp == "xfuser" and num_tokens % (num_parts := degrees.ring * degrees.ulysses):
-        raise InputError(
-            f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_parts} ranks and would attend to padding; "
-            "parallel.usp=plain takes any number"
-        )
+    check_attention(degrees, num_tokens, config.attention, config.dtype, config.parallel.usp)
     negative = None if guide_scales == (1, 1) else _text("negative_prompt", config.negative_prompt) or ""
     return Plan(
         task=task,
