@@ -1,14 +1,18 @@
-"""Beat a run with jobs until it is done, and compare it with one that was left in peace.
+"""Inject faults into a run with jobs until it is done, and compare it with one that was left alone.
 
-    python -m bench.drill                                       # 1000 jobs, 4 ranks on CPUs, 50 blows: half an hour on 2 cores
-    python -m bench.drill --jobs 12 --ranks 2 --blows 4
+    python -m bench.drill                                       # 1000 jobs, 4 ranks on CPUs, 60 faults: about an hour on 2 cores
+    python -m bench.drill --jobs 12 --ranks 2 --faults 4
+    python -m bench.drill --jobs 12 --ranks 2 --steps 10 --kinds SIGINT "power cut"    # each once, in this order
 
-Blows: a rank or the launcher is killed, asked to end, or held for a while, the disk is full, a second run begins on the same folder.
-After each the same command is given again. In the end every job has one whole video, equal to that of the undisturbed run, and none
-was made twice. The disk is a small tmpfs, which only root can make; without it that blow is left out.
+The faults are in bench/faults.py: a rank or the launcher is killed, stopped or gets a signal, the disk is full, other runs begin in the
+same folder, files are damaged, an image vanishes, the file of jobs is edited, fsync fails or has no effect before a power cut. After each
+the same command is given again. In the end every job, as the file has it then, has one whole video, equal to that of the undisturbed run,
+and none was made twice unless its line was edited or its files were lost. The disk is a small tmpfs, which only root can make; faults that
+need that, or a C compiler, are left out where there is none.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -19,19 +23,29 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
+
+from bench.faults import BETWEEN_RUNS, FAULTS, NEED_FSYNC, Fsync, Run, build_fsync, kill_all
 from bench.record import this_run
 from wan_dist.record import digest_of
 
 _ROOT = Path(__file__).parents[1]
-_SETTINGS = ["task=toy", "dtype=float32", "size=64*48", "frame_num=9", "sample.steps=30", "parallel.timeout=15"]
-_ENDS = (0, 1, 75, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
-"""Exit codes that a run under blows may have."""
-_FILL_BYTES = 2**16
+_COMMON = ["task=toy", "dtype=float32", "size=64*48", "frame_num=9", "parallel.timeout=15"]
+_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_ENDS = {0, 1, 75, *(-number for number in _SIGNALS), *(128 + number for number in _SIGNALS)}
+"""Exit codes that a run under faults may have."""
+_EACH_IMAGE = 4
+"""Every how manyth job has an image."""
+_MOST_RUNS = 5
+"""In which what the last fault has left is to be made."""
+
+Line = dict[str, Any]
 
 
 @dataclass
@@ -42,22 +56,88 @@ class Drill:
     disk: Path
     num_jobs: int
     num_ranks: int
+    plan: Sequence[str]
+    """The faults, by name, in order."""
     chance: random.Random
+    fsync: Fsync | None = None
     codes: Counter[str] = field(default_factory=Counter)
     """How runs ended."""
+    found: list[str] = field(default_factory=list)
+    """What is not as it should be."""
+    notes: list[str] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    pairs: list[str] = field(default_factory=list)
+    """Prompts of which two single runs have made a video each."""
+    made_again: Counter[str] = field(default_factory=Counter)
+    """How often a job may be made more than once."""
+    edited: set[str] = field(default_factory=set)
+    num_cuts: int = 0
+    num_begun: int = 0
+    """Jobs that were begun before the last run was started."""
+    num_steps: int = 30
+    num_replicas: int | None = None
+    """Into which the ranks are divided; None: each is one, so that a run without torchrun makes the same videos bit by bit."""
 
     def __post_init__(self) -> None:
-        lines = (json.dumps({"name": f"job-{number:04}", "prompt": f"a ball, {number}", "seed": number}) for number in range(self.num_jobs))
-        (self.folder / "jobs.jsonl").write_text("\n".join(lines) + "\n")
+        self.lines = [self._line(number) for number in range(self.num_jobs)]
+        self._write()
 
-    def begin(self, out: Path, *, launched: bool = True, num_ranks: int | None = None) -> subprocess.Popen[bytes]:
-        """Start a run; its events go to ``events.jsonl``."""
-        settings = [*_SETTINGS, f"jobs={self.folder / 'jobs.jsonl'}", f"output.dir={out}", f"output.events={self.folder}/{out.name}.jsonl"]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks or self.num_ranks}"]
-        command = [sys.executable, "-W", "ignore", *(torchrun if launched else []), "-m", "wan_dist.run", *settings]
-        log = (self.folder / "log.txt").open("ab")
-        with log:
-            return subprocess.Popen(command, cwd=_ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    def _line(self, number: int) -> Line:
+        line: Line = {"name": f"job-{number:04}", "prompt": f"a ball, {number}", "seed": number}
+        if number % _EACH_IMAGE == 0:
+            line["image"] = str(self.folder / f"image-{number:04}.png")
+            Image.new("RGB", (64, 48), (number % 256, number * 7 % 256, 100)).save(line["image"])
+        return line
+
+    def _write(self) -> None:
+        (self.folder / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def edit(self) -> list[str]:
+        """Change the fps of a line whose video is there, if one is, and another line's prompt, and add a line.
+
+        Returns the names of the changed lines.
+        """
+        done = set(self.events(self.disk, "done"))
+        lines = [line for line in self.lines if line["name"] not in self.edited]
+        self.chance.shuffle(lines)
+        lines.sort(key=lambda line: line["name"] not in done)  # stable
+        changed = lines[:1] + lines[-1:] if len(lines) > 1 else []
+        if changed:
+            changed[0]["fps"] = 7
+            changed[1]["prompt"] += ", changed"
+        self.lines.append(self._line(len(self.lines)))
+        self._write()
+        names = [line["name"] for line in changed]
+        self.edited.update(names)
+        return names
+
+    def run_alone(self, folder: Path) -> None:
+        """Make the jobs, as the file has them in the end, without faults."""
+        if code := self.start(folder).wait():
+            raise SystemExit(f"the run without faults ended with code {code}")
+
+    def start(self, out: Path, *more: str, launched: bool = True) -> Run:
+        """Start a run of the jobs; its events go to a file of the folder's name."""
+        jobs, events = self.folder / "jobs.jsonl", self.folder / f"{out.name}.jsonl"
+        self.num_begun = len(self.events(out, "begun"))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.num_ranks}"]
+        settings = [*_COMMON, f"sample.steps={self.num_steps}", f"jobs={jobs}", f"output.dir={out}", f"output.events={events}", *more]
+        settings += [f"parallel.dp={self.num_replicas}"] if self.num_replicas is not None else []
+        return self._start([*(torchrun if launched else []), "-m", "wan_dist.run", *settings])
+
+    def start_single(self, prompt: str, *, num_steps: int) -> Run:
+        """Start a run of one video, whose name is made up."""
+        settings = [*_COMMON, f"sample.steps={num_steps}", f"prompt={prompt}", f"output.dir={self.disk}"]
+        return self._start(["-m", "wan_dist.run", *settings])
+
+    def _start(self, command: list[str]) -> Run:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (self.fsync.environment if self.fsync else {})
+        with (self.folder / "log.txt").open("ab") as log:
+            log.write(f"---- {time.strftime('%H:%M:%S')} {' '.join(command[:6])}\n".encode())
+            log.flush()
+            run = subprocess.Popen([sys.executable, "-W", "ignore", *command], cwd=_ROOT, env=environment, stdout=log, stderr=log)
+        self.runs.append(run)
+        return run
 
     def events(self, out: Path, kind: str) -> list[str]:
         """Return the jobs of events of a kind."""
@@ -67,136 +147,86 @@ class Drill:
             return []
         return [entry["job"] for line in lines if (entry := json.loads(line))["event"] == kind]
 
-    def beat(self, num_blows: int) -> Counter[str]:
-        """Give blows to runs until there were enough of them, then let one end; returns how many of each kind."""
-        given: Counter[str] = Counter()
-        kinds = [kind for kind in BLOWS if kind != "full disk" or self.disk != self.folder]
-        plan = [kinds[number % len(kinds)] for number in range(num_blows)]
-        self.chance.shuffle(plan)
-        run = self.begin(self.disk)
-        for number, kind in enumerate(plan):
-            done = len(self.events(self.disk, "done"))
-            share = (self.num_jobs - done) / (num_blows - number + 1)
-            self._await(run, done + round(self.chance.uniform(0, 1.5 * share)))
-            if run.poll() is not None:
-                self.codes[str(self._ended(run))] += 1
-                run = self.begin(self.disk)
-                time.sleep(self.chance.uniform(0, 12))  # also while it begins
-            BLOWS[kind](self, run)
-            given[kind] += 1
-            if run.poll() is not None:
-                self.codes[str(self._ended(run))] += 1
-                run = self.begin(self.disk)
-        self.codes[str(self._ended(run))] += 1
-        for _ in range(5):  # what the last blow has left
-            code = self._ended(self.begin(self.disk))
-            self.codes[str(code)] += 1
-            if code == 0:
-                break
-        return given
+    def allow_again(self, name: str) -> None:
+        """Let a job be made once more than it was."""
+        if name in self.events(self.disk, "done"):
+            self.made_again[name] += 1
 
-    def _await(self, run: subprocess.Popen[bytes], num_done: int) -> None:
-        while run.poll() is None and len(self.events(self.disk, "done")) < num_done:
+    def inject(self) -> None:
+        """Inject the faults, then let a run end."""
+        run = self.start(self.disk)
+        for number, (kind, after) in enumerate(itertools.zip_longest(self.plan, self.plan[1:])):
+            num_done = len(set(self.events(self.disk, "done")))
+            share = max(0, self.num_jobs - num_done) / (len(self.plan) - number + 1)
+            self._await(run, num_done + round(self.chance.uniform(0, 1.5 * share)))
+            if run.poll() is not None and kind not in BETWEEN_RUNS:
+                run = self._again(run)
+                time.sleep(self.chance.uniform(0, 8))  # also while it begins
+            with (self.folder / "log.txt").open("a") as log:
+                log.write(f"---- {time.strftime('%H:%M:%S')} fault: {kind}\n")
+            FAULTS[kind](self, run)
+            if run.poll() is not None and after not in BETWEEN_RUNS:
+                run = self._again(run)
+        is_done = self._end_of(run) == 0 and "a second run" not in self.plan  # which may have had jobs
+        for _ in range(0 if is_done else _MOST_RUNS):
+            if self._end_of(self.start(self.disk, "retry_failed=true")) == 0:
+                break
+
+    def _again(self, run: Run) -> Run:
+        """Give the command again after a run that has ended."""
+        self._end_of(run)
+        return self.start(self.disk)
+
+    def _await(self, run: Run, num_done: int) -> None:
+        while run.poll() is None and len(set(self.events(self.disk, "done"))) < num_done:
             time.sleep(0.1)
 
-    def _ended(self, run: subprocess.Popen[bytes]) -> int:
+    def _end_of(self, run: Run) -> int:
         code = run.wait(timeout=1800)
+        self.codes[str(code)] += 1
         if code not in _ENDS:
-            raise SystemExit(f"a run ended with code {code}; see {self.folder / 'log.txt'}")
+            raise SystemExit(f"a run ended with code {code}")
         return code
 
-    def faults(self, peace: Path) -> list[str]:
-        """Return what is not as it should be, compared with the results of the undisturbed run."""
-        found = [f"{job} was made {count} times" for job, count in Counter(self.events(self.disk, "done")).items() if count > 1]
-        for number in range(self.num_jobs):
-            name = f"job-{number:04}"
+    def compare(self, alone: Path) -> None:
+        """Note what is not as it should be, compared with the results of the undisturbed run."""
+        for job, count in Counter(self.events(self.disk, "done")).items():
+            if count > 1 + self.made_again[job]:
+                self.found.append(f"{job} was made {count} times, and {1 + self.made_again[job]} would do")
+        videos = set()
+        for line in self.lines:
+            videos.add(f"{line['name']}.mp4")
             try:
-                record = json.loads((self.disk / f"{name}.json").read_text())
-                digests = {digest_of(folder / f"{name}.mp4") for folder in (self.disk, peace)}
-            except (OSError, ValueError) as fault:
-                found.append(f"{name}: {fault}")
+                record = json.loads((self.disk / f"{line['name']}.json").read_text())
+                digests = {digest_of(folder / f"{line['name']}.mp4") for folder in (self.disk, alone)}
+            except (OSError, ValueError) as error:
+                self.found.append(f"{line['name']}: {error}")
                 continue
             if record["status"] != "done" or {record["video_digest"]} != digests:
-                found.append(f"{name} is {record['status']}, and not the same video")
-        unknown = {file.name for file in self.disk.glob("*.mp4")} - {f"job-{number:04}.mp4" for number in range(self.num_jobs)}
+                self.found.append(f"{line['name']} is {record['status']}, and not the same video")
+        videos |= self._compare_pairs()
+        unknown = {file.name for file in self.disk.glob("*.mp4")} - videos
         leftovers = [file.name for file in self.disk.iterdir() if "partial" in file.name or file.name.endswith(".state.safetensors")]
-        return found + [f"{name} should not be there" for name in sorted([*unknown, *leftovers])]
+        self.found += [f"{name} should not be there" for name in sorted([*unknown, *leftovers])]
 
+    def _compare_pairs(self) -> set[str]:
+        """Return the videos of single runs, and note where there are not two of a prompt."""
+        records = [json.loads(file.read_text()) for file in self.disk.glob("toy_*.json")]
+        videos = {record["prompt"]: set() for record in records}
+        for record in records:
+            file = Path(record["file"])
+            if file.exists() and digest_of(file) == record["video_digest"]:
+                videos[record["prompt"]].add(file.name)
+        for prompt in self.pairs:
+            if (number := len(videos.get(prompt, ()))) != 2:
+                self.found.append(f"two single runs of {prompt!r} left {number} whole videos with a record")
+        return {name for names in videos.values() for name in names}
 
-def _ranks_of(run: subprocess.Popen[bytes]) -> list[int]:
-    told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=False).stdout
-    return [int(word) for word in told.split()]
-
-
-def _signal(process: int, number: signal.Signals) -> None:
-    try:
-        os.kill(process, number)
-    except ProcessLookupError:
-        return  # it has ended by itself
-
-
-def kill_rank(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """End a rank at once."""
-    if ranks := _ranks_of(run):
-        _signal(drill.chance.choice(ranks), signal.SIGKILL)
-    run.wait(timeout=120)
-
-
-def kill_launcher(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """End torchrun at once."""
-    ranks = _ranks_of(run)
-    _signal(run.pid, signal.SIGKILL)
-    run.wait(timeout=120)
-    until = time.monotonic() + 60
-    while any(Path(f"/proc/{rank}").exists() for rank in ranks):  # they end by themselves
-        if time.monotonic() > until:
-            raise SystemExit("ranks outlive their launcher")
-        time.sleep(0.1)
-
-
-def ask(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """Ask the launcher to end, as Slurm does."""
-    _signal(run.pid, signal.SIGTERM)
-    run.wait(timeout=120)
-
-
-def hold(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """Hold a rank for a few seconds."""
-    if ranks := _ranks_of(run):
-        rank = drill.chance.choice(ranks)
-        _signal(rank, signal.SIGSTOP)
-        time.sleep(drill.chance.uniform(1, 5))
-        _signal(rank, signal.SIGCONT)
-
-
-def fill_disk(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """Leave no space until the run has ended."""
-    filler = drill.disk / ".filler"
-    with filler.open("wb", buffering=0) as file:
-        while run.poll() is None:  # it writes as well, and files of its own may go meanwhile
-            with suppress(OSError):
-                file.write(bytes(_FILL_BYTES))
-            time.sleep(0.002)
-    run.wait()
-    filler.unlink()
-
-
-def run_beside(drill: Drill, run: subprocess.Popen[bytes]) -> None:
-    """Give the same command in another terminal, and end that one."""
-    other = drill.begin(drill.disk, launched=False)
-    time.sleep(drill.chance.uniform(6, 12))
-    _signal(other.pid, drill.chance.choice([signal.SIGKILL, signal.SIGTERM]))
-    other.wait(timeout=120)
-
-
-BLOWS = {
-    "a rank killed": kill_rank,
-    "the launcher killed": kill_launcher,
-    "asked to end": ask,
-    "a rank held": hold,
-    "full disk": fill_disk,
-    "a second run": run_beside,
-}
+    def close(self) -> None:
+        """End what is still running."""
+        for run in self.runs:
+            if run.poll() is None:
+                kill_all(run)
 
 
 @contextmanager
@@ -206,7 +236,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
     place.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, check=False)
     if mounted.returncode:
-        yield folder
+        yield folder / "out"
         return
     try:
         (place / "out").mkdir()
@@ -215,32 +245,53 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", place], check=False)
 
 
+def choose_faults(number: int, kinds: Sequence[str], chance: random.Random) -> list[str]:
+    """Return so many faults, of all kinds alike, in any order."""
+    plan = [kinds[place % len(kinds)] for place in range(number)]
+    chance.shuffle(plan)
+    return plan
+
+
 def main() -> None:
-    """Beat, compare, print what was found; code 1 if anything is not as it should be."""
+    """Run with faults, run alone, compare, print what was found; code 1 if anything is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--blows", type=int, default=50)
+    parser.add_argument("--replicas", type=int, help="into which the ranks are divided, fewer than them: then they share each video's work")
+    parser.add_argument("--faults", type=int, help="how many, in any order; 60, or each of --kinds once")
+    parser.add_argument("--kinds", nargs="+", choices=list(FAULTS), metavar="KIND", help="faults of these kinds: " + ", ".join(FAULTS))
+    parser.add_argument("--steps", type=int, default=30, help="of a job")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file of what was found")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, small_disk(Path(name), options.jobs * 2**18 + 2**24) as disk:
-        drill = Drill(Path(name), disk, options.jobs, options.ranks, random.Random(options.seed))
-        begun = time.perf_counter()
-        if drill.begin(Path(name) / "peace").wait():
-            raise SystemExit((Path(name) / "log.txt").read_text()[-3000:])
-        calm = time.perf_counter() - begun
-        given = drill.beat(options.blows)
-        beaten = time.perf_counter() - begun - calm
-        faults = drill.faults(Path(name) / "peace")
-        if faults:
-            shutil.copy(Path(name) / "log.txt", "drill-log.txt")
-    found = {"jobs": options.jobs, "ranks": options.ranks, "blows": dict(given), "ends": dict(drill.codes), "faults": faults}
-    found |= {"seconds_in_peace": round(calm, 1), "seconds_under_blows": round(beaten, 1)}
+        folder, chance, fsync = Path(name), random.Random(options.seed), build_fsync(Path(name))
+        missing = {*(NEED_FSYNC if fsync is None else ()), *(("full disk",) if disk.parent == folder else ())}
+        kinds = [kind for kind in options.kinds or FAULTS if kind not in missing]
+        plan = kinds if options.kinds and options.faults is None else choose_faults(options.faults or 60, kinds, chance)
+        drill = Drill(
+            *(folder, disk, options.jobs, options.ranks, plan, chance, fsync), num_steps=options.steps, num_replicas=options.replicas
+        )
+        drill.notes += [f"no {kind}: it needs {'a C compiler' if kind in NEED_FSYNC else 'root'}" for kind in sorted(missing)]
+        started = time.perf_counter()
+        try:
+            drill.inject()
+            under_faults = time.perf_counter() - started
+            drill.run_alone(folder / "alone")
+            alone = time.perf_counter() - started - under_faults
+            drill.compare(folder / "alone")
+        finally:
+            drill.close()
+            if drill.found or sys.exc_info()[0] is not None:
+                shutil.copy(folder / "log.txt", "drill-log.txt")
+        failures = fsync.num_failures if fsync else 0
+    found = {"jobs": options.jobs, "ranks": options.ranks, "replicas": options.replicas, "faults": dict(Counter(plan))}
+    found |= {"ends": dict(drill.codes), "found": drill.found, "notes": drill.notes, "failed_fsyncs": failures}
+    found |= {"seconds_alone": round(alone, 1), "seconds_under_faults": round(under_faults, 1)}
     print(json.dumps(found, indent=2))
     if options.out:
         options.out.write_text(json.dumps(found | this_run(), indent=2) + "\n")
-    raise SystemExit(1 if faults else 0)
+    raise SystemExit(1 if drill.found else 0)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,39 @@ from launch.cluster import ClusterConfig
 _RUN = """\
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --label \\
     %s -m wan_dist.run "${settings[@]}"
-code=$?
-if ((code == 75)); then # asked to end early: the same job goes on from the step that was kept
-    echo "goes back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
+"""
+REQUEUE = r"""code=$?
+mark=.wan-$SLURM_JOB_ID.requeued # what the last attempt has left, and how many in a row have left nothing new
+if ((code == 75)); then          # asked to end early: the same job goes on from what was kept
+    folder=outputs name='' texts=${XDG_CACHE_HOME:-${HOME:-}/.cache}/wan-dist/prompts
+    for setting in "${settings[@]}"; do
+        case $setting in
+        output.dir=*) folder=${setting#*=} ;;
+        output.name=*) name=${setting#*=} ;;
+        cache.dir=*) texts=${setting#*=} ;;
+        esac
+    done
+    folder=${folder/#\~/${HOME:-}} texts=${texts/#\~/${HOME:-}} idle=0
+    left=$({
+        find "$folder" -maxdepth 1 -type f \( -name '*.mp4' -o -name '*.png' -o -name '*.json' \) -printf '%p %s\n' | grep -F "/$name"
+        find "$folder" -maxdepth 1 -type f -name '*.state.safetensors' -exec cksum {} + | grep -F "/$name"
+        find "$texts" -maxdepth 1 -type f -name '*.safetensors'
+    } 2>/dev/null | sort | cksum)
+    if read -r count before 2>/dev/null <"$mark" && [[ $left == "$before" ]]; then
+        idle=$((count + 1))
+    fi
+    if ((idle < 2)); then
+        echo "$idle $left" >"$mark"
+        echo "goes back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+        exit "$code"
+    fi
+    echo "not requeued: two requeues in a row left no new step, text or video in $folder; submit it again with more time" >&2
 fi
+rm -f "$mark"
 exit "$code"
 """
+"""What follows the run: a job that was asked to end goes on, unless that has led nowhere twice. ``settings`` are the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +86,7 @@ def run_script(request: Request, cluster: ClusterConfig, python: str) -> str:
     if request.after:
         options |= {"dependency": f"afterok:{request.after}", "kill-on-invalid-dep": "yes"}
     body = _of_array(request.settings) if request.is_array else f"settings=({shlex.join(request.settings[0])})\n"
-    return _script(request.notes, options, ["--requeue", *cluster.options], cluster, f"{body}\n{_RUN % shlex.quote(python)}")
+    return _script(request.notes, options, ["--requeue", *cluster.options], cluster, f"{body}\n{_RUN % shlex.quote(python)}{REQUEUE}")
 
 
 def fetch_script(arguments: Sequence[str], cluster: ClusterConfig, python: str) -> str:

@@ -155,11 +155,11 @@ def check_attention() -> Iterator[Finding]:
 
 def check_ffmpeg() -> Iterator[Finding]:
     """Encode two frames."""
-    from wan_dist.video import check_output
+    from wan_dist.output_check import Outcome, check_output
 
     with tempfile.TemporaryDirectory() as folder:
         try:
-            check_output(Path(folder), width=64, height=64, fps=16)
+            check_output(Path(folder), [Outcome("probe", 64, 64, 16)])
         except InputError as fault:
             yield Finding("ffmpeg", str(fault).split(": ", 1)[-1], FAULT)
             return

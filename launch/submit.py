@@ -28,6 +28,7 @@ from wan_dist.catalog import get_task
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
 from wan_dist.hardware import Hardware, parse_bytes
+from wan_dist.image_sizes import image_size
 from wan_dist.jobs import configs_of, read_jobs
 from wan_dist.plan import Plan, arranged, make_plan
 from wan_dist.run import check_jobs, configured
@@ -128,7 +129,7 @@ def _hardware(config: RunConfig, cluster: ClusterConfig) -> Hardware:
 
 def _plan(config: RunConfig, cluster: ClusterConfig, nodes: int, gpus: int, where: str = "") -> Plan:
     try:
-        plan = make_plan(config, ranks=(nodes * gpus, gpus))
+        plan = make_plan(config, ranks=(nodes * gpus, gpus), size_of_image=image_size)
     except InputError as fault:
         raise InputError(f"{where}{fault}") from None
     return _arranged(plan, config, cluster, where)

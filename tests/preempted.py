@@ -8,7 +8,7 @@ import signal
 import sys
 from typing import Any
 
-from wan_dist import generate, vae
+from wan_dist import denoising, vae
 from wan_dist.run import main
 from wan_dist.sampling import solvers
 
@@ -16,7 +16,7 @@ from wan_dist.sampling import solvers
 def ask_at(moment: str) -> None:
     """Have this process asked at that moment."""
     if moment in ("encode", "decode"):
-        place = generate if moment == "encode" else vae
+        place = denoising if moment == "encode" else vae
         work = getattr(place, moment)
 
         def asked(*arguments: Any) -> Any:

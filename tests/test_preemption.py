@@ -83,7 +83,8 @@ def kept(folder: Path, *settings: str) -> Kept:
 
 def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:
     progress = Progress(3, torch.randn(4, 2, 3, 3), {"start": torch.randn(1, 4, 2, 3, 3)})
-    file = kept(tmp_path, "seed=7").write(progress)
+    assert kept(tmp_path, "seed=7").write(progress)
+    (file,) = tmp_path.glob("*.state.safetensors")
     again = kept(tmp_path, "seed=7", "memory.dit=stream", "parallel.timeout=60", "fps=8")
     plan = again.go_on(Axis(), torch.device("cpu"))
     assert (again.progress.num_done, plan.seed) == (3, 7)
@@ -97,6 +98,19 @@ def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> No
     again.remove()
     assert not file.exists()
     again.remove()
+
+
+def test_what_a_job_has_kept_is_found_without_looking_through_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("for each of 10,000 jobs among their files, that is quadratic"))
+    config = compose(prepare(["task=toy", "prompt=a ball", "output.name=a"]))
+    assert config is not None
+    first, second = (Kept(tmp_path, config, make_plan(config), "weights", is_job=True) for _ in range(2))
+    second.remove()
+    file = first.write(Progress(2, torch.zeros(4, 2, 3, 3)))
+    second.go_on(Axis(), torch.device("cpu"))
+    assert second.progress.num_done == 2
+    second.remove()
+    assert not file.exists()
 
 
 def test_a_drawn_seed_is_kept(tmp_path: Path) -> None:

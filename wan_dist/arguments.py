@@ -104,8 +104,7 @@ def _prepare_override(argument: str) -> str:
 def check_key(name: str) -> None:
     """Raise InputError unless a run has a setting, or a section of them, of this name. Hydra's own keys are none: they can run code."""
     keys = leaf_fields()
-    sections = {key.rpartition(".")[0] for key in keys} - {""}
-    if name in keys or name in sections:
+    if name in keys or name in {key.rpartition(".")[0] for key in keys} - {""}:
         return
     short = {key.rpartition(".")[2]: key for key in keys}  # people drop the section: steps for sample.steps
     hint = f"; did you mean {short[name]!r}?" if name in short else nearest(name, keys)

@@ -1,13 +1,11 @@
 """Many videos from a file of jobs: models are loaded once, replicas take the next job each, what is done stays done."""
 
-import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,21 +13,23 @@ from torch import Tensor
 
 from wan_dist.chronicle import Chronicle, add_sheet
 from wan_dist.config import RunConfig
+from wan_dist.denoising import Video, make_latents
 from wan_dist.durations import duration
-from wan_dist.encode import embed
-from wan_dist.errors import InputError, first_line, told
+from wan_dist.encode import embed_ahead, share_texts
+from wan_dist.errors import InputError, told
 from wan_dist.events import Events
 from wan_dist.footprint import FLOAT
-from wan_dist.generate import Video, begin, complete, complete_later, decode_first, make_latents
+from wan_dist.generate import begin, complete, complete_later, decode_first
 from wan_dist.jobs import Job
-from wan_dist.kept import Kept
+from wan_dist.kept import Kept, warn_of_older
 from wan_dist.ledger import DONE, FAILED, Ledger
 from wan_dist.log import announce_here, keep_log, logger
 from wan_dist.memory import free_memory
-from wan_dist.parallel.agreement import is_any
-from wan_dist.parallel.collectives import broadcast_object, gather_objects
+from wan_dist.output_check import check_output, outcome_of
 from wan_dist.parallel.counts import Counts
-from wan_dist.parallel.mesh import Groups, limit_waiting, open_groups
+from wan_dist.parallel.mesh import Groups, limit_waiting, make_groups, opened
+from wan_dist.parallel.shared_work import kind_of, text_of
+from wan_dist.parallel.team import Team
 from wan_dist.plan import Plan, make_plan
 from wan_dist.record import described
 from wan_dist.report import Report
@@ -37,12 +37,13 @@ from wan_dist.room import experts_stay, frames_wait, models_stay
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.session import Session, find_device, open_session
 from wan_dist.shelf import Shelf
-from wan_dist.video import check_output
 
-_PATIENCE = 20.0
-"""Seconds in which all ranks of a replica have to meet the same error, for the others' jobs to go on."""
 _MOST_FAILURES = 10
 """In a row, until a run is given up: something is wrong with more than the jobs."""
+
+
+_TEXTS = ".texts"
+"""Folder of prompts' embeddings, in the output folder, which all replicas see."""
 
 
 @dataclass(frozen=True)
@@ -87,20 +88,20 @@ def in_order(items: Iterable[Item]) -> list[Item]:
 
 
 @torch.no_grad()
-def run_jobs(config: RunConfig, items: Sequence[Item], arguments: Sequence[str]) -> int:
+def run_jobs(config: RunConfig, items: Sequence[Item], arguments: Sequence[str], team: Team) -> int:
     """Make all jobs that are not done, and return the exit code: 1 if some have failed.
 
     ``config`` is the run's own, without a job's, ``arguments`` are those of its command. Raises InputError for what is wrong with a
     checkpoint or the output folder, before weights are read.
     """
     device = find_device(config)
-    with open_groups(items[0].plan.degrees, device, timeout=config.parallel.timeout) as groups:
-        run_id = broadcast_object(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", groups.world)
-        batch = Batch(config, in_order(items), groups, device, run_id, arguments)
-        try:
-            return batch.run()
-        finally:
-            batch.close()
+    groups = make_groups(items[0].plan.degrees, team, device, config.parallel.timeout)
+    run_id = team.share(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", "begin")
+    batch = Batch(config, in_order(items), groups, device, run_id, arguments)
+    try:
+        return batch.run()
+    finally:
+        batch.close()
 
 
 @dataclass
@@ -123,54 +124,67 @@ class Batch:
     def __post_init__(self) -> None:
         self.folder = Path(self.config.output.dir).expanduser()
         self.is_first = self.groups.replica.rank == 0
-        self.counts = Counts()
+        self.team = self.groups.team
+        self.counts = Counts(self.team)
         self.report = Report(self.config, self.device)
         self.ledger = Ledger(self.folder)
 
     def run(self) -> int:
         """Make the jobs; see `run_jobs`."""
         if self.groups.rank == 0:
-            first = self.items[0].plan
-            check_output(self.folder, width=first.width, height=first.height, fps=first.fps)
+            check_output(self.folder, [outcome_of(item.plan, keeps_tensor=item.config.output.save_tensor) for item in self.items])
+            warn_of_older(self.folder)
         self._open_sessions()
-        if self.groups.world.size > 1:
+        if self.team.num_ranks > 1:
             keep_log(self.folder / "logs" / self.run_id)
         if self.is_first:
             announce_here()
         self._check_folder()
-        before = broadcast_object(self._before() if self.groups.rank == 0 else [], self.groups.world)
+        before = self.team.share(self._before, "look for what is done")
         is_open = {None, FAILED} if self.config.retry_failed else {None}
         todo = [item for item, outcome in zip(self.items, before, strict=True) if outcome in is_open]
         self._say_what_is_left(before, len(todo))
-        self.chronicle = Chronicle(self.folder, self.run_id, self.arguments, self.groups.world.size, len(todo), self.report.stages)
+        self.chronicle = Chronicle(self.folder, self.run_id, self.arguments, self.team.num_ranks, len(todo), self.report.stages)
         self.events = Events(self.config.output.events, len(todo), self.counts)
         failed_before = 0 if self.config.retry_failed else before.count(FAILED)
         if not todo:
             return self._conclude(failed_before)
-        limit_waiting(self.groups, self.config.parallel.load_timeout)
-        self._prepare(todo)
-        limit_waiting(self.groups, self.config.parallel.timeout)
-        try:
-            while (item := self._next(todo)) is not None:
-                self._make(item)
-            self._settle()
-            if self.is_first:
-                self.counts.add("ended")
-            self.counts.wait("ended", self.groups.dp.size)
-        finally:
-            if self.groups.rank == 0:
-                self.chronicle.write(self.events.standing(), ended=True)
+        with opened(self.groups):
+            limit_waiting(self.groups, self.config.parallel.load_timeout)
+            self._prepare(todo)
+            limit_waiting(self.groups, self.config.parallel.timeout)
+            try:
+                while (item := self._next(todo)) is not None:
+                    self._make(item)
+                self._settle()
+                self._await_others()
+            finally:
+                if self.groups.rank == 0:
+                    self.chronicle.write(self.events.standing(), ended=True)
         return self._conclude(failed_before)
+
+    def _await_others(self) -> None:
+        """Have the first rank wait for all replicas: it says how the run went."""
+        if self.is_first:
+            self.counts.add("ended")
+        if self.groups.rank == 0:
+            firsts = range(0, self.team.num_ranks, self.groups.replica.size)
+            self.team.wait(lambda: self.counts["ended"] == self.groups.dp.size, "make their jobs", firsts)
 
     def _check_folder(self) -> None:
         """Raise InputError if a replica does not see the first rank's folder: its jobs would all fail, or be made twice."""
         if self.groups.rank == 0:
-            self.ledger.open()
-        broadcast_object(None, self.groups.world)
+            self.ledger.lock_probe()
+        hosts = self.team.gather(socket.gethostname(), "open the output folder")
         if self.is_first and not self.ledger.is_seen():
             raise InputError(
                 f"output.dir={self.folder} of the first rank is not seen on {socket.gethostname()}; take one that all nodes share"
             )
+        is_first_of_host = hosts.index(hosts[self.groups.rank]) == self.groups.rank
+        if self.groups.rank and is_first_of_host and self.ledger.lock_probe():
+            logger.warning("%s: locks hold on one node only: let no second run use it at the same time", self.folder)
+        self.team.gather(None, "try the output folder's locks")
+        self.ledger.unlock_probe()
 
     def close(self) -> None:
         """Wait for the video that is being written, if any."""
@@ -185,13 +199,23 @@ class Batch:
                     session.shelf = Shelf(keeps=True)
                     self.sessions[item.models] = session
 
-    def _kept(self, item: Item, plan: Plan) -> Kept:
-        weights = self.sessions[item.models].weights if self.is_first else ""
-        return Kept(self.folder, item.config, plan, weights, is_job=True)
+    def _kept(self, item: Item) -> Kept:
+        digest = self.sessions[item.models].checkpoint.digest
+        return Kept(self.folder, item.config, item.plan, digest, is_job=True, ledger=self.ledger)
+
+    def _outcome(self, item: Item) -> str | None:
+        """Return what has become of a job in earlier runs."""
+        try:
+            return self.ledger.outcome(item.name, self._kept(item).digest)
+        except InputError:  # an image is gone: it fails when it is to be made
+            return None
 
     def _before(self) -> list[str | None]:
         """Return what has become of each job in earlier runs."""
-        return [self.ledger.outcome(item.name, self._kept(item, item.planned()).digest) for item in self.items]
+        found = [self._outcome(item) for item in self.items]
+        if self.ledger.num_older:
+            logger.info("note      %d records are of an earlier version of wan-dist: their jobs are made again", self.ledger.num_older)
+        return found
 
     def _say_what_is_left(self, before: Sequence[str | None], num_left: int) -> None:
         parts = [f"{before.count(DONE)} done before"] if DONE in before else []
@@ -217,32 +241,28 @@ class Batch:
             self.chronicle.plans.append(plan)
             session.has_room_for_frames = frames_wait(plan, FLOAT if any(item.config.output.save_tensor for item in items) else 1)
             session.times = tuple(dict.fromkeys(time for item in items for time in _times(item)))
-            texts = {text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None}
-            share = sorted(texts)[self.groups.dp.rank :: self.groups.dp.size]
-            embedded = embed(session, largest.config, plan, share, self.report)
-            if self.is_first:
-                embedded = {text: context.cpu() for text, context in embedded.items()}
-                session.texts = {text: context for part in gather_objects(embedded, self.groups.dp) for text, context in part.items()}
+            texts = sorted({text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None})
+            share = texts[self.groups.dp.rank :: self.groups.dp.size]
+            session.together(lambda: embed_ahead(session, largest.config, plan, share, self.report), "encode the prompts")  # noqa: B023
+            share_texts(session, texts, self.folder / _TEXTS)
 
     def _next(self, todo: Sequence[Item]) -> Item | None:
         """Return the next job that nobody is at, None after the last; the same on all ranks of the replica."""
-        index: int | None = None
-        while self.is_first:
-            index = self.counts.add("next") - 1
-            if index >= len(todo):
-                index = None
-                break
-            item = todo[index]
-            if self.ledger.lock(item.name):
-                if self.ledger.outcome(item.name, self._kept(item, item.planned()).digest) != DONE:
-                    break
-                self.ledger.unlock(item.name)
-            self.counts.add("elsewhere")  # another run is at it, or has made it meanwhile
-        index = broadcast_object(index, self.groups.replica)
+        index = self.groups.share(lambda: self._take(todo), "take the next job")
         return None if index is None else todo[index]
 
+    def _take(self, todo: Sequence[Item]) -> int | None:
+        while (index := self.counts.add("next") - 1) < len(todo):
+            item = todo[index]
+            if self.ledger.lock(item.name):
+                if self._outcome(item) != DONE:
+                    return index
+                self.ledger.unlock(item.name)
+            self.counts.add("elsewhere")  # another run is at it, or has made it meanwhile
+        return None
+
     def _make(self, item: Item) -> None:
-        """Make one job; what goes wrong with it alone ends in its record."""
+        """Make one job; what goes wrong with it alone ends in its record, the same on all ranks of the replica."""
         session = self.sessions[item.models]
         for models, other in self.sessions.items():
             if models != item.models:
@@ -252,26 +272,37 @@ class Batch:
         report.facts["rank"] = self.groups.rank
         if self.is_first:
             self.events.tell("begun", job=item.name, line=item.job.line)
-        try:
-            kept = self._kept(item, item.planned())
-            report.facts["digest"] = kept.digest
-            video = begin(session, item.config, kept.plan, report, kept, quiet=True)
-            latents = make_latents(video)
-        except Exception as fault:
-            self._settle()
-            self._all_met(item.name)
-            self._failed(item, report, fault)
-            return
-        frames: list[Tensor] = []
         if not session.has_room_for_frames:
             self._settle()
-            if self._all_do(item, video, partial(complete, video, latents)) and self.is_first:
-                self._done(item, video)
+        frames: list[Tensor] = []
+        try:
+            video = self._begin(item, session, report)
+            latents = make_latents(video)
+            if session.has_room_for_frames:
+                frames = decode_first(video, latents)
+            else:
+                complete(video, latents)
+        except Exception as fault:
+            self._settle()
+            self._failed(item, report, fault)
             return
-        is_decoded = self._all_do(item, video, lambda: frames.extend(decode_first(video, latents)))
+        self.failures_in_a_row = 0
         self._settle()
-        if is_decoded and self.is_first:
+        if self.is_first and session.has_room_for_frames:
             self.pending = self.pool.submit(self._write, item, video, latents, frames)
+        elif self.is_first:
+            self._done(item, video)
+
+    def _begin(self, item: Item, session: Session, report: Report) -> Video:
+        def plan() -> Kept:
+            kept = self._kept(item)
+            kept.plan = item.planned()
+            if self.is_first:
+                report.facts["digest"] = kept.digest
+            return kept
+
+        kept = session.together(plan, "read the job's images")
+        return begin(session, item.config, kept.plan, report, kept, quiet=True)
 
     def _settle(self) -> None:
         """Wait for the video that is being written; raises what should end the run."""
@@ -286,21 +317,7 @@ class Batch:
         except Exception as fault:
             self._failed(item, video.report, fault)
         else:
-            self.failures_in_a_row = 0
             self._done(item, video)
-
-    def _all_do(self, item: Item, video: Video, work: Callable[[], None]) -> bool:
-        """Do what all ranks of the replica do for a video; returns whether none of them failed."""
-        fault: Exception | None = None
-        try:
-            work()
-        except Exception as error:
-            fault = error
-        if is_any(fault is not None, self.groups.replica, self.device):
-            self._failed(item, video.report, fault)
-            return False
-        self.failures_in_a_row = 0
-        return True
 
     def _done(self, item: Item, video: Video) -> None:
         add_sheet(video.result, video.plan.frame_num)
@@ -314,18 +331,18 @@ class Batch:
         if self.groups.rank == 0:
             self.chronicle.write(self.events.standing())
 
-    def _failed(self, item: Item, report: Report, fault: Exception | None) -> None:
+    def _failed(self, item: Item, report: Report, fault: Exception) -> None:
         """Write the error into the job's record; raises it if the other jobs would meet it too."""
         if not isinstance(fault, InputError):
             self.failures_in_a_row += 1
-        if fault is not None and (_is_of_all(fault) or self.failures_in_a_row == _MOST_FAILURES):
+        if kind_of(fault) == "machine" or self.failures_in_a_row == _MOST_FAILURES:
             if self.failures_in_a_row == _MOST_FAILURES:
                 fault.add_note(f"the last of {_MOST_FAILURES} jobs that failed one after the other")
             raise fault
         if not self.is_first:
             free_memory()
             return
-        message = "another rank of its replica failed" if fault is None else told(f"{type(fault).__name__}: {first_line(fault)}")
+        message = told(text_of(fault))
         report.facts |= {"status": FAILED, "error": message}
         report.save(self.folder / f"{item.name}.json")
         self.ledger.unlock(item.name)
@@ -334,16 +351,6 @@ class Batch:
         self.events.announce(f"{item.name} of {item.job.place} FAILED: {message}")
         self.events.tell("failed", job=item.name, line=item.job.line, error=message)
         free_memory()
-
-    def _all_met(self, name: str) -> None:
-        """Raise the error that is being handled unless all ranks of the replica have met one in this job: others would wait for ever."""
-        size = self.groups.replica.size
-        if size == 1:
-            return
-        key = f"met/{self.groups.dp.rank}/{name}"
-        self.counts.add(key)
-        if not self.counts.wait(key, size, _PATIENCE):
-            raise
 
     def _conclude(self, failed_before: int) -> int:
         """Say how it went."""
@@ -364,15 +371,3 @@ def _times(item: Item) -> list[tuple[int, bool]]:
     has_known = item.plan.task.known_first_frame and item.config.image is not None
     solver = make_solver(item.config.sample.solver, item.config.sample.steps, item.plan.shift)
     return [(timestep, has_known) for timestep in solver.timesteps]
-
-
-def _is_of_all(fault: BaseException) -> bool:
-    """Whether an error is of the disk or the GPU, not of the job."""
-    seen: BaseException | None = fault
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
-            return True
-        if "No space left" in str(seen) or ("CUDA error" in str(seen) and not isinstance(seen, torch.OutOfMemoryError)):
-            return True
-        seen = seen.__cause__
-    return False

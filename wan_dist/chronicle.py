@@ -1,24 +1,34 @@
 """What a run with jobs leaves for people: what each rank did when (``runs/RUN.json``), a table of its videos, the page that shows all."""
 
+import contextlib
 import json
+import os
+import select
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wan_dist.aside import written_aside
 from wan_dist.errors import InputError
-from wan_dist.gallery.page import write_page
-from wan_dist.gallery.records import Record, read_records
+from wan_dist.gallery.background import PageWriter
 from wan_dist.gallery.sheet import SheetError, is_current, sheet_of, write_sheet
-from wan_dist.gallery.table import write_table
 from wan_dist.log import logger
 from wan_dist.plan import Plan
+from wan_dist.preemption import preemption
 
 _GIB = 2**30
 _PAGE_SECONDS = 60.0
-"""At least, between two times that the page is written."""
+"""At least, between two times that the page is written, and before the first."""
+_PAGE_SHARE = 1 / 20
+"""Of the time, at the most, in which the page is being written."""
+_SOON_WRITTEN = 1000
+"""Records, of which a page is written within a second or two."""
+_PATIENCE = 120.0
+"""Seconds that the run's end waits for a page that is being written."""
+_GRACE = 5.0
 
 
 @dataclass
@@ -33,30 +43,53 @@ class Chronicle:
     own: Mapping[str, Mapping[str, float]]
     plans: list[Plan] = field(default_factory=list)
     began: float = field(default_factory=time.time)
-    _written: float = field(default_factory=time.monotonic)
+    _due: float = field(default_factory=lambda: time.monotonic() + _PAGE_SECONDS)
+    _background: "_Background | None" = None
 
     def write(self, standing: Mapping[str, Any], *, ended: bool = False) -> None:
-        """Write all of it; without ``ended`` only if the last time is a while ago. A disk that is full does not end the run here."""
-        if not ended and time.monotonic() - self._written < _PAGE_SECONDS:
-            return
-        try:
-            records = [record for record in read_records(self.folder) if record.run == self.run]
-            self._write_run(records, standing, ended=ended)
-            if records:
-                write_table(self.folder / "runs" / f"{self.run}.json", records)
-            page = write_page(self.folder)
-        except (OSError, InputError) as fault:
-            logger.warning("the page of %s could not be written (%s); python -m launch gallery makes it", self.folder, fault)
-            return
-        self._written = time.monotonic()
-        if ended:
-            logger.info("page      %s", page)
+        """Write all of it; without ``ended`` only if the last time is a while ago, and in the background.
 
-    def _write_run(self, records: Iterable[Record], standing: Mapping[str, Any], *, ended: bool) -> None:
-        spans = _spans(0, None, self.own)
-        for record in records:
-            for place, stages in enumerate(record.stages):
-                spans += _spans((record.rank or 0) + place, record.name, stages)
+        A disk that is full does not end the run here.
+        """
+        if not ended:
+            self._write_in_background(standing)
+            return
+        if self._background is not None:
+            self._background.close(wait=preemption.asked_by is None)
+        try:
+            if preemption.asked_by is not None and _num_records(self.folder) > _SOON_WRITTEN:
+                return  # there is little time; who asked for the end may start it again
+            page = PageWriter(self.folder).write(self._told(standing, ended=True), self.own)
+        except (OSError, InputError) as fault:
+            self._say_why_not(fault)
+            return
+        logger.info("page      %s", page)
+
+    def _write_in_background(self, standing: Mapping[str, Any]) -> None:
+        if self._background is None:
+            if time.monotonic() < self._due:
+                return
+            self._background = _Background(self.folder)
+        elif self._background.is_busy:
+            try:
+                seconds = self._background.seconds()
+            except (OSError, ValueError) as fault:
+                self._say_why_not(fault)
+                seconds = 0.0
+            if seconds is not None:
+                self._due = time.monotonic() + max(_PAGE_SECONDS, seconds / _PAGE_SHARE)
+        if not self._background.is_busy and time.monotonic() >= self._due:
+            try:
+                self._background.begin({"run": self._told(standing, ended=False), "stages": self.own})
+            except OSError as fault:
+                self._say_why_not(fault)
+                self._due = float("inf")
+
+    def _say_why_not(self, fault: Exception) -> None:
+        logger.warning("the page of %s could not be written (%s); python -m launch gallery makes it", self.folder, fault)
+
+    def _told(self, standing: Mapping[str, Any], *, ended: bool) -> dict[str, Any]:
+        """Return what the run's record says, but for the spans."""
         told = {
             "run": self.run,
             "began": round(self.began, 3),
@@ -66,29 +99,83 @@ class Chronicle:
             "jobs": self.num_jobs,
             "done": standing["done"],
             "failed": standing["failed"],
-            "spans": spans,
         }
-        if self.plans:
-            told |= _planned(max(self.plans, key=lambda plan: plan.num_tokens))
-        (self.folder / "runs").mkdir(exist_ok=True)
-        with written_aside(self.folder / "runs" / f"{self.run}.json") as aside:
-            aside.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+        return told | (_planned(max(self.plans, key=lambda plan: plan.num_tokens)) if self.plans else {})
 
 
-def _spans(rank: int, job: str | None, stages: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "rank": rank,
-            "stage": stage,
-            "job": job,
-            "began": entry["began"],
-            "seconds": entry["seconds"],
-            "gpu_gib": entry.get("peak_gpu_gib"),
-            "host_gib": entry.get("host_gib"),
-        }
-        for stage, entry in stages.items()
-        if "began" in entry and "seconds" in entry
-    ]
+class _Background:
+    """A process that writes the page: one time after the other, with low priority, for as long as this one lives."""
+
+    def __init__(self, folder: Path) -> None:
+        self._command = [sys.executable, "-m", "wan_dist.gallery.background", str(folder)]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.is_busy = False
+
+    def begin(self, told: Mapping[str, Any]) -> None:
+        """Have it written; raises OSError where no process can be started."""
+        if self._process is None:
+            path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": path},
+                process_group=0,  # signals that a terminal sends to the run are not for it
+            )
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(told).encode() + b"\n")
+        self._process.stdin.flush()
+        self.is_busy = True
+
+    def seconds(self) -> float | None:
+        """Return how long it took, None while it is at it; raises OSError or ValueError if it has failed."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        answers = select.poll()
+        answers.register(self._process.stdout)
+        if not answers.poll(0):
+            return None
+        line = self._process.stdout.readline()
+        self.is_busy = False
+        if not line:
+            self._end()
+            raise ChildProcessError("the process that writes it has ended")
+        answer = json.loads(line)
+        if answer["fault"] is not None:
+            raise ValueError(answer["fault"])
+        return float(answer["seconds"])
+
+    def close(self, *, wait: bool) -> None:
+        """Let it end after what it is at, and wait for that; or end it."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            self._process.stdin.close()
+            self._process.wait(_PATIENCE if wait else 0)
+        self._end()
+
+    def _end(self) -> None:
+        """Leave nothing running and nothing open."""
+        if self._process is None:
+            return
+        self._process.terminate()  # it takes away what is half written
+        try:
+            self._process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was not received
+                    pipe.close()
+        self._process, self.is_busy = None, False
+
+
+def _num_records(folder: Path) -> int:
+    with os.scandir(folder) as entries:
+        return sum(entry.name.endswith(".json") for entry in entries)
 
 
 def _planned(plan: Plan) -> dict[str, Any]:

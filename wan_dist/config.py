@@ -4,6 +4,7 @@ Errors that cross fields belong to ``plan.py``. Strings such as ``size`` are par
 """
 
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ _MOST_SECONDS = 365 * 86400
 _MOST_FPS = 1000
 _MOST_BYTES_OF_NAME = 200
 """Of the 255 that file systems allow: files have suffixes, the longest where a run was ended, and are written under other names."""
+_SUFFIXES_OF_OURS = (".latents", ".state")
+"""Of files beside a video: another job's could not be told apart from those."""
 _PROMPTS = ("prompt", "negative_prompt")
 _PATHS = ("ckpt_dir", "dit_file", "image", "first_frame", "last_frame", "latents", "jobs", "cache.dir", "output.dir", "output.events")
 
@@ -64,10 +67,21 @@ def _check_path(key: str, value: str) -> None:
     if not value.strip():
         raise InputError(f"{key} is empty; leave it out, or say which {'folder' if key.endswith('dir') else 'file'}")
     try:
-        for path in value.split(",") if key == "dit_file" else [value]:
-            Path(path.strip()).expanduser()
+        if key == "dit_file":
+            split_files(value)
+        else:
+            Path(value.strip()).expanduser()
     except RuntimeError:
         raise InputError(f"{key}={value}: no home folder of this user is known; ./~ begins a name with ~") from None
+
+
+def split_files(value: str) -> list[Path]:
+    """Return the files of a setting, one or two with a comma between; where such a file exists, a comma is part of its name."""
+    cuts = [index for index, sign in enumerate(value) if sign == ","]
+    choices = [[value], *([value[:cut], value[cut + 1 :]] for cut in cuts), value.split(",")]
+    choices = [[name.strip() for name in names if name.strip()] for names in choices]
+    found = [[Path(name).expanduser() for name in names] for names in choices]
+    return next((paths for paths in found if paths and all(map(os.path.exists, paths))), found[-1] or found[0])
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -190,6 +204,9 @@ def check_name(key: str, name: str) -> None:
     """Raise InputError unless files can be called ``name``, with the suffixes that they get, and a terminal shows it as it is."""
     if not name.strip() or "/" in name or name.startswith(".") or printable(name) != name:
         raise InputError(f"{key}={name!r} must be a plain file name without control characters; folders go into output.dir")
+    plain = name.removesuffix(".mp4").removesuffix(".png").casefold()
+    if suffix := next((suffix for suffix in _SUFFIXES_OF_OURS if plain.endswith(suffix)), None):
+        raise InputError(f"{key}={name}: names that end in {suffix} are those of files kept beside another video; give it another name")
     if (length := len(name.encode())) > _MOST_BYTES_OF_NAME:
         raise InputError(f"{key}={name[:40]}... has {length} bytes; with suffixes there is room for {_MOST_BYTES_OF_NAME}")
 
@@ -216,7 +233,7 @@ class RunConfig:
     task: str = _key(MISSING, "what to generate (required)")
     ckpt_dir: str | None = _key(None, "checkpoint folder; null: the task's repository from the Hugging Face cache, or downloaded")
     dit_file: str | None = _key(None, "the transformer's weights in one file, also fp8, instead of ckpt_dir's; two experts: HIGH,LOW")
-    prompt: str | None = _key(None, "what to show, as plain text; prompt=@file.txt reads a file")
+    prompt: str | None = _key(None, "what to show, as plain text; prompt=@file.txt reads a file, @@ is a plain @")
     negative_prompt: str | None = _key(None, "what to keep away from; null: the task's; @file.txt works too")
     image: str | None = _key(None, "image to start from")
     first_frame: str | None = _key(None, "image to start from, of two")
@@ -234,7 +251,7 @@ class RunConfig:
         "auto", "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), sdpa16 (in float16), 8bit or sage (in 8 bits)"
     )
     latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
-    jobs: str | None = _key(None, "a file of videos to make: a prompt a line, or .jsonl or .csv with any of these keys")
+    jobs: str | None = _key(None, "a file of videos to make: a prompt a line, or .jsonl, .json, .csv or .tsv with any of these keys")
     retry_failed: bool = _key(False, "make the jobs again that have failed before")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
@@ -292,6 +309,7 @@ def _texts() -> dict[str, Callable[[RunConfig], str | None]]:
     return {key: attrgetter(key) for key, item in leaf_fields().items() if item.type in (str, str | None)}
 
 
+@cache
 def leaf_fields(schema: type = RunConfig, prefix: str = "") -> dict[str, Field[Any]]:
     """Return every settable key of a schema, dotted, with its dataclass field."""
     leaves: dict[str, Field[Any]] = {}

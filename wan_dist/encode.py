@@ -1,9 +1,10 @@
 """Text and images -> `Conditioning`: once in a replica, on its first rank, and sent to the others."""
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,22 @@ from wan_dist.images import cover
 from wan_dist.log import logger
 from wan_dist.memory import first_that_works, free_memory
 from wan_dist.models.image_encoder import encode_images
-from wan_dist.models.text_encoder import TextEncoder
+from wan_dist.models.text_encoder import TextEncoder, split_into_chunks
 from wan_dist.models.transformer import ContextKV
 from wan_dist.parallel.collectives import all_gather, broadcast, broadcast_object
 from wan_dist.parallel.fsdp import apply_fsdp
 from wan_dist.plan import Plan
-from wan_dist.prompts import PromptCache, digest_of_files
+from wan_dist.prompts import PromptCache
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning, chunks_of_images, mask_of_images
 from wan_dist.session import Session
 from wan_dist.shelf import Shelf
 from wan_dist.streaming import Streaming
 from wan_dist.ways import Way
-from wan_dist.weights.checkpoint import Checkpoint, Component
+from wan_dist.weights.checkpoint import Component
+
+_TELL_SECONDS = 60.0
+"""Between two lines that say how far a batch's texts have come."""
 
 
 def encode(session: Session, config: RunConfig, plan: Plan, report: Report) -> Conditioning:
@@ -38,14 +42,23 @@ def encode(session: Session, config: RunConfig, plan: Plan, report: Report) -> C
     axis = session.groups.replica
     texts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
     prompts = {name: text for name, text in texts.items() if text is not None}
-    embeddings = embed(session, config, plan, prompts.values(), report)
-    found = {name: embeddings[text].to(report.device) for name, text in prompts.items()} if axis.rank == 0 else {}
-    image_encoder = session.checkpoint.image_encoder
-    if axis.rank == 0 and plan.images and image_encoder is not None:
-        found["image_features"] = _look_at_images(image_encoder, plan, report, session.shelf).to(report.device)
+
+    def embed_and_look() -> dict[str, Tensor]:
+        embeddings = embed(session, config, plan, prompts.values(), report)
+        found = {name: embeddings[text].to(report.device) for name, text in prompts.items()} if axis.rank == 0 else {}
+        image_encoder = session.checkpoint.image_encoder
+        if axis.rank == 0 and plan.images and image_encoder is not None:
+            found["image_features"] = _look_at_images(image_encoder, plan, report, session.shelf).to(report.device)
+        return found
+
+    found = session.together(embed_and_look, "encode the prompt")
     if plan.images:
         found |= _encode_images(session, config, plan, report)
-    everywhere = {field.name: broadcast(found.get(field.name), axis, report.device) for field in fields(Conditioning)}
+
+    def send() -> dict[str, Tensor | None]:
+        return {field.name: broadcast(found.get(field.name), axis, report.device) for field in fields(Conditioning)}
+
+    everywhere = session.together(send, "send what was encoded")
     context = everywhere.pop("context")
     assert context is not None
     return Conditioning(context=context, negative_context=everywhere.pop("negative_context"), **everywhere)
@@ -88,34 +101,110 @@ def project_contexts(
 
 
 def embed(session: Session, config: RunConfig, plan: Plan, prompts: Iterable[str], report: Report) -> dict[str, Tensor]:
-    """Return the prompts' embeddings on the replica's first rank, by prompt, and make those that the session and earlier runs lack."""
-    checkpoint, axis = session.checkpoint, session.groups.replica
-    cache = _prompt_cache(checkpoint, config, report.device) if axis.rank == 0 else None
-    found = {text: session.texts[text] for text in prompts if text in session.texts}
-    kept = {text: context for text in prompts if text not in found and cache is not None and (context := cache.get(text)) is not None}
-    missing = broadcast_object([text for text in dict.fromkeys(prompts) if text not in found and text not in kept], axis)
+    """Return the prompts' embeddings on the host of the replica's first rank, by prompt, and make those that are nowhere yet.
+
+    The other ranks return an empty dict, while the first one may be at it for long.
+    """
+    cache = _prompt_cache(session, config, report.device)
+    found = {text: context for text in prompts if (context := _find_text(session, cache, text)) is not None}
     made: dict[str, Tensor] = {}
-    if missing and (axis.rank == 0 or plan.arrangement.shard_t5):
-        made = dict(zip(missing, _encode_texts(session, plan, missing, report), strict=True))
-    elif kept:
-        logger.log(report.level, "text      seen before, kept in %s", cache.folder if cache is not None else "")
-    if cache is not None:
-        for text, context in made.items():
+
+    def hold(text: str, context: Tensor) -> None:
+        made[text] = context
+        if cache is not None:
             cache.put(text, context)
-    return found | kept | made
+
+    _encode_missing(session, plan, [text for text in dict.fromkeys(prompts) if text not in found], report, hold)
+    if found and not made and cache is not None:
+        logger.log(report.level, "text      seen before, kept in %s", cache.folder)
+    return found | made
 
 
-def _prompt_cache(checkpoint: Checkpoint, config: RunConfig, device: torch.device) -> PromptCache | None:
+def embed_ahead(session: Session, config: RunConfig, plan: Plan, prompts: Iterable[str], report: Report) -> None:
+    """Make the embeddings of a batch's prompts that are nowhere yet; each is kept at once, so that a run that is ended goes on.
+
+    Those that the prompt cache does not take are put into ``session.texts``, on the host. Ranks but the replica's first one return
+    while that may be at it for hours: let them wait without a limit before they meet.
+    """
+    cache = session.prompt_cache = _prompt_cache(session, config, report.device)
+
+    def hold(text: str, context: Tensor) -> None:
+        if cache is None or not cache.put(text, context):
+            session.texts[text] = context
+
+    _encode_missing(session, plan, _lacking(session, cache, prompts), report, hold)
+
+
+def share_texts(session: Session, prompts: Iterable[str], folder: Path) -> None:
+    """After `embed_ahead`, give each replica the embeddings that others have made and it does not see; called by all ranks of the run.
+
+    They go through ``folder``, which all see, and not where all see one prompt cache that holds them.
+    """
+    groups, cache = session.groups, session.prompt_cache
+    if groups.dp.size == 1:
+        return
+    is_first = groups.replica.rank == 0
+    lacking = set(_lacking(session, cache, prompts)) if is_first else set()
+    wanted: set[str] = set().union(*groups.team.gather(lacking, "encode the prompts"))
+    if not wanted:
+        return
+    if is_first:
+        session.shared_texts = PromptCache(folder, session.text_encoder_digest, limit=2**62)
+        for text in sorted(wanted - lacking):
+            if (context := _find_text(session, cache, text)) is not None:
+                session.shared_texts.put(text, context)
+    groups.team.gather(None, "share the prompts' embeddings")
+
+
+def _lacking(session: Session, cache: PromptCache | None, prompts: Iterable[str]) -> list[str]:
+    return [text for text in dict.fromkeys(prompts) if text not in session.texts and (cache is None or not cache.has(text))]
+
+
+def _find_text(session: Session, cache: PromptCache | None, text: str) -> Tensor | None:
+    """Return an embedding that was made before, by this batch or an earlier run."""
+    if text in session.texts:
+        return session.texts[text]
+    caches = [each for each in (cache, session.prompt_cache, session.shared_texts) if each is not None]
+    return next((context for each in caches if (context := each.get(text)) is not None), None)
+
+
+def _prompt_cache(session: Session, config: RunConfig, device: torch.device) -> PromptCache | None:
+    """Return the cache, on the replica's first rank."""
     folder = config.cache.folder()
-    if folder is None:
+    if folder is None or session.groups.replica.rank != 0:
         return None
-    component, tokenizer = checkpoint.text_encoder, Path(checkpoint.tokenizer.name_or_path)
-    files = [*component.files.paths, *(file for file in tokenizer.iterdir() if file.is_file())]
-    identity = [digest_of_files(files), config.dtype, checkpoint.transformers[0].dims.text_len, device.type]
-    return PromptCache(folder, json.dumps(identity), int(config.cache.size_gib * 2**30))
+    identity = [session.text_encoder_digest, config.dtype, session.checkpoint.transformers[0].dims.text_len, device.type]
+    return _open_cache(folder, json.dumps(identity), int(config.cache.size_gib * 2**30))
 
 
-def _encode_texts(session: Session, plan: Plan, prompts: list[str], report: Report) -> list[Tensor]:
+@lru_cache
+def _open_cache(folder: Path, identity: str, limit: int) -> PromptCache:
+    """Return a cache that knows, for as long as the process lives, what was used."""
+    return PromptCache(folder, identity, limit)
+
+
+def _encode_missing(session: Session, plan: Plan, prompts: list[str], report: Report, hold: Callable[[str, Tensor], None]) -> None:
+    """Encode the prompts that the replica's first rank lacks; ``hold`` is called there for each as soon as it is made, on the host."""
+    axis = session.groups.replica
+    missing = broadcast_object(prompts, axis)
+    if not missing or not (axis.rank == 0 or plan.arrangement.shard_t5):
+        return
+    num_made, told = 0, time.monotonic()
+
+    def take(text: str, context: Tensor) -> None:
+        nonlocal num_made, told
+        num_made += 1
+        if axis.rank == 0:
+            hold(text, context)
+            if time.monotonic() - told > _TELL_SECONDS:
+                told = time.monotonic()
+                logger.info("text      %d of %d", num_made, len(missing))
+
+    _encode_texts(session, plan, missing, report, take)
+
+
+def _encode_texts(session: Session, plan: Plan, prompts: list[str], report: Report, take: Callable[[str, Tensor], None]) -> None:
+    """Encode prompts; ``take`` is given each with its embedding (n, text_dim), on the host, as soon as it is made."""
     checkpoint = session.checkpoint
     spread: Callable[[nn.Module], None] | None = None
     if plan.arrangement.shard_t5 and (mesh := session.groups.replica_mesh) is not None:
@@ -123,26 +212,27 @@ def _encode_texts(session: Session, plan: Plan, prompts: list[str], report: Repo
         def spread(encoder: nn.Module) -> None:
             apply_fsdp(encoder, encoder.get_submodule("block").children(), mesh)
 
-    component = checkpoint.text_encoder
+    component, text_len = checkpoint.text_encoder, checkpoint.transformers[0].dims.text_len
+    is_streamed = plan.arrangement.t5 == "stream"
     device = torch.device("cpu") if plan.arrangement.t5 == "cpu" else report.device
-    how = ", sharded" if plan.arrangement.shard_t5 else ", from disk" if plan.arrangement.t5 == "stream" else ""
+    chunks = split_into_chunks(checkpoint.tokenizer, prompts, text_len, device) if is_streamed else []
+    streaming = Streaming("block", from_disk=True, leave=("embed_tokens.",), num_rounds=len(chunks)) if is_streamed else None
+    how = ", sharded" if plan.arrangement.shard_t5 else ", from disk" if is_streamed else ""
     with report.stage("text", f"umT5 on {device.type}{how}"):
-        if plan.arrangement.t5 == "stream":
-            streaming = Streaming("block", from_disk=True, leave=("embed_tokens.",), num_rounds=len(prompts))
-            encoder = component.load(device, streaming=streaming)
-        else:
-            encoder = component.load(device, spread=spread)
         encode_text = TextEncoder(
-            encoder,
+            component.load(device, spread=spread, streaming=streaming),
             checkpoint.tokenizer,
-            text_len=checkpoint.transformers[0].dims.text_len,
+            text_len=text_len,
             device=device,
-            rows=partial(component.rows, "embed_tokens.weight") if plan.arrangement.t5 == "stream" else None,
+            rows=partial(component.rows, "embed_tokens.weight") if is_streamed else None,
         )
-        found = [encode_text(prompt) for prompt in prompts]
-        del encode_text, encoder
+        for chunk in chunks:
+            for prompt, context in zip(chunk, encode_text.encode_by_block(chunk), strict=True):
+                take(prompt, context)
+        for prompt in prompts if not is_streamed else ():
+            take(prompt, encode_text(prompt).cpu())
+        del encode_text
         free_memory()
-    return found
 
 
 def _look_at_images(image_encoder: Component[nn.Module, ImageEncoderDims], plan: Plan, report: Report, shelf: Shelf) -> Tensor:
@@ -179,10 +269,14 @@ def _encode_images(session: Session, config: RunConfig, plan: Plan, report: Repo
                 mask = mask_of_images(plan.latent_shape, has_last=len(plan.images) == 2).to(report.device)
                 found["extra_channels"] = torch.cat([mask, latents], dim=1)
 
-    ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
-    if ways[0].name == "cpu" and config.memory.vae is None and session.shelf.clear():  # sooner read the transformer again
+    def choose() -> list[Way]:
         ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
-    if first_that_works(ways, work, "encoding the image"):
+        if ways[0].name == "cpu" and config.memory.vae is None and session.shelf.clear():  # sooner read the transformer again
+            ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
+        return ways
+
+    ways = session.together(choose, "choose how to encode the image")
+    if first_that_works(ways, lambda way: session.together(lambda: work(way), "encode the image"), "encoding the image"):
         report.ran_out("image")
     free_memory()
     return found

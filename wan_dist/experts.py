@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TypeVar
 from weakref import ReferenceType
 
@@ -15,7 +15,7 @@ from wan_dist.config import MemoryConfig, RunConfig
 from wan_dist.encode import project_contexts
 from wan_dist.footprint import Arrangement, activation_bytes
 from wan_dist.log import logger
-from wan_dist.memory import NoRoomError, free_memory, make_sure_of_room
+from wan_dist.memory import free_memory, make_sure_of_room
 from wan_dist.models.attention import InnerAttention
 from wan_dist.models.quantized import quantize_blocks
 from wan_dist.models.transformer import WanTransformer
@@ -23,6 +23,7 @@ from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
 from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.mesh import Groups, limit_waiting
+from wan_dist.parallel.shared_work import NoRoomError
 from wan_dist.plan import Plan
 from wan_dist.report import Report
 from wan_dist.sampling.conditioning import Conditioning
@@ -104,10 +105,7 @@ class Experts:
         return cache
 
     def _note_lower(self, arrangement: Arrangement) -> None:
-        self.report.facts["stepped_down_to"] = asdict(arrangement)
-        self.session.lowered = arrangement
-        self.session.keeps_experts = False
-        self.session.shelf.clear()
+        self.session.lower(arrangement, self.report)
 
     def state(self) -> dict[str, Tensor]:
         """Return what the step cache of the transformer that is at work leaves for a run that goes on."""

@@ -23,6 +23,8 @@ QUANTIZED_AT_ONCE = 1024
 """Rows that are in float32 at once where they are quantised or back; as in models/quantized.py."""
 PIECE = 4096
 """Tokens that are in float32 at once; as in models/transformer_elementwise.py."""
+SCORE_BYTES = 2**26
+"""Of the scores that are there at once where a ring attends by plain arithmetic, as in models/attention.py; keys take as much at most."""
 PROCESS_BYTES = {True: int(1.15 * GIB), False: int(0.32 * GIB)}
 """Of the host, whatever is run: interpreter and libraries, with a GPU its driver too."""
 COLLECTIVES_BYTES = {True: int(0.35 * GIB), False: 0}
@@ -240,7 +242,8 @@ def activation_bytes(load: Load, arrangement: Arrangement) -> int:
     if part < tokens and load.num_parts == 1:  # k and v of all, then q in turn
         attend = 2 * width + 3 * part * dims.dim * e + max(pieces, (2 * tokens + part) * dims.dim * load.attends_in_8_bits)
     else:
-        exchanged = 6 * width if load.num_parts > 1 else 0  # q, k and v as they are sent, and as they come
+        # Ulysses: q, k and v as they are sent, and as they come; a ring: k and v that come and go, the sums in float32, a part of them.
+        exchanged = 6 * width + 2 * SCORE_BYTES if load.num_parts > 1 else 0
         rounded = 3 * tokens * dims.dim if load.attends_in_8_bits else 0
         attend = 4 * width + tokens * dims.num_heads * FLOAT + max(exchanged, pieces, rounded)
     feed = part * (2 * dims.dim + dims.ffn_dim) * e
@@ -248,7 +251,8 @@ def activation_bytes(load: Load, arrangement: Arrangement) -> int:
         feed += part * dims.ffn_dim + 2 * QUANTIZED_AT_ONCE * dims.ffn_dim * FLOAT
     head = 4 * min(PIECE, tokens) * dims.dim * FLOAT
     latents = prod(load.latent_shape) * FLOAT * (6 + dims.in_dim // dims.out_dim)  # the noise, the solver's, and those of images
-    return streams + max(attend, feed, head) + latents
+    embed = (load.num_tokens + tokens) * dims.dim * e if load.num_parts > 1 else 0  # every rank embeds all tokens, then keeps its own
+    return max(streams + max(attend, feed, head), embed) + latents
 
 
 def footprint(load: Load, arrangement: Arrangement) -> list[Use]:

@@ -1,22 +1,50 @@
 """Images as people have them -> plain 8-bit RGB, and the video sizes that keep their aspect. No torch."""
 
+import importlib.util
+import re
 import warnings
+from functools import cache
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
+from wan_dist.colours import PixelError, check_tiff, to_rgb
 from wan_dist.errors import InputError, first_line
+from wan_dist.log import logger
 from wan_dist.reading import UnreadableError, check_file
 
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
-"""Not all that Pillow knows: for PostScript it would run a program."""
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "TGA", "ICO")
+"""Not all that Pillow knows: for PostScript it would run a program. HEIF is a plugin's."""
+_MOST_PIXELS = 2 * (2**30 // 12)
+"""As Pillow has it."""
+_MOST_PIXELS_OF_JPEG = 2**29
+"""Decoded at a fraction; a progressive one takes up to 6 bytes a pixel meanwhile."""
+_PIXELS_OF_FRACTION = 2**26
+
+_CONVERT = "convert it to JPEG or PNG"
+_FOREIGN = (
+    (rb".{4}ftyp(hei[cxms]|hev[cx]|mif1|msf1)", "HEIC, as phones write it", f"{_CONVERT}, or install pillow-heif"),
+    (rb".{4}ftypavi[fs]", "AVIF, which this Pillow was built without", _CONVERT),
+    (rb".{4}ftypcrx|II\*\0.{4}CR|FUJIFILMCCD-RAW|IIR[OS]|MMOR|IIU\0", "a camera's RAW", "develop it to JPEG or PNG"),
+    (rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "a video", "save one frame of it as PNG"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL", _CONVERT),
+    (rb"8BPS|gimp xcf", "a file of layers (PSD or XCF)", "export it as PNG"),
+    (rb"%PDF", "a PDF", "export a page of it as PNG"),
+    (rb"%!PS|\xc5\xd0\xd3\xc6", "PostScript", "export it as PNG"),
+    (rb"\s*(<\?xml.*)?(<!--.*-->\s*)?<svg", "SVG", "export it as PNG, in the size that it should have"),
+    (rb"\s*(?i:<!doctype html|<html)", "a page of HTML, as a failed download leaves", "download it again"),
+    (rb"version https://git-lfs", "a Git LFS pointer", "fetch the file with `git lfs pull`"),
+    (rb"v/1\x01|#\?RADIANCE|II\xbc\x01", "a picture of high dynamic range", "save it with 8 or 16 bits a channel"),
+    (rb"II\*\0|MM\0\*|II\+\0|MM\0\+", "TIFF of a kind that is not read, such as floats", "save it with 8 bits a channel"),
+)
+"""How files begin that are no pictures for us, what they are, and what to do."""
 
 
 def read_image(file: str, key: str) -> Image.Image:
-    """Return the image upright in 8-bit RGB: EXIF rotation applied, transparency laid on white, 16 bits scaled to 8.
+    """Return the image upright in 8-bit sRGB: EXIF rotation applied, transparency laid on white, 16 bits scaled to 8.
 
-    Raises InputError, naming ``key``, if there is no such file or it is no image.
+    Of several frames the first. A JPEG too large to be decoded whole is read at a fraction of its size. Raises InputError, naming
+    ``key``, if there is no such file, or it is no image, or one whose colours are not certain.
     """
     path = Path(file).expanduser()
     try:
@@ -24,28 +52,88 @@ def read_image(file: str, key: str) -> Image.Image:
     except UnreadableError as fault:
         raise InputError(f"{key}={file}: there is no such file ({fault})") from None
     try:
-        image = _upright(path)
+        image, notes = _read(path)
+    except PixelError as fault:
+        raise InputError(f"{key}={file} cannot be read as an image: {fault}") from None
     except Exception as fault:  # Pillow's readers raise many types for what is broken
-        raise InputError(f"{key}={file} cannot be read as an image ({first_line(fault)}); JPEG, PNG and WebP can") from None
-    if image.mode.startswith("I"):  # 16 bits in one channel, which Pillow would clip rather than scale
-        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+        raise InputError(f"{key}={file} cannot be read as an image{_reason(path, fault)}") from None
+    for note in notes:
+        _tell_once(f"note      {key}={file}: {note}")
+    return image
 
 
-def _upright(path: Path) -> Image.Image:
-    """Read an image; an orientation that cannot be read is none."""
-    Image.init()
+@cache
+def _tell_once(note: str) -> None:
+    logger.info("%s", note)
+
+
+def _reason(path: Path, fault: Exception) -> str:
+    """Return why a file is no image, by how it begins, and what to do."""
+    if isinstance(fault, UnidentifiedImageError):
+        begin = _begin_of(path)
+        if found := next(((what, hint) for sign, what, hint in _FOREIGN if re.match(sign, begin, re.DOTALL)), None):
+            return f": it is {found[0]}; {found[1]}"
+    return f" ({first_line(fault)}); JPEG, PNG and WebP can"
+
+
+def _read(path: Path) -> tuple[Image.Image, list[str]]:
+    """Read an image, and what to say of it; an orientation that cannot be read is none."""
+    notes = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of large images, of which the largest are errors, and of broken EXIF
-        with Image.open(path, formats=[form for form in _FORMATS if form in Image.OPEN]) as opened:
+        with _open(path) as opened:
+            check_tiff(opened)
+            whole = opened.size
+            if whole[0] * whole[1] > _MOST_PIXELS:
+                scale = next(scale for scale in (2, 4, 8) if whole[0] * whole[1] <= _PIXELS_OF_FRACTION * scale**2 or scale == 8)
+                opened.draft(None, (whole[0] // scale, whole[1] // scale))
+                notes.append(f"{_megapixels(whole[0] * whole[1])} megapixels are read at 1/{scale} of their width and height")
             opened.load()
             try:
-                return ImageOps.exif_transpose(opened)
+                image = ImageOps.exif_transpose(opened)
             except Exception:
-                return opened.copy()
+                image = opened.copy()
+            image, profile = to_rgb(image, opened)
+            if profile:
+                notes.append(f"its colours are converted from {profile} to sRGB")
+            if opened.format != "MPO" and _has_frames(opened):
+                notes.append("of its frames the first is taken")
+    return image, notes
+
+
+def _open(path: Path) -> Image.Image:
+    """Open an image, also a JPEG that is too large to be decoded whole; raises PixelError for others so large."""
+    Image.init()
+    if re.match(_FOREIGN[0][0], _begin_of(path), re.DOTALL) and importlib.util.find_spec("pillow_heif"):
+        importlib.import_module("pillow_heif").register_heif_opener()
+    try:
+        return Image.open(path, formats=[form for form in _FORMATS if form in Image.OPEN])
+    except Image.DecompressionBombError as fault:
+        if _begin_of(path).startswith(b"\xff\xd8\xff"):
+            opened = JpegImagePlugin.JpegImageFile(path)
+            if (pixels := opened.width * opened.height) <= _MOST_PIXELS_OF_JPEG:
+                return opened
+            opened.close()
+            most = _MOST_PIXELS_OF_JPEG
+        else:
+            pixels, most = int(re.findall("[0-9]+", str(fault))[0]), _MOST_PIXELS
+        raise PixelError(f"it has {_megapixels(pixels)} megapixels, and {_megapixels(most)} are taken; make it smaller") from None
+
+
+def _has_frames(opened: Image.Image) -> bool:
+    try:
+        return bool(getattr(opened, "is_animated", False))
+    except Exception:  # of later frames that are broken, which are not needed
+        return True
+
+
+def _begin_of(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1000)
+
+
+def _megapixels(pixels: int) -> int:
+    return round(pixels / 1e6)
 
 
 def size_of_area(width: int, height: int, area: int, multiple: tuple[int, int]) -> tuple[int, int]:
@@ -85,13 +173,19 @@ def cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scale an image until it covers ``size`` (width, height), then cut its centre out; an image of that size is unchanged."""
     if image.size == size:
         return image
-    scale = max(size[0] / image.width, size[1] / image.height)
-    whole = (round(image.width * scale), round(image.height * scale))
-    if whole[0] * whole[1] > (Image.MAX_IMAGE_PIXELS or 2**30):
-        raise InputError(f"an image of {image.width}x{image.height} cannot be cut to {size[0]}x{size[1]}: their shapes are too different")
-    image = image.resize(whole, Image.Resampling.LANCZOS)
+    image = image.resize(covering_size(image.size, size), Image.Resampling.LANCZOS)
     left, top = (image.width - size[0]) // 2, (image.height - size[1]) // 2
     return image.crop((left, top, left + size[0], top + size[1]))
+
+
+def covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """Return (width, height) to which an image is scaled to cover ``size``; raises InputError where that is far larger."""
+    scale = max(size[0] / image_size[0], size[1] / image_size[1])
+    width, height = round(image_size[0] * scale), round(image_size[1] * scale)
+    if width * height > (Image.MAX_IMAGE_PIXELS or 2**30):
+        shapes = f"an image of {image_size[0]}x{image_size[1]} cannot be cut to {size[0]}x{size[1]}"
+        raise InputError(f"{shapes}: their shapes are too different")
+    return width, height
 
 
 def _checked(width: int, height: int, area: int, multiple: tuple[int, int]) -> tuple[int, int]:

@@ -1,37 +1,22 @@
-"""A file of jobs -> the settings of each: a prompt a line, or JSON objects, or a table; no torch."""
+"""A file of jobs -> the settings of each, checked and named; no torch."""
 
-import csv
 import hashlib
-import io
 import json
-import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from wan_dist.arguments import check_key, is_text, quote, quoted
 from wan_dist.config import RunConfig
 from wan_dist.errors import InputError
+from wan_dist.job_files import ALIASES, read_entries
 from wan_dist.log import logger
+from wan_dist.overrides import UnplainError, is_plain_key, override_config
 from wan_dist.quoting import words_of
-from wan_dist.reading import UnreadableError, read_text
 
-ALIASES = {
-    "name": "output.name",
-    "steps": "sample.steps",
-    "solver": "sample.solver",
-    "shift": "sample.shift",
-    "guide_scale": "sample.guide_scale",
-    "frames": "frame_num",
-}
-"""Short names that keys have in a file of jobs."""
 _OF_THE_RUN = ("jobs", "retry_failed", "device", "parallel", "fsdp", "output.dir", "output.events")
 _FILES = ("image", "first_frame", "last_frame", "latents")
-_PLAIN = {"prompt": str, "negative_prompt": str, "image": str, "first_frame": str, "last_frame": str, "seed": int, "output.name": str}
-"""Keys that change nothing else, and the types of their values: their jobs share what Hydra composes, which takes a while."""
-
-_MOST_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -62,97 +47,75 @@ class Job:
 
 
 def read_jobs(file: Path) -> list[Job]:
-    """Return the jobs of a file: of .jsonl an object of settings a line, of .csv a row, with keys in the first, of others a prompt a line.
+    """Return the jobs of a file, told apart by its suffix: a prompt a line, JSON objects, or a table with keys in its first row.
 
     Empty lines are left out, and those that are the same as others. Images and ``@file.txt`` are sought beside the file. Where a job
     gives no name, its results are named after its prompt and a digest of its settings, so that lines may be added before it. Raises
-    InputError, with the line, for what cannot be read; keys and values are checked as they are used.
+    InputError, with the line, for what cannot be read, and for names that are one where case or Unicode's forms do not count; keys and
+    values are checked as they are used.
     """
-    try:
-        text = read_text(file, most=_MOST_BYTES)
-    except UnreadableError as fault:
-        raise InputError(f"{file} cannot be read as a file of jobs: {fault}") from None
-    read = {".jsonl": _objects, ".csv": _rows}.get(file.suffix.lower(), _prompts)
-    jobs = [Job(file, line, _settled(entry, file, line)) for line, entry in read(text, file)]
+    jobs = [Job(file, line, _settled(entry, file, line)) for line, entry in read_entries(file)]
     if not jobs:
-        raise InputError(f"{file} holds no jobs; it should have a prompt a line, or be .jsonl or .csv")
+        raise InputError(f"{file} holds no jobs; it should have a prompt a line, or be .jsonl, .json or .csv")
     found: dict[str, Job] = {}
     for job in jobs:
-        plain = str(job.values["output.name"]).removesuffix(".mp4").removesuffix(".png")  # as results are named
-        if (other := found.setdefault(plain, job)).values != job.values:
-            raise InputError(f"{job.place}: output.name={plain} is that of line {other.line} too")
+        other = found.setdefault(_file_of(job), job)
+        if other.values != job.values:
+            is_like = f" ({_name_of(other)}) where a file system ignores case or Unicode forms; give it another name"
+            raise InputError(
+                f"{job.place}: output.name={_name_of(job)} is that of line {other.line}"
+                + (" too" if _name_of(other) == _name_of(job) else is_like)
+            )
     if len(found) < len(jobs):
         logger.info("note      %s: lines that are the same as others, %d, are made once", file, len(jobs) - len(found))
     return list(found.values())
 
 
+def _name_of(job: Job) -> str:
+    """Return a job's name as its results have it."""
+    return str(job.values["output.name"]).removesuffix(".mp4").removesuffix(".png")
+
+
+def _file_of(job: Job) -> str:
+    """Return the same for all names that are one file somewhere: macOS and Windows ignore case, macOS how accents are encoded."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", _name_of(job)).casefold())
+
+
 def configs_of(jobs: Iterable[Job], settings: Sequence[str], compose: Callable[[list[str]], RunConfig]) -> Iterator[tuple[Job, RunConfig]]:
-    """Return each job with its configuration: ``settings``, and over them its own. Raises InputError with the line."""
-    composed: dict[tuple[str, ...], RunConfig] = {}
+    """Return each job with its configuration: ``settings``, and over them its own. Raises InputError with the line.
+
+    What jobs share is composed once, and for each choice of files of defaults (``task=``, ``memory=``) that jobs make.
+    """
+    composed: dict[tuple[str, ...], RunConfig | None] = {}
     for job in jobs:
-        plain: dict[str, Any] = {key: value for key, value in job.values.items() if type(value) is _PLAIN.get(key)}
-        rest = tuple(_setting(key, value) for key, value in job.values.items() if key not in plain)
+        chosen = tuple(_setting(key, value) for key, value in job.values.items() if not is_plain_key(key))
         try:
-            if rest not in composed:
-                composed[rest] = compose([*settings, *rest])
-            config = composed[rest]
-            output = replace(config.output, name=plain.pop("output.name")) if "output.name" in plain else config.output
-            config = replace(config, output=output, **plain)
+            if chosen not in composed:
+                composed[chosen] = _composed(compose, [*settings, *chosen])
+            config = _overridden(composed[chosen], job)
+            if config is None:
+                config = compose([*settings, *job.settings])
         except InputError as fault:
             raise InputError(f"{job.place}: {fault}") from None
         yield job, config
 
 
-def _prompts(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, {"prompt": line.strip()}
-
-
-def _objects(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
-        except (ValueError, RecursionError) as fault:
-            raise InputError(f"{file}, line {number}: not JSON ({fault})") from None
-        if not isinstance(entry, dict):
-            raise InputError(f'{file}, line {number}: not an object of settings, such as {{"prompt": "two cats boxing", "seed": 7}}')
-        yield number, entry
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
-    return found
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _rows(text: str, file: Path) -> Iterator[tuple[int, dict[str, object]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _composed(compose: Callable[[list[str]], RunConfig], settings: list[str]) -> RunConfig | None:
+    """Return the configuration of these settings; None where something is wrong with it, which a job's own settings may mend."""
     try:
-        keys = [key.strip() for key in next(reader, [])]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise InputError(f"{file}, line 1: the key {twice[0]} is given twice")
-        while True:
-            number = reader.line_num + 1
-            row = next(reader, None)
-            if row is None:
-                return
-            if not any(row):
-                continue
-            if len(row) != len(keys):
-                raise InputError(f"{file}, line {number}: {len(row)} values for the {len(keys)} keys of the first line")
-            found = [(key, value) for key, value in zip(keys, row, strict=True) if value]
-            yield number, {key: int(value) if key == "seed" and re.fullmatch("[0-9]{1,20}", value) else value for key, value in found}
-    except csv.Error as fault:
-        raise InputError(f"{file}, line {reader.line_num}: not a table ({fault})") from None
+        return compose(settings)
+    except InputError:
+        return None
+
+
+def _overridden(config: RunConfig | None, job: Job) -> RunConfig | None:
+    """Return the configuration with a job's plain settings; None where only Hydra can say what comes of them."""
+    if config is None:
+        return None
+    try:
+        return override_config(config, [(key, value, _setting(key, value)) for key, value in job.values.items() if is_plain_key(key)])
+    except UnplainError:
+        return None
 
 
 def _settled(entry: dict[str, object], file: Path, line: int) -> dict[str, object]:
@@ -166,7 +129,7 @@ def _settled(entry: dict[str, object], file: Path, line: int) -> dict[str, objec
             raise InputError(f"{file}, line {line}: {fault}") from None
         if isinstance(value, str) and key in _FILES:
             found[key] = _beside(file, value)
-        elif isinstance(value, str) and key in ("prompt", "negative_prompt") and value.startswith("@"):
+        elif isinstance(value, str) and key in ("prompt", "negative_prompt") and value.startswith("@") and not value.startswith("@@"):
             found[key] = f"@{_beside(file, value[1:])}"
     if found.get("output.name") is None:
         digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]

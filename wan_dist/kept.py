@@ -1,9 +1,7 @@
-"""What a run that was asked to end keeps in its output folder, to go on from when the same command is given again."""
+"""What a run that was ended early keeps in its output folder, to go on from when the same command is given again."""
 
-import hashlib
-import json
-import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -11,15 +9,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from wan_dist.aside import set_aside
 from wan_dist.config import RunConfig
+from wan_dist.digests import FORMAT, latents_digest, result_digest
+from wan_dist.errors import InputError, first_line
+from wan_dist.ledger import Ledger
 from wan_dist.log import logger
 from wan_dist.parallel.collectives import broadcast, broadcast_object
 from wan_dist.parallel.mesh import Axis
 from wan_dist.plan import Plan
 from wan_dist.video import save_tensors
-
-_OF_NO_MATTER = ("device", "fps", "latents", "memory", "output", "parallel", "fsdp", "jobs", "retry_failed", "ckpt_dir", "dit_file")
-"""Settings that may differ when a run goes on: they do not change the latents, or not more than rounding does."""
 
 _GUESSES = "guesses."
 
@@ -39,70 +38,140 @@ class Progress:
 
 
 class Kept:
-    """The file of a run's progress. Its name has a digest of all that the result depends on, so it is found by that alone.
+    """The file of a run's progress. Its name has a digest of all that the latents depend on, so it is found by that alone.
 
-    ``weights`` is a digest of the checkpoint's files.
+    ``weights`` is a digest of the checkpoint's. Raises InputError for an image or latents that cannot be read.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, plan: Plan, weights: str, *, is_job: bool = False) -> None:
-        settings = {key: value for key, value in asdict(config).items() if key not in _OF_NO_MATTER}
-        settings["weights"] = weights
-        settings |= {"prompt": plan.prompt, "negative_prompt": plan.negative_prompt, "size": (plan.width, plan.height)}
-        settings["images"] = [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in plan.images]
-        settings |= {"cache": (config.cache.steps, config.cache.threshold), "vae_dtype": config.memory.vae_dtype}
-        settings["name"] = config.output.name
-        if config.seed == -1 and not is_job:  # drawn anew by each submission, but not when it is requeued; once for a line of a file
-            settings["job"] = [os.environ.get(key) for key in ("SLURM_JOB_ID", "SLURM_ARRAY_TASK_ID")]
-        self.digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-        self.folder = folder
-        self.plan = plan
-        self.num_steps = config.sample.steps
-        self._is_job = is_job
+    def __init__(
+        self, folder: Path, config: RunConfig, plan: Plan, weights: str, *, is_job: bool = False, ledger: Ledger | None = None
+    ) -> None:
+        self.folder, self.config, self.plan, self.weights, self.is_job = folder, config, plan, weights, is_job
+        self.ledger = ledger or Ledger(folder)
         self.progress = Progress()
+        self.num_found = 0
+        """Steps that an earlier run had done."""
+
+    @cached_property
+    def latents_digest(self) -> str:
+        """Digest of all that the latents depend on."""
+        return latents_digest(self.config, self.plan, self.weights, is_job=self.is_job)
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of all that the result depends on."""
+        return result_digest(self.config, self.plan, self.latents_digest)
+
+    @property
+    def _suffix(self) -> str:
+        return f".{self.latents_digest}.state.safetensors"
 
     def _find(self) -> Path | None:
-        return next(self.folder.glob(f"*.{self.digest}.state.safetensors"), None)
+        """Return the file; where a seed was drawn, or a number put to the name, that is known from it alone.
 
-    def _latents(self) -> Tensor | None:
-        """Return the denoised latents of a job that was ended before its video was whole."""
-        if not self._is_job:
-            return None
+        One of a single run is taken with its name: another run of the same settings may be at it.
+        """
+        file = self.folder / f"{self.plan.name}{self._suffix}"
+        if self.is_job:
+            return file if file.exists() else None
+        found = sorted(self.folder.glob(f"*{self._suffix}"), key=lambda other: other != file)
+        return next((other for other in found if self.ledger.lock(other.name.removesuffix(self._suffix))), None)
+
+    def _read(self, file: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+        """Return what a file of ours has in its header and its tensors, None for another's; one that is damaged is set aside."""
         try:
-            with safe_open(self.folder / f"{self.plan.name}.latents.safetensors", "pt") as opened:
-                is_ours = (opened.metadata() or {}).get("digest") == self.digest
-                return cast(Tensor, opened.get_tensor("latents")) if is_ours else None
-        except (OSError, SafetensorError):
+            with safe_open(file, "pt") as opened:
+                facts = opened.metadata() or {}
+                if facts.get("digest") != self.latents_digest:
+                    return None
+                return facts, {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  # it is no dict
+        except FileNotFoundError:
             return None
+        except (OSError, SafetensorError, KeyError) as fault:
+            logger.warning("%s is damaged (%s); %s, and its steps are made again", file, first_line(fault), set_aside(file))
+            return None
+
+    def _stored(self) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+        """Return the kept progress, or whole latents: of a video that was not finished, or of one of which only the frames change."""
+        file = self._find()
+        found = None if file is None else self._read(file)
+        if found is not None and found[0].keys() >= {"num_done", "seed", "name"} and "latents" in found[1]:
+            logger.info("goes on   after %s steps, from %s", found[0]["num_done"], file)
+            return found
+        if not self.is_job and ((self.folder / f"{self.plan.name}.json").exists() or not self.ledger.lock(self.plan.name)):
+            return None
+        found = self._read(self.folder / f"{self.plan.name}.latents.safetensors")
+        if found is None or "latents" not in found[1]:
+            return None
+        return {"seed": str(self.plan.seed)} | found[0] | {"num_done": str(self.config.sample.steps), "name": self.plan.name}, found[1]
 
     def go_on(self, axis: Axis, device: torch.device) -> Plan:
         """Read the progress that was kept, if any, on the first rank of the axis, for all; returns the plan with its seed and name."""
-        stored: dict[str, Tensor] = {}
         facts = {"num_done": "0", "seed": str(self.plan.seed), "name": self.plan.name}
-        if axis.rank == 0 and (file := self._find()) is not None:
-            with safe_open(file, "pt") as opened:
-                facts |= opened.metadata()
-                stored = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  # it is no dict
-            logger.info("goes on   after %s steps, from %s", facts["num_done"], file)
-        elif axis.rank == 0 and (latents := self._latents()) is not None:
-            facts["num_done"], stored = str(self.num_steps), {"latents": latents}
+        facts, stored = (self._stored() if axis.rank == 0 else None) or (facts, {})
         facts, names = broadcast_object((facts, list(stored)), axis)
         tensors = {name: cast(Tensor, broadcast(stored.get(name), axis, device)).to(device) for name in names}
         guesses = {name.removeprefix(_GUESSES): tensors.pop(name) for name in names if name.startswith(_GUESSES)}
         self.progress = Progress(int(facts["num_done"]), tensors.pop("latents", None), tensors, guesses)
+        self.num_found = self.progress.num_done
         self.plan = replace(self.plan, seed=int(facts["seed"]), name=facts["name"])
         return self.plan
 
-    def write(self, progress: Progress) -> Path:
-        """Keep this progress, in place of what was kept before; returns the file."""
-        assert progress.latents is not None
-        file = self.folder / f"{self.plan.name}.{self.digest}.state.safetensors"
-        facts = {"num_done": str(progress.num_done), "seed": str(self.plan.seed), "name": self.plan.name}
+    def reserve(self, *, fixed: bool) -> Path:
+        """Return the result's path, which is nobody else's until this process ends.
+
+        A job's name is taken already. A name the user chose is replaced, one we made up gets a number rather than overwrite. Raises
+        InputError where another run is at the name that was chosen.
+        """
+        suffix = ".png" if self.plan.task.still else ".mp4"
+        path, number = self.folder / f"{self.plan.name}{suffix}", 1
+        if self.is_job:
+            return path
+        while not self.ledger.lock(path.stem) or (not fixed and path.exists()):
+            if fixed:
+                raise InputError(
+                    f"output.name={path.stem}: another run is making it in {self.folder}; wait for that one, or take another output.name"
+                )
+            number += 1
+            path = self.folder / f"{self.plan.name}_{number}{suffix}"
+        return path
+
+    def rename(self, plan: Plan, name: str) -> Plan:
+        """Return the plan with the name that was reserved."""
+        self.plan = replace(self.plan, name=name)
+        return replace(plan, name=name)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What the headers of latents and of progress say of them."""
+        return {"digest": self.latents_digest, "format": str(FORMAT), "seed": str(self.plan.seed), "name": self.plan.name}
+
+    def write(self, progress: Progress) -> bool:
+        """Keep this progress, in place of what was kept before; returns whether it could be, and warns if not."""
         guesses = {f"{_GUESSES}{name}": tensor for name, tensor in progress.guesses.items()}
-        tensors = {"latents": progress.latents, **progress.solver, **guesses}
-        save_tensors(file, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, facts)
-        return file
+        tensors = {"latents": cast(Tensor, progress.latents), **progress.solver, **guesses}
+        facts = self.facts | {"num_done": str(progress.num_done)}
+        try:
+            save_tensors(
+                self.folder / f"{self.plan.name}{self._suffix}", {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, facts
+            )
+        except (RuntimeError, InputError) as fault:  # a disk that is full, a GPU that is in error, an image that is gone
+            logger.warning("progress cannot be kept: %s", first_line(fault))
+            return False
+        return True
 
     def remove(self) -> None:
         """Remove the file, if there is one."""
-        if (file := self._find()) is not None:
-            file.unlink()
+        (self.folder / f"{self.plan.name}{self._suffix}").unlink(missing_ok=True)
+
+
+def warn_of_older(folder: Path) -> None:
+    """Name states in a folder that an earlier version has kept, which this one does not read."""
+    for file in folder.glob("*.state.safetensors"):
+        try:
+            with safe_open(file, "pt") as opened:
+                facts = opened.metadata() or {}
+        except (OSError, SafetensorError):
+            continue  # damaged: said by the run whose it is
+        if facts.get("format") != str(FORMAT):
+            logger.warning("%s is of an earlier version of wan-dist and is not gone on from; remove it, or use that version", file)

@@ -19,13 +19,17 @@ def size_of_latents(file: str, task: Task) -> tuple[int, int, int]:
     try:
         check_file(path)
         with safe_open(path, framework="numpy") as tensors:
-            names = list(tensors.keys())
+            names, metadata = list(tensors.keys()), tensors.metadata() or {}
             stored = tensors.get_slice("latents") if "latents" in names else None
             shape, dtype = (stored.get_shape(), stored.get_dtype()) if stored is not None else ([], "")
     except (UnreadableError, OSError, SafetensorError) as fault:
         raise InputError(f"latents={file} cannot be read as kept latents: {fault}") from None
     if stored is None:
         raise InputError(f"latents={file} holds no tensor called latents (but {', '.join(names[:5]) or 'none'}); kept latents do")
+    if "num_done" in metadata:
+        raise InputError(
+            f"latents={file} is the progress of a run after {metadata['num_done']} steps; the command that began it resumes it"
+        )
     if dtype not in _DTYPES:
         raise InputError(f"latents={file} holds numbers of type {dtype}; {', '.join(_DTYPES)} work")
     if len(shape) != 4 or shape[0] != task.latent_channels or 0 in shape:

@@ -8,6 +8,7 @@ import torch
 from wan_dist.log import logger
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
+from wan_dist.parallel.shared_work import NoRoomError
 from wan_dist.ways import Way
 
 
@@ -27,10 +28,6 @@ def free_bytes(device: torch.device, axis: Axis, *, budget_gib: float | None = N
         free = min(free, int(budget_gib * 2**30))
     free -= torch.cuda.memory_allocated(device)
     return int(all_gather(torch.tensor([free], device=device), axis).min())
-
-
-class NoRoomError(torch.OutOfMemoryError):
-    """A rank has too little memory, and all ranks know."""
 
 
 def make_sure_of_room(num_bytes: int, device: torch.device, axis: Axis) -> None:

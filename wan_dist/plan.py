@@ -1,8 +1,10 @@
 """RunConfig + task -> Plan: every derived number and every error that crosses fields. No torch, so that it answers at once."""
 
+import hashlib
+import json
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +18,7 @@ from wan_dist.environment import read_ranks
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, Load, Use, footprint
 from wan_dist.hardware import Hardware
+from wan_dist.image_sizes import SizeOfImage, image_files, image_sizes
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
 from wan_dist.latents import LONGEST_SIDE, size_of_latents
 from wan_dist.quoting import words_of
@@ -23,6 +26,8 @@ from wan_dist.reading import UnreadableError, read_object, read_text
 from wan_dist.ways import Way
 
 _MOST_FRAMES = 10**6 + 1
+_WITHOUT_EFFECT = ("device", "jobs", "retry_failed", "parallel", "fsdp", "memory", "output")
+"""Settings that do not change a result, or not more than rounding does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +39,8 @@ class Plan:
     negative_prompt: str | None
     """None where guidance is off."""
     images: tuple[Image.Image, ...]
-    """The images to start from: none, the first frame, or first and last, in 8-bit RGB."""
+    """The images to start from: none, the first frame, or first and last, in 8-bit RGB. Of a job that is only checked they are not read."""
+    num_images: int
     width: int
     height: int
     size_note: str
@@ -86,20 +92,30 @@ class Plan:
         )
 
 
-def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_rehearsal: bool = False, is_job: bool = False) -> Plan:
+def make_plan(
+    config: RunConfig,
+    *,
+    ranks: tuple[int, int] | None = None,
+    is_rehearsal: bool = False,
+    is_job: bool = False,
+    size_of_image: SizeOfImage | None = None,
+) -> Plan:
     """Resolve what the configuration leaves open; raises InputError with what would work if the fields do not fit together.
 
     ``ranks``: how many there are, and on a node; None: those that torchrun has started. A rehearsal does without prompt and images. A
-    job is one of several videos, so there may be replicas.
+    job is one of several videos, so there may be replicas. With ``size_of_image``, such as `image_size`, images are not decoded.
     """
     task = get_task(config.task)
     images: tuple[Image.Image, ...] = ()
+    sizes: list[tuple[int, int]] = []
     size_note, frame_num = "", config.frame_num
     if config.latents is not None:
         width, height, frame_num = size_of_latents(config.latents, task)
     else:
-        images = _any_images(config, task) if is_rehearsal else _read_images(config, task)
-        width, height, size_note = _video_size(config, task, images)
+        if size_of_image is None:
+            images = _any_images(config, task) if is_rehearsal else _read_images(config, task)
+        sizes = [image.size for image in images] if size_of_image is None else image_sizes(image_files(config, task), size_of_image)
+        width, height, size_note = _video_size(config, task, sizes)
     _check_size(width, height, task)
     _check_frames(frame_num, task)
     prompt = _text("prompt", config.prompt)
@@ -118,6 +134,8 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
         raise InputError(
             f"attention={config.attention} does not say by what the parts of a ring are merged; parallel.ring=1, or another attention"
         )
+    if config.parallel.usp == "xfuser" and config.dtype == "float32":
+        raise InputError("parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; parallel.usp=plain takes both")
     if config.parallel.usp == "xfuser" and num_tokens % (num_parts := degrees.ring * degrees.ulysses):
         raise InputError(
             f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_parts} ranks and would attend to padding; "
@@ -129,6 +147,7 @@ def make_plan(config: RunConfig, *, ranks: tuple[int, int] | None = None, is_reh
         prompt=prompt or "",
         negative_prompt=negative,
         images=images,
+        num_images=len(sizes),
         width=width,
         height=height,
         size_note=size_note,
@@ -171,7 +190,7 @@ def arranged(
         latent_shape=plan.latent_shape,
         num_tokens=plan.num_tokens,
         text_tokens=tuple(count_tokens(text) for text in texts),
-        num_images=len(plan.images),
+        num_images=plan.num_images,
         is_first_frame=plan.task.known_first_frame,
         num_experts=1 if plan.task.boundary is None else 2,
         keeps_steps=plan.tea is not None,
@@ -199,7 +218,7 @@ def _degrees(config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int,
     return plan_degrees(
         num_ranks,
         ranks_per_node=ranks_per_node,
-        num_heads=_num_heads(config, task),
+        num_heads=heads_of(config),
         guided=guided,
         dp=config.parallel.dp,
         cfg=config.parallel.cfg,
@@ -208,7 +227,7 @@ def _degrees(config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int,
     )
 
 
-def _num_heads(config: RunConfig, task: Task) -> int:
+def heads_of(config: RunConfig) -> int:
     """Return the heads of the checkpoint that is used, where its config can be read, else those of the published one."""
     if config.ckpt_dir is not None:
         for place in (".", "high_noise_model", "transformer"):
@@ -217,7 +236,7 @@ def _num_heads(config: RunConfig, task: Task) -> int:
                 return int(found.get("num_heads") or found["num_attention_heads"])
             except (ValueError, KeyError, TypeError):
                 continue  # whatever is wrong with the folder is said when it is opened
-    return task.transformer.num_heads
+    return get_task(config.task).transformer.num_heads
 
 
 def _shard(what: str, asked: bool | None, place: str | None, degrees: Degrees, *, default: bool) -> bool:
@@ -275,33 +294,25 @@ def _any_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
 
 def _read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
     """Return the images the task starts from; raises InputError if one is missing, unreadable or not wanted."""
-    given = {key: file for key in ("image", "first_frame", "last_frame") if (file := getattr(config, key)) is not None}
-    wanted = task.images.keys
-    if unwanted := [key for key in given if key not in wanted]:
-        takers = [name for name, other in TASKS.items() if unwanted[0] in other.images.keys and other.repository]
-        raise InputError(f"{unwanted[0]} is given, but {task.name} takes {task.images.value}; {', '.join(takers)} would take {unwanted[0]}")
-    missing = [key for key in wanted if key not in given]
-    if missing and task.images is not Images.OPTIONAL:
-        raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: {task.name} takes {task.images.value}")
-    images = tuple(read_image(file, key) for key, file in given.items())
+    images = tuple(read_image(file, key) for key, file in image_files(config, task).items())
     if len(images) == 2:
         images = (images[0], cover(images[1], images[0].size))
     return images
 
 
-def _video_size(config: RunConfig, task: Task, images: tuple[Image.Image, ...]) -> tuple[int, int, str]:
+def _video_size(config: RunConfig, task: Task, image_sizes: Sequence[tuple[int, int]]) -> tuple[int, int, str]:
     """Return width, height and how they came about: with an image, the size is an area and the image gives the aspect."""
     width, height = config.width_height()
-    if not images:
+    if not image_sizes:
         if config.max_area is not None:
             raise InputError(f"max_area={config.max_area} is for tasks with an image; {task.name} without one takes size=width*height")
         return width, height, ""
     area = config.max_area or width * height
     fit = best_size_of_area if task.known_first_frame else size_of_area
-    image = images[0]
-    fitted = fit(image.width, image.height, area, task.multiple)
+    image_width, image_height = image_sizes[0]
+    fitted = fit(image_width, image_height, area, task.multiple)
     asked = f"max_area={config.max_area}" if config.max_area else f"size={width}*{height}"
-    note = "" if fitted == (width, height) else f" ({asked} is an area, the image of {image.width}x{image.height} gives the aspect)"
+    note = "" if fitted == (width, height) else f" ({asked} is an area, the image of {image_width}x{image_height} gives the aspect)"
     return *fitted, note
 
 
@@ -358,14 +369,16 @@ def _check_size(width: int, height: int, task: Task) -> None:
 
 
 def _text(key: str, value: str | None) -> str | None:
-    """Return the text, or the contents of the file after ``@``."""
+    """Return the text, or the contents of the file after ``@``; ``@@`` begins a text with ``@``."""
     if value is None or not value.startswith("@"):
         return value
+    if value.startswith("@@"):
+        return value[1:]
     try:
         path = Path(value[1:]).expanduser()
         text = read_text(path, most=MOST_CHARACTERS).strip()
     except UnreadableError as fault:
-        raise InputError(f"{key}={value}: cannot read {path} ({fault})") from None
+        raise InputError(f"{key}={value}: cannot read {path} ({fault}); a text that begins with @ is written with @@") from None
     except RuntimeError as fault:
         raise InputError(f"{key}={value}: {fault}") from None
     if not text and key == "prompt":
@@ -380,4 +393,11 @@ def _file_name(config: RunConfig, prompt: str | None, seed: int) -> str:
         name = Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
         check_name("output.name (from latents)", name)
         return name
-    return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed)) if part)
+    return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed), _distinction(config, prompt)) if part)
+
+
+def _distinction(config: RunConfig, prompt: str | None) -> str:
+    """Return what tells a made-up name from that of a run whose prompt begins alike, or whose other settings differ."""
+    settings = {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT}
+    settings |= {"prompt": prompt, "tensor": config.output.save_tensor, "vae_dtype": config.memory.vae_dtype}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]

@@ -88,14 +88,20 @@ class Preemption:
         return self.asked_by is not None
 
     @contextmanager
-    def until_asked(self) -> Iterator[None]:
-        """Within `heeded`, have a signal only noted; raises Preempted where one came before and was swallowed by a library."""
-        self.stop_if_asked()
-        self.deferred = True
+    def noted(self) -> Iterator[None]:
+        """Within, a signal is only noted in ``asked_by``."""
+        before, self.deferred = self.deferred, True
         try:
             yield
         finally:
-            self.deferred = False
+            self.deferred = before
+
+    @contextmanager
+    def until_asked(self) -> Iterator[None]:
+        """Within `heeded`, have a signal only noted; raises Preempted where one came before and was swallowed by a library."""
+        self.stop_if_asked()
+        with self.noted():
+            yield
 
 
 preemption = Preemption()

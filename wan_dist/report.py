@@ -21,6 +21,7 @@ import torch
 from wan_dist import __version__
 from wan_dist.aside import written_aside
 from wan_dist.config import RunConfig
+from wan_dist.digests import FORMAT
 from wan_dist.footprint import Use
 from wan_dist.log import logger
 
@@ -51,6 +52,7 @@ class Report:
             "device": _device_name(device),
             "machine": socket.gethostname(),
             "began": round(time.time(), 3),
+            "format": FORMAT,
         }
 
     @contextmanager

@@ -11,10 +11,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import hydra
 from hydra.errors import HydraException
@@ -27,14 +27,21 @@ from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
 from wan_dist.environment import Ranks, read_ranks, settle_environment
 from wan_dist.errors import InputError, told
+from wan_dist.image_sizes import image_size
 from wan_dist.jobs import Job, configs_of, read_jobs
 from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher, is_shell_of_srun
 from wan_dist.log import logger, open_log, protect_streams
 from wan_dist.network import choose_network
-from wan_dist.plan import Plan, make_plan, ranks_started
+from wan_dist.plan import Plan, make_plan
+from wan_dist.rank_facts import check_alike, find_facts
 from wan_dist.replicas import spread
 
+if TYPE_CHECKING:
+    from wan_dist.parallel.team import Team
+
 CONF = packaged("conf", "conf")
+_JOIN_SECONDS = 600.0
+"""In which all ranks have to come, where the settings do not say."""
 
 EXAMPLES = """\
   python -m wan_dist.run task=toy
@@ -71,29 +78,18 @@ def main(arguments: list[str]) -> int:
         try:
             with preemption.heeded():
                 ranks = _prepare_rank()
-                prepared = prepare(arguments)
-                if "--hydra-help" not in prepared:
-                    require_task(prepared)
-                config = compose(prepared)
-                if config is None:
-                    return 0
-                if (folder := config.cache.folder()) is not None and not is_writable(folder):
-                    logger.info("note      cache.dir=%s cannot be written: prompt embeddings are not kept; name another folder", folder)
-                return _run(config, arguments)
+                return _run_alone(arguments) if ranks.num_ranks == 1 else _run_in_team(arguments, ranks)
         except Preempted as stop:
             return _fail(CODE, str(stop), "", is_said=ranks.rank == 0)
         except InputError as fault:
-            if ranks.rank:
-                time.sleep(3)  # the first rank says the same, and torchrun ends us meanwhile
             return _fail(2, str(fault))
-        except (HydraException, OmegaConfBaseException) as fault:
-            return _fail(2, readable(fault))
         except Exception as fault:
-            if any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
-                if preemption.asked_by is not None:
-                    message = "asked to end, as another rank was, which has; the same command goes on"
-                    return _fail(CODE, message, "", is_said=ranks.rank == 0)
-                time.sleep(3)  # the rank that broke ends first, so that torchrun names it and not those it left waiting
+            said_by_other = getattr(fault, "fault", None)  # of a RankError, whose class comes with torch
+            if said_by_other is not None:
+                return _fail_after(said_by_other.kind, str(fault))
+            if preemption.asked_by is not None and any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
+                message = "asked to end, as another rank was, which has; the same command goes on"
+                return _fail(CODE, message, "", is_said=ranks.rank == 0)
             logger.exception("the run failed")
             bury_launcher()
             return _fail(1, _described(fault))
@@ -128,17 +124,75 @@ def compose(arguments: list[str]) -> RunConfig | None:
     return cast(RunConfig, OmegaConf.to_object(composed[0])) if composed else None
 
 
-def _run(config: RunConfig, arguments: list[str]) -> int:
-    if config.jobs is None:
-        plan = make_plan(config)
-        from wan_dist.generate import run_job  # after the checks: it imports torch and transformers, which takes seconds
-
-        run_job(config, plan)
+def _run_alone(arguments: list[str]) -> int:
+    """Run on one rank, whose settings are checked before torch is imported, which takes seconds."""
+    config = configured(arguments)
+    if config is None:
         return 0
-    checked = check_jobs(config, arguments, ranks=ranks_started(), gpu_bytes=_gpu_bytes(config))
+    _warn_of_cache(config)
+    planned = _planned(config, arguments, Ranks(), _gpu_bytes)
+    from wan_dist.parallel.team import Team
+
+    return _start(config, planned, arguments, Team(Ranks(), config.parallel.timeout))
+
+
+def _run_in_team(arguments: list[str], ranks: Ranks) -> int:
+    """Run as one of several ranks: they meet before they plan, and the first one plans for all."""
+    from wan_dist.parallel.shared_work import kind_of, text_of
+    from wan_dist.parallel.team import Fault, RankError, Team
+
+    config: RunConfig | None = None
+    wrong: InputError | None = None
+    try:
+        config = configured(arguments)
+    except InputError as fault:
+        wrong = fault
+    team = Team(ranks, _JOIN_SECONDS if config is None else config.parallel.timeout)
+    try:
+        if wrong is not None:
+            raise wrong
+        if config is None:
+            return 0
+        _warn_of_cache(config)
+        facts = find_facts(config, _gpu_name(config), _gpu_bytes(config))
+        least = check_alike(team.gather(facts, "start"))
+        planned = team.share(lambda: _planned(config, arguments, ranks, lambda _: least), "check the settings")
+        return _start(config, planned, arguments, team)
+    except (Exception, Preempted) as fault:
+        text = text_of(fault)
+        team.fail(kind_of(fault), text)
+        if isinstance(fault, InputError | Preempted) and team.is_told_by_others(text):
+            raise RankError(text, Fault(team.rank, "", kind_of(fault), text)) from None
+        raise
+    finally:
+        with preemption.noted():
+            team.leave()
+
+
+def _warn_of_cache(config: RunConfig) -> None:
+    if (folder := config.cache.folder()) is not None and not is_writable(folder):
+        logger.info("note      cache.dir=%s cannot be written: prompt embeddings are not kept; name another folder", folder)
+
+
+def _planned(
+    config: RunConfig, arguments: list[str], ranks: Ranks, gpu_bytes: Callable[[RunConfig], int | None]
+) -> Plan | list[tuple[Job, RunConfig, Plan]]:
+    """Return what is to be made; raises InputError for what cannot be."""
+    counts = (ranks.num_ranks, ranks.ranks_per_node)
+    if config.jobs is None:
+        return make_plan(config, ranks=counts)
+    return check_jobs(config, arguments, ranks=counts, gpu_bytes=gpu_bytes(config))
+
+
+def _start(config: RunConfig, planned: "Plan | list[tuple[Job, RunConfig, Plan]]", arguments: list[str], team: "Team") -> int:
+    if isinstance(planned, Plan):
+        from wan_dist.generate import run_job
+
+        run_job(config, planned, team)
+        return 0
     from wan_dist.batch import Item, run_jobs
 
-    return run_jobs(config, [Item(job, config, plan) for job, config, plan in checked], arguments)
+    return run_jobs(config, [Item(job, own, plan) for job, own, plan in planned], arguments, team)
 
 
 def check_jobs(
@@ -146,7 +200,9 @@ def check_jobs(
 ) -> list[tuple[Job, RunConfig, Plan]]:
     """Return each job of a run's file with its configuration and plan; raises InputError with the line of one that cannot be made.
 
-    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU.
+    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU. It is
+    enough to call it on one rank: what it returns can be pickled, in about 1 kB a job, of which most is the prompt. Images are not
+    decoded, and those that jobs share are looked at once.
     """
     assert config.jobs is not None
     jobs = read_jobs(Path(config.jobs).expanduser())
@@ -155,9 +211,10 @@ def check_jobs(
     shared = [argument for argument in arguments if argument.partition("=")[0] not in ("jobs", "output.name")]
     configs = [each for _, each in configs_of(jobs, shared, _configured)]
     checked = []
-    for job, each in zip(jobs, spread(configs, *ranks, gpu_bytes), strict=True):
+    size_of_image = cache(image_size)
+    for job, each in zip(jobs, spread(configs, *ranks, gpu_bytes, size_of_image), strict=True):
         try:
-            checked.append((job, each, replace(make_plan(each, ranks=ranks, is_job=True), images=())))
+            checked.append((job, each, make_plan(each, ranks=ranks, is_job=True, size_of_image=size_of_image)))
         except InputError as fault:
             raise InputError(f"{job.place}: {fault}") from None
     return checked
@@ -166,7 +223,8 @@ def check_jobs(
 def configured(arguments: Sequence[str]) -> RunConfig | None:
     """Return the configuration of a run's arguments, None after a flag that only prints; raises InputError."""
     prepared = prepare(list(arguments))
-    require_task(prepared)
+    if "--hydra-help" not in prepared:
+        require_task(prepared)
     try:
         return compose(prepared)
     except (HydraException, OmegaConfBaseException) as fault:
@@ -185,7 +243,20 @@ def _gpu_bytes(config: RunConfig) -> int | None:
         return None
     import torch
 
-    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+    from wan_dist.parallel.mesh import local_device
+
+    return int(torch.cuda.get_device_properties(local_device("cuda")).total_memory) if torch.cuda.is_available() else None
+
+
+def _gpu_name(config: RunConfig) -> str | None:
+    """Return what tells this rank's GPU from others of its host, None where the run is on the CPU."""
+    if config.device == "cpu":
+        return None
+    import torch
+
+    from wan_dist.parallel.mesh import local_device
+
+    return str(torch.cuda.get_device_properties(local_device("cuda")).uuid) if torch.cuda.is_available() else None
 
 
 def readable(fault: Exception) -> str:
@@ -207,12 +278,23 @@ def _described(fault: Exception) -> str:
     return f"{type(fault).__name__}: {first}" + (f" ({where})" if where else "")
 
 
+def _fail_after(kind: str, message: str) -> int:
+    """End without a word: another rank has said what is wrong."""
+    logger.debug("another rank has failed: %s", message)
+    bury_launcher()
+    return _note_failure({"input": 2, "signal": CODE}.get(kind, 1), told(message), delay=1)  # torchrun names the first
+
+
 def _fail(code: int, message: str, kind: str = "error: ", *, is_said: bool = True) -> int:
     message = told(message)
     if is_said:
         sys.stderr.write(f"wan_dist: {kind}{message}\n")
+    return _note_failure(code, message)
+
+
+def _note_failure(code: int, message: str, *, delay: int = 0) -> int:
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun ends with the first failing rank's message
-        entry = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        entry = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()) + delay)}}
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": entry}))
     return code

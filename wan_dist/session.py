@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from wan_dist.config import RunConfig, packaged
+from wan_dist.config import RunConfig, packaged, split_files
 from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, table
@@ -19,15 +20,20 @@ from wan_dist.memory import free_bytes
 from wan_dist.models import cross_attention, transformer_elementwise
 from wan_dist.models.attention import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.text_encoder import token_ids
-from wan_dist.parallel.collectives import broadcast_object, first_on_each_node
-from wan_dist.parallel.mesh import Groups, local_device
+from wan_dist.parallel.mesh import Axis, Groups, local_device
+from wan_dist.parallel.shared_work import work_together
 from wan_dist.parallel.usp import check_usp
 from wan_dist.plan import Plan, arranged
-from wan_dist.prompts import digest_of_files
+from wan_dist.prompts import PromptCache
+from wan_dist.record import digest_of
+from wan_dist.report import Report
 from wan_dist.room import staying
 from wan_dist.shelf import Shelf
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.hub import find_checkpoint
+from wan_dist.weights.identity import digest_of_weights
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -43,7 +49,11 @@ class Session:
     """As it was before a model was loaded."""
     shelf: Shelf = field(default_factory=Shelf)
     texts: dict[str, Tensor] = field(default_factory=dict)
-    """Embeddings (n, text_dim) of prompts on the CPU, on the replica's first rank."""
+    """Embeddings (n, text_dim) of prompts on the CPU, on the replica's first rank: those that no prompt cache has."""
+    prompt_cache: PromptCache | None = None
+    """Where a batch's other embeddings are, there too."""
+    shared_texts: PromptCache | None = None
+    """Where those are that other replicas have made, and their ranks' prompt cache does not show here."""
     times: tuple[tuple[int, bool], ...] = ()
     """Timesteps that may come, and whether with a known first frame; of one video its own are enough."""
     lowered: Arrangement | None = None
@@ -53,10 +63,29 @@ class Session:
     has_room_for_frames: bool = False
     """A video that is decoded may be written while the next one is denoised."""
 
+    def together(self, work: Callable[[], T], what: str) -> T:
+        """Do ``work`` on all ranks of the replica, see `work_together`; where they could not end it, models go that cannot be trusted."""
+        before = self.groups.num_opened
+        try:
+            return work_together(self.groups, work, what)
+        except BaseException:
+            if self.groups.num_opened != before:
+                self.shelf.clear()
+            raise
+
+    def lower(self, arrangement: Arrangement, report: Report) -> None:
+        """Take an arrangement from now on, since memory ran out with the one before; all ranks of the replica."""
+        report.facts["stepped_down_to"] = asdict(arrangement)
+        self.lowered = arrangement
+        self.keeps_experts = False
+        self.shelf.clear()
+
     @cached_property
-    def weights(self) -> str:
-        """A digest of the checkpoint's files."""
-        return digest_of_files(self.checkpoint.paths)
+    def text_encoder_digest(self) -> str:
+        """Return a digest of the text encoder's weights and of its tokenizer's files."""
+        tokenizer = Path(self.checkpoint.tokenizer.name_or_path)
+        files = sorted(file for file in tokenizer.iterdir() if file.is_file())
+        return " ".join([digest_of_weights([self.checkpoint.text_encoder.files]), *map(digest_of, files)])
 
     def place(self, model: str, which: int) -> str:
         """Return an expert's place on the shelf, which the experts share where both cannot stay."""
@@ -81,15 +110,23 @@ class Session:
 
 
 def open_session(config: RunConfig, plan: Plan, groups: Groups, device: torch.device) -> Session:
-    """Open the plan's checkpoint, choose its attention; raises InputError for what is wrong with them, before weights are read."""
+    """Open the plan's checkpoint, choose its attention; raises InputError for what is wrong with them, before weights are read.
+
+    All ranks of the run come to the same, or to an error.
+    """
     checkpoint = _open_checkpoint(config, plan, groups)
     choose = _begin_to_choose(config.attention, device, getattr(torch, config.dtype), checkpoint.transformers[0].dims)
     if config.parallel.usp == "xfuser":
         check_usp(device, choose().name)
-    free = free_bytes(device, groups.replica)
-    host, limit = broadcast_object(find_host(), groups.replica)
-    hardware = Hardware(free if device.type == "cuda" else None, host, host_limit=limit, has_context=True)
-    return Session(groups, device, checkpoint, choose, hardware)
+    host, limit = find_host()
+    free = free_bytes(device, Axis()) if device.type == "cuda" else None
+    told = groups.team.gather((checkpoint.digest, free, host, limit), "open the checkpoint")
+    if mismatches := [rank for rank, (digest, *_) in enumerate(told) if digest != told[0][0]]:
+        raise InputError(f"{checkpoint.folder} holds other weights on rank {mismatches[0]} than on rank 0; give all nodes the same files")
+    own = [told[rank] for rank in groups.replica_ranks]
+    least = min(own, key=lambda found: found[2])
+    gpu = None if free is None else min(found[1] for found in own)
+    return Session(groups, device, checkpoint, choose, Hardware(gpu, least[2], host_limit=least[3], has_context=True))
 
 
 def find_device(config: RunConfig) -> torch.device:
@@ -117,8 +154,13 @@ def _open_checkpoint(config: RunConfig, plan: Plan, groups: Groups) -> Checkpoin
     def find() -> Path:
         return packaged("toy", "toy/checkpoint") if plan.task.name == "toy" else find_checkpoint(plan.task, area=plan.width * plan.height)
 
-    given = [Path(name.strip()).expanduser() for name in (config.dit_file or "").split(",") if name.strip()]
-    folder = first_on_each_node(find, groups) if config.ckpt_dir is None else Path(config.ckpt_dir).expanduser()
+    given = [] if config.dit_file is None else split_files(config.dit_file)
+    if config.ckpt_dir is not None:
+        folder = Path(config.ckpt_dir).expanduser()
+    else:  # it may have to be downloaded, for as long as that takes
+        found = find() if groups.local_rank == 0 else None
+        groups.team.gather(None, "find the checkpoint, or download it")
+        folder = find() if found is None else found
     return open_checkpoint(folder, plan.task, getattr(torch, config.dtype), transformer_files=given)
 
 

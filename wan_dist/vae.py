@@ -13,7 +13,7 @@ from wan_dist.degrees import MIN_STRIP
 from wan_dist.dims import VaeDims
 from wan_dist.footprint import vae_weight_bytes
 from wan_dist.log import logger
-from wan_dist.memory import free_bytes, ranks_that_can
+from wan_dist.memory import free_bytes, make_sure_of_room, ranks_that_can
 from wan_dist.models.vae import WanVae
 from wan_dist.models.vae_layers import VideoState
 from wan_dist.parallel.collectives import gather_on_first
@@ -97,6 +97,7 @@ def encode(vae: WanVae, chunks: Callable[[], Iterable[Tensor]], way: Way, axis: 
     together = _merged(chunks(), way.at_once)
     if way.name != "parallel":
         return vae.encode(together)
+    make_sure_of_room(way.num_bytes, next(vae.parameters()).device, axis)
     if way.is_tight:
         zeros = _zeros(vae, 3, 4 * way.at_once, _share(next(iter(chunks())).shape[3:], axis, vae.dims.scale))
         if not all_have_room(lambda state: vae.encoder(vae.pixels_in(zeros), state), vae, axis):
@@ -120,6 +121,7 @@ def decode(vae: WanVae, latents: Tensor, convert: Convert, way: Way, axis: Axis)
     vae.latents_at_once = way.at_once
     latents = latents.unsqueeze(0)
     if way.name == "parallel":
+        make_sure_of_room(way.num_bytes, latents.device, axis)
         zeros = _zeros(vae, vae.dims.latent_dim, way.at_once, _share(latents.shape[3:], axis))
         if way.is_tight and not all_have_room(lambda state: vae.decoder(zeros, state), vae, axis):
             raise torch.OutOfMemoryError

@@ -2,9 +2,7 @@
 
 import contextlib
 import itertools
-import os
 import re
-import socket
 import subprocess
 import tempfile
 from collections import deque
@@ -20,7 +18,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from wan_dist.aside import written_aside
-from wan_dist.errors import InputError
 
 _ENCODING = [
     *(
@@ -155,23 +152,3 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] |
             aside.write_bytes(save(tensors, facts))
     except OSError as fault:
         raise SaveError(f"cannot write {path}: {fault}") from fault
-
-
-def check_output(folder: Path, *, width: int, height: int, fps: int) -> None:
-    """Make the folder and encode two frames into it, so that a run cannot fail there after hours; raises InputError."""
-    probe = folder / f".wan-dist-probe-{socket.gethostname()}-{os.getpid()}.mp4"  # runs may begin at once in one folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-    except OSError as fault:
-        why = "it is a file" if isinstance(fault, FileExistsError) else fault.strerror
-        raise InputError(f"output.dir={folder} cannot be written: {why}; choose another output.dir") from None
-    try:
-        save_video(probe, [torch.zeros(2, height, width, 3, dtype=torch.uint8)], fps=fps, num_frames=2)
-    except SaveError as fault:
-        raise InputError(
-            f"a test video could not be encoded to output.dir={folder}: {fault}. If ffmpeg lacks libx264, "
-            "unset IMAGEIO_FFMPEG_EXE (the package imageio-ffmpeg brings a full one)"
-        ) from None
-    finally:
-        probe.unlink(missing_ok=True)

@@ -22,6 +22,8 @@ class Way:
     """Latent frames that are made, or decoded, at once: more are faster and take more memory."""
     is_tight: bool = False
     """It takes most of the memory that is free."""
+    num_bytes: int = 0
+    """Of memory that it is predicted to take, without weights."""
 
     def __str__(self) -> str:
         return f"in {self.num_tiles} tiles" if self.name == "tiled" else "on the CPU" if self.name == "cpu" else self.name
@@ -67,7 +69,7 @@ def ways_that_fit(
         still = latent_size[0] == 1
         needs = {number: vae_bytes(dims, size, itemsize, at_once=number, encode=encode, still=still) for number in (*numbers, 1)}
         at_once = next((number for number in numbers if needs[number] < free // 2), 1)
-        return replace(way, at_once=at_once, is_tight=needs[at_once] > free // 2), needs[at_once]
+        return replace(way, at_once=at_once, is_tight=needs[at_once] > free // 2, num_bytes=needs[at_once]), needs[at_once]
 
     *on_gpu, cpu = ways_from(name, larger)
     return [way for way, need in map(sized, on_gpu) if need < free / _FRAGMENTS] + [cpu]

@@ -10,7 +10,7 @@ import torch
 
 from wan_dist.degrees import Degrees
 from wan_dist.models.attention import InnerAttention, choose_attention
-from wan_dist.parallel.mesh import Groups, local_device, make_groups, open_groups
+from wan_dist.parallel.mesh import Groups, local_device, open_groups
 from wan_dist.parallel.ring import RingAttention
 from wan_dist.parallel.sequence import SplitSequence
 from wan_dist.parallel.ulysses import UlyssesAttention
@@ -45,9 +45,8 @@ def main(name: str, usp: str = "plain") -> None:
         spreads.append(Degrees(ring=2, ulysses=2))
     if usp == "xfuser":
         spreads = spreads[-1:]  # its groups are made once in a process
-    with open_groups(spreads[0], device, timeout=60):
-        for degrees in spreads:
-            groups = make_groups(degrees, device.type)
+    for degrees in spreads:
+        with open_groups(degrees, device, timeout=60) as groups:
             for num_tokens in (2048, 1003) if usp == "plain" else (2048, 1020):
                 torch.manual_seed(num_tokens)
                 whole = [torch.randn(1, num_tokens, HEADS, WIDTH).to(device, dtype) for _ in range(3)]

@@ -214,10 +214,30 @@ def _with_large_vocabulary(folder: Path) -> Sequence[str]:
 
 
 def _has_video(_: object, outputs: Path) -> None:
-    assert [path.name for path in outputs.glob("*.mp4")] == ["toy_a-cat_42.mp4"]
+    assert [path.name[:13] for path in outputs.glob("*.mp4")] == ["toy_a-cat_42_"]
+
+
+def _given(name: str, content: bytes, *says: str) -> Case:
+    """Return the case of a whole checkpoint and a file beside it that is to be its transformer."""
+
+    def make(folder: Path) -> Sequence[str]:
+        (folder / "x.bin").write_bytes(content)
+        return [*RUN, "dit_file=x.bin"]
+
+    return Case(name, make, ("x.bin", *says))
 
 
 _DOWNLOAD = "download it again"
+_OTHERS = (
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
+    (b"GGUF\3\0\0\0" + bytes(99), "GGUF"),
+    (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(99), "ONNX"),
+    (b"\n<!DOCTYPE html><html>404 Not Found</html>", "a page of HTML"),
+    (b'{"weight_map": {"a": "b.safetensors"}}', "JSON"),
+    (b"\x1f\x8b\x08\0" + bytes(99), "packed"),
+    (bytes(257).replace(b"\0", b"x") + b"ustar" + bytes(999), "packed; unpack it"),
+    (b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
+)
 _NO_HEADER = "no readable safetensors header"
 _CODE = ("holds code", "not run")
 _NO_WEIGHTS = "cannot be read as PyTorch weights"
@@ -227,7 +247,10 @@ HEADERS = [
     _file("a transformer of nothing", TRANSFORMER, b"", "(0 bytes)", _NO_HEADER),
     _file("a transformer of seven bytes", TRANSFORMER, b"seven b", _NO_HEADER),
     _file("a page of HTML", TRANSFORMER, "<!DOCTYPE html><html>404 Not Found</html>", _NO_HEADER),
-    _file("a pointer of Git LFS", TRANSFORMER, "version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+    *(_file(f"{what} as a transformer", TRANSFORMER, content, _NO_HEADER, what) for content, what in _OTHERS),
+    *(_file(f"{what} as a VAE", VAE, content, _NO_WEIGHTS, what) for content, what in _OTHERS),
+    *(_given(f"{what} as dit_file", content, what) for content, what in _OTHERS),
+    _file("a transformer of zeros", TRANSFORMER, bytes(5000), _NO_HEADER, "not finished", _DOWNLOAD),
     _length("a header of 2^60 bytes", struct.pack("<Q", 2**60), _NO_HEADER),
     _length("a header of -1 bytes", struct.pack("<q", -1), _NO_HEADER),
     _length("a header of no bytes", bytes(8), _NO_HEADER),
@@ -284,7 +307,7 @@ PICKLES = [
     _file("a text encoder of text", TEXT_ENCODER, "two cats", _NO_WEIGHTS),
     _case("a truncated VAE", lambda folder: os.truncate(folder / VAE, 5000), VAE, "(5000 bytes)", _NO_WEIGHTS),
     _case("a VAE that is a folder", _replaced(VAE, Path.mkdir), VAE, "it is not a file"),
-    _case("safetensors called .pth", lambda folder: shutil.copy(folder / TRANSFORMER, folder / VAE), VAE, _NO_WEIGHTS),
+    _case("safetensors of another model called .pth", lambda folder: shutil.copy(folder / TRANSFORMER, folder / VAE), VAE, "conv1.weight"),
 ]
 
 CONFIGS = [

@@ -99,6 +99,26 @@ _NO_ORIENTATION = b"II*\0\x08\0\0\0" + struct.pack("<HHHIHH", 1, 0x0112, 3, 1, 9
 _PROGRAM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n(ran) (w) file closefile\nshowpage\n%%EOF\n"
 _SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><image href="file:///etc/passwd"/></svg>'
 _NOT_READ = "cannot be read as an image"
+_OTHERS = (
+    ("x.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+    ("x.jpg", b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(99), "HEIC"),
+    ("x.jxl", b"\xff\x0a" + bytes(99), "JPEG XL"),
+    ("y.jxl", b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(99), "JPEG XL"),
+    ("x.cr2", b"II*\0\x10\0\0\0CR\2\0" + bytes(99), "a camera's RAW"),
+    ("x.cr3", b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99), "a camera's RAW"),
+    ("x.raf", b"FUJIFILMCCD-RAW 0201" + bytes(99), "a camera's RAW"),
+    ("x.psd", b"8BPS\0\1" + bytes(99), "layers"),
+    ("x.exr", b"v/1\x01" + bytes(99), "dynamic range"),
+    ("x.svg", _SVG, "SVG"),
+    ("x.png", _SVG, "SVG"),
+    ("y.svg", b'<?xml version="1.0"?>\n<!-- cats -->\n' + _SVG, "SVG"),
+    ("y.png", _PROGRAM, "PostScript"),
+    ("x.pdf", b"%PDF-1.7\n1 0 obj<<>>endobj\n", "a PDF"),
+    ("x.mp4", b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(99), "a video"),
+    ("x.webm", b"\x1aE\xdf\xa3" + bytes(99), "a video"),
+    ("z.jpg", b"<!DOCTYPE html><html>404</html>", "a page of HTML"),
+    ("lfs.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+)
 
 
 def _shapes(first: tuple[int, int], last: tuple[int, int], *says: str) -> Case:
@@ -122,16 +142,10 @@ CASES = [
     _refused("a PNG whose data is none", "x.png", _png(40, 30, b"short"), _NOT_READ),
     _refused("a PNG of no width", "x.png", _png(0, 30), _NOT_READ),
     _refused("a text", "x.png", b"two cats\n", _NOT_READ, "JPEG, PNG and WebP"),
-    _refused("a page of HTML, as of a failed download", "x.jpg", b"<!DOCTYPE html><html>404</html>", _NOT_READ),
-    _refused("a pointer of Git LFS", "x.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", _NOT_READ),
-    _refused("an SVG", "x.svg", _SVG, _NOT_READ),
-    _refused("an SVG called PNG", "x.png", _SVG, _NOT_READ),
-    _refused("a program of PostScript", "x.png", _PROGRAM, _NOT_READ),
-    _refused("a PDF", "x.pdf", b"%PDF-1.7\n1 0 obj<<>>endobj\n", _NOT_READ),
-    _refused("a video", "x.mp4", b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(99), _NOT_READ),
+    *(_refused(f"{what} called {file}", file, content, _NOT_READ, what) for file, content, what in _OTHERS),
     _refused("zero bytes", "x.png", b"", _NOT_READ),
     _refused("a thousand zeros", "x.png", bytes(1000), _NOT_READ),
-    _refused("a bomb", "x.png", _png(60_000, 60_000), "pixels"),
+    _refused("a bomb", "x.png", _png(60_000, 60_000), "it has 3600 megapixels", "179 are taken"),
     _refused("the largest bomb", "x.png", _png(2**31 - 1, 2**31 - 1), "pixels"),
     _refused("half a bomb", "x.png", _png(12_000, 10_000), _NOT_READ),
     _place("a folder", Path.mkdir, "it is not a file"),
@@ -158,6 +172,8 @@ CASES = [
     _right("a GIF that moves", "x.gif", _moving("GIF")),
     _right("a WebP that moves", "x.webp", _moving("WebP")),
     _right("a PNG that moves", "x.png", _moving("PNG")),
+    _right("a TIFF of several pages", "x.tiff", _moving("TIFF")),
+    _right("an AVIF that moves", "x.avif", _moving("AVIF")),
     _right("CMYK", "x.jpg", saved("JPEG", "CMYK", quality=95), within=12),
     _right("YCbCr in TIFF", "x.tiff", saved("TIFF", "YCbCr")),
     _right("16 bits", "x.png", _sixteen_bits(), colour=(51, 51, 51), within=0),

@@ -10,6 +10,7 @@ from typing import Any
 from tests.malformed.case import SETTINGS, Case
 from wan_dist.config import RunConfig
 from wan_dist.jobs import configs_of, read_jobs
+from wan_dist.plan import make_plan
 from wan_dist.run import configured
 
 Configs = list[RunConfig]
@@ -77,7 +78,26 @@ def _device(name: str) -> Case:
     return Case(name, lambda _: [name, *SETTINGS], (f"{name} cannot be read as a file of jobs", "it is not a file"), read=configs)
 
 
+def _rows(name: str, content: str, file: str = "a.csv") -> Case:
+    """Return the case of a table with one job."""
+    return _right(
+        name, file, content, lambda found: [(config.prompt, config.seed, config.image) for config in found] == [("x, y", 7, None)]
+    )
+
+
+def _is_counted(found: Configs) -> bool:
+    return [(config.sample.steps, config.fps, config.frame_num) for config in found] == [(9, 8, 5)]
+
+
+def _prompts(name: str, *lines: str, are: Sequence[str] | None = None, file: str = "a.txt") -> Case:
+    """Return the case of prompts that are as they stand."""
+    wanted = list(lines if are is None else are)
+    return _right(name, file, "\n".join(lines), lambda found: [make_plan(config).prompt for config in found] == wanted)
+
+
 _UTF_8 = ("not UTF-8",)
+_ARRAY = f"[\n  {_line(seed=7)},\n  {_line(seed=8)}\n]\n"
+_OTHER_KINDS = ("yaml", "toml", "xlsx", "ods", "docx", "pdf", "mp4", "png", "jpg", "gz", "zip", "parquet", "py", "safetensors")
 
 FILES = [
     _refused("nothing", "a.txt", "", "holds no jobs"),
@@ -103,6 +123,26 @@ FILES = [
     _refused("Shift JIS", "a.txt", "猫が二匹\n".encode("shift_jis"), *_UTF_8),
     _refused("a NUL among prompts", "a.txt", b"two\0cats\n", *_UTF_8),
     _refused("a picture", "a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", *_UTF_8),
+    *(_refused(f"a .{suffix}", f"a.{suffix}", "a cat\n", f"it is .{suffix}", ".txt", ".jsonl", ".csv") for suffix in _OTHER_KINDS),
+    _refused("a .TXT.GZ", "a.TXT.GZ", b"\x1f\x8b\x08", "it is .gz", "unpack it"),
+    _refused("a spreadsheet", "a.XLSX", b"PK\3\4", "it is .xlsx", "save it as .csv"),
+    _refused("a spreadsheet called .csv", "a.csv", b"PK\3\4\x14\0\6\0", *_UTF_8, "ZIP archive", "save it as .csv"),
+    _refused("gzip called .jsonl", "a.jsonl", b"\x1f\x8b\x08\0", *_UTF_8, "unpack it"),
+    _refused("objects called .txt", "a.txt", f"\n{_line()}\n{_line(seed=7)}", ".jsonl", "rename it"),
+    _refused("an array called .txt", "a.txt", _ARRAY, ".json", "rename it"),
+    _refused("an array of texts called .txt", "a.txt", '["a cat", "a dog"]', ".json", "rename it"),
+    _refused("an array of no name", "prompts", _ARRAY, ".json", "rename it"),
+    _refused("a table called .txt", "a.txt", "prompt,seed\na cat,7\n", ".csv", "rename it"),
+    _refused("a page of HTML", "a.txt", "<!DOCTYPE html>\n<html>404</html>", "a page of HTML", "download it again"),
+    _refused("a pointer of Git LFS", "a.csv", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer"),
+    _refused("rich text called .txt", "a.txt", "{\\rtf1\\ansi a cat}", "rich text"),
+    _prompts("a prompt that begins with @", "@home, a star", "a cat", "@", "@@x", "@ 5 pm.txt files"),
+    _prompts("brackets in prompts", "[cinematic] a cat", "{a|b}", '"quoted"', "prompt, seed of a tree", "(a:1.2)", "null", "NaN"),
+    _prompts("punctuation of Chinese", "“一只猫”，《跑》；‘跳’。", "一只狗、一只猫：「你好」"),
+    _prompts("another suffix for prompts", "a cat", "a dog", file="a.PROMPTS"),
+    _prompts("no suffix for prompts", "a cat", "a dog", file="prompts"),
+    _prompts("files put together, each with a mark", "\ufeffa cat", "\ufeff@home", are=["a cat", "@home"]),
+    _prompts("@@ in JSON", '{"prompt": "@@home"}', are=["@home"], file="a.jsonl"),
     _right("a mark of UTF-8", "a.txt", b"\xef\xbb\xbfa cat\n", lambda found: found[0].prompt == "a cat"),
     _right("a mark of UTF-8 before keys", "a.csv", b"\xef\xbb\xbfprompt\na cat\n", lambda found: found[0].prompt == "a cat"),
     _right("lines of Windows", "a.jsonl", f"{_line()}\r\n{_line(seed=7)}\r\n", lambda found: len(found) == 2),
@@ -149,6 +189,19 @@ OBJECTS = [
     _right("numbers in texts", "a.jsonl", _line(prompt=5, size="32*32"), lambda found: (found[0].prompt, found[0].size) == ("5", "32*32")),
     _right("an interpolation in a prompt", "a.jsonl", _line(prompt="${oc.env:HOME}"), lambda found: found[0].prompt == "${oc.env:HOME}"),
     _right("a sweep in a prompt", "a.jsonl", _line(prompt="a,b"), lambda found: found[0].prompt == "a,b"),
+    _right("whole numbers as floats in JSON", "a.jsonl", _line(steps=9.0, fps=8.0, frame_num=5.0), _is_counted),
+    _right("null for a number", "a.jsonl", _line(seed=None, steps=None, image=None), lambda found: found[0].seed == 42),
+    _right("an array in .json", "a.json", _ARRAY, lambda found: [config.seed for config in found] == [7, 8]),
+    _right("objects a line in .json", "a.json", f"{_line(seed=7)}\n{_line(seed=8)}", lambda found: len(found) == 2),
+    _right("one object in .json", "a.json", '{\n"prompt": "x",\n"seed": 7}', lambda found: found[0].seed == 7),
+    _right("objects in .ndjson", "A.NDJSON", f"{_line(seed=7)}\n{_line(seed=8)}", lambda found: len(found) == 2),
+    _refused("a broken array in .json", "a.json", f"[\n{_line()}\n{_line()}\n]", "line 3: not JSON"),
+    _refused("an array of texts in .json", "a.json", '[\n"a cat"\n]', "line 2: not an object of settings"),
+    _refused("a wrong key in .json", "a.json", f'[\n{_line()},\n\n{{"promt": "x"}}]', "line 4: unknown key 'promt'"),
+    _refused("a number in .json", "a.json", "5", "line 1: not an object"),
+    _refused("nothing in .json", "a.json", " \n", "holds no jobs"),
+    _refused("deep arrays in .json", "a.json", "[" * 100_000, "not JSON"),
+    _refused("an array over lines in .jsonl", "a.jsonl", _ARRAY, "line 1: not JSON", "read from .json"),
     _right("null", "a.jsonl", _line(**{"cache.dir": None}), lambda found: found[0].cache.dir is None),
 ]
 
@@ -192,7 +245,26 @@ TABLES = [
     _refused("text after quotes", "a.csv", 'prompt\n"x" y\n', "not a table"),
     _refused("a column twice", "a.csv", "prompt,seed,seed\nx,1,2\n", "line 1", "seed is given twice"),
     _refused("a column without a key", "a.csv", "prompt,\nx,y\n", "line 2: unknown key ''"),
-    _refused("semicolons", "a.csv", "prompt;seed\nx;7\n", "line 2: unknown key 'prompt;seed'"),
+    _refused("columns of row numbers", "a.csv", ",prompt\n0,x\n", "line 2: unknown key ''", "index=False"),
+    _refused("a comma of Chinese", "a.csv", "prompt，seed\nx，7\n", "line 2: unknown key 'prompt，seed'", "did you mean 'prompt'"),
+    _refused("names but for case", "a.csv", "prompt,name\nx,Clip\nz,clip\n", "line 3: output.name=clip", "line 2 (Clip)"),
+    _refused("names but for accents' form", "a.csv", "prompt,name\nx,café\nz,cafe\u0301\n", "line 3: output.name=", "line 2 (café)"),
+    _refused("a seed that lost digits", "a.csv", "prompt,seed\nx,1.2345678901234567e+19\n", "line 2: seed", "Integer"),
+    _refused("a mark of UTF-16 before keys", "a.csv", "prompt\nx\n".encode("utf-16"), "UTF-16", *_UTF_8, "save it as UTF-8"),
+    _rows("semicolons", "prompt;seed\nx, y;7\n"),
+    _rows("tabs in .csv", "prompt\tseed\nx, y\t7\n"),
+    _rows("bars", "prompt|seed\nx, y|7\n"),
+    _rows("tabs in .tsv", "prompt\tseed\nx, y\t7\n", file="a.tsv"),
+    _rows("a separator named first", 'sep=,\nprompt,seed\n"x, y",7\n'),
+    _rows("a separator in quotes, lines of Windows", '"sep=;"\r\nprompt;seed\r\nx, y;7\r\n'),
+    _rows("a mark of UTF-8, a named separator, an old Mac's lines", "\ufeffsep=;\rprompt;seed\rx, y;7\r"),
+    _rows("a whole number as a float", 'prompt,seed\n"x, y",7.0\n'),
+    _rows("a whole number with a decimal comma", "prompt;seed\nx, y;7,0\n"),
+    _rows("empty columns and rows at the end", 'prompt,seed,,\n"x, y",7,,\n,,,\n,,,\n'),
+    _rows("empty cells more than keys", 'prompt,seed\n"x, y",7,,\n'),
+    _rows("cells of NaN", 'prompt,seed,image,shift,steps,name\n"x, y",7,NaN,nan,<NA>,#N/A\n'),
+    _right("a number with a decimal comma", "a.csv", "prompt;shift\nx;2,5\n", lambda found: found[0].sample.shift == 2.5),
+    _right("whole numbers as floats", "a.csv", "prompt,steps,fps,frames\nx,9.0,8.,5.00\n", _is_counted),
     _refused("no keys", "a.csv", "a cat\na dog\n", "line 2: unknown key 'a cat'"),
     _refused("a seed of 5000 digits", "a.csv", f"prompt,seed\nx,{'1' * 5000}\n", "line 2: seed"),
     _refused("a negative seed", "a.csv", "prompt,seed\nx,-7\n", "line 2: seed=-7"),
@@ -216,6 +288,9 @@ NAMES = [
     _named("a\x1b[31mb", "plain file name"),
     _named("cat\u202egpm.4", "plain file name"),
     _named("\udce4", "plain file name"),
+    _named("x.latents", "end in .latents"),
+    _named("x.Latents.mp4", "end in .latents"),
+    _named("x.2f1d0c9b8a7e.state", "end in .state"),
     _named("x" * 300, "300 bytes"),
     _named("猫" * 100, "300 bytes"),
     _named(["x"], "a text"),
@@ -226,6 +301,7 @@ NAMES = [
     _refused("a name with a suffix", "a.csv", "prompt,output.name\nx,y\nx,y.mp4\n", "line 3: output.name=y is that of line 2"),
     _refused("a name as text and number", "a.jsonl", "\n".join(_line(**{"output.name": name}) for name in ("5", 5)), "is that of line 1"),
     _right("a long name of the file itself", f"{'x' * 240}.txt", "a cat", lambda found: len(found) == 1),
+    *(_kept_name(name) for name in ("index", "runs", "logs", "latents", "x.json", "x.latents.2", "estate")),
     _kept_name("-dash"),
     _kept_name("CON"),
     _kept_name("what? 100%: a*b|<c>\\d"),

@@ -80,6 +80,8 @@ CASES = [
     _given("\x1b[31mx", "latents=\\x1b[31mx", "No such file"),
     _tensors("another key", {"video": torch.zeros(16, 1, 2, 4)}, "holds no tensor called latents", "video"),
     _tensors("no tensors", {}, "holds no tensor called latents"),
+    _bytes("the progress of a run", save(_with(0.5), {"num_done": "3"}), "is the progress of a run after 3 steps"),
+    _bytes("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\n", _NOT_READ),
     _named("a name of nothing", ".latents.safetensors", "output.name (from latents)=''", "plain file name"),
     _named("a name of 250 bytes", f"{'x' * 230}.latents.safetensors", "output.name (from latents)=", "230 bytes"),
     _shape(16, says="(16,)"),

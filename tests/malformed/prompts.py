@@ -46,7 +46,7 @@ CASES = [
     _refused("spaces", " \t ", "the prompt is empty"),
     _refused("null", "null", "prompt is missing"),
     _refused("an escape code in a file's name", "@\x1b[31mx", "cannot read \\x1b[31mx", "No such file"),
-    _refused("no file", "@missing", "cannot read missing", "No such file"),
+    _refused("no file", "@missing", "cannot read missing", "No such file", "written with @@"),
     _refused("no name of a file", "@", "prompt=@", "it is not a file"),
     _refused("a folder", "@.", "prompt=@.", "it is not a file"),
     _refused("a device", "@/dev/zero", "prompt=@/dev/zero", "it is not a file"),

@@ -15,6 +15,7 @@ from bench.random_checkpoint import make_checkpoint
 from tests.malformed import checkpoints, images, job_files, kept_latents, prompts, settings
 from tests.malformed.case import DIMS, WHOLE, Case
 from wan_dist.errors import InputError, told
+from wan_dist.log import open_log
 from wan_dist.run import main
 from wan_dist.weights.files import TensorFiles
 
@@ -102,6 +103,7 @@ def outcome(case: Case, arguments: list[str]) -> tuple[int, Any]:
         code = main(arguments if named else [*arguments, f"ckpt_dir={WHOLE}"])
         records = sorted(Path("outputs").glob("*.json"))
         return code, json.loads(records[0].read_text(encoding="utf-8")) if code == 0 and records else None
+    open_log()
     try:
         return 0, case.read(arguments)
     except InputError as fault:

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from wan_dist import generate
+from wan_dist import denoising
 from wan_dist.run import main
 from wan_dist.sampling.solvers import Euler
 
@@ -16,5 +16,5 @@ class Breaking(Euler):
 
 
 if __name__ == "__main__":
-    generate.make_solver = lambda _, steps, shift: Breaking(steps, shift)
+    denoising.make_solver = lambda _, steps, shift: Breaking(steps, shift)
     sys.exit(main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """Planned bytes of activations against those that the models make, counted on meta at full size."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from wan_dist.models import attention_8bit, quantized, vae_elementwise
 from wan_dist.models.attention import InnerAttention
 from wan_dist.models.transformer import Added, ContextKV, WanTransformer
 from wan_dist.models.vae import WanVae
+from wan_dist.parallel import ring, sequence, ulysses
 from wan_dist.parallel.mesh import Axis
 from wan_dist.vae import decode, encode, uint8_frames
 from wan_dist.ways import Way, vae_bytes
@@ -101,6 +103,68 @@ def test_a_step_takes_what_is_planned(
     print(f"{task} {size} {quant} {passes} {slice_tokens}: planned {planned / GIB:.2f}, made {live.peak / GIB:.2f} GiB")
     assert live.peak <= planned * 1.02
     assert live.peak >= planned * 0.85 - 0.1 * GIB
+
+
+@pytest.mark.parametrize("slice_tokens", [None, 2048])
+@pytest.mark.parametrize(
+    ("ring_size", "ulysses_size", "num_contexts", "dtype"),
+    [
+        (2, 1, 2, torch.bfloat16),
+        (4, 1, 1, torch.bfloat16),
+        (3, 1, 1, torch.float32),
+        (2, 4, 1, torch.bfloat16),
+        (4, 4, 2, torch.bfloat16),
+        (1, 8, 2, torch.bfloat16),
+    ],
+)
+def test_a_step_on_several_ranks_takes_what_is_planned(
+    ring_size: int, ulysses_size: int, num_contexts: int, dtype: torch.dtype, slice_tokens: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
+        sent = [x.contiguous()]  # there until it has arrived
+        received = torch.empty_like(sent[0])
+        return lambda: [received, sent.clear()][0]
+
+    def pass_on(parts: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
+        arriving = [send(part, axis) for part in parts]
+        return lambda: [part() for part in arriving]
+
+    def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    monkeypatch.setattr(ulysses, "all_to_all", send)
+    monkeypatch.setattr(ring, "pass_on", pass_on)
+    monkeypatch.setattr(ring, "attend_with_lse", attend)
+    monkeypatch.setattr(sequence, "all_gather", lambda x, axis: x.new_empty(axis.size, *x.shape))
+    found, shape, num_tokens, num_parts = TASKS["t2v-14B"], (16, 21, 90, 160), 75600, ring_size * ulysses_size
+    dims = replace(found.transformer, num_layers=2)
+    with torch.device("meta"):
+        model = WanTransformer(dims, dtype, InnerAttention(lambda q, k, v: torch.empty_like(q), "fa4"))
+    model.requires_grad_(False).slice_tokens(slice_tokens)
+    model.keep_times([TIMES])
+    split = sequence.apply_sequence_split(model, Axis(0, num_parts))
+    ring.apply_ring(model, split, Axis(0, ring_size), num_inside=ulysses_size)
+    ulysses.apply_ulysses(model, split, Axis(0, ulysses_size))
+    rotary = (empty(num_tokens, 1, 64), empty(num_tokens, 1, 64))
+    contexts = [ContextKV(empty(2, 2, 1, 61, dims.num_heads, dims.head_dim, dtype=dtype)) for _ in range(num_contexts)]
+    others = [*model.parameters(), *rotary, *model.times[str(TIMES.tolist())], *(context.text for context in contexts)]
+    with LiveBytes(others) as live:
+        model(empty(1, dims.in_dim, *shape[1:]), TIMES, contexts, rotary)
+    cfg = 3 - num_contexts
+    load = Load(
+        models=found.models,
+        latent_shape=shape,
+        num_tokens=num_tokens,
+        text_tokens=(60, 60),
+        num_ranks=cfg * num_parts,
+        cfg=cfg,
+        num_parts=num_parts,
+        itemsize=dtype.itemsize,
+    )
+    planned = activation_bytes(load, Arrangement(slice_tokens=slice_tokens))
+    print(f"ring {ring_size} ulysses {ulysses_size} {dtype}: planned {planned / GIB:.2f}, made {live.peak / GIB:.2f} GiB")
+    assert live.peak <= planned
+    assert live.peak >= planned * 0.7 - 0.15 * GIB
 
 
 WAYS = [Way("whole"), Way("whole", at_once=2), *(Way("tiled", number) for number in (2, 4, 16))]

@@ -12,6 +12,7 @@ import time
 import tomllib
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,11 @@ from PIL import Image
 from launch.__main__ import main
 from tests.gallery_folder import BEGAN, RUN, write_record, write_run, write_video
 from wan_dist.errors import InputError
+from wan_dist.gallery import lanes
 from wan_dist.gallery.again import command
 from wan_dist.gallery.page import write_page
 from wan_dist.gallery.records import read_records
-from wan_dist.gallery.runs import read_runs
+from wan_dist.gallery.runs import Span, read_runs
 from wan_dist.gallery.sheet import SheetError, sheet_of, write_sheet
 from wan_dist.gallery.sweeps import find_sweeps
 from wan_dist.gallery.table import write_table
@@ -230,7 +232,7 @@ def test_a_thousand_videos_take_less_than_a_second(tmp_path: Path) -> None:
 
 
 def test_the_command_makes_the_video_again(tmp_path: Path) -> None:
-    prompts = ["Two cats, boxing", 'it\'s $HOME `x` "quoted" \\', "'all of it'", "null", "${seed} = {a: b}", "a\nb", "雪山，日落"]
+    prompts = ["Two cats, boxing", 'it\'s $HOME `x` "quoted" \\', "'all of it'", "null", "${seed} = {a: b}", "a\nb", "雪山，日落", "@home"]
     for number, prompt in enumerate(prompts):
         settings = [
             "task=t2v-A14B",
@@ -249,6 +251,7 @@ def test_the_command_makes_the_video_again(tmp_path: Path) -> None:
         assert words[:3] == ["python", "-m", "wan_dist.run"]
         again = configured(words[3:])
         config.seed = 2**40 + number
+        config.prompt = "@@home" if prompt == "@home" else prompt  # as a command has it
         assert again == config
 
 
@@ -285,6 +288,16 @@ def test_a_timeline_of_many_jobs_is_few_bars(tmp_path: Path) -> None:
     assert gpu.budget is not None
     assert host.budget is None
     assert (timeline.shares[0].stage, timeline.shares[0].planned) == ("denoise", "7.0 s")
+
+
+def test_no_spans_are_copied_for_each_span() -> None:
+    class Spans(list[Span]):
+        def __getitem__(self, place: Any) -> Any:
+            assert isinstance(place, int), "the rest of 10,000 spans, 10,000 times, takes seconds"
+            return super().__getitem__(place)
+
+    spans = Spans(Span(0, "denoise", f"job {number}", float(number), 1.5 - number % 2, None, None) for number in range(10))
+    assert lanes._beside(spans) == {spans[number] for number in range(1, 10, 2)}
 
 
 def test_each_span_of_a_short_run_is_a_bar(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wan_dist.degrees import Degrees
+from wan_dist.environment import Ranks
 from wan_dist.errors import InputError
 from wan_dist.parallel.mesh import Axis, local_device, make_groups
 from wan_dist.parallel.sequence import SplitSequence
+from wan_dist.parallel.team import Team
 
 SPREADS = [
     Degrees(dp=1, cfg=2, ring=1, ulysses=4),
@@ -22,23 +24,27 @@ SPREADS = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("degrees", SPREADS, ids=str)
 def test_groups_are_neighbours_from_ulysses_outwards(degrees: Degrees) -> None:
-    num_ranks = degrees.num_ranks
-    for rank in {0, 1, num_ranks // 2, num_ranks - 1}:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=num_ranks)
+    size = degrees.ranks_of_replica
+    for rank in {0, 1, degrees.num_ranks // 2, degrees.num_ranks - 1}:
+        team = Team(Ranks(), 60)
+        team.rank = rank
+        groups = make_groups(degrees, team, torch.device("cpu"), 60)
+        within = rank % size
+        rest, ulysses = divmod(rank, degrees.ulysses)
+        rest, ring = divmod(rest, degrees.ring)
+        dp, cfg = divmod(rest, degrees.cfg)
+        assert (groups.dp.rank, groups.cfg.rank, groups.ring.rank, groups.ulysses.rank) == (dp, cfg, ring, ulysses)
+        assert groups.sp.rank == ring * degrees.ulysses + ulysses
+        assert groups.replica.rank == within == list(groups.replica_ranks).index(rank)
+        dist.init_process_group("fake", store=FakeStore(), rank=within, world_size=size)
         try:
-            groups = make_groups(degrees, "cpu")
-            rest, ulysses = divmod(rank, degrees.ulysses)
-            rest, ring = divmod(rest, degrees.ring)
-            dp, cfg = divmod(rest, degrees.cfg)
-            assert (groups.dp.rank, groups.cfg.rank, groups.ring.rank, groups.ulysses.rank) == (dp, cfg, ring, ulysses)
-            assert groups.sp.rank == ring * degrees.ulysses + ulysses
-            assert groups.replica.rank == rank % (num_ranks // degrees.dp)
+            groups.cut_axes()
             strides = {"ulysses": 1, "ring": degrees.ulysses, "cfg": degrees.ulysses * degrees.ring}
             for name, stride in strides.items():
                 axis = getattr(groups, name)
                 if axis.size > 1:
                     members = dist.get_process_group_ranks(axis.group)
-                    assert members == [rank + (i - axis.rank) * stride for i in range(axis.size)]
+                    assert members == [within + (i - axis.rank) * stride for i in range(axis.size)]
         finally:
             dist.destroy_process_group()
 

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -212,7 +213,11 @@ def test_a_drawn_seed_is_known() -> None:
 
 
 def test_names_are_safe_file_names() -> None:
-    assert plan("task=toy", "prompt=a/b: c*?", "seed=3").name == "toy_a-b-c_3"
+    name = plan("task=toy", "prompt=a/b: c*?", "seed=3").name
+    assert re.fullmatch("toy_a-b-c_3_[0-9a-f]{6}", name)
+    others = [("prompt=a/b: c+?", "seed=3"), ("prompt=a/b: c*?", "seed=3", "sample.steps=2"), ("prompt=a/b: c*?", "seed=3", "quant=int8")]
+    assert len({name, *(plan("task=toy", *settings).name for settings in others)}) == 4
+    assert plan("task=toy", "prompt=a/b: c*?", "seed=3", "parallel.timeout=9", "output.dir=elsewhere").name == name
     assert len(plan("task=toy", "prompt=" + "猫" * 500).name.encode()) < 200
     assert plan("task=toy", "output.name=clip.mp4").name == "clip"
 
@@ -228,8 +233,9 @@ def test_kept_latents_decide_the_size(tmp_path: Path) -> None:
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, num_ranks: int, ranks_per_node: int) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_per_node))
+    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": ranks_per_node}
+    for key, value in (place | {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}).items():
+        monkeypatch.setenv(key, str(value))
 
 
 @pytest.mark.parametrize(
@@ -282,6 +288,7 @@ def test_any_number_of_ranks_works(num_heads: int, guided: bool) -> None:
         (3, ["parallel.cfg=2"], "parallel.cfg=2 does not fit 3 ranks"),
         (4, ["parallel.cfg=4"], "guidance has two branches"),
         (4, ["parallel.ring=2", "attention=8bit"], "attention=8bit does not say by what the parts of a ring are merged; parallel.ring=1"),
+        (4, ["parallel.usp=xfuser", "dtype=float32"], "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32"),
         (4, ["parallel.cfg=2", "sample.guide_scale=1"], "parallel.cfg=2 needs guidance"),
         (4, ["parallel.ring=0"], "parallel.ring=0: a degree is at least 1"),
         (4, ["parallel.dp=2"], "replicas are for several videos (jobs=FILE), and this run makes one"),

@@ -4,9 +4,10 @@ import os
 import threading
 from pathlib import Path
 
+import pytest
 import torch
 
-from wan_dist.prompts import PromptCache, digest_of_files
+from wan_dist.prompts import PromptCache
 
 CONTEXT = torch.randn(7, 16)
 
@@ -28,6 +29,28 @@ def test_the_longest_unused_go_first(tmp_path: Path) -> None:
     assert cache.get("a") is not None  # used just now
     cache.put("d", CONTEXT)
     assert [cache.get(prompt) is not None for prompt in "abcd"] == [True, False, True, True]
+
+
+def test_the_folder_is_looked_through_seldom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: looks.append(folder) or scandir(folder))
+    cache = PromptCache(tmp_path, "a", 100 * 600)
+    for number in range(300):
+        cache.put(f"prompt {number}", CONTEXT)
+    assert len(looks) <= 64 + 2, "once for each 64th of the limit, not for each prompt"
+    before = [file.stat().st_size for file in tmp_path.iterdir()]
+    assert 90 * 600 <= sum(before) <= 100 * 600
+
+
+def test_what_this_process_has_used_stays(tmp_path: Path) -> None:
+    PromptCache(tmp_path, "a", 10**9).put("old", CONTEXT)
+    (old,) = tmp_path.iterdir()
+    os.utime(old, (0, 0))
+    cache = PromptCache(tmp_path, "a", 3 * 600)
+    assert [cache.put(prompt, CONTEXT) for prompt in "abcd"] == [True, True, True, False]
+    assert not old.exists()
+    assert [cache.has(prompt) for prompt in "abcd"] == [True, True, True, False]
 
 
 def test_damage_and_folders_that_cannot_be_written_are_no_errors(tmp_path: Path) -> None:
@@ -59,12 +82,3 @@ def test_several_at_once(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not faults
-
-
-def test_a_digest_tells_files_apart(tmp_path: Path) -> None:
-    large = bytes(range(256)) * 20000
-    (tmp_path / "a").write_bytes(large)
-    before = digest_of_files([tmp_path / "a"])
-    assert digest_of_files([tmp_path / "a"]) == before
-    (tmp_path / "a").write_bytes(large[:-1] + b"x")
-    assert digest_of_files([tmp_path / "a"]) != before

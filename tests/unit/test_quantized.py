@@ -17,6 +17,7 @@ from wan_dist.models.quantized import GROUP, QuantizedLinear, quantize, quantize
 from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.streaming import Streaming
 from wan_dist.weights.checkpoint import open_checkpoint
+from wan_dist.weights.files import TensorFiles
 
 CPU = torch.device("cpu")
 # Relative error of a product with weights from a normal distribution: of rounding to 3, 7 and 4 bits.
@@ -104,18 +105,18 @@ def test_planned_bytes_are_exact(kind: str, task: str) -> None:
     assert footprint.transformer_bytes(dims, 2, kind) == sum(parameter.nbytes for parameter in model.parameters())
 
 
-def fp8_file(path: Path, spelling: str, prefix: str) -> dict[str, torch.Tensor]:
+def fp8_file(path: Path, spelling: str, prefix: str, kind: torch.dtype = torch.float8_e4m3fn) -> dict[str, torch.Tensor]:
     """Write the fixture's transformer as it is passed around in fp8, one scale a tensor; returns the blocks' linears it stands for."""
-    stored, meant = {f"{prefix}scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    stored, meant = {f"{prefix}scaled_fp8": torch.zeros(2, dtype=kind)}, {}
     for name, value in load_file(FIXTURES / "wan2.1-t2v/diffusion_pytorch_model.safetensors").items():
         if name.startswith("blocks.") and name.endswith(".weight") and value.dim() == 2:
-            scale = value.abs().amax() / 448
-            stored[prefix + name] = (value / scale).to(torch.float8_e4m3fn)
+            scale = value.abs().amax() / torch.finfo(kind).max
+            stored[prefix + name] = (value / scale).to(kind)
             stored[f"{prefix}{name.removesuffix('weight')}{spelling}"] = scale
             meant[name] = stored[prefix + name].float() * scale
         else:
             stored[prefix + name] = value
-    save_file(stored, path)
+    save_file(stored, path) if path.suffix == ".safetensors" else torch.save(stored, path)
     return meant
 
 
@@ -134,9 +135,34 @@ def test_files_in_fp8_load_as_they_are(spelling: str, prefix: str, quant: str, t
             assert torch.equal(weight, torch.cat([meant[f"blocks.{number}.{part}.weight"] for part in parts]))
 
 
+@pytest.mark.parametrize("file", ["e5m2.safetensors", "e5m2.pth", "e4m3.pth"])
+@pytest.mark.parametrize("quant", ["none", "fp8"])
+def test_scales_are_those_of_every_8_bit_float(file: str, quant: str, tmp_path: Path) -> None:
+    """Without its scale a weight is noise; e5m2 has no bits to take over, and is quantised anew."""
+    meant = fp8_file(tmp_path / file, "scale_weight", "", torch.float8_e5m2 if "e5m2" in file else torch.float8_e4m3fn)
+    files = [tmp_path / file]
+    component = open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32, transformer_files=files).transformers[0]
+    model = component.load(CPU, spread=None if quant == "none" else lambda model: quantize_blocks(model.blocks, quant))
+    for number, block in enumerate(model.blocks):
+        linear, wanted = block.get_submodule("ffn.2"), meant[f"blocks.{number}.ffn.2.weight"]
+        if isinstance(linear, QuantizedLinear):
+            assert torch.allclose(linear.dequantized(torch.float32), wanted, rtol=0.07, atol=1e-4)
+        else:
+            assert torch.equal(linear.weight, wanted)
+
+
+def test_scales_of_another_shape_are_refused(tmp_path: Path) -> None:
+    fp8_file(tmp_path / "fp8.safetensors", "scale_weight", "")
+    tensors = load_file(tmp_path / "fp8.safetensors")
+    tensors["blocks.1.ffn.2.scale_weight"] = torch.ones(2, 2)
+    save_file(tensors, tmp_path / "fp8.safetensors")
+    with pytest.raises(InputError, match=r"blocks\.1\.ffn\.2\.scale_weight has shape \(2, 2\); scales of .* are one, or one a row"):
+        TensorFiles([tmp_path / "fp8.safetensors"])
+
+
 def test_a_transformers_file_that_is_not_there(tmp_path: Path) -> None:
     for task, files, message in (
-        ("t2v-1.3B", [tmp_path / "no.safetensors"], "is no .safetensors file"),
+        ("t2v-1.3B", [tmp_path / "no.safetensors"], "cannot be read: No such file"),
         ("t2v-1.3B", [tmp_path / "a", tmp_path / "b"], "this task takes one, not 2 files"),
     ):
         with pytest.raises(InputError, match=message):

@@ -54,6 +54,45 @@ def test_degrees_that_do_not_fit_are_refused() -> None:
         spread([config("task=t2v-14B", "parallel.dp=3")] * 9, 8, 8, 80 * GIB)
 
 
+MIXED = {
+    "guidance": (["task=t2v-14B"], ["task=t2v-14B", "sample.guide_scale=1"]),
+    "heads": (["task=t2v-14B", "sample.guide_scale=1"], ["task=t2v-1.3B", "sample.guide_scale=1"]),
+    "both": (["task=t2v-14B"], ["task=t2v-1.3B", "sample.guide_scale=1"]),
+}
+
+
+@pytest.mark.parametrize("lines", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("shared", ["", "parallel.ulysses=4", "parallel.usp=xfuser"])
+def test_one_mesh_suits_all_jobs_in_either_order(lines: tuple[list[str], list[str]], shared: str) -> None:
+    jobs = [config(*line, "size=832*480", *shared.split()) for line in lines]
+    meshes = []
+    for order in (jobs, jobs[::-1]):
+        found = spread(order, 16, 8, 24 * GIB)
+        meshes += [make_plan(each, ranks=(16, 8), is_job=True).degrees for each in found]  # refused if it does not suit
+    assert len(set(map(str, meshes))) == 1
+    assert meshes[0].cfg == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "message"),
+    [
+        ("guidance", "parallel.cfg=2", r"parallel\.cfg=2 needs guidance.*some jobs \(second, of t2v-14B\).*use parallel\.cfg=1"),
+        (
+            "heads",
+            "parallel.ulysses=8",
+            r"ulysses=8 does not divide the 12 heads of some jobs \(second, of t2v-1\.3B\).*may be 1, 2, 4: use",
+        ),
+        ("heads", "parallel.ulysses=5", r"ulysses=5 does not divide the 12 heads of some jobs"),
+        ("heads", "parallel.ulysses=7", r"ulysses=7 does not divide the (40|12) heads of some jobs .* may be 1, 2, 4:"),
+    ],
+)
+def test_given_degrees_that_suit_some_jobs_are_refused_in_either_order(kind: str, setting: str, message: str) -> None:
+    jobs = [config(*line, f"output.name={name}", setting) for name, line in zip(("first", "second"), MIXED[kind], strict=True)]
+    for order in (jobs, jobs[::-1]):
+        with pytest.raises(InputError, match=message):
+            spread(order, 16, 8, 24 * GIB)
+
+
 @pytest.mark.parametrize(
     ("settings", "gib", "host", "stay"),
     [

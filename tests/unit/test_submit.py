@@ -11,6 +11,7 @@ import pytest
 
 from launch.__main__ import main
 from launch.cluster import minutes_of
+from launch.sbatch import REQUEUE
 from tests.conftest import FIXTURES
 from wan_dist.run import CONF
 
@@ -142,3 +143,77 @@ def test_a_file_of_videos_is_one_job(place: Path, capsys: pytest.CaptureFixture[
     (place / "prompts.txt").write_text("a cat\n@nowhere.txt\n")
     assert main(["submit", *arguments]) == 2
     assert "prompts.txt, line 2: prompt=@" in capsys.readouterr().err
+
+
+class Requeued:
+    """A script's attempts, with a run and a queue that are stand-ins."""
+
+    def __init__(self, folder: Path, script: str, *settings: str) -> None:
+        self.folder, self.settings = folder, settings
+        (folder / "bin").mkdir()
+        (folder / "script").write_text(script)
+        for name, does in (("srun", 'bash "$ATTEMPT"; exit "$CODE"'), ("scontrol", 'echo "$@" >>requeues')):
+            (folder / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+            (folder / "bin" / name).chmod(0o755)
+
+    def __call__(self, attempt: str, code: int = 75) -> tuple[bool, str]:
+        """Run the script with one that does ``attempt`` as its run; returns whether it was requeued, and what it says."""
+        (self.folder / "attempt").write_text(attempt)
+        (self.folder / "requeues").unlink(missing_ok=True)
+        environment = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+        environment |= {"HOME": str(self.folder / "home"), "ATTEMPT": str(self.folder / "attempt"), "CODE": str(code)}
+        command = ["bash", self.folder / "script", *self.settings]
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        return (self.folder / "requeues").exists(), done.stderr
+
+
+STATE = (
+    "mkdir -p videos; echo %s >videos/a-cat.12ab.state.safetensors; touch videos/index.html; echo $RANDOM >videos/a-cat.latents.safetensors"
+)
+
+
+@pytest.fixture(params=["a job", "an element", "slurm/requeue.sbatch"])
+def requeued(request: pytest.FixtureRequest, place: Path, capsys: pytest.CaptureFixture[str]) -> Requeued:
+    settings = ["task=t2v-14B", "output.dir=videos"]
+    if request.param == "slurm/requeue.sbatch":
+        return Requeued(place, (FOLDER.parents[2] / request.param).read_text(), *settings)
+    (place / "jobs.csv").write_text("prompt,name\na cat,a-cat\na dog,a-dog\n")
+    what = ["prompt=a cat"] if request.param == "a job" else ["array=jobs.csv"]
+    return Requeued(place, rendered(["cluster=h100", *what, *settings], capsys))
+
+
+def test_requeues_that_lead_nowhere_end(requeued: Requeued) -> None:
+    again = STATE % "step 1"  # written anew, and the same
+    assert [requeued(again)[0] for _ in range(2)] == [True, True]
+    was_requeued, told = requeued(again)
+    assert not was_requeued
+    assert "two requeues in a row left no new step, text or video in videos" in told
+    assert requeued("")[0], "submitted again, it has all its attempts"
+
+
+def test_requeues_go_on_while_there_is_progress(requeued: Requeued) -> None:
+    keeps_text = "mkdir -p home/.cache/wan-dist/prompts; touch home/.cache/wan-dist/prompts/$RANDOM.safetensors"
+    makes = "touch videos/a-cat-%s.mp4"
+    for attempt in (STATE % 1, "", STATE % 2, "", makes % 1, "", keeps_text, "", makes % 2, "", keeps_text, ""):
+        assert requeued(attempt)[0], attempt
+    assert not requeued("")[0]
+    assert not list(requeued.folder.glob(".wan-*"))
+
+
+def test_a_run_that_has_ended_leaves_nothing_behind(requeued: Requeued) -> None:
+    for code in (0, 1, 2):
+        assert requeued(STATE % 1)[0]
+        assert not requeued("", code)[0]
+        assert not list(requeued.folder.glob(".wan-*"))
+
+
+def test_others_in_the_folder_are_no_progress_of_an_element(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "jobs.csv").write_text("prompt,name\na cat,a-cat\na dog,a-dog\n")
+    element = Requeued(place, rendered(["cluster=h100", "array=jobs.csv", "task=t2v-14B"], capsys))
+    attempts = ["mkdir -p outputs; touch outputs/a-dog-$RANDOM.mp4"] * 3
+    assert [element(attempt)[0] for attempt in attempts] == [True, True, False]
+
+
+def test_the_requeue_script_does_as_those_that_are_made() -> None:
+    assert (FOLDER.parents[2] / "slurm/requeue.sbatch").read_text().endswith(REQUEUE)

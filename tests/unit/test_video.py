@@ -11,8 +11,9 @@ from PIL import Image
 
 from wan_dist.errors import InputError
 from wan_dist.gallery.sheet import write_sheet
+from wan_dist.output_check import Outcome, check_output
 from wan_dist.vae import uint8_frames
-from wan_dist.video import SaveError, check_output, save_image, save_tensors, save_video
+from wan_dist.video import SaveError, save_image, save_tensors, save_video
 
 
 def read_video(path: Path, *, width: int, height: int) -> tuple[str, torch.Tensor]:
@@ -69,16 +70,16 @@ def test_ffmpeg_dying_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fake.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
     with pytest.raises(InputError, match=r"ffmpeg says Unknown encoder libx264 .* If ffmpeg lacks libx264, unset IMAGEIO_FFMPEG_EXE"):
-        check_output(tmp_path / "out", width=832, height=480, fps=16)
+        check_output(tmp_path / "out", [Outcome("clip", 832, 480, 16)])
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_the_output_folder_is_tried_first(tmp_path: Path) -> None:
-    check_output(tmp_path / "new" / "folder", width=80, height=48, fps=16)
+    check_output(tmp_path / "new" / "folder", [Outcome("clip", 80, 48, 16)])
     assert not list((tmp_path / "new" / "folder").iterdir())
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        check_output(tmp_path / "file", width=80, height=48, fps=16)
+        check_output(tmp_path / "file", [Outcome("clip", 80, 48, 16)])
 
 
 def test_a_full_disk_is_an_error_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tests.conftest import FIXTURES
 from wan_dist.catalog import TASKS
+from wan_dist.config import split_files
 from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
 from wan_dist.models.context import ContextProjection
@@ -152,6 +153,85 @@ def test_a_truncated_safetensors_file(folder: Path) -> None:
     assert "no readable safetensors header; download it again" in _refusal(folder)
     (folder / TRANSFORMER).write_bytes(b"")
     assert "no readable safetensors header" in _refusal(folder)
+
+
+SAVED: dict[str, Callable[[dict[str, torch.Tensor], Path], object]] = {
+    "new": torch.save,
+    "before 1.6": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+    "wrapped": lambda tensors, path: torch.save({"state_dict": tensors, "epoch": 7}, path),
+    "wrapped, before 1.6": lambda tensors, path: torch.save({"model": tensors}, path, _use_new_zipfile_serialization=False),
+    "safetensors": save_file,
+}
+
+
+NAMES = [VAE, "Wan2.1_VAE.PTH", "wan2.1_vae.safetensors", "Wan2.1_VAE.ckpt", "Wan2.1_VAE.bin"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [*zip(NAMES, SAVED, strict=True), (VAE, "safetensors"), (NAMES[2], "before 1.6")])
+def test_files_are_told_apart_by_what_is_in_them(name: str, kind: str, folder: Path) -> None:
+    wanted = open_checkpoint(folder, torch.float32).vae.load(CPU).state_dict()
+    tensors = torch.load(folder / VAE, weights_only=True)
+    (folder / VAE).unlink()
+    SAVED[kind](tensors, folder / name)
+    component = open_checkpoint(folder, torch.float32).vae
+    for _ in range(2):  # what is forgotten after the first must be there again
+        found = component.load(CPU).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+@pytest.mark.parametrize("suffix", [".SAFETENSORS", ".bin", ".pth"])
+def test_a_transformer_with_another_suffix(suffix: str, folder: Path) -> None:
+    tensors = load_file(folder / TRANSFORMER)
+    (folder / TRANSFORMER).unlink()
+    (save_file if suffix == ".SAFETENSORS" else torch.save)(tensors, folder / f"diffusion_pytorch_model{suffix}")
+    open_checkpoint(folder, torch.float32)
+
+
+def test_a_pickle_whose_name_is_published_is_taken_before_others(folder: Path) -> None:
+    shutil.copy(folder / TEXT_ENCODER, folder / "Wan2.1_VAE.safetensors")
+    open_checkpoint(folder, torch.float32)
+
+
+@pytest.mark.parametrize(("kind", "name"), list(zip(SAVED, ["0f1e2d", "a,b.pt", "model.PTH", "models [x]*.sft", "0f1e2d"], strict=True)))
+def test_a_transformers_file_of_any_name(name: str, kind: str, folder: Path) -> None:
+    """Also as the Hugging Face cache has it: a link with a suffix to a file without."""
+    tensors = load_file(folder / TRANSFORMER)
+    wanted = open_checkpoint(folder, torch.float32).transformers[0].load(CPU).state_dict()
+    (folder / "blobs").mkdir()
+    (folder / "snapshots").mkdir()
+    SAVED[kind](tensors, folder / "blobs" / name)
+    link = folder / "snapshots/diffusion_fp32.safetensors"
+    link.symlink_to(f"../blobs/{name}")
+    for path in (link, folder / "blobs" / name):
+        component = open_any_checkpoint(folder, T2V, torch.float32, transformer_files=[path]).transformers[0]
+        found = component.load(CPU).state_dict()
+        assert str(component.files) == str(path)
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
+def test_a_transformers_file_with_the_names_of_diffusers(folder: Path) -> None:
+    tensors = {names._renamed(key, names._DIFFUSERS_TRANSFORMER): value for key, value in load_file(folder / TRANSFORMER).items()}
+    save_file(tensors, folder / "other.safetensors")
+    wanted = open_checkpoint(folder, torch.float32).transformers[0].load(CPU).state_dict()
+    component = open_any_checkpoint(folder, T2V, torch.float32, transformer_files=[folder / "other.safetensors"]).transformers[0]
+    assert all(torch.equal(value, wanted[key]) for key, value in component.load(CPU).state_dict().items())
+
+
+def test_a_comma_is_part_of_a_name_where_there_is_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b", "c", "d, e", "b"):
+        (tmp_path / name).touch()
+    given = {
+        "a,b": ["a,b"],
+        "a,b,c": ["a,b", "c"],
+        "c, a,b": ["c", "a,b"],
+        "a,b,d, e": ["a,b", "d, e"],
+        "c,b": ["c", "b"],
+        "c ,": ["c"],
+        "x,y": ["x", "y"],
+        "x,y,z": ["x", "y", "z"],
+    }
+    assert {value: [str(path) for path in split_files(value)] for value in given} == given
 
 
 def test_a_git_lfs_pointer(folder: Path) -> None:

@@ -27,5 +27,7 @@ def command(record: Record) -> str:
 def _setting(key: str, value: object) -> str:
     if not isinstance(value, str):
         return f"{key}={json.dumps(value)}"
+    if key == "prompt" and value.startswith("@"):
+        value = f"@{value}"  # it is the text, and would be read as the name of a file
     is_read_otherwise = key != "task" and quote(value) == value  # such as text in quotes, and the word null
     return f"{key}={quoted(value) if is_read_otherwise else value}"

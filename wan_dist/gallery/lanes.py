@@ -62,7 +62,8 @@ def _beside(spans: Sequence[Span]) -> set[Span]:
     """Return those, of spans by their beginning, that go on while a longer one of another job does."""
     found: set[Span] = set()
     for number, span in enumerate(spans):
-        for later in spans[number + 1 :]:
+        for place in range(number + 1, len(spans)):
+            later = spans[place]
             if later.began >= span.began + span.seconds:
                 break
             if span.job and later.job and later.job != span.job:

@@ -30,13 +30,13 @@ _MOST_BARS, _FEWEST_BARS = 6_000, 200
 """Of all timelines together, and of one."""
 
 
-def write_page(folder: Path) -> Path:
+def write_page(folder: Path, records: Sequence[Record] | None = None) -> Path:
     """Write FOLDER/index.html, after the contact sheets that are missing, and return it; it appears when it is whole.
 
-    A video that cannot be read is shown without a sheet. Raises InputError where there is no such folder, and OSError where it cannot
-    be written to.
+    ``records`` are the folder's, if they have been read. A video that cannot be read is shown without a sheet. Raises InputError where
+    there is no such folder, and OSError where it cannot be written to.
     """
-    records, runs = read_records(folder), read_runs(folder)
+    records, runs = read_records(folder) if records is None else records, read_runs(folder)
     _write_sheets(records)
     to = folder / "index.html"
     with written_aside(to) as aside:

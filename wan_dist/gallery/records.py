@@ -81,18 +81,42 @@ class Record:
         return own | {key: value for key, value in (("prompt", self.prompt), ("seed", self.seed)) if value not in ("", None)}
 
 
-def read_records(folder: Path) -> list[Record]:
+Seen = dict[str, tuple[tuple[object, ...], Record | None]]
+"""Records by their files' names, with what shows whether they have changed."""
+
+
+def read_records(folder: Path, seen: Seen | None = None) -> list[Record]:
     """Return the records of a folder by run and name; what is no record, or names a file elsewhere, is passed over.
 
-    Raises InputError where there is no such folder.
+    Those in ``seen`` that have not changed are taken from there, and it comes to hold all. Raises InputError where there is no such
+    folder.
     """
     try:
         files = files_in(folder)
     except OSError as fault:
         raise InputError(f"{folder} cannot be looked through: {fault.strerror}; give the folder that the videos are in") from None
-    paths = [folder / name for name in files if is_record_name(name)]
-    found = [record for path in paths if (entry := read_object(path)) is not None and (record := _record(path, entry, files)) is not None]
+    before: Seen = {} if seen is None else seen
+    now: Seen = {}
+    for name in filter(is_record_name, files):
+        state = _state(folder / name, files)
+        if name in before and before[name][0] == state:
+            now[name] = before[name]
+        else:
+            entry = read_object(folder / name)
+            now[name] = state, None if entry is None else _record(folder / name, entry, files)
+    before.clear()
+    before.update(now)
+    found = [record for _, record in now.values() if record is not None]
     return sorted(found, key=lambda record: (record.run, natural(record.name)))
+
+
+def _state(path: Path, files: set[str]) -> tuple[object, ...]:
+    """Return what a record is read from: its file, and which results are beside it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_mtime_ns, status.st_size, status.st_ino, *(path.stem + suffix in files for suffix in (".mp4", ".png"))
 
 
 def files_in(folder: Path) -> set[str]:

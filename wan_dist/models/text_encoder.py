@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import ftfy
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from wan_dist.dims import TextEncoderDims
+
+_MOST_TOKENS = 2**15
+"""Whose states are held on the host at once: 256 MiB of umT5-XXL in bfloat16."""
+_MOST_ON_CPU = 8
+"""Prompts of a chunk: a CPU takes seconds for each, and what is not done is lost when the run is ended; reading is a small part then."""
 
 
 def clean_prompt(text: str) -> str:
@@ -46,6 +51,21 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: int) ->
     return ids
 
 
+def split_into_chunks(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], text_len: int, device: torch.device) -> list[list[str]]:
+    """Return the prompts in order, as many together as it pays to encode block by block; see `TextEncoder.encode_by_block`."""
+    most = _MOST_ON_CPU if device.type == "cpu" else len(prompts)
+    chunks: list[list[str]] = [[]]
+    num_tokens = 0
+    for prompt in prompts:
+        own = len(token_ids(tokenizer, prompt, text_len))
+        if chunks[-1] and (num_tokens + own > _MOST_TOKENS or len(chunks[-1]) == most):
+            chunks.append([])
+            num_tokens = 0
+        chunks[-1].append(prompt)
+        num_tokens += own
+    return chunks
+
+
 class TextEncoder:
     """Prompts to embeddings.
 
@@ -72,9 +92,36 @@ class TextEncoder:
     def __call__(self, prompt: str) -> Tensor:
         """Return the prompt's embedding (n, text_dim), n at most ``text_len``, on the device."""
         ids = torch.tensor([token_ids(self.tokenizer, prompt, self.text_len)], device=self.device)
-        mask = torch.ones_like(ids)
-        if self.rows is None:
-            return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[0]
+        return self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+
+    def encode_by_block(self, prompts: Sequence[str]) -> list[Tensor]:
+        """Return the prompts' embeddings (n, text_dim), on the host, as `__call__` makes them, one after the other in each block.
+
+        A block whose weights are streamed so is read once for all of them. In between their states are on the host.
+        """
+        assert self.rows is not None
         dtype = next(self.encoder.parameters()).dtype
-        embedded = self.rows(ids[0].tolist()).to(self.device, dtype).unsqueeze(0)
-        return self.encoder(inputs_embeds=embedded, attention_mask=mask).last_hidden_state[0]
+        ids = [token_ids(self.tokenizer, prompt, self.text_len) for prompt in prompts]
+        states = [self.rows(own).to(dtype).unsqueeze(0) for own in ids]
+        for block in self.encoder.get_submodule("block").children():
+            states = _visit(block, states, self.device)
+        norm = self.encoder.get_submodule("final_layer_norm")
+        return [norm(state.to(self.device))[0].cpu() for state in states]
+
+
+def _visit(block: nn.Module, states: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return what a block makes of each state (1, n, dim), in one call: after that its weights may leave."""
+
+    def output(made: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return (made[0] if isinstance(made, tuple) else made).cpu()
+
+    def compute_others(*_: object) -> None:
+        others.extend(output(block.forward(state.to(device))) for state in states[1:])
+
+    others: list[Tensor] = []
+    hook = block.register_forward_hook(compute_others, prepend=True)  # before those by which the weights leave
+    try:
+        first = output(block(states[0].to(device)))
+    finally:
+        hook.remove()
+    return [first, *others]

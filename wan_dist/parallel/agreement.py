@@ -7,10 +7,23 @@ from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
 from wan_dist.sampling.step_cache import Predict
 
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers, by bytes."""
+
 
 def is_any(flag: bool, axis: Axis, device: torch.device) -> bool:
     """Whether the flag is set on any rank of the axis."""
     return flag if axis.size == 1 else bool(all_gather(torch.tensor([int(flag)], device=device), axis).any())
+
+
+def checksum(x: Tensor) -> Tensor:
+    """Return a checksum (1,), int64, of the bits of x, which any device and number of threads computes alike.
+
+    Each value's bits count times an odd number that goes by its place, modulo 2^64: integers sum up to the same in any order, which
+    floats do not, and tensors that differ in one value never have the same sum.
+    """
+    bits = x.flatten().contiguous().view(_WORDS[x.element_size()]).long()
+    return (bits * (2 * torch.arange(x.numel(), device=x.device) + 1)).sum().view(1)
 
 
 class Agreeing:
@@ -25,8 +38,7 @@ class Agreeing:
         """Return the prediction; raises RuntimeError, naming the ranks, if they disagree."""
         if self.axis.size > 1 and self.num_checks:
             self.num_checks -= 1
-            weights = torch.linspace(1, 2, latents.numel(), device=latents.device, dtype=torch.float64)
-            sums = all_gather((latents.flatten().double() * weights).sum().view(1), self.axis).flatten().tolist()
+            sums = all_gather(checksum(latents), self.axis).flatten().tolist()
             strangers = [rank for rank, value in enumerate(sums) if value != sums[0]]
             if strangers:
                 raise RuntimeError(

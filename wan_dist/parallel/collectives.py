@@ -1,6 +1,10 @@
-"""The only place that sends tensors between ranks. On an axis of size 1 every function returns its input."""
+"""The only place that sends tensors between ranks. On an axis of size 1 every function returns its input.
 
-from collections.abc import Callable, Iterator
+Tensors may have any strides, dtype and device: what a group exchanges are contiguous bytes on its own device, see `_bytes_of`.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -8,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wan_dist.parallel.mesh import Axis, Groups
+from wan_dist.parallel.mesh import Axis
 
 T = TypeVar("T")
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
@@ -27,19 +31,44 @@ def name_those_awaited(axis: Axis) -> Iterator[None]:
         raise
 
 
+def _device_of(axis: Axis, device: torch.device) -> torch.device:
+    """Return the device on which the axis exchanges tensors: the one given where its group can, else the group's own."""
+    assert axis.group is not None
+    types = {kind.type for kind in axis.group._device_types}
+    return device if device.type in types else torch.device("cpu" if "cpu" in types else types.pop())
+
+
+def _bytes_of(x: Tensor, axis: Axis) -> Tensor:
+    """Return x as it is sent, its bytes (n,) in the order of its dims; a copy only where x is not so in memory already.
+
+    Backends want contiguous tensors on their own device, and each lacks some dtypes.
+    """
+    x = x.to(_device_of(axis, x.device)).contiguous()
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)  # dims of size 1 may have any stride
+
+
+def _empty_bytes(x: Tensor, axis: Axis, shape: Sequence[int]) -> Tensor:
+    """Return room for the bytes of a tensor like x, but for its shape."""
+    return torch.empty(math.prod(shape) * x.element_size(), dtype=torch.uint8, device=_device_of(axis, x.device))
+
+
+def _tensor_of(received: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the tensor like x, but for its shape, whose bytes were received; contiguous."""
+    return received.view(x.dtype).view(tuple(shape)).to(x.device)
+
+
 def all_to_all(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     """x (N, ...): share i goes to rank i of the axis; begun now, the call returns (N, ...), share j from rank j."""
     if axis.size == 1:
         return lambda: x
-    x = x.contiguous()
-    out = torch.empty_like(x)
+    sent, received = _bytes_of(x, axis), _empty_bytes(x, axis, x.shape)
     with name_those_awaited(axis):
-        work = dist.all_to_all_single(out, x, group=axis.group, async_op=True)
+        work = dist.all_to_all_single(received, sent, group=axis.group, async_op=True)
 
     def wait() -> Tensor:
         with name_those_awaited(axis):
             work.wait()
-        return out
+        return _tensor_of(received, x, x.shape)
 
     return wait
 
@@ -48,22 +77,25 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     """Return (N, ...): every rank's x, in the order of ranks."""
     if axis.size == 1:
         return x.unsqueeze(0)
-    out = x.new_empty(axis.size * x.numel())
+    shape = (axis.size, *x.shape)
+    received = _empty_bytes(x, axis, shape)
     with name_those_awaited(axis):
-        _ALL_GATHER(out, x.contiguous().view(-1), group=axis.group)
-    return out.view(axis.size, *x.shape)
+        _ALL_GATHER(received, _bytes_of(x, axis), group=axis.group)
+    return _tensor_of(received, x, shape)
 
 
-def _begin(operations: list[dist.P2POp], received: T, axis: Axis) -> Callable[[], T]:
-    """Start to send and receive; the call that comes back waits and returns ``received``."""
+def _start(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis) -> Callable[[], None]:
+    """Start to send and receive bytes, each to or from a rank of the world; the call that comes back waits for all of them."""
+    operations = [dist.P2POp(dist.isend, sent, rank, axis.group) for sent, rank in sends]
+    operations += [dist.P2POp(dist.irecv, received, rank, axis.group) for received, rank in receives]
     with name_those_awaited(axis):
         works = dist.batch_isend_irecv(operations)
 
-    def wait() -> T:
+    def wait() -> None:
         with name_those_awaited(axis):
             for work in works:
                 work.wait()
-        return received
+        operations.clear()  # until now they have held what is sent
 
     return wait
 
@@ -73,13 +105,18 @@ def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
 
     All ranks' shapes are equal.
     """
-    received = [torch.empty_like(tensor) for tensor in tensors]
-    assert axis.group is not None
+    if axis.size == 1:
+        return lambda: tensors
     ranks = dist.get_process_group_ranks(axis.group)
     after, before = ranks[(axis.rank + 1) % axis.size], ranks[(axis.rank - 1) % axis.size]
-    operations = [dist.P2POp(dist.isend, tensor.contiguous(), after, axis.group) for tensor in tensors]
-    operations += [dist.P2POp(dist.irecv, tensor, before, axis.group) for tensor in received]
-    return _begin(operations, received, axis)
+    received = [_empty_bytes(tensor, axis, tensor.shape) for tensor in tensors]
+    wait = _start([(_bytes_of(tensor, axis), after) for tensor in tensors], [(part, before) for part in received], axis)
+
+    def arrived() -> list[Tensor]:
+        wait()
+        return [_tensor_of(part, tensor, tensor.shape) for part, tensor in zip(received, tensors, strict=True)]
+
+    return arrived
 
 
 def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
@@ -87,16 +124,24 @@ def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> Callable[[], tuple[T
 
     None at the ends of the axis. All ranks' shapes are equal.
     """
-    assert axis.group is not None
-    ranks = dist.get_process_group_ranks(axis.group)
-    before = torch.empty_like(last) if axis.rank > 0 else None
-    after = torch.empty_like(first) if axis.rank < axis.size - 1 else None
-    operations = []
-    for kept, received, step in ((first, before, -1), (last, after, 1)):
-        if received is not None:
-            other = ranks[axis.rank + step]
-            operations += [dist.P2POp(dist.isend, kept, other, axis.group), dist.P2POp(dist.irecv, received, other, axis.group)]
-    return _begin(operations, (before, after), axis)
+    ranks = [0] if axis.size == 1 else dist.get_process_group_ranks(axis.group)
+    has_before, has_after = axis.rank > 0, axis.rank < axis.size - 1
+    sends, receives = [], []
+    for edge, arriving, step, is_there in ((first, last, -1, has_before), (last, first, 1, has_after)):
+        if is_there:
+            sends.append((_bytes_of(edge, axis), ranks[axis.rank + step]))
+            receives.append((_empty_bytes(arriving, axis, arriving.shape), ranks[axis.rank + step]))
+    if not sends:
+        return lambda: (None, None)
+    wait = _start(sends, receives, axis)
+
+    def arrived() -> tuple[Tensor | None, Tensor | None]:
+        wait()
+        before = _tensor_of(receives[0][0], last, last.shape) if has_before else None
+        after = _tensor_of(receives[-1][0], first, first.shape) if has_after else None
+        return before, after
+
+    return arrived
 
 
 def gather_on_first(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tensor | None:
@@ -106,31 +151,33 @@ def gather_on_first(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tens
     """
     if axis.size == 1:
         return x
-    assert axis.group is not None
     ranks = dist.get_process_group_ranks(axis.group)
     with name_those_awaited(axis):
         if axis.rank:
-            dist.send(x.contiguous(), ranks[0], group=axis.group)
+            dist.send(_bytes_of(x, axis), ranks[0], group=axis.group)
             return None
         parts = [x]
         for rank, length in zip(ranks[1:], lengths[1:], strict=True):
-            parts.append(x.new_empty([*x.shape[:dim], length, *x.shape[dim + 1 :]]))
-            dist.recv(parts[-1], rank, group=axis.group)
+            shape = (*x.shape[:dim], length, *x.shape[dim + 1 :])
+            received = _empty_bytes(x, axis, shape)
+            dist.recv(received, rank, group=axis.group)
+            parts.append(_tensor_of(received, x, shape))
     return torch.cat(parts, dim=dim)
 
 
 def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | None:
-    """Return the first rank's tensor, or None if that has none, on all ranks of the axis."""
+    """Return the first rank's tensor, or None if that has none, on ``device`` of all ranks of the axis."""
     if axis.size == 1:
-        return x
+        return None if x is None else x.to(device)
     described = broadcast_object(None if x is None else (tuple(x.shape), x.dtype), axis)
     if described is None:
         return None
     shape, dtype = described
-    out = x.to(device).contiguous() if axis.rank == 0 and x is not None else torch.empty(shape, dtype=dtype, device=device)
+    like = torch.empty(0, dtype=dtype, device=device)
+    moved = _bytes_of(x.to(device), axis) if axis.rank == 0 and x is not None else _empty_bytes(like, axis, shape)
     with name_those_awaited(axis):
-        dist.broadcast(out, group=axis.group, group_src=0)
-    return out
+        dist.broadcast(moved, group=axis.group, group_src=0)
+    return _tensor_of(moved, like, shape)
 
 
 def broadcast_object(value: T, axis: Axis) -> T:
@@ -151,12 +198,3 @@ def gather_objects(value: T, axis: Axis) -> list[T]:
     with name_those_awaited(axis):
         dist.all_gather_object(found, value, group=axis.group)
     return cast(list[T], found)
-
-
-def first_on_each_node(find: Callable[[], T], groups: Groups) -> T:
-    """Call ``find`` on the first rank of each node, then on the others, which find what it left."""
-    if groups.replica.size == 1:
-        return find()
-    found = find() if groups.local_rank == 0 else None
-    dist.barrier(group=groups.replica.group)
-    return find() if found is None else found

@@ -1,10 +1,16 @@
 """Degrees -> process groups. All four axes always exist; on an axis of size 1 nothing is sent."""
 
+import contextlib
+import gc
+import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,37 +19,174 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from wan_dist.degrees import Degrees
-from wan_dist.environment import read_ranks
+from wan_dist.environment import Ranks, read_ranks
 from wan_dist.errors import InputError
+from wan_dist.parallel.team import Team
 
-AXES = ("dp", "cfg", "ring", "ulysses")
+AXES = ("cfg", "ring", "ulysses")
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Axis:
     """Where this rank is on one axis of the mesh, or on several taken together."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    """None where the size is 1."""
+    """None where the size is 1; another one once the groups have been opened anew. Replicas have none in common: see `Team`."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Groups:
-    """The axes of a run. ``sp``: ring and ulysses together; ``replica``: everything that works on one video; ``world``: all ranks."""
+    """The axes of a run. ``sp``: ring and ulysses together; ``replica``: everything that works on one video; ``dp``: the replicas."""
 
+    degrees: Degrees = field(default_factory=Degrees)
+    team: Team = field(default_factory=lambda: Team(Ranks(), 60))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: float = 600.0
     rank: int = 0
+    """Among all ranks."""
     local_rank: int = 0
-    dp: Axis = Axis()
-    cfg: Axis = Axis()
-    ring: Axis = Axis()
-    ulysses: Axis = Axis()
-    sp: Axis = Axis()
-    replica: Axis = Axis()
-    world: Axis = Axis()
+    dp: Axis = field(default_factory=Axis)
+    cfg: Axis = field(default_factory=Axis)
+    ring: Axis = field(default_factory=Axis)
+    ulysses: Axis = field(default_factory=Axis)
+    sp: Axis = field(default_factory=Axis)
+    replica: Axis = field(default_factory=Axis)
     replica_mesh: DeviceMesh | None = None
     """Over which weights are sharded; None for one rank."""
+    sockets: dict[int, str] = field(default_factory=dict)
+    """Connections of gloo's groups: descriptors, and what they are."""
+    num_opened: int = 0
+    num_works: int = 0
+    """Times that the ranks of the replica have met, for what they do together; the same on all of them."""
+
+    @property
+    def replica_ranks(self) -> range:
+        """The ranks of this replica, among all."""
+        size = self.degrees.ranks_of_replica
+        return range(self.dp.rank * size, (self.dp.rank + 1) * size)
+
+    @property
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """Each of the axes' process groups, once."""
+        axes = (self.cfg, self.ring, self.ulysses, self.sp, self.replica)
+        return list({id(axis.group): axis.group for axis in axes if axis.group is not None}.values())
+
+    def open(self) -> None:
+        """Make process groups for all axes, anew if there were any, and none for one rank; called by all ranks of the replica.
+
+        Axes with the same ranks share a process group: each takes memory of a GPU. Those inside attention have groups of their own, since
+        what is sent in a group waits for what was sent before, and weights are gathered ahead.
+        """
+        if self.replica.size == 1:
+            return
+        if self.num_opened:
+            self.replica_mesh = None
+            distributed_c10d._abort_process_group()
+            gc.collect()  # gloo closes connections with the last reference to a group
+        self.num_opened += 1
+        before = _find_sockets()
+        is_cuda = self.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            store=self.team.store_of(f"groups/{self.dp.rank}/{self.num_opened}"),
+            rank=self.team.rank - self.replica_ranks.start,
+            world_size=self.degrees.ranks_of_replica,
+            timeout=timedelta(seconds=self.timeout),
+            device_id=self.device if is_cuda else None,
+        )
+        self.cut_axes()
+        if self.replica.group is not None:
+            self.replica_mesh = DeviceMesh.from_group(self.replica.group, self.device.type, mesh_dim_names=("replica",))
+        limit_waiting(self, self.timeout)  # new groups do not take it over
+        self.sockets = dict(_find_sockets().items() - before.items())
+
+    def cut_axes(self) -> None:
+        """Cut the ranks of the default process group, which are the replica's, into the axes."""
+        degrees = self.degrees
+        ranks = torch.arange(degrees.ranks_of_replica).view(1, degrees.cfg, degrees.ring, degrees.ulysses)
+        made: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None]
+        made = {(False, (tuple(range(degrees.ranks_of_replica)),)): dist.group.WORLD}
+        inside = ("ring", "ulysses")
+        axes = ((self.replica, AXES), (self.sp, inside), *((getattr(self, name), (name,)) for name in AXES))
+        for axis, names in axes:
+            if axis.size == 1:
+                continue
+            dims = [AXES.index(name) + 1 for name in names]
+            rows = ranks.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2).tolist()
+            key = (set(names) <= set(inside), tuple(map(tuple, rows)))
+            if key not in made:
+                made[key] = dist.new_subgroups_by_enumeration(rows)[0]
+            axis.group = made[key]
+
+    def abort(self) -> None:
+        """Break off whatever is sent in the groups, on this rank, and with gloo on those that it was to be sent to; from any thread."""
+        if self.device.type != "cuda":
+            _shut_down(self.sockets)
+            return
+        groups = self.process_groups
+        backend: Any = groups[0]._get_backend(self.device)  # NCCL's
+        backend._group_start()  # aborts of several communicators else wait for each other
+        for group in groups:
+            group.abort()
+        backend._group_end()
+
+    def meet(self, what: str) -> None:
+        """Wait for all ranks of the replica, however long they take to ``what``; before a collective that some come to late."""
+        if self.replica.size == 1:
+            return
+        key = self.next_key("met")
+        self.team.add(key)
+        self.team.wait(lambda: self.team.add(key, 0) == self.replica.size, what, self.replica_ranks)
+
+    def share(self, make: Callable[[], T], what: str) -> T:
+        """Return what the replica's first rank makes, on all its ranks, however long it takes to ``what``."""
+        key = self.next_key("shared")
+        if self.replica.rank == 0:
+            value = make()
+            if self.replica.size > 1:
+                self.team.put(key, (value,))
+            return value
+        self.team.wait(lambda: self.team.has(key), what, self.replica_ranks[:1])
+        return cast(tuple[T], self.team.get(key))[0]
+
+    def next_key(self, kind: str) -> str:
+        """Return a key in the team's store that all ranks of the replica come to together, and nobody else."""
+        self.num_works += 1
+        return f"{kind}/{self.dp.rank}/{self.num_works}"
+
+    def close(self, *, others_follow: bool) -> None:
+        """End all process groups; NCCL waits for the other ranks to do the same, so after an error it is told to give up instead."""
+        if not self.num_opened:
+            return
+        if not others_follow:
+            distributed_c10d._abort_process_group()
+            return
+        dist.destroy_process_group()
+        if self.device.type != "cuda":
+            # Gloo's threads let go of the last collectives' tensors, for which they need the interpreter; one that is ending aborts them.
+            time.sleep(0.1)
+
+
+def _find_sockets() -> dict[int, str]:
+    """Return the descriptors of this process's sockets, and what they are."""
+    found = {}
+    for file in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if (target := str(file.readlink())).startswith("socket:"):
+                found[int(file.name)] = target
+    return found
+
+
+def _shut_down(sockets: dict[int, str]) -> None:
+    """End connections, so that both ends return from what they wait for; gloo's own abort leaves them open."""
+    for number in dict(sockets.items() & _find_sockets().items()):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # gloo ends the process without its listener
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 def local_device(name: str) -> torch.device:
@@ -66,72 +209,51 @@ def local_device(name: str) -> torch.device:
 
 @contextmanager
 def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> Iterator[Groups]:
-    """Make the process groups for these degrees, and end them on any exit; for one rank there are none.
+    """Make the process groups of all ranks that were started, and end them on any exit; for one rank there are none.
 
     Ranks that wait for each other longer than ``timeout`` seconds give up with an error; see `limit_waiting`.
     """
-    if degrees.num_ranks == 1:
-        yield Groups()
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), device_id=device if device.type == "cuda" else None)
+    team = Team(read_ranks() if degrees.num_ranks > 1 else Ranks(), timeout)
     try:
-        groups = make_groups(degrees, device.type)
-        limit_waiting(groups, timeout)  # new groups do not take it over
-        yield groups
+        with opened(groups := make_groups(degrees, team, device, timeout)):
+            yield groups
+    finally:
+        team.leave()
+
+
+@contextmanager
+def opened(groups: Groups) -> Iterator[None]:
+    """Open the process groups, and end them on any exit."""
+    try:
+        groups.open()
+        yield
     except BaseException:
-        _end_groups(backend, others_follow=False)
+        groups.close(others_follow=False)
         raise
-    _end_groups(backend, others_follow=True)
-
-
-def _end_groups(backend: str, *, others_follow: bool) -> None:
-    """End all process groups; NCCL waits for the other ranks to do the same, so after an error it is told to give up instead."""
-    if backend == "nccl" and not others_follow:
-        distributed_c10d._abort_process_group()
-        return
-    dist.destroy_process_group()
-    if backend == "gloo":
-        # Its threads let go of the last collectives' tensors, for which they need the interpreter; one that is ending aborts them.
-        time.sleep(0.1)
+    groups.close(others_follow=True)
 
 
 def limit_waiting(groups: Groups, timeout: float) -> None:
     """From now on, ranks that wait for each other longer than ``timeout`` seconds give up with an error."""
-    for axis in (groups.dp, groups.cfg, groups.ring, groups.ulysses, groups.sp, groups.replica, groups.world):
-        if axis.group is not None:
-            _set_pg_timeout(timedelta(seconds=timeout), axis.group)
+    for group in groups.process_groups:
+        _set_pg_timeout(timedelta(seconds=timeout), group)
 
 
-def make_groups(degrees: Degrees, device_type: str) -> Groups:
-    """Cut the ranks of the default process group into the axes; called by all of them.
-
-    Axes with the same ranks share a process group: each takes memory of a GPU. Those inside attention have groups of their own, since
-    what is sent in a group waits for what was sent before, and weights are gathered ahead.
-    """
-    ranks = torch.arange(degrees.num_ranks).view(degrees.dp, degrees.cfg, degrees.ring, degrees.ulysses)
-    made: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None]
-    made = {(False, (tuple(range(degrees.num_ranks)),)): dist.group.WORLD}
-
-    def axis(*names: str) -> Axis:
-        """Return the axis of these dims of the mesh together, which follow each other."""
-        dims = [AXES.index(name) for name in names]
-        rows = ranks.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2).tolist()
-        row = next(row for row in rows if dist.get_rank() in row)
-        if len(row) == 1:
-            return Axis()
-        key = (set(names) <= {"ring", "ulysses"}, tuple(map(tuple, rows)))
-        if key not in made:
-            made[key] = dist.new_subgroups_by_enumeration(rows)[0]
-        return Axis(row.index(dist.get_rank()), len(row), made[key])
-
-    replica = axis("cfg", "ring", "ulysses")
+def make_groups(degrees: Degrees, team: Team, device: torch.device, timeout: float) -> Groups:
+    """Return where this rank is on the axes of a run, before there is any process group: see `Groups.open`."""
+    size = degrees.ranks_of_replica
+    within, sp = team.rank % size, degrees.ring * degrees.ulysses
     return Groups(
-        rank=dist.get_rank(),
+        degrees,
+        team,
+        device,
+        timeout,
+        rank=team.rank,
         local_rank=read_ranks().local_rank,
-        sp=axis("ring", "ulysses"),
-        world=Axis(dist.get_rank(), degrees.num_ranks, dist.group.WORLD),
-        replica=replica,
-        replica_mesh=None if replica.group is None else DeviceMesh.from_group(replica.group, device_type, mesh_dim_names=("replica",)),
-        **{name: axis(name) for name in AXES},
+        dp=Axis(team.rank // size, degrees.dp),
+        cfg=Axis(within // sp, degrees.cfg),
+        ring=Axis(within % sp // degrees.ulysses, degrees.ring),
+        ulysses=Axis(within % degrees.ulysses, degrees.ulysses),
+        sp=Axis(within % sp, sp),
+        replica=Axis(within, size),
     )

@@ -4,14 +4,14 @@ Partial results are merged by their log-sum-exp, which is exact.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wan_dist.models.attention import InnerAttention, attend_with_lse
 from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.transformer_elementwise import PIECE
 from wan_dist.parallel.collectives import pass_on
 from wan_dist.parallel.mesh import Axis
-from wan_dist.parallel.sequence import SplitSequence
+from wan_dist.parallel.sequence import SplitSequence, pad_end
 
 
 class RingAttention(InnerAttention):
@@ -30,22 +30,32 @@ class RingAttention(InnerAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, L', H, D) of this rank's tokens, without or with padding -> (B, L', H, D)."""
-        length = self.num_inside * self.sequence.share
-        padding = length - k.shape[1]
-        moving = [F.pad(part, (0, 0, 0, 0, 0, padding)).contiguous() for part in (k, v)]  # equal shapes on all ranks
-        out, lse = q.new_zeros(q.shape, dtype=torch.float32), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        padding = self.num_inside * self.sequence.share - k.shape[1]
+        moving = [pad_end(part, padding, dim=1) for part in (k, v)]  # equal shapes on all ranks
+        merged: tuple[Tensor, Tensor] | None = None
         for step in range(self.axis.size):
             source = (self.axis.rank - step) % self.axis.size
             num_valid = self.sequence.num_valid(source * self.num_inside, self.num_inside)
             arriving = pass_on(moving, self.axis) if step < self.axis.size - 1 else None  # while this part is attended to
             if num_valid and q.shape[1]:
-                part, part_lse = attend_with_lse(self.name, q, *(tensor[:, :num_valid] for tensor in moving))
-                merged = torch.logaddexp(lse, part_lse)  # (B, L', H)
-                out = out * (lse - merged).exp().unsqueeze(-1) + part.float() * (part_lse - merged).exp().unsqueeze(-1)
-                lse = merged
+                part = attend_with_lse(self.name, q, *(tensor[:, :num_valid] for tensor in moving))
+                if merged is None:
+                    merged = part[0].float(), part[1].contiguous()
+                else:
+                    merge_(*merged, *part)
+                del part  # it would be there beside the next
             if arriving is not None:
                 moving = arriving()
-        return out.to(q.dtype)
+        return q if merged is None else merged[0].to(q.dtype)  # a rank without tokens returns none
+
+
+def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Merge attention to other keys into ``out`` (B, L, H, D) and its log-sum-exp (B, L, H), float32, in place and a piece at a time."""
+    for start in range(0, out.shape[1], PIECE):
+        piece = slice(start, start + PIECE)
+        share = torch.sigmoid(part_lse[:, piece] - lse[:, piece]).unsqueeze(-1)
+        out[:, piece].lerp_(part[:, piece].float(), share)
+    torch.logaddexp(lse, part_lse, out=lse)
 
 
 def apply_ring(model: WanTransformer, sequence: SplitSequence, axis: Axis, *, num_inside: int) -> None:

@@ -11,6 +11,11 @@ from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
 
 
+def pad_end(x: Tensor, num_zeros: int, dim: int) -> Tensor:
+    """Return x with zeros after it in ``dim``; x itself, not a copy, if there are to be none."""
+    return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, num_zeros)) if num_zeros else x
+
+
 class SplitSequence(WholeSequence):
     """Each rank of ``axis`` has an equal share of the tokens, in order; the last ones may be padding."""
 
@@ -36,9 +41,10 @@ class SplitSequence(WholeSequence):
         """See `WholeSequence.split`."""
         self.num_tokens = x.shape[1]
         start = self.axis.rank * self.share
-        padding = self.axis.size * self.share - self.num_tokens
-        x = F.pad(x, (0, 0, 0, padding))[:, start : start + self.share]
-        cos, sin = (F.pad(table, (0, 0, 0, 0, 0, padding))[start : start + self.share] for table in rotary)
+        own, padding = slice(start, start + self.share), self.axis.size * self.share - self.num_tokens
+        x = x[:, own].clone()  # a view would keep the other ranks' tokens alive
+        x = pad_end(x, self.share - x.shape[1], dim=1)
+        cos, sin = (pad_end(table[own], self.share - len(table[own]), dim=0) for table in rotary)
         ends = torch.tensor(segments).cumsum(0).tolist()
         ends[-1] += padding  # padding is modulated as the last token's segment is
         inside = [min(max(end - start, 0), self.share) for end in [0, *ends]]

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wan_dist.models.attention import InnerAttention
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.collectives import all_to_all
 from wan_dist.parallel.mesh import Axis
-from wan_dist.parallel.sequence import SplitSequence
+from wan_dist.parallel.sequence import SplitSequence, pad_end
 
 
 class UlyssesAttention(InnerAttention):
@@ -48,9 +47,7 @@ class UlyssesAttention(InnerAttention):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, L, H / N, D) of all tokens, from `begin` -> (B, l, H, D) of this rank's tokens."""
         out = self.inner(q, k, v)
-        padding = self.axis.size * self.sequence.share - out.shape[1]
-        if padding:
-            out = F.pad(out, (0, 0, 0, 0, 0, padding))
+        out = pad_end(out, self.axis.size * self.sequence.share - out.shape[1], dim=1)
         parts = all_to_all(out.transpose(0, 1).unflatten(0, (self.axis.size, -1)), self.axis)()  # (N, l, B, h, D)
         out = parts.new_empty([parts.shape[place] for place in (2, 1, 0, 3, 4)])
         copy_(out, parts.permute(2, 1, 0, 3, 4))

@@ -27,6 +27,8 @@ def check_usp(device: torch.device, attention: str) -> None:
     for package in ("xfuser", "yunchang"):
         if importlib.util.find_spec(package) is None:
             raise InputError(f"parallel.usp=xfuser: package {package} is not installed (pip install wan-dist[usp]); or parallel.usp=plain")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise InputError("parallel.usp=xfuser: its ring and Ulysses need a GPU of Ampere or later; parallel.usp=plain runs on any")
     if attention not in _BACKENDS:
         raise InputError(f"parallel.usp=xfuser takes attention={', '.join(_BACKENDS)}, not {attention}; parallel.usp=plain takes any")
 

@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wan_dist.degrees import MIN_STRIP
@@ -16,6 +15,7 @@ from wan_dist.models.vae import WanVae
 from wan_dist.models.vae_layers import VideoState, memory_format
 from wan_dist.parallel.collectives import all_gather, trade_edges
 from wan_dist.parallel.mesh import Axis
+from wan_dist.parallel.sequence import pad_end
 
 
 def split_dim(rows: int, columns: int) -> int:
@@ -43,15 +43,20 @@ class SplitState(VideoState):
         """See `VideoState.trade`."""
         if not num_pixels:
             return super().trade(x, 0)
-        form = memory_format(x)
-        first = x.narrow(self.dim, 0, num_pixels).contiguous(memory_format=form)
-        last = x.narrow(self.dim, x.shape[self.dim] - num_pixels, num_pixels).contiguous(memory_format=form)
-        return trade_edges(first, last, self.axis)
+        form, start = memory_format(x), x.shape[self.dim] - num_pixels
+        first, last = (x.narrow(self.dim, place, num_pixels).movedim(1, -1) for place in (0, start))  # as they are on a GPU
+        arriving = trade_edges(first, last, self.axis)
+
+        def arrived() -> tuple[Tensor | None, Tensor | None]:
+            before, after = (None if edge is None else edge.movedim(-1, 1).contiguous(memory_format=form) for edge in arriving())
+            return before, after
+
+        return arrived
 
     def whole(self, x: Tensor) -> Tensor:
         """See `VideoState.whole`; x is of the latents' size."""
-        padding = [0, 0] * (4 - self.dim) + [0, max(self.lengths) - x.shape[self.dim]]  # equal shapes on all ranks
-        parts = all_gather(F.pad(x, padding), self.axis).unbind()
+        padded = pad_end(x, max(self.lengths) - x.shape[self.dim], self.dim)  # equal shapes on all ranks
+        parts = all_gather(padded, self.axis).unbind()
         return torch.cat([part.narrow(self.dim, 0, length) for part, length in zip(parts, self.lengths, strict=True)], dim=self.dim)
 
     def own(self, x: Tensor, scale: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -21,6 +22,7 @@ from wan_dist.reading import UnreadableError, check_file
 from wan_dist.streaming import Streaming, stream_blocks
 from wan_dist.weights import dims as read_dims
 from wan_dist.weights.files import TensorFiles
+from wan_dist.weights.identity import digest_of_weights
 from wan_dist.weights.layout import Part, find_layout
 from wan_dist.weights.load import check_keys, fill, read_parameters
 from wan_dist.weights.names import KeyMap
@@ -86,12 +88,11 @@ class Checkpoint:
     vae: Component[WanVae, VaeDims]
     tokenizer: PreTrainedTokenizerBase
 
-    @property
-    def paths(self) -> list[Path]:
-        """All files with weights."""
-        found = [path for transformer in self.transformers for path in transformer.files.paths]
-        found += [*self.text_encoder.files.paths, *self.vae.files.paths]
-        return found if self.image_encoder is None else [*found, *self.image_encoder.files.paths]
+    @cached_property
+    def digest(self) -> str:
+        """What tells these weights from others."""
+        components = (*self.transformers, self.text_encoder, self.vae, self.image_encoder)
+        return digest_of_weights(component.files for component in components if component is not None)
 
     @property
     def models(self) -> ModelDims:

@@ -10,7 +10,7 @@ from typing import Any
 
 from wan_dist.catalog import Task
 from wan_dist.errors import InputError
-from wan_dist.reading import read_object
+from wan_dist.reading import UnreadableError, check_file, read_object
 from wan_dist.weights import names
 from wan_dist.weights.files import TensorFiles, open_sharded
 from wan_dist.weights.names import KeyMap
@@ -19,6 +19,8 @@ WEIGHTS = "diffusion_pytorch_model"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER = "google/umt5-xxl"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+"""Of files with weights, in either case; what is in them does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Part:
 
     folder: Path
     file: str
-    """A file's name, or the stem of sharded ``.safetensors``."""
+    """A file's name, or the stem of sharded ``.safetensors``; absolute: a file of any name."""
     keys: Callable[[Collection[str]], KeyMap]
     config: str | None = None
 
@@ -36,8 +38,9 @@ class Part:
         config: dict[str, Any] = {}
         if self.config is not None:
             config = read_object(self.folder / self.config)
-        is_file = self.file.endswith((".pth", ".safetensors"))
-        files = TensorFiles([self.folder / self.file]) if is_file else open_sharded(self.folder, self.file)
+        path = Path(self.file)
+        is_file = path.is_absolute() or path.suffix.lower() in SUFFIXES
+        files = TensorFiles([self.folder / path]) if is_file else open_sharded(self.folder, self.file)
         return config, files, self.keys(files.shapes)
 
 
@@ -99,9 +102,12 @@ def _original(folder: Path, task: Task) -> Layout:
 
 
 def _either(folder: Path, file: str) -> str:
-    """Return the name of a file that is published as .pth, or as the same in .safetensors where that is there instead."""
-    other = Path(file).with_suffix(".safetensors").name
-    return other if (folder / other).is_file() and not (folder / file).is_file() else file
+    """Return the name of a file that is published as .pth, or where that is not there the same with another suffix of weights."""
+    if (folder / file).is_file():
+        return file
+    stem = Path(file).stem.casefold()
+    others = [path.name for path in folder.iterdir() if path.stem.casefold() == stem and path.suffix.lower() in SUFFIXES]
+    return min(others, default=file, key=lambda name: (SUFFIXES.index(Path(name).suffix.lower()), name))
 
 
 def _diffusers(folder: Path, task: Task) -> Layout:
@@ -132,7 +138,11 @@ def _in_files(transformers: tuple[Part, ...], paths: Sequence[Path]) -> tuple[Pa
         wanted = "two, those for HIGH,LOW noise" if len(transformers) == 2 else "one"
         raise InputError(f"dit_file: this task takes {wanted}, not {len(paths)} files")
     for path in paths:
-        if path.suffix != ".safetensors" or not path.is_file():
-            raise InputError(f"dit_file={path} is no .safetensors file")
+        if path.is_dir():
+            raise InputError(f"dit_file={path} is a folder; give the file in it, or ckpt_dir=FOLDER for a whole checkpoint")
+        try:
+            check_file(path)
+        except UnreadableError as fault:
+            raise InputError(f"dit_file={path} cannot be read: {fault}") from None
     pairs = zip(transformers, paths, strict=True)
-    return tuple(replace(part, file=str(path.resolve()), keys=names.single_file_transformer) for part, path in pairs)
+    return tuple(replace(part, file=str(path.absolute()), keys=names.single_file_transformer) for part, path in pairs)

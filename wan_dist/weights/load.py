@@ -153,7 +153,7 @@ def _copy_rows(target: Tensor, offset: int, num_rows: int, files: TensorFiles, s
             stored = files.read(source.key).reshape(-1, *target.shape[1:])[first : first + stop - start]
         # The dtype is converted on the device: one pass, no copy on the host.
         rows = stored.to(target.device)
-        if files.is_fp8(source.key) and (scale := files.scale_of(source.key, first, first + stop - start)) is not None:
+        if (scale := files.scale_of(source.key, first, first + stop - start)) is not None:
             rows = rows.float() * scale.to(target.device)
         target[start - offset : stop - offset].copy_(rows)
         files.forget(stored)

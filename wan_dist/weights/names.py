@@ -100,9 +100,10 @@ _FP8_EXTRAS = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", "
 
 
 def single_file_transformer(keys: Collection[str]) -> KeyMap:
-    """Key map of a transformer in one file, as it is passed around: the original names, with or without a prefix, also in fp8."""
+    """Key map of a transformer in one file, as it is passed around: names of either layout, with or without a prefix, also in fp8."""
     prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in keys)), "")
-    return KeyMap(_transformer(lambda name: prefix + name).sources, lambda key: key.endswith(_FP8_EXTRAS))
+    table = _DIFFUSERS_TRANSFORMER if any(key.startswith(f"{prefix}condition_embedder.") for key in keys) else ()
+    return KeyMap(_transformer(lambda name: prefix + _renamed(name, table)).sources, lambda key: key.endswith(_FP8_EXTRAS))
 
 
 def diffusers_transformer(_: Collection[str]) -> KeyMap:

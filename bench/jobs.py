@@ -1,0 +1,80 @@
+"""Time what a run with many jobs does besides making videos: the check of its file, what ranks send each other of it, texts, the page.
+
+    python -m bench.jobs --jobs 10000
+
+Each line has an image and settings of its own. Prints seconds of CPU of each part; no GPU and no checkpoint are needed.
+"""
+
+import argparse
+import json
+import pickle
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from tests.gallery_folder import RUN, write_record
+from wan_dist.gallery.background import PageWriter
+from wan_dist.kept import Kept
+from wan_dist.prompts import PromptCache
+from wan_dist.run import check_jobs, configured
+
+
+def write_jobs(folder: Path, number: int) -> Path:
+    """Write a file of jobs, and an image for each."""
+    Image.effect_noise((1280, 720), 40).convert("RGB").save(folder / "image.jpg")
+    lines = []
+    for place in range(number):
+        (folder / f"{place}.jpg").hardlink_to(folder / "image.jpg")
+        own = {"seed": place, "steps": 10 + place % 40, "shift": 2 + place / number, "guide_scale": 3 + place / number}
+        lines.append(json.dumps({"prompt": f"a ball rolling over wet grass, number {place}", "image": f"{place}.jpg", **own}))
+    (folder / "jobs.jsonl").write_text("\n".join(lines))
+    return folder / "jobs.jsonl"
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print the seconds of CPU, and of the clock, that something takes."""
+    cpu, clock = time.process_time(), time.perf_counter()
+    yield
+    print(f"{what:48} {time.process_time() - cpu:7.2f} s of CPU, {time.perf_counter() - clock:7.2f} s")
+
+
+def main() -> None:
+    """Run the parts one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jobs", type=int, default=10_000)
+    number = parser.parse_args().jobs
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        arguments = ["task=i2v-14B", f"jobs={write_jobs(folder, number)}"]
+        config = configured(arguments)
+        assert config is not None
+        with timed(f"check {number} jobs for 16 ranks"):
+            checked = check_jobs(config, arguments, ranks=(16, 8), gpu_bytes=80 * 2**30)
+        with timed("send them to another rank"):
+            sent = pickle.dumps(checked)
+            pickle.loads(sent)
+        print(f"{'':48} {len(sent) / 1e6:7.2f} MB")
+        with timed("find their digests and kept states"):
+            for _, own, plan in checked:
+                Kept(folder, own, plan, "", is_job=True)._find()
+        cache, context = PromptCache(folder / "cache", "", 2**30), torch.zeros(1, 8)
+        with timed("keep a text of each"):
+            for _, _, plan in checked:
+                cache.put(plan.prompt, context)
+        (folder / "videos").mkdir()
+        for place, (_, _, plan) in enumerate(checked):
+            write_record(folder / "videos", plan.name, prompt=plan.prompt, seed=place)
+        writer = PageWriter(folder / "videos")
+        for when in ("write the page", "write it again"):
+            with timed(when):
+                writer.write({"run": RUN}, {})
+
+
+if __name__ == "__main__":
+    main()

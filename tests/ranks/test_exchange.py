@@ -1,0 +1,22 @@
+"""What ranks send to each other arrives as it is, whatever its strides, dtype and size."""
+
+import torch
+
+from tests.torchrun import torchrun
+from wan_dist.parallel.collectives import all_gather, all_to_all, broadcast, gather_on_first, pass_on, trade_edges
+from wan_dist.parallel.mesh import Axis
+
+
+def test_any_tensor_arrives_as_it_is() -> None:
+    assert "392 cases" in torchrun(2, "tests.ranks.exchange_worker")
+
+
+def test_a_rank_alone_gets_what_it_has() -> None:
+    x, alone = torch.randn(2, 3).t(), Axis()
+    assert all_to_all(x, alone)() is x
+    assert torch.equal(all_gather(x, alone), x[None])
+    assert pass_on([x], alone)()[0] is x
+    assert trade_edges(x, x, alone)() == (None, None)
+    assert gather_on_first(x, [3], 0, alone) is x
+    assert broadcast(x, alone, torch.device("cpu")) is x
+    assert broadcast(None, alone, torch.device("cpu")) is None

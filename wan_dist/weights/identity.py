@@ -1,0 +1,40 @@
+"""A digest of weights that tells any one changed tensor, without reading all of a large checkpoint."""
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from wan_dist.weights.files import TensorFiles
+
+_WHOLE_BYTES = 2**26
+"""Files of so many bytes together are read whole."""
+_SMALL_BYTES = 2**16
+"""Tensors of at most so many are, too."""
+_PIECES, _PIECE_BYTES = 8, 2**12
+"""Of each larger tensor: training and merging change all of it, so that a few pieces tell."""
+
+
+def digest_of_weights(parts: Iterable[TensorFiles]) -> str:
+    """Return a digest of the names, types, shapes and values of the tensors in these files, in whatever files they lie."""
+    digest = hashlib.sha256()
+    for files in parts:
+        is_small = sum(path.stat().st_size for path in files.paths) <= _WHOLE_BYTES
+        for name in sorted(files.shapes):
+            tensor = files.read(name)
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            for piece in _pieces_of(tensor, is_whole=is_small):
+                digest.update(piece.numpy().data)
+        digest.update(b"|")
+    return digest.hexdigest()
+
+
+def _pieces_of(tensor: Tensor, *, is_whole: bool) -> Iterable[Tensor]:
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    values = tensor.reshape(-1).view(torch.uint8)
+    if is_whole or values.numel() <= _SMALL_BYTES:
+        return [values]
+    step = (values.numel() - _PIECE_BYTES) // (_PIECES - 1)
+    return [values[step * number : step * number + _PIECE_BYTES] for number in range(_PIECES)]
