@@ -158,7 +158,7 @@ def _run_in_team(arguments: list[str], ranks: Ranks) -> int:
         least = check_alike(team.gather(facts, "start"))
         planned = team.share(lambda: _planned(config, arguments, ranks, lambda _: least), "check the settings")
         return _start(config, planned, arguments, team)
-    except (Exception, Preempted) as fault:
+    except BaseException as fault:  # whatever it is, the others wait for this rank
         text = text_of(fault)
         team.fail(kind_of(fault), text)
         if isinstance(fault, InputError | Preempted) and team.is_told_by_others(text):

@@ -1,0 +1,35 @@
+"""What a rank does at the end of a run, however it ends."""
+
+import pytest
+
+from wan_dist import run
+from wan_dist.environment import Ranks
+from wan_dist.preemption import Preempted
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt("^C"), SystemExit(3), MemoryError("host"), Preempted("SIGTERM"), ValueError("x")])
+def test_the_others_learn_of_a_rank_that_ends_whatever_ends_it(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that leaves without a word is waited for, while it waits for the others: Ctrl-C on one of several ranks hung the run."""
+    told: list[str] = []
+
+    class Others:
+        def __init__(self, ranks: Ranks, timeout: float) -> None:
+            pass
+
+        def fail(self, kind: str, text: str) -> None:
+            told.append("failed")
+
+        def is_told_by_others(self, text: str) -> bool:
+            return False
+
+        def leave(self) -> None:
+            told.append("left")
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr("wan_dist.parallel.team.Team", Others)
+    monkeypatch.setattr(run, "find_facts", fail)
+    with pytest.raises(type(error)):
+        run._run_in_team(["task=toy", "prompt=a ball", "device=cpu"], Ranks())
+    assert told == ["failed", "left"]
