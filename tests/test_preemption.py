@@ -107,7 +107,7 @@ def test_what_a_job_has_kept_is_found_without_looking_through_the_folder(tmp_pat
     first, second = (Kept(tmp_path, config, make_plan(config), "weights", is_job=True) for _ in range(2))
     second.remove()
     assert first.write(Progress(2, torch.zeros(4, 2, 3, 3)))
-    (file,) = (tmp_path / name for name in os.listdir(tmp_path) if name.endswith(".state.safetensors"))
+    (file,) = (file for file in tmp_path.iterdir() if file.name.endswith(".state.safetensors"))
     second.go_on(Axis(), torch.device("cpu"))
     assert second.progress.num_done == 2
     second.remove()
