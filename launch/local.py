@@ -15,6 +15,7 @@ import signal
 import sys
 
 from launch.settings import number_of, parted
+from wan_dist.environment import ADDRESS_KEYS, PLACE_KEYS
 from wan_dist.hardware import find_gpus
 from wan_dist.plan import make_plan
 from wan_dist.run import configured
@@ -23,6 +24,8 @@ _WITHOUT_PEERS = re.compile(r"GeForce RTX [45]0\d\d")
 """Cards that do not reach each other's memory, though some drivers say they do: NCCL then hangs, or what it sends arrives wrong."""
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """What torchrun passes on to its ranks."""
+_STEP_KEYS = ("SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID")
+"""Of a launcher that this process is a part of: what it starts is a run of its own."""
 
 
 def main(arguments: list[str]) -> None:
@@ -34,10 +37,13 @@ def main(arguments: list[str]) -> None:
         return
     make_plan(config, ranks=(num_ranks, num_ranks))
     command = command_for(num_ranks, settings)
-    variables = {key: value for key, value in variables_for(num_ranks).items() if key not in os.environ}
+    others = [key for key in (*PLACE_KEYS, *ADDRESS_KEYS, *_STEP_KEYS) if key in os.environ]
+    kept = {key: value for key, value in os.environ.items() if key not in others}
+    variables = {key: value for key, value in variables_for(num_ranks).items() if key not in kept}
     words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
+    words = ["env", *(f"-u {key}" for key in others), *words] if others else words
     sys.stderr.write("$ " + " ".join([*words, shlex.join(command)]) + "\n")
-    os.execve(command[0], command, os.environ | variables)
+    os.execve(command[0], command, kept | variables)
 
 
 def command_for(num_ranks: int, settings: list[str]) -> list[str]:

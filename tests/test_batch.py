@@ -105,7 +105,7 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path: Path, capfd: pytest.
     command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={out}"]
     assert main(command) == 1
     assert record(out, "bad")["status"] == "failed"
-    assert str(record(out, "bad")["error"]).startswith("InputError: latents=")
+    assert str(record(out, "bad")["error"]).startswith("latents=")
     assert record(out, "plain")["status"] == "done"
     assert "bad of " in capfd.readouterr().err
     before = (out / "bad.json").stat().st_mtime_ns
@@ -133,7 +133,7 @@ def test_a_full_disk_ends_the_run_and_not_each_job(frames: bool, tmp_path: Path,
     kept = [file.name for file in (tmp_path / "out").glob("*.latents.safetensors")]
     assert "plain.latents.safetensors" in kept
     with monkeypatch.context() as patch:  # what was denoised is not denoised again
-        patch.setattr("wan_dist.generate.encode", lambda *_: pytest.fail("it has its latents"))
+        patch.setattr("wan_dist.denoising.encode", lambda *_: pytest.fail("it has its latents"))
         one = write_jobs(tmp_path / "one.jsonl", JOBS[:1])
         assert main([*TINY, one, f"output.dir={tmp_path / 'out'}"]) == 0
     assert ("save" in record(tmp_path / "out", "plain")["stages"]) is frames  # type: ignore[operator]
@@ -144,7 +144,7 @@ def test_a_run_whose_jobs_all_fail_is_given_up(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("the kernel is broken")
 
     jobs: list[dict[str, object]] = [{"name": f"job-{number:02}", "prompt": "a ball", "seed": number} for number in range(12)]
-    monkeypatch.setattr("wan_dist.generate.encode", broken)
+    monkeypatch.setattr("wan_dist.denoising.encode", broken)
     assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path}"]) == 1
     assert "the kernel is broken (the last of 10 jobs that failed one after the other)" in capsys.readouterr().err
     assert len(list(tmp_path.glob("job-*.json"))) == 9

@@ -106,7 +106,8 @@ def test_what_a_job_has_kept_is_found_without_looking_through_the_folder(tmp_pat
     assert config is not None
     first, second = (Kept(tmp_path, config, make_plan(config), "weights", is_job=True) for _ in range(2))
     second.remove()
-    file = first.write(Progress(2, torch.zeros(4, 2, 3, 3)))
+    assert first.write(Progress(2, torch.zeros(4, 2, 3, 3)))
+    (file,) = (file for file in tmp_path.iterdir() if file.name.endswith(".state.safetensors"))
     second.go_on(Axis(), torch.device("cpu"))
     assert second.progress.num_done == 2
     second.remove()

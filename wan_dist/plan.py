@@ -1,17 +1,15 @@
 """RunConfig + task -> Plan: every derived number and every error that crosses fields. No torch, so that it answers at once."""
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
 from wan_dist.arrangement import Budget, arrange, arrange_vae, budget_of
 from wan_dist.catalog import AREA_480P, TASKS, Images, Task, TeaFit, get_task
-from wan_dist.config import MOST_CHARACTERS, RunConfig, check_name
+from wan_dist.config import MOST_CHARACTERS, RunConfig
 from wan_dist.degrees import MIN_STRIP, Degrees, check_attention, plan_degrees
 from wan_dist.dims import ModelDims
 from wan_dist.environment import read_ranks
@@ -21,13 +19,11 @@ from wan_dist.hardware import Hardware
 from wan_dist.image_sizes import SizeOfImage, image_files, image_sizes
 from wan_dist.images import best_size_of_area, cover, read_image, size_of_area
 from wan_dist.latents import LONGEST_SIDE, size_of_latents
-from wan_dist.quoting import words_of
+from wan_dist.names import name_result
 from wan_dist.reading import UnreadableError, read_object, read_text
 from wan_dist.ways import Way
 
 _MOST_FRAMES = 10**6 + 1
-_WITHOUT_EFFECT = ("device", "jobs", "retry_failed", "parallel", "fsdp", "memory", "output")
-"""Settings that do not change a result, or not more than rounding does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +148,7 @@ def make_plan(
         degrees=degrees,
         ranks_per_node=ranks_per_node,
         arrangement=_settled(config, task, degrees, max(rows, columns), guided=negative is not None),
-        name=_file_name(config, prompt, seed),
+        name=name_result(config, prompt, seed),
     )
 
 
@@ -374,20 +370,3 @@ def _text(key: str, value: str | None) -> str | None:
     if not text and key == "prompt":
         raise InputError(f"{key}={value}: the file is empty")
     return text
-
-
-def _file_name(config: RunConfig, prompt: str | None, seed: int) -> str:
-    if config.output.name is not None:
-        return config.output.name.removesuffix(".mp4").removesuffix(".png")
-    if config.latents is not None:
-        name = Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
-        check_name("output.name (from latents)", name)
-        return name
-    return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed), _distinction(config, prompt)) if part)
-
-
-def _distinction(config: RunConfig, prompt: str | None) -> str:
-    """Return what tells a made-up name from that of a run whose prompt begins alike, or whose other settings differ."""
-    settings = {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT}
-    settings |= {"prompt": prompt, "tensor": config.output.save_tensor, "vae_dtype": config.memory.vae_dtype}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]

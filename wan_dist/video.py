@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 import subprocess
 import tempfile
 from collections import deque
@@ -61,11 +62,22 @@ def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: in
     try:
         with written_aside(path) as aside:
             _encode(aside, iter(chunks), fps)
-            found, _ = imageio_ffmpeg.count_frames_and_secs(str(aside.absolute()))
+            found = _count_frames(aside)
             if found != num_frames:
                 raise SaveError(f"cannot write {path}: it has {found} frames, not {num_frames}")
     except OSError as fault:
         raise SaveError(f"cannot write {path}: {fault}") from fault
+
+
+def _count_frames(path: Path) -> int:
+    """Decode a video and return how many frames it has; in a process group of its own, which Ctrl-C does not reach. Raises SaveError."""
+    command = [_ffmpeg(), "-nostdin", "-i", str(path.absolute()), "-map", "0:v:0", "-f", "null", "-"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False)
+    counts = re.findall(rb"frame=\s*(\d+)", done.stderr)
+    if done.returncode or not counts:
+        last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise SaveError(f"cannot read {path} again: ffmpeg says {' '.join(last_words) or 'nothing'} (exit code {done.returncode})")
+    return int(counts[-1])
 
 
 def _ffmpeg() -> str:

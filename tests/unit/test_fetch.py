@@ -15,6 +15,7 @@ from launch.__main__ import main
 from tests.conftest import FIXTURES
 from wan_dist import preemption
 from wan_dist.environment import settle_environment
+from wan_dist.log import logger
 from wan_dist.weights import hub
 
 
@@ -143,6 +144,7 @@ def test_what_fails_is_told_in_a_line_with_its_variable(
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(hub, "snapshot_download", fails)
+    monkeypatch.setattr(logger, "handlers", [])
     assert main(["fetch", "t2v-14B", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "could not be downloaded: " in line

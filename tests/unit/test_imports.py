@@ -18,7 +18,7 @@ LAYERS = [
     {"ways", "hardware", "colours"},
     {"footprint"},
     {"arrangement"},
-    {"images", "latents", "arguments", "job_files", "models"},
+    {"images", "latents", "names", "arguments", "job_files", "models"},
     {"image_sizes", "overrides"},
     {"jobs", "work"},
     {"plan"},

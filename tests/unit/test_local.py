@@ -72,6 +72,18 @@ def test_what_nohup_ignores_torchrun_does_not_heed(started: dict[str, object]) -
         assert started["environment"]["PET_SIGNALS_TO_HANDLE"] == signals  # type: ignore[index]
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_another_launchers_variables_do_not_reach_the_run(
+    num_ranks: int, started: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for key, value in {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "head"}.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(StartedError):
+        main(["local", f"ranks={num_ranks}", "task=toy"])
+    assert not {"SLURM_STEP_NUM_TASKS", "WORLD_SIZE", "MASTER_ADDR"} & set(started["environment"])  # type: ignore[call-overload]
+    assert "$ env -u WORLD_SIZE -u MASTER_ADDR -u SLURM_STEP_NUM_TASKS OMP_NUM_THREADS=" in capsys.readouterr().err
+
+
 def test_a_name_that_does_not_resolve_is_not_asked_for() -> None:
     assert {"--rdzv_endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"} <= set(local.command_for(2, []))
 

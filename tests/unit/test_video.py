@@ -1,3 +1,4 @@
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from wan_dist.errors import InputError
+from wan_dist.gallery.sheet import write_sheet
 from wan_dist.output_check import Outcome, check_output
 from wan_dist.vae import uint8_frames
 from wan_dist.video import SaveError, save_image, save_tensors, save_video
@@ -95,3 +97,16 @@ def test_an_image_is_lossless(tmp_path: Path) -> None:
     save_image(tmp_path / "a.png", frame)
     with Image.open(tmp_path / "a.png") as image:
         assert np.array_equal(np.asarray(image), frame.numpy())
+
+
+def test_what_ctrl_c_sends_does_not_reach_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal sends it to the process group; the run finishes its step then, while the last video is still written."""
+    ffmpeg, groups = tmp_path / "ffmpeg", tmp_path / "groups"
+    ffmpeg.write_text(f'#!/bin/sh\ncut -d " " -f 5 /proc/$$/stat >> {groups}\nexec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n')
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    save_video(tmp_path / "a.mp4", [smooth_frames(5)], fps=16, num_frames=5)
+    write_sheet(tmp_path / "a.mp4", tmp_path / "a.jpg", num_frames=5)
+    found = [int(line) for line in groups.read_text().splitlines()]
+    assert len(found) == 3
+    assert os.getpgrp() not in found

@@ -74,7 +74,9 @@ def _tiled(video: Path, num_frames: int | None) -> Image.Image:
     tiled = f"select={picked},{scaled},tile={columns}x{-(-len(chosen) // columns)}"
     command = [ffmpeg, "-nostdin", "-loglevel", "error", "-i", f"file:{video.absolute()}", "-vf", tiled, "-frames:v", "1"]
     try:
-        done = subprocess.run([*command, "-f", "image2pipe", "-c:v", "ppm", "-"], capture_output=True, timeout=_LIMIT, check=False)
+        done = subprocess.run(
+            [*command, "-f", "image2pipe", "-c:v", "ppm", "-"], capture_output=True, timeout=_LIMIT, check=False, process_group=0
+        )
     except subprocess.TimeoutExpired as fault:
         raise SheetError(f"cannot make a sheet of {video}: ffmpeg took more than {_LIMIT} s") from fault
     if done.returncode or not done.stdout:

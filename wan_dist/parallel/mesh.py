@@ -83,7 +83,7 @@ class Groups:
         """
         if self.replica.size == 1:
             return
-        if self.num_opened:
+        if dist.is_initialized():
             self.replica_mesh = None
             distributed_c10d._abort_process_group()
             gc.collect()  # gloo closes connections with the last reference to a group
@@ -160,7 +160,7 @@ class Groups:
 
     def close(self, *, others_follow: bool) -> None:
         """End all process groups; NCCL waits for the other ranks to do the same, so after an error it is told to give up instead."""
-        if not self.num_opened:
+        if not dist.is_initialized():
             return
         if not others_follow:
             distributed_c10d._abort_process_group()

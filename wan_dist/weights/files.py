@@ -79,8 +79,12 @@ class TensorFiles:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, in the file's dtype, on the CPU; pages are read from disk as they are touched."""
+        return self._counted(self.peek(name))
+
+    def peek(self, name: str) -> Tensor:
+        """Return one tensor to look at a few of its values, which is no reading of weights."""
         reader = self._readers[name]
-        return self._counted(reader[name] if isinstance(reader, dict) else reader.get_tensor(name))
+        return reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of one tensor; only their bytes are read."""
