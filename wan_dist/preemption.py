@@ -185,7 +185,7 @@ def _after(seconds: float, work: Callable[..., object], *arguments: object) -> N
 def _say_what_comes() -> None:
     if preemption.deferred:
         name = "a signal" if preemption.asked_by is None else preemption.asked_by.name
-        logger.info("asked     by %s to end: after this step, which is kept; SIGINT or SIGTERM again ends at once", name)
+        logger.info("asked     by %s to end: finishes what it is at; SIGINT or SIGTERM again ends at once", name)
 
 
 def _end_if_left(parent: int, number: int, seen: set[int]) -> None:

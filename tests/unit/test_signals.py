@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch._C._distributed_c10d import HashStore
 
 from wan_dist import preemption as module
 from wan_dist import run
+from wan_dist.environment import Ranks
 from wan_dist.errors import InputError
+from wan_dist.parallel import team
 from wan_dist.preemption import CODE, Preempted, end_when_asked, heed_signals, preemption
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
@@ -150,3 +153,13 @@ def test_an_error_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_handlers_come_before_heavy_imports() -> None:
     lines = Path(run.__file__).read_text(encoding="utf-8").splitlines()
     assert lines.index("    end_when_asked()  # before the imports below, which take a second") < lines.index("import hydra")
+
+
+def test_ranks_that_never_came_are_not_waited_for_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    monkeypatch.setattr(team, "open_stores", lambda ranks, timeout: (store, store))
+    alone = team.Team(Ranks(0, 4, 0, 4), timeout=600)
+    preemption.asked_by = signal.SIGINT
+    began = time.monotonic()
+    alone.leave()
+    assert time.monotonic() - began < 10  # it has the store, and stays for two seconds

@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from wan_dist.environment import Ranks
 from wan_dist.log import logger
 from wan_dist.parallel.rendezvous import describe_address, open_stores
+from wan_dist.preemption import preemption
 
 _BEAT_SECONDS = 1.0
 _WATCH_SECONDS = 0.2
@@ -220,12 +221,10 @@ class Team:
             return
         try:
             self.add(f"left/{self.rank}")
-            others = [rank for rank in range(self.num_ranks) if rank != self.rank]
-            for rank in others:
-                pause = 0.005
-                while not self.add(f"left/{rank}", 0) and not self.find_lost([rank], _LOST_SECONDS):
-                    time.sleep(pause)
-                    pause = min(1.5 * pause, 0.5)
+            staying, pause = [rank for rank in range(self.num_ranks) if rank != self.rank], 0.005
+            while staying := [rank for rank in staying if self._is_staying(rank)]:
+                time.sleep(pause)
+                pause = min(1.5 * pause, 0.5)
             self.add("ended")
             if self.rank == 0:  # it may have the store, which the others ask a last time
                 until = time.monotonic() + 2
@@ -236,6 +235,12 @@ class Team:
         finally:
             self._closing.set()
             self._watcher.join()
+
+    def _is_staying(self, rank: int) -> bool:
+        """Whether a rank has not left, nor is lost, nor has never come to a run that was asked to end meanwhile."""
+        if self.add(f"left/{rank}", 0) or (preemption.asked_by is not None and self.get(f"host/{rank}") is None):
+            return False
+        return not self.find_lost([rank], _LOST_SECONDS)
 
 
 GRACE_SECONDS = 1.0
