@@ -59,7 +59,7 @@ def make_latents(video: Video) -> Tensor:
     """Return the latents (C, T, h, w), float32, on every rank, when the first one has them on disk."""
     session, kept = video.session, video.kept
     if video.config.latents is not None:
-        return session.together(lambda: _given_latents(video.latents_file).to(session.device), "read the latents")
+        return session.together(lambda: read_latents(video.latents_file).to(session.device), "read the latents")
     latents = kept.progress.latents
     if latents is None or kept.progress.num_done < video.config.sample.steps:
         latents = _denoised(video)
@@ -72,7 +72,8 @@ def _save_latents(video: Video, latents: Tensor) -> None:
         save_tensors(video.latents_file, {"latents": latents.cpu()}, video.kept.facts)
 
 
-def _given_latents(file: Path) -> Tensor:
+def read_latents(file: Path) -> Tensor:
+    """Return latents (C, T, h, w), float32, that a run has kept; raises InputError for those of which no video can be made."""
     latents = load_file(file)["latents"].float()
     if not torch.isfinite(latents).all():
         raise InputError(f"latents={file} are not finite: the video would be black")
@@ -187,7 +188,7 @@ class Keeper:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Keep the steps that are done where the next one fails."""
-        if kind is not None and not issubclass(kind, torch.OutOfMemoryError):
+        if kind is not None and not issubclass(kind, torch.OutOfMemoryError | FloatingPointError):
             self.keep()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wan_dist import vae
 from wan_dist.config import RunConfig
-from wan_dist.denoising import Video, make_latents
+from wan_dist.denoising import Video, make_latents, read_latents
 from wan_dist.errors import first_line
 from wan_dist.kept import Kept, Progress, warn_of_older
 from wan_dist.ledger import Ledger
@@ -68,6 +68,8 @@ def begin(session: Session, config: RunConfig, plan: Plan, report: Report, kept:
 
     def work() -> tuple[Plan, Path]:
         found = kept.go_on(session.groups.replica, session.device) if config.latents is None else plan
+        if config.latents is not None:
+            read_latents(Path(config.latents).expanduser())  # what is wrong with them is said before anything is there
         found = session.arrange(found, config, quiet=quiet)
         path = kept.reserve(fixed=config.output.name is not None) if session.groups.replica.rank == 0 else None
         path = cast(Path, broadcast_object(path, session.groups.replica))

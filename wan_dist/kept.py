@@ -98,9 +98,12 @@ class Kept:
         if found is not None and found[0].keys() >= {"num_done", "seed", "name"} and "latents" in found[1]:
             logger.info("goes on   after %s steps, from %s", found[0]["num_done"], file)
             return found
+        latents = self.folder / f"{self.plan.name}.latents.safetensors"
+        if not latents.exists():
+            return None
         if not self.is_job and ((self.folder / f"{self.plan.name}.json").exists() or not self.ledger.lock(self.plan.name)):
             return None
-        found = self._read(self.folder / f"{self.plan.name}.latents.safetensors")
+        found = self._read(latents)
         if found is None or "latents" not in found[1]:
             return None
         return {"seed": str(self.plan.seed)} | found[0] | {"num_done": str(self.config.sample.steps), "name": self.plan.name}, found[1]

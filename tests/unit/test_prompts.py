@@ -35,12 +35,12 @@ def test_the_folder_is_looked_through_seldom(tmp_path: Path, monkeypatch: pytest
     looks = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda folder: looks.append(folder) or scandir(folder))
-    cache = PromptCache(tmp_path, "a", 100 * 600)
-    for number in range(300):
+    cache = PromptCache(tmp_path, "a", 640 * 600)
+    for number in range(800):
         cache.put(f"prompt {number}", CONTEXT)
     assert len(looks) <= 64 + 2, "once for each 64th of the limit, not for each prompt"
     before = [file.stat().st_size for file in tmp_path.iterdir()]
-    assert 90 * 600 <= sum(before) <= 100 * 600
+    assert 600 * 600 <= sum(before) <= 640 * 600
 
 
 def test_what_this_process_has_used_stays(tmp_path: Path) -> None:
