@@ -170,6 +170,7 @@ def test_a_signal_does_not_wait_for_the_file_under_way(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(hub, "snapshot_download", downloading)
     monkeypatch.setattr(preemption.os, "_exit", leave)
+    monkeypatch.setattr(preemption, "_say_what_comes", lambda: None)
     with pytest.raises(SystemExit, match="75"):
         main(["fetch", "t2v-14B", str(tmp_path)])
     preemption.preemption.forget()
