@@ -161,7 +161,7 @@ def _run_in_team(arguments: list[str], ranks: Ranks) -> int:
     except BaseException as fault:  # whatever it is, the others wait for this rank
         text = text_of(fault)
         team.fail(kind_of(fault), text)
-        if isinstance(fault, InputError | Preempted) and team.is_told_by_others(text):
+        if not isinstance(fault, RankError) and team.is_told_by_others(text):
             raise RankError(text, Fault(team.rank, "", kind_of(fault), text)) from None
         raise
     finally:

@@ -1,6 +1,7 @@
 """Prompts: any text is one; files of them may not be."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,8 +36,9 @@ def _right(name: str, text: str, stem: str, *, in_file: bool = False) -> Case:
 
     def check(record: dict[str, object], outputs: Path) -> None:
         assert record["prompt"] == text.lstrip("\ufeff")
-        name = "_".join(part for part in ("toy", stem, "42") if part)
-        assert sorted(path.name for path in outputs.iterdir()) == [f"{name}.json", f"{name}.latents.safetensors", f"{name}.mp4"]
+        name = record["name"]
+        assert re.fullmatch("_".join(part for part in ("toy", re.escape(stem), "42", "[0-9a-f]{6}") if part), str(name))
+        assert sorted(path.name for path in outputs.glob("[!.]*")) == [f"{name}.json", f"{name}.latents.safetensors", f"{name}.mp4"]
 
     return Case(name, make, check=check)
 

@@ -26,7 +26,7 @@ def _with(name: str, settings: str, says: str | tuple[str, ...], *, link: str = 
 
 def _of(folder: str, name: str) -> Callable[[object, Path], None]:
     def check(_: object, outputs: Path) -> None:
-        names = sorted(path.name for path in (outputs / folder).iterdir())
+        names = sorted(path.name for path in (outputs / folder).glob("[!.]*"))
         assert names == [f"{name}.json", f"{name}.latents.safetensors", f"{name}.mp4"]
 
     return check

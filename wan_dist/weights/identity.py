@@ -23,7 +23,7 @@ def digest_of_weights(parts: Iterable[TensorFiles]) -> str:
         is_small = sum(path.stat().st_size for path in files.paths) <= _WHOLE_BYTES
         for name in sorted(files.shapes):
             tensor = files.peek(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()};".encode())
             for piece in _pieces_of(tensor, is_whole=is_small):
                 digest.update(piece.numpy().data)
         digest.update(b"|")
@@ -31,8 +31,9 @@ def digest_of_weights(parts: Iterable[TensorFiles]) -> str:
 
 
 def _pieces_of(tensor: Tensor, *, is_whole: bool) -> Iterable[Tensor]:
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
+    if not tensor.is_contiguous():  # as it lies: what repeats its values may be too large to be laid out
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        tensor = tensor.as_strided((last + 1,), (1,))
     values = tensor.reshape(-1).view(torch.uint8)
     if is_whole or values.numel() <= _SMALL_BYTES:
         return [values]
