@@ -25,7 +25,7 @@ from wan_dist.arguments import prepare, require_task
 from wan_dist.caches import is_writable, settle_caches
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
-from wan_dist.environment import Ranks, read_ranks, settle_environment
+from wan_dist.environment import Ranks, read_ranks, settle_environment, text_of
 from wan_dist.errors import InputError, told
 from wan_dist.image_sizes import image_size
 from wan_dist.jobs import Job, configs_of, read_jobs
@@ -256,7 +256,10 @@ def _gpu_name(config: RunConfig) -> str | None:
 
     from wan_dist.parallel.mesh import local_device
 
-    return str(torch.cuda.get_device_properties(local_device("cuda")).uuid) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    slice_ = text_of("CUDA_VISIBLE_DEVICES").partition(",")[0]
+    return slice_ if slice_.startswith("MIG-") else str(torch.cuda.get_device_properties(local_device("cuda")).uuid)
 
 
 def readable(fault: Exception) -> str:
