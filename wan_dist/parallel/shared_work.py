@@ -21,6 +21,8 @@ from wan_dist.preemption import Preempted, preemption
 T = TypeVar("T")
 _LOST_SECONDS = 20.0
 """Without a sign of life, once something has failed."""
+_CUT_OFF_SECONDS = 6.0
+"""The same, where a connection has failed: the rank at its other end is gone, most likely."""
 
 
 class NoRoomError(torch.OutOfMemoryError):
@@ -48,8 +50,8 @@ def work_together(groups: Groups, work: Callable[[], T], what: str) -> T:
             own = error
         try:
             first = _await_end(groups, key, what, own)
-        except RuntimeError as error:  # others are gone, or the store is
-            if own is None or isinstance(own, RankError):
+        except RuntimeError as error:  # others have left the run, or are gone, or the store is
+            if own is None or isinstance(own, RankError) or getattr(error, "fault", None) is not None:
                 raise
             raise own from error
     if first is None:
@@ -97,7 +99,8 @@ def _await_end(groups: Groups, key: str, what: str, own: BaseException | None) -
     if _have_all_failed_alike(groups, key, have_ended) and team.decide(key, "alike") == "alike":
         return first
     _break_off(groups, key)
-    team.wait(have_ended, what, ranks, patience=_LOST_SECONDS, heeds_signals=False)
+    patience = _CUT_OFF_SECONDS if first.kind == "machine" else _LOST_SECONDS
+    team.wait(have_ended, what, ranks, patience=patience, heeds_signals=False)
     groups.open()
     return first
 

@@ -21,8 +21,8 @@ from wan_dist.preemption import preemption
 
 _BEAT_SECONDS = 1.0
 _WATCH_SECONDS = 0.2
-_LOST_SECONDS = 30.0
-"""Without a sign of life, for a rank that has left others in the lurch; SIGSTOP or a machine that swaps may last that long."""
+_LEAVING_SECONDS = 12.0
+"""Without a sign of life, for a rank that others wait for before they end."""
 _GONE_SECONDS = 60.0
 """The same, for one that others wait for in a collective."""
 _LOOK_SECONDS = 5.0
@@ -281,7 +281,7 @@ class Team:
         """Whether a rank has not left, nor is lost, nor has never come to a run that was asked to end meanwhile."""
         if self.add(f"left/{rank}", 0) or (preemption.asked_by is not None and self.get(f"host/{rank}") is None):
             return False
-        return not self.find_lost([rank], _LOST_SECONDS)
+        return not self.find_lost([rank], _LEAVING_SECONDS)
 
 
 GRACE_SECONDS = 1.0
