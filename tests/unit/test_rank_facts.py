@@ -1,5 +1,6 @@
 """Ranks that cannot work together are told so before they plan, all of them the same."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,3 +78,15 @@ def test_files_of_one_name_are_told_apart(key: str, tmp_path: Path, monkeypatch:
     assert check_alike([facts[0], facts[2], facts[3]]) is None
     with pytest.raises(InputError, match=f"{key}=given is another file on rank 1"):
         check_alike(facts)
+
+
+def test_a_file_that_cannot_be_read_is_no_fact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with it is said as settings are checked, in an error of its own."""
+
+    def forbid(*arguments: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "forbidden").write_text("")
+    monkeypatch.setattr(Path, "open", forbid)
+    for name in ("a" * 300, str(tmp_path / "forbidden"), str(tmp_path), "missing"):
+        assert find_facts(config_of(image=name), None, None).files == {}
