@@ -43,7 +43,6 @@ WITHOUT_EFFECT = {
     "parallel.timeout": 60.0,
     "parallel.load_timeout": 60.0,
     "parallel.dp": 1,
-    "fsdp.t5": True,
     "output.dir": "elsewhere",
     "output.save_latents": False,
     "output.events": "events.jsonl",
@@ -64,10 +63,10 @@ def first() -> RunConfig:
     return config
 
 
-def both(weights: str = "weights", *, is_job: bool = False, **settings: object) -> tuple[str, str]:
+def both(weights: str = "weights", *, is_job: bool = False, num_ranks: int = 1, **settings: object) -> tuple[str, str]:
     """Return the digests of the latents and of the result."""
     config = override_config(first(), [(key, value, f"{key}={value}") for key, value in settings.items()])
-    plan = make_plan(config)
+    plan = make_plan(config, ranks=(num_ranks, num_ranks))
     latents = latents_digest(config, plan, weights, is_job=is_job)
     return latents, result_digest(config, plan, latents)
 
@@ -89,6 +88,13 @@ def test_only_the_results_changes_with_what_is_made_of_latents(key: str) -> None
 @pytest.mark.parametrize("key", WITHOUT_EFFECT)
 def test_neither_changes_with_how_a_video_is_made(key: str) -> None:
     assert differing(both(), both(**{key: WITHOUT_EFFECT[key]})) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"parallel.cfg": 2}, {"parallel.cfg": 1, "parallel.ring": 2}, {"fsdp.dit": True, "fsdp.t5": True}]
+)
+def test_neither_changes_with_the_ranks(settings: dict[str, object]) -> None:
+    assert differing(both(), both(num_ranks=2, **settings)) == (False, False)  # type: ignore[arg-type]
 
 
 def test_both_change_with_the_weights() -> None:
