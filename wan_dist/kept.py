@@ -153,8 +153,8 @@ class Kept:
         """Keep this progress, in place of what was kept before; returns whether it could be, and warns if not."""
         guesses = {f"{_GUESSES}{name}": tensor for name, tensor in progress.guesses.items()}
         tensors = {"latents": cast(Tensor, progress.latents), **progress.solver, **guesses}
-        facts = self.facts | {"num_done": str(progress.num_done)}
         try:
+            facts = self.facts | {"num_done": str(progress.num_done)}
             save_tensors(
                 self.folder / f"{self.plan.name}{self._suffix}", {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, facts
             )
