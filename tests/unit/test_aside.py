@@ -125,7 +125,8 @@ def test_two_may_write_one_path_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["a.mp4", "g5.5.json", "x.latents.safetensors", "x.0123456789ab.state.safetensors", "ab.cd", "plain", ".env"]
+    "name",
+    ["a.mp4", "g5.5.json", "x.latents.safetensors", "x.0123456789ab.state.safetensors", "ab.cd", "x.ab.partial.mp4", "plain", ".env"],
 )
 def test_the_final_name_is_known_from_the_name_aside(name: str, tmp_path: Path) -> None:
     with written_aside(tmp_path / name) as aside:

@@ -37,7 +37,7 @@ def test_leftovers_go_with_exactly_their_name(tmp_path: Path) -> None:
     of_g5 = [".g5.01234567.partial.mp4", ".g5.89abcdef.partial.json", ".g5.0123456789ab.state.01234567.partial.safetensors"]
     of_g55 = [".g5.5.01234567.partial.mp4", ".g5.5.latents.01234567.partial.safetensors", ".g5.5.89abcdef.partial.safetensors"]
     of_x = [".x.latents.01234567.partial.safetensors", ".x.01234567.partial.png"]
-    others = ["g5.mp4", ".g5.01234567.partial.html", ".g5.mp4", ".mp4.01234567.partial"]
+    others = [".g5.mp4.v2.01234567.partial.mp4", "g5.mp4", ".g5.01234567.partial.html", ".g5.mp4", ".mp4.01234567.partial"]
     plant(tmp_path, *of_g5, *of_g55, *of_x, *others)
     ledger = Ledger(tmp_path)
     assert ledger.lock("g5")
