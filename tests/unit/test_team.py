@@ -43,7 +43,7 @@ def make_teams(port: int) -> Iterator[MakeTeams]:
     made: list[Team] = []
 
     def make(num_ranks: int, missing: int = 0) -> list[Team]:
-        made.extend(Team(Ranks(rank, num_ranks, rank, num_ranks), 20) for rank in range(num_ranks - missing))
+        made.extend(Team(Ranks(rank, num_ranks, rank, num_ranks), 5) for rank in range(num_ranks - missing))
         return made
 
     yield make
