@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import golden_folder
 from tests.test_command import reference_arguments
 from tests.torchrun import torchrun
+from wan_dist import batch
+from wan_dist.denoising import Video
 from wan_dist.run import main
 from wan_dist.weights.checkpoint import Component
 
@@ -186,6 +188,42 @@ def test_both_experts_stay_from_video_to_video(tmp_path: Path, monkeypatch: pyte
     expected = load_file(folder / "expected/unipc.safetensors")["video"]
     torch.testing.assert_close(videos(tmp_path)["one"], expected, rtol=0, atol=1e-3)
     assert not any(stage.startswith("load") for name in ("two", "three") for stage in record(tmp_path, name)["stages"])  # type: ignore[attr-defined]
+
+
+def test_an_image_that_vanishes_fails_its_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        Image.new("RGB", (64, 48), "blue").save(tmp_path / f"{name}.png")
+    jobs: list[dict[str, object]] = [{"name": name, "prompt": "a red ball", "image": f"{name}.png"} for name in "abc"]
+    make = batch.make_latents
+
+    def make_and_lose(video: Video) -> torch.Tensor:
+        (tmp_path / "b.png").unlink(missing_ok=True)
+        return make(video)
+
+    monkeypatch.setattr(batch, "make_latents", make_and_lose)
+    assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path / 'out'}"]) == 1
+    assert [record(tmp_path / "out", name)["status"] for name in "abc"] == ["done", "failed", "done"]
+    assert "b.png" in str(record(tmp_path / "out", "b")["error"])
+
+
+def test_what_only_frames_depend_on_is_made_again_from_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    given = [f"{name}.latents.safetensors" for name in "ab"]
+    for seed, file in enumerate(given):
+        save_file({"latents": torch.randn(16, 2, 6, 8, generator=torch.Generator().manual_seed(seed))}, tmp_path / file)
+
+    def run(fps: int, latents: str, *settings: str) -> dict[str, bytes]:
+        jobs: list[dict[str, object]] = [{"name": "rate", "prompt": "a ball", "fps": fps}, {"name": "again", "latents": latents}]
+        assert main([*TINY[:-1], *settings, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={out}"]) == 0
+        return {file.name: file.read_bytes() for file in out.glob("*.mp4")}
+
+    first = run(8, given[0])
+    monkeypatch.setattr("wan_dist.denoising.encode", lambda *_: pytest.fail("the latents are there"))
+    second = run(16, given[1])
+    assert all(second[name] != first[name] for name in first)
+    assert not (out / "rate.safetensors").exists()
+    assert run(16, given[1], "output.save_tensor=true") == second
+    assert (out / "rate.safetensors").exists()
 
 
 @pytest.mark.parametrize(

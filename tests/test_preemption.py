@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from wan_dist.arguments import prepare
+from wan_dist.digests import WeightsDigests
 from wan_dist.kept import Kept, Progress
 from wan_dist.parallel.mesh import Axis
 from wan_dist.plan import make_plan
@@ -17,6 +18,7 @@ from wan_dist.run import compose, main
 from wan_dist.sampling.solvers import SOLVERS, make_solver
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = WeightsDigests("weights", "vae")
 SETTINGS = ["task=toy", "frame_num=5", "size=64*64", "sample.steps=6", "output.name=clip", "cache.dir=null"]
 
 
@@ -78,7 +80,7 @@ def test_a_solver_goes_on(name: str, num_done: int) -> None:
 def kept(folder: Path, *settings: str) -> Kept:
     config = compose(prepare(["task=toy", "prompt=a ball", *settings]))
     assert config is not None
-    return Kept(folder, config, make_plan(config), "weights")
+    return Kept(folder, config, make_plan(config), WEIGHTS)
 
 
 def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_what_a_job_has_kept_is_found_without_looking_through_the_folder(tmp_pat
     monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("for each of 10,000 jobs among their files, that is quadratic"))
     config = compose(prepare(["task=toy", "prompt=a ball", "output.name=a"]))
     assert config is not None
-    first, second = (Kept(tmp_path, config, make_plan(config), "weights", is_job=True) for _ in range(2))
+    first, second = (Kept(tmp_path, config, make_plan(config), WEIGHTS, is_job=True) for _ in range(2))
     second.remove()
     assert first.write(Progress(2, torch.zeros(4, 2, 3, 3)))
     (file,) = (file for file in tmp_path.iterdir() if file.name.endswith(".state.safetensors"))

@@ -137,6 +137,11 @@ def rungs_below(taken: Arrangement, memory: MemoryConfig, *, can_part: bool) -> 
     return rungs
 
 
+def with_transformer_of(arrangement: Arrangement, other: Arrangement) -> Arrangement:
+    """Return an arrangement with what another one does with the transformer."""
+    return replace(arrangement, dit=other.dit, shard_dit=other.shard_dit, slice_tokens=other.slice_tokens, passes=other.passes)
+
+
 def _transformers(base: Arrangement, memory: MemoryConfig, load: Load) -> list[Arrangement]:
     """Return what can be done with the transformer, the fastest first; what the user has set stays."""
     can_part = len(load.text_tokens) > 1 and load.cfg == 1

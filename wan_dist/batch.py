@@ -29,7 +29,7 @@ from wan_dist.output_check import check_output, outcome_of
 from wan_dist.parallel.counts import Counts
 from wan_dist.parallel.mesh import Groups, limit_waiting, make_groups, opened
 from wan_dist.parallel.shared_work import kind_of, text_of
-from wan_dist.parallel.team import Team
+from wan_dist.parallel.team import RankError, Team
 from wan_dist.plan import Plan, make_plan
 from wan_dist.record import described
 from wan_dist.report import Report
@@ -200,8 +200,7 @@ class Batch:
                     self.sessions[item.models] = session
 
     def _kept(self, item: Item) -> Kept:
-        digest = self.sessions[item.models].checkpoint.digest
-        return Kept(self.folder, item.config, item.plan, digest, is_job=True, ledger=self.ledger)
+        return Kept(self.folder, item.config, item.plan, self.sessions[item.models].digests, is_job=True, ledger=self.ledger)
 
     def _outcome(self, item: Item) -> str | None:
         """Return what has become of a job in earlier runs."""
@@ -286,7 +285,8 @@ class Batch:
             self._settle()
             self._failed(item, report, fault)
             return
-        self.failures_in_a_row = 0
+        if not (self.is_first and session.has_room_for_frames):
+            self.failures_in_a_row = 0
         self._settle()
         if self.is_first and session.has_room_for_frames:
             self.pending = self.pool.submit(self._write, item, video, latents, frames)
@@ -317,6 +317,7 @@ class Batch:
         except Exception as fault:
             self._failed(item, video.report, fault)
         else:
+            self.failures_in_a_row = 0
             self._done(item, video)
 
     def _done(self, item: Item, video: Video) -> None:
@@ -335,7 +336,8 @@ class Batch:
         """Write the error into the job's record; raises it if the other jobs would meet it too."""
         if not isinstance(fault, InputError):
             self.failures_in_a_row += 1
-        if kind_of(fault) == "machine" or self.failures_in_a_row == _MOST_FAILURES:
+        is_final = isinstance(fault, RankError) and fault.is_final
+        if is_final or kind_of(fault) == "machine" or self.failures_in_a_row == _MOST_FAILURES:
             if self.failures_in_a_row == _MOST_FAILURES:
                 fault.add_note(f"the last of {_MOST_FAILURES} jobs that failed one after the other")
             raise fault

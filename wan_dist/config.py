@@ -132,8 +132,8 @@ class ParallelConfig:
     ring: int | None = _key(None, "ranks that pass keys and values around; null: planned")
     ulysses: int | None = _key(None, "ranks that trade tokens for heads, a divisor of the heads; null: planned")
     usp: str = _key("plain", "what does Ulysses and ring: plain (any number of tokens) or xfuser (a number that the ranks divide)")
-    timeout: float = _key(600.0, "seconds that ranks wait for each other, at the start and while denoising, before the run is given up")
-    load_timeout: float = _key(3600.0, "the same while texts are encoded and weights are read, which a slow disk draws out")
+    timeout: float = _key(600.0, "seconds without a sign of life, or in an exchange while denoising, after which ranks give each other up")
+    load_timeout: float = _key(3600.0, "seconds of an exchange while texts are encoded and weights are read, which a slow disk draws out")
 
     def __post_init__(self) -> None:
         _check_choice("parallel.usp", self.usp, USP_IMPLEMENTATIONS)

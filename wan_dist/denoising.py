@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from wan_dist.arrangement import rungs_below
+from wan_dist.arrangement import rungs_below, with_transformer_of
 from wan_dist.config import RunConfig
 from wan_dist.encode import encode
 from wan_dist.errors import InputError
@@ -97,13 +97,14 @@ def _denoised(video: Video) -> Tensor:
             if not _step_down(video, fault):
                 raise
         free_memory()
+        session.together(lambda: video.kept.agree(session.groups.replica, session.device), "go on from the same step")
     return latents.squeeze(0)
 
 
 def _step_down(video: Video, fault: torch.OutOfMemoryError) -> bool:
     """Take the next arrangement that takes less, on all ranks; one rank alone has tried them all by itself."""
     session, plan = video.session, video.plan
-    taken = session.lowered or plan.arrangement
+    taken = plan.arrangement if session.lowered is None else with_transformer_of(plan.arrangement, session.lowered)
     lower = rungs_below(taken, video.config.memory, can_part=plan.negative_prompt is not None)
     if session.groups.replica.size == 1 or not lower:
         return False
@@ -167,8 +168,10 @@ class Keeper:
         """Note a step; raises Preempted where this or another rank was asked to end."""
         video, solver = self.video, self.experts.solver
         axis = video.session.groups.replica
-        video.kept.progress = Progress(num_done, latents.squeeze(0), solver.state(), self.experts.state())
-        asked = is_any(preemption.asked_by is not None, axis, latents.device)
+        progress = Progress(num_done, latents.squeeze(0), solver.state(), self.experts.state())
+        asked = is_any(preemption.asked_by is not None, axis, latents.device)  # which waits for the step
+        video.session.groups.check()
+        video.kept.progress = progress
         if num_done == len(solver):
             return
         if asked or time.monotonic() - self.kept_at > _KEEP_SECONDS:

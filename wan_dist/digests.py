@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,17 +21,25 @@ NUMERICS = 1
 _IMAGES = ("image", "first_frame", "last_frame")
 
 
-def latents_digest(config: RunConfig, plan: Plan, weights: str, *, is_job: bool) -> str:
-    """Return the digest of all that a video's latents depend on; ``weights``: that of the checkpoint's.
+@dataclass(frozen=True)
+class WeightsDigests:
+    """Of a checkpoint: of all its models, and of the VAE alone."""
+
+    checkpoint: str
+    vae: str
+
+
+def latents_digest(config: RunConfig, plan: Plan, weights: WeightsDigests, *, is_job: bool) -> str:
+    """Return the digest of all that a video's latents depend on.
 
     It has the name too, so that two runs of the same settings have a state each. Raises InputError for an image or latents that cannot be
     read.
     """
     if config.latents is not None:
-        return _digest({"latents": _digest_of_file("latents", config.latents), "weights": weights, "name": config.output.name})
+        return _digest({"latents": _digest_of_file("latents", config.latents), "name": config.output.name})
     sample = config.sample
     depends_on: dict[str, object] = {
-        "weights": weights,
+        "weights": weights.checkpoint,
         "task": config.task,
         "prompt": plan.prompt,
         "negative_prompt": plan.negative_prompt,
@@ -38,11 +47,11 @@ def latents_digest(config: RunConfig, plan: Plan, weights: str, *, is_job: bool)
         "size": (plan.width, plan.height, plan.frame_num),
         "seed": config.seed,
         "noise_device": config.noise_device,
-        "dtype": (config.dtype, config.memory.vae_dtype),
+        "dtype": (config.dtype, config.memory.vae_dtype if plan.num_images else None),
         "quant": config.quant,
         "attention": config.attention,
         "sample": (sample.solver, sample.steps, plan.shift, plan.guide_scales),
-        "cache": (config.cache.steps, config.cache.threshold),
+        "cache": (config.cache.steps, config.cache.threshold if config.cache.steps else None),
         "name": config.output.name,
     }
     if config.seed == -1 and not is_job:  # drawn anew by each submission, but not when it is requeued; once for a line of a file
@@ -50,10 +59,11 @@ def latents_digest(config: RunConfig, plan: Plan, weights: str, *, is_job: bool)
     return _digest(depends_on)
 
 
-def result_digest(config: RunConfig, plan: Plan, latents: str) -> str:
+def result_digest(config: RunConfig, plan: Plan, latents: str, weights: WeightsDigests) -> str:
     """Return the digest of all that the files of a result depend on, besides the digest of its ``latents``."""
     kind = "png" if plan.task.still else "mp4"
-    return _digest({"latents": latents, "kind": kind, "fps": plan.fps, "tensor": config.output.save_tensor, "vae": config.memory.vae_dtype})
+    vae = (weights.vae, config.dtype, config.memory.vae_dtype)
+    return _digest({"latents": latents, "kind": kind, "fps": plan.fps, "tensor": config.output.save_tensor, "vae": vae})
 
 
 def _digest(depends_on: Mapping[str, object]) -> str:

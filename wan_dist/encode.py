@@ -271,7 +271,8 @@ def _encode_images(session: Session, config: RunConfig, plan: Plan, report: Repo
 
     def choose() -> list[Way]:
         ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
-        if ways[0].name == "cpu" and config.memory.vae is None and session.shelf.clear():  # sooner read the transformer again
+        if ways[0].name == "cpu" and config.memory.vae is None:  # sooner read the transformer again
+            session.shelf.clear()
             ways = vae.find_ways(config, plan, checkpoint.vae.dims, report.device, axis, encode=True)
         return ways
 

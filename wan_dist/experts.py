@@ -9,7 +9,7 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor
 
-from wan_dist.arrangement import rungs_below
+from wan_dist.arrangement import rungs_below, with_transformer_of
 from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
 from wan_dist.config import MemoryConfig, RunConfig
 from wan_dist.encode import project_contexts
@@ -86,8 +86,8 @@ class Experts:
         can_part = scale != 1 and self.conditioning.negative_context is not None
         planned, lowered = self.plan.arrangement, self.session.lowered
         rungs = [planned, *rungs_below(planned, self.config.memory, can_part=can_part)]
-        if lowered in rungs:  # the video before this one found that those above take too much
-            rungs = rungs[rungs.index(lowered) :]
+        if lowered is not None and (taken := with_transformer_of(planned, lowered)) in rungs:
+            rungs = rungs[rungs.index(taken) :]  # the video before this one found that those above take too much
         predict = SteppingDown(
             lambda arrangement: self._open(which, suffix, scale, num_done, arrangement),
             rungs,

@@ -23,7 +23,7 @@ from wan_dist.memory import first_that_works
 from wan_dist.output_check import check_output, outcome_of
 from wan_dist.parallel.agreement import is_any
 from wan_dist.parallel.collectives import broadcast_object
-from wan_dist.parallel.mesh import make_groups, opened
+from wan_dist.parallel.mesh import Groups, make_groups, opened
 from wan_dist.parallel.team import Team
 from wan_dist.plan import Plan
 from wan_dist.preemption import Preempted, preemption
@@ -57,7 +57,7 @@ def run_job(config: RunConfig, plan: Plan, team: Team) -> Path | None:
             warn_of_older(folder)
         session = open_session(config, plan, groups, device)
     with closing(Ledger(folder)) as ledger, opened(groups):
-        kept = Kept(folder, config, plan, session.checkpoint.digest, ledger=ledger)
+        kept = Kept(folder, config, plan, session.digests, ledger=ledger)
         video = begin(session, config, plan, report, kept)
         complete(video, make_latents(video))
         return video.result if video.is_first else None
@@ -133,7 +133,12 @@ def _latents_safe(video: Video, latents: Tensor) -> Iterator[None]:
 
 
 def _finish(video: Video) -> None:
-    """Write the record; what was kept for the case of a failure goes."""
+    """Write the record; what was kept for the case of a failure goes. A signal waits until that is done."""
+    with preemption.noted():
+        _record(video)
+
+
+def _record(video: Video) -> None:
     plan, report, config = video.plan, video.report, video.config
     report.facts |= described(config, plan) | {"status": "done", "file": str(video.result), "arrangement": asdict(plan.arrangement)}
     if "denoise" in report.stages:
@@ -147,7 +152,7 @@ def _finish(video: Video) -> None:
     if config.latents is None:  # others' latents say nothing of what was kept
         video.kept.remove()
         if not config.output.save_latents:
-            video.latents_file.unlink()
+            video.latents_file.unlink(missing_ok=True)
     logger.log(report.level, "saved     %s", video.result)
 
 
@@ -162,7 +167,8 @@ def _decode(video: Video, latents: Tensor, take: Callable[[Iterator[Tensor]], No
         if not torch.isfinite(latents).all():
             raise FloatingPointError("the latents are not finite: the video would be black")
         ways = vae.find_ways(config, plan, checkpoint.vae.dims, latents.device, axis)
-        if ways[0].name == "cpu" and config.memory.vae is None and session.shelf.clear():  # sooner read the transformer again
+        if ways[0].name == "cpu" and config.memory.vae is None:  # sooner read the transformer again
+            session.shelf.clear()
             ways = vae.find_ways(config, plan, checkpoint.vae.dims, latents.device, axis)
         return ways
 
@@ -174,13 +180,21 @@ def _decode(video: Video, latents: Tensor, take: Callable[[Iterator[Tensor]], No
             model = vae.load(checkpoint, config, way, latents.device, session.shelf)
             chunks = vae.decode(model, latents, float32_frames if config.output.save_tensor else uint8_frames, way, axis)
             if axis.rank == 0:
-                take(chunks)
+                take(_checked(chunks, session.groups))
             else:
                 deque(chunks, maxlen=0)  # its share of each is sent to the first rank
 
     ways = session.together(choose, "choose how to decode")
     if first_that_works(ways, lambda way: session.together(lambda: work(way), "decode"), "decoding", "the latents are safe, "):
         video.report.ran_out("decode")
+
+
+def _checked(chunks: Iterator[Tensor], groups: Groups) -> Iterator[Tensor]:
+    """Yield frames while those of other ranks are what they sent; raises RankError."""
+    for chunk in chunks:
+        groups.check()
+        yield chunk
+    groups.check()
 
 
 def _write(video: Video, chunks: Iterator[Tensor]) -> None:

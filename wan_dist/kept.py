@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wan_dist.aside import set_aside
 from wan_dist.config import RunConfig
-from wan_dist.digests import FORMAT, latents_digest, result_digest
+from wan_dist.digests import FORMAT, WeightsDigests, latents_digest, result_digest
 from wan_dist.errors import InputError, first_line
 from wan_dist.ledger import Ledger
 from wan_dist.log import logger
@@ -40,17 +40,18 @@ class Progress:
 class Kept:
     """The file of a run's progress. Its name has a digest of all that the latents depend on, so it is found by that alone.
 
-    ``weights`` is a digest of the checkpoint's. Raises InputError for an image or latents that cannot be read.
+    Raises InputError for an image or latents that cannot be read.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, plan: Plan, weights: str, *, is_job: bool = False, ledger: Ledger | None = None
+        self, folder: Path, config: RunConfig, plan: Plan, weights: WeightsDigests, *, is_job: bool = False, ledger: Ledger | None = None
     ) -> None:
         self.folder, self.config, self.plan, self.weights, self.is_job = folder, config, plan, weights, is_job
         self.ledger = ledger or Ledger(folder)
         self.progress = Progress()
         self.num_found = 0
         """Steps that an earlier run had done."""
+        self._is_resumed = False
 
     @cached_property
     def latents_digest(self) -> str:
@@ -60,7 +61,7 @@ class Kept:
     @cached_property
     def digest(self) -> str:
         """Digest of all that the result depends on."""
-        return result_digest(self.config, self.plan, self.latents_digest)
+        return result_digest(self.config, self.plan, self.latents_digest, self.weights)
 
     @property
     def _suffix(self) -> str:
@@ -97,6 +98,7 @@ class Kept:
         found = None if file is None else self._read(file)
         if found is not None and found[0].keys() >= {"num_done", "seed", "name"} and "latents" in found[1]:
             logger.info("goes on   after %s steps, from %s", found[0]["num_done"], file)
+            self._is_resumed = True
             return found
         latents = self.folder / f"{self.plan.name}.latents.safetensors"
         if not latents.exists():
@@ -108,14 +110,29 @@ class Kept:
             return None
         return {"seed": str(self.plan.seed)} | found[0] | {"num_done": str(self.config.sample.steps), "name": self.plan.name}, found[1]
 
+    def agree(self, axis: Axis, device: torch.device) -> None:
+        """Give all ranks of the axis the first one's progress: another may have come a step further before it learnt of an error."""
+        self._send(self.progress.num_done, self._tensors(self.progress), axis, device)
+
+    def _send(self, num_done: int, tensors: dict[str, Tensor], axis: Axis, device: torch.device) -> None:
+        num_done, names = broadcast_object((num_done, list(tensors)), axis)
+        sent = {name: cast(Tensor, broadcast(tensors.get(name), axis, device)).to(device) for name in names}
+        guesses = {name.removeprefix(_GUESSES): sent.pop(name) for name in names if name.startswith(_GUESSES)}
+        self.progress = Progress(num_done, sent.pop("latents", None), sent, guesses)
+
+    @staticmethod
+    def _tensors(progress: Progress) -> dict[str, Tensor]:
+        if progress.latents is None:
+            return {}
+        guesses = {f"{_GUESSES}{name}": tensor for name, tensor in progress.guesses.items()}
+        return {"latents": progress.latents, **progress.solver, **guesses}
+
     def go_on(self, axis: Axis, device: torch.device) -> Plan:
         """Read the progress that was kept, if any, on the first rank of the axis, for all; returns the plan with its seed and name."""
         facts = {"num_done": "0", "seed": str(self.plan.seed), "name": self.plan.name}
         facts, stored = (self._stored() if axis.rank == 0 else None) or (facts, {})
-        facts, names = broadcast_object((facts, list(stored)), axis)
-        tensors = {name: cast(Tensor, broadcast(stored.get(name), axis, device)).to(device) for name in names}
-        guesses = {name.removeprefix(_GUESSES): tensors.pop(name) for name in names if name.startswith(_GUESSES)}
-        self.progress = Progress(int(facts["num_done"]), tensors.pop("latents", None), tensors, guesses)
+        facts = broadcast_object(facts, axis)
+        self._send(int(facts["num_done"]), stored, axis, device)
         self.num_found = self.progress.num_done
         self.plan = replace(self.plan, seed=int(facts["seed"]), name=facts["name"])
         return self.plan
@@ -130,7 +147,7 @@ class Kept:
         path, number = self.folder / f"{self.plan.name}{suffix}", 1
         if self.is_job:
             return path
-        while not self.ledger.lock(path.stem) or (not fixed and path.exists()):
+        while not self.ledger.lock(path.stem) or (not fixed and not self._is_resumed and path.exists()):
             if fixed:
                 raise InputError(
                     f"output.name={path.stem}: another run is making it in {self.folder}; wait for that one, or take another output.name"
@@ -151,10 +168,10 @@ class Kept:
 
     def write(self, progress: Progress) -> bool:
         """Keep this progress, in place of what was kept before; returns whether it could be, and warns if not."""
-        guesses = {f"{_GUESSES}{name}": tensor for name, tensor in progress.guesses.items()}
-        tensors = {"latents": cast(Tensor, progress.latents), **progress.solver, **guesses}
         try:
-            facts = self.facts | {"num_done": str(progress.num_done)}
+            if not torch.isfinite(cast(Tensor, progress.latents)).all():
+                return False  # who goes on from them would fail for ever
+            tensors, facts = self._tensors(progress), self.facts | {"num_done": str(progress.num_done)}
             save_tensors(
                 self.folder / f"{self.plan.name}{self._suffix}", {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, facts
             )

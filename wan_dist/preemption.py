@@ -59,12 +59,12 @@ class Preemption:
     @contextmanager
     def heeded(self) -> Iterator[None]:
         """Within, a signal raises Preempted, at once where it came before; outside it is only noted in ``asked_by``."""
-        self.deferred = False
+        before, self.deferred = self.deferred, False
         try:
             self.stop_if_asked()
             yield
         finally:
-            self.deferred = True
+            self.deferred = before
 
     @contextmanager
     def ends_at_once(self) -> Iterator[None]:

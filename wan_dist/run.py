@@ -25,7 +25,7 @@ from wan_dist.arguments import prepare, require_task
 from wan_dist.caches import is_writable, settle_caches
 from wan_dist.catalog import TASKS
 from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
-from wan_dist.environment import Ranks, read_ranks, settle_environment
+from wan_dist.environment import Ranks, read_ranks, settle_environment, text_of
 from wan_dist.errors import InputError, told
 from wan_dist.image_sizes import image_size
 from wan_dist.jobs import Job, configs_of, read_jobs
@@ -81,12 +81,14 @@ def main(arguments: list[str]) -> int:
                 return _run_alone(arguments) if ranks.num_ranks == 1 else _run_in_team(arguments, ranks)
         except Preempted as stop:
             return _fail(CODE, str(stop), "", is_said=ranks.rank == 0)
-        except InputError as fault:
-            return _fail(2, str(fault))
         except Exception as fault:
-            said_by_other = getattr(fault, "fault", None)  # of a RankError, whose class comes with torch
-            if said_by_other is not None:
-                return _fail_after(said_by_other.kind, str(fault))
+            other = getattr(fault, "fault", None)  # of an error that another rank has met and says
+            if other is not None and (other.kind == "signal" or preemption.asked_by is not None):
+                return _fail(CODE, f"{other.text}; the same command goes on", "", is_said=ranks.rank == 0)
+            if other is not None:
+                return _fail_after(other.kind, str(fault))
+            if isinstance(fault, InputError):
+                return _fail(2, str(fault))
             if preemption.asked_by is not None and any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
                 message = "asked to end, as another rank was, which has; the same command goes on"
                 return _fail(CODE, message, "", is_said=ranks.rank == 0)
@@ -139,7 +141,7 @@ def _run_alone(arguments: list[str]) -> int:
 def _run_in_team(arguments: list[str], ranks: Ranks) -> int:
     """Run as one of several ranks: they meet before they plan, and the first one plans for all."""
     from wan_dist.parallel.shared_work import kind_of, text_of
-    from wan_dist.parallel.team import Fault, RankError, Team
+    from wan_dist.parallel.team import Fault, Team
 
     config: RunConfig | None = None
     wrong: InputError | None = None
@@ -157,12 +159,14 @@ def _run_in_team(arguments: list[str], ranks: Ranks) -> int:
         facts = find_facts(config, _gpu_name(config), _gpu_bytes(config))
         least = check_alike(team.gather(facts, "start"))
         planned = team.share(lambda: _planned(config, arguments, ranks, lambda _: least), "check the settings")
-        return _start(config, planned, arguments, team)
+        with preemption.noted():  # and heeded where ranks work together: between, others would not learn of it
+            return _start(config, planned, arguments, team)
     except BaseException as fault:  # whatever it is, the others wait for this rank
-        text = text_of(fault)
-        team.fail(kind_of(fault), text)
-        if not isinstance(fault, RankError) and team.is_told_by_others(text):
-            raise RankError(text, Fault(team.rank, "", kind_of(fault), text)) from None
+        kind, text = kind_of(fault), text_of(fault)
+        with preemption.noted(), contextlib.suppress(RuntimeError):  # of a store that is gone, with who would have to know
+            team.fail(kind, text)
+            if getattr(fault, "fault", None) is None and team.is_told_by_others(text):
+                vars(fault)["fault"] = Fault(team.rank, "", kind, text)
         raise
     finally:
         with preemption.noted():
@@ -256,7 +260,10 @@ def _gpu_name(config: RunConfig) -> str | None:
 
     from wan_dist.parallel.mesh import local_device
 
-    return str(torch.cuda.get_device_properties(local_device("cuda")).uuid) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    slice_ = text_of("CUDA_VISIBLE_DEVICES").partition(",")[0]
+    return slice_ if slice_.startswith("MIG-") else str(torch.cuda.get_device_properties(local_device("cuda")).uuid)
 
 
 def readable(fault: Exception) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wan_dist.config import RunConfig, packaged, split_files
+from wan_dist.digests import WeightsDigests
 from wan_dist.dims import TransformerDims
 from wan_dist.errors import InputError
 from wan_dist.footprint import Arrangement, table
@@ -79,6 +80,11 @@ class Session:
         self.lowered = arrangement
         self.keeps_experts = False
         self.shelf.clear()
+
+    @property
+    def digests(self) -> WeightsDigests:
+        """Of what its results depend on."""
+        return WeightsDigests(self.checkpoint.digest, self.checkpoint.vae_digest)
 
     @cached_property
     def text_encoder_digest(self) -> str:

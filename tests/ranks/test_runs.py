@@ -74,19 +74,25 @@ CASES = {
 
 
 def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[list[list[int]], str]:
-    """Run every row's arguments on this many ranks; returns each rank's exit codes and what they printed.
+    """Run every row's arguments on this many ranks; returns each rank's exit codes and what they printed."""
+    told = run_workers("tests.ranks.worker", [[arguments] for arguments in table], num_ranks, folder)
+    return [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(num_ranks)], told
+
+
+def run_workers(module: str, table: list[list[object]], num_ranks: int, folder: Path) -> str:
+    """Run a module on this many ranks, which do the rows of a table one after the other; returns what they printed.
 
     Each row has a store of its own, held open here as torchrun's agent does, so that no row can find its port taken.
     """
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in table]
     file = folder / "table.json"
-    file.write_text(json.dumps([[store.port, arguments] for store, arguments in zip(stores, table, strict=True)]), encoding="utf-8")
+    file.write_text(json.dumps([[store.port, *row] for store, row in zip(stores, table, strict=True)]), encoding="utf-8")
     store_of_the_agent = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     environment = os.environ | store_of_the_agent | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
     logs = [(folder / f"log-{rank}").open("w+") for rank in range(num_ranks)]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.ranks.worker", file, str(rank), str(num_ranks)],
+            [sys.executable, "-W", "ignore", "-m", module, file, str(rank), str(num_ranks)],
             stdout=logs[rank],
             stderr=subprocess.STDOUT,
             env=environment,
@@ -95,7 +101,7 @@ def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[lis
         for rank in range(num_ranks)
     ]
     try:
-        assert [worker.wait(timeout=240) for worker in workers] == [0] * num_ranks
+        assert [worker.wait(timeout=60 + 30 * len(table)) for worker in workers] == [0] * num_ranks
     finally:
         for worker in workers:
             worker.kill()
@@ -105,7 +111,7 @@ def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[lis
             log.seek(0)
             told.append(log.read())
             log.close()
-    return [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(num_ranks)], "\n".join(told)
+    return "\n".join(told)
 
 
 @pytest.mark.parametrize("num_ranks", CASES)

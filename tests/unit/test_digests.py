@@ -12,7 +12,7 @@ from PIL import Image
 from wan_dist import digests
 from wan_dist.arguments import prepare
 from wan_dist.config import RunConfig
-from wan_dist.digests import latents_digest, result_digest
+from wan_dist.digests import WeightsDigests, latents_digest, result_digest
 from wan_dist.errors import InputError
 from wan_dist.overrides import override_config
 from wan_dist.plan import make_plan
@@ -33,12 +33,10 @@ DIFFERENT = {
     "sample.solver": "euler",
     "sample.shift": 4.0,
     "sample.guide_scale": 3.0,
-    "memory.vae_dtype": "bfloat16",
     "cache.steps": "easy",
-    "cache.threshold": 0.5,
     "output.name": "other",
 }
-OF_THE_RESULT = {"fps": 8, "output.save_tensor": True}
+OF_THE_RESULT = {"fps": 8, "output.save_tensor": True, "memory.vae_dtype": "bfloat16"}
 WITHOUT_EFFECT = {
     "parallel.timeout": 60.0,
     "parallel.load_timeout": 60.0,
@@ -50,6 +48,7 @@ WITHOUT_EFFECT = {
     "memory.slice_tokens": 64,
     "memory.passes": "apart",
     "cache.dir": "elsewhere",
+    "cache.threshold": 0.5,
     "device": "cpu",
     "retry_failed": True,
     "size": "64x64",
@@ -63,12 +62,15 @@ def first() -> RunConfig:
     return config
 
 
-def both(weights: str = "weights", *, is_job: bool = False, num_ranks: int = 1, **settings: object) -> tuple[str, str]:
+WEIGHTS = WeightsDigests("all", "vae")
+
+
+def both(weights: WeightsDigests = WEIGHTS, *, is_job: bool = False, num_ranks: int = 1, **settings: object) -> tuple[str, str]:
     """Return the digests of the latents and of the result."""
     config = override_config(first(), [(key, value, f"{key}={value}") for key, value in settings.items()])
     plan = make_plan(config, ranks=(num_ranks, num_ranks))
     latents = latents_digest(config, plan, weights, is_job=is_job)
-    return latents, result_digest(config, plan, latents)
+    return latents, result_digest(config, plan, latents, weights)
 
 
 def differing(one: tuple[str, str], other: tuple[str, str]) -> tuple[bool, bool]:
@@ -98,11 +100,13 @@ def test_neither_changes_with_the_ranks(settings: dict[str, object]) -> None:
 
 
 def test_both_change_with_the_weights() -> None:
-    assert differing(both("weights"), both("others")) == (True, True)
+    assert differing(both(), both(WeightsDigests("others", "vae"))) == (True, True)
+    assert differing(both(), both(WeightsDigests("all", "other"))) == (False, True)
 
 
 def test_no_two_changes_are_taken_for_one_another() -> None:
-    found = [both(**{key: value})[1] for key, value in (DIFFERENT | OF_THE_RESULT).items()]
+    changes = DIFFERENT | OF_THE_RESULT
+    found = [both(**{key: value})[1] for key, value in changes.items()]
     assert len({both()[1], *found}) == len(found) + 1
 
 
@@ -112,7 +116,7 @@ def test_both_change_with_the_version_of_what_is_computed(name: str, monkeypatch
     monkeypatch.setattr(digests, name, getattr(digests, name) + 1)
     config, plan = first(), make_plan(first())
     assert differing(before, both()) == (True, True)
-    assert result_digest(config, plan, before[0]) != before[1]  # of itself, too
+    assert result_digest(config, plan, before[0], WEIGHTS) != before[1]  # of itself, too
 
 
 def test_an_image_counts_with_what_is_in_it(tmp_path: Path) -> None:
@@ -120,6 +124,7 @@ def test_an_image_counts_with_what_is_in_it(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(file)
     red = both(image=str(file))
     assert differing(both(), red) == (True, True)
+    assert differing(red, both(**{"image": str(file), "memory.vae_dtype": "bfloat16"})) == (True, True)  # which encodes it
     copy.write_bytes(file.read_bytes())
     assert both(image=str(copy)) == red
     Image.new("RGB", (64, 64), "blue").save(file)
@@ -134,7 +139,7 @@ def test_which_frame_an_image_is_counts(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(file)
     plan = make_plan(first())
     found = {
-        latents_digest(replace(first(), **{key: str(file)}), plan, "w", is_job=False) for key in ("image", "first_frame", "last_frame")
+        latents_digest(replace(first(), **{key: str(file)}), plan, WEIGHTS, is_job=False) for key in ("image", "first_frame", "last_frame")
     }
     assert len(found) == 3
 
@@ -143,6 +148,7 @@ def test_given_latents_count_with_what_is_in_them(tmp_path: Path) -> None:
     file = tmp_path / "a.latents.safetensors"
     save_tensors(file, {"latents": torch.zeros(16, 2, 8, 8)})
     zeros = both(latents=str(file))
+    assert differing(zeros, both(WeightsDigests("others", "vae"), latents=str(file))) == (False, False)
     assert both(latents=str(file), **{"seed": 5, "sample.steps": 9}) == zeros
     for setting in ({"fps": 8}, {"output.save_tensor": True}, {"memory.vae_dtype": "bfloat16"}):
         assert differing(zeros, both(latents=str(file), **setting)) == (False, True)
@@ -153,7 +159,7 @@ def test_given_latents_count_with_what_is_in_them(tmp_path: Path) -> None:
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     config, plan = replace(first(), image=str(tmp_path / "gone.png")), make_plan(first())
     with pytest.raises(InputError, match=r"image=.*gone.png cannot be read: No such file or directory"):
-        latents_digest(config, plan, "weights", is_job=False)
+        latents_digest(config, plan, WEIGHTS, is_job=False)
 
 
 def test_a_seed_that_is_drawn_is_drawn_once_for_a_job_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from wan_dist.arguments import prepare
 from wan_dist.config import RunConfig
-from wan_dist.digests import FORMAT
+from wan_dist.digests import FORMAT, WeightsDigests
 from wan_dist.kept import Kept, Progress, warn_of_older
 from wan_dist.ledger import Ledger
 from wan_dist.log import logger
@@ -45,7 +45,7 @@ def first_config() -> RunConfig:
 
 def kept(folder: Path, *, is_job: bool = False, **settings: object) -> Kept:
     config = override_config(first_config(), [(key, value, f"{key}={value}") for key, value in settings.items()])
-    return Kept(folder, config, make_plan(config), "weights", is_job=is_job)
+    return Kept(folder, config, make_plan(config), WeightsDigests("all", "vae"), is_job=is_job)
 
 
 def progress(num_done: int = 3) -> Progress:

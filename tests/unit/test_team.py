@@ -21,7 +21,13 @@ MakeTeams = Callable[..., list[Team]]
 
 @pytest.fixture(autouse=True)
 def _short_times_and_a_log_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"_BEAT_SECONDS": 0.05, "_WATCH_SECONDS": 0.01, "GRACE_SECONDS": 0.1, "_LOST_SECONDS": 0.3}.items():
+    for name, seconds in {
+        "_BEAT_SECONDS": 0.05,
+        "_WATCH_SECONDS": 0.01,
+        "GRACE_SECONDS": 0.1,
+        "_LOST_SECONDS": 0.3,
+        "_GONE_SECONDS": 0.6,
+    }.items():
         monkeypatch.setattr(module, name, seconds)
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
@@ -171,15 +177,14 @@ def test_one_that_is_gone_keeps_nobody_from_leaving(make_teams: MakeTeams, pool:
     results([pool.submit(team.leave) for team in others])
 
 
-def test_work_is_broken_off_where_another_rank_fails_in_it(make_teams: MakeTeams) -> None:
+@pytest.mark.parametrize("end", [lambda team: team.add("work/1/faults"), lambda team: team.fail("input", "no room"), kill])
+def test_work_is_broken_off_where_another_rank_ends(end: Callable[[Team], None], make_teams: MakeTeams) -> None:
     first, second = make_teams(2)
     woken = threading.Event()
-    first.begin_work("work/1", woken.set)
-    assert not woken.wait(0.2)
-    second.add("work/1/faults")
+    first.begin_work("work/1", [0, 1], woken.set)
+    assert not woken.wait(0.8)
+    end(second)
     assert woken.wait(5)
-    with pytest.raises(RankError, match="done together"):
-        first.wait(later(5), "go on", [1])
 
 
 def test_a_port_that_another_has_is_named(port: int) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,7 +20,8 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from wan_dist.degrees import Degrees
 from wan_dist.environment import Ranks, read_ranks
 from wan_dist.errors import InputError
-from wan_dist.parallel.team import Team
+from wan_dist.parallel.rendezvous import find_sockets
+from wan_dist.parallel.team import RankError, Team
 
 AXES = ("cfg", "ring", "ulysses")
 
@@ -59,6 +59,8 @@ class Groups:
     """Over which weights are sharded; None for one rank."""
     sockets: dict[int, str] = field(default_factory=dict)
     """Connections of gloo's groups: descriptors, and what they are."""
+    is_aborted: bool = False
+    """What has been sent or computed since then may be anything: on a GPU, aborted collectives end without an error."""
     num_opened: int = 0
     num_works: int = 0
     """Times that the ranks of the replica have met, for what they do together; the same on all of them."""
@@ -87,8 +89,9 @@ class Groups:
             self.replica_mesh = None
             distributed_c10d._abort_process_group()
             gc.collect()  # gloo closes connections with the last reference to a group
+        self.is_aborted = False
         self.num_opened += 1
-        before = _find_sockets()
+        before = find_sockets()
         is_cuda = self.device.type == "cuda"
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
@@ -102,7 +105,7 @@ class Groups:
         if self.replica.group is not None:
             self.replica_mesh = DeviceMesh.from_group(self.replica.group, self.device.type, mesh_dim_names=("replica",))
         limit_waiting(self, self.timeout)  # new groups do not take it over
-        self.sockets = dict(_find_sockets().items() - before.items())
+        self.sockets = dict(find_sockets().items() - before.items())
 
     def cut_axes(self) -> None:
         """Cut the ranks of the default process group, which are the replica's, into the axes."""
@@ -124,6 +127,7 @@ class Groups:
 
     def abort(self) -> None:
         """Break off whatever is sent in the groups, on this rank, and with gloo on those that it was to be sent to; from any thread."""
+        self.is_aborted = True
         if self.device.type != "cuda":
             _shut_down(self.sockets)
             return
@@ -133,6 +137,11 @@ class Groups:
         for group in groups:
             group.abort()
         backend._group_end()
+
+    def check(self) -> None:
+        """Raise RankError where the groups have been aborted, before something is kept that may be anything."""
+        if self.is_aborted:
+            raise RankError("another rank has failed in what is done together", is_final=False)
 
     def meet(self, what: str) -> None:
         """Wait for all ranks of the replica, however long they take to ``what``; before a collective that some come to late."""
@@ -171,19 +180,9 @@ class Groups:
             time.sleep(0.1)
 
 
-def _find_sockets() -> dict[int, str]:
-    """Return the descriptors of this process's sockets, and what they are."""
-    found = {}
-    for file in Path("/proc/self/fd").glob("*"):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            if (target := str(file.readlink())).startswith("socket:"):
-                found[int(file.name)] = target
-    return found
-
-
 def _shut_down(sockets: dict[int, str]) -> None:
     """End connections, so that both ends return from what they wait for; gloo's own abort leaves them open."""
-    for number in dict(sockets.items() & _find_sockets().items()):
+    for number in dict(sockets.items() & find_sockets().items()):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
             if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # gloo ends the process without its listener
                 connection.shutdown(socket.SHUT_RDWR)

@@ -1,9 +1,13 @@
 """The store that all ranks of a run share from their start on: torchrun's agent has it, else the first rank."""
 
+import contextlib
+import os
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
@@ -13,6 +17,8 @@ from wan_dist.log import logger
 
 _PATIENCE = 8.0
 """Seconds after which a rank that waits for others says so."""
+_MOST_SILENCE = 30.0
+"""Seconds that the network may take to acknowledge what is sent to the store."""
 
 
 def open_stores(ranks: Ranks, timeout: float) -> tuple[Store, Store]:
@@ -27,7 +33,7 @@ def open_stores(ranks: Ranks, timeout: float) -> tuple[Store, Store]:
     host, port = text_of("MASTER_ADDR"), number_of("MASTER_PORT") or 0
     is_agents = text_of("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = text_of("TORCHELASTIC_RESTART_COUNT") or "0"
-    limit = timedelta(seconds=timeout)
+    limit, before = timedelta(seconds=timeout), find_sockets()
     try:
         with _saying(f"rank 0 at {host}:{port}"):
             first = TCPStore(host, port, is_master=ranks.rank == 0 and not is_agents, timeout=limit, wait_for_workers=False)
@@ -39,7 +45,25 @@ def open_stores(ranks: Ranks, timeout: float) -> tuple[Store, Store]:
             ) from None
         fault.add_note(f"waiting for rank 0 at {host}:{port}")
         raise
+    _limit_silence(dict(find_sockets().items() - before.items()), min(timeout, _MOST_SILENCE))
     return PrefixStore(f"wan_dist/{attempt}", first), PrefixStore(f"wan_dist/{attempt}", second)
+
+
+def find_sockets() -> dict[int, str]:
+    """Return the descriptors of this process's sockets, and what they are."""
+    found = {}
+    for file in Path("/proc/self/fd").glob("*"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if (target := str(file.readlink())).startswith("socket:"):
+                found[int(file.name)] = target
+    return found
+
+
+def _limit_silence(sockets: dict[int, str], seconds: float) -> None:
+    """Have connections fail where what is sent is not acknowledged for so long: a link that is cut else blocks for a quarter of an hour."""
+    for number in sockets:
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))
 
 
 def describe_address() -> str:

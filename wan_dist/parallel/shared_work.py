@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch.distributed import DistError
 
 from wan_dist.errors import InputError, first_line
 from wan_dist.parallel.mesh import Groups
@@ -20,7 +21,6 @@ from wan_dist.preemption import Preempted, preemption
 T = TypeVar("T")
 _LOST_SECONDS = 20.0
 """Without a sign of life, once something has failed."""
-_STARTED_ANEW = "the process groups cannot be made anew"
 
 
 class NoRoomError(torch.OutOfMemoryError):
@@ -35,18 +35,23 @@ def work_together(groups: Groups, work: Callable[[], T], what: str) -> T:
     models that are sharded over them are of no use any more.
     """
     if groups.replica.size == 1:
-        return work()
+        with preemption.heeded():
+            return work()
     team, key = groups.team, groups.next_key("work")
     own: BaseException | None = None
-    team.begin_work(key, groups.abort)
-    try:
-        result = work()
-    except (Exception, KeyboardInterrupt, Preempted) as error:
-        own = error
     with preemption.noted():
-        if own is not None:
-            _tell(groups, key, own)
-        first = _await_end(groups, key, what)
+        team.begin_work(key, groups.replica_ranks, lambda: _break_off(groups, key))
+        try:
+            with preemption.heeded():
+                result = work()
+        except (Exception, KeyboardInterrupt, Preempted) as error:
+            own = error
+        try:
+            first = _await_end(groups, key, what, own)
+        except RuntimeError as error:  # others are gone, or the store is
+            if own is None or isinstance(own, RankError):
+                raise
+            raise own from error
     if first is None:
         return result
     if own is not None and (first.rank == team.rank or (first.kind, first.text) == (kind_of(own), text_of(own))):
@@ -55,49 +60,59 @@ def work_together(groups: Groups, work: Callable[[], T], what: str) -> T:
 
 
 def _tell(groups: Groups, key: str, error: BaseException) -> None:
+    """Put down what went wrong here; the first rank that does so speaks for all."""
     team = groups.team
-    number = team.add(f"{key}/told")
-    team.put(f"{key}/fault/{number}", Fault(team.rank, socket.gethostname(), kind_of(error), text_of(error)))
-    team.add(f"{key}/faults")  # last: who sees it finds the fault
+    team.put(f"{key}/fault/{team.rank}", Fault(team.rank, socket.gethostname(), kind_of(error), text_of(error)))
+    if team.add(f"{key}/faults") == 1:
+        team.put(f"{key}/first", team.rank)
 
 
-def _await_end(groups: Groups, key: str, what: str) -> Fault | None:
+def _break_off(groups: Groups, key: str) -> bool:
+    """Abort the process groups, unless it has been decided that every rank has met the same error; returns whether they are aborted."""
+    if groups.team.decide(key, "anew") != "anew":
+        return False
+    groups.abort()
+    return True
+
+
+def _await_end(groups: Groups, key: str, what: str, own: BaseException | None) -> Fault | None:
     """Wait until all ranks have ended the work; returns what the first of those that failed said, None where none did."""
-    team, size = groups.team, groups.replica.size
+    team, ranks = groups.team, groups.replica_ranks
+    team.end_work()
+    if own is not None:
+        _tell(groups, key, own)
     team.add(f"{key}/ended")
 
     def have_ended() -> bool:
-        return team.add(f"{key}/ended", 0) == size
+        return team.add(f"{key}/ended", 0) == len(ranks)
 
     def has_failed() -> bool:
-        return bool(team.add(f"{key}/faults", 0))
+        return team.has(f"{key}/first")
 
-    team.end_work()
-    team.wait(lambda: have_ended() or has_failed(), what, groups.replica_ranks)
-    if not has_failed():
+    team.wait(lambda: have_ended() or has_failed(), what, ranks, heeds_signals=False)
+    if not team.add(f"{key}/faults", 0):
         return None
-    first = team.get(f"{key}/fault/1")
-    assert first is not None
-    if _have_all_failed_alike(groups, key):
+    team.wait(has_failed, what, ranks, heeds_signals=False)
+    first: Fault = team.get(f"{key}/fault/{team.get(f'{key}/first')}")
+    if _have_all_failed_alike(groups, key, have_ended) and team.decide(key, "alike") == "alike":
         return first
-    groups.abort()
-    try:
-        team.wait(have_ended, what, groups.replica_ranks, patience=_LOST_SECONDS)
-        groups.open()
-    except RuntimeError as error:
-        raise RankError(f"{first}; {_STARTED_ANEW}: {first_line(error)}", first) from error
+    _break_off(groups, key)
+    team.wait(have_ended, what, ranks, patience=_LOST_SECONDS, heeds_signals=False)
+    groups.open()
     return first
 
 
-def _have_all_failed_alike(groups: Groups, key: str) -> bool:
-    """Whether every rank has met the same error by itself, so that none was left waiting in a collective."""
+def _have_all_failed_alike(groups: Groups, key: str, have_ended: Callable[[], bool]) -> bool:
+    """Whether every rank has met the same error by itself, and soon, so that none was left waiting in a collective."""
     team, size = groups.team, groups.replica.size
     until = time.monotonic() + GRACE_SECONDS / 2
-    while team.add(f"{key}/faults", 0) < size:
+    while not have_ended():
         if time.monotonic() > until:
             return False
         time.sleep(0.02)
-    faults = [team.get(f"{key}/fault/{number}") for number in range(1, size + 1)]
+    if team.add(f"{key}/faults", 0) < size:
+        return False
+    faults = [team.get(f"{key}/fault/{rank}") for rank in groups.replica_ranks]
     return len({(fault.kind, fault.text) for fault in faults}) == 1
 
 
@@ -111,11 +126,13 @@ def kind_of(error: BaseException) -> str:
         return "input"
     if isinstance(error, Preempted | KeyboardInterrupt):
         return "signal"
-    return "machine" if isinstance(error, RankError) or is_of_machine(error) else "error"
+    return "machine" if isinstance(error, RankError | DistError) or is_of_machine(error) else "error"
 
 
 def text_of(error: BaseException) -> str:
     """Return an error's type and first line, of one that is meant for users the line alone."""
+    if not isinstance(error, RankError) and (fault := getattr(error, "fault", None)) is not None:
+        return str(fault.text)
     line = first_line(error)
     return line if isinstance(error, InputError | Preempted | RankError) else f"{type(error).__name__}: {line}"
 
@@ -126,6 +143,8 @@ def is_of_machine(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
             return True
+        if any(note.startswith("waiting for rank") for note in getattr(seen, "__notes__", [])):  # of a connection
+            return True
         if "No space left" in str(seen) or ("CUDA error" in str(seen) and not isinstance(seen, torch.OutOfMemoryError)):
             return True
         seen = seen.__cause__
@@ -133,11 +152,15 @@ def is_of_machine(error: BaseException) -> bool:
 
 
 def _error_of(fault: Fault) -> BaseException:
-    """Return what a rank raises where another has failed."""
+    """Return what a rank raises where another has failed; it has that one's fault."""
+    error: BaseException
     if fault.kind == "memory":
-        return NoRoomError(str(fault))
-    if fault.kind == "input":
-        return InputError(fault.text)
-    if fault.kind == "signal":
-        return Preempted(fault.text)
-    return RankError(str(fault), fault)
+        error = NoRoomError(str(fault))
+    elif fault.kind == "input":
+        error = InputError(fault.text)
+    elif fault.kind == "signal":
+        error = Preempted(fault.text)
+    else:
+        return RankError(str(fault), fault, is_final=False)
+    vars(error)["fault"] = fault
+    return error

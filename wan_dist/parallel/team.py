@@ -8,7 +8,7 @@ import pickle
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,10 @@ _BEAT_SECONDS = 1.0
 _WATCH_SECONDS = 0.2
 _LOST_SECONDS = 30.0
 """Without a sign of life, for a rank that has left others in the lurch; SIGSTOP or a machine that swaps may last that long."""
+_GONE_SECONDS = 60.0
+"""The same, for one that others wait for in a collective."""
+_LOOK_SECONDS = 5.0
+"""Between two looks for signs of life of a rank."""
 _PIECE_BYTES = 2**21
 """Of a value in the store, which takes 8 MiB at most."""
 _PATIENCE = 8.0
@@ -41,12 +45,24 @@ class Fault:
         return f"{self.text} (rank {self.rank} on {self.host})"
 
 
-class RankError(RuntimeError):
-    """Another rank has failed, or is gone; that one says more."""
+@dataclass(frozen=True)
+class _Work:
+    """What ranks do together, and how one that waits in it is woken."""
 
-    def __init__(self, message: str, fault: Fault | None = None) -> None:
+    key: str
+    ranks: Sequence[int]
+    wake: Callable[[], object]
+
+
+class RankError(RuntimeError):
+    """Another rank has failed, or is gone; that one says more.
+
+    ``fault``: what it told, None for one that is gone. ``is_final``: it does nothing more in this run, so that nobody else can.
+    """
+
+    def __init__(self, message: str, fault: Fault | None = None, *, is_final: bool = True) -> None:
         super().__init__(message)
-        self.fault = fault
+        self.fault, self.is_final = fault, is_final
 
 
 class Team:
@@ -59,9 +75,11 @@ class Team:
         self.rank, self.num_ranks, self.timeout = ranks.rank, ranks.num_ranks, timeout
         self._store, self._connection = open_stores(ranks, timeout)
         self._num_gathered = 0
-        self._work: tuple[str, Callable[[], None]] | None = None
+        self._work: _Work | None = None
         self._lock = threading.Lock()
-        self._beats: dict[int, tuple[int, float]] = {}
+        self._beats: dict[int, tuple[int, float, float]] = {}
+        """Of other ranks: how many signs of life there were, when the last was seen, and when they were last looked for."""
+        self._beats_lock = threading.Lock()
         self._closing = threading.Event()
         self._watcher: threading.Thread | None = None
         self.put(f"host/{self.rank}", socket.gethostname())
@@ -76,6 +94,10 @@ class Team:
     def add(self, key: str, amount: int = 1) -> int:
         """Raise a number that all ranks share, from 0 at first, and return it as it is then."""
         return int(self._store.add(f"number/{key}", amount))
+
+    def decide(self, key: str, proposal: str) -> str:
+        """Return what the first of the ranks that call this has proposed."""
+        return bytes(self._store.compare_set(f"decided/{key}", "", proposal)).decode()
 
     def put(self, key: str, value: object) -> None:
         """Set a value, any that can be pickled, once."""
@@ -117,15 +139,20 @@ class Team:
         self.wait(lambda: self.has(key), what, [0])
         return self.get(key)
 
-    def wait(self, is_done: Callable[[], bool], what: str, ranks: Iterable[int], *, patience: float | None = None) -> None:
+    def wait(
+        self, is_done: Callable[[], bool], what: str, ranks: Iterable[int], *, patience: float | None = None, heeds_signals: bool = True
+    ) -> None:
         """Wait until ``is_done()``.
 
-        Raises RankError where one of ``ranks`` has failed, or shows no sign of life for ``patience`` seconds, by default the timeout.
+        Raises RankError where one of ``ranks`` has failed, or shows no sign of life for ``patience`` seconds, by default the timeout;
+        Preempted where this process is asked to end, unless that is to be seen to later.
         """
         pause, begun, said = 0.001, time.monotonic(), _PATIENCE
         awaited = [rank for rank in ranks if rank != self.rank]
         while not is_done():
             self._raise_if_failed(awaited)
+            if heeds_signals:
+                preemption.stop_if_asked()
             if time.monotonic() - begun > said:
                 said *= 4
                 self._say(what, awaited)
@@ -145,15 +172,17 @@ class Team:
 
     def find_lost(self, ranks: Iterable[int], seconds: float) -> list[int]:
         """Return those of the ranks that have shown no sign of life for so many seconds, and have not left as they should."""
-        now, lost = time.monotonic(), []
-        for rank in ranks:
-            count, since = self._beats.get(rank, (-1, now))
-            if now - since < min(seconds, 5 * _BEAT_SECONDS) and count >= 0:
-                continue
-            beats = self.add(f"beat/{rank}", 0)
-            self._beats[rank] = (beats, now) if beats != count else (count, since)
-            if beats == count and now - since > seconds and not self.add(f"left/{rank}", 0):
-                lost.append(rank)
+        lost = []
+        with self._beats_lock:
+            for rank in ranks:
+                now = time.monotonic()
+                count, changed, looked = self._beats.get(rank, (-1, now, -_LOOK_SECONDS))
+                if now - looked > min(seconds / 2, _LOOK_SECONDS):
+                    beats = self.add(f"beat/{rank}", 0)
+                    changed = changed if beats == count else now
+                    self._beats[rank] = (beats, changed, now)
+                if now - changed > seconds and not self.add(f"left/{rank}", 0):
+                    lost.append(rank)
         return lost
 
     def is_told_by_others(self, text: str) -> bool:
@@ -173,17 +202,20 @@ class Team:
         self.add("faults")
 
     def _raise_if_failed(self, ranks: Iterable[int]) -> None:
-        if self._work is not None and self.add(f"{self._work[0]}/faults", 0):
-            raise RankError("another rank has failed in what is done together")
+        if self._work is not None and self.add(f"{self._work.key}/faults", 0):
+            raise RankError("another rank has failed in what is done together", is_final=False)
         if not self.add("faults", 0):
             return
         for rank in ranks:
             if (fault := self.get(f"fault/{rank}")) is not None:
                 raise RankError(str(fault), fault)
 
-    def begin_work(self, key: str, wake: Callable[[], None]) -> None:
-        """From now on look for faults of others in the work ``key``, and call ``wake`` in a thread a second after one, while it goes on."""
-        self._work = (key, wake)
+    def begin_work(self, key: str, ranks: Sequence[int], wake: Callable[[], object]) -> None:
+        """From now on look, in a thread, for a fault of ``ranks`` in the work ``key``, or in the run, and for those that are lost.
+
+        A second after one, while the work goes on, ``wake`` is called: the main thread may be in a collective.
+        """
+        self._work = _Work(key, ranks, wake)
 
     def end_work(self) -> None:
         """Look for them no more; a waking that has begun has ended then."""
@@ -191,7 +223,7 @@ class Team:
             self._work = None
 
     def _watch(self) -> None:
-        """Give signs of life; where another rank has failed, wake the main thread, which may be in a collective."""
+        """Give signs of life, and look after the work that goes on."""
         beaten, seen_at, broken = 0.0, 0.0, ""
         while not self._closing.wait(_WATCH_SECONDS):
             now, work = time.monotonic(), self._work
@@ -199,7 +231,7 @@ class Team:
                 if now - beaten > _BEAT_SECONDS:
                     beaten = now
                     self.add(f"beat/{self.rank}")
-                if work is None or work[0] == broken or not self.add(f"{work[0]}/faults", 0):
+                if work is None or work.key == broken or not self._is_broken(work):
                     seen_at = 0.0
                     continue
             except RuntimeError:  # the store is gone, and the rank that has it
@@ -207,13 +239,22 @@ class Team:
                 return
             seen_at = seen_at or now
             if now - seen_at > GRACE_SECONDS:
-                broken = work[0]
+                broken = work.key
                 self._wake(work)
 
-    def _wake(self, work: tuple[str, Callable[[], None]] | None) -> None:
+    def _is_broken(self, work: "_Work") -> bool:
+        """Whether one of the ranks has failed, or is gone without a word."""
+        if self.add(f"{work.key}/faults", 0):
+            return True
+        others = [rank for rank in work.ranks if rank != self.rank]
+        if self.add("faults", 0) and any(self.has(f"fault/{rank}") for rank in others):
+            return True
+        return bool(self.find_lost(others, min(self.timeout, _GONE_SECONDS)))
+
+    def _wake(self, work: "_Work | None") -> None:
         with self._lock:
             if work is not None and self._work is work:
-                work[1]()
+                work.wake()
 
     def leave(self) -> None:
         """End, when all ranks are about to, or are gone: a rank that ends early may have others ended, or take the store with it."""

@@ -1,5 +1,6 @@
 """A checkpoint folder -> the models in it, checked at once and loaded when they are needed."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from wan_dist.models.text_encoder import build_text_encoder, load_tokenizer
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import WanVae
 from wan_dist.reading import UnreadableError, check_file
+from wan_dist.record import digest_of
 from wan_dist.streaming import Streaming, stream_blocks
 from wan_dist.weights import dims as read_dims
 from wan_dist.weights.files import TensorFiles
@@ -90,9 +92,17 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """What tells these weights from others."""
+        """What tells these models from others: weights, sizes that no weight shows, the tokenizer's files."""
         components = (*self.transformers, self.text_encoder, self.vae, self.image_encoder)
-        return digest_of_weights(component.files for component in components if component is not None)
+        weights = digest_of_weights(component.files for component in components if component is not None)
+        sizes = [component.dims for component in components if component is not None]
+        files = sorted(file for file in Path(self.tokenizer.name_or_path).iterdir() if file.is_file())
+        return hashlib.sha256(repr((weights, sizes, [digest_of(file) for file in files])).encode()).hexdigest()
+
+    @cached_property
+    def vae_digest(self) -> str:
+        """The same of the VAE alone."""
+        return digest_of_weights([self.vae.files])
 
     @property
     def models(self) -> ModelDims:
