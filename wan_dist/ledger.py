@@ -16,6 +16,7 @@ from typing import Any
 from wan_dist.aside import final_name_of, set_aside
 from wan_dist.digests import FORMAT
 from wan_dist.log import logger
+from wan_dist.reading import UnreadableError, check_file
 from wan_dist.record import digest_of
 
 DONE, FAILED = "done", "failed"
@@ -111,11 +112,13 @@ class Ledger:
         """Return the record of a name, empty if there is none that can be read; one that is damaged is set aside."""
         file = self.folder / f"{name}.json"
         try:
+            if file.exists():
+                check_file(file)
             found = json.loads(file.read_bytes())
         except FileNotFoundError:
             return {}
-        except OSError as fault:
-            logger.warning("%s cannot be read (%s); its job counts as not made", file, fault.strerror)
+        except (OSError, UnreadableError) as fault:
+            logger.warning("%s cannot be read (%s); its job counts as not made", file, getattr(fault, "strerror", fault))
             return {}
         except (ValueError, RecursionError):
             logger.warning("%s is damaged; %s, and its job is made again", file, set_aside(file))
@@ -132,15 +135,16 @@ class Ledger:
         if record.get("status") != DONE:
             return FAILED if record.get("status") == FAILED else None
         try:
-            is_whole = digest_of(self.folder / Path(str(record["file"])).name) == record["video_digest"]
+            check_file(result := self.folder / Path(str(record["file"])).name)
+            is_whole = digest_of(result) == record["video_digest"]
             settings = record["config"]["output"]
             has_tensor = not settings["save_tensor"] or (self.folder / f"{name}.safetensors").is_file()
-        except (OSError, KeyError, TypeError):
+        except (OSError, KeyError, TypeError, ValueError):  # the last for a name with a NUL, and for a pipe
             return None
         return DONE if is_whole and has_tensor else None
 
 
 def _place(name: str) -> int:
     """Return the byte of a name; names that some file systems take for the same have the same."""
-    plain = unicodedata.normalize("NFC", name).casefold()
+    plain = unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
     return int.from_bytes(hashlib.sha256(plain.encode()).digest()[:7], "big")

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,14 @@ class RankFacts:
 
 
 def find_facts(config: RunConfig, gpu: str | None, gpu_bytes: int | None) -> RankFacts:
-    """Return this rank's facts; a file that it does not see is no fact."""
+    """Return this rank's facts; a file that it does not see, or cannot read, is no fact."""
     files = {}
     for key in _FILES:
-        if (name := getattr(config, key)) is not None and (path := Path(name).expanduser()).is_file():
-            files[key] = digest_of(path)
+        if (name := getattr(config, key)) is None:
+            continue
+        with suppress(OSError):  # planning says what is wrong with it
+            if (path := Path(name).expanduser()).is_file():
+                files[key] = digest_of(path)
     return RankFacts(_flat(asdict(config)), files, gpu, gpu_bytes)
 
 

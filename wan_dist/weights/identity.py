@@ -37,5 +37,5 @@ def _pieces_of(tensor: Tensor, *, is_whole: bool) -> Iterable[Tensor]:
     values = tensor.reshape(-1).view(torch.uint8)
     if is_whole or values.numel() <= _SMALL_BYTES:
         return [values]
-    step = (values.numel() - _PIECE_BYTES) // (_PIECES - 1)
-    return [values[step * number : step * number + _PIECE_BYTES] for number in range(_PIECES)]
+    starts = [(values.numel() - _PIECE_BYTES) * number // (_PIECES - 1) for number in range(_PIECES)]  # the last one ends where it does
+    return [values[start : start + _PIECE_BYTES] for start in starts]
