@@ -1,5 +1,6 @@
 """What a run that was ended early keeps in its output folder, to go on from when the same command is given again."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,7 +97,7 @@ class Kept:
         """Return the kept progress, or whole latents: of a video that was not finished, or of one of which only the frames change."""
         file = self._find()
         found = None if file is None else self._read(file)
-        if found is not None and found[0].keys() >= {"num_done", "seed", "name"} and "latents" in found[1]:
+        if found is not None and _is_progress(*found):
             logger.info("goes on   after %s steps, from %s", found[0]["num_done"], file)
             self._is_resumed = True
             return found
@@ -183,6 +184,12 @@ class Kept:
     def remove(self) -> None:
         """Remove the file, if there is one."""
         (self.folder / f"{self.plan.name}{self._suffix}").unlink(missing_ok=True)
+
+
+def _is_progress(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file that can be read holds what a run goes on from."""
+    has_numbers = facts.get("num_done", "").isdigit() and facts.get("seed", "").isdigit()
+    return has_numbers and "name" in facts and "latents" in tensors and bool(torch.isfinite(tensors["latents"]).all())
 
 
 def warn_of_older(folder: Path) -> None:
