@@ -21,7 +21,7 @@ MakeTeams = Callable[..., list[Team]]
 
 @pytest.fixture(autouse=True)
 def _short_times_and_a_log_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"_BEAT": 0.05, "_WATCH": 0.01, "_LOST": 0.3, "_GONE": 0.6, "GRACE": 0.1}.items():
+    for name, seconds in {"_BEAT": 0.05, "_WATCH": 0.01, "_LEAVING": 0.3, "_GONE": 0.6, "GRACE": 0.1}.items():
         monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
