@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from tests.gallery_folder import RUN, write_record
+from wan_dist.digests import WeightsDigests
 from wan_dist.gallery.background import PageWriter
 from wan_dist.kept import Kept
 from wan_dist.prompts import PromptCache
@@ -62,7 +63,7 @@ def main() -> None:
         print(f"{'':48} {len(sent) / 1e6:7.2f} MB")
         with timed("find their digests and kept states"):
             for _, own, plan in checked:
-                Kept(folder, own, plan, "", is_job=True)._find()
+                Kept(folder, own, plan, WeightsDigests("", ""), is_job=True)._find()
         cache, context = PromptCache(folder / "cache", "", 2**30), torch.zeros(1, 8)
         with timed("keep a text of each"):
             for _, _, plan in checked:

@@ -20,7 +20,7 @@ from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae import Decoder, Encoder
 from wan_dist.run import main as run
 
-METHODS = {"decode": Decoder, "encode": Encoder, "denoise": WanTransformer}
+METHODS = {"decode": (Decoder, "forward"), "encode": (Encoder, "begin"), "denoise": (WanTransformer, "forward")}
 ERRORS = {"memory": torch.OutOfMemoryError("as on a full GPU"), "error": RuntimeError("as of cuDNN, on this rank alone")}
 
 
@@ -48,9 +48,9 @@ def main(table: Path, rank: int, num_ranks: int) -> None:
         when = table.with_name(f"when-{number}")
         with ExitStack() as patches:
             if fault is not None and fault["rank"] == rank:
-                owner = METHODS[fault["place"]]
-                method = failing(owner.forward, fault["call"], ERRORS[fault["kind"]], when)
-                patches.enter_context(patch.object(owner, "forward", method))
+                owner, name = METHODS[fault["place"]]
+                method = failing(getattr(owner, name), fault["call"], ERRORS[fault["kind"]], when)
+                patches.enter_context(patch.object(owner, name, method))
             try:
                 code = run(arguments)
             except BaseException:

@@ -54,7 +54,7 @@ def video(folder: Path, name: str) -> torch.Tensor:
 def test_all_take_less_where_one_runs_out_of_memory(name: str, outcomes: Any) -> None:
     folder, ends, told = outcomes
     assert [code for code, _ in ends[name]] == [0, 0], told
-    assert max(seconds for _, seconds in ends[name]) < SECONDS
+    assert 0 < max(seconds for _, seconds in ends[name]) < SECONDS
     undisturbed = video(folder, "image" if name.startswith("encode") else "plain")
     assert (video(folder, name) - undisturbed).abs().max() < 1e-3
     assert not list((folder / name).glob("*.state.safetensors"))
@@ -63,7 +63,7 @@ def test_all_take_less_where_one_runs_out_of_memory(name: str, outcomes: Any) ->
 def test_an_error_of_one_rank_ends_the_run_and_keeps_its_steps(outcomes: Any) -> None:
     folder, ends, told = outcomes
     assert [code for code, _ in ends["error in denoising"]] == [1, 1], told
-    assert max(seconds for _, seconds in ends["error in denoising"]) < SECONDS
+    assert 0 < max(seconds for _, seconds in ends["error in denoising"]) < SECONDS
     assert told.count("wan_dist: error: RuntimeError: as of cuDNN, on this rank alone") == 1
     assert [code for code, _ in ends["again"]] == [0, 0], told
     assert "goes on   after 2 steps" in told
@@ -73,7 +73,7 @@ def test_an_error_of_one_rank_ends_the_run_and_keeps_its_steps(outcomes: Any) ->
 def test_an_error_of_one_rank_fails_its_job_alone(outcomes: Any) -> None:
     folder, ends, told = outcomes
     assert [code for code, _ in ends["error in a batch"]] == [1, 0], told
-    assert max(seconds for _, seconds in ends["error in a batch"]) < SECONDS
+    assert 0 < max(seconds for _, seconds in ends["error in a batch"]) < SECONDS
     records = [json.loads(file.read_text()) for file in (folder / "error in a batch").glob("*.json")]
     assert sorted(record["status"] for record in records) == ["done", "done", "failed"]
     (failed,) = (record for record in records if record["status"] == "failed")
