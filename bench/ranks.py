@@ -21,10 +21,11 @@ from bench.random_model import random_inputs, random_transformer
 from bench.record import Record
 from wan_dist.catalog import TASKS, Task
 from wan_dist.degrees import Degrees
+from wan_dist.environment import read_ranks
 from wan_dist.models.attention import choose_attention
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
-from wan_dist.parallel.mesh import local_device, make_groups
+from wan_dist.parallel.mesh import local_device, open_groups
 from wan_dist.sampling.denoise import Guidance, Velocities
 
 GIB = 2**30
@@ -74,19 +75,19 @@ def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], spre
     """Time our transformer under one spread."""
     device = torch.device("cuda", torch.cuda.current_device())
     degrees, shard, usp = spread
-    groups = make_groups(degrees, "cuda")
-    attention = choose_attention(options.attention, device=device, dtype=torch.bfloat16, head_dim=128)
-    model = random_transformer(task, attention, device, lambda model: parallelize_transformer(model, groups, shard=shard, usp=usp))
-    weights = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
-    own = [contexts[groups.cfg.rank]] if degrees.cfg == 2 else contexts
-    velocities = Velocities(model, own, conditioning, latents)
-    predict = ParallelGuidance(velocities, scale=5.0, axis=groups.cfg) if degrees.cfg == 2 else Guidance(velocities, scale=5.0)
-    del contexts, own
-    seconds, velocity = timed(lambda: predict(latents, 700), options.steps)
-    assert torch.isfinite(velocity).all()
-    return row(f"{degrees}{', sharded' if shard else ''}, {attention.name}, {usp}", seconds, weights)
+    with open_groups(degrees, device, timeout=600) as groups:
+        attention = choose_attention(options.attention, device=device, dtype=torch.bfloat16, head_dim=128)
+        model = random_transformer(task, attention, device, lambda model: parallelize_transformer(model, groups, shard=shard, usp=usp))
+        weights = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
+        own = [contexts[groups.cfg.rank]] if degrees.cfg == 2 else contexts
+        velocities = Velocities(model, own, conditioning, latents)
+        predict = ParallelGuidance(velocities, scale=5.0, axis=groups.cfg) if degrees.cfg == 2 else Guidance(velocities, scale=5.0)
+        del contexts, own
+        seconds, velocity = timed(lambda: predict(latents, 700), options.steps)
+        assert torch.isfinite(velocity).all()
+        return row(f"{degrees}{', sharded' if shard else ''}, {attention.name}, {usp}", seconds, weights)
 
 
 def measure_diffusers(task: Task, options: argparse.Namespace, size: tuple[int, int]) -> dict[str, object]:
@@ -94,6 +95,7 @@ def measure_diffusers(task: Task, options: argparse.Namespace, size: tuple[int, 
     from diffusers import ContextParallelConfig
 
     device = torch.device("cuda", torch.cuda.current_device())
+    dist.init_process_group("nccl", device_id=device)  # the last that is measured
     model = diffusers_transformer(task, device)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     if options.compile:
@@ -120,9 +122,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("*"))
-    device = local_device("cuda")
-    dist.init_process_group("nccl", device_id=device)
-    num_ranks, task = dist.get_world_size(), TASKS[options.task]
+    local_device("cuda")
+    num_ranks, task = read_ranks().num_ranks, TASKS[options.task]
     runs: list[Callable[[], dict[str, object]]] = [
         lambda spread=spread: measure(task, options, (width, height), spread)
         for name, spread in spreads(num_ranks).items()
@@ -141,7 +142,6 @@ def main() -> None:
             record.add(found)
         gc.collect()
         torch.cuda.empty_cache()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

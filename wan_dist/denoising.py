@@ -63,7 +63,7 @@ def make_latents(video: Video) -> Tensor:
     latents = kept.progress.latents
     if latents is None or kept.progress.num_done < video.config.sample.steps:
         latents = _denoised(video)
-    session.together(lambda: _save_latents(video, latents), "save the latents")
+    session.together(lambda: _save_latents(video, latents), "save the latents", exchanges=False)
     return latents
 
 
@@ -191,7 +191,7 @@ class Keeper:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Keep the steps that are done where the next one fails."""
-        if kind is not None and not issubclass(kind, torch.OutOfMemoryError | FloatingPointError):
+        if kind is not None and not issubclass(kind, FloatingPointError):
             self.keep()
 
 

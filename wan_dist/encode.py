@@ -277,7 +277,9 @@ def _encode_images(session: Session, config: RunConfig, plan: Plan, report: Repo
         return ways
 
     ways = session.together(choose, "choose how to encode the image")
-    if first_that_works(ways, lambda way: session.together(lambda: work(way), "encode the image"), "encoding the image"):
+    if first_that_works(
+        ways, lambda way: session.together(lambda: work(way), "encode the image", exchanges=way.name == "parallel"), "encoding the image"
+    ):
         report.ran_out("image")
     free_memory()
     return found

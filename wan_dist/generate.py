@@ -89,7 +89,7 @@ def complete(video: Video, latents: Tensor) -> None:
     """
     with _latents_safe(video, latents):
         _decode(video, latents, partial(_write, video))
-        video.session.together(lambda: _finish(video) if video.is_first else None, "write the record")
+        video.session.together(lambda: _finish(video) if video.is_first else None, "write the record", exchanges=False)
 
 
 @torch.no_grad()
@@ -180,12 +180,17 @@ def _decode(video: Video, latents: Tensor, take: Callable[[Iterator[Tensor]], No
             model = vae.load(checkpoint, config, way, latents.device, session.shelf)
             chunks = vae.decode(model, latents, float32_frames if config.output.save_tensor else uint8_frames, way, axis)
             if axis.rank == 0:
-                take(_checked(chunks, session.groups))
+                take(_checked(chunks, session.groups) if way.name == "parallel" else chunks)
             else:
                 deque(chunks, maxlen=0)  # its share of each is sent to the first rank
 
     ways = session.together(choose, "choose how to decode")
-    if first_that_works(ways, lambda way: session.together(lambda: work(way), "decode"), "decoding", "the latents are safe, "):
+    if first_that_works(
+        ways,
+        lambda way: session.together(lambda: work(way), "decode", exchanges=way.name == "parallel"),
+        "decoding",
+        "the latents are safe, ",
+    ):
         video.report.ran_out("decode")
 
 

@@ -64,13 +64,12 @@ class Session:
     has_room_for_frames: bool = False
     """A video that is decoded may be written while the next one is denoised."""
 
-    def together(self, work: Callable[[], T], what: str) -> T:
+    def together(self, work: Callable[[], T], what: str, *, exchanges: bool = True) -> T:
         """Do ``work`` on all ranks of the replica, see `work_together`; where they could not end it, models go that cannot be trusted."""
-        before = self.groups.num_opened
         try:
-            return work_together(self.groups, work, what)
+            return work_together(self.groups, work, what, exchanges=exchanges)
         except BaseException:
-            if self.groups.num_opened != before:
+            if self.groups.is_aborted:
                 self.shelf.clear()
             raise
 

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -23,6 +24,7 @@ MakeTeams = Callable[..., list[Team]]
 def _short_times_and_a_log_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {"_BEAT": 0.05, "_WATCH": 0.01, "_LEAVING": 0.3, "_GONE": 0.6, "GRACE": 0.1}.items():
         monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
+    monkeypatch.setattr(module, "_num_teams", Counter())
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
 

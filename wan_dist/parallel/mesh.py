@@ -86,6 +86,7 @@ class Groups:
         if self.replica.size == 1:
             return
         if dist.is_initialized():
+            self._check_anew()
             self.replica_mesh = None
             distributed_c10d._abort_process_group()
             gc.collect()  # gloo closes connections with the last reference to a group
@@ -106,6 +107,14 @@ class Groups:
             self.replica_mesh = DeviceMesh.from_group(self.replica.group, self.device.type, mesh_dim_names=("replica",))
         limit_waiting(self, self.timeout)  # new groups do not take it over
         self.sockets = dict(find_sockets().items() - before.items())
+
+    def _check_anew(self) -> None:
+        """Raise RankError where groups cannot be made anew: after two of NCCL's communicators were aborted, new ones failed."""
+        if self.device.type == "cuda" and len(self.process_groups) > 1:
+            raise RankError(
+                "after an error of one rank the run ends, as its ranks have several NCCL communicators (parallel.ulysses, parallel.ring), "
+                "which are not made anew; the same command goes on"
+            )
 
     def cut_axes(self) -> None:
         """Cut the ranks of the default process group, which are the replica's, into the axes."""
@@ -171,7 +180,7 @@ class Groups:
         """End all process groups; NCCL waits for the other ranks to do the same, so after an error it is told to give up instead."""
         if not dist.is_initialized():
             return
-        if not others_follow:
+        if not others_follow or self.is_aborted:
             distributed_c10d._abort_process_group()
             return
         dist.destroy_process_group()

@@ -21,10 +21,11 @@ _MOST_SILENCE = 30.0
 """Seconds that the network may take to acknowledge what is sent to the store."""
 
 
-def open_stores(ranks: Ranks, timeout: float) -> tuple[Store, Store]:
+def open_stores(ranks: Ranks, timeout: float, *, number: int = 1) -> tuple[Store, Store]:
     """Return two connections to the store of a run, since a blocking call keeps one to itself; one rank has a store of its own.
 
-    ``timeout``: seconds to wait for the rank that has the store. Raises InputError for an address that is not to be had, RuntimeError for
+    ``timeout``: seconds to wait for the rank that has the store; ``number``: of the team among this process's.
+    Raises InputError for an address that is not to be had, RuntimeError for
     one that does not answer.
     """
     if ranks.num_ranks == 1:
@@ -46,7 +47,8 @@ def open_stores(ranks: Ranks, timeout: float) -> tuple[Store, Store]:
         fault.add_note(f"waiting for rank 0 at {host}:{port}")
         raise
     _limit_silence(dict(find_sockets().items() - before.items()), min(timeout, _MOST_SILENCE))
-    return PrefixStore(f"wan_dist/{attempt}", first), PrefixStore(f"wan_dist/{attempt}", second)
+    prefix = f"wan_dist/{attempt}/{number}"
+    return PrefixStore(prefix, first), PrefixStore(prefix, second)
 
 
 def find_sockets() -> dict[int, str]:

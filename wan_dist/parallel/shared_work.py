@@ -29,12 +29,12 @@ class NoRoomError(torch.OutOfMemoryError):
     """A rank has too little memory, and all ranks know."""
 
 
-def work_together(groups: Groups, work: Callable[[], T], what: str) -> T:
+def work_together(groups: Groups, work: Callable[[], T], what: str, *, exchanges: bool = True) -> T:
     """Do ``work`` on every rank of the replica, and return what it returns on this one when all have done it.
 
     Where one fails all raise: that one its own error, the others one that says the same, of the same kind where memory ran out, where the
-    input is bad, and after a signal; else RankError. ``what`` they do is for messages. The process groups may be other ones then, and
-    models that are sharded over them are of no use any more.
+    input is bad, and after a signal; else RankError. ``what`` they do is for messages. The process groups may be aborted then, and
+    models that are sharded over them are of no use any more; they are made anew before the next work that ``exchanges``.
     """
     if groups.replica.size == 1:
         with preemption.heeded():
@@ -42,6 +42,8 @@ def work_together(groups: Groups, work: Callable[[], T], what: str) -> T:
     team, key = groups.team, groups.next_key("work")
     own: BaseException | None = None
     with preemption.noted():
+        if exchanges and groups.is_aborted:
+            groups.open()
         team.begin_work(key, groups.replica_ranks, lambda: _break_off(groups, key))
         try:
             with preemption.heeded():
@@ -101,7 +103,6 @@ def _await_end(groups: Groups, key: str, what: str, own: BaseException | None) -
     _break_off(groups, key)
     patience = _CUT_OFF_SECONDS if first.kind == "machine" else _LOST_SECONDS
     team.wait(have_ended, what, ranks, patience=patience, heeds_signals=False)
-    groups.open()
     return first
 
 

@@ -8,6 +8,7 @@ import pickle
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,10 @@ class RankError(RuntimeError):
         self.fault, self.is_final = fault, is_final
 
 
+_num_teams: Counter[int] = Counter()
+"""That a process has formed, by rank: they may share one store, of torchrun's agent, and must not read each other's values."""
+
+
 class Team:
     """The ranks of a run, from before they plan until the last one has ended.
 
@@ -73,7 +78,8 @@ class Team:
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
         self.rank, self.num_ranks, self.timeout = ranks.rank, ranks.num_ranks, timeout
-        self._store, self._connection = open_stores(ranks, timeout)
+        _num_teams[ranks.rank] += 1
+        self._store, self._connection = open_stores(ranks, timeout, number=_num_teams[ranks.rank])
         self._num_gathered = 0
         self._work: _Work | None = None
         self._lock = threading.Lock()
