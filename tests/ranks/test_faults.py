@@ -13,7 +13,7 @@ from tests.ranks.test_runs import run_workers
 
 SECONDS = 25.0
 """From a fault to the end of a run that has little left to do; a collective would wait for parallel.timeout."""
-TOY = ["task=toy", "dtype=float32", "device=cpu", "size=64*64", "frame_num=17", "sample.steps=4", "cache.dir=null", "parallel.timeout=120"]
+TOY = ["task=toy", "dtype=float32", "size=64*64", "frame_num=17", "sample.steps=4", "cache.dir=null", "parallel.timeout=120"]
 ONE = [*TOY, "prompt=a red circle", "output.name=out", "output.save_tensor=true"]
 
 
@@ -21,9 +21,13 @@ def fault(rank: int, place: str, kind: str, call: int) -> dict[str, Any]:
     return {"rank": rank, "place": place, "kind": kind, "call": call}
 
 
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[tuple[int, float]]], str]:
-    folder = tmp_path_factory.mktemp("faults")
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+    """Run all rows, with gloo or NCCL; returns their folder, each rank's exit code and seconds after the fault, and what was said."""
+    folder = tmp_path_factory.mktemp(f"faults-{request.param}")
     Image.new("RGB", (64, 64), "blue").save(folder / "image.png")
     (folder / "jobs.txt").write_text("a red circle\na blue star\na green square\n")
     image = f"image={folder / 'image.png'}"
@@ -39,11 +43,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
         "error in denoising": (ONE, fault(1, "denoise", "error", 3)),
         "error in a batch": (jobs, fault(1, "decode", "error", 4)),
     }
-    table = [[[*arguments, f"output.dir={folder / name}"], what] for name, (arguments, what) in rows.items()]
-    table.append([[*ONE, f"output.dir={folder / 'error in denoising'}"], None])  # the same command again
+    rows["again"] = ([*ONE, f"output.dir={folder / 'error in denoising'}"], None)  # the same command as before
+    device = f"device={request.param}"
+    table = [[[device, f"output.dir={folder / name}", *arguments], what] for name, (arguments, what) in rows.items()]
     told = run_workers("tests.ranks.faulty_worker", table, 2, folder)
     found = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(2)]
-    return folder, dict(zip([*rows, "again"], zip(*found, strict=True), strict=True)), told  # type: ignore[arg-type]
+    return folder, dict(zip(rows, zip(*found, strict=True), strict=True)), told
 
 
 def video(folder: Path, name: str) -> torch.Tensor:
@@ -53,6 +58,10 @@ def video(folder: Path, name: str) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["decode, rank 1", "decode, rank 0", "denoise, rank 1", "denoise sharded", "encode, rank 1"])
 def test_all_take_less_where_one_runs_out_of_memory(name: str, outcomes: Any) -> None:
     folder, ends, told = outcomes
+    if name == "denoise sharded" and "cuda" in folder.name:  # several communicators, which are not made anew
+        assert [code for code, _ in ends[name]] == [1, 1], told
+        assert list((folder / name).glob("*.state.safetensors"))
+        return
     assert [code for code, _ in ends[name]] == [0, 0], told
     assert 0 < max(seconds for _, seconds in ends[name]) < SECONDS
     undisturbed = video(folder, "image" if name.startswith("encode") else "plain")
