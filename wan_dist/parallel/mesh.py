@@ -152,14 +152,6 @@ class Groups:
         if self.is_aborted:
             raise RankError("another rank has failed in what is done together", is_final=False)
 
-    def meet(self, what: str) -> None:
-        """Wait for all ranks of the replica, however long they take to ``what``; before a collective that some come to late."""
-        if self.replica.size == 1:
-            return
-        key = self.next_key("met")
-        self.team.add(key)
-        self.team.wait(lambda: self.team.add(key, 0) == self.replica.size, what, self.replica_ranks)
-
     def share(self, make: Callable[[], T], what: str) -> T:
         """Return what the replica's first rank makes, on all its ranks, however long it takes to ``what``."""
         key = self.next_key("shared")
