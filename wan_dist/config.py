@@ -200,6 +200,12 @@ class CacheConfig:
         return Path(self.dir).expanduser()
 
 
+def check_length(key: str, text: str) -> None:
+    """Raise InputError for a prompt that is longer than any model reads, by far."""
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"{key} has {len(text)} characters; models read the first 500 words, and {MOST_CHARACTERS} are taken")
+
+
 def check_name(key: str, name: str) -> None:
     """Raise InputError unless files can be called ``name``, with the suffixes that they get, and a terminal shows it as it is."""
     if not name.strip() or "/" in name or name.startswith(".") or printable(name) != name:
@@ -289,8 +295,7 @@ class RunConfig:
             if re.search("[\ud800-\udfff]", value):  # what Python makes of bytes that are no UTF-8
                 raise InputError(f"{key}={value!r} is not UTF-8 text; the shell, or the file that it is from, has another encoding")
             if key in _PROMPTS:
-                if len(value) > MOST_CHARACTERS:
-                    raise InputError(f"{key} has {len(value)} characters; models read the first 500 words, and {MOST_CHARACTERS} are taken")
+                check_length(key, value)
             elif "\0" in value:
                 raise InputError(f"{key}={value!r} has a NUL in it, which no name has")
             if key in _PATHS:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan_dist.arguments import check_key, is_text, quote, quoted
-from wan_dist.config import RunConfig
+from wan_dist.config import RunConfig, check_length
 from wan_dist.errors import InputError
 from wan_dist.job_files import ALIASES, read_entries
 from wan_dist.log import logger
@@ -149,6 +149,8 @@ def _check(key: str, value: object) -> None:
     if is_text(key):
         if isinstance(value, bool | list):
             raise InputError(f"{key}={json.dumps(value)} is not a text; write it in quotes")
+        if key in ("prompt", "negative_prompt"):
+            check_length(key, str(value))
     elif "${" in json.dumps(value):
         raise InputError(f"{key}={json.dumps(value)} has ${{ in it, and takes a value as it is")
 

@@ -52,6 +52,11 @@ class Preemption:
             if not self.deferred:
                 self.stop_if_asked()
 
+    def pass_on(self, number: int) -> None:
+        """Ask this process to end, since another one of its run was asked by this signal."""
+        if self.asked_by is None:
+            self.asked_by = signal.Signals(number)
+
     def forget(self) -> None:
         """Begin anew, in a process that goes on."""
         self.asked_by, self.deferred = None, True

@@ -237,6 +237,7 @@ class Team:
                 if now - beaten > _BEAT_SECONDS:
                     beaten = now
                     self.add(f"beat/{self.rank}")
+                    self._pass_on_signal()
                 if work is None or work.key == broken or not self._is_broken(work):
                     seen_at = 0.0
                     continue
@@ -247,6 +248,14 @@ class Team:
             if now - seen_at > GRACE_SECONDS:
                 broken = work.key
                 self._wake(work)
+
+    def _pass_on_signal(self) -> None:
+        """Have a signal to one rank ask all of them to end: the others would go on with their videos, and it wait for them."""
+        if preemption.asked_by is not None:
+            if not self.has("asked"):
+                self.put("asked", int(preemption.asked_by))
+        elif (number := self.get("asked")) is not None:
+            preemption.pass_on(number)
 
     def _is_broken(self, work: "_Work") -> bool:
         """Whether one of the ranks has failed, or is gone without a word."""
