@@ -18,7 +18,7 @@ from launch.settings import number_of, parted
 from wan_dist.environment import ADDRESS_KEYS, PLACE_KEYS
 from wan_dist.hardware import find_gpus
 from wan_dist.plan import make_plan
-from wan_dist.run import configured
+from wan_dist.run import check_jobs, configured
 
 _WITHOUT_PEERS = re.compile(r"GeForce RTX [45]0\d\d")
 """Cards that do not reach each other's memory, though some drivers say they do: NCCL then hangs, or what it sends arrives wrong."""
@@ -31,11 +31,16 @@ _STEP_KEYS = ("SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID")
 def main(arguments: list[str]) -> None:
     """Become the command that makes the video; raises InputError for what cannot be, before anything heavy starts."""
     given, settings = parted(arguments, ("ranks",))
-    num_ranks = number_of("ranks", given["ranks"], "processes") if "ranks" in given else len(find_gpus()) or 1
+    gpus = find_gpus()
+    num_ranks = number_of("ranks", given["ranks"], "processes") if "ranks" in given else len(gpus) or 1
     config = configured(settings)
     if config is None:
         return
-    make_plan(config, ranks=(num_ranks, num_ranks))
+    ranks = (num_ranks, num_ranks)
+    if config.jobs is None:
+        make_plan(config, ranks=ranks)
+    else:
+        check_jobs(config, settings, ranks=ranks, gpu_bytes=min((total for _, total, _ in gpus), default=None))
     command = command_for(num_ranks, settings)
     others = [key for key in (*PLACE_KEYS, *ADDRESS_KEYS, *_STEP_KEYS) if key in os.environ]
     kept = {key: value for key, value in os.environ.items() if key not in others}

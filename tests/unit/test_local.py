@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +49,16 @@ def test_a_rank_for_each_gpu(
     assert command[-4:] == ["-m", "wan_dist.run", "task=toy", "prompt=it's here"]
     assert started["environment"]["OMP_NUM_THREADS"] == str(32 // num_ranks)  # type: ignore[index]
     assert f"OMP_NUM_THREADS={32 // num_ranks} PYTORCH_ALLOC_CONF=expandable_segments:True" in capsys.readouterr().err
+
+
+def test_a_file_of_jobs_is_checked_and_started(started: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "jobs.txt").write_text("two cats\na dog\n")
+    settings = ["task=t2v-1.3B", f"jobs={tmp_path / 'jobs.txt'}", "parallel.dp=2"]
+    with pytest.raises(StartedError):
+        main(["local", "ranks=2", *settings])
+    (tmp_path / "jobs.txt").write_text("two cats\n@none.txt\n")
+    assert main(["local", "ranks=2", *settings]) == 2
+    assert "line 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "is_set"), [("GeForce RTX 4090", True), ("GeForce RTX 3090", False), ("NVIDIA H200", False)])
