@@ -158,7 +158,7 @@ def test_handlers_come_before_heavy_imports() -> None:
 
 def test_ranks_that_never_came_are_not_waited_for_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     store = HashStore()
-    monkeypatch.setattr(team, "open_stores", lambda ranks, timeout: (store, store))
+    monkeypatch.setattr(team, "open_stores", lambda ranks, timeout, **_: (store, store))
     alone = team.Team(Ranks(0, 4, 0, 4), timeout=600)
     preemption.asked_by = signal.SIGINT
     began = time.monotonic()
