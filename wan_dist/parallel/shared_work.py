@@ -71,12 +71,10 @@ def _tell(groups: Groups, key: str, error: BaseException) -> None:
         team.put(f"{key}/first", team.rank)
 
 
-def _break_off(groups: Groups, key: str) -> bool:
-    """Abort the process groups, unless it has been decided that every rank has met the same error; returns whether they are aborted."""
-    if groups.team.decide(key, "anew") != "anew":
-        return False
-    groups.abort()
-    return True
+def _break_off(groups: Groups, key: str) -> None:
+    """Abort the process groups, unless it has been decided that every rank has met the same error."""
+    if groups.team.decide(key, "anew") == "anew":
+        groups.abort()
 
 
 def _await_end(groups: Groups, key: str, what: str, own: BaseException | None) -> Fault | None:
