@@ -79,22 +79,28 @@ def main(arguments: list[str]) -> int:
             with preemption.heeded():
                 ranks = _prepare_rank()
                 return _run_alone(arguments) if ranks.num_ranks == 1 else _run_in_team(arguments, ranks)
-        except Preempted as stop:
-            return _fail(CODE, str(stop), "", is_said=ranks.rank == 0)
-        except Exception as fault:
-            other = getattr(fault, "fault", None)  # of an error that another rank has met and says
-            if other is not None and (other.kind == "signal" or preemption.asked_by is not None):
-                return _fail(CODE, f"{other.text}; the same command goes on", "", is_said=ranks.rank == 0)
-            if other is not None:
-                return _fail_after(other.kind, str(fault))
-            if isinstance(fault, InputError):
-                return _fail(2, str(fault))
-            if preemption.asked_by is not None and any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
-                message = "asked to end, as another rank was, which has; the same command goes on"
-                return _fail(CODE, message, "", is_said=ranks.rank == 0)
-            logger.exception("the run failed")
-            bury_launcher()
-            return _fail(1, _described(fault))
+        except (Exception, Preempted) as fault:
+            return _report(fault, ranks)
+
+
+def _report(fault: Exception | Preempted, ranks: Ranks) -> int:
+    """Say what ended the run, unless another rank does, and return the exit code."""
+    is_said = ranks.rank == 0
+    if isinstance(fault, Preempted):
+        return _fail(CODE, str(fault), "", is_said=is_said)
+    other = getattr(fault, "fault", None)  # of an error that another rank has met and says
+    if other is not None and (other.kind == "signal" or preemption.asked_by is not None):
+        return _fail(CODE, f"{other.text}; the same command goes on", "", is_said=is_said)
+    if other is not None:
+        return _fail_after(other.kind, str(fault))
+    if isinstance(fault, InputError):
+        return _fail(2, str(fault))
+    if preemption.asked_by is not None and any(note.startswith("waiting for rank") for note in getattr(fault, "__notes__", [])):
+        message = "asked to end, as another rank was, which has; the same command goes on"
+        return _fail(CODE, message, "", is_said=is_said)
+    logger.error("the run failed", exc_info=fault)
+    bury_launcher()
+    return _fail(1, _described(fault))
 
 
 def _prepare_rank() -> Ranks:
@@ -167,6 +173,8 @@ def _run_in_team(arguments: list[str], ranks: Ranks) -> int:
             team.fail(kind, text)
             if getattr(fault, "fault", None) is None and team.is_told_by_others(text):
                 vars(fault)["fault"] = Fault(team.rank, "", kind, text)
+            if isinstance(fault, Exception | Preempted):
+                return _report(fault, ranks)  # before a rank leaves: then torchrun asks the others to end, as if nothing had failed
         raise
     finally:
         with preemption.noted():
