@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from bench.random_checkpoint import make_checkpoint
-from wan_dist.catalog import TASKS
+from wan_dist.tasks.registry import TASKS
 
 _HEADER_BYTES = 2**20
 _NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}

@@ -33,7 +33,7 @@ from PIL import Image
 
 from bench.faults import BETWEEN_RUNS, FAULTS, NEED_FSYNC, Fsync, Run, build_fsync, kill_all
 from bench.record import this_run
-from wan_dist.record import digest_of
+from wan_dist.runtime.file_hash import hash_file
 
 _ROOT = Path(__file__).parents[1]
 _COMMON = ["task=toy", "dtype=float32", "size=64*48", "frame_num=9", "parallel.timeout=15"]
@@ -198,7 +198,7 @@ class Drill:
             videos.add(f"{line['name']}.mp4")
             try:
                 record = json.loads((self.disk / f"{line['name']}.json").read_text())
-                digests = {digest_of(folder / f"{line['name']}.mp4") for folder in (self.disk, alone)}
+                digests = {hash_file(folder / f"{line['name']}.mp4") for folder in (self.disk, alone)}
             except (OSError, ValueError) as error:
                 self.found.append(f"{line['name']}: {error}")
                 continue
@@ -218,7 +218,7 @@ class Drill:
         videos = {record["prompt"]: set() for record in records}
         for record in records:
             file = Path(record["file"])
-            if file.exists() and digest_of(file) == record["video_digest"]:
+            if file.exists() and hash_file(file) == record["video_digest"]:
                 videos[record["prompt"]].add(file.name)
         for prompt in self.pairs:
             if (number := len(videos.get(prompt, ()))) != 2:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from bench.memory import noise_image, timed_run
 from bench.record import this_run
-from wan_dist.arguments import prepare
-from wan_dist.catalog import TASKS, Images
-from wan_dist.run import compose
+from wan_dist.config.arguments import prepare
+from wan_dist.config.compose import compose
+from wan_dist.tasks.registry import TASKS, Images
 
 
 def main() -> None:

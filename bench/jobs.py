@@ -18,11 +18,12 @@ import torch
 from PIL import Image
 
 from tests.gallery_folder import RUN, write_record
-from wan_dist.digests import WeightsDigests
-from wan_dist.gallery.background import PageWriter
-from wan_dist.kept import Kept
-from wan_dist.prompts import PromptCache
-from wan_dist.run import check_jobs, configured
+from wan_dist.output.gallery.background import PageWriter
+from wan_dist.pipeline.prompt_cache import PromptCache
+from wan_dist.pipeline.resume import Kept
+from wan_dist.planning.digests import WeightsDigests
+from wan_dist.run import check_jobs
+from wan_dist.tasks.run_config import configured
 
 
 def write_jobs(folder: Path, number: int) -> Path:

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 
 from bench.random_model import random_inputs
-from wan_dist.catalog import Task
-from wan_dist.dims import TransformerDims
+from wan_dist.models.dims import TransformerDims
+from wan_dist.tasks.registry import Task
 
 
 def diffusers_config(dims: TransformerDims) -> dict[str, int | None]:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
-from wan_dist.dims import ModelDims
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.dims import ModelDims
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import WanVae
+from wan_dist.models.vae.model import WanVae
+from wan_dist.weights.key_maps import KeyMap, original_image_encoder, original_text_encoder, original_transformer, original_vae
 from wan_dist.weights.layout import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, WEIGHTS
-from wan_dist.weights.names import KeyMap, original_image_encoder, original_text_encoder, original_transformer, original_vae
 from wan_dist.weights.write import stored, write_config
 
 

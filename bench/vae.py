@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from bench.record import Record
-from wan_dist.catalog import TASKS
-from wan_dist.degrees import Degrees
-from wan_dist.dims import VaeDims
-from wan_dist.models.vae import WanVae, in_chunks
+from wan_dist.models.dims import VaeDims
+from wan_dist.models.vae.model import WanVae, in_chunks
 from wan_dist.parallel.mesh import Axis, local_device, open_groups
-from wan_dist.vae import decode, encode, float32_frames, kernels_tried, uint8_frames
-from wan_dist.ways import Way
-from wan_dist.weights.names import diffusers_vae
+from wan_dist.pipeline.decode import decode, encode, float32_frames, kernels_tried, uint8_frames
+from wan_dist.planning.degrees import Degrees
+from wan_dist.planning.vae_memory import Way
+from wan_dist.tasks.registry import TASKS
+from wan_dist.weights.key_maps import diffusers_vae
 
 DIMS = {"2.1": TASKS["t2v-1.3B"].vae, "2.2": TASKS["ti2v-5B"].vae}
 GIB = 2**30

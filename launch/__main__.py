@@ -4,10 +4,10 @@ import sys
 
 from launch import doctor, fetch, gallery, local, plan, runs, submit
 from wan_dist import run
-from wan_dist.caches import settle_caches
-from wan_dist.environment import settle_environment
-from wan_dist.errors import InputError, told
-from wan_dist.log import find_lost_output, protect_streams
+from wan_dist.runtime.cache_folders import settle_caches
+from wan_dist.runtime.environment import settle_environment
+from wan_dist.runtime.errors import InputError, told
+from wan_dist.runtime.log import find_lost_output, protect_streams
 
 COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local, "submit": submit, "runs": runs, "gallery": gallery}
 

@@ -10,9 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from launch.settings import path_of
-from wan_dist.errors import InputError, nearest
-from wan_dist.hardware import parse_bytes
-from wan_dist.run import CONF, readable
+from wan_dist.config.compose import CONF, readable
+from wan_dist.planning.hardware import parse_bytes
+from wan_dist.runtime.errors import InputError, nearest
 
 _CLUSTERS = CONF / "cluster"
 

@@ -13,10 +13,10 @@ from functools import partial
 
 from launch import gpus, machine, software
 from launch.findings import FAULT, NOTE, OK, Finding, examine
-from wan_dist.environment import read_ranks
-from wan_dist.launcher import adopt_slurm
-from wan_dist.network import choose_network
-from wan_dist.run import configured
+from wan_dist.runtime.environment import read_ranks
+from wan_dist.runtime.launcher import adopt_slurm
+from wan_dist.runtime.network import choose_network
+from wan_dist.tasks.run_config import configured
 
 
 def main(arguments: list[str]) -> int:

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from wan_dist.footprint import Load, image_encoder_bytes, text_encoder_bytes, transformer_bytes
-from wan_dist.plan import Plan
-from wan_dist.work import forward_operations
+from wan_dist.planning.flops import forward_operations
+from wan_dist.planning.memory_estimate import Load, image_encoder_bytes, text_encoder_bytes, transformer_bytes
+from wan_dist.planning.plan import Plan
 
 _START = 60.0
 _DISK = 0.3e9

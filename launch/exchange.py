@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.findings import FAULT, NOTE, Finding
-from wan_dist.degrees import Degrees
-from wan_dist.environment import read_ranks
-from wan_dist.errors import first_line
 from wan_dist.parallel.collectives import all_to_all, gather_objects
 from wan_dist.parallel.mesh import Axis, local_device, open_groups
+from wan_dist.planning.degrees import Degrees
+from wan_dist.runtime.environment import read_ranks
+from wan_dist.runtime.errors import first_line
 
 _LIMIT = 60.0
 _SIZES = {"cuda": (2**10, 2**18, 2**24), "cpu": (2**10, 2**18)}

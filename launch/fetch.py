@@ -10,10 +10,10 @@ Files are complete when it ends: sizes are compared with the repository's, and t
 import sys
 
 from launch.settings import parted, path_of
-from wan_dist.catalog import get_task
-from wan_dist.errors import InputError
-from wan_dist.preemption import heed_signals
-from wan_dist.run import configured
+from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.signals import heed_signals
+from wan_dist.tasks.registry import get_task
+from wan_dist.tasks.run_config import configured
 
 
 def main(arguments: list[str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from wan_dist.errors import first_line
+from wan_dist.runtime.errors import first_line
 
 OK, NOTE, FAULT = "ok", "note", "FAULT"
 

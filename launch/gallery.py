@@ -9,13 +9,13 @@ side, and what each rank of a run did when. Copy the whole folder to show it els
 import sys
 
 from launch.runs import folder_of
-from wan_dist.errors import InputError
+from wan_dist.runtime.errors import InputError
 
 
 def main(arguments: list[str]) -> None:
     """Write the page and print its path; raises InputError for a folder that is none or has no records."""
     folder, _, _ = folder_of(arguments, "gallery")
-    from wan_dist.gallery.page import write_page  # it brings Jinja2 and Pillow, which other commands need not wait for
+    from wan_dist.output.gallery.page import write_page  # it brings Jinja2 and Pillow, which other commands need not wait for
 
     try:
         page = write_page(folder)

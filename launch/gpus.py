@@ -6,8 +6,8 @@ from pathlib import Path
 from subprocess import SubprocessError
 
 from launch.findings import FAULT, NOTE, Finding
-from wan_dist.errors import first_line
-from wan_dist.hardware import ask_nvidia_smi, visible
+from wan_dist.planning.hardware import ask_nvidia_smi, visible
+from wan_dist.runtime.errors import first_line
 
 _DEVICES = Path("/dev")
 _PROCESSES = Path("/proc")

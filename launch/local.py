@@ -15,10 +15,11 @@ import signal
 import sys
 
 from launch.settings import number_of, parted
-from wan_dist.environment import ADDRESS_KEYS, PLACE_KEYS
-from wan_dist.hardware import find_gpus
-from wan_dist.plan import make_plan
-from wan_dist.run import check_jobs, configured
+from wan_dist.planning.hardware import find_gpus
+from wan_dist.planning.plan import make_plan
+from wan_dist.run import check_jobs
+from wan_dist.runtime.environment import ADDRESS_KEYS, PLACE_KEYS
+from wan_dist.tasks.run_config import configured
 
 _WITHOUT_PEERS = re.compile(r"GeForce RTX [45]0\d\d")
 """Cards that do not reach each other's memory, though some drivers say they do: NCCL then hangs, or what it sends arrives wrong."""

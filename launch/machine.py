@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from launch.findings import FAULT, NOTE, Finding
-from wan_dist.hardware import find_gpus, find_host
-from wan_dist.network import address_of, infiniband, interfaces
+from wan_dist.planning.hardware import find_gpus, find_host
+from wan_dist.runtime.network import address_of, infiniband, interfaces
 
 GIB = 2**30
 _SHARED_MEMORY = Path("/dev/shm")

@@ -10,12 +10,12 @@ Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT.
 import sys
 
 from launch.settings import number_of, parted
-from wan_dist.catalog import get_task
-from wan_dist.config import RunConfig
-from wan_dist.footprint import table
-from wan_dist.hardware import Hardware, find_gpus, find_host, parse_bytes, parse_gpus
-from wan_dist.plan import Plan, arranged, make_plan
-from wan_dist.run import configured
+from wan_dist.config.schema import RunConfig
+from wan_dist.planning.hardware import Hardware, find_gpus, find_host, parse_bytes, parse_gpus
+from wan_dist.planning.memory_estimate import table
+from wan_dist.planning.plan import Plan, arranged, make_plan
+from wan_dist.tasks.registry import get_task
+from wan_dist.tasks.run_config import configured
 
 _HARDWARE = ("gpus", "host", "nodes")
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.settings import path_of
-from wan_dist.durations import duration
-from wan_dist.errors import InputError, printable
-from wan_dist.gallery.records import Record, read_records
-from wan_dist.gallery.runs import Run, read_runs
+from wan_dist.output.gallery.records import Record, read_records
+from wan_dist.output.gallery.runs import Run, read_runs
+from wan_dist.runtime.durations import duration
+from wan_dist.runtime.errors import InputError, printable
 
 _HEADS = ("name", "task", "size x frames", "steps", "seed", "seconds", "s/it", "TFLOP/s", "peak GiB", "status")
 _LEFT = (0, 1, 9)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from wan_dist.errors import InputError
+from wan_dist.runtime.errors import InputError
 
 
 def parted(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from launch.findings import FAULT, NOTE, OK, Finding
 from launch.plan import hardware_of, rehearsed
-from wan_dist.catalog import get_task
-from wan_dist.config import RunConfig
-from wan_dist.errors import InputError, first_line
-from wan_dist.hardware import find_gpus
+from wan_dist.config.schema import RunConfig
+from wan_dist.planning.hardware import find_gpus
+from wan_dist.runtime.errors import InputError, first_line
+from wan_dist.tasks.registry import get_task
 
 _LEAST_TORCH = (2, 10)
 _OPTIONAL = ("triton", "flash-attn-4", "flash-attn", "sageattention", "xfuser", "torchao")
@@ -114,7 +114,7 @@ def check_packages() -> Iterator[Finding]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            importlib.import_module("wan_dist.generate")
+            importlib.import_module("wan_dist.pipeline.generate")
     except Exception as fault:  # a package may raise anything as it is imported
         missing = getattr(fault, "name", "") or ""
         advice = "pip install --upgrade wan-dist in an environment of its own; packages of different years do not go together"
@@ -133,8 +133,8 @@ def check_attention() -> Iterator[Finding]:
     """Try the attention kernels on a tiny tensor each."""
     import torch
 
-    from wan_dist.config import ATTENTION_BACKENDS, EIGHT_BIT_ATTENTION
-    from wan_dist.models.attention import choose_attention, try_attention
+    from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_ATTENTION
+    from wan_dist.models.attention.backends import choose_attention, try_attention
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     taken = choose_attention("auto", device=device, dtype=torch.bfloat16, head_dim=128).name
@@ -155,7 +155,7 @@ def check_attention() -> Iterator[Finding]:
 
 def check_ffmpeg() -> Iterator[Finding]:
     """Encode two frames."""
-    from wan_dist.output_check import Outcome, check_output
+    from wan_dist.output.output_check import Outcome, check_output
 
     with tempfile.TemporaryDirectory() as folder:
         try:

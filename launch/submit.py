@@ -24,14 +24,15 @@ from launch.cluster import ClusterConfig, cluster_of, minutes_of
 from launch.estimate import seconds_of, step_seconds_of
 from launch.sbatch import Request, clock, fetch_script, run_script
 from launch.settings import number_of, parted, path_of
-from wan_dist.catalog import get_task
-from wan_dist.config import RunConfig
-from wan_dist.errors import InputError
-from wan_dist.hardware import Hardware, parse_bytes
-from wan_dist.image_sizes import image_size
-from wan_dist.jobs import configs_of, read_jobs
-from wan_dist.plan import Plan, arranged, make_plan
-from wan_dist.run import check_jobs, configured
+from wan_dist.config.schema import RunConfig
+from wan_dist.jobs.job_file import configs_of, read_jobs
+from wan_dist.planning.hardware import Hardware, parse_bytes
+from wan_dist.planning.plan import Plan, arranged, make_plan
+from wan_dist.run import check_jobs
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.image_sizes import image_size
+from wan_dist.tasks.registry import get_task
+from wan_dist.tasks.run_config import configured
 
 _KEYS = ("cluster", "nodes", "gpus", "time", "mem", "array", "at_once", "fetch", "after")
 _GIB = 2**30

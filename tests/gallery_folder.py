@@ -9,7 +9,7 @@ import torch
 
 from toy.render import render
 from toy.scenes import draw_scene
-from wan_dist.video import save_video, to_uint8
+from wan_dist.output.video_file import save_video, to_uint8
 
 BEGAN = 1_795_000_000.0
 RUN = "20261122-101500-ab12"

@@ -8,7 +8,8 @@ import signal
 import sys
 from typing import Any
 
-from wan_dist import denoising, vae
+from wan_dist.pipeline import decode as vae
+from wan_dist.pipeline import denoise as denoising
 from wan_dist.run import main
 from wan_dist.sampling import solvers
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import golden_folder
 from tests.test_command import reference_arguments
 from tests.torchrun import torchrun
-from wan_dist import batch
-from wan_dist.denoising import Video
+from wan_dist.jobs import worker as batch
+from wan_dist.pipeline.denoise import Video
 from wan_dist.run import main
 from wan_dist.weights.checkpoint import Component
 
@@ -122,20 +122,20 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path: Path, capfd: pytest.
 
 @pytest.mark.parametrize("frames", [True, False], ids=["written later", "written at once"])
 def test_a_full_disk_ends_the_run_and_not_each_job(frames: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan_dist.batch.frames_wait", lambda *_: frames)
+    monkeypatch.setattr("wan_dist.jobs.worker.frames_wait", lambda *_: frames)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("wan_dist.generate.save_video", full)
+        patch.setattr("wan_dist.pipeline.generate.save_video", full)
         command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={tmp_path / 'out'}"]
         assert main(command) == 1
     assert not list((tmp_path / "out").glob("*.json"))
     kept = [file.name for file in (tmp_path / "out").glob("*.latents.safetensors")]
     assert "plain.latents.safetensors" in kept
     with monkeypatch.context() as patch:  # what was denoised is not denoised again
-        patch.setattr("wan_dist.denoising.encode", lambda *_: pytest.fail("it has its latents"))
+        patch.setattr("wan_dist.pipeline.denoise.encode", lambda *_: pytest.fail("it has its latents"))
         one = write_jobs(tmp_path / "one.jsonl", JOBS[:1])
         assert main([*TINY, one, f"output.dir={tmp_path / 'out'}"]) == 0
     assert ("save" in record(tmp_path / "out", "plain")["stages"]) is frames  # type: ignore[operator]
@@ -146,7 +146,7 @@ def test_a_run_whose_jobs_all_fail_is_given_up(tmp_path: Path, monkeypatch: pyte
         raise RuntimeError("the kernel is broken")
 
     jobs: list[dict[str, object]] = [{"name": f"job-{number:02}", "prompt": "a ball", "seed": number} for number in range(12)]
-    monkeypatch.setattr("wan_dist.denoising.encode", broken)
+    monkeypatch.setattr("wan_dist.pipeline.denoise.encode", broken)
     assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path}"]) == 1
     assert "the kernel is broken (the last of 10 jobs that failed one after the other)" in capsys.readouterr().err
     assert len(list(tmp_path.glob("job-*.json"))) == 9
@@ -218,7 +218,7 @@ def test_what_only_frames_depend_on_is_made_again_from_latents(tmp_path: Path, m
         return {file.name: file.read_bytes() for file in out.glob("*.mp4")}
 
     first = run(8, given[0])
-    monkeypatch.setattr("wan_dist.denoising.encode", lambda *_: pytest.fail("the latents are there"))
+    monkeypatch.setattr("wan_dist.pipeline.denoise.encode", lambda *_: pytest.fail("the latents are there"))
     second = run(16, given[1])
     assert all(second[name] != first[name] for name in first)
     assert not (out / "rate.safetensors").exists()

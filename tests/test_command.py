@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder
 from tests.unit.test_video import read_video
-from wan_dist import generate as generate_module
-from wan_dist.catalog import TASKS
-from wan_dist.models.vae_layers import VideoState
+from wan_dist.models.vae.layers import VideoState
+from wan_dist.output.video_file import SaveError
+from wan_dist.pipeline import generate as generate_module
 from wan_dist.run import main
-from wan_dist.video import SaveError
+from wan_dist.tasks.registry import TASKS
 
 CHECKPOINT = FIXTURES / "wan2.1-t2v"
 TINY = ["task=toy", "size=64*48", "frame_num=5", "sample.steps=2"]
@@ -186,7 +186,7 @@ def test_a_decoder_without_memory_goes_on_with_less(
     num_failing: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whole, in more and more tiles, on the CPU: the video is the same, and nothing is left of the tries before."""
-    from wan_dist.models.vae import Decoder
+    from wan_dist.models.vae.model import Decoder
 
     finish, tries = Decoder.finish, []
 
@@ -229,7 +229,7 @@ def test_saving_memory_changes_no_bit(settings: str, tmp_path: Path) -> None:
 def test_a_prompt_seen_before_needs_no_text_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from wan_dist import encode
+    from wan_dist.pipeline import encode
 
     settings = [*TINY, "output.save_tensor=true", "prompt=a red circle"]
     assert main([*settings, "output.name=a"]) == 0
@@ -300,7 +300,7 @@ def test_guessed_steps_are_said_and_recorded(
 
 
 def test_a_gpu_that_is_too_small_is_told_what_would_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from wan_dist.experts import Experts
+    from wan_dist.pipeline.predictor import Experts
 
     def full(self: Experts, *arguments: object) -> None:
         raise torch.OutOfMemoryError("as on a GPU that is full")

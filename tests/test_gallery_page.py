@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.gallery_folder import write_record, write_run, write_video
-from wan_dist.gallery.page import write_page
+from wan_dist.output.gallery.page import write_page
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (on Debian: apt-get install chromium)")

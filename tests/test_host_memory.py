@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bench.random_checkpoint import make_checkpoint
-from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.models.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 
 DIMS = ModelDims(
     transformer=TransformerDims(num_layers=6, dim=1024, ffn_dim=4096, num_heads=8, text_dim=1024),

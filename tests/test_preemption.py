@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan_dist.arguments import prepare
-from wan_dist.digests import WeightsDigests
-from wan_dist.kept import Kept, Progress
+from wan_dist.config.arguments import prepare
+from wan_dist.config.compose import compose
 from wan_dist.parallel.mesh import Axis
-from wan_dist.plan import make_plan
-from wan_dist.run import compose, main
+from wan_dist.pipeline.resume import Kept, Progress
+from wan_dist.planning.digests import WeightsDigests
+from wan_dist.planning.plan import make_plan
+from wan_dist.run import main
 from wan_dist.sampling.solvers import SOLVERS, make_solver
 
 ROOT = Path(__file__).parents[1]

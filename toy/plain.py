@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_dist.models.attention import apply_rotary
+from wan_dist.models.attention.backends import apply_rotary
 from wan_dist.models.context import ContextBlock, ContextProjection
+from wan_dist.models.kernels.transformer_ops import rms_norm
 from wan_dist.models.transformer import Block, WanTransformer
-from wan_dist.models.transformer_elementwise import rms_norm
 
 
 def project(projection: ContextProjection, texts: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.vae import WanVae
-from wan_dist.models.vae_elementwise import rms_norm
-from wan_dist.models.vae_layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Upsample
+from wan_dist.models.vae.layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Upsample
+from wan_dist.models.vae.model import WanVae
+from wan_dist.models.vae.ops import rms_norm
 
 
 def moments(vae: WanVae, video: Tensor) -> tuple[Tensor, Tensor]:

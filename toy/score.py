@@ -30,7 +30,7 @@ from launch.local import command_for
 from toy.judge import Verdict, judge
 from toy.render import render
 from toy.scenes import Scene, all_scenes, caption
-from wan_dist.vae import uint8_frames
+from wan_dist.pipeline.decode import uint8_frames
 
 _ROOT = Path(__file__).parents[1]
 

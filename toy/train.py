@@ -23,15 +23,15 @@ from toy.descent import Descent, recorded
 from toy.render import NUM_FRAMES, SIZE, render
 from toy.scenes import caption, draw_scene
 from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
-from wan_dist.catalog import TASKS
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.text_encoder import build_text_encoder, token_ids
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import WanVae
+from wan_dist.models.vae.model import WanVae
+from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.files import TensorFiles
+from wan_dist.weights.key_maps import original_text_encoder, original_transformer, original_vae
 from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
 from wan_dist.weights.load import fill
-from wan_dist.weights.names import original_text_encoder, original_transformer, original_vae
 from wan_dist.weights.write import stored, write_config
 
 DIMS = TASKS["toy"].models

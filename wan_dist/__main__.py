@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from wan_dist.preemption import end_when_asked
+from wan_dist.runtime.signals import end_when_asked
 
 
 def main() -> int:

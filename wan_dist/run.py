@@ -1,6 +1,6 @@
 """The command: ``python -m wan_dist.run task=... prompt=...``. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 asked to end early."""
 
-from wan_dist.preemption import CODE, Preempted, end_when_asked, heed_signals, preemption
+from wan_dist.runtime.signals import CODE, Preempted, end_when_asked, heed_signals, preemption
 
 if __name__ == "__main__":
     end_when_asked()  # before the imports below, which take a second
@@ -14,32 +14,26 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from wan_dist.arguments import prepare, require_task
-from wan_dist.caches import is_writable, settle_caches
-from wan_dist.catalog import TASKS
-from wan_dist.config import RunConfig, leaf_fields, packaged, register_configs
-from wan_dist.environment import Ranks, read_ranks, settle_environment, text_of
-from wan_dist.errors import InputError, told
-from wan_dist.image_sizes import image_size
-from wan_dist.jobs import Job, configs_of, read_jobs
-from wan_dist.launcher import adopt_slurm, bury_launcher, die_with_launcher, is_shell_of_srun
-from wan_dist.log import logger, open_log, protect_streams
-from wan_dist.network import choose_network
-from wan_dist.plan import Plan, make_plan
-from wan_dist.rank_facts import check_alike, find_facts
-from wan_dist.replicas import spread
+from wan_dist.config.schema import RunConfig, leaf_fields
+from wan_dist.jobs.job_file import Job, configs_of, read_jobs
+from wan_dist.planning.plan import Plan, make_plan
+from wan_dist.planning.rank_facts import check_alike, find_facts
+from wan_dist.planning.replicas import spread
+from wan_dist.runtime.cache_folders import is_writable, settle_caches
+from wan_dist.runtime.environment import Ranks, read_ranks, settle_environment, text_of
+from wan_dist.runtime.errors import InputError, told
+from wan_dist.runtime.launcher import adopt_slurm, bury_launcher, die_with_launcher, is_shell_of_srun
+from wan_dist.runtime.log import logger, open_log, protect_streams
+from wan_dist.runtime.network import choose_network
+from wan_dist.tasks.image_sizes import image_size
+from wan_dist.tasks.registry import TASKS
+from wan_dist.tasks.run_config import configured
 
 if TYPE_CHECKING:
     from wan_dist.parallel.team import Team
 
-CONF = packaged("conf", "conf")
 _JOIN_SECONDS = 600.0
 """In which all ranks have to come, where the settings do not say."""
 
@@ -118,20 +112,6 @@ def _prepare_rank() -> Ranks:
     return ranks
 
 
-def compose(arguments: list[str]) -> RunConfig | None:
-    """Return the configuration of these arguments, or None after a flag that only prints, such as ``--cfg job``."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
-    register_configs()
-    composed: list[DictConfig] = []
-
-    def keep(config: DictConfig) -> None:
-        composed.append(config)
-
-    sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(keep)()
-    return cast(RunConfig, OmegaConf.to_object(composed[0])) if composed else None
-
-
 def _run_alone(arguments: list[str]) -> int:
     """Run on one rank, whose settings are checked before torch is imported, which takes seconds."""
     config = configured(arguments)
@@ -198,11 +178,11 @@ def _planned(
 
 def _start(config: RunConfig, planned: "Plan | list[tuple[Job, RunConfig, Plan]]", arguments: list[str], team: "Team") -> int:
     if isinstance(planned, Plan):
-        from wan_dist.generate import run_job
+        from wan_dist.pipeline.generate import run_job
 
         run_job(config, planned, team)
         return 0
-    from wan_dist.batch import Item, run_jobs
+    from wan_dist.jobs.worker import Item, run_jobs
 
     return run_jobs(config, [Item(job, own, plan) for job, own, plan in planned], arguments, team)
 
@@ -230,17 +210,6 @@ def check_jobs(
         except InputError as fault:
             raise InputError(f"{job.place}: {fault}") from None
     return checked
-
-
-def configured(arguments: Sequence[str]) -> RunConfig | None:
-    """Return the configuration of a run's arguments, None after a flag that only prints; raises InputError."""
-    prepared = prepare(list(arguments))
-    if "--hydra-help" not in prepared:
-        require_task(prepared)
-    try:
-        return compose(prepared)
-    except (HydraException, OmegaConfBaseException) as fault:
-        raise InputError(readable(fault)) from None
 
 
 def _configured(arguments: Sequence[str]) -> RunConfig:
@@ -272,16 +241,6 @@ def _gpu_name(config: RunConfig) -> str | None:
         return None
     slice_ = text_of("CUDA_VISIBLE_DEVICES").partition(",")[0]
     return slice_ if slice_.startswith("MIG-") else str(torch.cuda.get_device_properties(local_device("cuda")).uuid)
-
-
-def readable(fault: Exception) -> str:
-    """Return what Hydra or OmegaConf found wrong, in a line."""
-    cause = fault.__cause__ if isinstance(fault.__cause__, OmegaConfBaseException) else fault  # Hydra's own says less
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    what = f"{key}: {lines[0]}" if key else lines[0]
-    is_of_several = what.startswith(("Ambiguous value", "Sweep parameters"))  # Hydra's advice is for what is not done here
-    return f"{what.partition(' requires')[0]}: a setting takes one value" if is_of_several else what
 
 
 def _described(fault: Exception) -> str:

@@ -8,13 +8,13 @@ import sys
 
 import torch
 
-from wan_dist.degrees import Degrees
-from wan_dist.models.attention import InnerAttention, choose_attention
+from wan_dist.models.attention.backends import InnerAttention, choose_attention
 from wan_dist.parallel.mesh import Groups, local_device, open_groups
 from wan_dist.parallel.ring import RingAttention
 from wan_dist.parallel.sequence import SplitSequence
 from wan_dist.parallel.ulysses import UlyssesAttention
 from wan_dist.parallel.usp import open_usp
+from wan_dist.planning.degrees import Degrees
 
 HEADS, WIDTH = 8, 128
 

@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, relative_error
-from wan_dist.catalog import TASKS
-from wan_dist.errors import InputError
-from wan_dist.models.attention import InnerAttention, attend_with_lse, choose_attention
-from wan_dist.models.vae import in_chunks
+from wan_dist.models.attention.backends import InnerAttention, attend_with_lse, choose_attention
+from wan_dist.models.vae.model import in_chunks
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.gpu

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from tests.conftest import relative_error
-from wan_dist.dims import TransformerDims
-from wan_dist.models import cross_attention, quantized
-from wan_dist.models import transformer_elementwise as elementwise
-from wan_dist.models.attention import InnerAttention
+from wan_dist.models.attention import cross as cross_attention
+from wan_dist.models.attention.backends import InnerAttention
+from wan_dist.models.dims import TransformerDims
+from wan_dist.models.kernels import quantized_linear as quantized
+from wan_dist.models.kernels import transformer_ops as elementwise
+from wan_dist.models.kernels.transformer_ops import Scaling
 from wan_dist.models.transformer import Block
-from wan_dist.models.transformer_elementwise import Scaling
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -5,8 +5,8 @@ import torch
 
 from tests.conftest import relative_error
 from tests.ranks.vae_worker import VAES, random_vae
-from wan_dist.models import vae_elementwise
-from wan_dist.models.vae import WanVae
+from wan_dist.models.vae import ops as vae_elementwise
+from wan_dist.models.vae.model import WanVae
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.models.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 
 SETTINGS = ["task=toy", "size=32*16", "frame_num=1", "sample.steps=1", "device=cpu", "dtype=float32", "negative_prompt=blurry"]
 """Of every run, so that nothing depends on the defaults of a task."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.malformed.case import RUN, WHOLE, Case
-from wan_dist.catalog import TASKS
+from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import open_checkpoint
 from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
 

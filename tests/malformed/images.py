@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tests.malformed.case import Case
-from wan_dist.images import read_image
+from wan_dist.tasks.images import read_image
 
 TASK = ["task=ti2v-5B", "prompt=a cat", "size=64*64", "frame_num=1", "device=cpu", "ckpt_dir=none"]
 """Of a task that takes an image; the image is read before the checkpoint is sought, and there is none."""

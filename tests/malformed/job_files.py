@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.malformed.case import SETTINGS, Case
-from wan_dist.config import RunConfig
-from wan_dist.jobs import configs_of, read_jobs
-from wan_dist.plan import make_plan
-from wan_dist.run import configured
+from wan_dist.config.schema import RunConfig
+from wan_dist.jobs.job_file import configs_of, read_jobs
+from wan_dist.planning.plan import make_plan
+from wan_dist.tasks.run_config import configured
 
 Configs = list[RunConfig]
 

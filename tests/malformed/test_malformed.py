@@ -14,9 +14,9 @@ import pytest
 from bench.random_checkpoint import make_checkpoint
 from tests.malformed import checkpoints, images, job_files, kept_latents, prompts, settings
 from tests.malformed.case import DIMS, WHOLE, Case
-from wan_dist.errors import InputError, told
-from wan_dist.log import open_log
 from wan_dist.run import main
+from wan_dist.runtime.errors import InputError, told
+from wan_dist.runtime.log import open_log
 from wan_dist.weights.files import TensorFiles
 
 KINDS = {

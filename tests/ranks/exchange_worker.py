@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from wan_dist.degrees import Degrees
 from wan_dist.parallel.collectives import all_gather, all_to_all, broadcast, gather_on_first, pass_on, trade_edges
 from wan_dist.parallel.mesh import Axis, open_groups
 from wan_dist.parallel.sequence import SplitSequence
-from wan_dist.parallel.vae import split_state
+from wan_dist.parallel.vae_split import split_state
+from wan_dist.planning.degrees import Degrees
 
 CPU = torch.device("cpu")
 DTYPES = (

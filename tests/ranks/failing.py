@@ -3,7 +3,7 @@
 import os
 import sys
 
-from wan_dist import denoising
+from wan_dist.pipeline import denoise as denoising
 from wan_dist.run import main
 from wan_dist.sampling.solvers import Euler
 

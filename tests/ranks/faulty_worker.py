@@ -17,7 +17,7 @@ from unittest.mock import patch
 import torch
 
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import Decoder, Encoder
+from wan_dist.models.vae.model import Decoder, Encoder
 from wan_dist.run import main as run
 
 METHODS = {"decode": (Decoder, "forward"), "encode": (Encoder, "begin"), "denoise": (WanTransformer, "forward")}

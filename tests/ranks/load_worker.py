@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch.distributed.tensor import DTensor
 
-from wan_dist.catalog import TASKS
-from wan_dist.degrees import Degrees
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.mesh import open_groups
+from wan_dist.planning.degrees import Degrees
+from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")

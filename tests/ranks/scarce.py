@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from wan_dist import memory
+from wan_dist.pipeline import out_of_memory as memory
 from wan_dist.run import main
 
 tries: list[int] = []

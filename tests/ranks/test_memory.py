@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 
 from bench.random_checkpoint import make_checkpoint
 from tests.torchrun import torchrun
-from wan_dist.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.transformer import WanTransformer
+from wan_dist.weights.key_maps import original_transformer
 from wan_dist.weights.layout import WEIGHTS
-from wan_dist.weights.names import original_transformer
 
 NUM_RANKS = 4
 GIB = 2**30

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import golden_folder, has_golden
-from wan_dist import vae as vae_work
-from wan_dist.catalog import TASKS
-from wan_dist.degrees import Degrees
-from wan_dist.dims import VaeDims
-from wan_dist.models.vae import Decoder, WanVae, in_chunks
-from wan_dist.models.vae_layers import VideoState
+from wan_dist.models.dims import VaeDims
+from wan_dist.models.vae.layers import VideoState
+from wan_dist.models.vae.model import Decoder, WanVae, in_chunks
 from wan_dist.parallel.mesh import Axis, open_groups
-from wan_dist.parallel.vae import encode_split
-from wan_dist.vae import decode, float32_frames
-from wan_dist.ways import Way
+from wan_dist.parallel.vae_split import encode_split
+from wan_dist.pipeline import decode as vae_work
+from wan_dist.pipeline.decode import decode, float32_frames
+from wan_dist.planning.degrees import Degrees
+from wan_dist.planning.vae_memory import Way
+from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import open_checkpoint
 
 CPU = torch.device("cpu")

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from tests.live_bytes import LiveBytes
-from wan_dist import tiles
-from wan_dist.catalog import TASKS
-from wan_dist.footprint import GIB, Arrangement, Load, activation_bytes
-from wan_dist.models import attention_8bit, quantized, vae_elementwise
-from wan_dist.models.attention import InnerAttention
+from wan_dist.models.attention import eight_bit as attention_8bit
+from wan_dist.models.attention.backends import InnerAttention
+from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.transformer import Added, ContextKV, WanTransformer
-from wan_dist.models.vae import WanVae
+from wan_dist.models.vae import ops as vae_elementwise
+from wan_dist.models.vae.model import WanVae
 from wan_dist.parallel import ring, sequence, ulysses
 from wan_dist.parallel.mesh import Axis
-from wan_dist.vae import decode, encode, uint8_frames
-from wan_dist.ways import Way, vae_bytes
+from wan_dist.pipeline import vae_tiles as tiles
+from wan_dist.pipeline.decode import decode, encode, uint8_frames
+from wan_dist.planning.memory_estimate import GIB, Arrangement, Load, activation_bytes
+from wan_dist.planning.vae_memory import Way, vae_bytes
+from wan_dist.tasks.registry import TASKS
 
 ALONE = Axis()
 TIMES = torch.tensor([[500]])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from wan_dist.parallel import agreement
-from wan_dist.parallel.agreement import Agreeing, checksum
+from wan_dist.parallel import consistency as agreement
+from wan_dist.parallel.consistency import Agreeing, checksum
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.ring import merge_
 

@@ -2,9 +2,10 @@ import random
 
 import pytest
 
-from wan_dist.arguments import prepare, quote, require_task
-from wan_dist.errors import InputError
-from wan_dist.run import compose
+from wan_dist.config.arguments import prepare, quote
+from wan_dist.config.compose import compose
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.registry import require_task
 
 PROMPTS = [
     "two cats, boxing",

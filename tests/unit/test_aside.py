@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.aside import final_name_of, set_aside, written_aside
+from wan_dist.runtime.atomic_write import final_name_of, set_aside, written_aside
 
 
 def write(path: Path, content: str) -> None:

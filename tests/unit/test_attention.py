@@ -9,12 +9,12 @@ from torch import Tensor
 
 from tests.conftest import relative_error
 from tests.live_bytes import LiveBytes
-from wan_dist.config import ATTENTION_BACKENDS, EIGHT_BIT_ATTENTION
-from wan_dist.errors import InputError
-from wan_dist.footprint import SCORE_BYTES
-from wan_dist.models import attention
-from wan_dist.models.attention import attend_with_lse, choose_attention
+from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_ATTENTION
+from wan_dist.models.attention import backends as attention
+from wan_dist.models.attention.backends import attend_with_lse, choose_attention
 from wan_dist.parallel.usp import check_usp
+from wan_dist.planning.memory_estimate import SCORE_BYTES
+from wan_dist.runtime.errors import InputError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 BFLOAT16 = {"dtype": torch.bfloat16, "head_dim": 64}

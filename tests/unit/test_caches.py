@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from launch.__main__ import main as launch
-from wan_dist import caches
-from wan_dist.caches import find_home, is_writable, settle_caches
-from wan_dist.config import CacheConfig, user_cache
-from wan_dist.errors import InputError
-from wan_dist.plan import make_plan
-from wan_dist.prompts import PromptCache
-from wan_dist.run import configured
+from wan_dist.config.paths import user_cache
+from wan_dist.config.schema import CacheConfig
+from wan_dist.pipeline.prompt_cache import PromptCache
+from wan_dist.planning.plan import make_plan
+from wan_dist.runtime import cache_folders as caches
+from wan_dist.runtime.cache_folders import find_home, is_writable, settle_caches
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.run_config import configured
 
 KEYS = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TRITON_CACHE_DIR", "USER", "LOGNAME", "LNAME", "USERNAME")
 

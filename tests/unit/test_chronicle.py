@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from tests.gallery_folder import RUN, write_record
-from wan_dist import chronicle
-from wan_dist.chronicle import Chronicle
-from wan_dist.gallery import records
-from wan_dist.gallery.background import PageWriter
-from wan_dist.gallery.records import Seen, read_records
-from wan_dist.preemption import preemption
+from wan_dist.jobs import run_log as chronicle
+from wan_dist.jobs.run_log import Chronicle
+from wan_dist.output.gallery import records
+from wan_dist.output.gallery.background import PageWriter
+from wan_dist.output.gallery.records import Seen, read_records
+from wan_dist.runtime.signals import preemption
 
 STANDING = {"done": 1, "failed": 0}
 

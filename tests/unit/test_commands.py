@@ -11,7 +11,7 @@ import pytest
 
 from launch import __main__ as launch
 from wan_dist import __main__ as command
-from wan_dist import environment
+from wan_dist.runtime import environment
 
 ROOT = Path(__file__).parents[2]
 PLAN = ["plan", "task=t2v-1.3B", "gpus=8GB", "host=16GB"]

@@ -13,11 +13,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5Enco
 from bench.peers import diffusers_config
 from tests.conftest import FIXTURES
 from tests.unit.test_weights import TRANSFORMERS, models_of, transformer
-from wan_dist.catalog import TASKS
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.vae import LATENT_MEAN, LATENT_STD, WanVae
-from wan_dist.weights import dims, names
+from wan_dist.models.vae.model import LATENT_MEAN, LATENT_STD, WanVae
+from wan_dist.tasks.registry import TASKS
+from wan_dist.weights import checkpoint_dims as dims
+from wan_dist.weights import key_maps as names
 from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.load import check_keys
 

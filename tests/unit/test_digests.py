@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from wan_dist import digests
-from wan_dist.arguments import prepare
-from wan_dist.config import RunConfig
-from wan_dist.digests import WeightsDigests, latents_digest, result_digest
-from wan_dist.errors import InputError
-from wan_dist.overrides import override_config
-from wan_dist.plan import make_plan
-from wan_dist.run import compose
-from wan_dist.video import save_tensors
+from wan_dist.config.arguments import prepare
+from wan_dist.config.compose import compose
+from wan_dist.config.overrides import override_config
+from wan_dist.config.schema import RunConfig
+from wan_dist.output.video_file import save_tensors
+from wan_dist.planning import digests
+from wan_dist.planning.digests import WeightsDigests, latents_digest, result_digest
+from wan_dist.planning.plan import make_plan
+from wan_dist.runtime.errors import InputError
 
 DIFFERENT = {
     "seed": 4,

@@ -12,10 +12,12 @@ from launch import doctor, fetch, gallery, local, plan, runs, submit
 from launch.cluster import cluster_of
 from launch.settings import parted
 from tests.conftest import FIXTURES
-from wan_dist.arguments import is_text
-from wan_dist.catalog import TASKS, get_task
-from wan_dist.config import leaf_fields
-from wan_dist.run import CONF, EXAMPLES, configured
+from wan_dist.config.arguments import is_text
+from wan_dist.config.compose import CONF
+from wan_dist.config.schema import leaf_fields
+from wan_dist.run import EXAMPLES
+from wan_dist.tasks.registry import TASKS, get_task
+from wan_dist.tasks.run_config import configured
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -101,8 +103,10 @@ def test_files_that_are_shown_are_there() -> None:
     assert [name for name in missing if "NAME" not in name] == []
 
 
-def test_an_installation_has_all_of_conf() -> None:
+def test_an_installation_has_all_packages_and_all_of_conf() -> None:
+    packages = {
+        ".".join(file.parent.relative_to(ROOT).parts) for name in ("launch", "wan_dist") for file in (ROOT / name).rglob("__init__.py")
+    }
     folders = {"wan_dist.conf", *(f"wan_dist.conf.{folder.name}" for folder in CONF.iterdir() if folder.is_dir())}
-    assert folders - {"wan_dist.conf.__pycache__"} <= set(
-        tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    )
+    installed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    assert (packages | folders) - {"wan_dist.conf.__pycache__"} <= installed

@@ -2,9 +2,9 @@
 
 import pytest
 
-from wan_dist.environment import Ranks, launched_by, number_of, read_ranks
-from wan_dist.errors import InputError
 from wan_dist.run import main
+from wan_dist.runtime.environment import Ranks, launched_by, number_of, read_ranks
+from wan_dist.runtime.errors import InputError
 
 WHOLE = {
     "RANK": "5",

@@ -13,9 +13,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from launch.__main__ import main
 from tests.conftest import FIXTURES
-from wan_dist import preemption
-from wan_dist.environment import settle_environment
-from wan_dist.log import logger
+from wan_dist.runtime import signals as preemption
+from wan_dist.runtime.environment import settle_environment
+from wan_dist.runtime.log import logger
 from wan_dist.weights import hub
 
 

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from wan_dist import footprint, streaming
-from wan_dist.catalog import TASKS
-from wan_dist.models import quantized, transformer_elementwise
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
+from wan_dist.models.kernels import quantized_linear as quantized
+from wan_dist.models.kernels import transformer_ops as transformer_elementwise
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import WanVae
+from wan_dist.models.vae.model import WanVae
+from wan_dist.planning import memory_estimate as footprint
+from wan_dist.tasks.registry import TASKS
+from wan_dist.weights import streaming
 
 
 def size_of(model: nn.Module) -> int:

@@ -20,18 +20,18 @@ from PIL import Image
 
 from launch.__main__ import main
 from tests.gallery_folder import BEGAN, RUN, write_record, write_run, write_video
-from wan_dist.errors import InputError
-from wan_dist.gallery import lanes
-from wan_dist.gallery.again import command
-from wan_dist.gallery.page import write_page
-from wan_dist.gallery.records import read_records
-from wan_dist.gallery.runs import Span, read_runs
-from wan_dist.gallery.sheet import SheetError, sheet_of, write_sheet
-from wan_dist.gallery.sweeps import find_sweeps
-from wan_dist.gallery.table import write_table
-from wan_dist.gallery.timeline import timeline_of
-from wan_dist.run import configured
-from wan_dist.video import save_video
+from wan_dist.output.gallery import lanes
+from wan_dist.output.gallery.again import command
+from wan_dist.output.gallery.page import write_page
+from wan_dist.output.gallery.records import read_records
+from wan_dist.output.gallery.runs import Span, read_runs
+from wan_dist.output.gallery.sheet import SheetError, sheet_of, write_sheet
+from wan_dist.output.gallery.sweeps import find_sweeps
+from wan_dist.output.gallery.table import write_table
+from wan_dist.output.gallery.timeline import timeline_of
+from wan_dist.output.video_file import save_video
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.run_config import configured
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = [
@@ -391,9 +391,9 @@ def test_folders_that_are_none(name: str, tmp_path: Path, capsys: pytest.Capture
 
 def test_an_installation_has_all_templates() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    assert "wan_dist.gallery" in setuptools["packages"]
+    assert "wan_dist.output.gallery" in setuptools["packages"]
     folder = ROOT / "wan_dist" / "gallery"
-    packed = {path for pattern in setuptools["package-data"]["wan_dist.gallery"] for path in folder.glob(pattern)}
+    packed = {path for pattern in setuptools["package-data"]["wan_dist.output.gallery"] for path in folder.glob(pattern)}
     assert {path for path in (folder / "templates").iterdir() if path.is_file()} == packed
 
 

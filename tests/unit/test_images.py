@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from wan_dist import images
-from wan_dist.errors import InputError
-from wan_dist.images import cover, read_image
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks import images
+from wan_dist.tasks.images import cover, read_image
 
 GRADIENT = np.stack(np.broadcast_arrays(np.arange(40)[:, None] * 6, np.arange(60)[None, :] * 4, 128), axis=-1).astype(np.uint8)
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.config import RunConfig
-from wan_dist.errors import InputError
-from wan_dist.jobs import configs_of, read_jobs
-from wan_dist.run import configured
+from wan_dist.config.schema import RunConfig
+from wan_dist.jobs.job_file import configs_of, read_jobs
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.run_config import configured
 
 HARD = ["two cats, boxing", '"in quotes"', "'in others'", "null", "a = b, ${oc.env:HOME} [1] {x}", "ends with \\", "一只猫 🐈"]
 

@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from wan_dist.arguments import prepare
-from wan_dist.config import RunConfig
-from wan_dist.digests import FORMAT, WeightsDigests
-from wan_dist.kept import Kept, Progress, warn_of_older
-from wan_dist.ledger import Ledger
-from wan_dist.log import logger
-from wan_dist.overrides import override_config
+from wan_dist.config.arguments import prepare
+from wan_dist.config.compose import compose
+from wan_dist.config.overrides import override_config
+from wan_dist.config.schema import RunConfig
+from wan_dist.output.locks import Ledger
+from wan_dist.output.video_file import save_tensors
 from wan_dist.parallel.mesh import Axis
-from wan_dist.plan import make_plan
-from wan_dist.run import compose
-from wan_dist.video import save_tensors
+from wan_dist.pipeline.resume import Kept, Progress, warn_of_older
+from wan_dist.planning.digests import FORMAT, WeightsDigests
+from wan_dist.planning.plan import make_plan
+from wan_dist.runtime.log import logger
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wan_dist.models.kernels import tried
+from wan_dist.models.kernels.dispatch import tried
 
 
 def trial(kernels: ModuleType | None) -> Tensor:
@@ -28,7 +28,7 @@ def test_kernels_are_tried_first(
 ) -> None:
     fake = ModuleType("fake_kernels")
     fake.ones = ones  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wan_dist.models.fake_kernels", fake)
+    monkeypatch.setitem(sys.modules, "wan_dist.models.kernels.fake_kernels", fake)
     with caplog.at_level("WARNING", logger="wan_dist"):
         found = tried("fake_kernels", trial)
     assert (found is fake) == (words is None)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.environment import read_ranks, settle_environment
-from wan_dist.errors import InputError
-from wan_dist.launcher import adopt_slurm, hosts_of
+from wan_dist.runtime.environment import read_ranks, settle_environment
+from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.launcher import adopt_slurm, hosts_of
 
 TASK = {
     "SLURM_JOB_ID": "4711",
@@ -108,7 +108,9 @@ def test_a_shell_of_srun_is_alone(
     command: list[str], is_shell: bool, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "cmdline").write_text("".join(f"{word}\0" for word in command))
-    monkeypatch.setattr("wan_dist.launcher.Path", lambda path: tmp_path / "cmdline" if str(path).startswith("/proc") else Path(path))
+    monkeypatch.setattr(
+        "wan_dist.runtime.launcher.Path", lambda path: tmp_path / "cmdline" if str(path).startswith("/proc") else Path(path)
+    )
     environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_PTY_PORT": "4242"}
     adopt_slurm()
     assert (read_ranks(environment).num_ranks == 1) is is_shell

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from wan_dist.digests import FORMAT
-from wan_dist.ledger import Ledger
-from wan_dist.log import logger
-from wan_dist.record import digest_of
+from wan_dist.output.locks import Ledger
+from wan_dist.planning.digests import FORMAT
+from wan_dist.runtime.file_hash import hash_file
+from wan_dist.runtime.log import logger
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +166,7 @@ def write_record(folder: Path, *, save_tensor: bool = False, **changed: Any) -> 
         "format": FORMAT,
         "digest": "digest",
         "file": str(folder / "a.mp4"),
-        "video_digest": digest_of(folder / "a.mp4"),
+        "video_digest": hash_file(folder / "a.mp4"),
     }
     (folder / "a.json").write_text(json.dumps(known | {"config": {"output": {"save_tensor": save_tensor}}} | changed))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main as launch
-from wan_dist import hardware
-from wan_dist.errors import InputError
-from wan_dist.hardware import find_gpus, find_host, parse_bytes, parse_gpus
-from wan_dist.log import logger
+from wan_dist.planning import hardware
+from wan_dist.planning.hardware import find_gpus, find_host, parse_bytes, parse_gpus
+from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.log import logger
 
 GIB = 2**30
 
@@ -128,7 +128,8 @@ def test_slurms_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("limit", ["free memory", "the process's limit (ulimit -v)"])
 def test_a_limit_below_the_need_is_refused_before_loading(limit: str, tmp_path: Path) -> None:
     """300 MiB are left, free or below the limit on addresses: the run ends with exit code 2 before any weights are read."""
-    code = "import resource, sys, torch, transformers, wan_dist.generate, wan_dist.hardware as hardware; from wan_dist.run import main;"
+    code = "import resource, sys, torch, transformers, wan_dist.pipeline.generate;"
+    code += "import wan_dist.planning.hardware as hardware; from wan_dist.run import main;"
     if limit == "free memory":
         code += "hardware._free_memory = lambda: 300 * 2**20;"
     else:

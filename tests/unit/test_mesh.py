@@ -5,12 +5,12 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from wan_dist.degrees import Degrees
-from wan_dist.environment import Ranks
-from wan_dist.errors import InputError
 from wan_dist.parallel.mesh import Axis, local_device, make_groups
 from wan_dist.parallel.sequence import SplitSequence
 from wan_dist.parallel.team import Team
+from wan_dist.planning.degrees import Degrees
+from wan_dist.runtime.environment import Ranks
+from wan_dist.runtime.errors import InputError
 
 SPREADS = [
     Degrees(dp=1, cfg=2, ring=1, ulysses=4),

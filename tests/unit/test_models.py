@@ -5,19 +5,19 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder, relative_error
-from wan_dist.catalog import TASKS
-from wan_dist.dims import TransformerDims, VaeDims
-from wan_dist.encode import pixels
-from wan_dist.images import read_image
-from wan_dist.models.attention import InnerAttention, apply_rotary, rotary_tables
+from wan_dist.models.attention.backends import InnerAttention, apply_rotary, rotary_tables
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.dims import TransformerDims, VaeDims
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
 from wan_dist.models.transformer import ContextKV, PatchEmbedding, WanTransformer
-from wan_dist.models.vae import WanVae, in_chunks
-from wan_dist.models.vae_layers import Upsample, VideoState, channels_to_pixels, pixels_to_channels
-from wan_dist.sampling.conditioning import chunks_of_images, mask_of_images
+from wan_dist.models.vae.layers import Upsample, VideoState, channels_to_pixels, pixels_to_channels
+from wan_dist.models.vae.model import WanVae, in_chunks
+from wan_dist.pipeline.encode import pixels
+from wan_dist.sampling.noise import chunks_of_images, mask_of_images
 from wan_dist.sampling.solvers import make_solver
+from wan_dist.tasks.images import read_image
+from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 
 CPU = torch.device("cpu")
@@ -192,7 +192,7 @@ def test_long_sequences_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> 
     for timesteps in (torch.tensor([[500.0]]), torch.tensor([[0.0, 500.0]])):
         (whole,) = model(latents, timesteps, contexts, rotary)
         with monkeypatch.context() as patch:
-            patch.setattr("wan_dist.models.transformer_elementwise.PIECE", 5)
+            patch.setattr("wan_dist.models.kernels.transformer_ops.PIECE", 5)
             torch.testing.assert_close(model(latents, timesteps, contexts, rotary)[0], whole)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from wan_dist import network
-from wan_dist.network import choose_network
+from wan_dist.runtime import network
+from wan_dist.runtime.network import choose_network
 
 ADDRESSES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib0": "10.9.0.5"}
 ROUTES = {"head": "10.9.0.5", "gpu2": "10.9.0.5", "elsewhere": "10.0.0.5", "itself": "127.0.0.1"}

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from wan_dist import output_check
-from wan_dist.arguments import prepare
-from wan_dist.aside import written_aside
-from wan_dist.errors import InputError
-from wan_dist.output_check import Outcome, check_output, outcome_of
-from wan_dist.plan import make_plan
-from wan_dist.run import compose
+from wan_dist.config.arguments import prepare
+from wan_dist.config.compose import compose
+from wan_dist.output import output_check
+from wan_dist.output.output_check import Outcome, check_output, outcome_of
+from wan_dist.planning.plan import make_plan
+from wan_dist.runtime.atomic_write import written_aside
+from wan_dist.runtime.errors import InputError
 
 SMALL = Outcome("small", 80, 48, 16, 10_000, 20_000)
 LARGE = Outcome("large", 96, 64, 24, 2_000_000, 1_000_000)

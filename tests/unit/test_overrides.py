@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from wan_dist.arguments import is_text
-from wan_dist.config import RunConfig, leaf_fields
-from wan_dist.errors import InputError
-from wan_dist.image_sizes import image_size
-from wan_dist.images import read_image
-from wan_dist.jobs import Job, configs_of
-from wan_dist.overrides import UnplainError, is_plain_key, override_config
-from wan_dist.run import check_jobs, configured
+from wan_dist.config.arguments import is_text
+from wan_dist.config.overrides import UnplainError, is_plain_key, override_config
+from wan_dist.config.schema import RunConfig, leaf_fields
+from wan_dist.jobs.job_file import Job, configs_of
+from wan_dist.run import check_jobs
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.image_sizes import image_size
+from wan_dist.tasks.images import read_image
+from wan_dist.tasks.run_config import configured
 
 BASE = ["task=toy"]
 NUMBERS: list[Any] = [0, 1, 7, -3, 2**31, 2**63, 2**64 - 1, 10**30, 1.0, 7.0, 0.5, -0.0, 1e-7, 1e16, 1e22, 1.5e300, math.inf]
@@ -161,7 +162,7 @@ def test_sizes_are_those_of_decoded_images(kind: str, orientation: int | None, t
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
 def test_plain_images_are_not_decoded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = picture(tmp_path / f"a.{kind}", exif=turned(8))
-    monkeypatch.setattr("wan_dist.image_sizes.read_image", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr("wan_dist.tasks.image_sizes.read_image", lambda *_: pytest.fail("it was decoded"))
     assert image_size(str(file), "image") == (40, 64)
 
 

@@ -7,12 +7,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.conftest import FIXTURES
-from wan_dist.arguments import prepare
-from wan_dist.catalog import TASKS, Images
-from wan_dist.degrees import plan_degrees
-from wan_dist.errors import InputError
-from wan_dist.plan import Plan, make_plan
-from wan_dist.run import compose
+from wan_dist.config.arguments import prepare
+from wan_dist.config.compose import compose
+from wan_dist.planning.degrees import plan_degrees
+from wan_dist.planning.plan import Plan, make_plan
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.registry import TASKS, Images
 
 
 def plan(*arguments: str) -> Plan:

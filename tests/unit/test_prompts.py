@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan_dist.prompts import PromptCache
+from wan_dist.pipeline.prompt_cache import PromptCache
 
 CONTEXT = torch.randn(7, 16)
 

@@ -8,16 +8,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import FIXTURES, relative_error
-from wan_dist import footprint
-from wan_dist.catalog import TASKS
-from wan_dist.dims import TransformerDims
-from wan_dist.errors import InputError
-from wan_dist.models import quantized
-from wan_dist.models.quantized import GROUP, QuantizedLinear, quantize, quantize_blocks
+from wan_dist.models.dims import TransformerDims
+from wan_dist.models.kernels import quantized_linear as quantized
+from wan_dist.models.kernels.quantized_linear import GROUP, QuantizedLinear, quantize, quantize_blocks
 from wan_dist.models.transformer import ContextKV, WanTransformer
-from wan_dist.streaming import Streaming
+from wan_dist.planning import memory_estimate as footprint
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import open_checkpoint
 from wan_dist.weights.files import TensorFiles
+from wan_dist.weights.streaming import Streaming
 
 CPU = torch.device("cpu")
 # Relative error of a product with weights from a normal distribution: of rounding to 3, 7 and 4 bits.

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.config import OutputConfig, ParallelConfig, RunConfig
-from wan_dist.errors import InputError
-from wan_dist.rank_facts import RankFacts, check_alike, find_facts
+from wan_dist.config.schema import OutputConfig, ParallelConfig, RunConfig
+from wan_dist.planning.rank_facts import RankFacts, check_alike, find_facts
+from wan_dist.runtime.errors import InputError
 
 
 def facts_of(rank: int, host: str = "one", **changed: object) -> RankFacts:

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from wan_dist.arguments import prepare
-from wan_dist.catalog import get_task
-from wan_dist.footprint import GIB, Arrangement, Load, footprint
-from wan_dist.hardware import Hardware
+from wan_dist.config.arguments import prepare
+from wan_dist.config.compose import compose
 from wan_dist.models.text_encoder import clean_prompt
-from wan_dist.plan import arranged, make_plan
-from wan_dist.run import compose
-from wan_dist.ways import Way
+from wan_dist.planning.hardware import Hardware
+from wan_dist.planning.memory_estimate import GIB, Arrangement, Load, footprint
+from wan_dist.planning.plan import arranged, make_plan
+from wan_dist.planning.vae_memory import Way
+from wan_dist.tasks.registry import get_task
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 ROWS = [row for file in sorted(RESULTS.glob("memory-*.json")) for row in json.loads(file.read_text())["rows"]]

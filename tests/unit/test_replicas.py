@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from wan_dist.catalog import get_task
-from wan_dist.config import RunConfig
-from wan_dist.errors import InputError
-from wan_dist.hardware import Hardware
-from wan_dist.plan import arranged, make_plan
-from wan_dist.replicas import spread
-from wan_dist.room import experts_stay, frames_wait, models_stay
-from wan_dist.run import configured
+from wan_dist.config.schema import RunConfig
+from wan_dist.planning.hardware import Hardware
+from wan_dist.planning.plan import arranged, make_plan
+from wan_dist.planning.replicas import spread
+from wan_dist.planning.residency import experts_stay, frames_wait, models_stay
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.registry import get_task
+from wan_dist.tasks.run_config import configured
 
 GIB = 2**30
 

@@ -3,8 +3,8 @@
 import pytest
 
 from wan_dist import run
-from wan_dist.environment import Ranks
-from wan_dist.preemption import Preempted
+from wan_dist.runtime.environment import Ranks
+from wan_dist.runtime.signals import Preempted
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt("^C"), SystemExit(3), MemoryError("host"), Preempted("SIGTERM"), ValueError("x")])

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from torch._C._distributed_c10d import HashStore
 
-from wan_dist import preemption as module
 from wan_dist import run
-from wan_dist.environment import Ranks
-from wan_dist.errors import InputError
 from wan_dist.parallel import team
-from wan_dist.preemption import CODE, Preempted, end_when_asked, heed_signals, preemption
+from wan_dist.runtime import signals as module
+from wan_dist.runtime.environment import Ranks
+from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.signals import CODE, Preempted, end_when_asked, heed_signals, preemption
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 

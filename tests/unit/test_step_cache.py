@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from tests.conftest import relative_error
-from wan_dist.catalog import TeaFit
 from wan_dist.sampling.denoise import denoise
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache
+from wan_dist.tasks.registry import TeaFit
 
 
 def flow(latents: Tensor, timestep: int) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from wan_dist.streaming import BlockReader, stream_blocks
+from wan_dist.weights.streaming import BlockReader, stream_blocks
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist import events as module
-from wan_dist.errors import InputError
-from wan_dist.events import Events
-from wan_dist.log import keep_log, logger
+from wan_dist.jobs import events as module
+from wan_dist.jobs.events import Events
+from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.log import keep_log, logger
 
 PRINTING = """
 import sys
-from wan_dist.log import logger, open_log, protect_streams
+from wan_dist.runtime.log import logger, open_log, protect_streams
 protect_streams()
 open_log()
 from tqdm import tqdm

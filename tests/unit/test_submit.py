@@ -13,7 +13,7 @@ from launch.__main__ import main
 from launch.cluster import minutes_of
 from launch.sbatch import REQUEUE
 from tests.conftest import FIXTURES
-from wan_dist.run import CONF
+from wan_dist.config.compose import CONF
 
 FOLDER = FIXTURES / "submit"
 PROMPTS = ["a red ball", 'a "blue" cube, $HOME; rm -rf `x`', '"quoted"', "一只猫"]
@@ -55,7 +55,7 @@ def test_scripts_are_as_they_were(name: str, capsys: pytest.CaptureFixture[str],
 
 def test_elements_of_an_array_get_what_was_written(capsys: pytest.CaptureFixture[str], place: Path) -> None:
     """The shell's own reading of the script, and Hydra's of that, against the file."""
-    from wan_dist.run import configured
+    from wan_dist.tasks.run_config import configured
 
     script = rendered(CASES["array"], capsys)
     part = script[script.index("case ") : script.index("esac") + 4]

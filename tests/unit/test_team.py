@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from wan_dist.environment import Ranks
-from wan_dist.errors import InputError
-from wan_dist.log import logger
 from wan_dist.parallel import rendezvous
 from wan_dist.parallel import team as module
 from wan_dist.parallel.team import Fault, RankError, Team
+from wan_dist.runtime.environment import Ranks
+from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.log import logger
 
 MakeTeams = Callable[..., list[Team]]
 

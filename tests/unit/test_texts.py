@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from tests.conftest import FIXTURES
-from wan_dist import encode
-from wan_dist.catalog import get_task
-from wan_dist.config import packaged
+from wan_dist.config.paths import packaged
 from wan_dist.models import text_encoder
 from wan_dist.models.text_encoder import TextEncoder, split_into_chunks
 from wan_dist.parallel.mesh import Axis
-from wan_dist.preemption import Preempted
-from wan_dist.prompts import PromptCache
+from wan_dist.pipeline import encode
+from wan_dist.pipeline.prompt_cache import PromptCache
 from wan_dist.run import main
+from wan_dist.runtime.signals import Preempted
+from wan_dist.tasks.registry import get_task
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 
 CPU = torch.device("cpu")
@@ -65,8 +65,8 @@ def streamed_embeddings(checkpoint: Checkpoint, run: Callable[..., None], t5: st
 
 
 def quiet_report() -> Any:
-    from wan_dist.report import Report
-    from wan_dist.run import configured
+    from wan_dist.output.stage_report import Report
+    from wan_dist.tasks.run_config import configured
 
     config = configured(TINY)
     assert config is not None
@@ -113,7 +113,7 @@ def test_a_run_that_is_ended_among_its_texts_goes_on_there(place: str, tmp_path:
 
     monkeypatch.setattr(TextEncoder, "__call__", embed_one)
     monkeypatch.setattr(TextEncoder, "encode_by_block", embed_chunk)
-    monkeypatch.setattr("wan_dist.batch.share_texts", stop)
+    monkeypatch.setattr("wan_dist.jobs.worker.share_texts", stop)
     monkeypatch.setattr(text_encoder, "_MOST_TOKENS", 40)
     command = [*TINY, f"jobs={tmp_path / 'prompts.txt'}", f"output.dir={tmp_path}", f"cache.dir={tmp_path / 'cache'}", f"memory.t5={place}"]
     for attempt in range(1, 5):

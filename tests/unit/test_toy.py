@@ -13,12 +13,12 @@ from toy.descent import Descent
 from toy.judge import judge
 from toy.render import render
 from toy.scenes import COLORS, MOTIONS, SHAPES, Scene, all_scenes, caption, draw_scene
-from wan_dist.catalog import TASKS
-from wan_dist.dims import TransformerDims, VaeDims
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.dims import TransformerDims, VaeDims
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import WanVae, in_chunks
-from wan_dist.vae import uint8_frames
+from wan_dist.models.vae.model import WanVae, in_chunks
+from wan_dist.pipeline.decode import uint8_frames
+from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.hub import check_whole
 from wan_dist.weights.layout import TOKENIZER
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from tests.ranks.vae_worker import VAES, random_vae
-from wan_dist.dims import VaeDims
-from wan_dist.models.vae import in_chunks
+from wan_dist.models.dims import VaeDims
+from wan_dist.models.vae.model import in_chunks
 from wan_dist.parallel.mesh import Axis
-from wan_dist.parallel.vae import shares
-from wan_dist.vae import decode, encode, float32_frames
-from wan_dist.ways import Way, vae_bytes, ways_from, ways_that_fit
+from wan_dist.parallel.vae_split import shares
+from wan_dist.pipeline.decode import decode, encode, float32_frames
+from wan_dist.planning.vae_memory import Way, vae_bytes, ways_from, ways_that_fit
 
 WHOLE = Way("whole")
 TILES = [f"in {number} tiles" for number in (2, 4, 6, 8, 16)]

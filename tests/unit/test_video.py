@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from wan_dist.errors import InputError
-from wan_dist.gallery.sheet import write_sheet
-from wan_dist.output_check import Outcome, check_output
-from wan_dist.vae import uint8_frames
-from wan_dist.video import SaveError, save_image, save_tensors, save_video
+from wan_dist.output.gallery.sheet import write_sheet
+from wan_dist.output.output_check import Outcome, check_output
+from wan_dist.output.video_file import SaveError, save_image, save_tensors, save_video
+from wan_dist.pipeline.decode import uint8_frames
+from wan_dist.runtime.errors import InputError
 
 
 def read_video(path: Path, *, width: int, height: int) -> tuple[str, torch.Tensor]:

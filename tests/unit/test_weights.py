@@ -10,16 +10,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import FIXTURES
-from wan_dist.catalog import TASKS
-from wan_dist.config import split_files
-from wan_dist.dims import TransformerDims
-from wan_dist.errors import InputError
+from wan_dist.config.schema import split_files
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.dims import TransformerDims
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import WanVae
-from wan_dist.weights import dims, hub, names
+from wan_dist.models.vae.model import WanVae
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.registry import TASKS
+from wan_dist.weights import checkpoint_dims as dims
+from wan_dist.weights import hub
+from wan_dist.weights import key_maps as names
 from wan_dist.weights.checkpoint import Checkpoint
 from wan_dist.weights.checkpoint import open_checkpoint as open_any_checkpoint
 from wan_dist.weights.files import Shape, TensorFiles, open_sharded

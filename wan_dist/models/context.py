@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.dims import TransformerDims
+from wan_dist.models.dims import TransformerDims
+from wan_dist.models.kernels.transformer_ops import rms_norm
 from wan_dist.models.transformer import ContextKV, Norm
-from wan_dist.models.transformer_elementwise import rms_norm
 
 
 class ImageEmbedding(nn.Module):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from wan_dist.dims import ImageEncoderDims
+from wan_dist.models.dims import ImageEncoderDims
 
 # CLIP's normalisation of RGB in [0, 1] (openai/CLIP, clip.py).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
-from wan_dist.dims import TextEncoderDims
+from wan_dist.models.dims import TextEncoderDims
 
 _MOST_TOKENS = 2**15
 """Whose states are held on the host at once: 256 MiB of umT5-XXL in bfloat16."""

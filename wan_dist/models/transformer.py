@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.dims import TransformerDims
-from wan_dist.models.attention import InnerAttention, rotary_tables
-from wan_dist.models.cross_attention import cross_attend
-from wan_dist.models.transformer_elementwise import (
+from wan_dist.models.attention.backends import InnerAttention, rotary_tables
+from wan_dist.models.attention.cross import cross_attend
+from wan_dist.models.dims import TransformerDims
+from wan_dist.models.kernels.transformer_ops import (
     Rounded,
     Scaling,
     add_,

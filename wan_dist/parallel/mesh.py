@@ -17,11 +17,11 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from wan_dist.degrees import Degrees
-from wan_dist.environment import Ranks, read_ranks
-from wan_dist.errors import InputError
 from wan_dist.parallel.rendezvous import find_sockets
 from wan_dist.parallel.team import RankError, Team
+from wan_dist.planning.degrees import Degrees
+from wan_dist.runtime.environment import Ranks, read_ranks
+from wan_dist.runtime.errors import InputError
 
 AXES = ("cfg", "ring", "ulysses")
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-from wan_dist.environment import Ranks, launched_by, number_of, text_of
-from wan_dist.errors import InputError, first_line
-from wan_dist.log import logger
+from wan_dist.runtime.environment import Ranks, launched_by, number_of, text_of
+from wan_dist.runtime.errors import InputError, first_line
+from wan_dist.runtime.log import logger
 
 _PATIENCE = 8.0
 """Seconds after which a rank that waits for others says so."""

@@ -6,9 +6,9 @@ Partial results are merged by their log-sum-exp, which is exact.
 import torch
 from torch import Tensor
 
-from wan_dist.models.attention import InnerAttention, attend_with_lse
+from wan_dist.models.attention.backends import InnerAttention, attend_with_lse
+from wan_dist.models.kernels.transformer_ops import PIECE
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.transformer_elementwise import PIECE
 from wan_dist.parallel.collectives import pass_on
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.sequence import SplitSequence, pad_end

@@ -13,10 +13,10 @@ from typing import TypeVar
 import torch
 from torch.distributed import DistError
 
-from wan_dist.errors import InputError, first_line
 from wan_dist.parallel.mesh import Groups
 from wan_dist.parallel.team import GRACE_SECONDS, Fault, RankError
-from wan_dist.preemption import Preempted, preemption
+from wan_dist.runtime.errors import InputError, first_line
+from wan_dist.runtime.signals import Preempted, preemption
 
 T = TypeVar("T")
 _LOST_SECONDS = 20.0

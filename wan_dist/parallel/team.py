@@ -15,10 +15,10 @@ from typing import Any
 
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from wan_dist.environment import Ranks
-from wan_dist.log import logger
 from wan_dist.parallel.rendezvous import describe_address, open_stores
-from wan_dist.preemption import preemption
+from wan_dist.runtime.environment import Ranks
+from wan_dist.runtime.log import logger
+from wan_dist.runtime.signals import preemption
 
 _BEAT_SECONDS = 1.0
 _WATCH_SECONDS = 0.2

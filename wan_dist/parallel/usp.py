@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wan_dist.errors import InputError
-from wan_dist.models.attention import InnerAttention
+from wan_dist.models.attention.backends import InnerAttention
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.mesh import Groups
+from wan_dist.runtime.errors import InputError
 
 _BACKENDS = {"fa4": "FLASH_4", "cudnn": "CUDNN", "flash": "SDPA_FLASH", "sdpa": "SDPA_FLASH"}
 """Our attention kernels' names -> xfuser's."""

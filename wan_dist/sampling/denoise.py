@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wan_dist.models.transformer import Added, ContextKV, WanTransformer
-from wan_dist.sampling.conditioning import Conditioning
+from wan_dist.sampling.noise import Conditioning
 from wan_dist.sampling.solvers import Solver
 from wan_dist.sampling.step_cache import Predict, TeaCache
 

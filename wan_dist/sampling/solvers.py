@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 from torch import Tensor
 
-from wan_dist.catalog import NUM_TRAIN_TIMESTEPS
+from wan_dist.tasks.registry import NUM_TRAIN_TIMESTEPS
 
 
 def shifted_sigmas(steps: int, shift: float, *, largest: float) -> list[float]:

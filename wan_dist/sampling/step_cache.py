@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wan_dist.catalog import TeaFit
+from wan_dist.tasks.registry import TeaFit
 
 Predict = Callable[[Tensor, int], Tensor]
 """(latents (B, C, T, h, w), timestep) -> velocity of the same shape."""

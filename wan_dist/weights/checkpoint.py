@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from wan_dist.catalog import Task
-from wan_dist.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
-from wan_dist.errors import InputError, first_line
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder, load_tokenizer
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae import WanVae
-from wan_dist.reading import UnreadableError, check_file
-from wan_dist.record import digest_of
-from wan_dist.streaming import Streaming, stream_blocks
-from wan_dist.weights import dims as read_dims
+from wan_dist.models.vae.model import WanVae
+from wan_dist.runtime.errors import InputError, first_line
+from wan_dist.runtime.file_hash import hash_file
+from wan_dist.runtime.text_files import UnreadableError, check_file
+from wan_dist.tasks.registry import Task
+from wan_dist.weights import checkpoint_dims as read_dims
 from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.identity import digest_of_weights
+from wan_dist.weights.key_maps import KeyMap
 from wan_dist.weights.layout import Part, find_layout
 from wan_dist.weights.load import check_keys, fill, read_parameters
-from wan_dist.weights.names import KeyMap
+from wan_dist.weights.streaming import Streaming, stream_blocks
 
 Model = TypeVar("Model", bound=nn.Module)
 Dims = TypeVar("Dims")
@@ -97,7 +97,7 @@ class Checkpoint:
         weights = digest_of_weights(component.files for component in components if component is not None)
         sizes = [component.dims for component in components if component is not None]
         files = sorted(file for file in Path(self.tokenizer.name_or_path).iterdir() if file.is_file())
-        return hashlib.sha256(repr((weights, sizes, [digest_of(file) for file in files])).encode()).hexdigest()
+        return hashlib.sha256(repr((weights, sizes, [hash_file(file) for file in files])).encode()).hexdigest()
 
     @cached_property
     def vae_digest(self) -> str:

@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan_dist.errors import InputError, first_line
-from wan_dist.reading import UnreadableError, check_file, read_object
+from wan_dist.runtime.errors import InputError, first_line
+from wan_dist.runtime.text_files import UnreadableError, check_file, read_object
 
 Shape = tuple[int, ...]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan_dist.catalog import Task
-from wan_dist.environment import text_of
-from wan_dist.errors import InputError, first_line
-from wan_dist.log import logger
-from wan_dist.preemption import preemption
+from wan_dist.runtime.environment import text_of
+from wan_dist.runtime.errors import InputError, first_line
+from wan_dist.runtime.log import logger
+from wan_dist.runtime.signals import preemption
+from wan_dist.tasks.registry import Task
 from wan_dist.weights.layout import download_patterns, find_layout
 
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")

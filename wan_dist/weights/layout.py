@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wan_dist.catalog import Task
-from wan_dist.errors import InputError
-from wan_dist.reading import UnreadableError, check_file, read_object
-from wan_dist.weights import names
+from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.text_files import UnreadableError, check_file, read_object
+from wan_dist.tasks.registry import Task
+from wan_dist.weights import key_maps as names
 from wan_dist.weights.files import TensorFiles, open_sharded
-from wan_dist.weights.names import KeyMap
+from wan_dist.weights.key_maps import KeyMap
 
 WEIGHTS = "diffusion_pytorch_model"
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"

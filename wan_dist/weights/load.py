@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from wan_dist.errors import InputError
-from wan_dist.models.quantized import PARTS as QUANTIZED_PARTS
-from wan_dist.models.quantized import kind_of, quantize
+from wan_dist.models.kernels.quantized_linear import PARTS as QUANTIZED_PARTS
+from wan_dist.models.kernels.quantized_linear import kind_of, quantize
+from wan_dist.runtime.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles, first_ten
-from wan_dist.weights.names import KeyMap, Source
+from wan_dist.weights.key_maps import KeyMap, Source
 
 _ROWS_AT_ONCE = 512
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_dist.dims import TransformerDims
-from wan_dist.weights.names import KeyMap
+from wan_dist.models.dims import TransformerDims
+from wan_dist.weights.key_maps import KeyMap
 
 _STATED = ("num_layers", "dim", "ffn_dim", "num_heads", "in_dim", "out_dim", "freq_dim", "text_len", "eps")
 

@@ -1,0 +1,1 @@
+"""The settings of a run: their schema, how arguments and YAML files become it."""

@@ -1,0 +1,106 @@
+"""Command-line arguments as people write them -> arguments that Hydra reads as they were meant.
+
+Hydra's grammar gives commas, quotes, brackets and ``$`` a meaning (``prompt=two cats, boxing`` is a sweep to it), so values of
+text keys are quoted here, before Hydra parses them. Unknown keys and the reference's flags get an answer that helps.
+"""
+
+from wan_dist.config.hydra_quoting import quote as quote
+from wan_dist.config.hydra_quoting import quoted as quoted
+from wan_dist.config.schema import leaf_fields
+from wan_dist.runtime.errors import InputError, nearest
+
+REFERENCE_FLAGS = {
+    "--task": "task",
+    "--size": "size",
+    "--frame_num": "frame_num",
+    "--ckpt_dir": "ckpt_dir",
+    "--prompt": "prompt",
+    "--base_seed": "seed",
+    "--sample_solver": "sample.solver",
+    "--sample_steps": "sample.steps",
+    "--sample_shift": "sample.shift",
+    "--sample_guide_scale": "sample.guide_scale",
+    "--save_file": "output.dir=FOLDER output.name",
+}
+"""Flags of the reference implementation's ``generate.py`` and the key that does the same here."""
+
+_FLAGS_WITH_VALUE = {
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+    "--config-path",
+    "-cp",
+    "--config-name",
+    "-cn",
+    "--config-dir",
+    "-cd",
+}
+_FLAGS = {
+    "--hydra-help",
+    "--version",
+    "--resolve",
+    "--run",
+    "-r",
+    "--info",
+    "-i",
+    "--shell-completion",
+    "-sc",
+} | _FLAGS_WITH_VALUE
+
+_LONGEST_VALUE = 1000
+"""Of what is not text."""
+
+
+def prepare(arguments: list[str]) -> list[str]:
+    """Check the arguments' keys and quote the text values; raises InputError for what Hydra could only reject or misread."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    awaits_value = False
+    for argument in arguments:
+        if awaits_value:
+            flags.append(argument)
+        elif argument.startswith("-"):
+            _check_flag(argument)
+            flags.append(argument)
+        else:
+            overrides.append(_prepare_override(argument))
+        awaits_value = not awaits_value and argument in _FLAGS_WITH_VALUE
+    return overrides + flags  # Hydra wants them apart
+
+
+def _check_flag(argument: str) -> None:
+    flag, _, value = argument.partition("=")
+    if flag in REFERENCE_FLAGS:
+        raise InputError(f"{flag} is spelled {REFERENCE_FLAGS[flag]}={value or '...'} here")
+    if flag not in _FLAGS:
+        raise InputError(f"unknown flag {flag}; settings are given as key=value (--help lists them)")
+
+
+def _prepare_override(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    if not equals:
+        raise InputError(
+            f"{argument!r} is not key=value; a value with spaces needs the shell's quotes around it, as in 'prompt=two cats boxing'"
+        )
+    name = key.lstrip("+")
+    check_key(name)
+    if len(value) > _LONGEST_VALUE and not is_text(name):
+        raise InputError(f"{key}={value[:40]}... has {len(value)} characters, and a value of its kind {_LONGEST_VALUE} at most")
+    return f"{key}={quote(value)}" if is_text(name) else argument
+
+
+def check_key(name: str) -> None:
+    """Raise InputError unless a run has a setting, or a section of them, of this name. Hydra's own keys are none: they can run code."""
+    keys = leaf_fields()
+    if name in keys or name in {key.rpartition(".")[0] for key in keys} - {""}:
+        return
+    short = {key.rpartition(".")[2]: key for key in keys}  # people drop the section: steps for sample.steps
+    hint = f"; did you mean {short[name]!r}?" if name in short else nearest(name, keys)
+    raise InputError(f"unknown key {name!r}{hint} (--help lists them all)")
+
+
+def is_text(key: str) -> bool:
+    """Whether a key's values are text, which is taken as it stands."""
+    field = leaf_fields().get(key)
+    return field is not None and field.type in (str, str | None) and key != "task"

@@ -1,0 +1,1 @@
+"""Attention: backends, cross-attention, 8 bits."""

@@ -1,0 +1,71 @@
+"""Attention in 8 bits on Hopper: scores of int8, weights and values in e4m3, sums in float32. It changes the result: see bench/NOTES.md.
+
+As in SageAttention 2 (arXiv:2411.10958), what k has in common in all tokens is taken off, which softmax does not see, and the sums of each
+block of keys are added in float32, since the tensor cores' own sums of e4m3 are less exact. The weights are the line between powers of two
+that lies in a float's bits (Schraudolph, Neural Computation 11, 1999), and are divided by their own sum.
+"""
+
+import importlib
+import math
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+_KEYS = 128
+"""Of a block: they are rounded with one scale, and attended to at once."""
+_QUERIES = 64
+"""Of a group of warps, three of which make a block."""
+_AT_ONCE = 512
+"""Keys whose statistics one program takes."""
+_STAGES = 4
+"""Blocks of keys and values on their way or in use."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return about softmax(q kᵀ / √D) v; q (B, Lq, H, 128), k and v (B, Lk, H, 128), bfloat16 or float16 -> (B, Lq, H, 128).
+
+    Raises RuntimeError on other GPUs than Hopper and for heads of another width, and what Triton raises if it cannot compile it.
+    """
+    if torch.cuda.get_device_capability(q.device) != (9, 0) or q.shape[3] != 128:
+        raise RuntimeError("needs a Hopper GPU and heads of 128 channels; attention=sage takes others")
+    return _attend(importlib.import_module("wan_dist.models.attention.eight_bit_kernels"), q, k, v)
+
+
+def _attend(kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, num_queries, num_heads, width = q.shape
+    heads = batch * num_heads
+    queries, query_scales = q.new_empty(heads, num_queries, width, dtype=torch.int8), q.new_empty(heads, num_queries, dtype=torch.float32)
+    kernels.round_queries_kernel[(-(-num_queries // _KEYS), heads)](
+        q, queries, query_scales, num_queries, num_heads, *q.stride()[:3], width**-0.5 / math.log(2), rows=_KEYS, num_warps=8
+    )
+    keys, key_scales, values, value_scales = _round_keys(kernels, k, v)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    kernels.attend_kernel[(-(-num_queries // (3 * _QUERIES)), heads)](
+        kernels.tiles_of(queries, _QUERIES), kernels.tiles_of(keys, _KEYS), kernels.tiles_of(values, width),
+        query_scales, key_scales, value_scales, out, num_queries, k.shape[1], keys.shape[1], num_heads,
+        stages=_STAGES, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _round_keys(kernels: ModuleType, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return k in int8 and a scale for each block, v in e4m3, turned, and a scale for each channel.
+
+    Shapes: (B H, L', 128), (B H, L' / 128), (B H, 128, L'), (B H, 128); L' is a multiple of 128, zeros are added.
+    """
+    batch, num_keys, num_heads, width = k.shape
+    heads, blocks, groups = batch * num_heads, -(-num_keys // _KEYS), -(-num_keys // _AT_ONCE)
+    sums, most = k.new_empty(2, groups, heads, width, dtype=torch.float32)
+    kernels.statistics_kernel[(groups, heads)](
+        k, v, sums, most, num_keys, num_heads, *k.stride()[:3], *v.stride()[:3], rows=64, times=_AT_ONCE // 64
+    )
+    means = sums.sum(0) / num_keys
+    value_scales = most.amax(0).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    keys, key_scales = k.new_empty(heads, blocks * _KEYS, width, dtype=torch.int8), k.new_empty(heads, blocks, dtype=torch.float32)
+    values = v.new_empty(heads, width, blocks * _KEYS, dtype=torch.float8_e4m3fn)
+    kernels.round_keys_kernel[(blocks, heads)](
+        k, v, means, value_scales, keys, key_scales, values, num_keys, num_heads, *k.stride()[:3], *v.stride()[:3],
+        rows=_KEYS, num_warps=8,
+    )  # fmt: skip
+    return keys, key_scales, values, value_scales

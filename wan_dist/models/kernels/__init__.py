@@ -1,0 +1,1 @@
+"""Fused operations and quantised linears: Triton kernels on a GPU, PyTorch elsewhere."""

@@ -1,0 +1,329 @@
+"""Causal layers of the Wan video VAE, for one device.
+
+Shapes: (B, C, F, H, W). Videos pass through in chunks of frames; what a layer must remember of earlier chunks is in a `VideoState`
+that the caller makes for each video and passes along. Names are those of the published checkpoints.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan_dist.models.vae import ops as vae_elementwise
+from wan_dist.models.vae.ops import activate, add_, interleave, phases_of, rms_norm
+
+_MAX_SCORES = 2**23
+"""Of the attention that are in memory at once."""
+
+
+class VideoState:
+    """One video's pass through an encoder or decoder, or that of a part of its rows or columns.
+
+    ``past`` holds for each causal layer the last frames of its input so far; empty: the next chunk starts the video. The methods are
+    the seam for a part: a layer that looks at neighbouring pixels asks for them and cuts off what it made of them. Here nobody gives
+    any, so a part shrinks from layer to layer by what its layers see: a tile, which begins with more than it is to end with.
+    """
+
+    has_neighbours: bool = False
+    """Whether other ranks give the pixels beyond this part's."""
+
+    def __init__(self, dim: int = 4, *, has_before: bool = False, has_after: bool = False) -> None:
+        self.dim, self.has_before, self.has_after = dim, has_before, has_after
+        self.past: dict[nn.Module, Tensor | None] = {}
+
+    def trade(self, x: Tensor, num_pixels: int) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+        """Begin to trade ``num_pixels`` rows or columns of x (B, C, F, H, W) on each side; the call waits for the neighbours'."""
+        return lambda: (None, None)
+
+    def growth(self, num_pixels: int) -> tuple[int, int]:
+        """Return how many of ``num_pixels`` rows or columns come from the neighbour before and from the one after."""
+        before, after = (self.has_neighbours and there for there in (self.has_before, self.has_after))
+        return num_pixels * before, num_pixels * after
+
+    def extend(self, x: Tensor, num_pixels: int) -> Tensor:
+        """Return x (B, C, F, H, W) with ``num_pixels`` rows or columns more on each side that has a neighbour."""
+        if not self.has_neighbours:
+            return x
+        before, after = self.trade(x, num_pixels)()
+        return torch.cat([part for part in (before, x, after) if part is not None], dim=self.dim)
+
+    def trim(self, x: Tensor, num_pixels: int) -> Tensor:
+        """Cut ``num_pixels`` rows or columns off on each side that is not the frame's own."""
+        if not (self.has_before or self.has_after):
+            return x
+        start = num_pixels * self.has_before
+        return x.narrow(self.dim, start, x.shape[self.dim] - start - num_pixels * self.has_after)
+
+    def inner(self, x: Tensor, num_pixels: int) -> Tensor:
+        """Return the part of x that is left of it after layers that see ``num_pixels``."""
+        return x if self.has_neighbours else self.trim(x, num_pixels)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return x with the rows and columns of all ranks."""
+        return x
+
+
+class CausalConv3d(nn.Conv3d):
+    """Convolution that sees the present and the past only: its padding in time is all in front."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int], dtype: torch.dtype | None = None) -> None:
+        t, h, w = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        super().__init__(in_dim, out_dim, (t, h, w), padding=(0, h // 2, w // 2), dtype=dtype)
+        self.num_past = t - 1
+
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:  # type: ignore[override]
+        """Convolve a chunk of frames; the frames before the first one are zeros."""
+        if not self.num_past:
+            return self._product(x, self.bias)
+        frames = self.room(x, x.shape, state)
+        frames[:, :, self.num_past :] = x
+        return self.convolve(frames, state)
+
+    def room(self, like: Tensor, size: Sequence[int], state: VideoState) -> Tensor:
+        """Return the convolution's input for a chunk of this size: past frames, then room for the chunk's own, to be filled."""
+        batch, channels, num_frames, height, width = size
+        shape = (batch, channels, self.num_past + num_frames, height, width)
+        frames = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
+        past = state.past.get(self)
+        frames[:, :, : self.num_past] = 0 if past is None else past
+        return frames
+
+    def convolve(self, frames: Tensor, state: VideoState, *, with_bias: bool = True) -> Tensor:
+        """Convolve what `room` returned, filled; its last frames are kept for the next chunk."""
+        last, past = frames[:, :, -self.num_past :], state.past.get(self)
+        state.past[self] = last.clone() if past is None else past.copy_(last)  # a view would keep the whole chunk alive
+        return self._product(frames, self.bias if with_bias else None)
+
+    def _product(self, frames: Tensor, bias: Tensor | None) -> Tensor:
+        if frames.is_cpu and frames.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            # PyTorch takes oneDNN for large inputs only; for small ones it is twenty times as fast too.
+            return torch.ops.aten.mkldnn_convolution(frames, self.weight, bias, self.padding, self.stride, self.dilation, 1)
+        return F.conv3d(frames, self.weight, bias, padding=self.padding)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Return whether channels are innermost in x, which convolutions on a GPU prefer."""
+    return torch.channels_last_3d if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over channels, in float32."""
+
+    def __init__(self, dim: int, num_trailing: int = 3) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * num_trailing))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, ...) of any number of trailing dims -> the same shape."""
+        return rms_norm(x, self.gamma).to(x.dtype)
+
+
+def activated(norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, *, bias: Tensor | None = None, sees: int = 0) -> Tensor:
+    """Return silu(norm(x + bias)) for a chunk x as ``conv``'s input (see `CausalConv3d.room`), ``sees`` pixels of neighbours with it."""
+    assert isinstance(conv, CausalConv3d)
+    assert isinstance(norm, RMSNorm)
+    arriving = state.trade(x, sees)
+    before, after = state.growth(sees)
+    size = list(x.shape)
+    size[state.dim] += before + after
+    frames = conv.room(x, size, state)
+    inside = frames[:, :, conv.num_past :]
+    activate(x, bias, norm.gamma, inside.narrow(state.dim, before, x.shape[state.dim]))  # while the neighbours' are on their way
+    for edge, start in zip(arriving(), (0, size[state.dim] - after), strict=True):
+        if edge is not None:
+            activate(edge, bias, norm.gamma, inside.narrow(state.dim, start, sees))
+    return frames
+
+
+class ResidualBlock(nn.Module):
+    """Two causal convolutions with a shortcut."""
+
+    def __init__(self, in_dim: int, out_dim: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.residual = nn.Sequential(
+            RMSNorm(in_dim),
+            nn.SiLU(),
+            CausalConv3d(in_dim, out_dim, 3, dtype),
+            RMSNorm(out_dim),
+            nn.SiLU(),
+            nn.Identity(),  # dropout in training; the checkpoint's numbering counts it
+            CausalConv3d(out_dim, out_dim, 3, dtype),
+        )
+        self.shortcut = CausalConv3d(in_dim, out_dim, 1, dtype) if in_dim != out_dim else None
+
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
+        """x (B, C_in, F, H, W) -> (B, C_out, F, H, W)."""
+        norm1, _, conv1, norm2, _, _, conv2 = self.residual
+        assert isinstance(conv1, CausalConv3d)
+        assert isinstance(conv2, CausalConv3d)
+        out = conv1.convolve(activated(norm1, conv1, x, state, sees=2), state, with_bias=False)
+        frames = activated(norm2, conv2, out, state, bias=conv1.bias)
+        del out  # there is one array of a chunk's size less during the convolution
+        out = state.trim(conv2.convolve(frames, state, with_bias=False), 2)
+        x = state.inner(x, 2)
+        return add_(out, x if self.shortcut is None else self.shortcut(x, state), conv2.bias)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention with one head inside each frame."""
+
+    def __init__(self, dim: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.norm = RMSNorm(dim, num_trailing=2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1, dtype=dtype)
+        self.proj = nn.Conv2d(dim, dim, 1, dtype=dtype)
+
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
+        """x (B, C, F, H, W) -> the same shape."""
+        frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
+        q, kv = self.to_qkv(self.norm(frames)).split((x.shape[1], 2 * x.shape[1]), dim=1)
+        k, v = state.whole(kv.unsqueeze(0)).squeeze(0).chunk(2, dim=1)
+        out = attend(*(part.flatten(2).transpose(1, 2) for part in (q, k, v)))  # (B F, H W, C)
+        out = self.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
+        return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return attention with one head, q (N, L, C), k and v (N, M, C) -> (N, L, C).
+
+    The fast kernels take heads of 256 channels at most, this one has 384 or more, and what PyTorch falls back on keeps several L x M
+    arrays. On a GPU some rows at a time are computed here; the softmax is float32.
+    """
+    if not vae_elementwise.on_gpu(q):
+        return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
+    rows = max(1, _MAX_SCORES // (k.shape[0] * k.shape[1]))
+    out = []
+    for part in (q * q.shape[2] ** -0.5).split(rows, dim=1):
+        scores = torch.bmm(part, k.transpose(1, 2), out_dtype=torch.float32)
+        out.append(torch.bmm(scores.softmax(dim=2).to(v.dtype), v))
+    return torch.cat(out, dim=1)
+
+
+class Upsample(nn.Module):
+    """Double rows and columns, and frames too where ``temporal``."""
+
+    def __init__(self, dim: int, out_dim: int, *, temporal: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1, dtype=dtype)
+        )
+        self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), dtype) if temporal else None
+        self.phases: Tensor | None = None
+        """The convolution's weights for frames that have not been doubled yet, where that is how it is done; see `phases_of`."""
+
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
+        """x (B, C, F, H, W) -> (B, C_out, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
+        if self.time_conv is not None:
+            if self in state.past:
+                x = self.time_conv(x, state).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
+                x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
+            else:
+                state.past[self] = None  # the first frame was seen; time_conv starts after it
+        frames = state.extend(x, 1).transpose(1, 2).flatten(0, 1)
+        if self.phases is None:
+            return state.trim(self.resample(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2), 2)
+        phases = F.conv2d(frames, self.phases, padding=1).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        bias = self.resample[1].bias
+        assert isinstance(bias, Tensor)
+        return state.trim(interleave(phases, bias), 2)
+
+    def lay_out(self) -> None:
+        """Prepare to convolve frames before they are doubled; called when the weights are there."""
+        weight = self.resample[1].weight
+        assert isinstance(weight, Tensor)
+        self.phases = phases_of(weight).contiguous(memory_format=torch.channels_last)
+
+
+class Downsample(nn.Module):
+    """Halve rows and columns, and frames too where ``temporal``."""
+
+    def __init__(self, dim: int, *, temporal: bool, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2, dtype=dtype))
+        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), dtype=dtype) if temporal else None
+
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
+        """x (B, C, F, H, W) -> (B, C, F or F / 2, H / 2, W / 2); the video's first frame stays one."""
+        batch = x.shape[0]
+        frames = self.resample(state.extend(x, 2).transpose(1, 2).flatten(0, 1))
+        x = state.trim(frames.unflatten(0, (batch, -1)).transpose(1, 2), 1)
+        if self.time_conv is None:
+            return x
+        past = state.past.get(self)
+        state.past[self] = x[:, :, -1:].clone()
+        return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
+
+
+class DownStage(nn.Module):
+    """Residual blocks and a downsampling beside a shortcut that averages (VAE 2.2)."""
+
+    def __init__(self, layers: list[nn.Module], out_dim: int, *, temporal: int, spatial: int) -> None:
+        super().__init__()
+        self.downsamples = nn.ModuleList(layers)
+        self.out_dim, self.temporal, self.spatial = out_dim, temporal, spatial
+
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
+        """x (B, C, F, H, W) -> (B, C_out, F / temporal, H / spatial, W / spatial)."""
+        out = x
+        for layer in self.downsamples:
+            out = layer(out, state)
+        return out + average_down(x, self.out_dim, temporal=self.temporal, spatial=self.spatial)
+
+
+class UpStage(nn.Module):
+    """Residual blocks and an upsampling beside a shortcut that repeats (VAE 2.2)."""
+
+    def __init__(self, layers: list[nn.Module], out_dim: int, *, temporal: int) -> None:
+        super().__init__()
+        self.upsamples = nn.ModuleList(layers)
+        self.out_dim, self.temporal = out_dim, temporal
+
+    def forward(self, x: Tensor, state: VideoState) -> Tensor:
+        """x (B, C, F, H, W) -> (B, C_out, F * temporal, 2 H, 2 W); the video's first frame stays one."""
+        is_first = self not in state.past
+        state.past[self] = None
+        out = x
+        for layer in self.upsamples:
+            out = layer(out, state)
+        x = state.inner(x, 2 * (len(self.upsamples) - 1) + 1)  # what the blocks and the upsampling see
+        return add_repeated_(out, x, temporal=self.temporal, is_first=is_first)
+
+
+def average_down(x: Tensor, out_dim: int, *, temporal: int, spatial: int) -> Tensor:
+    """Move blocks of (temporal, spatial, spatial) neighbours into channels and average groups of those down to ``out_dim``.
+
+    x (B, C, F, H, W); frames that do not fill a block are preceded by zeros.
+    """
+    x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % temporal, 0))
+    for dim, factor in ((2, temporal), (4, spatial), (6, spatial)):
+        x = x.unflatten(dim, (-1, factor))  # at last (B, C, F, ft, H, fh, W, fw)
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+    return x.unflatten(1, (out_dim, -1)).mean(dim=2)
+
+
+def add_repeated_(out: Tensor, x: Tensor, *, temporal: int, is_first: bool) -> Tensor:
+    """Add to ``out`` the channels of x, repeated and moved into blocks of (temporal, 2, 2) neighbours; returns ``out``.
+
+    x (B, C, F, H, W), out (B, C_out, F * temporal, 2 H, 2 W); of the video's first frame only the last of a block is there.
+    """
+    step = x.shape[1] // out.shape[1]
+    repeats = 4 * temporal // step
+    frames = range(temporal - 1 if is_first else 0, temporal)
+    for number, (frame, row, column) in enumerate(itertools.product(frames, range(2), range(2)), start=4 * frames.start):
+        neighbours = out[:, :, frame - frames.start :: len(frames), row::2, column::2]
+        neighbours += x[:, number // repeats :: step]
+    return out
+
+
+def pixels_to_channels(video: Tensor) -> Tensor:
+    """video (B, 3, F, H, W) -> (B, 12, F, H / 2, W / 2): each 2 x 2 block of pixels becomes channels, columns before rows."""
+    x = video.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # (B, C, F, h, row, w, column)
+    return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
+
+
+def channels_to_pixels(x: Tensor) -> Tensor:
+    """Undo `pixels_to_channels`."""
+    x = x.unflatten(1, (-1, 2, 2))  # (B, C, column, row, F, h, w)
+    return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)

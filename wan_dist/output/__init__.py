@@ -1,0 +1,1 @@
+"""Files of results: videos, records, locks of their names, and the gallery that shows them."""

@@ -1,0 +1,92 @@
+"""The record, table and page of a run, written again and again while it goes on, by a process of its own.
+
+``python -m wan_dist.output.gallery.background FOLDER`` reads a line of JSON for each time, what the run says of itself, and answers with
+one: how long it took, and what went wrong. It ends when its input does, so with the run. In the run's own process, writing the page of
+10,000 videos would keep Python from launching kernels for ten seconds.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from wan_dist.output.gallery.page import write_page
+from wan_dist.output.gallery.records import Record, Seen, read_records
+from wan_dist.output.gallery.table import write_table
+from wan_dist.runtime.atomic_write import written_aside
+
+_NICE = 19
+
+
+class PageWriter:
+    """Writes what a run leaves in a folder for people. Records that have not changed since the last time are not read again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: Seen = {}
+
+    def write(self, run: Mapping[str, Any], stages: Mapping[str, Mapping[str, float]]) -> Path:
+        """Write ``runs/RUN.json``, a table of the run's videos, and the page, and return the page.
+
+        ``run`` is all that the run's record says but its spans, ``stages`` are those of the run itself, such as that of the texts.
+        Raises InputError where there is no such folder, and OSError where it cannot be written to.
+        """
+        records = read_records(self.folder, self._seen)
+        own = [record for record in records if record.run == run["run"]]
+        path = self.folder / "runs" / f"{run['run']}.json"
+        path.parent.mkdir(exist_ok=True)
+        with written_aside(path) as aside:
+            told = {**run, "spans": _spans_of_run(stages, own)}
+            aside.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+        if own:
+            write_table(path, own)
+        return write_page(self.folder, records)
+
+
+def _spans_of_run(stages: Mapping[str, Mapping[str, float]], records: Iterable[Record]) -> list[dict[str, Any]]:
+    spans = _spans(0, None, stages)
+    for record in records:
+        for place, own in enumerate(record.stages):
+            spans += _spans((record.rank or 0) + place, record.name, own)
+    return spans
+
+
+def _spans(rank: int, job: str | None, stages: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "rank": rank,
+            "stage": stage,
+            "job": job,
+            "began": entry["began"],
+            "seconds": entry["seconds"],
+            "gpu_gib": entry.get("peak_gpu_gib"),
+            "host_gib": entry.get("host_gib"),
+        }
+        for stage, entry in stages.items()
+        if "began" in entry and "seconds" in entry
+    ]
+
+
+def main(folder: str) -> None:
+    """Answer lines until there are no more."""
+    os.nice(_NICE)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # they are meant for the run
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    writer = PageWriter(Path(folder))
+    for line in sys.stdin:
+        began, fault = time.monotonic(), None
+        try:
+            writer.write(**json.loads(line))
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+        sys.stdout.write(json.dumps({"seconds": round(time.monotonic() - began, 3), "fault": fault}) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

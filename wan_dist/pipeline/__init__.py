@@ -1,0 +1,1 @@
+"""One video, from its settings to its file: encode, denoise, decode."""

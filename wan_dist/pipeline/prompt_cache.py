@@ -1,0 +1,103 @@
+"""Prompt embeddings kept on disk, so that a prompt seen before does not need the text encoder."""
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from wan_dist.models.text_encoder import clean_prompt
+from wan_dist.output.video_file import SaveError, save_tensors
+from wan_dist.runtime.log import logger
+
+_HEADER_BYTES = 80
+"""Of a file, besides the values."""
+_LOOKS = 64
+"""At the folder, at the most, while it is filled."""
+_CLOCK_SKEW = 5 * 10**9
+"""Nanoseconds by which a file system's clock may be behind."""
+
+
+class PromptCache:
+    """Embeddings by prompt, for one text encoder; several ranks and runs may use one folder at once.
+
+    ``identity`` tells the encoder apart from others: whatever changes embeddings must be in it. Where files take more than ``limit``
+    bytes, the longest unused are deleted, but none that was used since this process began: a batch embeds all its prompts first, and
+    the first ones should still be there for their jobs.
+    """
+
+    def __init__(self, folder: Path, identity: str, limit: int) -> None:
+        self.folder, self.identity, self.limit = folder, identity, limit
+        self._since = time.time_ns() - _CLOCK_SKEW
+        self._room = 0
+        """Bytes that may be put before the folder is looked through again."""
+        self._is_full = False
+
+    def _file(self, prompt: str) -> Path:
+        key = hashlib.sha256(json.dumps([self.identity, clean_prompt(prompt)]).encode()).hexdigest()
+        return self.folder / f"{key}.safetensors"
+
+    def has(self, prompt: str) -> bool:
+        """Whether there is an embedding of a prompt, which counts as used just now."""
+        try:
+            os.utime(self._file(prompt))
+        except OSError:
+            return False
+        return True
+
+    def get(self, prompt: str) -> Tensor | None:
+        """Return the embedding (n, text_dim) of a prompt, None if it is not here."""
+        file = self._file(prompt)
+        try:
+            context = load_file(file)["context"]
+        except (OSError, SafetensorError, KeyError):  # not there, or being deleted, or damaged: it is made again
+            return None
+        with contextlib.suppress(OSError):  # of a cache that others keep and this user reads
+            os.utime(file)  # used just now
+        return context
+
+    def put(self, prompt: str, context: Tensor) -> bool:
+        """Keep the embedding of a prompt; returns whether there is room for it, in a folder that can be written."""
+        num_bytes = context.nbytes + _HEADER_BYTES
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if num_bytes > self._room:
+                self._make_room(num_bytes)
+            if num_bytes > self._room:
+                return False
+            save_tensors(self._file(prompt), {"context": context.cpu().contiguous()})
+        except (OSError, SaveError):
+            return False
+        self._room -= num_bytes
+        return True
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Delete what is longest unused until so many bytes fit, and a few more, so that the folder is not looked through each time."""
+        if self._is_full:
+            return
+        files = []
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another run has deleted it
+                    if entry.name.endswith(".safetensors"):
+                        files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        total = sum(size for _, size, _ in files)
+        wanted = max(num_bytes, self.limit // _LOOKS)
+        for used, size, path in sorted(files):
+            if total + wanted <= self.limit or used >= self._since:
+                break
+            Path(path).unlink(missing_ok=True)
+            total -= size
+        self._room = min(self.limit - total, wanted)
+        self._is_full = self._room < num_bytes
+        if self._is_full:
+            logger.warning(
+                "cache.size_gib=%.3g holds no more texts of this run: the others are held in memory, and are encoded again if the run "
+                "is interrupted; a larger cache.size_gib keeps them",
+                self.limit / 2**30,
+            )

@@ -1,0 +1,30 @@
+"""What the files of a result are called. No torch."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from wan_dist.config.hydra_quoting import words_of
+from wan_dist.config.schema import RunConfig, check_name
+
+_WITHOUT_EFFECT = ("device", "jobs", "retry_failed", "parallel", "fsdp", "memory", "output")
+"""Settings that do not change a result, or not more than rounding does."""
+
+
+def name_result(config: RunConfig, prompt: str | None, seed: int) -> str:
+    """Return the name of a result's files, without suffix: the one that was chosen, or one made of task, prompt and seed."""
+    if config.output.name is not None:
+        return config.output.name.removesuffix(".mp4").removesuffix(".png")
+    if config.latents is not None:
+        name = Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
+        check_name("output.name (from latents)", name)
+        return name
+    return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed), _distinction(config, prompt)) if part)
+
+
+def _distinction(config: RunConfig, prompt: str | None) -> str:
+    """Return what tells a made-up name from that of a run whose prompt begins alike, or whose other settings differ."""
+    settings = {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT}
+    settings |= {"prompt": prompt, "tensor": config.output.save_tensor, "vae_dtype": config.memory.vae_dtype}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]

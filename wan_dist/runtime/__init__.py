@@ -1,0 +1,1 @@
+"""Errors, logs, files, signals and the environment of the process."""
