@@ -27,7 +27,7 @@ from PIL import Image
 
 from bench.record import this_run
 from wan_dist.run import main as run
-from wan_dist.sampling.denoise import Velocities
+from wan_dist.sampling.guidance import Velocities
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch.distributed.tensor import DTensor
 
-from wan_dist.models.attention.backends import InnerAttention
+from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize, quantize_blocks
 from wan_dist.models.transformer import ContextKV, WanTransformer
-from wan_dist.sampling.noise import Conditioning
+from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.tasks.registry import Task
 
 PROMPT_TOKENS = (60, 126)

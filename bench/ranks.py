@@ -19,13 +19,13 @@ import torch.distributed as dist
 from bench.peers import diffusers_step, diffusers_transformer
 from bench.random_model import random_inputs, random_transformer
 from bench.record import Record
-from wan_dist.models.attention.backends import choose_attention
+from wan_dist.models.attention.inner import choose_attention
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
 from wan_dist.parallel.mesh import local_device, open_groups
 from wan_dist.planning.degrees import Degrees
 from wan_dist.runtime.environment import read_ranks
-from wan_dist.sampling.denoise import Guidance, Velocities
+from wan_dist.sampling.guidance import Guidance, Velocities
 from wan_dist.tasks.registry import TASKS, Task
 
 GIB = 2**30

@@ -18,9 +18,9 @@ import torch
 from bench.peers import diffusers_step, diffusers_transformer
 from bench.random_model import random_inputs, random_transformer
 from bench.record import Record
-from wan_dist.models.attention.backends import choose_attention
+from wan_dist.models.attention.inner import choose_attention
 from wan_dist.runtime.errors import InputError
-from wan_dist.sampling.denoise import Guidance, Velocities
+from wan_dist.sampling.guidance import Guidance, Velocities
 from wan_dist.tasks.registry import TASKS, Task
 
 GIB = 2**30

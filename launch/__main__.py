@@ -2,7 +2,8 @@
 
 import sys
 
-from launch import doctor, fetch, gallery, local, plan, runs, submit
+from launch import fetch, gallery, local, plan, runs, submit
+from launch.doctor import checks as doctor
 from wan_dist import run
 from wan_dist.runtime.cache_folders import settle_caches
 from wan_dist.runtime.environment import settle_environment

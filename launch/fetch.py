@@ -9,7 +9,7 @@ Files are complete when it ends: sizes are compared with the repository's, and t
 
 import sys
 
-from launch.settings import parted, path_of
+from launch.arguments import parted, path_of
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.signals import heed_signals
 from wan_dist.tasks.registry import get_task

@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 
-from launch.settings import number_of, parted
+from launch.arguments import number_of, parted
 from wan_dist.planning.hardware import find_gpus
 from wan_dist.planning.plan import make_plan
 from wan_dist.run import check_jobs

@@ -9,10 +9,10 @@ Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT.
 
 import sys
 
-from launch.settings import number_of, parted
+from launch.arguments import number_of, parted
 from wan_dist.config.schema import RunConfig
 from wan_dist.planning.hardware import Hardware, find_gpus, find_host, parse_bytes, parse_gpus
-from wan_dist.planning.memory_estimate import table
+from wan_dist.planning.memory_table import table
 from wan_dist.planning.plan import Plan, arranged, make_plan
 from wan_dist.tasks.registry import get_task
 from wan_dist.tasks.run_config import configured

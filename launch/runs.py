@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launch.settings import path_of
+from launch.arguments import path_of
 from wan_dist.output.gallery.records import Record, read_records
 from wan_dist.output.gallery.runs import Run, read_runs
 from wan_dist.runtime.durations import duration

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.cluster import ClusterConfig, cluster_of, minutes_of
-from launch.estimate import seconds_of, step_seconds_of
-from launch.sbatch import Request, clock, fetch_script, run_script
-from launch.settings import number_of, parted, path_of
+from launch.arguments import number_of, parted, path_of
+from launch.slurm.cluster import ClusterConfig, cluster_of, minutes_of
+from launch.slurm.run_time import seconds_of, step_seconds_of
+from launch.slurm.sbatch import Request, clock, fetch_script, run_script
 from wan_dist.config.schema import RunConfig
 from wan_dist.jobs.job_file import configs_of, read_jobs
 from wan_dist.planning.hardware import Hardware, parse_bytes

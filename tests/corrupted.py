@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from launch import exchange
 from launch.__main__ import main
+from launch.doctor import exchange
 from wan_dist.parallel.mesh import Axis
 
 right = exchange.all_to_all

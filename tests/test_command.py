@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder
-from tests.unit.test_video import read_video
+from tests.unit.output.test_video_file import read_video
 from wan_dist.models.vae.layers import VideoState
 from wan_dist.output.video_file import SaveError
 from wan_dist.pipeline import generate as generate_module
@@ -229,13 +229,13 @@ def test_saving_memory_changes_no_bit(settings: str, tmp_path: Path) -> None:
 def test_a_prompt_seen_before_needs_no_text_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from wan_dist.pipeline import encode
+    from wan_dist.pipeline import text_embeddings
 
     settings = [*TINY, "output.save_tensor=true", "prompt=a red circle"]
     assert main([*settings, "output.name=a"]) == 0
     assert "seen before" not in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "TextEncoder", None)
+        patch.setattr(text_embeddings, "TextEncoder", None)
         assert main([*settings, "output.name=b"]) == 0
         assert f"seen before, kept in {tmp_path / 'cache/wan-dist/prompts'}" in capsys.readouterr().err
         for changed in ("cache.dir=null", "cache.dir=other", "prompt=a blue circle"):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_dist.models.attention.backends import apply_rotary
+from wan_dist.models.attention.rotary import apply_rotary
 from wan_dist.models.context import ContextBlock, ContextProjection
 from wan_dist.models.kernels.transformer_ops import rms_norm
 from wan_dist.models.transformer import Block, WanTransformer

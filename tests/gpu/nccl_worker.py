@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from wan_dist.models.attention.backends import InnerAttention, choose_attention
+from wan_dist.models.attention.inner import InnerAttention, choose_attention
 from wan_dist.parallel.mesh import Groups, local_device, open_groups
 from wan_dist.parallel.ring import RingAttention
 from wan_dist.parallel.sequence import SplitSequence

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, relative_error
-from wan_dist.models.attention.backends import InnerAttention, attend_with_lse, choose_attention
+from wan_dist.models.attention.inner import InnerAttention, choose_attention
+from wan_dist.models.attention.log_sum_exp import attend_with_lse
 from wan_dist.models.vae.model import in_chunks
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS

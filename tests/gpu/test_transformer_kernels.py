@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.conftest import relative_error
 from wan_dist.models.attention import cross as cross_attention
-from wan_dist.models.attention.backends import InnerAttention
+from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels import transformer_ops as elementwise

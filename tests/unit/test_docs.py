@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from launch import __main__ as launch
-from launch import doctor, fetch, gallery, local, plan, runs, submit
-from launch.cluster import cluster_of
-from launch.settings import parted
+from launch import fetch, gallery, local, plan, runs, submit
+from launch.arguments import parted
+from launch.doctor import checks as doctor
+from launch.slurm.cluster import cluster_of
 from tests.conftest import FIXTURES
 from wan_dist.config.arguments import is_text
 from wan_dist.config.compose import CONF

@@ -16,8 +16,3 @@ def quoted(value: str) -> str:
     value = re.sub(r"(\\*)'", r"\1\1\\'", value)  # Hydra: backslashes count only before a quote
     value = re.sub(r"(\\+)\Z", r"\1\1", value)
     return f"'{value}'"
-
-
-def words_of(prompt: str) -> str:
-    """Return the beginning of a prompt as part of a file's name."""
-    return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")

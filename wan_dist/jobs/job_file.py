@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan_dist.config.arguments import check_key, is_text, quote, quoted
-from wan_dist.config.hydra_quoting import words_of
 from wan_dist.config.overrides import UnplainError, is_plain_key, override_config
 from wan_dist.config.schema import RunConfig, check_length
 from wan_dist.jobs.job_entries import ALIASES, read_entries
+from wan_dist.planning.file_names import words_of
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 

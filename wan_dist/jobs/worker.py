@@ -24,15 +24,15 @@ from wan_dist.parallel.shared_counters import Counts
 from wan_dist.parallel.shared_work import kind_of, text_of
 from wan_dist.parallel.team import RankError, Team
 from wan_dist.pipeline.denoise import Video, make_latents
-from wan_dist.pipeline.encode import embed_ahead, share_texts
 from wan_dist.pipeline.generate import begin, complete, complete_later, decode_first
 from wan_dist.pipeline.model_cache import Shelf
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.resume import Kept, warn_of_older
 from wan_dist.pipeline.session import Session, find_device, open_session
-from wan_dist.planning.memory_estimate import FLOAT
+from wan_dist.pipeline.text_embeddings import embed_ahead, share_texts
 from wan_dist.planning.plan import Plan, make_plan
 from wan_dist.planning.residency import experts_stay, frames_wait, models_stay
+from wan_dist.planning.workload import FLOAT
 from wan_dist.runtime.durations import duration
 from wan_dist.runtime.errors import InputError, told
 from wan_dist.runtime.log import announce_here, keep_log, logger

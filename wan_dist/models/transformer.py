@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.attention.backends import InnerAttention, rotary_tables
 from wan_dist.models.attention.cross import cross_attend
+from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.attention.rotary import rotary_tables
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels.transformer_ops import (
     Rounded,

@@ -3,12 +3,8 @@
 import json
 import logging
 import platform
-import resource
 import socket
-import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -20,6 +16,7 @@ import torch
 
 from wan_dist import __version__
 from wan_dist.config.schema import RunConfig
+from wan_dist.output.host_memory import HostWatch, read_peak_host_bytes
 from wan_dist.planning.digests import FORMAT
 from wan_dist.planning.memory_estimate import Use
 from wan_dist.runtime.atomic_write import written_aside
@@ -77,7 +74,7 @@ class Report:
             torch.cuda.synchronize(self.device)
         peak_seen = self._peaks_of_open_stages.pop()
         entry = {"began": round(began, 3), "seconds": round(time.perf_counter() - start, 3)}
-        entry["peak_host_gib"] = round(_peak_host_bytes() / _GIB, 3)
+        entry["peak_host_gib"] = round(read_peak_host_bytes() / _GIB, 3)
         entry["host_gib"] = round(self._watch.peak_since(start) / _GIB, 3)
         if cuda:
             entry["peak_gpu_gib"] = round(max(peak_seen, torch.cuda.max_memory_allocated(self.device)) / _GIB, 3)
@@ -129,49 +126,6 @@ class Report:
         record = self.facts | {"stages": self.stages, "other_ranks": self.other_ranks, "seconds": seconds} | peaks
         with written_aside(path) as aside:
             aside.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class HostWatch:
-    """Notes the memory that this process has for itself (not files'), ten times a second, while it exists."""
-
-    def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque()
-        self._lock = threading.Lock()
-        thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
-        thread.start()
-
-    def note(self) -> None:
-        """Look now; of moments between two larger ones nothing is kept."""
-        with self._lock:
-            now, size = time.perf_counter(), _own_host_bytes()
-            while self._seen and self._seen[-1][1] <= size:
-                self._seen.pop()
-            self._seen.append((now, size))
-
-    def peak_since(self, start: float) -> int:
-        """Return the most bytes seen since ``start``, in seconds of the performance counter."""
-        self.note()
-        with self._lock:
-            return max(size for when, size in self._seen if when >= start)
-
-
-def _watch(reference: "weakref.ref[HostWatch]") -> None:
-    while (watch := reference()) is not None:
-        watch.note()
-        del watch
-        time.sleep(0.1)
-
-
-def _own_host_bytes() -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
-
-
-def _peak_host_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _device_name(device: torch.device) -> str:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
-from wan_dist.sampling.denoise import Velocities, guided
+from wan_dist.sampling.guidance import Velocities, guided
 
 
 class ParallelGuidance:

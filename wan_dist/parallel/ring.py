@@ -6,7 +6,8 @@ Partial results are merged by their log-sum-exp, which is exact.
 import torch
 from torch import Tensor
 
-from wan_dist.models.attention.backends import InnerAttention, attend_with_lse
+from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.attention.log_sum_exp import attend_with_lse
 from wan_dist.models.kernels.transformer_ops import PIECE
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.collectives import pass_on

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wan_dist.models.attention.backends import InnerAttention
+from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.collectives import all_to_all
 from wan_dist.parallel.mesh import Axis

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wan_dist.models.attention.backends import InnerAttention
+from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.mesh import Groups
 from wan_dist.runtime.errors import InputError

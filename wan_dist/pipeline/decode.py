@@ -20,7 +20,7 @@ from wan_dist.pipeline.model_cache import Shelf
 from wan_dist.pipeline.out_of_memory import free_bytes, make_sure_of_room, ranks_that_can
 from wan_dist.pipeline.vae_tiles import decode_tiles, encode_tiles
 from wan_dist.planning.degrees import MIN_STRIP
-from wan_dist.planning.memory_estimate import vae_weight_bytes
+from wan_dist.planning.parameter_bytes import vae_weight_bytes
 from wan_dist.planning.plan import Plan
 from wan_dist.planning.vae_memory import Way, ways_that_fit
 from wan_dist.runtime.log import logger

@@ -28,8 +28,9 @@ from wan_dist.planning.plan import Plan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import Preempted, preemption
+from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import denoise
-from wan_dist.sampling.noise import Conditioning, initial_noise
+from wan_dist.sampling.noise import initial_noise
 from wan_dist.sampling.solvers import make_solver
 
 _KEEP_SECONDS = 120.0

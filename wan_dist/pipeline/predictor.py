@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wan_dist.config.schema import MemoryConfig, RunConfig
-from wan_dist.models.attention.backends import InnerAttention
+from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.output.stage_report import Report
@@ -19,15 +19,16 @@ from wan_dist.parallel.cfg import ParallelGuidance
 from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.mesh import Groups, limit_waiting
 from wan_dist.parallel.shared_work import NoRoomError
-from wan_dist.pipeline.encode import project_contexts
+from wan_dist.pipeline.contexts import project_contexts
 from wan_dist.pipeline.out_of_memory import free_memory, make_sure_of_room
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.memory_estimate import Arrangement, activation_bytes
+from wan_dist.planning.memory_estimate import activation_bytes
 from wan_dist.planning.memory_planner import rungs_below, with_transformer_of
 from wan_dist.planning.plan import Plan
+from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.log import logger
-from wan_dist.sampling.denoise import Guidance, TwoExperts, Velocities, rows_of
-from wan_dist.sampling.noise import Conditioning
+from wan_dist.sampling.conditioning import Conditioning
+from wan_dist.sampling.guidance import Guidance, TwoExperts, Velocities, rows_of
 from wan_dist.sampling.solvers import Solver
 from wan_dist.sampling.step_cache import EasyCache, Predict, TeaCache
 from wan_dist.tasks.registry import NUM_TRAIN_TIMESTEPS

@@ -13,7 +13,7 @@ from torch import Tensor
 from wan_dist.config.paths import packaged
 from wan_dist.config.schema import RunConfig, split_files
 from wan_dist.models.attention import cross as cross_attention
-from wan_dist.models.attention.backends import InnerAttention, choose_attention, compile_attention
+from wan_dist.models.attention.inner import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels import transformer_ops as transformer_elementwise
 from wan_dist.models.text_encoder import token_ids
@@ -26,9 +26,10 @@ from wan_dist.pipeline.out_of_memory import free_bytes
 from wan_dist.pipeline.prompt_cache import PromptCache
 from wan_dist.planning.digests import WeightsDigests
 from wan_dist.planning.hardware import Hardware, find_host
-from wan_dist.planning.memory_estimate import Arrangement, table
+from wan_dist.planning.memory_table import table
 from wan_dist.planning.plan import Plan, arranged
 from wan_dist.planning.residency import staying
+from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.log import logger

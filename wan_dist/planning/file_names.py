@@ -2,10 +2,10 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
-from wan_dist.config.hydra_quoting import words_of
 from wan_dist.config.schema import RunConfig, check_name
 
 _WITHOUT_EFFECT = ("device", "jobs", "retry_failed", "parallel", "fsdp", "memory", "output")
@@ -28,3 +28,8 @@ def _distinction(config: RunConfig, prompt: str | None) -> str:
     settings = {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT}
     settings |= {"prompt": prompt, "tensor": config.output.save_tensor, "vae_dtype": config.memory.vae_dtype}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+
+
+def words_of(prompt: str) -> str:
+    """Return the beginning of a prompt as part of a file's name."""
+    return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")

@@ -4,21 +4,28 @@ Numbers of parameters are exact; activations count what is alive at the largest 
 bench/NOTES.md compares predictions with measured peaks.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from wan_dist.models.dims import ImageEncoderDims, ModelDims, TextEncoderDims, TransformerDims, VaeDims
-from wan_dist.planning.vae_memory import WHOLE, Way, vae_bytes
+from wan_dist.planning.parameter_bytes import (
+    block_bytes,
+    blocks_bytes,
+    context_block_bytes,
+    image_encoder_bytes,
+    projection_bytes,
+    text_block_bytes,
+    text_encoder_bytes,
+    time_bytes,
+    transformer_bytes,
+    vae_weight_bytes,
+)
+from wan_dist.planning.vae_memory import Way, vae_bytes
+from wan_dist.planning.workload import FLOAT, GIB, Arrangement, Load
 
-GIB = 2**30
-HALF, FLOAT = 2, 4
 SLOTS = 2
 """Blocks of a streamed model on the device."""
 STAGED = 3
 """Blocks of a streamed model on the host where they are read from disk."""
-GROUP = 64
-"""Values that share a scale in int4; as in models/quantized.py."""
 QUANTIZED_AT_ONCE = 1024
 """Rows that are in float32 at once where they are quantised or back; as in models/quantized.py."""
 PIECE = 4096
@@ -41,70 +48,6 @@ LIBRARY_BYTES = 48 * 2**20
 """Of each GPU in any stage: what cuBLAS keeps to work with."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arrangement:
-    """Where models are and how much of them is computed at once."""
-
-    dit: str = "resident"
-    """The transformer's weights: resident, stream or disk."""
-    t5: str = "gpu"
-    """Where the text encoder works: gpu, stream or cpu."""
-    clip: str = "gpu"
-    """Where images are looked at: gpu or cpu."""
-    shard_dit: bool = False
-    shard_t5: bool = False
-    slice_tokens: int | None = None
-    passes: str = "together"
-    vae: Way = WHOLE
-    """How frames are made."""
-    image: Way = WHOLE
-    """How images are encoded."""
-
-    @property
-    def words(self) -> str:
-        """The arrangement in a line."""
-        dit = "sharded" if self.shard_dit else {"stream": "streamed", "disk": "from disk"}.get(self.dit, self.dit)
-        sliced = f", {self.slice_tokens} tokens at a time" if self.slice_tokens else ""
-        passes = ", passes apart" if self.passes == "apart" else ""
-        t5 = "sharded" if self.shard_t5 else {"gpu": "whole", "stream": "block by block", "cpu": "on the CPU"}[self.t5]
-        clip = "; CLIP on the CPU" if self.clip == "cpu" else ""
-        return f"transformer {dit}{sliced}{passes}; text encoder {t5}{clip}; VAE {self.vae}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a run works on, as far as memory is concerned."""
-
-    models: ModelDims
-    latent_shape: tuple[int, int, int, int]
-    """(C, T, h, w)."""
-    num_tokens: int
-    """Of the video."""
-    text_tokens: tuple[int, ...]
-    """Of the prompt, and of the negative one if there is one."""
-    num_images: int = 0
-    is_first_frame: bool = False
-    """The image is encoded alone, as the video's first latent frame, not as a video with empty frames after it."""
-    num_experts: int = 1
-    keeps_steps: bool = False
-    """What all blocks added to the tokens is kept for the next step."""
-    num_ranks: int = 1
-    cfg: int = 1
-    num_parts: int = 1
-    """Of the sequence: ranks of ring and ulysses."""
-    ranks_per_node: int = 1
-    quant: str = "none"
-    attends_in_8_bits: bool = False
-    on_gpu: bool = True
-    itemsize: int = HALF
-    vae_itemsize: int = HALF
-
-    def vae_size(self, *, encode: bool) -> tuple[int, int, int]:
-        """Return latent frames, rows and columns of what the VAE decodes, or encodes."""
-        frames, rows, columns = self.latent_shape[1:]
-        return 1 if encode and self.is_first_frame else frames, rows, columns
-
-
 @dataclass(frozen=True)
 class Use:
     """Bytes of one stage on one rank, by part; the host's for all ranks of a node."""
@@ -122,101 +65,6 @@ class Use:
     def host_bytes(self) -> int:
         """All of the host's."""
         return sum(self.host.values())
-
-
-def block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
-    """Return the bytes of a transformer's block without cross-attention's keys and values: linears, and vectors in float32."""
-    d, f = dims.dim, dims.ffn_dim
-    rows, weights = 7 * d + f, 6 * d * d + 2 * d * f
-    if quant == "none":
-        stored = weights * itemsize
-    else:  # see models/quantized.py
-        stored = weights // 2 + weights // GROUP * 2 * FLOAT if quant == "int4" else weights + rows * FLOAT
-    return stored + rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT
-
-
-def blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> int:
-    """Return the bytes of all blocks; the first and the last are not quantised."""
-    inner = max(0, dims.num_layers - 2)
-    return inner * block_bytes(dims, itemsize, quant) + (dims.num_layers - inner) * block_bytes(dims, itemsize)
-
-
-def time_bytes(dims: TransformerDims) -> int:
-    """Return the bytes of what embeds timesteps, float32."""
-    return (dims.freq_dim + 1 + dims.dim + 1 + 6 * (dims.dim + 1)) * dims.dim * FLOAT
-
-
-def transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
-    """Return the bytes of all of a transformer but the projection of contexts."""
-    patch = prod(dims.patch)
-    head = (dims.dim + 1) * patch * dims.out_dim + 2 * dims.dim
-    return blocks_bytes(dims, itemsize, quant) + (dims.in_dim * patch + 1) * dims.dim * itemsize + time_bytes(dims) + head * FLOAT
-
-
-def context_block_bytes(dims: TransformerDims, itemsize: int) -> int:
-    """Return the bytes of one block's projection to keys and values."""
-    branches = 1 + bool(dims.image_dim)
-    return branches * (2 * dims.dim * (dims.dim + 1) * itemsize + dims.dim * FLOAT)
-
-
-def projection_bytes(dims: TransformerDims, itemsize: int, num_blocks: int) -> int:
-    """Return the bytes of the projection of contexts, with this many blocks."""
-    total = (dims.text_dim + 1 + dims.dim + 1) * dims.dim * itemsize + num_blocks * context_block_bytes(dims, itemsize)
-    if dims.image_dim:
-        width = dims.image_dim
-        total += (2 * width + (width + 1) * width + (width + 1) * dims.dim + 2 * dims.dim + dims.image_positions * width) * FLOAT
-    return total
-
-
-def text_block_bytes(dims: TextEncoderDims, itemsize: int) -> int:
-    """Return the bytes of a block of umT5."""
-    inner = dims.num_heads * dims.head_dim
-    return (4 * dims.dim * inner + 3 * dims.dim * dims.ffn_dim + dims.num_buckets * dims.num_heads + 2 * dims.dim) * itemsize
-
-
-def text_encoder_bytes(dims: TextEncoderDims, itemsize: int) -> int:
-    """Return the bytes of umT5's encoder."""
-    return dims.num_layers * text_block_bytes(dims, itemsize) + (dims.vocab_size + 1) * dims.dim * itemsize
-
-
-def image_encoder_bytes(dims: ImageEncoderDims) -> int:
-    """Return the bytes of CLIP's vision tower up to the layer that is read, float32."""
-    d, f = dims.dim, dims.ffn_dim
-    layer = 4 * d * (d + 1) + f * (d + 1) + d * (f + 1) + 4 * d
-    positions = (dims.image_size // dims.patch) ** 2 + 1
-    return ((dims.num_layers - 1) * layer + (3 * dims.patch**2 + 1 + positions) * d + 2 * d) * FLOAT
-
-
-def vae_weight_bytes(dims: VaeDims, itemsize: int) -> int:
-    """Return the bytes of a VAE's encoder and decoder."""
-    latent = dims.latent_dim
-    total = (2 * latent) * (2 * latent + 1) + latent * (latent + 1)
-    first, last = dims.encoder_stages[0][0], dims.encoder_stages[-1][1]
-    total += _conv(dims.pixel_channels, first, 27) + _middle(last) + last + _conv(last, 2 * latent, 27)
-    for stage, (before, after) in enumerate(dims.encoder_stages):
-        total += _residual(before, after) + (dims.num_blocks - 1) * _residual(after, after)
-        if stage < len(dims.temporal):
-            total += _conv(after, after, 9) + (_conv(after, after, 3) if dims.temporal[stage] else 0)
-    first, last = dims.decoder_stages[0][0], dims.decoder_stages[-1][1]
-    total += _conv(latent, first, 27) + _middle(first) + last + _conv(last, dims.pixel_channels, 27)
-    for stage, (before, after) in enumerate(dims.decoder_stages):
-        total += _residual(before, after) + dims.num_blocks * _residual(after, after)
-        if stage < len(dims.temporal):
-            total += _conv(after, after if dims.residual else after // 2, 9)
-            total += _conv(after, 2 * after, 3) if dims.temporal[::-1][stage] else 0
-    return total * itemsize
-
-
-def _conv(before: int, after: int, kernel: int) -> int:
-    return before * after * kernel + after
-
-
-def _residual(before: int, after: int) -> int:
-    return before + after + _conv(before, after, 27) + _conv(after, after, 27) + (_conv(before, after, 1) if before != after else 0)
-
-
-def _middle(dim: int) -> int:
-    return 2 * _residual(dim, dim) + dim + _conv(dim, 3 * dim, 1) + _conv(dim, dim, 1)
 
 
 def context_bytes(load: Load) -> tuple[int, int]:
@@ -320,13 +168,3 @@ def _vae(load: Load, way: Way, stage: str, process: dict[str, int]) -> Use:
         "activations": vae_bytes(dims, size, itemsize, at_once=way.at_once, encode=encode, still=frames == 1),
     }
     return Use(stage, {}, process | parts) if way.name == "cpu" else Use(stage, parts, process)
-
-
-def table(uses: Sequence[Use], gpu: int | None, host: int) -> list[str]:
-    """Return a table of what stages take, in GiB, beside what there is."""
-    lines = [f"{'GiB':9} {'GPU' if gpu is not None else 'tensors':>8}  of which{'':45} {'host':>6}"]
-    for use in uses:
-        parts = ", ".join(f"{part} {size / GIB:.1f}" for part, size in use.gpu.items() if size >= 0.05 * GIB)
-        lines.append(f"{use.stage:9} {use.gpu_bytes / GIB:8.1f}  {parts:53} {use.host_bytes / GIB:6.1f}")
-    room = f"{gpu / GIB:8.1f}" if gpu is not None else f"{'':8}"
-    return [*lines, f"{'there is':9} {room}  {'':53} {host / GIB:6.1f}"]

@@ -11,19 +11,10 @@ from typing import Any
 
 from wan_dist.config.schema import MemoryConfig
 from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.memory_estimate import (
-    CONTEXT_BYTES,
-    GIB,
-    LATER_NCCL_BYTES,
-    NCCL_BYTES,
-    UNUSED_BYTES,
-    Arrangement,
-    Load,
-    Use,
-    footprint,
-    vae_weight_bytes,
-)
+from wan_dist.planning.memory_estimate import CONTEXT_BYTES, LATER_NCCL_BYTES, NCCL_BYTES, UNUSED_BYTES, Use, footprint
+from wan_dist.planning.parameter_bytes import vae_weight_bytes
 from wan_dist.planning.vae_memory import WHOLE, Way, ways_that_fit
+from wan_dist.planning.workload import GIB, Arrangement, Load
 from wan_dist.runtime.errors import InputError
 
 _CHOICES = ("dit", "t5", "slice_tokens", "passes", "vae")

@@ -12,10 +12,11 @@ from wan_dist.models.dims import ModelDims
 from wan_dist.planning.degrees import MIN_STRIP, Degrees, check_attention, plan_degrees
 from wan_dist.planning.file_names import name_result
 from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.memory_estimate import Arrangement, Load, Use, footprint
+from wan_dist.planning.memory_estimate import Use, footprint
 from wan_dist.planning.memory_planner import Budget, arrange, arrange_vae, budget_of
 from wan_dist.planning.saved_latents import LONGEST_SIDE, size_of_latents
 from wan_dist.planning.vae_memory import Way
+from wan_dist.planning.workload import Arrangement, Load
 from wan_dist.runtime.environment import read_ranks
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableError, read_object, read_text

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from wan_dist.planning.memory_estimate import image_encoder_bytes, projection_bytes, vae_weight_bytes
+from wan_dist.planning.parameter_bytes import image_encoder_bytes, projection_bytes, vae_weight_bytes
 from wan_dist.planning.plan import Plan
 
 

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from wan_dist.models.attention.backends import InnerAttention
+from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.kernels.dispatch import tried
 
 _KERNELS_OF = ("fa4", "fa3", "cudnn", "fa2", "flash", "sage", "8bit")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.attention.backends import apply_rotary
+from wan_dist.models.attention.rotary import apply_rotary
 from wan_dist.models.kernels.dispatch import block_of, multiplies_fp8, tried
 
 PIECE = 4096

@@ -1,0 +1,88 @@
+"""What a cluster's nodes are like, and what Slurm wants to be told there: conf/cluster/NAME.yaml, or a file of your own."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from launch.arguments import path_of
+from wan_dist.config.compose import CONF, readable
+from wan_dist.planning.hardware import parse_bytes
+from wan_dist.runtime.errors import InputError, nearest
+
+_CLUSTERS = CONF / "cluster"
+
+
+@dataclass
+class ClusterConfig:
+    """A kind of nodes. Of a cluster's own things, such as its partition, ``null`` leaves them to Slurm's defaults."""
+
+    gpus_per_node: int = 8
+    gpu_memory: str = "80GB"
+    gpu_type: str | None = None
+    """Slurm's name of it, as in --gpus-per-node=h100:8."""
+    host_memory: str = "512GB"
+    """Of a node, that jobs may ask for."""
+    cpus_per_gpu: int = 8
+    tflops: float = 150.0
+    """What a GPU computes a second in these models, cautiously; for the time that is asked for."""
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    fetch_partition: str | None = None
+    """Where there is internet, for downloads."""
+    fetch_time: str = "04:00:00"
+    max_time: str | None = None
+    """The longest that jobs may ask for; what takes longer is kept before it is up, and goes on in the queue."""
+    signal_seconds: int = 120
+    """How long before its end a job is told to keep its state, at least; more where a step takes longer."""
+    setup: list[str] = field(default_factory=list)
+    """Lines of shell that make ``python`` the one with wan_dist, such as module load; none: the Python that submits."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the run, such as NCCL_SOCKET_IFNAME."""
+    options: list[str] = field(default_factory=list)
+    """More options of sbatch, such as --exclusive."""
+
+    def __post_init__(self) -> None:
+        for key in ("gpu_memory", "host_memory"):
+            parse_bytes(getattr(self, key), f"cluster.{key}")
+        for key in ("gpus_per_node", "cpus_per_gpu", "tflops", "signal_seconds"):
+            if getattr(self, key) <= 0:
+                raise InputError(f"cluster.{key}={getattr(self, key)}: it must be above 0")
+        for key in ("fetch_time", "max_time"):
+            if (time := getattr(self, key)) is not None:
+                minutes_of(time, f"cluster.{key}")
+        texts = [getattr(self, item.name) for item in fields(self) if isinstance(getattr(self, item.name), str)]
+        if any("\n" in text for text in (*texts, *self.options)):
+            raise InputError("a line break in an option of Slurm's")
+
+
+def minutes_of(text: str, key: str) -> int:
+    """Return the minutes of a time as Slurm reads it: minutes, HH:MM:SS, or D-HH:MM:SS; raises InputError."""
+    match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+)(?::(\d\d))?", text)
+    if not match or (":" in text and text.count(":") != 2):
+        raise InputError(f"{key}={text} is not a time, e.g. {key}=02:30:00")
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return max(1, days * 1440 + hours * 60 + minutes + (seconds > 0))
+
+
+def cluster_of(name: str, changes: Sequence[str]) -> ClusterConfig:
+    """Return the cluster of this name, or in this file, with changes such as ``partition=gpu``; raises InputError."""
+    file = path_of("cluster", name) if name.endswith((".yaml", ".yml")) else _CLUSTERS / f"{name}.yaml"
+    if not file.is_file():
+        known = sorted(path.stem for path in _CLUSTERS.glob("*.yaml"))
+        raise InputError(f"cluster={name}: there is {', '.join(known)}, or a file of your own, cluster=mine.yaml{nearest(name, known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(file), OmegaConf.from_dotlist(list(changes)))
+        return cast(ClusterConfig, OmegaConf.to_object(merged))
+    except InputError:  # of a value
+        raise
+    except OmegaConfBaseException as fault:
+        raise InputError(f"cluster={name}: {readable(fault)}") from None
+    except (OSError, ValueError, YAMLError) as fault:
+        raise InputError(f"cluster={name}: {file} cannot be read: {' '.join(str(fault).split())}") from None

@@ -1,0 +1,128 @@
+"""Scripts for sbatch, from what a job asks for."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from launch.slurm.cluster import ClusterConfig
+
+_RUN = """\
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --label \\
+    %s -m wan_dist.run "${settings[@]}"
+"""
+REQUEUE = r"""code=$?
+mark=.wan-$SLURM_JOB_ID.requeued # what the last attempt has left, and how many in a row have left nothing new
+if ((code == 75)); then          # asked to end early: the same job goes on from what was kept
+    folder=outputs name='' texts=${XDG_CACHE_HOME:-${HOME:-}/.cache}/wan-dist/prompts
+    for setting in "${settings[@]}"; do
+        case $setting in
+        output.dir=*) folder=${setting#*=} ;;
+        output.name=*) name=${setting#*=} ;;
+        cache.dir=*) texts=${setting#*=} ;;
+        esac
+    done
+    folder=${folder/#\~/${HOME:-}} texts=${texts/#\~/${HOME:-}} idle=0
+    left=$({
+        find "$folder" -maxdepth 1 -type f \( -name '*.mp4' -o -name '*.png' -o -name '*.json' \) -printf '%p %s\n' | grep -F "/$name"
+        find "$folder" -maxdepth 1 -type f -name '*.state.safetensors' -exec cksum {} + | grep -F "/$name"
+        find "$texts" -maxdepth 1 -type f -name '*.safetensors'
+    } 2>/dev/null | sort | cksum)
+    if read -r count before 2>/dev/null <"$mark" && [[ $left == "$before" ]]; then
+        idle=$((count + 1))
+    fi
+    if ((idle < 2)); then
+        echo "$idle $left" >"$mark"
+        echo "goes back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+        exit "$code"
+    fi
+    echo "not requeued: two requeues in a row left no new step, text or video in $folder; submit it again with more time" >&2
+fi
+rm -f "$mark"
+exit "$code"
+"""
+"""What follows the run: a job that was asked to end goes on, unless that has led nowhere twice. ``settings`` are the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one job of Slurm's is to do, and what it needs."""
+
+    name: str
+    notes: Sequence[str]
+    """Comments, a line each."""
+    settings: Sequence[Sequence[str]]
+    """Of the run; of an array, those of each element."""
+    is_array: bool = False
+    at_once: int | None = None
+    nodes: int
+    gpus_per_node: int
+    memory_gib: int
+    minutes: int
+    signal_seconds: int
+    """How long before its end it is told to keep its state."""
+    after: str | None = None
+    """The job that must have succeeded before."""
+
+
+def run_script(request: Request, cluster: ClusterConfig, python: str) -> str:
+    """Return the script that makes a video, or one for each element of an array."""
+    gpus = f"{cluster.gpu_type}:{request.gpus_per_node}" if cluster.gpu_type else request.gpus_per_node
+    options = {
+        "job-name": request.name,
+        **_placement(cluster, cluster.partition),
+        "nodes": request.nodes,
+        "gpus-per-node": gpus,
+        "ntasks-per-node": request.gpus_per_node,
+        "cpus-per-task": cluster.cpus_per_gpu,
+        "mem": f"{request.memory_gib}G",
+        "time": clock(request.minutes),
+        "signal": f"USR1@{request.signal_seconds}",
+        "open-mode": "append",
+        "output": "wan-%A-%a.log" if request.is_array else "wan-%j.log",
+    }
+    if request.is_array:
+        options["array"] = f"0-{len(request.settings) - 1}" + (f"%{request.at_once}" if request.at_once else "")
+    if request.after:
+        options |= {"dependency": f"afterok:{request.after}", "kill-on-invalid-dep": "yes"}
+    body = _of_array(request.settings) if request.is_array else f"settings=({shlex.join(request.settings[0])})\n"
+    return _script(request.notes, options, ["--requeue", *cluster.options], cluster, f"{body}\n{_RUN % shlex.quote(python)}{REQUEUE}")
+
+
+def fetch_script(arguments: Sequence[str], cluster: ClusterConfig, python: str) -> str:
+    """Return the script that downloads what a task needs."""
+    options = {
+        "job-name": "wan-fetch",
+        **_placement(cluster, cluster.fetch_partition or cluster.partition),
+        "ntasks": 1,
+        "cpus-per-task": 4,
+        "mem": "4G",
+        "time": cluster.fetch_time,
+        "output": "wan-fetch-%j.log",
+    }
+    return _script([], options, [], cluster, f"{shlex.quote(python)} -m wan_dist fetch {shlex.join(arguments)}\n")
+
+
+def clock(minutes: int) -> str:
+    """Return minutes as Slurm writes them, e.g. 1-02:30:00."""
+    days, rest = divmod(minutes, 24 * 60)
+    return (f"{days}-" if days else "") + f"{rest // 60:02}:{rest % 60:02}:00"
+
+
+def _placement(cluster: ClusterConfig, partition: str | None) -> dict[str, str]:
+    given = {"partition": partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _script(notes: Sequence[str], options: Mapping[str, object], more: Sequence[str], cluster: ClusterConfig, body: str) -> str:
+    lines = ["#!/bin/bash", *(f"# {note}" for note in notes)]
+    lines += [f"#SBATCH --{key}={value}" for key, value in options.items()]
+    lines += [f"#SBATCH {option}" for option in more]
+    lines += ["set -uo pipefail", "", *cluster.setup]
+    lines += [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
+    return "\n".join(lines) + f"\n{body}"
+
+
+def _of_array(elements: Sequence[Sequence[str]]) -> str:
+    cases = [f"{number}) settings=({shlex.join(settings)}) ;;" for number, settings in enumerate(elements)]
+    return "\n".join(["case $SLURM_ARRAY_TASK_ID in", *cases, "esac", ""])

@@ -1,0 +1,53 @@
+"""Predicted bytes of the models against the models themselves, on meta."""
+
+import pytest
+import torch
+from torch import nn
+
+from wan_dist.models.context import ContextProjection
+from wan_dist.models.image_encoder import build_image_encoder
+from wan_dist.models.kernels import quantized_linear as quantized
+from wan_dist.models.kernels import transformer_ops as transformer_elementwise
+from wan_dist.models.text_encoder import build_text_encoder
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.vae.model import WanVae
+from wan_dist.planning import memory_estimate as footprint
+from wan_dist.planning import parameter_bytes
+from wan_dist.tasks.registry import TASKS
+from wan_dist.weights import streaming
+
+
+def size_of(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_bytes_of_weights_are_exact(task: object, dtype: torch.dtype) -> None:
+    dims = task.transformer  # type: ignore[attr-defined]
+    with torch.device("meta"):
+        model, projection = WanTransformer(dims, dtype), ContextProjection(dims, dtype)
+        vae, text = WanVae(task.vae, dtype), build_text_encoder(task.text_encoder, dtype)  # type: ignore[attr-defined]
+    assert footprint.block_bytes(dims, dtype.itemsize) == size_of(model.blocks[0])
+    assert footprint.transformer_bytes(dims, dtype.itemsize) == size_of(model)
+    assert footprint.projection_bytes(dims, dtype.itemsize, dims.num_layers) == size_of(projection)
+    assert footprint.vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(size_of(vae), rel=2e-3)  # norms are float32
+    assert footprint.text_encoder_bytes(task.text_encoder, dtype.itemsize) == size_of(text)  # type: ignore[attr-defined]
+    assert footprint.text_block_bytes(task.text_encoder, dtype.itemsize) == size_of(text.get_submodule("block.0"))  # type: ignore[attr-defined]
+
+
+def test_bytes_of_the_image_encoder_are_exact() -> None:
+    dims = TASKS["i2v-14B"].image_encoder
+    assert dims is not None
+    with torch.device("meta"):
+        model = build_image_encoder(dims)
+    assert footprint.image_encoder_bytes(dims) == size_of(model)
+
+
+def test_what_the_plan_counts_is_what_the_models_do() -> None:
+    """The plan is made without torch, so a few numbers stand in two places."""
+    assert footprint.SLOTS == streaming._NUM_SLOTS
+    assert streaming.BlockReader.num_ahead == footprint.STAGED
+    assert parameter_bytes.GROUP == quantized.GROUP
+    assert footprint.QUANTIZED_AT_ONCE == quantized._ROWS_AT_ONCE
+    assert footprint.PIECE == transformer_elementwise.PIECE

@@ -1,0 +1,54 @@
+"""Attention with the log-sum-exp of its scores, which ring attention merges partial results by."""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from wan_dist.models.attention.backends import load_flash_attention_4
+
+SCORE_BYTES = 2**26
+"""Of the scores that are there at once where a ring attends by plain arithmetic; as in footprint.py."""
+
+
+def attend_with_lse(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return attention's result (B, Lq, H, D) and its log-sum-exp (B, Lq, H), float32; shapes as in `InnerAttention.forward`.
+
+    FlashAttention-4 where ``name`` is fa4, cuDNN where it is cudnn, else FlashAttention-2 where the GPU and the dtype have it, else
+    plain arithmetic in float32, a part of the scores at a time.
+    """
+    if name == "fa4":
+        out, of_queries = load_flash_attention_4()(q, k, v, return_lse=True)
+        return out, cast(Tensor, of_queries).float().transpose(1, 2)
+    has_flash = q.is_cuda and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    if name != "cudnn" and not has_flash:
+        return _attend_in_parts(q, k, v)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, H, L, D)
+    if name == "cudnn":
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+        lse = lse.squeeze(-1)
+    else:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out.transpose(1, 2).to(v.dtype), lse.float().transpose(1, 2)
+
+
+def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same by plain arithmetic in float32: as many heads at a time, and of them queries, as `SCORE_BYTES` has room for."""
+    (batch, num_queries, num_heads, width), num_keys = q.shape, k.shape[1]
+    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+    most = SCORE_BYTES // (4 * batch * num_keys)  # rows of scores
+    heads_at_once = min(max(most // max(num_queries, 2 * width), 1), num_heads)
+    queries_at_once = max(most // heads_at_once, 1)
+    for first_head in range(0, num_heads, heads_at_once):
+        heads = slice(first_head, first_head + heads_at_once)
+        keys, values = (part[:, :, heads].transpose(1, 2).float() for part in (k, v))  # (B, h, Lk, D)
+        for first in range(0, num_queries, queries_at_once):
+            some = slice(first, first + queries_at_once)
+            queries = q[:, some, heads].transpose(1, 2).float() * width**-0.5  # (B, h, l, D)
+            scores = queries @ keys.transpose(-1, -2)  # (B, h, l, Lk)
+            largest = scores.amax(dim=-1, keepdim=True)
+            total = scores.sub_(largest).exp_().sum(dim=-1, keepdim=True)
+            out[:, some, heads] = (scores @ values / total).transpose(1, 2).to(out.dtype)
+            lse[:, some, heads] = (largest + total.log()).squeeze(-1).transpose(1, 2)
+            del scores  # it would be there beside the next
+    return out, lse
