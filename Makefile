@@ -20,7 +20,7 @@ test-toy: $(VENV)/.dev ## score the tiny model on 64 captions, on one rank and o
 test-slurm: $(VENV)/.dev ## submit the scripts of slurm/ to a Slurm on this machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_slurm.py -rs
 
-drill: $(VENV)/.runtime ## inject 60 faults into a run of 1000 jobs; about an hour on 2 cores
+drill: $(VENV)/.runtime ## inject 60 faults into a run of 1000 jobs; half an hour on 2 cores
 	$(BIN)/python -m bench.drill
 
 lint: $(VENV)/.dev ## style and types
