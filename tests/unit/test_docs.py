@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launch import __main__ as launch
 from launch import fetch, gallery, local, plan, runs, submit
@@ -82,8 +83,30 @@ def test_every_file_of_conf_is_composed(file: Path) -> None:
         assert config is not None
         assert config.task == name
         assert name in TASKS
-    elif group == "memory":
-        assert all(configured([f"task={task}", f"memory={name}"]) is not None for task in ("toy", "i2v-14B"))
+    elif group in ("parallel", "fsdp", "memory"):
+        assert all(configured([f"task={task}", f"{group}={name}"]) is not None for task in ("toy", "i2v-14B"))
+        first, *settings = file.read_text(encoding="utf-8").splitlines()
+        assert first.startswith("# ")
+        assert len(settings) <= 5
+
+
+def test_the_configuration_lists_every_setting_as_the_schema_has_it() -> None:
+    """Key, default and help, each section under its own heading."""
+    text = (CONF / "config.yaml").read_text(encoding="utf-8")
+    listed: dict[str, tuple[str, object]] = {}
+    section, comment = "", ""
+    for line in text.partition("chdir: false\n")[2].splitlines():
+        key, _, value = line.strip().partition(":")
+        if key.startswith("#"):
+            comment += line.strip().removeprefix("#")
+        elif line.endswith(":"):
+            section = f"{key}."
+        elif key:
+            name = key if line == line.strip() else section + key
+            listed[name] = (comment.strip(), yaml.safe_load(value))
+        comment = comment if key.startswith("#") else ""
+    defaults = {key: item.default for key, item in leaf_fields().items()}
+    assert listed == {key: (item.metadata["help"], defaults[key]) for key, item in leaf_fields().items()}
 
 
 @pytest.mark.parametrize("setting", sorted(set(re.findall(r"`((?:[a-z_0-9]+\.)*[a-z_0-9]+=[^`\s]+)`", README)) - {"key=value"}))
