@@ -15,7 +15,7 @@ from wan_dist.config.paths import packaged
 from wan_dist.models import text_encoder
 from wan_dist.models.text_encoder import TextEncoder, split_into_chunks
 from wan_dist.parallel.mesh import Axis
-from wan_dist.pipeline import encode
+from wan_dist.pipeline import text_embeddings
 from wan_dist.pipeline.prompt_cache import PromptCache
 from wan_dist.run import main
 from wan_dist.runtime.signals import Preempted
@@ -74,12 +74,12 @@ def quiet_report() -> Any:
 
 
 def test_blocks_are_read_once_a_chunk_and_the_result_is_the_same(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, _ = streamed_embeddings(checkpoint, encode._encode_texts, "cpu")
-    once, reads = streamed_embeddings(checkpoint, encode._encode_texts, "stream")
+    whole, _ = streamed_embeddings(checkpoint, text_embeddings._encode_texts, "cpu")
+    once, reads = streamed_embeddings(checkpoint, text_embeddings._encode_texts, "stream")
     assert reads
     assert len(reads) == len(set(reads)), "five prompts in one chunk"
     monkeypatch.setattr(text_encoder, "_MOST_TOKENS", 60)
-    chunked, _ = streamed_embeddings(checkpoint, encode._encode_texts, "stream")
+    chunked, _ = streamed_embeddings(checkpoint, text_embeddings._encode_texts, "stream")
     for prompt in PROMPTS:
         assert torch.equal(once[prompt], whole[prompt]), prompt
         assert torch.equal(chunked[prompt], whole[prompt]), prompt
@@ -157,14 +157,14 @@ def test_replicas_get_the_texts_that_they_do_not_see(caches: str, tmp_path: Path
             else:
                 cache.put(text, values[text])
         sessions.append(session)
-    threads = [threading.Thread(target=encode.share_texts, args=(session, texts, tmp_path / "sent")) for session in sessions]
+    threads = [threading.Thread(target=text_embeddings.share_texts, args=(session, texts, tmp_path / "sent")) for session in sessions]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for session in sessions:
         for text in texts:
-            found = encode._find_text(session, None, text)
+            found = text_embeddings._find_text(session, None, text)
             assert found is not None
             assert torch.equal(found, values[text])
     assert len(list((tmp_path / "sent").glob("*"))) == (0 if caches == "shared" else 50)

@@ -187,6 +187,7 @@ MIGS = {"MIG-77-1": "m", "MIG-GPU-8f2e-11/1/0": "n"}
     ],
 )
 def test_gpus_that_are_visible(given: str, seen: str, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     hardware._warn_once.cache_clear()

@@ -16,6 +16,7 @@ from wan_dist.runtime import signals as module
 from wan_dist.runtime.environment import Ranks
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.signals import CODE, Preempted, end_when_asked, heed_signals, preemption
+from wan_dist.tasks import run_config
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
@@ -131,7 +132,7 @@ def test_the_command_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return arguments
 
     monkeypatch.setattr(sys, "argv", ["wan_dist"])
-    monkeypatch.setattr(run, "prepare", asked)
+    monkeypatch.setattr(run_config, "prepare", asked)
     assert run.main(["task=toy"]) == CODE
     assert "wan_dist: stopped by SIGHUP; the same command goes on" in capsys.readouterr().err
 
@@ -145,7 +146,7 @@ def test_an_error_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         time.sleep(0.01)
         return str(message)
 
-    monkeypatch.setattr(run, "prepare", refused)
+    monkeypatch.setattr(run_config, "prepare", refused)
     monkeypatch.setattr(run, "told", told)
     assert run.main(["task=toy"]) == 2
     assert "no such thing" in capsys.readouterr().err
@@ -153,7 +154,9 @@ def test_an_error_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_handlers_come_before_heavy_imports() -> None:
     lines = Path(run.__file__).read_text(encoding="utf-8").splitlines()
-    assert lines.index("    end_when_asked()  # before the imports below, which take a second") < lines.index("import hydra")
+    assert lines.index("    end_when_asked()  # before the imports below, which take a second") < lines.index(
+        "from wan_dist.tasks.run_config import configured"
+    )
 
 
 def test_ranks_that_never_came_are_not_waited_for_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
