@@ -26,26 +26,39 @@ def save_in_turn(tensors: Iterable[tuple[str, torch.Tensor]], file: Path) -> Non
         stream.seek(8 + _HEADER_BYTES)
         for name, tensor in tensors:
             start, end = end, end + tensor.nbytes
-            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            header[name] = {
+                "dtype": _NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
             stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         stream.seek(0)
-        stream.write(_HEADER_BYTES.to_bytes(8, "little") + json.dumps(header).encode().ljust(_HEADER_BYTES))
+        stream.write(
+            _HEADER_BYTES.to_bytes(8, "little") + json.dumps(header).encode().ljust(_HEADER_BYTES)
+        )
 
 
 def main() -> None:
     """Make the checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", default="t2v-1.3B", choices=TASKS)
     parser.add_argument("--text-encoder-of", type=Path)
     options = parser.parse_args()
     task = TASKS[options.task]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = "high_noise_model" if task.boundary else "."
-    settings = {"device": device, "dtype": torch.bfloat16, "transformer_folder": place, "text_encoder_of": options.text_encoder_of}
+    place = "high_noise_model" if task.expert_boundary else "."
+    settings = {
+        "device": device,
+        "dtype": torch.bfloat16,
+        "transformer_folder": place,
+        "text_encoder_of": options.text_encoder_of,
+    }
     torch.serialization.set_crc32_options(False)  # which take as long as the rest
-    make_checkpoint(options.folder, task.models, save=save_in_turn, **settings)
-    if task.boundary:
+    make_checkpoint(options.folder, task.model_dims, save=save_in_turn, **settings)
+    if task.expert_boundary:
         (options.folder / "low_noise_model").symlink_to(place)
 
 

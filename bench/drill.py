@@ -90,7 +90,9 @@ class Drill:
         return line
 
     def _write(self) -> None:
-        (self.folder / "jobs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        (self.folder / "jobs.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in self.lines)
+        )
 
     def edit(self) -> list[str]:
         """Change the fps of a line whose video is there, if one is, and another line's prompt, and add a line.
@@ -120,22 +122,47 @@ class Drill:
         """Start a run of the jobs; its events go to a file of the folder's name."""
         jobs, events = self.folder / "jobs.jsonl", self.folder / f"{out.name}.jsonl"
         self.num_begun = len(self.events(out, "begun"))
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.num_ranks}"]
-        settings = [*_COMMON, f"sample.steps={self.num_steps}", f"jobs={jobs}", f"output.dir={out}", f"output.events={events}", *more]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={self.num_ranks}",
+        ]
+        settings = [
+            *_COMMON,
+            f"sample.steps={self.num_steps}",
+            f"jobs={jobs}",
+            f"output.dir={out}",
+            f"output.events={events}",
+            *more,
+        ]
         settings += [f"parallel.dp={self.num_replicas}"] if self.num_replicas is not None else []
         return self._start([*(torchrun if launched else []), "-m", "wan_dist.run", *settings])
 
     def start_single(self, prompt: str, *, num_steps: int) -> Run:
         """Start a run of one video, whose name is made up."""
-        settings = [*_COMMON, f"sample.steps={num_steps}", f"prompt={prompt}", f"output.dir={self.disk}"]
+        settings = [
+            *_COMMON,
+            f"sample.steps={num_steps}",
+            f"prompt={prompt}",
+            f"output.dir={self.disk}",
+        ]
         return self._start(["-m", "wan_dist.run", *settings])
 
     def _start(self, command: list[str]) -> Run:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | (self.fsync.environment if self.fsync else {})
+        environment = (
+            os.environ | {"OMP_NUM_THREADS": "1"} | (self.fsync.environment if self.fsync else {})
+        )
         with (self.folder / "log.txt").open("ab") as log:
             log.write(f"---- {time.strftime('%H:%M:%S')} {' '.join(command[:6])}\n".encode())
             log.flush()
-            run = subprocess.Popen([sys.executable, "-W", "ignore", *command], cwd=_ROOT, env=environment, stdout=log, stderr=log)
+            run = subprocess.Popen(
+                [sys.executable, "-W", "ignore", *command],
+                cwd=_ROOT,
+                env=environment,
+                stdout=log,
+                stderr=log,
+            )
         self.runs.append(run)
         return run
 
@@ -167,7 +194,9 @@ class Drill:
             FAULTS[kind](self, run)
             if run.poll() is not None and after not in BETWEEN_RUNS:
                 run = self._again(run)
-        is_done = self._end_of(run) == 0 and "a second run" not in self.plan  # which may have had jobs
+        is_done = (
+            self._end_of(run) == 0 and "a second run" not in self.plan
+        )  # which may have had jobs
         for _ in range(0 if is_done else _MOST_RUNS):
             if self._end_of(self.start(self.disk, "retry_failed=true")) == 0:
                 break
@@ -192,13 +221,17 @@ class Drill:
         """Note what is not as it should be, compared with the results of the undisturbed run."""
         for job, count in Counter(self.events(self.disk, "done")).items():
             if count > 1 + self.made_again[job]:
-                self.found.append(f"{job} was made {count} times, and {1 + self.made_again[job]} would do")
+                self.found.append(
+                    f"{job} was made {count} times, and {1 + self.made_again[job]} would do"
+                )
         videos = set()
         for line in self.lines:
             videos.add(f"{line['name']}.mp4")
             try:
                 record = json.loads((self.disk / f"{line['name']}.json").read_text())
-                digests = {hash_file(folder / f"{line['name']}.mp4") for folder in (self.disk, alone)}
+                digests = {
+                    hash_file(folder / f"{line['name']}.mp4") for folder in (self.disk, alone)
+                }
             except (OSError, ValueError) as error:
                 self.found.append(f"{line['name']}: {error}")
                 continue
@@ -209,7 +242,11 @@ class Drill:
         names = [file.name for file in self.disk.iterdir()]
         leftovers = [name for name in names if "partial" in name]
         # An edited line may leave the state of what it was.
-        leftovers += [name for name in names if name.endswith(".state.safetensors") and name.partition(".")[0] not in self.edited]
+        leftovers += [
+            name
+            for name in names
+            if name.endswith(".state.safetensors") and name.partition(".")[0] not in self.edited
+        ]
         self.found += [f"{name} should not be there" for name in sorted([*unknown, *leftovers])]
 
     def _compare_pairs(self) -> set[str]:
@@ -222,7 +259,9 @@ class Drill:
                 videos[record["prompt"]].add(file.name)
         for prompt in self.pairs:
             if (number := len(videos.get(prompt, ()))) != 2:
-                self.found.append(f"two single runs of {prompt!r} left {number} whole videos with a record")
+                self.found.append(
+                    f"two single runs of {prompt!r} left {number} whole videos with a record"
+                )
         return {name for names in videos.values() for name in names}
 
     def close(self) -> None:
@@ -237,7 +276,11 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
     """Yield a file system of so many bytes, or the folder where it cannot be made."""
     place = folder / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode:
         yield folder / "out"
         return
@@ -257,25 +300,54 @@ def choose_faults(number: int, kinds: Sequence[str], chance: random.Random) -> l
 
 def main() -> None:
     """Run with faults, run alone, compare, print what was found; code 1 if anything is not as it should be."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--replicas", type=int, help="into which the ranks are divided, fewer than them: then they share each video's work")
-    parser.add_argument("--faults", type=int, help="how many, in any order; 60, or each of --kinds once")
-    parser.add_argument("--kinds", nargs="+", choices=list(FAULTS), metavar="KIND", help="faults of these kinds: " + ", ".join(FAULTS))
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        help="into which the ranks are divided, fewer than them: then they share each video's work",
+    )
+    parser.add_argument(
+        "--faults", type=int, help="how many, in any order; 60, or each of --kinds once"
+    )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=list(FAULTS),
+        metavar="KIND",
+        help="faults of these kinds: " + ", ".join(FAULTS),
+    )
     parser.add_argument("--steps", type=int, default=30, help="of a job")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file of what was found")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, small_disk(Path(name), options.jobs * 2**18 + 2**24) as disk:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        small_disk(Path(name), options.jobs * 2**18 + 2**24) as disk,
+    ):
         folder, chance, fsync = Path(name), random.Random(options.seed), build_fsync(Path(name))
-        missing = {*(NEED_FSYNC if fsync is None else ()), *(("full disk",) if disk.parent == folder else ())}
+        missing = {
+            *(NEED_FSYNC if fsync is None else ()),
+            *(("full disk",) if disk.parent == folder else ()),
+        }
         kinds = [kind for kind in options.kinds or FAULTS if kind not in missing]
-        plan = kinds if options.kinds and options.faults is None else choose_faults(options.faults or 60, kinds, chance)
-        drill = Drill(
-            *(folder, disk, options.jobs, options.ranks, plan, chance, fsync), num_steps=options.steps, num_replicas=options.replicas
+        plan = (
+            kinds
+            if options.kinds and options.faults is None
+            else choose_faults(options.faults or 60, kinds, chance)
         )
-        drill.notes += [f"no {kind}: it needs {'a C compiler' if kind in NEED_FSYNC else 'root'}" for kind in sorted(missing)]
+        drill = Drill(
+            *(folder, disk, options.jobs, options.ranks, plan, chance, fsync),
+            num_steps=options.steps,
+            num_replicas=options.replicas,
+        )
+        drill.notes += [
+            f"no {kind}: it needs {'a C compiler' if kind in NEED_FSYNC else 'root'}"
+            for kind in sorted(missing)
+        ]
         started = time.perf_counter()
         try:
             drill.inject()
@@ -288,8 +360,18 @@ def main() -> None:
             if drill.found or sys.exc_info()[0] is not None:
                 shutil.copy(folder / "log.txt", "drill-log.txt")
         failures = fsync.num_failures if fsync else 0
-    found = {"jobs": options.jobs, "ranks": options.ranks, "replicas": options.replicas, "faults": dict(Counter(plan))}
-    found |= {"ends": dict(drill.codes), "found": drill.found, "notes": drill.notes, "failed_fsyncs": failures}
+    found = {
+        "jobs": options.jobs,
+        "ranks": options.ranks,
+        "replicas": options.replicas,
+        "faults": dict(Counter(plan)),
+    }
+    found |= {
+        "ends": dict(drill.codes),
+        "found": drill.found,
+        "notes": drill.notes,
+        "failed_fsyncs": failures,
+    }
     found |= {"seconds_alone": round(alone, 1), "seconds_under_faults": round(under_faults, 1)}
     print(json.dumps(found, indent=2))
     if options.out:

@@ -16,18 +16,28 @@ from pathlib import Path
 
 from bench.memory import noise_image, timed_run
 from bench.record import this_run
-from wan_dist.config.arguments import prepare
-from wan_dist.config.compose import compose
-from wan_dist.tasks.registry import TASKS, Images
+from wan_dist.config.arguments import prepare_arguments
+from wan_dist.config.compose import compose_config
+from wan_dist.tasks.registry import TASKS, ImageInput
 
 
 def main() -> None:
     """Run once and print where the time went."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", type=Path, help="a folder with a checkpoint for each task, under its name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoints", type=Path, help="a folder with a checkpoint for each task, under its name"
+    )
     parser.add_argument("settings", nargs="*", help="settings of the run")
     parser.add_argument(
-        "--task", default="i2v-14B", choices=[name for name, task in TASKS.items() if task.images is not Images.FIRST_AND_LAST]
+        "--task",
+        default="i2v-14B",
+        choices=[
+            name
+            for name, task in TASKS.items()
+            if task.image_input is not ImageInput.FIRST_AND_LAST
+        ],
     )
     parser.add_argument("--work", type=Path, default=Path("/tmp/wan-dist-end-to-end"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
@@ -40,12 +50,12 @@ def main() -> None:
         "prompt=two cats boxing on a stage",
         *options.settings,
     ]
-    default = compose(prepare([f"task={options.task}"]))
-    config = compose(prepare(settings))
+    default = compose_config(prepare_arguments([f"task={options.task}"]))
+    config = compose_config(prepare_arguments(settings))
     assert default is not None
     assert config is not None
-    if TASKS[options.task].images is Images.FIRST:
-        settings.append(f"image={noise_image(config.width_height(), options.work)}")
+    if TASKS[options.task].image_input is ImageInput.FIRST:
+        settings.append(f"image={noise_image(config.parse_size(), options.work)}")
     start = time.perf_counter()
     code, seconds, record = timed_run(settings, options.work)
     total = time.perf_counter() - start
@@ -53,14 +63,25 @@ def main() -> None:
         raise SystemExit(code)
     if not record:
         return
-    width, height = config.width_height()
+    width, height = config.parse_size()
     for name, stage in record["stages"].items():
         print(f"  {name:10} {stage['seconds']:8.2f} s  {100 * stage['seconds'] / total:5.1f} %")
     whole = total + (default.sample.steps - config.sample.steps) * min(seconds[1:] or seconds)
-    print(f"  {'in all':10} {total:8.2f} s, with {default.sample.steps} steps {whole:.0f} s; steps {seconds}")
+    print(
+        f"  {'in all':10} {total:8.2f} s, with {default.sample.steps} steps {whole:.0f} s; steps {seconds}"
+    )
     options.out.mkdir(parents=True, exist_ok=True)
-    found = {"task": options.task, "settings": options.settings, "machine": this_run(), "seconds": total}
-    found |= {"with_default_steps": whole, "step_seconds": seconds, **{key: record[key] for key in ("attention", "stages")}}
+    found = {
+        "task": options.task,
+        "settings": options.settings,
+        "machine": this_run(),
+        "seconds": total,
+    }
+    found |= {
+        "with_default_steps": whole,
+        "step_seconds": seconds,
+        **{key: record[key] for key in ("attention", "stages")},
+    }
     file = options.out / f"end-to-end-{options.task}-{width}x{height}-{num_ranks}gpu.json"
     file.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -59,13 +59,19 @@ def build_fsync(folder: Path) -> Fsync | None:
         return None
     library = folder / "failing_fsync.so"
     source = Path(__file__).with_name("failing_fsync.c")
-    done = subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], capture_output=True, check=False)
+    done = subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"],
+        capture_output=True,
+        check=False,
+    )
     return Fsync(library, folder / "fsync") if done.returncode == 0 else None
 
 
 def ranks_of(run: Run) -> list[int]:
     """Return the process ids of a launcher's ranks."""
-    told = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=False).stdout
+    told = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=False
+    ).stdout
     return [int(word) for word in told.split()]
 
 
@@ -210,7 +216,9 @@ def vanish_image(drill: "Drill", run: Run) -> None:
         time.sleep(0.1)
     aside.rename(image)
     if run.poll() not in (None, 0) and line["name"] not in drill.events(drill.disk, "failed"):
-        drill.found.append(f"the image of {line['name']} vanished, and the run ended with code {run.returncode}")
+        drill.found.append(
+            f"the image of {line['name']} vanished, and the run ended with code {run.returncode}"
+        )
 
 
 def edit_jobs(drill: "Drill", run: Run) -> None:

@@ -20,10 +20,10 @@ from PIL import Image
 from tests.gallery_folder import RUN, write_record
 from wan_dist.output.gallery.background import PageWriter
 from wan_dist.pipeline.prompt_cache import PromptCache
-from wan_dist.pipeline.resume import Kept
+from wan_dist.pipeline.resume import ResumeState
 from wan_dist.planning.digests import WeightsDigests
-from wan_dist.run import check_jobs
-from wan_dist.tasks.run_config import configured
+from wan_dist.run import plan_jobs
+from wan_dist.tasks.run_config import read_config
 
 
 def write_jobs(folder: Path, number: int) -> Path:
@@ -32,8 +32,21 @@ def write_jobs(folder: Path, number: int) -> Path:
     lines = []
     for place in range(number):
         (folder / f"{place}.jpg").hardlink_to(folder / "image.jpg")
-        own = {"seed": place, "steps": 10 + place % 40, "shift": 2 + place / number, "guide_scale": 3 + place / number}
-        lines.append(json.dumps({"prompt": f"a ball rolling over wet grass, number {place}", "image": f"{place}.jpg", **own}))
+        own = {
+            "seed": place,
+            "steps": 10 + place % 40,
+            "shift": 2 + place / number,
+            "guide_scale": 3 + place / number,
+        }
+        lines.append(
+            json.dumps(
+                {
+                    "prompt": f"a ball rolling over wet grass, number {place}",
+                    "image": f"{place}.jpg",
+                    **own,
+                }
+            )
+        )
     (folder / "jobs.jsonl").write_text("\n".join(lines))
     return folder / "jobs.jsonl"
 
@@ -43,7 +56,9 @@ def timed(what: str) -> Iterator[None]:
     """Print the seconds of CPU, and of the clock, that something takes."""
     cpu, clock = time.process_time(), time.perf_counter()
     yield
-    print(f"{what:48} {time.process_time() - cpu:7.2f} s of CPU, {time.perf_counter() - clock:7.2f} s")
+    print(
+        f"{what:48} {time.process_time() - cpu:7.2f} s of CPU, {time.perf_counter() - clock:7.2f} s"
+    )
 
 
 def main() -> None:
@@ -54,17 +69,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         arguments = ["task=i2v-14B", f"jobs={write_jobs(folder, number)}"]
-        config = configured(arguments)
+        config = read_config(arguments)
         assert config is not None
         with timed(f"check {number} jobs for 16 ranks"):
-            checked = check_jobs(config, arguments, ranks=(16, 8), gpu_bytes=80 * 2**30)
+            checked = plan_jobs(config, arguments, ranks=(16, 8), gpu_bytes=80 * 2**30)
         with timed("send them to another rank"):
             sent = pickle.dumps(checked)
             pickle.loads(sent)
         print(f"{'':48} {len(sent) / 1e6:7.2f} MB")
         with timed("find their digests and kept states"):
             for _, own, plan in checked:
-                Kept(folder, own, plan, WeightsDigests("", ""), is_job=True)._find()
+                ResumeState(folder, own, plan, WeightsDigests("", ""), is_job=True)._find_file()
         cache, context = PromptCache(folder / "cache", "", 2**30), torch.zeros(1, 8)
         with timed("keep a text of each"):
             for _, _, plan in checked:

@@ -11,4 +11,6 @@ first = load_file(sys.argv[1])["latents"].double()
 for name in sys.argv[2:]:
     other = load_file(name)["latents"].double()
     distance = ((other - first).norm() / first.norm()).item()
-    print(f"{name}: relative {distance:.2e}, largest {(other - first).abs().max():.2e}, identical {bool((other == first).all())}")
+    print(
+        f"{name}: relative {distance:.2e}, largest {(other - first).abs().max():.2e}, identical {bool((other == first).all())}"
+    )

@@ -27,7 +27,7 @@ from PIL import Image
 
 from bench.record import this_run
 from wan_dist.run import main as run
-from wan_dist.sampling.guidance import Velocities
+from wan_dist.sampling.guidance import VelocityPredictor
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class Row:
 
 ROWS = (
     Row("1.3B", "t2v-1.3B"),
-    Row("1.3B", "t2v-1.3B", "memory.t5=stream memory.dit=stream memory.slice_tokens=2048 memory.passes=apart"),
+    Row(
+        "1.3B",
+        "t2v-1.3B",
+        "memory.t5=stream memory.dit=stream memory.slice_tokens=2048 memory.passes=apart",
+    ),
     Row("1.3B", "t2v-1.3B", "size=480*480 frame_num=33 memory.dit=stream memory.budget_gib=6"),
     Row("1.3B", "t2v-1.3B", "memory.vae=tiled memory.slice_tokens=8192"),
     Row("1.3B", "t2v-1.3B", "memory.dit=disk memory.t5=stream quant=none frame_num=41"),
@@ -79,9 +83,9 @@ ROWS = (
 def timed_steps() -> Iterator[list[float]]:
     """Collect the seconds of each forward pass of the transformer, of both branches of guidance."""
     seconds: list[float] = []
-    call = Velocities.__call__
+    call = VelocityPredictor.__call__
 
-    def timed(self: Velocities, latents: torch.Tensor, timestep: int) -> list[torch.Tensor]:
+    def timed(self: VelocityPredictor, latents: torch.Tensor, timestep: int) -> list[torch.Tensor]:
         _wait()
         start = time.perf_counter()
         found = call(self, latents, timestep)
@@ -89,11 +93,11 @@ def timed_steps() -> Iterator[list[float]]:
         seconds.append(round(time.perf_counter() - start, 3))
         return found
 
-    Velocities.__call__ = timed  # type: ignore[method-assign]
+    VelocityPredictor.__call__ = timed  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        Velocities.__call__ = call  # type: ignore[method-assign]
+        VelocityPredictor.__call__ = call  # type: ignore[method-assign]
 
 
 def _wait() -> None:
@@ -111,13 +115,31 @@ def noise_image(size: tuple[int, int], folder: Path) -> Path:
 def timed_run(settings: list[str], folder: Path) -> tuple[int, list[float], dict[str, Any]]:
     """Run the command with nothing kept from earlier; returns its exit code, the seconds of its steps and its record, if it succeeded."""
     with timed_steps() as seconds:
-        code = run([*settings, "cache.dir=null", f"output.dir={folder}", "output.name=run", "output.save_latents=false"])
-    return code, seconds, json.loads((folder / "run.json").read_text()) if code == 0 and os.environ.get("RANK", "0") == "0" else {}
+        code = run(
+            [
+                *settings,
+                "cache.dir=null",
+                f"output.dir={folder}",
+                "output.name=run",
+                "output.save_latents=false",
+            ]
+        )
+    return (
+        code,
+        seconds,
+        json.loads((folder / "run.json").read_text())
+        if code == 0 and os.environ.get("RANK", "0") == "0"
+        else {},
+    )
 
 
 def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[str, object]:
     """Run a row; returns its record's comparison and its steps' seconds."""
-    width, height = re.findall(r"size=(\d+)\*(\d+)", row.settings)[-1] if "size=" in row.settings else (1280, 704)
+    width, height = (
+        re.findall(r"size=(\d+)\*(\d+)", row.settings)[-1]
+        if "size=" in row.settings
+        else (1280, 704)
+    )
     image = noise_image((int(width), int(height)), out)
     settings = [
         f"task={row.task}",
@@ -128,11 +150,23 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
     settings += [f"image={image}"] if row.task.startswith("i2v") else []
     settings += [setting.replace("IMAGE", str(image)) for setting in row.settings.split()]
     code, seconds, record = timed_run([*settings, *extra], out)
-    found: dict[str, object] = {"row": row.name, "ranks": int(os.environ.get("WORLD_SIZE", "1")), "code": code}
+    found: dict[str, object] = {
+        "row": row.name,
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+        "code": code,
+    }
     found["machine"] = this_run()
     if record:
-        found |= {"arrangement": record["arrangement"], "attention": record["attention"], "seconds": seconds}
-        found |= {key: record[key] for key in ("stages", "other_ranks", "memory", "ran_out", "stepped_down_to") if key in record}
+        found |= {
+            "arrangement": record["arrangement"],
+            "attention": record["attention"],
+            "seconds": seconds,
+        }
+        found |= {
+            key: record[key]
+            for key in ("stages", "other_ranks", "memory", "ran_out", "stepped_down_to")
+            if key in record
+        }
     return found
 
 
@@ -144,7 +178,11 @@ def describe(found: dict[str, object]) -> str:
         columns = []
         for kind, key in (("gpu", "peak_gpu_gib"), ("host", "host_gib")):
             planned, seen = entry[f"planned_{kind}_gib"], entry.get(key)
-            columns.append(f"{kind} {planned:6.2f} {seen:6.2f} {100 * (planned / seen - 1):+5.0f} %" if seen else "")
+            columns.append(
+                f"{kind} {planned:6.2f} {seen:6.2f} {100 * (planned / seen - 1):+5.0f} %"
+                if seen
+                else ""
+            )
         columns.append(f"reserved {entry.get('reserved_gpu_gib')}")
         lines.append(f"    {stage:8} {'   '.join(columns)}")
     return "\n".join(lines)
@@ -152,21 +190,53 @@ def describe(found: dict[str, object]) -> str:
 
 def in_a_process(row: int, options: argparse.Namespace) -> dict[str, object]:
     """Measure a row in a process of its own, or in one for each rank; its log goes on."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={options.ranks}"] if options.ranks > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", f"--nproc_per_node={options.ranks}"]
+        if options.ranks > 1
+        else []
+    )
     result = options.work / "result.json"
     result.unlink(missing_ok=True)
-    given = [str(options.checkpoints), "--row", str(row), "--work", str(options.work), "--settings", *options.settings]
-    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ  # as the command has it, before torch is there
+    given = [
+        str(options.checkpoints),
+        "--row",
+        str(row),
+        "--work",
+        str(options.work),
+        "--settings",
+        *options.settings,
+    ]
+    environment = {
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True"
+    } | os.environ  # as the command has it, before torch is there
     with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run([sys.executable, *torchrun, __file__, *given], check=False, env=environment, timeout=options.timeout)
-    return json.loads(result.read_text()) if result.exists() else {"row": ROWS[row].name, "ranks": options.ranks, "code": "none"}
+        subprocess.run(
+            [sys.executable, *torchrun, __file__, *given],
+            check=False,
+            env=environment,
+            timeout=options.timeout,
+        )
+    return (
+        json.loads(result.read_text())
+        if result.exists()
+        else {"row": ROWS[row].name, "ranks": options.ranks, "code": "none"}
+    )
 
 
 def main() -> None:
     """Measure every row that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", type=Path, help="a folder with a checkpoint for each task, under its name")
-    parser.add_argument("--only", nargs="+", default=["1.3B", "5B", "14B"], choices=sorted({row.group for row in ROWS}))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "checkpoints", type=Path, help="a folder with a checkpoint for each task, under its name"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=["1.3B", "5B", "14B"],
+        choices=sorted({row.group for row in ROWS}),
+    )
     parser.add_argument("--rows", nargs="+", type=int, help="numbers of the rows of these groups")
     parser.add_argument("--row", type=int, help="measure this one of all rows in this process")
     parser.add_argument("--ranks", type=int, default=1)
@@ -189,7 +259,9 @@ def main() -> None:
     for number in chosen:
         done.append(in_a_process(number, options))
         print(describe(done[-1]), flush=True)
-        file.write_text(json.dumps({"date": time.strftime("%Y-%m-%d"), "rows": done}, indent=2) + "\n")
+        file.write_text(
+            json.dumps({"date": time.strftime("%Y-%m-%d"), "rows": done}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

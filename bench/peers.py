@@ -29,13 +29,17 @@ def diffusers_transformer(task: Task, device: torch.device) -> torch.nn.Module:
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
-        model = WanTransformer3DModel(**diffusers_config(task.transformer)).to(torch.bfloat16)
+        model = WanTransformer3DModel(**diffusers_config(task.transformer_dims)).to(torch.bfloat16)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
     for module in model.modules():  # rotary tables are buffers, which to_empty left without values
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, torch.randn_like(buffer, dtype=torch.float32).clamp(-1, 1).to(buffer.dtype))
+            setattr(
+                module,
+                name,
+                torch.randn_like(buffer, dtype=torch.float32).clamp(-1, 1).to(buffer.dtype),
+            )
     model.set_attention_backend("_native_cudnn")
     return model
 
@@ -49,11 +53,14 @@ def diffusers_step(
         latents = torch.cat([latents, conditioning.extra_channels], dim=1)
     latents = latents.bfloat16()
     texts = [torch.randn(1, 512, 4096, device=device).bfloat16() for _ in range(2)]
-    image = torch.randn(1, 257, 1280, device=device).bfloat16() if task.looks_at_images else None
+    image = torch.randn(1, 257, 1280, device=device).bfloat16() if task.has_image_encoder else None
     timestep = torch.tensor([700], device=device)
 
     def step() -> torch.Tensor:
-        out = [model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)[0] for text in texts]
+        out = [
+            model(latents, timestep, text, encoder_hidden_states_image=image, return_dict=False)[0]
+            for text in texts
+        ]
         return out[1] + 5.0 * (out[0] - out[1])
 
     return step

@@ -17,9 +17,20 @@ from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
-from wan_dist.weights.key_maps import KeyMap, original_image_encoder, original_text_encoder, original_transformer, original_vae
-from wan_dist.weights.layout import IMAGE_ENCODER, TEXT_ENCODER, TOKENIZER, WEIGHTS
-from wan_dist.weights.write import stored, write_config
+from wan_dist.weights.key_maps import (
+    KeyMap,
+    map_original_image_encoder,
+    map_original_text_encoder,
+    map_original_transformer,
+    map_original_vae,
+)
+from wan_dist.weights.layout import (
+    IMAGE_ENCODER_FILE,
+    TEXT_ENCODER_FILE,
+    TOKENIZER_FOLDER,
+    WEIGHTS_STEM,
+)
+from wan_dist.weights.write import export_tensors, write_transformer_config
 
 
 def make_checkpoint(
@@ -30,7 +41,9 @@ def make_checkpoint(
     dtype: torch.dtype = torch.float32,
     transformer_folder: str = ".",
     text_encoder_of: Path | None = None,
-    save: Callable[[Iterable[tuple[str, Tensor]], Path], None] = lambda tensors, file: save_file(dict(tensors), file),
+    save: Callable[[Iterable[tuple[str, Tensor]], Path], None] = lambda tensors, file: save_file(
+        dict(tensors), file
+    ),
 ) -> None:
     """Write a checkpoint with random weights into ``folder``; drawn on the CPU they are the same on every machine.
 
@@ -44,41 +57,62 @@ def make_checkpoint(
         transformer = WanTransformer(dims.transformer, dtype)
         projection = ContextProjection(dims.transformer, dtype)
         text_encoder = build_text_encoder(dims.text_encoder, dtype)
-        image_encoder = None if dims.image_encoder is None else build_image_encoder(dims.image_encoder)
+        image_encoder = (
+            None if dims.image_encoder is None else build_image_encoder(dims.image_encoder)
+        )
         vae = WanVae(dims.vae)
-    keys = original_transformer([])
-    tensors = chain(_stored_tensors(transformer, keys, generator), _stored_tensors(projection, keys, generator))
-    save(tensors, place / f"{WEIGHTS}.safetensors")
+    keys = map_original_transformer([])
+    tensors = chain(
+        _stored_tensors(transformer, keys, generator), _stored_tensors(projection, keys, generator)
+    )
+    save(tensors, place / f"{WEIGHTS_STEM}.safetensors")
     if text_encoder_of is None:
-        torch.save(dict(_stored_tensors(text_encoder, original_text_encoder([]), generator)), folder / TEXT_ENCODER)
+        torch.save(
+            dict(_stored_tensors(text_encoder, map_original_text_encoder([]), generator)),
+            folder / TEXT_ENCODER_FILE,
+        )
     else:
-        (folder / TEXT_ENCODER).symlink_to((text_encoder_of / TEXT_ENCODER).resolve())
+        (folder / TEXT_ENCODER_FILE).symlink_to((text_encoder_of / TEXT_ENCODER_FILE).resolve())
     if image_encoder is not None and dims.image_encoder is not None:
         last = f"visual.transformer.{dims.image_encoder.num_layers - 1}.norm1.weight"  # of the layer that is not read
-        stored = dict(_stored_tensors(image_encoder, original_image_encoder([last]), generator)) | {last: torch.ones(1)}
-        torch.save(stored, folder / IMAGE_ENCODER)
-    torch.save(dict(_stored_tensors(vae, original_vae([]), generator)), folder / f"Wan2.{2 if dims.vae.residual else 1}_VAE.pth")
-    write_config(dims.transformer, place)
-    _byte_tokenizer().save_pretrained(folder / TOKENIZER)
+        stored = dict(
+            _stored_tensors(image_encoder, map_original_image_encoder([last]), generator)
+        ) | {last: torch.ones(1)}
+        torch.save(stored, folder / IMAGE_ENCODER_FILE)
+    torch.save(
+        dict(_stored_tensors(vae, map_original_vae([]), generator)),
+        folder / f"Wan2.{2 if dims.vae.residual else 1}_VAE.pth",
+    )
+    write_transformer_config(dims.transformer, place)
+    _byte_tokenizer().save_pretrained(folder / TOKENIZER_FOLDER)
 
 
-def _stored_tensors(model: nn.Module, keys: KeyMap, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+def _stored_tensors(
+    model: nn.Module, keys: KeyMap, generator: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
     """Yield random values for every parameter under the checkpoint's keys, scaled to keep activations near 1."""
 
     def drawn() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "gamma" not in name:
-                value = torch.randn(parameter.shape, generator=generator, device=generator.device) / parameter[0].numel() ** 0.5
+                value = (
+                    torch.randn(parameter.shape, generator=generator, device=generator.device)
+                    / parameter[0].numel() ** 0.5
+                )
             else:
                 value = torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
             yield name, value.to(parameter.dtype)
 
-    return stored(drawn(), keys)
+    return export_tensors(drawn(), keys)
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are the bytes of the text, with an end mark, so that any text has one."""
     alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(alphabet)}, merges=[], unk_token="<unk>"
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return with_end_mark(tokenizer)

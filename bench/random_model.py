@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from wan_dist.models.attention.inner import InnerAttention
-from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize, quantize_blocks
+from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks, quantize_rows
 from wan_dist.models.transformer import ContextKV, WanTransformer
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.tasks.registry import Task
@@ -24,7 +24,7 @@ def random_transformer(
 ) -> WanTransformer:
     """Return the task's transformer in bfloat16 with random weights that keep activations near 1; ``spread`` may shard it first."""
     with torch.device("meta"):
-        model = WanTransformer(task.transformer, torch.bfloat16, attention)
+        model = WanTransformer(task.transformer_dims, torch.bfloat16, attention)
         if quant != "none":
             quantize_blocks(model.blocks, quant)
     if spread is not None:
@@ -39,16 +39,21 @@ def random_transformer(
             local.fill_(0.0 if name.endswith("bias") else 1.0)
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
-            in_dim = module.weight.shape[1] * (2 if module.kind == "int4" else 1)
+            in_dim = module.weight.shape[1] * (2 if module.quant == "int4" else 1)
             weight = torch.randn(module.weight.shape[0], in_dim, device=device) * in_dim**-0.5
-            for part, value in quantize(weight, module.kind).items():
+            for part, value in quantize_rows(weight, module.quant).items():
                 getattr(module, part).copy_(value)
     return model
 
 
 def latent_shape(task: Task, size: tuple[int, int], frames: int) -> tuple[int, int, int, int]:
     """Return (C, T, h, w) for a size in pixels, width first."""
-    return task.latent_channels, (frames - 1) // task.stride[0] + 1, size[1] // task.stride[1], size[0] // task.stride[2]
+    return (
+        task.latent_channels,
+        (frames - 1) // task.vae_stride[0] + 1,
+        size[1] // task.vae_stride[1],
+        size[0] // task.vae_stride[2],
+    )
 
 
 def random_inputs(
@@ -56,18 +61,33 @@ def random_inputs(
 ) -> tuple[torch.Tensor, list[ContextKV], Conditioning]:
     """Return latents, the contexts of both guidance branches, and the other conditioning; the same on all ranks."""
     torch.manual_seed(0)
-    dims = task.transformer
+    dims = task.transformer_dims
     shape = latent_shape(task, size, frames)
 
     def keys_values(tokens: int) -> torch.Tensor:
-        return torch.randn(dims.num_layers, 2, 1, tokens, dims.num_heads, dims.head_dim, device=device, dtype=torch.bfloat16)
+        return torch.randn(
+            dims.num_layers,
+            2,
+            1,
+            tokens,
+            dims.num_heads,
+            dims.head_dim,
+            device=device,
+            dtype=torch.bfloat16,
+        )
 
-    image = keys_values(257 * (1 + bool(dims.image_positions))) if task.looks_at_images else None
+    image = keys_values(257 * (1 + bool(dims.image_positions))) if task.has_image_encoder else None
     extra = dims.in_dim - dims.out_dim
     conditioning = Conditioning(
         context=torch.empty(0),
         negative_context=None,
         extra_channels=torch.randn(1, extra, *shape[1:], device=device) if extra else None,
-        known_latents=torch.randn(1, shape[0], 1, *shape[2:], device=device) if task.known_first_frame else None,
+        known_latents=torch.randn(1, shape[0], 1, *shape[2:], device=device)
+        if task.has_fixed_first_frame
+        else None,
     )
-    return torch.randn(1, *shape, device=device), [ContextKV(keys_values(tokens + 1), image) for tokens in PROMPT_TOKENS], conditioning
+    return (
+        torch.randn(1, *shape, device=device),
+        [ContextKV(keys_values(tokens + 1), image) for tokens in PROMPT_TOKENS],
+        conditioning,
+    )

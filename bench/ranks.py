@@ -22,10 +22,10 @@ from bench.record import Record
 from wan_dist.models.attention.inner import choose_attention
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
-from wan_dist.parallel.mesh import local_device, open_groups
+from wan_dist.parallel.mesh import open_process_groups, select_local_device
 from wan_dist.planning.degrees import Degrees
-from wan_dist.runtime.environment import read_ranks
-from wan_dist.sampling.guidance import Guidance, Velocities
+from wan_dist.runtime.environment import read_rank_layout
+from wan_dist.sampling.guidance import Guidance, VelocityPredictor
 from wan_dist.tasks.registry import TASKS, Task
 
 GIB = 2**30
@@ -60,7 +60,9 @@ def timed(predict: Callable[[], torch.Tensor], steps: int) -> tuple[list[float],
 
 def row(name: str, seconds: list[float], weights: int) -> dict[str, object]:
     """Return a line of the table; memory is the largest of all ranks'."""
-    peak = torch.tensor([weights, torch.cuda.max_memory_allocated()], device="cuda", dtype=torch.float64)
+    peak = torch.tensor(
+        [weights, torch.cuda.max_memory_allocated()], device="cuda", dtype=torch.float64
+    )
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return {
         "spread": name,
@@ -71,26 +73,46 @@ def row(name: str, seconds: list[float], weights: int) -> dict[str, object]:
     }
 
 
-def measure(task: Task, options: argparse.Namespace, size: tuple[int, int], spread: tuple[Degrees, bool, str]) -> dict[str, object]:
+def measure(
+    task: Task,
+    options: argparse.Namespace,
+    size: tuple[int, int],
+    spread: tuple[Degrees, bool, str],
+) -> dict[str, object]:
     """Time our transformer under one spread."""
     device = torch.device("cuda", torch.cuda.current_device())
     degrees, shard, usp = spread
-    with open_groups(degrees, device, timeout=600) as groups:
-        attention = choose_attention(options.attention, device=device, dtype=torch.bfloat16, head_dim=128)
-        model = random_transformer(task, attention, device, lambda model: parallelize_transformer(model, groups, shard=shard, usp=usp))
+    with open_process_groups(degrees, device, timeout_seconds=600) as groups:
+        attention = choose_attention(
+            options.attention, device=device, dtype=torch.bfloat16, head_dim=128
+        )
+        model = random_transformer(
+            task,
+            attention,
+            device,
+            lambda model: parallelize_transformer(model, groups, is_sharded=shard, usp=usp),
+        )
         weights = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
         own = [contexts[groups.cfg.rank]] if degrees.cfg == 2 else contexts
-        velocities = Velocities(model, own, conditioning, latents)
-        predict = ParallelGuidance(velocities, scale=5.0, axis=groups.cfg) if degrees.cfg == 2 else Guidance(velocities, scale=5.0)
+        velocities = VelocityPredictor(model, own, conditioning, latents)
+        predict = (
+            ParallelGuidance(velocities, scale=5.0, axis=groups.cfg)
+            if degrees.cfg == 2
+            else Guidance(velocities, scale=5.0)
+        )
         del contexts, own
         seconds, velocity = timed(lambda: predict(latents, 700), options.steps)
         assert torch.isfinite(velocity).all()
-        return row(f"{degrees}{', sharded' if shard else ''}, {attention.name}, {usp}", seconds, weights)
+        return row(
+            f"{degrees}{', sharded' if shard else ''}, {attention.name}, {usp}", seconds, weights
+        )
 
 
-def measure_diffusers(task: Task, options: argparse.Namespace, size: tuple[int, int]) -> dict[str, object]:
+def measure_diffusers(
+    task: Task, options: argparse.Namespace, size: tuple[int, int]
+) -> dict[str, object]:
     """Time diffusers' transformer with its own context parallelism (Ulysses) and cuDNN attention, compiled with --compile."""
     from diffusers import ContextParallelConfig
 
@@ -104,26 +126,36 @@ def measure_diffusers(task: Task, options: argparse.Namespace, size: tuple[int, 
     torch.cuda.reset_peak_memory_stats()
     seconds, _ = timed(diffusers_step(model, task, size, options.frames, device), options.steps)
     how = "compiled" if options.compile else "eager"
-    return row(f"diffusers, context parallel ulysses {dist.get_world_size()}, cudnn, {how}", seconds, weights)
+    return row(
+        f"diffusers, context parallel ulysses {dist.get_world_size()}, cudnn, {how}",
+        seconds,
+        weights,
+    )
 
 
 @torch.no_grad()
 def main() -> None:
     """Measure every spread, and the peer if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="i2v-14B", choices=[name for name in TASKS if name != "toy"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--task", default="i2v-14B", choices=[name for name in TASKS if name != "toy"]
+    )
     parser.add_argument("--size", default="832*480")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--only", nargs="*", help="names of spreads, e.g. ulysses ulysses-sharded; default: all")
+    parser.add_argument(
+        "--only", nargs="*", help="names of spreads, e.g. ulysses ulysses-sharded; default: all"
+    )
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--compile", action="store_true", help="the peer's blocks")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("*"))
-    local_device("cuda")
-    num_ranks, task = read_ranks().num_ranks, TASKS[options.task]
+    select_local_device("cuda")
+    num_ranks, task = read_rank_layout().num_ranks, TASKS[options.task]
     runs: list[Callable[[], dict[str, object]]] = [
         lambda spread=spread: measure(task, options, (width, height), spread)
         for name, spread in spreads(num_ranks).items()
@@ -131,7 +163,10 @@ def main() -> None:
     ]
     if options.peer:
         runs.append(lambda: measure_diffusers(task, options, (width, height)))
-    record = Record(options.out / f"ranks-{options.task}-{width}x{height}x{options.frames}-{num_ranks}gpu.json", ["spread"])
+    record = Record(
+        options.out / f"ranks-{options.task}-{width}x{height}x{options.frames}-{num_ranks}gpu.json",
+        ["spread"],
+    )
     for run in runs:
         try:
             found = run()

@@ -19,16 +19,31 @@ PACKAGES = ("triton", "flash-attn-4", "diffusers", "torchao", "xfuser")
 def this_run() -> dict[str, object]:
     """Return what the rows that are measured now were measured on, and with."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    versions = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
     commit = os.environ.get("WAN_DIST_COMMIT") or found.stdout.strip() or "unknown"
     gpus = int(os.environ.get("WORLD_SIZE", "1"))
-    return {"gpu": gpu, "gpus": gpus, "versions": versions, "commit": commit, "date": time.strftime("%Y-%m-%d")}
+    return {
+        "gpu": gpu,
+        "gpus": gpus,
+        "versions": versions,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 class Record:

@@ -20,7 +20,7 @@ from bench.random_model import random_inputs, random_transformer
 from bench.record import Record
 from wan_dist.models.attention.inner import choose_attention
 from wan_dist.runtime.errors import InputError
-from wan_dist.sampling.guidance import Guidance, Velocities
+from wan_dist.sampling.guidance import Guidance, VelocityPredictor
 from wan_dist.tasks.registry import TASKS, Task
 
 GIB = 2**30
@@ -43,38 +43,56 @@ def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
     return {"seconds_per_step": statistics.median(seconds[1:]), "all_seconds": seconds} | memory
 
 
-def measure(task: Task, size: tuple[int, int], options: argparse.Namespace, backend: str, quant: str) -> dict[str, object]:
+def measure(
+    task: Task, size: tuple[int, int], options: argparse.Namespace, backend: str, quant: str
+) -> dict[str, object]:
     """Time ours."""
     device = torch.device("cuda")
     attention = choose_attention(backend, device=device, dtype=torch.bfloat16, head_dim=128)
     model = random_transformer(task, attention, device, quant=quant)
     latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
-    predict = Guidance(Velocities(model, contexts, conditioning, latents), scale=5.0)
+    predict = Guidance(VelocityPredictor(model, contexts, conditioning, latents), scale=5.0)
     del contexts
-    found = {"what": f"ours, {attention.name}, {quant}"} | timed(lambda: predict(latents, 700), options.steps)
+    found = {"what": f"ours, {attention.name}, {quant}"} | timed(
+        lambda: predict(latents, 700), options.steps
+    )
     if options.profile:
         with torch.profiler.profile() as profile:
             predict(latents, 700)
             torch.cuda.synchronize()
-        print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=22, max_name_column_width=70))
+        print(
+            profile.key_averages().table(
+                sort_by="self_device_time_total", row_limit=22, max_name_column_width=70
+            )
+        )
     return found
 
 
-def measure_diffusers(task: Task, size: tuple[int, int], options: argparse.Namespace, *, compiled: bool) -> dict[str, object]:
+def measure_diffusers(
+    task: Task, size: tuple[int, int], options: argparse.Namespace, *, compiled: bool
+) -> dict[str, object]:
     """Time diffusers' transformer with cuDNN attention."""
     device = torch.device("cuda")
     model = diffusers_transformer(task, device)
     if compiled:
         model.compile_repeated_blocks()
     step = diffusers_step(model, task, size, options.frames, device)
-    return {"what": f"diffusers, cudnn, {'compiled' if compiled else 'eager'}"} | timed(step, options.steps)
+    return {"what": f"diffusers, cudnn, {'compiled' if compiled else 'eager'}"} | timed(
+        step, options.steps
+    )
 
 
 @torch.no_grad()
 def main() -> None:
     """Measure every backend that was asked for and works here."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="t2v-14B", choices=[name for name, task in TASKS.items() if task.transformer])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--task",
+        default="t2v-14B",
+        choices=[name for name, task in TASKS.items() if task.transformer_dims],
+    )
     parser.add_argument("--size", default="832*480")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=3)
@@ -85,14 +103,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("*"))
-    record = Record(options.out / f"step-{options.task}-{width}x{height}x{options.frames}.json", ["what"])
+    record = Record(
+        options.out / f"step-{options.task}-{width}x{height}x{options.frames}.json", ["what"]
+    )
     task, size = TASKS[options.task], (width, height)
     runs: list[Callable[[], dict[str, object]]] = [
-        partial(measure, task, size, options, backend, quant) for backend in options.attention for quant in options.quant
+        partial(measure, task, size, options, backend, quant)
+        for backend in options.attention
+        for quant in options.quant
     ]
-    runs += [partial(measure_diffusers, task, size, options, compiled=how == "compiled") for how in options.peer]
+    runs += [
+        partial(measure_diffusers, task, size, options, compiled=how == "compiled")
+        for how in options.peer
+    ]
     print(
-        f"{options.task} {options.size}*{options.frames} on {torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16", flush=True
+        f"{options.task} {options.size}*{options.frames} on {torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16",
+        flush=True,
     )
     for run in runs:
         try:

@@ -16,7 +16,14 @@ MODELS = {
     "ti2v-5B-1280x704x121": "ti2v-5B 1280x704, 121 frames",
 }
 ATTENTION = {"fa4": "FlashAttention-4", "cudnn": "cuDNN", "8bit": "`8bit`"}
-ORDER = ["ours, fa4, none", "ours, cudnn, none", "ours, 8bit, none", "ours, fa4, fp8", "ours, 8bit, fp8", "diffusers, cudnn, compiled"]
+ORDER = [
+    "ours, fa4, none",
+    "ours, cudnn, none",
+    "ours, 8bit, none",
+    "ours, fa4, fp8",
+    "ours, 8bit, fp8",
+    "diffusers, cudnn, compiled",
+]
 
 
 def lines() -> list[str]:
@@ -29,12 +36,20 @@ def lines() -> list[str]:
         before = ""
         for what in (what for what in ORDER if what in rows):
             whose, attention, kind = what.split(", ")
-            title = "diffusers 0.42, compiled" if whose == "diffusers" else model if kind == "none" else f"with `quant={kind}`"
+            title = (
+                "diffusers 0.42, compiled"
+                if whose == "diffusers"
+                else model
+                if kind == "none"
+                else f"with `quant={kind}`"
+            )
             label, before = "" if title == before else title, title
             each = [row["seconds_per_step"] for row in rows[what]]  # of several machines
             seconds = ", ".join(f"{second:.{1 if second >= 10 else 2}f}" for second in each)
             first = rows[what][0]
-            table.append(f"| {label} | {ATTENTION[attention]} | {seconds} | {first['all_seconds'][0]:.1f} s | {first['peak_gib']:.1f} |")
+            table.append(
+                f"| {label} | {ATTENTION[attention]} | {seconds} | {first['all_seconds'][0]:.1f} s | {first['peak_gib']:.1f} |"
+            )
     return table
 
 

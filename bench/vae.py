@@ -19,15 +19,21 @@ import torch.distributed as dist
 
 from bench.record import Record
 from wan_dist.models.dims import VaeDims
-from wan_dist.models.vae.model import WanVae, in_chunks
-from wan_dist.parallel.mesh import Axis, local_device, open_groups
-from wan_dist.pipeline.decode import decode, encode, float32_frames, kernels_tried, uint8_frames
+from wan_dist.models.vae.model import WanVae, split_frames_into_chunks
+from wan_dist.parallel.mesh import Axis, open_process_groups, select_local_device
+from wan_dist.pipeline.decode import (
+    convert_to_float32_frames,
+    convert_to_uint8_frames,
+    cudnn_autotuning,
+    decode_latents,
+    encode_video,
+)
 from wan_dist.planning.degrees import Degrees
-from wan_dist.planning.vae_memory import Way
+from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.tasks.registry import TASKS
-from wan_dist.weights.key_maps import diffusers_vae
+from wan_dist.weights.key_maps import map_diffusers_vae
 
-DIMS = {"2.1": TASKS["t2v-1.3B"].vae, "2.2": TASKS["ti2v-5B"].vae}
+DIMS = {"2.1": TASKS["t2v-1.3B"].vae_dims, "2.2": TASKS["ti2v-5B"].vae_dims}
 GIB = 2**30
 
 
@@ -38,10 +44,12 @@ def random_vae(dims: VaeDims, dtype: torch.dtype, device: torch.device) -> WanVa
     for name, parameter in vae.named_parameters():
         if "gamma" not in name:
             scale = 0.25 if name.startswith("decoder.head") else 1.0
-            parameter.normal_(std=scale * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.05)
+            parameter.normal_(
+                std=scale * parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.05
+            )
     other = WanVae(dims, dtype).to(device).eval().requires_grad_(False)
     other.load_state_dict(vae.state_dict())
-    return other.lay_out()
+    return other.optimize_memory_format()
 
 
 def diffusers_peer(vae: WanVae, dtype: torch.dtype) -> torch.nn.Module:
@@ -50,11 +58,23 @@ def diffusers_peer(vae: WanVae, dtype: torch.dtype) -> torch.nn.Module:
 
     config = {}
     if vae.dims.residual:
-        config = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12}
-        config |= {"patch_size": 2, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48, "scale_factor_spatial": 16}
+        config = {
+            "base_dim": 160,
+            "decoder_base_dim": 256,
+            "z_dim": 48,
+            "is_residual": True,
+            "in_channels": 12,
+            "out_channels": 12,
+        }
+        config |= {
+            "patch_size": 2,
+            "latents_mean": [0.0] * 48,
+            "latents_std": [1.0] * 48,
+            "scale_factor_spatial": 16,
+        }
     peer = AutoencoderKLWan(**config)
-    keys = diffusers_vae([])
-    state = {keys.sources(name)[0].key: value for name, value in vae.state_dict().items()}
+    keys = map_diffusers_vae([])
+    state = {keys.find_sources(name)[0].key: value for name, value in vae.state_dict().items()}
     missing, unexpected = peer.load_state_dict(state, strict=False)
     assert not missing, missing[:3]
     assert not unexpected, unexpected[:3]
@@ -74,7 +94,11 @@ def timed(work: Callable[[], object], runs: int) -> dict[str, float]:
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / GIB
-    return {"ready": round(seconds[0], 2), "seconds": round(min(seconds[1:]), 3), "peak_gib": round(peak, 2)}
+    return {
+        "ready": round(seconds[0], 2),
+        "seconds": round(min(seconds[1:]), 3),
+        "peak_gib": round(peak, 2),
+    }
 
 
 def distance(frames: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
@@ -90,14 +114,24 @@ class Bench:
     """One VAE at one size."""
 
     def __init__(
-        self, name: str, size: tuple[int, int, int], axis: Axis, options: argparse.Namespace, save: Callable[[dict[str, object]], None]
+        self,
+        name: str,
+        size: tuple[int, int, int],
+        axis: Axis,
+        options: argparse.Namespace,
+        save: Callable[[dict[str, object]], None],
     ) -> None:
         self.dims, self.axis, self.options = DIMS[name], axis, options
         self.device = torch.device("cuda", torch.cuda.current_device())
         width, height, frames = size
         self.facts = {"vae": name, "size": f"{width}x{height}x{frames}", "ranks": axis.size}
         torch.manual_seed(1)
-        shape = (self.dims.latent_dim, (frames - 1) // 4 + 1, height // self.dims.scale, width // self.dims.scale)
+        shape = (
+            self.dims.latent_dim,
+            (frames - 1) // 4 + 1,
+            height // self.dims.spatial_scale,
+            width // self.dims.spatial_scale,
+        )
         self.latents = torch.randn(shape, device=self.device)
         self.video_shape = 1, 3, frames, height, width
         self.save = save
@@ -105,7 +139,13 @@ class Bench:
         self.exact: torch.Tensor | None = None
         if axis.size == 1:
             reference = random_vae(self.dims, torch.float32, self.device)
-            self.exact = torch.cat(list(decode(reference, self.few, float32_frames, Way("whole"), axis)))
+            self.exact = torch.cat(
+                list(
+                    decode_latents(
+                        reference, self.few, convert_to_float32_frames, VaeStrategy("whole"), axis
+                    )
+                )
+            )
 
     def note(self, what: str, facts: dict[str, float]) -> None:
         """Print and keep a line."""
@@ -116,26 +156,40 @@ class Bench:
         """Measure ours: whole and tiled on one GPU, in strips on several."""
         vae = random_vae(self.dims, getattr(torch, dtype), self.device)
         ways = ["parallel"] if self.axis.size > 1 else ["whole"]
-        for way in (Way(name, at_once=number) for name in ways for number in self.options.at_once):
+        for way in (
+            VaeStrategy(name, at_once=number) for name in ways for number in self.options.at_once
+        ):
             self.decoding(vae, way, dtype)
             self.encoding(vae, way, dtype)
         for num_tiles in self.options.tiles if self.axis.size == 1 else ():
-            self.decoding(vae, Way("tiled", num_tiles), dtype)
-            self.encoding(vae, Way("tiled", num_tiles), dtype)
+            self.decoding(vae, VaeStrategy("tiled", num_tiles), dtype)
+            self.encoding(vae, VaeStrategy("tiled", num_tiles), dtype)
 
-    def decoding(self, vae: WanVae, way: Way, dtype: str) -> None:
+    def decoding(self, vae: WanVae, way: VaeStrategy, dtype: str) -> None:
         """Measure decoding in one way."""
-        with kernels_tried(self.dims, way):
-            facts = timed(lambda: deque(decode(vae, self.latents, uint8_frames, way, self.axis), maxlen=1), self.options.runs)
+        with cudnn_autotuning(self.dims, way):
+            facts = timed(
+                lambda: deque(
+                    decode_latents(vae, self.latents, convert_to_uint8_frames, way, self.axis),
+                    maxlen=1,
+                ),
+                self.options.runs,
+            )
         if self.exact is not None:
-            frames = torch.cat(list(decode(vae, self.few, float32_frames, way, self.axis)))
+            frames = torch.cat(
+                list(decode_latents(vae, self.few, convert_to_float32_frames, way, self.axis))
+            )
             facts |= distance(frames.to(self.device), self.exact)
         self.note(f"decode {way}, {dtype}, {way.at_once} at once", facts)
 
-    def encoding(self, vae: WanVae, way: Way, dtype: str) -> None:
+    def encoding(self, vae: WanVae, way: VaeStrategy, dtype: str) -> None:
         """Measure encoding in one way."""
         if self.options.encode:
-            facts = self.timed_on_video(lambda video: encode(vae, lambda: in_chunks(video), way, self.axis))
+            facts = self.timed_on_video(
+                lambda video: encode_video(
+                    vae, lambda: split_frames_into_chunks(video), way, self.axis
+                )
+            )
             self.note(f"encode {way}, {dtype}, {way.at_once} at once", facts)
 
     def timed_on_video(self, work: Callable[[torch.Tensor], object]) -> dict[str, float]:
@@ -153,10 +207,17 @@ class Bench:
         raw = (self.latents * std[0] + mean[0]).unsqueeze(0).bfloat16()
         del source
         facts = timed(lambda: peer.decode(raw, return_dict=False), self.options.runs)
-        frames = peer.decode(raw[:, :, :3], return_dict=False)[0][0].clamp(-1, 1).permute(1, 2, 3, 0)
-        self.note("diffusers decode, bfloat16", facts | ({} if self.exact is None else distance(frames, self.exact)))
+        frames = (
+            peer.decode(raw[:, :, :3], return_dict=False)[0][0].clamp(-1, 1).permute(1, 2, 3, 0)
+        )
+        self.note(
+            "diffusers decode, bfloat16",
+            facts | ({} if self.exact is None else distance(frames, self.exact)),
+        )
         if self.options.encode:
-            facts = self.timed_on_video(lambda video: peer.encode(video.bfloat16(), return_dict=False))
+            facts = self.timed_on_video(
+                lambda video: peer.encode(video.bfloat16(), return_dict=False)
+            )
             self.note("diffusers encode, bfloat16", facts)
         torch.backends.cudnn.benchmark = False
 
@@ -164,11 +225,17 @@ class Bench:
 @torch.no_grad()
 def main() -> None:
     """Measure every size."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=["832*480*81", "1280*720*81"], help="width*height*frames")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", nargs="+", default=["832*480*81", "1280*720*81"], help="width*height*frames"
+    )
     parser.add_argument("--vae", default="2.1", choices=DIMS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
-    parser.add_argument("--at-once", nargs="*", type=int, default=[1], help="latent frames decoded at once")
+    parser.add_argument(
+        "--at-once", nargs="*", type=int, default=[1], help="latent frames decoded at once"
+    )
     parser.add_argument("--tiles", nargs="*", type=int, default=[])
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--encode", action="store_true")
@@ -177,15 +244,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    device = local_device("cuda")
+    device = select_local_device("cuda")
     torch.backends.cudnn.allow_tf32 = False  # float32 is what the others are compared with
-    record = Record(options.out / f"vae-{options.vae}-{num_ranks}gpu{options.suffix}.json", ["size", "way"])
+    record = Record(
+        options.out / f"vae-{options.vae}-{num_ranks}gpu{options.suffix}.json", ["size", "way"]
+    )
 
     def save(row: dict[str, object]) -> None:
         print(row, flush=True)
         record.add(row)
 
-    with open_groups(Degrees(ulysses=num_ranks), device, timeout=300) as groups:
+    with open_process_groups(Degrees(ulysses=num_ranks), device, timeout_seconds=300) as groups:
         for size in options.sizes:
             width, height, frames = (int(number) for number in size.split("*"))
             bench = Bench(options.vae, (width, height, frames), groups.replica, options, save)

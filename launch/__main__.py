@@ -5,12 +5,20 @@ import sys
 from launch import fetch, gallery, local, plan, runs, submit
 from launch.doctor import checks as doctor
 from wan_dist import run
-from wan_dist.runtime.cache_folders import settle_caches
-from wan_dist.runtime.environment import settle_environment
-from wan_dist.runtime.errors import InputError, told
-from wan_dist.runtime.log import find_lost_output, protect_streams
+from wan_dist.runtime.cache_folders import configure_library_caches
+from wan_dist.runtime.environment import sanitize_environment
+from wan_dist.runtime.errors import InputError, format_message
+from wan_dist.runtime.log import find_output_error, protect_streams
 
-COMMANDS = {"plan": plan, "doctor": doctor, "fetch": fetch, "local": local, "submit": submit, "runs": runs, "gallery": gallery}
+COMMANDS = {
+    "plan": plan,
+    "doctor": doctor,
+    "fetch": fetch,
+    "local": local,
+    "submit": submit,
+    "runs": runs,
+    "gallery": gallery,
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -19,23 +27,34 @@ def main(arguments: list[str]) -> int:
         return run.main(arguments[1:])
     protect_streams()
     try:
-        settle_environment()
-        settle_caches()
-        code = _run(*arguments)
-    except InputError as fault:
-        return _fail(str(fault))
+        sanitize_environment()
+        configure_library_caches()
+        exit_code = _run_command(*arguments)
+    except InputError as error:
+        return _report_failure(str(error))
     except KeyboardInterrupt:
-        return max(130, _fail("interrupted"))
-    if why := find_lost_output():
-        return max(code, _fail(f"standard output is not whole: {why}"))
-    return code
+        return max(130, _report_failure("interrupted"))
+    if lost_output_reason := find_output_error():
+        return max(
+            exit_code, _report_failure(f"standard output is not whole: {lost_output_reason}")
+        )
+    return exit_code
 
 
-def _run(name: str = "--help", *arguments: str) -> int:
+def _run_command(name: str = "--help", *arguments: str) -> int:
     if name in ("--help", "-h"):
-        lines = [f"  {key:8} {(command.__doc__ or '').splitlines()[0]}" for key, command in COMMANDS.items()]
-        usage = ["wan-dist COMMAND [key=value ...], or python -m launch COMMAND; COMMAND --help says more", ""]
-        sys.stdout.write("\n".join([*usage, f"  {'run':8} Make a video, as python -m wan_dist.run.", *lines]) + "\n")
+        lines = [
+            f"  {key:8} {(command.__doc__ or '').splitlines()[0]}"
+            for key, command in COMMANDS.items()
+        ]
+        usage = [
+            "wan-dist COMMAND [key=value ...], or python -m launch COMMAND; COMMAND --help says more",
+            "",
+        ]
+        sys.stdout.write(
+            "\n".join([*usage, f"  {'run':8} Make a video, as python -m wan_dist.run.", *lines])
+            + "\n"
+        )
         return 0
     if name not in COMMANDS:
         raise InputError(f"there is no command {name!r}; there is run, {', '.join(COMMANDS)}")
@@ -46,8 +65,8 @@ def _run(name: str = "--help", *arguments: str) -> int:
     return command.main(list(arguments)) or 0
 
 
-def _fail(message: str) -> int:
-    sys.stderr.write(f"launch: error: {told(message)}\n")
+def _report_failure(message: str) -> int:
+    sys.stderr.write(f"launch: error: {format_message(message)}\n")
     return 2
 
 

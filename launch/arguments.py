@@ -6,22 +6,32 @@ from pathlib import Path
 from wan_dist.runtime.errors import InputError
 
 
-def parted(arguments: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def split_arguments(
+    arguments: Sequence[str], keys: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
     """Return the values given for ``keys``, and the other arguments."""
-    own = {key: value for key, _, value in (argument.partition("=") for argument in arguments) if key in keys}
-    return own, [argument for argument in arguments if argument.partition("=")[0] not in keys]
+    values_by_key = {
+        key: value
+        for key, _, value in (argument.partition("=") for argument in arguments)
+        if key in keys
+    }
+    return values_by_key, [
+        argument for argument in arguments if argument.partition("=")[0] not in keys
+    ]
 
 
-def number_of(key: str, text: str, what: str) -> int:
+def parse_count(key: str, text: str, noun: str) -> int:
     """Return the number from 1 on that is given for ``key``, of ``what``; raises InputError."""
     if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{key}={text} is not a number of {what}, e.g. {key}=2")
+        raise InputError(f"{key}={text} is not a number of {noun}, e.g. {key}=2")
     return int(text)
 
 
-def path_of(key: str, value: str) -> Path:
+def expand_user_path(key: str, text: str) -> Path:
     """Return a file or folder of the user's, in whose name ``~`` is the home; raises InputError where that is not known."""
     try:
-        return Path(value).expanduser()
+        return Path(text).expanduser()
     except RuntimeError:
-        raise InputError(f"{key}={value}: no home folder of this user is known; ./~ begins a name with ~") from None
+        raise InputError(
+            f"{key}={text}: no home folder of this user is known; ./~ begins a name with ~"
+        ) from None

@@ -9,33 +9,44 @@ Files are complete when it ends: sizes are compared with the repository's, and t
 
 import sys
 
-from launch.arguments import parted, path_of
+from launch.arguments import expand_user_path, split_arguments
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.signals import heed_signals
+from wan_dist.runtime.signals import handle_signals
 from wan_dist.tasks.registry import get_task
-from wan_dist.tasks.run_config import configured
+from wan_dist.tasks.run_config import read_config
 
 
 def main(arguments: list[str]) -> None:
     """Download and say how to use it; raises InputError for what cannot be."""
-    given, places = parted(arguments, ("size",))
-    if not 1 <= len(places) <= 2 or any("=" in place for place in places):
-        raise InputError("fetch takes a task and a folder, e.g. python -m launch fetch t2v-14B /shared/Wan2.1-T2V-14B")
-    task = get_task(places[0])
+    options, positionals = split_arguments(arguments, ("size",))
+    if not 1 <= len(positionals) <= 2 or any("=" in positional for positional in positionals):
+        raise InputError(
+            "fetch takes a task and a folder, e.g. python -m launch fetch t2v-14B /shared/Wan2.1-T2V-14B"
+        )
+    task = get_task(positionals[0])
     if task.name == "toy":
         raise InputError("task toy needs no download: its model is made when it is first used")
-    folder = path_of("folder", places[1]) if len(places) == 2 else None
-    config = configured([f"task={task.name}", *(f"{key}={value}" for key, value in given.items())])
+    folder = expand_user_path("folder", positionals[1]) if len(positionals) == 2 else None
+    config = read_config(
+        [f"task={task.name}", *(f"{key}={value}" for key, value in options.items())]
+    )
     assert config is not None
-    width, height = config.width_height()
-    from wan_dist.weights.hub import check_whole, download  # they import torch, which takes seconds
+    width, height = config.parse_size()
+    from wan_dist.weights.hub import (
+        check_checkpoint_complete,
+        download_checkpoint,
+    )  # they import torch, which takes seconds
 
-    with heed_signals():
-        found = download(task, area=width * height, folder=folder)
-    check_whole(found, task)
-    size = sum(file.stat().st_size for file in found.rglob("*") if file.is_file() and ".cache" not in file.parts)
-    use = f"ckpt_dir={found} " if folder is not None else ""
+    with handle_signals():
+        checkpoint_folder = download_checkpoint(task, area=width * height, folder=folder)
+    check_checkpoint_complete(checkpoint_folder, task)
+    num_bytes = sum(
+        file.stat().st_size
+        for file in checkpoint_folder.rglob("*")
+        if file.is_file() and ".cache" not in file.parts
+    )
+    checkpoint_setting = f"ckpt_dir={checkpoint_folder} " if folder is not None else ""
     sys.stdout.write(
-        f"{found} is whole: {size / 1e9:.1f} GB of {task.hub_repository(width * height)}\n"
-        f'python -m wan_dist.run task={task.name} {use}size={width}*{height} prompt="..."\n'
+        f"{checkpoint_folder} is whole: {num_bytes / 1e9:.1f} GB of {task.choose_repository(width * height)}\n"
+        f'python -m wan_dist.run task={task.name} {checkpoint_setting}size={width}*{height} prompt="..."\n'
     )

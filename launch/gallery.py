@@ -8,17 +8,19 @@ side, and what each rank of a run did when. Copy the whole folder to show it els
 
 import sys
 
-from launch.runs import folder_of
+from launch.runs import read_results_folder
 from wan_dist.runtime.errors import InputError
 
 
 def main(arguments: list[str]) -> None:
     """Write the page and print its path; raises InputError for a folder that is none or has no records."""
-    folder, _, _ = folder_of(arguments, "gallery")
-    from wan_dist.output.gallery.page import write_page  # it brings Jinja2 and Pillow, which other commands need not wait for
+    folder, _, _ = read_results_folder(arguments, "gallery")
+    from wan_dist.output.gallery.page import (
+        write_page,
+    )  # it brings Jinja2 and Pillow, which other commands need not wait for
 
     try:
-        page = write_page(folder)
-    except OSError as fault:
-        raise InputError(f"{folder} cannot be written to: {fault.strerror}") from None
-    sys.stdout.write(f"{page}\n")
+        page_path = write_page(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error.strerror}") from None
+    sys.stdout.write(f"{page_path}\n")

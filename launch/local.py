@@ -14,59 +14,99 @@ import shlex
 import signal
 import sys
 
-from launch.arguments import number_of, parted
+from launch.arguments import parse_count, split_arguments
 from wan_dist.planning.hardware import find_gpus
 from wan_dist.planning.plan import make_plan
-from wan_dist.run import check_jobs
-from wan_dist.runtime.environment import ADDRESS_KEYS, PLACE_KEYS
-from wan_dist.tasks.run_config import configured
+from wan_dist.run import plan_jobs
+from wan_dist.runtime.environment import ADDRESS_VARIABLES, RANK_VARIABLES
+from wan_dist.tasks.run_config import read_config
 
-_WITHOUT_PEERS = re.compile(r"GeForce RTX [45]0\d\d")
+_NO_PEER_ACCESS = re.compile(r"GeForce RTX [45]0\d\d")
 """Cards that do not reach each other's memory, though some drivers say they do: NCCL then hangs, or what it sends arrives wrong."""
-_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
+_FORWARDED_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 """What torchrun passes on to its ranks."""
-_STEP_KEYS = ("SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID")
+_LAUNCHER_STEP_KEYS = ("SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID")
 """Of a launcher that this process is a part of: what it starts is a run of its own."""
 
 
 def main(arguments: list[str]) -> None:
     """Become the command that makes the video; raises InputError for what cannot be, before anything heavy starts."""
-    given, settings = parted(arguments, ("ranks",))
+    options, settings = split_arguments(arguments, ("ranks",))
     gpus = find_gpus()
-    num_ranks = number_of("ranks", given["ranks"], "processes") if "ranks" in given else len(gpus) or 1
-    config = configured(settings)
+    num_ranks = (
+        parse_count("ranks", options["ranks"], "processes")
+        if "ranks" in options
+        else len(gpus) or 1
+    )
+    config = read_config(settings)
     if config is None:
         return
     ranks = (num_ranks, num_ranks)
     if config.jobs is None:
         make_plan(config, ranks=ranks)
     else:
-        check_jobs(config, settings, ranks=ranks, gpu_bytes=min((total for _, total, _ in gpus), default=None))
-    command = command_for(num_ranks, settings)
-    others = [key for key in (*PLACE_KEYS, *ADDRESS_KEYS, *_STEP_KEYS) if key in os.environ]
-    kept = {key: value for key, value in os.environ.items() if key not in others}
-    variables = {key: value for key, value in variables_for(num_ranks).items() if key not in kept}
-    words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
-    words = ["env", *(f"-u {key}" for key in others), *words] if others else words
-    sys.stderr.write("$ " + " ".join([*words, shlex.join(command)]) + "\n")
-    os.execve(command[0], command, kept | variables)
+        plan_jobs(
+            config,
+            settings,
+            ranks=ranks,
+            gpu_bytes=min((total_bytes for _, total_bytes, _ in gpus), default=None),
+        )
+    command = build_run_command(num_ranks, settings)
+    removed_keys = [
+        key
+        for key in (*RANK_VARIABLES, *ADDRESS_VARIABLES, *_LAUNCHER_STEP_KEYS)
+        if key in os.environ
+    ]
+    environment = {key: value for key, value in os.environ.items() if key not in removed_keys}
+    variables = {
+        key: value for key, value in choose_variables(num_ranks).items() if key not in environment
+    }
+    command_words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
+    command_words = (
+        ["env", *(f"-u {key}" for key in removed_keys), *command_words]
+        if removed_keys
+        else command_words
+    )
+    sys.stderr.write("$ " + " ".join([*command_words, shlex.join(command)]) + "\n")
+    os.execve(command[0], command, environment | variables)
 
 
-def command_for(num_ranks: int, settings: list[str]) -> list[str]:
+def build_run_command(num_ranks: int, settings: list[str]) -> list[str]:
     """Return the command that makes the video on so many ranks; one needs no torchrun."""
-    run = ["-m", "wan_dist.run", *settings]
+    run_arguments = ["-m", "wan_dist.run", *settings]
     if num_ranks == 1:
-        return [sys.executable, *run]
-    here = ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]  # a free port; a host's name may not resolve
-    return [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={num_ranks}", *here, *run]
+        return [sys.executable, *run_arguments]
+    rendezvous_options = [
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+    ]  # a free port; a host's name may not resolve
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=1",
+        f"--nproc_per_node={num_ranks}",
+        *rendezvous_options,
+        *run_arguments,
+    ]
 
 
-def variables_for(num_ranks: int) -> dict[str, str]:
+def choose_variables(num_ranks: int) -> dict[str, str]:
     """Return what should be set for so many ranks on this machine."""
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    found = {"OMP_NUM_THREADS": str(threads), "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    if num_ranks > 1 and any(_WITHOUT_PEERS.search(name) for name, _, _ in find_gpus()):
-        found["NCCL_P2P_DISABLE"] = "1"
-    if num_ranks > 1:  # torchrun heeds what nohup and shells have it ignore, and would die of SIGUSR1 and leave its ranks behind
-        found["PET_SIGNALS_TO_HANDLE"] = ",".join(name for name in _SIGNALS if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN)
-    return found
+    num_threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    variables = {
+        "OMP_NUM_THREADS": str(num_threads),
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    }
+    if num_ranks > 1 and any(_NO_PEER_ACCESS.search(name) for name, _, _ in find_gpus()):
+        variables["NCCL_P2P_DISABLE"] = "1"
+    if (
+        num_ranks > 1
+    ):  # torchrun heeds what nohup and shells have it ignore, and would die of SIGUSR1 and leave its ranks behind
+        variables["PET_SIGNALS_TO_HANDLE"] = ",".join(
+            name
+            for name in _FORWARDED_SIGNALS
+            if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN
+        )
+    return variables

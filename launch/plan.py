@@ -9,43 +9,61 @@ Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT.
 
 import sys
 
-from launch.arguments import number_of, parted
+from launch.arguments import parse_count, split_arguments
 from wan_dist.config.schema import RunConfig
-from wan_dist.planning.hardware import Hardware, find_gpus, find_host, parse_bytes, parse_gpus
-from wan_dist.planning.memory_table import table
-from wan_dist.planning.plan import Plan, arranged, make_plan
+from wan_dist.planning.hardware import (
+    Hardware,
+    find_gpus,
+    find_host_memory,
+    parse_bytes,
+    parse_gpus,
+)
+from wan_dist.planning.memory_table import format_memory_table
+from wan_dist.planning.plan import Plan, make_plan, plan_memory
 from wan_dist.tasks.registry import get_task
-from wan_dist.tasks.run_config import configured
+from wan_dist.tasks.run_config import read_config
 
-_HARDWARE = ("gpus", "host", "nodes")
+_HARDWARE_KEYS = ("gpus", "host", "nodes")
 
 
 def main(arguments: list[str]) -> None:
     """Print the plan; raises InputError for what cannot be."""
-    given, settings = parted(arguments, _HARDWARE)
-    config = configured(settings)
+    options, settings = split_arguments(arguments, _HARDWARE_KEYS)
+    config = read_config(settings)
     if config is None:
         return
-    hardware, ranks = hardware_of(given)
-    plan = rehearsed(config, hardware, ranks)
+    hardware, ranks = resolve_hardware(options)
+    plan = plan_dry_run(config, hardware, ranks)
     assert plan.budget is not None
-    where = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
-    lines = [plan.summary, where + plan.arrangement.words, "", *table(plan.uses, plan.budget.gpu, plan.budget.host)]
+    ranks_text = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
+    lines = [
+        plan.summary,
+        ranks_text + plan.arrangement.description,
+        "",
+        *format_memory_table(plan.stage_memories, plan.budget.gpu_bytes, plan.budget.host_bytes),
+    ]
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def rehearsed(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) -> Plan:
+def plan_dry_run(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) -> Plan:
     """Return the plan for this hardware and so many ranks, in all and on a node; prompt and images may be missing."""
-    return arranged(make_plan(config, ranks=ranks, is_rehearsal=True), config, hardware, get_task(config.task).models)
+    return plan_memory(
+        make_plan(config, ranks=ranks, is_dry_run=True),
+        config,
+        hardware,
+        get_task(config.task).model_dims,
+    )
 
 
-def hardware_of(given: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
+def resolve_hardware(options: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
     """Return what these settings describe, and how many ranks there are, in all and on a node; what they leave out is this machine's."""
-    count, gpu_bytes = 1, None
-    if "gpus" in given:
-        count, gpu_bytes = parse_gpus(given["gpus"])
-    elif found := find_gpus():
-        count, gpu_bytes = len(found), min(total for _, total, _ in found)
-    host, limit = (parse_bytes(given["host"], "host"), "host") if "host" in given else find_host()
-    nodes = number_of("nodes", given.get("nodes", "1"), "machines")
-    return Hardware(gpu_bytes, host, limit), (count * nodes, count)
+    gpus_per_node, gpu_bytes = 1, None
+    if "gpus" in options:
+        gpus_per_node, gpu_bytes = parse_gpus(options["gpus"])
+    elif gpus := find_gpus():
+        gpus_per_node, gpu_bytes = len(gpus), min(total_bytes for _, total_bytes, _ in gpus)
+    host_bytes, host_limit = (
+        (parse_bytes(options["host"], "host"), "host") if "host" in options else find_host_memory()
+    )
+    num_nodes = parse_count("nodes", options.get("nodes", "1"), "machines")
+    return Hardware(gpu_bytes, host_bytes, host_limit), (gpus_per_node * num_nodes, gpus_per_node)

@@ -13,106 +13,180 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launch.arguments import path_of
-from wan_dist.output.gallery.records import Record, read_records
-from wan_dist.output.gallery.runs import Run, read_runs
-from wan_dist.runtime.durations import duration
-from wan_dist.runtime.errors import InputError, printable
+from launch.arguments import expand_user_path
+from wan_dist.output.gallery.records import VideoRecord, read_records
+from wan_dist.output.gallery.runs import RunRecord, read_runs
+from wan_dist.runtime.durations import format_duration
+from wan_dist.runtime.errors import InputError, escape_unprintable
 
-_HEADS = ("name", "task", "size x frames", "steps", "seed", "seconds", "s/it", "TFLOP/s", "peak GiB", "status")
-_LEFT = (0, 1, 9)
+_COLUMN_TITLES = (
+    "name",
+    "task",
+    "size x frames",
+    "steps",
+    "seed",
+    "seconds",
+    "s/it",
+    "TFLOP/s",
+    "peak GiB",
+    "status",
+)
+_LEFT_ALIGNED_COLUMNS = (0, 1, 9)
 """Columns of text."""
-_WIDE = 140
+_DEFAULT_WIDTH = 140
 """Columns of what is no terminal."""
 
 
 def main(arguments: list[str]) -> None:
     """Print the table; raises InputError for a folder that is none or has no records."""
-    _, records, runs = folder_of(arguments, "runs")
-    sys.stdout.write("\n".join(lines_of(records, runs, shutil.get_terminal_size((_WIDE, 24)).columns)) + "\n")
+    _, records, runs = read_results_folder(arguments, "runs")
+    sys.stdout.write(
+        "\n".join(
+            format_table(records, runs, shutil.get_terminal_size((_DEFAULT_WIDTH, 24)).columns)
+        )
+        + "\n"
+    )
 
 
-def folder_of(arguments: Sequence[str], command: str) -> tuple[Path, list[Record], list[Run]]:
+def read_results_folder(
+    arguments: Sequence[str], command: str
+) -> tuple[Path, list[VideoRecord], list[RunRecord]]:
     """Return the folder that a command was given and what is in it; raises InputError."""
     if len(arguments) != 1:
-        raise InputError(f"{command} takes the folder that the videos are in, e.g. python -m launch {command} outputs")
-    folder = path_of("folder", arguments[0])
+        raise InputError(
+            f"{command} takes the folder that the videos are in, e.g. python -m launch {command} outputs"
+        )
+    folder = expand_user_path("folder", arguments[0])
     if not folder.is_dir():
-        raise InputError(f"{folder} is {'not a folder' if folder.exists() else 'not there'}; give the folder that the videos are in")
+        raise InputError(
+            f"{folder} is {'not a folder' if folder.exists() else 'not there'}; give the folder that the videos are in"
+        )
     records = read_records(folder)
     if not records:
-        raise InputError(f"{folder} has no records of videos; they lie beside them as NAME.json, in a run's output.dir")
+        raise InputError(
+            f"{folder} has no records of videos; they lie beside them as NAME.json, in a run's output.dir"
+        )
     return folder, records, read_runs(folder)
 
 
-def lines_of(records: Sequence[Record], runs: Sequence[Run], columns: int) -> list[str]:
+def format_table(
+    records: Sequence[VideoRecord], runs: Sequence[RunRecord], max_width: int
+) -> list[str]:
     """Return the table as lines of at most so many columns."""
-    rows = [_HEADS, *(_row(record) for record in records)]
-    widths = [max(_width(row[place]) for row in rows) for place in range(len(_HEADS))]
-    spare = columns - sum(widths) - 2 * (len(widths) - 1)
-    least = max(8, widths[0] + spare)
-    widths[0] = min(widths[0], least)
-    lines = [_line(_HEADS, widths, columns)]
+    rows = [_COLUMN_TITLES, *(_format_row(record) for record in records)]
+    widths = [
+        max(_measure_width(row[column]) for row in rows) for column in range(len(_COLUMN_TITLES))
+    ]
+    spare_width = max_width - sum(widths) - 2 * (len(widths) - 1)
+    name_width = max(8, widths[0] + spare_width)
+    widths[0] = min(widths[0], name_width)
+    lines = [_format_line(_COLUMN_TITLES, widths, max_width)]
     for record, row in zip(records, rows[1:], strict=True):
-        lines.append(_line(row, widths, columns))
+        lines.append(_format_line(row, widths, max_width))
         if record.error:
-            wrapped = textwrap.wrap(printable(record.error), max(20, columns - 2))
-            lines += [_cut(f"  {line}", columns) for line in wrapped]
-    return [*lines, "", *(_cut(line, columns) for line in _totals(records, runs))]
+            error_lines = textwrap.wrap(escape_unprintable(record.error), max(20, max_width - 2))
+            lines += [_truncate_text(f"  {line}", max_width) for line in error_lines]
+    return [
+        *lines,
+        "",
+        *(_truncate_text(line, max_width) for line in _format_totals(records, runs)),
+    ]
 
 
-def _row(record: Record) -> tuple[str, ...]:
-    size = f"{record.width}x{record.height}x{record.num_frames}" if record.width and record.num_frames else "-"
-    peak = "-" if record.peak is None else f"{record.peak[0]:.1f} {record.peak[1]}"
-    numbers = (_shown(record.seconds, ".1f"), _shown(record.step_seconds, ".3f"), _shown(record.tflops, ".3g"))
-    words = (record.name, record.task or "-", size, _shown(record.steps), _shown(record.seed), *numbers, peak, record.status)
-    return tuple(printable(word) for word in words)
+def _format_row(record: VideoRecord) -> tuple[str, ...]:
+    size_text = (
+        f"{record.width}x{record.height}x{record.num_frames}"
+        if record.width and record.num_frames
+        else "-"
+    )
+    peak_text = (
+        "-"
+        if record.peak_memory is None
+        else f"{record.peak_memory[0]:.1f} {record.peak_memory[1]}"
+    )
+    number_texts = (
+        _format_number(record.seconds, ".1f"),
+        _format_number(record.step_seconds, ".3f"),
+        _format_number(record.tflops, ".3g"),
+    )
+    cells = (
+        record.name,
+        record.task or "-",
+        size_text,
+        _format_number(record.steps),
+        _format_number(record.seed),
+        *number_texts,
+        peak_text,
+        record.status,
+    )
+    return tuple(escape_unprintable(cell) for cell in cells)
 
 
-def _totals(records: Sequence[Record], runs: Sequence[Run]) -> Iterator[str]:
-    told = {run.name: run for run in runs}
-    names = list(dict.fromkeys(record.run for record in records if record.run))
-    for name in names:
-        own = [record for record in records if record.run == name]
-        run = told.get(name)
-        took = "" if run is None or run.seconds is None else f" in {duration(run.seconds)}"
-        ranks = f" on {run.ranks} rank{'' if run.ranks == 1 else 's'}" if run is not None and run.ranks else ""
-        yield f"run {printable(name)}: {_counted(own)}{took}{ranks}"
+def _format_totals(records: Sequence[VideoRecord], runs: Sequence[RunRecord]) -> Iterator[str]:
+    run_by_name = {run.name: run for run in runs}
+    run_names = list(dict.fromkeys(record.run for record in records if record.run))
+    for run_name in run_names:
+        run_records = [record for record in records if record.run == run_name]
+        run = run_by_name.get(run_name)
+        time_text = (
+            "" if run is None or run.seconds is None else f" in {format_duration(run.seconds)}"
+        )
+        ranks_text = (
+            f" on {run.ranks} rank{'' if run.ranks == 1 else 's'}"
+            if run is not None and run.ranks
+            else ""
+        )
+        yield f"run {escape_unprintable(run_name)}: {_format_counts(run_records)}{time_text}{ranks_text}"
     seconds = sum(record.seconds or 0.0 for record in records)
-    peaks = [f"{max(found):.1f} GiB of the {of} at most" for of in ("GPU", "host") if (found := _peaks(records, of))]
-    yield ", ".join([_counted(records), f"{duration(seconds)} of work", *peaks])
+    peak_texts = [
+        f"{max(peaks_of_kind):.1f} GiB of the {memory_kind} at most"
+        for memory_kind in ("GPU", "host")
+        if (peaks_of_kind := _list_peaks(records, memory_kind))
+    ]
+    yield ", ".join([_format_counts(records), f"{format_duration(seconds)} of work", *peak_texts])
 
 
-def _peaks(records: Sequence[Record], of: str) -> list[float]:
-    return [record.peak[0] for record in records if record.peak is not None and record.peak[1] == of]
+def _list_peaks(records: Sequence[VideoRecord], memory_kind: str) -> list[float]:
+    return [
+        record.peak_memory[0]
+        for record in records
+        if record.peak_memory is not None and record.peak_memory[1] == memory_kind
+    ]
 
 
-def _counted(records: Sequence[Record]) -> str:
-    failed = sum(record.status == "failed" for record in records)
-    done = len(records) - failed
-    return f"{done} video{'' if done == 1 else 's'}" + (f", {failed} failed" if failed else "")
+def _format_counts(records: Sequence[VideoRecord]) -> str:
+    num_failed = sum(record.status == "failed" for record in records)
+    num_done = len(records) - num_failed
+    return f"{num_done} video{'' if num_done == 1 else 's'}" + (
+        f", {num_failed} failed" if num_failed else ""
+    )
 
 
-def _shown(value: float | None, style: str = "") -> str:
-    return "-" if value is None else format(value, style)
+def _format_number(value: float | None, number_format: str = "") -> str:
+    return "-" if value is None else format(value, number_format)
 
 
-def _line(row: Sequence[str], widths: Sequence[int], columns: int) -> str:
+def _format_line(row: Sequence[str], widths: Sequence[int], max_width: int) -> str:
     cells = []
-    for place, (word, width) in enumerate(zip(row, widths, strict=True)):
-        word = _cut(word, width)
-        gap = " " * (width - _width(word))
-        cells.append(word + gap if place in _LEFT else gap + word)
-    return _cut("  ".join(cells).rstrip(), columns)
+    for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        cell = _truncate_text(cell, width)
+        padding = " " * (width - _measure_width(cell))
+        cells.append(cell + padding if column in _LEFT_ALIGNED_COLUMNS else padding + cell)
+    return _truncate_text("  ".join(cells).rstrip(), max_width)
 
 
-def _width(text: str) -> int:
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else not unicodedata.combining(character) for character in text)
+def _measure_width(text: str) -> int:
+    return sum(
+        2
+        if unicodedata.east_asian_width(character) in "WF"
+        else not unicodedata.combining(character)
+        for character in text
+    )
 
 
-def _cut(text: str, width: int) -> str:
-    if _width(text) <= width:
+def _truncate_text(text: str, width: int) -> str:
+    if _measure_width(text) <= width:
         return text
-    while text and _width(text) > width - 1:
+    while text and _measure_width(text) > width - 1:
         text = text[:-1]
     return f"{text}…"

@@ -20,156 +20,266 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launch.arguments import number_of, parted, path_of
-from launch.slurm.cluster import ClusterConfig, cluster_of, minutes_of
-from launch.slurm.run_time import seconds_of, step_seconds_of
-from launch.slurm.sbatch import Request, clock, fetch_script, run_script
+from launch.arguments import expand_user_path, parse_count, split_arguments
+from launch.slurm.cluster import ClusterConfig, load_cluster, parse_minutes
+from launch.slurm.run_time import estimate_run_seconds, estimate_step_seconds
+from launch.slurm.sbatch import SlurmRequest, build_fetch_script, build_run_script, format_minutes
 from wan_dist.config.schema import RunConfig
-from wan_dist.jobs.job_file import configs_of, read_jobs
+from wan_dist.jobs.job_file import compose_job_configs, read_jobs
 from wan_dist.planning.hardware import Hardware, parse_bytes
-from wan_dist.planning.plan import Plan, arranged, make_plan
-from wan_dist.run import check_jobs
+from wan_dist.planning.plan import Plan, make_plan, plan_memory
+from wan_dist.run import plan_jobs
 from wan_dist.runtime.errors import InputError
-from wan_dist.tasks.image_sizes import image_size
+from wan_dist.tasks.image_sizes import read_image_size
 from wan_dist.tasks.registry import get_task
-from wan_dist.tasks.run_config import configured
+from wan_dist.tasks.run_config import read_config
 
-_KEYS = ("cluster", "nodes", "gpus", "time", "mem", "array", "at_once", "fetch", "after")
+_SUBMIT_KEYS = ("cluster", "nodes", "gpus", "time", "mem", "array", "at_once", "fetch", "after")
 _GIB = 2**30
 
 
 def main(arguments: list[str]) -> None:
     """Submit; raises InputError for what cannot be, before anything is submitted."""
-    is_dry = "--dry-run" in arguments
-    given, settings = parted([argument for argument in arguments if argument != "--dry-run"], _KEYS)
-    changes = [setting.removeprefix("cluster.") for setting in settings if setting.startswith("cluster.")]
+    is_dry_run = "--dry-run" in arguments
+    options, settings = split_arguments(
+        [argument for argument in arguments if argument != "--dry-run"], _SUBMIT_KEYS
+    )
+    cluster_changes = [
+        setting.removeprefix("cluster.") for setting in settings if setting.startswith("cluster.")
+    ]
     settings = [setting for setting in settings if not setting.startswith("cluster.")]
-    if "cluster" not in given:
-        raise InputError("say what the nodes are like: cluster=h100, or a file of your own (--help has more)")
-    cluster = cluster_of(given["cluster"], changes)
+    if "cluster" not in options:
+        raise InputError(
+            "say what the nodes are like: cluster=h100, or a file of your own (--help has more)"
+        )
+    cluster = load_cluster(options["cluster"], cluster_changes)
     python = "python" if cluster.setup else sys.executable
-    fetching = ""
-    if "fetch" in given:
-        fetching = fetch_script(_what_to_fetch(given["fetch"], settings), cluster, python)
-        settings = [*settings, f"ckpt_dir={given['fetch']}"]
-    request = _request(given, settings, cluster, is_fetched=bool(fetching))
+    fetch_job_script = ""
+    if "fetch" in options:
+        fetch_job_script = build_fetch_script(
+            _build_fetch_arguments(options["fetch"], settings), cluster, python
+        )
+        settings = [*settings, f"ckpt_dir={options['fetch']}"]
+    request = _build_request(options, settings, cluster, is_fetched=bool(fetch_job_script))
     if request is None:
         return
-    if is_dry:
-        script = run_script(replace(request, after="FETCH") if fetching else request, cluster, python)
-        sys.stdout.write(f"{fetching}\n# and, once it is submitted as job FETCH:\n\n{script}" if fetching else script)
+    if is_dry_run:
+        script = build_run_script(
+            replace(request, required_job="FETCH") if fetch_job_script else request, cluster, python
+        )
+        sys.stdout.write(
+            f"{fetch_job_script}\n# and, once it is submitted as job FETCH:\n\n{script}"
+            if fetch_job_script
+            else script
+        )
         return
-    if fetching:
-        _submit(run_script(request, cluster, python), "--test-only")  # it should not be refused once the download is on its way
-        fetched = _submit(fetching)
-        request = replace(request, after=f"{request.after}:{fetched}" if request.after else fetched)
-        sys.stdout.write(f"job {fetched} downloads to {given['fetch']}: wan-fetch-{fetched}.log\n")
-    job = _submit(run_script(request, cluster, python))
+    if fetch_job_script:
+        _submit_script(
+            build_run_script(request, cluster, python), "--test-only"
+        )  # it should not be refused once the download is on its way
+        fetch_job = _submit_script(fetch_job_script)
+        request = replace(
+            request,
+            required_job=f"{request.required_job}:{fetch_job}"
+            if request.required_job
+            else fetch_job,
+        )
+        sys.stdout.write(
+            f"job {fetch_job} downloads to {options['fetch']}: wan-fetch-{fetch_job}.log\n"
+        )
+    run_job = _submit_script(build_run_script(request, cluster, python))
     sys.stdout.write("".join(f"{note}\n" for note in request.notes))
-    sys.stdout.write(f"job {job}: wan-{job}{'-N' if request.is_array else ''}.log; squeue --job {job}\n")
-
-
-def _request(given: dict[str, str], settings: list[str], cluster: ClusterConfig, *, is_fetched: bool) -> Request | None:
-    """Return what to ask Slurm for; None after a flag that only prints."""
-    nodes = number_of("nodes", given.get("nodes", "1"), "machines")
-    gpus = number_of("gpus", given.get("gpus", str(cluster.gpus_per_node)), "GPUs")
-    if gpus > cluster.gpus_per_node:
-        raise InputError(f"gpus={gpus}: a node of cluster={given['cluster']} has {cluster.gpus_per_node}; nodes=COUNT takes several")
-    elements = [settings]
-    if "array" in given:
-        jobs = read_jobs(path_of("array", given["array"]))
-        elements = [[*settings, *job.settings] for job in jobs]
-        configs = configs_of(jobs, settings, _configured)
-        checked = [(_plan(config, cluster, nodes, gpus, f"{job.place}: "), config) for job, config in configs]
-    elif (config := configured(settings)) is None:
-        return None
-    elif config.jobs is not None:
-        told = check_jobs(config, settings, ranks=(nodes * gpus, gpus), gpu_bytes=_hardware(config, cluster).gpu_bytes)
-        checked = [(_arranged(plan, own, cluster, f"{job.place}: "), own) for job, own, plan in told]
-    else:
-        checked = [(_plan(config, cluster, nodes, gpus), config)]
-    plans = [plan for plan, _ in checked]
-    first, config = checked[0]
-    if config.ckpt_dir is not None and not is_fetched and not Path(config.ckpt_dir).expanduser().is_dir():
-        folder = config.ckpt_dir
-        sys.stderr.write(f"note: ckpt_dir={folder} is not a folder here; the nodes must see one, or fetch={folder} makes it\n")
-    runs = [[each] for each in checked] if "array" in given else [checked]
-    minutes = minutes_of(given["time"], "time") if "time" in given else max(_minutes_of(run, cluster) for run in runs)
-    memory = parse_bytes(given["mem"], "mem") if "mem" in given else max(_memory_of(plan, cluster) for plan in plans)
-    step = max(step_seconds_of(plan, cluster.tflops) for plan in plans)
-    spread = f"{first.degrees.num_ranks} ranks, {first.degrees}; " if first.degrees.num_ranks > 1 else ""
-    notes = [first.summary, spread + first.arrangement.words]
-    count = f"{len(plans)} jobs, each: " if "array" in given else f"{len(plans)} videos: " if len(plans) > 1 else ""
-    notes.append(count + f"{-(-memory // _GIB)} GiB of a node, up to {clock(minutes)}")
-    return Request(
-        name=f"wan-{first.task.name}",
-        notes=notes,
-        settings=elements,
-        is_array="array" in given,
-        at_once=number_of("at_once", given["at_once"], "jobs") if "at_once" in given else None,
-        nodes=nodes,
-        gpus_per_node=gpus,
-        memory_gib=-(-memory // _GIB),
-        minutes=minutes,
-        signal_seconds=max(cluster.signal_seconds, 30 + int(1.5 * step)),
-        after=given.get("after"),
+    sys.stdout.write(
+        f"job {run_job}: wan-{run_job}{'-N' if request.is_array else ''}.log; squeue --job {run_job}\n"
     )
 
 
-def _configured(settings: list[str]) -> RunConfig:
-    config = configured(settings)
+def _build_request(
+    options: dict[str, str], settings: list[str], cluster: ClusterConfig, *, is_fetched: bool
+) -> SlurmRequest | None:
+    """Return what to ask Slurm for; None after a flag that only prints."""
+    num_nodes = parse_count("nodes", options.get("nodes", "1"), "machines")
+    gpus_per_node = parse_count("gpus", options.get("gpus", str(cluster.gpus_per_node)), "GPUs")
+    if gpus_per_node > cluster.gpus_per_node:
+        raise InputError(
+            f"gpus={gpus_per_node}: a node of cluster={options['cluster']} has {cluster.gpus_per_node}; nodes=COUNT takes several"
+        )
+    settings_by_element = [settings]
+    if "array" in options:
+        jobs = read_jobs(expand_user_path("array", options["array"]))
+        settings_by_element = [[*settings, *job.overrides] for job in jobs]
+        configs = compose_job_configs(jobs, settings, _read_job_config)
+        planned_videos = [
+            (_plan_video(config, cluster, num_nodes, gpus_per_node, f"{job.location}: "), config)
+            for job, config in configs
+        ]
+    elif (config := read_config(settings)) is None:
+        return None
+    elif config.jobs is not None:
+        checked_jobs = plan_jobs(
+            config,
+            settings,
+            ranks=(num_nodes * gpus_per_node, gpus_per_node),
+            gpu_bytes=_build_hardware(config, cluster).gpu_bytes,
+        )
+        planned_videos = [
+            (_arrange_plan(plan, job_config, cluster, f"{job.location}: "), job_config)
+            for job, job_config, plan in checked_jobs
+        ]
+    else:
+        planned_videos = [(_plan_video(config, cluster, num_nodes, gpus_per_node), config)]
+    plans = [plan for plan, _ in planned_videos]
+    first_plan, config = planned_videos[0]
+    if (
+        config.ckpt_dir is not None
+        and not is_fetched
+        and not Path(config.ckpt_dir).expanduser().is_dir()
+    ):
+        folder = config.ckpt_dir
+        sys.stderr.write(
+            f"note: ckpt_dir={folder} is not a folder here; the nodes must see one, or fetch={folder} makes it\n"
+        )
+    videos_by_run = (
+        [[planned_video] for planned_video in planned_videos]
+        if "array" in options
+        else [planned_videos]
+    )
+    minutes = (
+        parse_minutes(options["time"], "time")
+        if "time" in options
+        else max(_estimate_requested_minutes(run_videos, cluster) for run_videos in videos_by_run)
+    )
+    memory_bytes = (
+        parse_bytes(options["mem"], "mem")
+        if "mem" in options
+        else max(_estimate_requested_bytes(plan, cluster) for plan in plans)
+    )
+    step_seconds = max(estimate_step_seconds(plan, cluster.tflops) for plan in plans)
+    ranks_text = (
+        f"{first_plan.degrees.num_ranks} ranks, {first_plan.degrees}; "
+        if first_plan.degrees.num_ranks > 1
+        else ""
+    )
+    notes = [first_plan.summary, ranks_text + first_plan.arrangement.description]
+    count_text = (
+        f"{len(plans)} jobs, each: "
+        if "array" in options
+        else f"{len(plans)} videos: "
+        if len(plans) > 1
+        else ""
+    )
+    notes.append(
+        count_text + f"{-(-memory_bytes // _GIB)} GiB of a node, up to {format_minutes(minutes)}"
+    )
+    return SlurmRequest(
+        name=f"wan-{first_plan.task.name}",
+        notes=notes,
+        settings=settings_by_element,
+        is_array="array" in options,
+        max_running_jobs=parse_count("at_once", options["at_once"], "jobs")
+        if "at_once" in options
+        else None,
+        num_nodes=num_nodes,
+        gpus_per_node=gpus_per_node,
+        memory_gib=-(-memory_bytes // _GIB),
+        time_limit_minutes=minutes,
+        signal_seconds=max(cluster.signal_seconds, 30 + int(1.5 * step_seconds)),
+        required_job=options.get("after"),
+    )
+
+
+def _read_job_config(settings: list[str]) -> RunConfig:
+    config = read_config(settings)
     if config is None:
-        raise InputError("a flag that prints the configuration says nothing of several jobs; leave array=FILE out")
+        raise InputError(
+            "a flag that prints the configuration says nothing of several jobs; leave array=FILE out"
+        )
     return config
 
 
-def _hardware(config: RunConfig, cluster: ClusterConfig) -> Hardware:
-    gpu_bytes = parse_bytes(cluster.gpu_memory, "cluster.gpu_memory") if config.device != "cpu" else None
-    return Hardware(gpu_bytes, parse_bytes(cluster.host_memory, "cluster.host_memory"), "cluster.host_memory")
+def _build_hardware(config: RunConfig, cluster: ClusterConfig) -> Hardware:
+    gpu_bytes = (
+        parse_bytes(cluster.gpu_memory, "cluster.gpu_memory") if config.device != "cpu" else None
+    )
+    return Hardware(
+        gpu_bytes, parse_bytes(cluster.host_memory, "cluster.host_memory"), "cluster.host_memory"
+    )
 
 
-def _plan(config: RunConfig, cluster: ClusterConfig, nodes: int, gpus: int, where: str = "") -> Plan:
+def _plan_video(
+    config: RunConfig,
+    cluster: ClusterConfig,
+    num_nodes: int,
+    gpus_per_node: int,
+    error_prefix: str = "",
+) -> Plan:
     try:
-        plan = make_plan(config, ranks=(nodes * gpus, gpus), size_of_image=image_size)
-    except InputError as fault:
-        raise InputError(f"{where}{fault}") from None
-    return _arranged(plan, config, cluster, where)
+        plan = make_plan(
+            config,
+            ranks=(num_nodes * gpus_per_node, gpus_per_node),
+            image_size_reader=read_image_size,
+        )
+    except InputError as error:
+        raise InputError(f"{error_prefix}{error}") from None
+    return _arrange_plan(plan, config, cluster, error_prefix)
 
 
-def _arranged(plan: Plan, config: RunConfig, cluster: ClusterConfig, where: str) -> Plan:
+def _arrange_plan(plan: Plan, config: RunConfig, cluster: ClusterConfig, error_prefix: str) -> Plan:
     try:
-        return arranged(plan, config, _hardware(config, cluster), get_task(config.task).models)
-    except InputError as fault:
-        raise InputError(f"{where}{fault}") from None
+        return plan_memory(
+            plan, config, _build_hardware(config, cluster), get_task(config.task).model_dims
+        )
+    except InputError as error:
+        raise InputError(f"{error_prefix}{error}") from None
 
 
-def _memory_of(plan: Plan, cluster: ClusterConfig) -> int:
+def _estimate_requested_bytes(plan: Plan, cluster: ClusterConfig) -> int:
     """Return the bytes to ask for: a fifth and 4 GiB more than planned, if nodes have them."""
-    planned = max(use.host_bytes for use in plan.uses)
-    return min(int(1.2 * planned) + 4 * _GIB, parse_bytes(cluster.host_memory, "cluster.host_memory"))
+    planned_bytes = max(stage_memory.host_bytes for stage_memory in plan.stage_memories)
+    return min(
+        int(1.2 * planned_bytes) + 4 * _GIB, parse_bytes(cluster.host_memory, "cluster.host_memory")
+    )
 
 
-def _minutes_of(videos: Sequence[tuple[Plan, RunConfig]], cluster: ClusterConfig) -> int:
+def _estimate_requested_minutes(
+    videos: Sequence[tuple[Plan, RunConfig]], cluster: ClusterConfig
+) -> int:
     """Return the minutes to ask for: half as much again as they should take, and five, in steps of five."""
-    seconds = seconds_of([(plan, config.sample.steps) for plan, config in videos], cluster.tflops)
-    wanted = 5 * math.ceil((1.5 * seconds / 60 + 5) / 5)
-    return wanted if cluster.max_time is None else min(wanted, minutes_of(cluster.max_time, "cluster.max_time"))
+    seconds = estimate_run_seconds(
+        [(plan, config.sample.steps) for plan, config in videos], cluster.tflops
+    )
+    minutes = 5 * math.ceil((1.5 * seconds / 60 + 5) / 5)
+    return (
+        minutes
+        if cluster.max_time is None
+        else min(minutes, parse_minutes(cluster.max_time, "cluster.max_time"))
+    )
 
 
-def _what_to_fetch(folder: str, settings: list[str]) -> list[str]:
-    keys = dict(setting.partition("=")[::2] for setting in settings)
-    if "ckpt_dir" in keys:
-        raise InputError(f"fetch={folder} is where the checkpoint comes to be; leave ckpt_dir={keys['ckpt_dir']} out")
-    size = [f"size={keys['size']}"] if "size" in keys else []
-    return [get_task(keys.get("task", "")).name, folder, *size]
+def _build_fetch_arguments(folder: str, settings: list[str]) -> list[str]:
+    values_by_key = dict(setting.partition("=")[::2] for setting in settings)
+    if "ckpt_dir" in values_by_key:
+        raise InputError(
+            f"fetch={folder} is where the checkpoint comes to be; leave ckpt_dir={values_by_key['ckpt_dir']} out"
+        )
+    size_arguments = [f"size={values_by_key['size']}"] if "size" in values_by_key else []
+    return [get_task(values_by_key.get("task", "")).name, folder, *size_arguments]
 
 
-def _submit(script: str, *options: str) -> str:
+def _submit_script(script: str, *options: str) -> str:
     """Submit a script and return the job's number."""
     try:
-        done = subprocess.run(["sbatch", "--parsable", *options], input=script, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            ["sbatch", "--parsable", *options],
+            input=script,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     except FileNotFoundError:
-        raise InputError("there is no sbatch on this machine; --dry-run prints the script, to be submitted where there is one") from None
-    if done.returncode:
-        raise InputError(f"Slurm refuses it: {done.stderr.strip() or done.returncode}")
-    return done.stdout.strip().partition(";")[0]
+        raise InputError(
+            "there is no sbatch on this machine; --dry-run prints the script, to be submitted where there is one"
+        ) from None
+    if result.returncode:
+        raise InputError(f"Slurm refuses it: {result.stderr.strip() or result.returncode}")
+    return result.stdout.strip().partition(";")[0]

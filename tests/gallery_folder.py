@@ -9,7 +9,7 @@ import torch
 
 from toy.render import render
 from toy.scenes import draw_scene
-from wan_dist.output.video_file import save_video, to_uint8
+from wan_dist.output.video_file import convert_to_uint8, save_video
 
 BEGAN = 1_795_000_000.0
 RUN = "20261122-101500-ab12"
@@ -18,8 +18,22 @@ RUN = "20261122-101500-ab12"
 def config(**changes: Any) -> dict[str, Any]:
     """Return settings as a record has them; ``sample__steps=4`` changes sample.steps."""
     settings: dict[str, Any] = {
-        **{"task": "toy", "ckpt_dir": None, "prompt": "a red ball", "negative_prompt": "blurry", "size": "64*64", "frame_num": 9, "fps": 8},
-        **{"seed": 42, "noise_device": "cpu", "dtype": "float32", "quant": "none", "attention": "auto"},
+        **{
+            "task": "toy",
+            "ckpt_dir": None,
+            "prompt": "a red ball",
+            "negative_prompt": "blurry",
+            "size": "64*64",
+            "frame_num": 9,
+            "fps": 8,
+        },
+        **{
+            "seed": 42,
+            "noise_device": "cpu",
+            "dtype": "float32",
+            "quant": "none",
+            "attention": "auto",
+        },
         "cache": {"dir": "auto", "steps": None, "threshold": None},
         "sample": {"solver": "unipc", "steps": 12, "shift": 5.0, "guide_scale": 5.0},
         "output": {"dir": "outputs", "name": None},
@@ -33,7 +47,9 @@ def config(**changes: Any) -> dict[str, Any]:
     return settings
 
 
-def write_record(folder: Path, name: str, *, facts: dict[str, Any] | None = None, **changes: Any) -> Path:
+def write_record(
+    folder: Path, name: str, *, facts: dict[str, Any] | None = None, **changes: Any
+) -> Path:
     """Write NAME.json, with further or other entries from ``facts``; a fact of None is left out."""
     settings = config(**changes)
     record = {
@@ -45,15 +61,40 @@ def write_record(folder: Path, name: str, *, facts: dict[str, Any] | None = None
             "job": {"file": "jobs.txt", "line": 1},
             "file": f"/far/{name}.mp4",
         },
-        **{"seed": settings["seed"], "prompt": settings["prompt"], "width": 64, "height": 64, "num_frames": 9, "fps": 8},
-        **{"began": BEGAN, "seconds": 12.5, "step_seconds": 0.5, "tflops": 100.0, "peak_gpu_gib": 3.4, "peak_host_gib": 1.0},
-        **{"distance": [], "digest": "d1", "video_digest": "v1", "machine": "node-1", "versions": {"torch": "2.13.0"}},
-        "stages": {"denoise": {"seconds": 6.0, "host_gib": 1.0, "peak_gpu_gib": 3.4, "began": BEGAN}},
+        **{
+            "seed": settings["seed"],
+            "prompt": settings["prompt"],
+            "width": 64,
+            "height": 64,
+            "num_frames": 9,
+            "fps": 8,
+        },
+        **{
+            "began": BEGAN,
+            "seconds": 12.5,
+            "step_seconds": 0.5,
+            "tflops": 100.0,
+            "peak_gpu_gib": 3.4,
+            "peak_host_gib": 1.0,
+        },
+        **{
+            "distance": [],
+            "digest": "d1",
+            "video_digest": "v1",
+            "machine": "node-1",
+            "versions": {"torch": "2.13.0"},
+        },
+        "stages": {
+            "denoise": {"seconds": 6.0, "host_gib": 1.0, "peak_gpu_gib": 3.4, "began": BEGAN}
+        },
         "other_ranks": [{"denoise": {"seconds": 6.1}}],
         "memory": {"denoise": {"planned_gpu_gib": 3.5, "peak_gpu_gib": 3.4}},
     } | (facts or {})
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({key: value for key, value in record.items() if value is not None}), encoding="utf-8")
+    path.write_text(
+        json.dumps({key: value for key, value in record.items() if value is not None}),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -82,7 +123,12 @@ def write_run(folder: Path, *, jobs: int = 3, ranks: int = 2, **facts: Any) -> P
             "ranks": ranks,
             "jobs": jobs,
         },
-        **{"done": jobs, "failed": 0, "spans": spans, "plan": {"denoise": {"seconds": 7.0, "gpu_gib": 3.6, "host_gib": 1.1}}},
+        **{
+            "done": jobs,
+            "failed": 0,
+            "spans": spans,
+            "plan": {"denoise": {"seconds": 7.0, "gpu_gib": 3.6, "host_gib": 1.1}},
+        },
         "budget": {"gpu_gib": 4.0, "host_gib": 64.0},
     } | facts
     (folder / "runs").mkdir(exist_ok=True)
@@ -91,9 +137,18 @@ def write_run(folder: Path, *, jobs: int = 3, ranks: int = 2, **facts: Any) -> P
     return path
 
 
-def write_video(path: Path, *, num_frames: int = 9, fps: int = 8, size: int = 64, seed: int = 0) -> Path:
+def write_video(
+    path: Path, *, num_frames: int = 9, fps: int = 8, size: int = 64, seed: int = 0
+) -> Path:
     """Write an mp4 of a shape that moves."""
     chance = random.Random(seed)
-    (frames,) = render([draw_scene(chance)], chance, torch.device("cpu"), size=size, num_frames=num_frames)
-    save_video(path, [to_uint8(frames.permute(1, 2, 3, 0).contiguous())], fps=fps, num_frames=num_frames)
+    (frames,) = render(
+        [draw_scene(chance)], chance, torch.device("cpu"), size=size, num_frames=num_frames
+    )
+    save_video(
+        path,
+        [convert_to_uint8(frames.permute(1, 2, 3, 0).contiguous())],
+        fps=fps,
+        num_frames=num_frames,
+    )
     return path

@@ -18,7 +18,9 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in others}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         made = function(*args, **(kwargs or {}))
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor) and tensor.is_meta:

@@ -17,14 +17,16 @@ from wan_dist.sampling import solvers
 def ask_at(moment: str) -> None:
     """Have this process asked at that moment."""
     if moment in ("encode", "decode"):
-        place = denoising if moment == "encode" else vae
-        work = getattr(place, moment)
+        place, name = (
+            (denoising, "encode_conditioning") if moment == "encode" else (vae, "decode_latents")
+        )
+        work = getattr(place, name)
 
         def asked(*arguments: Any) -> Any:
             os.kill(os.getpid(), signal.SIGUSR1)
             return work(*arguments)
 
-        setattr(place, moment, asked)
+        setattr(place, name, asked)
         return
     step = solvers.UniPC.step
 

@@ -14,11 +14,18 @@ from tests.conftest import golden_folder
 from tests.test_command import reference_arguments
 from tests.torchrun import torchrun
 from wan_dist.jobs import worker as batch
-from wan_dist.pipeline.denoise import Video
+from wan_dist.pipeline.denoise import VideoInProgress
 from wan_dist.run import main
 from wan_dist.weights.checkpoint import Component
 
-TINY = ["task=toy", "dtype=float32", "size=64*48", "frame_num=5", "sample.steps=3", "output.save_tensor=true"]
+TINY = [
+    "task=toy",
+    "dtype=float32",
+    "size=64*48",
+    "frame_num=5",
+    "sample.steps=3",
+    "output.save_tensor=true",
+]
 JOBS: list[dict[str, object]] = [
     {"name": "plain", "prompt": "a red ball"},
     {"name": "other-size", "prompt": "a blue cube, <b>bold</b>", "size": "48*64", "steps": 2},
@@ -28,7 +35,9 @@ JOBS: list[dict[str, object]] = [
 
 
 def write_jobs(file: Path, jobs: list[dict[str, object]]) -> str:
-    file.write_text("".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8"
+    )
     return f"jobs={file}"
 
 
@@ -72,7 +81,12 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 
 def test_jobs_are_what_single_runs_are(single: dict[str, torch.Tensor], tmp_path: Path) -> None:
     out, events = tmp_path / "out", tmp_path / "events.jsonl"
-    command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={out}", f"output.events={events}"]
+    command = [
+        *TINY,
+        write_jobs(tmp_path / "jobs.jsonl", JOBS),
+        f"output.dir={out}",
+        f"output.events={events}",
+    ]
     assert main(command) == 0
     made = videos(out)
     assert made.keys() == single.keys()
@@ -82,7 +96,11 @@ def test_jobs_are_what_single_runs_are(single: dict[str, torch.Tensor], tmp_path
     assert [line["event"] for line in lines].count("done") == 4
     assert (lines[-1]["event"], lines[-1]["done"], lines[-1]["left"]) == ("ended", 4, 0)
     plain = record(out, "plain")
-    assert (plain["status"], plain["job"], plain["num_frames"]) == ("done", {"file": str(tmp_path / "jobs.jsonl"), "line": 1}, 5)
+    assert (plain["status"], plain["job"], plain["num_frames"]) == (
+        "done",
+        {"file": str(tmp_path / "jobs.jsonl"), "line": 1},
+        5,
+    )
     assert float(str(plain["tflops"])) > 0
 
     before = written(out)  # and again: nothing is made that is whole
@@ -99,7 +117,9 @@ def test_jobs_are_what_single_runs_are(single: dict[str, torch.Tensor], tmp_path
     assert {name for name in after if written(out)[name] != after[name]} == {"unguided.mp4"}
 
 
-def test_a_job_that_fails_leaves_the_others_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_job_that_fails_leaves_the_others_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     bad = torch.full((16, 2, 6, 8), float("nan"))
     save_file({"latents": bad}, tmp_path / "bad.safetensors")
     jobs: list[dict[str, object]] = [{"name": "bad", "latents": "bad.safetensors"}, JOBS[0]]
@@ -121,38 +141,56 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path: Path, capfd: pytest.
 
 
 @pytest.mark.parametrize("frames", [True, False], ids=["written later", "written at once"])
-def test_a_full_disk_ends_the_run_and_not_each_job(frames: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wan_dist.jobs.worker.frames_wait", lambda *_: frames)
+def test_a_full_disk_ends_the_run_and_not_each_job(
+    frames: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wan_dist.jobs.worker.can_buffer_frames", lambda *_: frames)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("wan_dist.pipeline.generate.save_video", full)
-        command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={tmp_path / 'out'}"]
+        command = [
+            *TINY,
+            write_jobs(tmp_path / "jobs.jsonl", JOBS),
+            f"output.dir={tmp_path / 'out'}",
+        ]
         assert main(command) == 1
     assert not list((tmp_path / "out").glob("*.json"))
     kept = [file.name for file in (tmp_path / "out").glob("*.latents.safetensors")]
     assert "plain.latents.safetensors" in kept
     with monkeypatch.context() as patch:  # what was denoised is not denoised again
-        patch.setattr("wan_dist.pipeline.denoise.encode", lambda *_: pytest.fail("it has its latents"))
+        patch.setattr(
+            "wan_dist.pipeline.denoise.encode_conditioning",
+            lambda *_: pytest.fail("it has its latents"),
+        )
         one = write_jobs(tmp_path / "one.jsonl", JOBS[:1])
         assert main([*TINY, one, f"output.dir={tmp_path / 'out'}"]) == 0
     assert ("save" in record(tmp_path / "out", "plain")["stages"]) is frames  # type: ignore[operator]
 
 
-def test_a_run_whose_jobs_all_fail_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_whose_jobs_all_fail_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("the kernel is broken")
 
-    jobs: list[dict[str, object]] = [{"name": f"job-{number:02}", "prompt": "a ball", "seed": number} for number in range(12)]
-    monkeypatch.setattr("wan_dist.pipeline.denoise.encode", broken)
+    jobs: list[dict[str, object]] = [
+        {"name": f"job-{number:02}", "prompt": "a ball", "seed": number} for number in range(12)
+    ]
+    monkeypatch.setattr("wan_dist.pipeline.denoise.encode_conditioning", broken)
     assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path}"]) == 1
-    assert "the kernel is broken (the last of 10 jobs that failed one after the other)" in capsys.readouterr().err
+    assert (
+        "the kernel is broken (the last of 10 jobs that failed one after the other)"
+        in capsys.readouterr().err
+    )
     assert len(list(tmp_path.glob("job-*.json"))) == 9
 
 
-def test_events_that_cannot_be_written_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_events_that_cannot_be_written_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]
     assert main([*command, f"output.events={tmp_path}"]) == 2
     assert "cannot be written: Is a directory" in capsys.readouterr().err
@@ -162,63 +200,123 @@ def test_events_that_cannot_be_written_are_refused(tmp_path: Path, capsys: pytes
 def test_a_picture_that_has_the_name_of_a_sheet_stays(tmp_path: Path) -> None:
     Image.new("RGB", (64, 48)).save(tmp_path / "plain.jpg")
     before = (tmp_path / "plain.jpg").read_bytes()
-    assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]) == 0
+    assert (
+        main([*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]) == 0
+    )
     assert (tmp_path / "plain.jpg").read_bytes() == before
     (tmp_path / "plain.jpg").unlink()
     (tmp_path / "plain.json").unlink()
-    assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]) == 0
+    assert (
+        main([*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS[:1]), f"output.dir={tmp_path}"]) == 0
+    )
     with Image.open(tmp_path / "plain.jpg") as sheet:
         assert sheet.size == (4 * 64, 2 * 48)
 
 
-def test_both_experts_stay_from_video_to_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_experts_stay_from_video_to_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loads: list[object] = []
     load = Component.load
 
-    def counted(self: Component[torch.nn.Module, object], device: torch.device, **options: object) -> torch.nn.Module:
+    def counted(
+        self: Component[torch.nn.Module, object], device: torch.device, **options: object
+    ) -> torch.nn.Module:
         loads.append(self)
         return load(self, device, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Component, "load", counted)
     folder = golden_folder("wan2.2-t2v-a14b")
-    run = [*reference_arguments(folder, "unipc", "t2v-A14B"), "dtype=float32", f"output.dir={tmp_path}"]
-    jobs = write_jobs(tmp_path / "jobs.jsonl", [{"name": "one"}, {"name": "two", "seed": 1}, {"name": "three", "steps": 3}])
-    assert main([*(setting for setting in run if not setting.startswith("output.name")), jobs, "cache.dir=null"]) == 0
+    run = [
+        *reference_arguments(folder, "unipc", "t2v-A14B"),
+        "dtype=float32",
+        f"output.dir={tmp_path}",
+    ]
+    jobs = write_jobs(
+        tmp_path / "jobs.jsonl",
+        [{"name": "one"}, {"name": "two", "seed": 1}, {"name": "three", "steps": 3}],
+    )
+    assert (
+        main(
+            [
+                *(setting for setting in run if not setting.startswith("output.name")),
+                jobs,
+                "cache.dir=null",
+            ]
+        )
+        == 0
+    )
     assert len(loads) == 6  # text encoder, VAE, two transformers with their projections
     expected = load_file(folder / "expected/unipc.safetensors")["video"]
     torch.testing.assert_close(videos(tmp_path)["one"], expected, rtol=0, atol=1e-3)
-    assert not any(stage.startswith("load") for name in ("two", "three") for stage in record(tmp_path, name)["stages"])  # type: ignore[attr-defined]
+    assert not any(
+        stage.startswith("load")
+        for name in ("two", "three")
+        for stage in record(tmp_path, name)["stages"]
+    )  # type: ignore[attr-defined]
 
 
-def test_an_image_that_vanishes_fails_its_job_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_vanishes_fails_its_job_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in "abc":
         Image.new("RGB", (64, 48), "blue").save(tmp_path / f"{name}.png")
-    jobs: list[dict[str, object]] = [{"name": name, "prompt": "a red ball", "image": f"{name}.png"} for name in "abc"]
+    jobs: list[dict[str, object]] = [
+        {"name": name, "prompt": "a red ball", "image": f"{name}.png"} for name in "abc"
+    ]
     make = batch.make_latents
 
-    def make_and_lose(video: Video) -> torch.Tensor:
+    def make_and_lose(video: VideoInProgress) -> torch.Tensor:
         (tmp_path / "b.png").unlink(missing_ok=True)
         return make(video)
 
     monkeypatch.setattr(batch, "make_latents", make_and_lose)
-    assert main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path / 'out'}"]) == 1
-    assert [record(tmp_path / "out", name)["status"] for name in "abc"] == ["done", "failed", "done"]
+    assert (
+        main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path / 'out'}"])
+        == 1
+    )
+    assert [record(tmp_path / "out", name)["status"] for name in "abc"] == [
+        "done",
+        "failed",
+        "done",
+    ]
     assert "b.png" in str(record(tmp_path / "out", "b")["error"])
 
 
-def test_what_only_frames_depend_on_is_made_again_from_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_frames_depend_on_is_made_again_from_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     given = [f"{name}.latents.safetensors" for name in "ab"]
     for seed, file in enumerate(given):
-        save_file({"latents": torch.randn(16, 2, 6, 8, generator=torch.Generator().manual_seed(seed))}, tmp_path / file)
+        save_file(
+            {"latents": torch.randn(16, 2, 6, 8, generator=torch.Generator().manual_seed(seed))},
+            tmp_path / file,
+        )
 
     def run(fps: int, latents: str, *settings: str) -> dict[str, bytes]:
-        jobs: list[dict[str, object]] = [{"name": "rate", "prompt": "a ball", "fps": fps}, {"name": "again", "latents": latents}]
-        assert main([*TINY[:-1], *settings, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={out}"]) == 0
+        jobs: list[dict[str, object]] = [
+            {"name": "rate", "prompt": "a ball", "fps": fps},
+            {"name": "again", "latents": latents},
+        ]
+        assert (
+            main(
+                [
+                    *TINY[:-1],
+                    *settings,
+                    write_jobs(tmp_path / "jobs.jsonl", jobs),
+                    f"output.dir={out}",
+                ]
+            )
+            == 0
+        )
         return {file.name: file.read_bytes() for file in out.glob("*.mp4")}
 
     first = run(8, given[0])
-    monkeypatch.setattr("wan_dist.pipeline.denoise.encode", lambda *_: pytest.fail("the latents are there"))
+    monkeypatch.setattr(
+        "wan_dist.pipeline.denoise.encode_conditioning",
+        lambda *_: pytest.fail("the latents are there"),
+    )
     second = run(16, given[1])
     assert all(second[name] != first[name] for name in first)
     assert not (out / "rate.safetensors").exists()
@@ -229,14 +327,28 @@ def test_what_only_frames_depend_on_is_made_again_from_latents(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"prompt": "a", "parallel.dp": 2}'], "line 1: parallel.dp is of the whole run; give it on the command line"),
-        (['{"prompt": "a"}', '{"prompt": "b", "output.dir": "x"}'], "line 2: output.dir is of the whole run"),
-        (['{"prompt": "a"}', '{"prompt": "b", "frame_num": 6}'], "line 2: frame_num=6 is not 4n + 1"),
-        (['{"prompt": "a"}', '{"prompt": "b", "last_frame": "no.png"}'], "line 2: last_frame is given, but toy"),
+        (
+            ['{"prompt": "a", "parallel.dp": 2}'],
+            "line 1: parallel.dp is of the whole run; give it on the command line",
+        ),
+        (
+            ['{"prompt": "a"}', '{"prompt": "b", "output.dir": "x"}'],
+            "line 2: output.dir is of the whole run",
+        ),
+        (
+            ['{"prompt": "a"}', '{"prompt": "b", "frame_num": 6}'],
+            "line 2: frame_num=6 is not 4n + 1",
+        ),
+        (
+            ['{"prompt": "a"}', '{"prompt": "b", "last_frame": "no.png"}'],
+            "line 2: last_frame is given, but toy",
+        ),
         (['{"prompt": "a", "stepz": 3}'], "line 1: unknown key 'stepz'"),
     ],
 )
-def test_all_lines_are_checked_first(lines: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_lines_are_checked_first(
+    lines: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
     assert main([*TINY, f"jobs={tmp_path / 'jobs.jsonl'}", f"output.dir={tmp_path / 'out'}"]) == 2
     assert message in capsys.readouterr().err
@@ -247,7 +359,9 @@ def test_an_asked_run_goes_on(single: dict[str, torch.Tensor], tmp_path: Path) -
     """The first job was in its second step, and the others are not begun."""
     command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={tmp_path}"]
     asked = [sys.executable, "-W", "ignore", "-m", "tests.preempted", "1", "0", *command]
-    done = subprocess.run(asked, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        asked, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 75, done.stderr
     assert len(list(tmp_path.glob("plain.*.state.safetensors"))) == 1
     assert main(command) == 0
@@ -256,32 +370,62 @@ def test_an_asked_run_goes_on(single: dict[str, torch.Tensor], tmp_path: Path) -
     assert not list(tmp_path.glob("*.state.safetensors"))
 
 
-@pytest.mark.parametrize(("num_ranks", "degrees"), [(2, ""), (4, "parallel.dp=2 parallel.cfg=1 parallel.ulysses=2")])
-def test_replicas_share_the_jobs(num_ranks: int, degrees: str, single: dict[str, torch.Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "degrees"), [(2, ""), (4, "parallel.dp=2 parallel.cfg=1 parallel.ulysses=2")]
+)
+def test_replicas_share_the_jobs(
+    num_ranks: int, degrees: str, single: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     events = tmp_path / "events.jsonl"
-    command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), *degrees.split(), f"output.dir={tmp_path}", f"output.events={events}"]
+    command = [
+        *TINY,
+        write_jobs(tmp_path / "jobs.jsonl", JOBS),
+        *degrees.split(),
+        f"output.dir={tmp_path}",
+        f"output.events={events}",
+    ]
     torchrun(num_ranks, "wan_dist.run", *command)
     made = videos(tmp_path)
     assert made.keys() == single.keys()
     for name, video in made.items():
         assert (video - single[name]).abs().max() < 1e-3, name
-    done = [line["job"] for line in map(json.loads, events.read_text().splitlines()) if line["event"] == "done"]
+    done = [
+        line["job"]
+        for line in map(json.loads, events.read_text().splitlines())
+        if line["event"] == "done"
+    ]
     assert sorted(done) == sorted(single)
     assert len({record(tmp_path, name)["rank"] for name in single}) == 2
 
 
 def test_two_runs_on_a_folder_make_each_job_once(tmp_path: Path) -> None:
-    jobs: list[dict[str, object]] = [{"name": f"job-{number}", "prompt": "a ball", "seed": number} for number in range(8)]
+    jobs: list[dict[str, object]] = [
+        {"name": f"job-{number}", "prompt": "a ball", "seed": number} for number in range(8)
+    ]
     command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path}"]
     begun = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "wan_dist.run", *command, f"output.events={tmp_path / f'events-{number}.jsonl'}"],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "wan_dist.run",
+                *command,
+                f"output.events={tmp_path / f'events-{number}.jsonl'}",
+            ],
             cwd=Path(__file__).parents[1],
             stderr=subprocess.DEVNULL,
         )
         for number in range(2)
     ]
     assert [run.wait(timeout=120) for run in begun] == [0, 0]
-    lines = [json.loads(line) for file in tmp_path.glob("events-*.jsonl") for line in file.read_text().splitlines()]
-    assert sorted(line["job"] for line in lines if line["event"] == "done") == [f"job-{number}" for number in range(8)]
+    lines = [
+        json.loads(line)
+        for file in tmp_path.glob("events-*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    assert sorted(line["job"] for line in lines if line["event"] == "done") == [
+        f"job-{number}" for number in range(8)
+    ]
     assert len(list(tmp_path.glob("*.mp4"))) == 8

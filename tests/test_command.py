@@ -32,10 +32,16 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def reference_arguments(folder: Path, case: str, task: str, checkpoint: Path | None = None) -> list[str]:
+def reference_arguments(
+    folder: Path, case: str, task: str, checkpoint: Path | None = None
+) -> list[str]:
     """Return the command's arguments for a run of the reference implementation, with its checkpoint or another copy of that."""
     run = json.loads((folder / f"expected/{case}.json").read_text(encoding="utf-8"))
-    scale = run["guide_scale"] if "guide_scale" in run else str(run["guide_scale_low_high"]).replace(" ", "")
+    scale = (
+        run["guide_scale"]
+        if "guide_scale" in run
+        else str(run["guide_scale_low_high"]).replace(" ", "")
+    )
     images = {"image": "image", "first": "first_frame", "last": "last_frame"}
     return [
         f"task={task}",
@@ -43,7 +49,9 @@ def reference_arguments(folder: Path, case: str, task: str, checkpoint: Path | N
         f"prompt={run['prompt']}",
         f"negative_prompt={run['negative_prompt']}",
         *(f"{ours}={folder / run[theirs]}" for theirs, ours in images.items() if theirs in run),
-        f"max_area={run['max_area']}" if "max_area" in run else f"size={run['size_wh'][0]}*{run['size_wh'][1]}",
+        f"max_area={run['max_area']}"
+        if "max_area" in run
+        else f"size={run['size_wh'][0]}*{run['size_wh'][1]}",
         f"frame_num={run['frame_num']}",
         f"seed={run['seed']}",
         f"sample.solver={run['solver']}",
@@ -72,7 +80,9 @@ RUNS = [
 
 @pytest.mark.parametrize(("task", "name", "case"), RUNS)
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
-def test_the_video_is_the_reference_implementations(task: str, name: str, case: str, layout: str, tmp_path: Path) -> None:
+def test_the_video_is_the_reference_implementations(
+    task: str, name: str, case: str, layout: str, tmp_path: Path
+) -> None:
     folder = golden_folder(name)
     checkpoint = folder if layout == "original" else golden_folder("diffusers") / name
     if not checkpoint.exists():
@@ -86,10 +96,14 @@ def test_the_video_is_the_reference_implementations(task: str, name: str, case: 
     assert f"{24 if task == 'ti2v-5B' else 16} fps" in facts
     assert frames.shape == (*video.shape[1:], 3)
     record = json.loads((out / "out.json").read_text(encoding="utf-8"))
-    experts = (" high", " low") if TASKS[task].boundary else ("",)
-    stages = {"check", "text", "denoise", "decode"} | {f"{stage}{expert}" for stage in ("context", "load") for expert in experts}
+    experts = (" high", " low") if TASKS[task].expert_boundary else ("",)
+    stages = {"check", "text", "denoise", "decode"} | {
+        f"{stage}{expert}" for stage in ("context", "load") for expert in experts
+    }
     has_image = record["config"]["image"] or record["config"]["first_frame"]
-    seen = {"image"} | ({"look"} if TASKS[task].looks_at_images else set()) if has_image else set()
+    seen = (
+        {"image"} | ({"look"} if TASKS[task].has_image_encoder else set()) if has_image else set()
+    )
     assert set(record["stages"]) == stages | seen
     assert record["peak_host_gib"] > 0
     assert record["versions"]["torch"] == torch.__version__
@@ -108,7 +122,9 @@ def test_bfloat16_stays_close(case: str, tmp_path: Path) -> None:
 
 def test_the_toy_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(TINY) == 0
-    names = sorted(path.name for path in (tmp_path / "outputs").iterdir() if not path.name.startswith("."))
+    names = sorted(
+        path.name for path in (tmp_path / "outputs").iterdir() if not path.name.startswith(".")
+    )
     stem = names[0].removesuffix(".json")
     assert re.fullmatch("toy_a-red-circle-moving-right-on-a-blue-back_42_[0-9a-f]{6}", stem)
     assert names == [f"{stem}.json", f"{stem}.latents.safetensors", f"{stem}.mp4"]
@@ -146,11 +162,25 @@ def test_guidance_of_one_is_the_prompt_alone(tmp_path: Path) -> None:
             )
             == 0
         )
-    assert torch.equal(*(load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab"))
+    assert torch.equal(
+        *(load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab")
+    )
 
 
 def test_t2i_saves_a_png(tmp_path: Path) -> None:
-    assert main([*(a for a in reference_arguments(CHECKPOINT, "unipc", "t2i-14B") if not a.startswith("frame_num")), "dtype=float32"]) == 0
+    assert (
+        main(
+            [
+                *(
+                    a
+                    for a in reference_arguments(CHECKPOINT, "unipc", "t2i-14B")
+                    if not a.startswith("frame_num")
+                ),
+                "dtype=float32",
+            ]
+        )
+        == 0
+    )
     from PIL import Image
 
     with Image.open(tmp_path / "outputs/out.png") as image:
@@ -172,26 +202,38 @@ def test_a_failed_save_keeps_the_latents_and_says_how_to_go_on(
     out = tmp_path / "outputs"
     assert sorted(path.name for path in out.glob("two*")) == ["two words.latents.safetensors"]
     told = capsys.readouterr().err
-    assert told.splitlines()[-1].startswith("wan_dist: error: SaveError: cannot write: disk is full (in stage decode")
-    command = shlex.split(next(line for line in told.splitlines() if "the latents are kept" in line).partition("with: ")[2])
+    assert told.splitlines()[-1].startswith(
+        "wan_dist: error: SaveError: cannot write: disk is full (in stage decode"
+    )
+    command = shlex.split(
+        next(line for line in told.splitlines() if "the latents are kept" in line).partition(
+            "with: "
+        )[2]
+    )
     assert command[:3] == ["python", "-m", "wan_dist.run"]
     assert main([*command[3:], "output.save_tensor=true"]) == 0
-    again, whole = (load_file(out / f"{name}.safetensors")["video"] for name in ("two words", "whole"))
+    again, whole = (
+        load_file(out / f"{name}.safetensors")["video"] for name in ("two words", "whole")
+    )
     assert torch.equal(again, whole)
     assert (out / "two words.mp4").exists()
 
 
 @pytest.mark.parametrize(("num_failing", "told"), [(1, "in 2 tiles"), (6, "on the CPU")])
 def test_a_decoder_without_memory_goes_on_with_less(
-    num_failing: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    num_failing: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Whole, in more and more tiles, on the CPU: the video is the same, and nothing is left of the tries before."""
     from wan_dist.models.vae.model import Decoder
 
-    finish, tries = Decoder.finish, []
+    finish, tries = Decoder.compute_frames, []
 
     def scarce(self: Decoder, x: torch.Tensor, state: VideoState) -> torch.Tensor:
-        if state.past and state not in tries:  # its second chunk
+        if state.past_frames and state not in tries:  # its second chunk
             tries.append(state)
             if len(tries) <= num_failing:
                 raise torch.OutOfMemoryError("as on a GPU that is full")
@@ -199,15 +241,21 @@ def test_a_decoder_without_memory_goes_on_with_less(
 
     settings = [*TINY, "size=256*32", "frame_num=9", "dtype=float32", "output.save_tensor=true"]
     assert main([*settings, "output.name=a"]) == 0
-    monkeypatch.setattr(Decoder, "finish", scarce)
+    monkeypatch.setattr(Decoder, "compute_frames", scarce)
     assert main([*settings, "output.name=b"]) == 0
     words = capsys.readouterr().err
     assert words.count("ran out of GPU memory; the latents are safe, trying") == num_failing
     assert f"trying {told}" in words
-    assert [json.loads((tmp_path / f"outputs/{name}.json").read_text()).get("ran_out") for name in "ab"] == [None, ["decode"]]
-    expected, video = (load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab")
+    assert [
+        json.loads((tmp_path / f"outputs/{name}.json").read_text()).get("ran_out") for name in "ab"
+    ] == [None, ["decode"]]
+    expected, video = (
+        load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab"
+    )
     torch.testing.assert_close(video, expected, rtol=0, atol=1e-5)
-    assert len(list((tmp_path / "outputs").glob("[!.]*"))) == 8  # for each: video, record, latents, tensor
+    assert (
+        len(list((tmp_path / "outputs").glob("[!.]*"))) == 8
+    )  # for each: video, record, latents, tensor
 
 
 @pytest.mark.parametrize(
@@ -219,7 +267,11 @@ def test_a_decoder_without_memory_goes_on_with_less(
     ],
 )
 def test_saving_memory_changes_no_bit(settings: str, tmp_path: Path) -> None:
-    arguments = [*reference_arguments(CHECKPOINT, "unipc", "t2v-1.3B"), "dtype=float32", "cache.dir=null"]
+    arguments = [
+        *reference_arguments(CHECKPOINT, "unipc", "t2v-1.3B"),
+        "dtype=float32",
+        "cache.dir=null",
+    ]
     assert main([*arguments, "output.dir=a"]) == 0
     assert main([*arguments, "output.dir=b", *settings.split()]) == 0
     videos = [load_file(tmp_path / folder / "out.safetensors")["video"] for folder in "ab"]
@@ -237,7 +289,9 @@ def test_a_prompt_seen_before_needs_no_text_encoder(
     with monkeypatch.context() as patch:
         patch.setattr(text_embeddings, "TextEncoder", None)
         assert main([*settings, "output.name=b"]) == 0
-        assert f"seen before, kept in {tmp_path / 'cache/wan-dist/prompts'}" in capsys.readouterr().err
+        assert (
+            f"seen before, kept in {tmp_path / 'cache/wan-dist/prompts'}" in capsys.readouterr().err
+        )
         for changed in ("cache.dir=null", "cache.dir=other", "prompt=a blue circle"):
             assert main([*settings, changed]) == 1  # it is needed there
     videos = [load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab"]
@@ -248,11 +302,11 @@ def test_a_gpu_without_memory_denoises_with_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The step that ran out is repeated, once a rung, and the video is the same."""
-    from wan_dist.models.transformer import Block
+    from wan_dist.models.transformer import TransformerBlock
 
-    attend, calls = Block._attend, []
+    attend, calls = TransformerBlock._add_self_attention, []
 
-    def scarce(self: Block, *arguments: object) -> object:
+    def scarce(self: TransformerBlock, *arguments: object) -> object:
         calls.append(self.slice_tokens)
         if len(calls) in (6, 8, 10):  # in the second step, then at once, twice
             raise torch.OutOfMemoryError("as on a GPU that is full")
@@ -260,12 +314,20 @@ def test_a_gpu_without_memory_denoises_with_less(
 
     settings = [*TINY, "output.save_tensor=true", "dtype=float32"]
     assert main([*settings, "output.name=a"]) == 0
-    monkeypatch.setattr(Block, "_attend", scarce)
+    monkeypatch.setattr(TransformerBlock, "_add_self_attention", scarce)
     assert main([*settings, "output.name=b"]) == 0
     words = capsys.readouterr().err
-    told = [line.partition("repeated with the ")[2] for line in words.splitlines() if "ran out of GPU memory" in line]
+    told = [
+        line.partition("repeated with the ")[2]
+        for line in words.splitlines()
+        if "ran out of GPU memory" in line
+    ]
     resident = "transformer resident, 8192 tokens at a time"
-    assert told == [resident, f"{resident}, passes apart", "transformer resident, 2048 tokens at a time, passes apart"]
+    assert told == [
+        resident,
+        f"{resident}, passes apart",
+        "transformer resident, 2048 tokens at a time, passes apart",
+    ]
     taken = json.loads((tmp_path / "outputs/b.json").read_text())["stepped_down_to"]
     assert (taken["slice_tokens"], taken["passes"]) == (2048, "apart")
     videos = [load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in "ab"]
@@ -274,47 +336,86 @@ def test_a_gpu_without_memory_denoises_with_less(
 
 @pytest.mark.parametrize(("kind", "guessed"), [("easy", 8), ("tea", 7)])
 def test_guessed_steps_are_said_and_recorded(
-    kind: str, guessed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str,
+    guessed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from wan_dist.models.transformer import Block
+    from wan_dist.models.transformer import TransformerBlock
 
-    forward, calls = Block.forward, []
+    forward, calls = TransformerBlock.forward, []
 
-    def counted(self: Block, streams: list[torch.Tensor], *arguments: Any) -> list[torch.Tensor]:
+    def counted(
+        self: TransformerBlock, streams: list[torch.Tensor], *arguments: Any
+    ) -> list[torch.Tensor]:
         calls.append(len(arguments[1]))
         return forward(self, streams, *arguments)
 
-    settings = [*TINY, "size=128*128", "sample.steps=12", "dtype=float32", "output.save_tensor=true"]
-    for name, more in {"all": [], "a": [f"cache.steps={kind}"], "b": [f"cache.steps={kind}", "memory.passes=apart"]}.items():
-        monkeypatch.setattr(Block, "forward", counted)
+    settings = [
+        *TINY,
+        "size=128*128",
+        "sample.steps=12",
+        "dtype=float32",
+        "output.save_tensor=true",
+    ]
+    for name, more in {
+        "all": [],
+        "a": [f"cache.steps={kind}"],
+        "b": [f"cache.steps={kind}", "memory.passes=apart"],
+    }.items():
+        monkeypatch.setattr(TransformerBlock, "forward", counted)
         calls.clear()
-        assert main([*settings, *more, *(["cache.threshold=1e6"] if more else []), f"output.name={name}"]) == 0
-        num_steps = sum(calls) / 2 / TASKS["toy"].transformer.num_layers  # of two passes
+        assert (
+            main(
+                [
+                    *settings,
+                    *more,
+                    *(["cache.threshold=1e6"] if more else []),
+                    f"output.name={name}",
+                ]
+            )
+            == 0
+        )
+        num_steps = sum(calls) / 2 / TASKS["toy"].transformer_dims.num_layers  # of two passes
         assert num_steps == (12 - guessed if more else 12)
         if more:
             assert f"{guessed} of 12 steps were guessed" in capsys.readouterr().err
-            assert json.loads((tmp_path / f"outputs/{name}.json").read_text())["guessed_steps"] == guessed
-    everything, together, apart = (load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in ("all", "a", "b"))
+            assert (
+                json.loads((tmp_path / f"outputs/{name}.json").read_text())["guessed_steps"]
+                == guessed
+            )
+    everything, together, apart = (
+        load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in ("all", "a", "b")
+    )
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
     assert 0 < (together - everything).abs().mean() < 0.05  # another seed's video is 0.1 away
 
 
-def test_a_gpu_that_is_too_small_is_told_what_would_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from wan_dist.pipeline.predictor import Experts
+def test_a_gpu_that_is_too_small_is_told_what_would_help(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from wan_dist.pipeline.predictor import ExpertPredictor
 
-    def full(self: Experts, *arguments: object) -> None:
+    def full(self: ExpertPredictor, *arguments: object) -> None:
         raise torch.OutOfMemoryError("as on a GPU that is full")
 
-    monkeypatch.setattr(Experts, "_open", full)
-    assert main([*TINY, "memory.dit=stream", "memory.slice_tokens=2048", "memory.passes=apart"]) == 1
+    monkeypatch.setattr(ExpertPredictor, "_open_with_arrangement", full)
+    assert (
+        main([*TINY, "memory.dit=stream", "memory.slice_tokens=2048", "memory.passes=apart"]) == 1
+    )
     words = "with the transformer streamed, 2048 tokens at a time, passes apart; memory.slice_tokens=512 would take less"
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_black_video_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from wan_dist.models.transformer import WanTransformer
 
-    monkeypatch.setattr(WanTransformer, "forward", lambda self, latents, *_: [latents * float("nan")] * 2)
+    monkeypatch.setattr(
+        WanTransformer, "forward", lambda self, latents, *_: [latents * float("nan")] * 2
+    )
     assert main(TINY) == 1
     assert "the latents are not finite after step 2" in capsys.readouterr().err
     assert not list((tmp_path / "outputs").glob("[!.]*"))
@@ -323,9 +424,18 @@ def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*TINY, "memory.vae=parallel"], "memory.vae=parallel: there is one rank; memory.vae=whole works"),
-        ([*TINY, "memory.vae=tield"], "memory.vae=tield is not one of parallel, whole, tiled, cpu; did you mean 'tiled'?"),
-        ([*TINY, "memory.budget_gib=4", "device=cpu"], "memory.budget_gib=4.0 limits GPU memory, and this run is on the CPU"),
+        (
+            [*TINY, "memory.vae=parallel"],
+            "memory.vae=parallel: there is one rank; memory.vae=whole works",
+        ),
+        (
+            [*TINY, "memory.vae=tield"],
+            "memory.vae=tield is not one of parallel, whole, tiled, cpu; did you mean 'tiled'?",
+        ),
+        (
+            [*TINY, "memory.budget_gib=4", "device=cpu"],
+            "memory.budget_gib=4.0 limits GPU memory, and this run is on the CPU",
+        ),
         ([*TINY, "cache.steps=mag"], "cache.steps=mag is not one of easy, tea"),
         (
             ["task=t2v-A14B", "prompt=a", "cache.steps=tea"],
@@ -333,15 +443,26 @@ def test_a_black_video_is_never_written(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         ([*TINY, "cache.threshold=0"], "cache.threshold=0.0: it must be above 0, e.g. 0.05"),
         (["task=s2v-14B"], "task s2v-14B is not supported yet"),
-        (["task=toy", "frame_num=abc"], "frame_num: Value 'abc' of type 'str' could not be converted to Integer"),
+        (
+            ["task=toy", "frame_num=abc"],
+            "frame_num: Value 'abc' of type 'str' could not be converted to Integer",
+        ),
         (["task=toy", "frame_num=80"], "the nearest that work are 77 and 81"),
         (["task=toy", "ckpt_dir=nowhere"], "ckpt_dir=nowhere is not a folder"),
-        (["task=toy", "ckpt_dir=."], "is not a whole toy checkpoint in the original layout: it has no config.json"),
+        (
+            ["task=toy", "ckpt_dir=."],
+            "is not a whole toy checkpoint in the original layout: it has no config.json",
+        ),
         (["task=toy", "output.dir=/proc/nowhere"], "output.dir=/proc/nowhere cannot be written"),
-        (["task=toy", "attention=fa4", "device=cpu"], "attention=fa4 does not work here: needs a GPU"),
+        (
+            ["task=toy", "attention=fa4", "device=cpu"],
+            "attention=fa4 does not work here: needs a GPU",
+        ),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("wan_dist: error: ")
@@ -356,8 +477,13 @@ def test_weights_are_not_read_before_the_checks(monkeypatch: pytest.MonkeyPatch)
     assert main([*TINY, "attention=cudnn", "device=cpu"]) == 2
 
 
-@pytest.mark.parametrize(("task", "name", "models"), [("toy", "", 4), ("i2v-14B", "wan2.1-i2v", 6), ("t2v-A14B", "wan2.2-t2v-a14b", 6)])
-def test_models_are_on_the_device_one_after_the_other(task: str, name: str, models: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("task", "name", "models"),
+    [("toy", "", 4), ("i2v-14B", "wan2.1-i2v", 6), ("t2v-A14B", "wan2.2-t2v-a14b", 6)],
+)
+def test_models_are_on_the_device_one_after_the_other(
+    task: str, name: str, models: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When one is loaded, the one before is gone from memory; so it is for two experts."""
     from wan_dist.weights.checkpoint import Component
 
@@ -387,10 +513,18 @@ def test_help_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     """In a process of its own: the installed entry, its exit codes, and nothing left in the folder but the outputs."""
     command = [sys.executable, "-m", "wan_dist.run"]
-    done = subprocess.run([*command, *TINY, "prompt=it's one, two"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, *TINY, "prompt=it's one, two"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "outputs").glob("toy_it-s-one-two_42_*.mp4"))) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "outputs"]
-    bad = subprocess.run([*command, "task=toy", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    bad = subprocess.run(
+        [*command, "task=toy", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert bad.returncode == 2
     assert bad.stderr.count("\n") == 1

@@ -57,7 +57,14 @@ print(*codes)
 """
 
     def told() -> str:
-        done = subprocess.run([sys.executable, "-c", code], env=fsync.environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=fsync.environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return done.stdout.strip()
 
     assert told() == "0 0"

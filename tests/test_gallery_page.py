@@ -12,7 +12,9 @@ from tests.gallery_folder import write_record, write_run, write_video
 from wan_dist.output.gallery.page import write_page
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (on Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here (on Debian: apt-get install chromium)"
+)
 HOSTILE = [
     "<script>window.hacked=1</script>",
     '"><img src=x onerror="window.hacked=1">',
@@ -25,7 +27,10 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed (pip install '.[dev]')")
+    api = pytest.importorskip(
+        "playwright.sync_api",
+        reason="the package playwright is not installed (pip install '.[dev]')",
+    )
     with api.sync_playwright() as playwright:
         arguments = ["--no-sandbox"] if os.getuid() == 0 else []
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -42,12 +47,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         names.append(write_record(place, f"seed-{seed}", prompt="two seeds of a kite", seed=seed))
     for steps in (4, 8):
         for guide in (1.0, 5.0):
-            names.append(write_record(place, f"sweep-{steps}-{guide}", prompt="a sweep", sample__steps=steps, sample__guide_scale=guide))
-    names.append(write_record(place, "small", prompt="in 8 bits", quant="int8", seed=3, facts={"distance": ["quant=int8"]}))
+            names.append(
+                write_record(
+                    place,
+                    f"sweep-{steps}-{guide}",
+                    prompt="a sweep",
+                    sample__steps=steps,
+                    sample__guide_scale=guide,
+                )
+            )
+    names.append(
+        write_record(
+            place,
+            "small",
+            prompt="in 8 bits",
+            quant="int8",
+            seed=3,
+            facts={"distance": ["quant=int8"]},
+        )
+    )
     names.append(write_record(place, "a \"quoted\" 'name' <b>#1?%", prompt="an odd name", seed=4))
-    names += [write_record(place, f"hostile-{number}", prompt=text, seed=5) for number, text in enumerate(HOSTILE)]
+    names += [
+        write_record(place, f"hostile-{number}", prompt=text, seed=5)
+        for number, text in enumerate(HOSTILE)
+    ]
     error = 'out of memory <img src=x onerror="window.hacked=1">'
-    write_record(place, "failed", prompt="too large", seed=6, facts={"status": "failed", "error": error})
+    write_record(
+        place, "failed", prompt="too large", seed=6, facts={"status": "failed", "error": error}
+    )
     first = write_video(names[0].with_suffix(".mp4"), num_frames=17)
     for record in names[1:]:
         os.link(first, record.with_name(f"{record.stem}.mp4"))
@@ -60,7 +87,9 @@ class Visit:
     """A page that is open, with what it said and asked for."""
 
     def __init__(self, browser: Any, folder: Path, **options: Any) -> None:
-        self.context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+        self.context = browser.new_context(
+            **({"viewport": {"width": 1280, "height": 900}} | options)
+        )
         self.page = self.context.new_page()
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -95,7 +124,9 @@ def test_a_video_plays_under_the_mouse(visit: Visit) -> None:
     video = card.locator("video")
     handle = video.element_handle()
     visit.page.wait_for_function("video => video.currentTime > 0.3", arg=handle)
-    assert video.evaluate("video => [video.muted, video.loop, video.controls, video.videoWidth]") == [True, True, False, 64]
+    assert video.evaluate(
+        "video => [video.muted, video.loop, video.controls, video.videoWidth]"
+    ) == [True, True, False, 64]
     box = video.bounding_box()
     visit.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 0.9 * box["height"])
     visit.page.wait_for_function("video => video.controls", arg=handle)
@@ -126,11 +157,17 @@ def test_search_filters_and_order(visit: Visit) -> None:
     page.wait_for_function("() => document.querySelectorAll('.card').length === 0")
     page.get_by_role("button", name="Show all").click()
     assert len(visit.shown()) == 15
-    options = {key: page.locator(f"select[data-key={key}]") for key in ("task", "run", "status", "lossy", "seed", "sort")}
+    options = {
+        key: page.locator(f"select[data-key={key}]")
+        for key in ("task", "run", "status", "lossy", "seed", "sort")
+    }
     assert [options[key].count() for key in options] == [0, 0, 1, 1, 1, 1]
     options["status"].select_option(label="failed")
     assert visit.shown() == ["too large"]
-    assert 'out of memory <img src=x onerror="window.hacked=1">' in page.locator(".card").text_content()
+    assert (
+        'out of memory <img src=x onerror="window.hacked=1">'
+        in page.locator(".card").text_content()
+    )
     options["status"].select_option(index=0)
     options["lossy"].select_option(label="quant=int8")
     assert visit.shown() == ["in 8 bits"]
@@ -145,14 +182,21 @@ def test_search_filters_and_order(visit: Visit) -> None:
 def test_a_sweep_is_a_grid_that_plays_in_step(visit: Visit) -> None:
     page = visit.page
     page.get_by_role("button", name="Compare sweep-4-1.0").click()
-    assert page.locator("#compare-title").inner_text() in ("steps × guide scale", "guide scale × steps")
+    assert page.locator("#compare-title").inner_text() in (
+        "steps × guide scale",
+        "guide scale × steps",
+    )
     assert page.locator("#compare tbody tr").count() == 2
     videos = "[...document.querySelectorAll('#compare video')]"
-    page.wait_for_function(f"() => {videos}.length === 4 && {videos}.every(video => !video.paused && video.currentTime > 0.3)")
+    page.wait_for_function(
+        f"() => {videos}.length === 4 && {videos}.every(video => !video.paused && video.currentTime > 0.3)"
+    )
     times = page.evaluate(f"{videos}.map(video => video.currentTime)")
     assert max(times) - min(times) < 0.3
     page.locator("#compare-at").fill("500")
-    page.wait_for_function(f"() => {videos}.every(video => video.paused && Math.abs(video.currentTime - 17 / 16) < 0.1)")
+    page.wait_for_function(
+        f"() => {videos}.every(video => video.paused && Math.abs(video.currentTime - 17 / 16) < 0.1)"
+    )
     page.keyboard.press("Escape")
     assert not page.locator("#compare").is_visible()
     page.get_by_role("button", name="Compare seed-1").click()
@@ -183,12 +227,22 @@ def test_hostile_texts_are_shown_as_they_are(visit: Visit) -> None:
 def test_a_timeline_tells_what_a_bar_is(visit: Visit) -> None:
     visit.page.locator("#tab-runs").click()
     visit.page.locator(".lanes .s-denoise").first.hover()
-    assert visit.page.locator("#tip").inner_text() == "denoise, 7.5 s · 3.4 GiB GPU · 1.0 GiB host · job-0"
+    assert (
+        visit.page.locator("#tip").inner_text()
+        == "denoise, 7.5 s · 3.4 GiB GPU · 1.0 GiB host · job-0"
+    )
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_contrast_and_phones(scheme: str, browser: Any, folder: Path) -> None:
-    visit = Visit(browser, folder, color_scheme=scheme, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    visit = Visit(
+        browser,
+        folder,
+        color_scheme=scheme,
+        viewport={"width": 360, "height": 740},
+        has_touch=True,
+        is_mobile=True,
+    )
     for tab in ("videos", "comparisons", "runs"):
         visit.page.locator(f"#tab-{tab}").tap()
         assert visit.page.evaluate("document.documentElement.scrollWidth") == 360
@@ -223,7 +277,9 @@ def test_many_cards_come_as_they_are_needed(browser: Any, tmp_path: Path) -> Non
     write_page(tmp_path)
     visit = Visit(browser, tmp_path)
     assert len(visit.shown()) < 120
-    before = visit.page.evaluate("performance.timing.domContentLoadedEventEnd - performance.timing.responseEnd")
+    before = visit.page.evaluate(
+        "performance.timing.domContentLoadedEventEnd - performance.timing.responseEnd"
+    )
     assert before < 2000
     visit.page.mouse.move(600, 500)
     visit.page.evaluate("scrollTo(0, document.body.scrollHeight)")

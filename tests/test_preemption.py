@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from wan_dist.config.arguments import prepare
-from wan_dist.config.compose import compose
+from wan_dist.config.arguments import prepare_arguments
+from wan_dist.config.compose import compose_config
 from wan_dist.parallel.mesh import Axis
-from wan_dist.pipeline.resume import Kept, Progress
+from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
 from wan_dist.planning.digests import WeightsDigests
 from wan_dist.planning.plan import make_plan
 from wan_dist.run import main
@@ -20,14 +20,27 @@ from wan_dist.sampling.solvers import SOLVERS, make_solver
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = WeightsDigests("weights", "vae")
-SETTINGS = ["task=toy", "frame_num=5", "size=64*64", "sample.steps=6", "output.name=clip", "cache.dir=null"]
+SETTINGS = [
+    "task=toy",
+    "frame_num=5",
+    "size=64*64",
+    "sample.steps=6",
+    "output.name=clip",
+    "cache.dir=null",
+]
 
 
 def run(num_ranks: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"] if num_ranks > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+        if num_ranks > 1
+        else []
+    )
     command = [sys.executable, "-W", "ignore", *launcher, "-m", module, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
@@ -38,14 +51,22 @@ def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) ->
     else:
         done = run(num_ranks, "wan_dist.run", *SETTINGS, whole)
         assert done.returncode == 0, done.stderr[-2000:]
-    moments = {"encode": "stopped by SIGUSR1", "2": "after step 3 of 6", "decode": "stopped by SIGUSR1"}
-    for moment, said in list(moments.items())[num_ranks - 1 :]:  # one rank that ends in encoding is for the others one that failed
+    moments = {
+        "encode": "stopped by SIGUSR1",
+        "2": "after step 3 of 6",
+        "decode": "stopped by SIGUSR1",
+    }
+    for moment, said in list(moments.items())[
+        num_ranks - 1 :
+    ]:  # one rank that ends in encoding is for the others one that failed
         rank = "0" if moment == "decode" else str(num_ranks - 1)
         stopped = run(num_ranks, "tests.preempted", moment, rank, *SETTINGS, parted)
         assert stopped.returncode == (75 if num_ranks == 1 else 1)  # torchrun has codes of its own
         assert said in stopped.stderr, stopped.stderr[-2000:]
         assert not (tmp_path / "parted/clip.mp4").exists()
-        assert len(list((tmp_path / "parted").glob("clip.*.state.safetensors"))) == (moment != "encode")
+        assert len(list((tmp_path / "parted").glob("clip.*.state.safetensors"))) == (
+            moment != "encode"
+        )
     last = run(num_ranks, "wan_dist.run", *SETTINGS, parted)
     assert last.returncode == 0, last.stderr[-2000:]
     assert "goes on   after 6 steps" in last.stderr
@@ -54,10 +75,23 @@ def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) ->
 
 
 def test_guessed_steps_go_on_too(tmp_path: Path) -> None:
-    settings = ["task=toy", "frame_num=5", "size=64*64", "sample.steps=14", "output.name=clip", "cache.steps=easy", "cache.threshold=9"]
+    settings = [
+        "task=toy",
+        "frame_num=5",
+        "size=64*64",
+        "sample.steps=14",
+        "output.name=clip",
+        "cache.steps=easy",
+        "cache.threshold=9",
+    ]
     assert main([*settings, f"output.dir={tmp_path / 'whole'}"]) == 0
     for moment in ("1", "6", "7"):
-        assert run(1, "tests.preempted", moment, "0", *settings, f"output.dir={tmp_path / 'parted'}").returncode == 75
+        assert (
+            run(
+                1, "tests.preempted", moment, "0", *settings, f"output.dir={tmp_path / 'parted'}"
+            ).returncode
+            == 75
+        )
     assert main([*settings, f"output.dir={tmp_path / 'parted'}"]) == 0
     assert json.loads((tmp_path / "whole/clip.json").read_text())["guessed_steps"] > 4
     assert (tmp_path / "parted/clip.mp4").read_bytes() == (tmp_path / "whole/clip.mp4").read_bytes()
@@ -73,53 +107,68 @@ def test_a_solver_goes_on(name: str, num_done: int) -> None:
     for index in range(6):
         latents = through.step(index, latents, velocities[index])
         if index == num_done:
-            after.go_on(num_done, before.state())
+            after.restore(num_done, before.state())
         other = (before if index < num_done else after).step(index, other, velocities[index])
     assert torch.equal(latents, other)
 
 
-def kept(folder: Path, *settings: str) -> Kept:
-    config = compose(prepare(["task=toy", "prompt=a ball", *settings]))
+def kept(folder: Path, *settings: str) -> ResumeState:
+    config = compose_config(prepare_arguments(["task=toy", "prompt=a ball", *settings]))
     assert config is not None
-    return Kept(folder, config, make_plan(config), WEIGHTS)
+    return ResumeState(folder, config, make_plan(config), WEIGHTS)
 
 
 def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:
-    progress = Progress(3, torch.randn(4, 2, 3, 3), {"start": torch.randn(1, 4, 2, 3, 3)})
-    assert kept(tmp_path, "seed=7").write(progress)
+    progress = DenoisingProgress(3, torch.randn(4, 2, 3, 3), {"start": torch.randn(1, 4, 2, 3, 3)})
+    assert kept(tmp_path, "seed=7").save_progress(progress)
     (file,) = tmp_path.glob("*.state.safetensors")
     again = kept(tmp_path, "seed=7", "memory.dit=stream", "parallel.timeout=60", "fps=8")
-    plan = again.go_on(Axis(), torch.device("cpu"))
+    plan = again.restore(Axis(), torch.device("cpu"))
     assert (again.progress.num_done, plan.seed) == (3, 7)
     assert again.progress.latents is not None
     assert torch.equal(again.progress.latents, progress.latents)  # type: ignore[arg-type]
-    assert torch.equal(again.progress.solver["start"], progress.solver["start"])
-    for setting in ("seed=8", "prompt=a cube", "sample.steps=9", "dtype=bfloat16", "sample.guide_scale=3", "output.name=other"):
+    assert torch.equal(again.progress.solver_state["start"], progress.solver_state["start"])
+    for setting in (
+        "seed=8",
+        "prompt=a cube",
+        "sample.steps=9",
+        "dtype=bfloat16",
+        "sample.guide_scale=3",
+        "output.name=other",
+    ):
         other = kept(tmp_path, *(["seed=7"] if "seed" not in setting else []), setting)
-        other.go_on(Axis(), torch.device("cpu"))
+        other.restore(Axis(), torch.device("cpu"))
         assert other.progress.num_done == 0, setting
-    again.remove()
+    again.remove_file()
     assert not file.exists()
-    again.remove()
+    again.remove_file()
 
 
-def test_what_a_job_has_kept_is_found_without_looking_through_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("for each of 10,000 jobs among their files, that is quadratic"))
-    config = compose(prepare(["task=toy", "prompt=a ball", "output.name=a"]))
+def test_what_a_job_has_kept_is_found_without_looking_through_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Path,
+        "glob",
+        lambda *_: pytest.fail("for each of 10,000 jobs among their files, that is quadratic"),
+    )
+    config = compose_config(prepare_arguments(["task=toy", "prompt=a ball", "output.name=a"]))
     assert config is not None
-    first, second = (Kept(tmp_path, config, make_plan(config), WEIGHTS, is_job=True) for _ in range(2))
-    second.remove()
-    assert first.write(Progress(2, torch.zeros(4, 2, 3, 3)))
+    first, second = (
+        ResumeState(tmp_path, config, make_plan(config), WEIGHTS, is_job=True) for _ in range(2)
+    )
+    second.remove_file()
+    assert first.save_progress(DenoisingProgress(2, torch.zeros(4, 2, 3, 3)))
     (file,) = (file for file in tmp_path.iterdir() if file.name.endswith(".state.safetensors"))
-    second.go_on(Axis(), torch.device("cpu"))
+    second.restore(Axis(), torch.device("cpu"))
     assert second.progress.num_done == 2
-    second.remove()
+    second.remove_file()
     assert not file.exists()
 
 
 def test_a_drawn_seed_is_kept(tmp_path: Path) -> None:
     first = kept(tmp_path, "seed=-1")
-    first.write(Progress(2, torch.zeros(4, 2, 3, 3)))
+    first.save_progress(DenoisingProgress(2, torch.zeros(4, 2, 3, 3)))
     second = kept(tmp_path, "seed=-1")
-    plan = second.go_on(Axis(), torch.device("cpu"))
+    plan = second.restore(Axis(), torch.device("cpu"))
     assert (plan.seed, plan.name) == (first.plan.seed, first.plan.name)

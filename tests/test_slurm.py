@@ -58,18 +58,34 @@ class Slurm:
 
     def __call__(self, *command: str | Path, **environment: str) -> str:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, check=False, timeout=180
+            command,
+            cwd=self.folder,
+            env=self.environment | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
         )
         assert done.returncode == 0, f"{command}: {done.stdout[-1000:]} {done.stderr[-2000:]}"
         return done.stdout.strip()
 
     def submit(self, options: list[str], script: str, *settings: str, **environment: str) -> str:
-        return self("sbatch", "--parsable", *options, ROOT / "slurm" / script, *RUN, *settings, **environment)
+        return self(
+            "sbatch",
+            "--parsable",
+            *options,
+            ROOT / "slurm" / script,
+            *RUN,
+            *settings,
+            **environment,
+        )
 
     def ended(self, job: str) -> str:
         """Wait for the job's end and return its state, code and number of restarts."""
         command = [TOOLS / "wait_job.sh", job, "150"]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     def log(self, job: str) -> str:
         file = self.folder / f"wan-{job}.log"
@@ -86,7 +102,12 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     except AssertionError as fault:
         pytest.skip(f"no Slurm can be started here: {str(fault)[-300:]}")
     yield cluster
-    subprocess.run([TOOLS / "slurm_down.sh", "--purge"], env=cluster.environment, capture_output=True, check=False)
+    subprocess.run(
+        [TOOLS / "slurm_down.sh", "--purge"],
+        env=cluster.environment,
+        capture_output=True,
+        check=False,
+    )
 
 
 def latents(slurm: Slurm, name: str) -> torch.Tensor:
@@ -94,13 +115,18 @@ def latents(slurm: Slurm, name: str) -> torch.Tensor:
 
 
 def test_one_node_and_two_make_the_same(slurm: Slurm) -> None:
-    jobs = [slurm.submit(TWO_TASKS, f"{name}.sbatch", "sample.steps=3", f"output.name={name}") for name in ("one-node", "several-nodes")]
+    jobs = [
+        slurm.submit(TWO_TASKS, f"{name}.sbatch", "sample.steps=3", f"output.name={name}")
+        for name in ("one-node", "several-nodes")
+    ]
     for job in jobs:
         assert slurm.ended(job).startswith("COMPLETED 0:0"), slurm.log(job)
     record = json.loads((slurm.folder / "outputs/several-nodes.json").read_text())
     assert record["degrees"]["cfg"] * record["degrees"]["ulysses"] * record["degrees"]["ring"] == 4
     assert "rank 1" not in slurm.log(jobs[1])  # the first rank speaks for all
-    torch.testing.assert_close(latents(slurm, "several-nodes"), latents(slurm, "one-node"), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        latents(slurm, "several-nodes"), latents(slurm, "one-node"), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_an_array_makes_a_video_of_each_line(slurm: Slurm) -> None:
@@ -109,9 +135,13 @@ def test_an_array_makes_a_video_of_each_line(slurm: Slurm) -> None:
     options = ["--array=0-3%2", "--gpus-per-node=1", *SMALL]
     array = slurm.submit(options, "array.sbatch", "sample.steps=2", PROMPTS="prompts.txt")
     for number, line in enumerate(lines):
-        assert slurm.ended(f"{array}_{number}").startswith("COMPLETED 0:0"), slurm.log(f"{array}-{number}")
+        assert slurm.ended(f"{array}_{number}").startswith("COMPLETED 0:0"), slurm.log(
+            f"{array}-{number}"
+        )
         assert (slurm.folder / f"outputs/line-{number}.mp4").stat().st_size > 1000
-        assert json.loads((slurm.folder / f"outputs/line-{number}.json").read_text())["prompt"] == line
+        assert (
+            json.loads((slurm.folder / f"outputs/line-{number}.json").read_text())["prompt"] == line
+        )
     assert slurm.ended(f"{array}_3").startswith("FAILED 2:0")
     assert "line 3 of prompts.txt is empty or not there" in slurm.log(f"{array}-3")
 
@@ -130,7 +160,9 @@ def test_a_job_that_is_requeued_makes_the_same_video(slurm: Slurm) -> None:
     assert "asked to end: stopped after step" in slurm.log(job)
     assert "goes on   after" in slurm.log(job)
     assert slurm.ended(whole).startswith("COMPLETED 0:0"), slurm.log(whole)
-    assert (slurm.folder / "outputs/parted.mp4").read_bytes() == (slurm.folder / "outputs/whole.mp4").read_bytes()
+    assert (slurm.folder / "outputs/parted.mp4").read_bytes() == (
+        slurm.folder / "outputs/whole.mp4"
+    ).read_bytes()
     assert not list((slurm.folder / "outputs").glob("*.state.safetensors"))
 
 
@@ -147,31 +179,60 @@ if "fetch" in sys.orig_argv:
 
 def launch(slurm: Slurm, *arguments: str, **environment: str) -> list[str]:
     """Submit with ``python -m launch submit`` and return the jobs."""
-    told = slurm(sys.executable, "-m", "launch", "submit", f"cluster={slurm.folder / 'here.yaml'}", *arguments, **environment)
+    told = slurm(
+        sys.executable,
+        "-m",
+        "launch",
+        "submit",
+        f"cluster={slurm.folder / 'here.yaml'}",
+        *arguments,
+        **environment,
+    )
     return re.findall(r"^job (\d+)", told, re.MULTILINE)
 
 
 def test_jobs_that_are_submitted_from_a_plan(slurm: Slurm) -> None:
     (slurm.folder / "here.yaml").write_text(HERE)
     (slurm.folder / "stand-in").mkdir()
-    (slurm.folder / "stand-in/sitecustomize.py").write_text(STAND_IN.format(found=str(FIXTURES / "wan2.1-t2v")))
+    (slurm.folder / "stand-in/sitecustomize.py").write_text(
+        STAND_IN.format(found=str(FIXTURES / "wan2.1-t2v"))
+    )
     small = ["mem=2GB", "sample.steps=2", *RUN[1:]]
     (slurm.folder / "jobs.jsonl").write_text(
         '{"name": "ball", "prompt": "a red ball, \\"$HOME\\""}\n{"name": "cat", "prompt": "一只猫", "seed": 7}\n'
     )
     path = f"{slurm.folder / 'stand-in'}:{ROOT}"
-    fetched = launch(slurm, "gpus=1", "fetch=fetched", "task=t2v-1.3B", "prompt=a cat", "output.name=fetched", *small, PYTHONPATH=path)
+    fetched = launch(
+        slurm,
+        "gpus=1",
+        "fetch=fetched",
+        "task=t2v-1.3B",
+        "prompt=a cat",
+        "output.name=fetched",
+        *small,
+        PYTHONPATH=path,
+    )
     (array,) = launch(slurm, "gpus=1", "array=jobs.jsonl", "task=toy", *small)
     (spread,) = launch(slurm, "nodes=2", "task=toy", "prompt=a cat", "output.name=spread", *small)
-    (together,) = launch(slurm, "nodes=2", "jobs=jobs.jsonl", "task=toy", "output.dir=together", *small)
+    (together,) = launch(
+        slurm, "nodes=2", "jobs=jobs.jsonl", "task=toy", "output.dir=together", *small
+    )
     for job in (*fetched, f"{array}_0", f"{array}_1", spread, together):
         assert slurm.ended(job).startswith("COMPLETED 0:0"), slurm.log(job.replace("_", "-"))
-    records = {name: json.loads((slurm.folder / f"outputs/{name}.json").read_text()) for name in ("fetched", "ball", "cat", "spread")}
+    records = {
+        name: json.loads((slurm.folder / f"outputs/{name}.json").read_text())
+        for name in ("fetched", "ball", "cat", "spread")
+    }
     assert records["fetched"]["checkpoint"] == "fetched"
-    assert (records["ball"]["prompt"], records["cat"]["prompt"]) == ('a red ball, "$HOME"', "一只猫")
+    assert (records["ball"]["prompt"], records["cat"]["prompt"]) == (
+        'a red ball, "$HOME"',
+        "一只猫",
+    )
     assert records["cat"]["seed"] == 7
     assert len(records["spread"]["other_ranks"]) == 3
-    made = [json.loads((slurm.folder / f"together/{name}.json").read_text()) for name in ("ball", "cat")]
+    made = [
+        json.loads((slurm.folder / f"together/{name}.json").read_text()) for name in ("ball", "cat")
+    ]
     assert [record["status"] for record in made] == ["done", "done"]
     assert {record["degrees"]["dp"] for record in made} == {2}, "of four ranks two for each job"
     assert (slurm.folder / "together/index.html").exists()
@@ -180,6 +241,8 @@ def test_jobs_that_are_submitted_from_a_plan(slurm: Slurm) -> None:
 def test_a_video_waits_for_its_download(slurm: Slurm) -> None:
     (slurm.folder / "here.yaml").write_text(HERE)
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(slurm.folder / "empty")}
-    fetching, video = launch(slurm, "gpus=1", "mem=2GB", "fetch=nothing", "task=t2v-1.3B", "prompt=a cat", **nowhere)
+    fetching, video = launch(
+        slurm, "gpus=1", "mem=2GB", "fetch=nothing", "task=t2v-1.3B", "prompt=a cat", **nowhere
+    )
     assert slurm.ended(fetching).startswith("FAILED 2:0")
     assert slurm.ended(video).startswith("CANCELLED")

@@ -9,9 +9,16 @@ ASKED = held_out(64)[: int(os.environ.get("WAN_DIST_CAPTIONS", "3"))]
 
 
 def test_nine_of_ten_captions_are_shown_rightly() -> None:
-    made = {num_ranks: videos_of(ASKED, ["device=cpu"], num_ranks=num_ranks) for num_ranks in (1, 2)}
+    made = {
+        num_ranks: videos_of(ASKED, ["device=cpu"], num_ranks=num_ranks) for num_ranks in (1, 2)
+    }
     for num_ranks, videos in made.items():
-        verdicts = {text: judge(video.frames, scene) for (scene, text), video in zip(ASKED, videos, strict=True)}
+        verdicts = {
+            text: judge(video.frames, scene)
+            for (scene, text), video in zip(ASKED, videos, strict=True)
+        }
         wrong = {text: verdict.seen for text, verdict in verdicts.items() if not verdict.right}
         assert len(wrong) <= 0.1 * len(ASKED), (num_ranks, wrong)
-    assert min(psnr(one.frames, other.frames) for one, other in zip(*made.values(), strict=True)) > 50
+    assert (
+        min(psnr(one.frames, other.frames) for one, other in zip(*made.values(), strict=True)) > 50
+    )

@@ -6,9 +6,19 @@ import sys
 from pathlib import Path
 
 
-def torchrun(num_ranks: int, module: str, *arguments: str, timeout: float = 240, code: int = 0) -> str:
+def torchrun(
+    num_ranks: int, module: str, *arguments: str, timeout: float = 240, code: int = 0
+) -> str:
     """Run a module on this many ranks of this machine and return what it printed; fails, with the end of what it said, at another code."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={num_ranks}",
+    ]
     done = subprocess.run(
         [*command, "-m", module, *arguments],
         cwd=Path(__file__).parents[1],

@@ -33,16 +33,30 @@ class Descent:
     All matrices of one shape are made orthogonal at once. ``rate`` is a tensor, so that a recorded step reads what is written there.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], is_matrix: Callable[[str, nn.Parameter], bool]) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        is_matrix: Callable[[str, nn.Parameter], bool],
+    ) -> None:
         shapes, rest = defaultdict(list), []
         for name, parameter in named:
             (shapes[parameter.shape] if is_matrix(name, parameter) else rest).append(parameter)
         device = rest[0].device
         self.rate = torch.zeros((), device=device)
-        self._groups = [(matrices, [torch.zeros_like(matrix) for matrix in matrices]) for matrices in shapes.values()]
+        self._groups = [
+            (matrices, [torch.zeros_like(matrix) for matrix in matrices])
+            for matrices in shapes.values()
+        ]
         self._parameters = [*rest, *(matrix for matrices in shapes.values() for matrix in matrices)]
         is_cuda = device.type == "cuda"
-        self._rest = torch.optim.AdamW(rest, lr=self.rate, betas=(0.9, 0.98), weight_decay=_DECAY, fused=True, capturable=is_cuda)
+        self._rest = torch.optim.AdamW(
+            rest,
+            lr=self.rate,
+            betas=(0.9, 0.98),
+            weight_decay=_DECAY,
+            fused=True,
+            capturable=is_cuda,
+        )
 
     def step(self, loss: Tensor) -> None:
         """Change the parameters along the loss's gradient, cut to a norm of 1."""
@@ -60,7 +74,9 @@ class Descent:
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
         rows, columns = matrices[0].shape
-        scale = 0.2 * max(rows, columns) ** 0.5  # the root mean square of AdamW's steps, arXiv:2502.16982
+        scale = (
+            0.2 * max(rows, columns) ** 0.5
+        )  # the root mean square of AdamW's steps, arXiv:2502.16982
         changes = orthogonal(torch.stack(ahead)).float() * (scale * self.rate)
         torch._foreach_mul_(matrices, 1 - _DECAY * self.rate)
         torch._foreach_sub_(matrices, list(changes))

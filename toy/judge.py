@@ -33,18 +33,23 @@ class Verdict:
 def judge(frames: NDArray[np.uint8], scene: Scene) -> Verdict:
     """Compare a video (F, H, W, 3) with the scene that was asked for."""
     names = list(COLORS)
-    nearest = (np.square(_PALETTE).sum(-1) - 2 * (frames.astype(np.float32) @ _PALETTE.T)).argmin(-1)  # (F, H, W)
+    nearest = (np.square(_PALETTE).sum(-1) - 2 * (frames.astype(np.float32) @ _PALETTE.T)).argmin(
+        -1
+    )  # (F, H, W)
     shares = np.bincount(nearest.flatten(), minlength=len(names)) / nearest.size
     background = int(shares.argmax())
     shares[background] = 0
-    order = [int(index) for index in np.argsort(-shares) if shares[index] > _LEAST][: len(scene.things)]
+    order = [int(index) for index in np.argsort(-shares) if shares[index] > _LEAST][
+        : len(scene.things)
+    ]
     seen = [names[index] for index in order]
     wanted = {thing.color: thing.motion for thing in scene.things}
     moves = {name: motion_of(nearest == names.index(name)) for name in seen}
     return Verdict(
         background=names[background] == scene.background,
         colors=set(seen) == set(wanted),
-        motions=set(seen) == set(wanted) and all(moves[name] == motion for name, motion in wanted.items()),
+        motions=set(seen) == set(wanted)
+        and all(moves[name] == motion for name, motion in wanted.items()),
         seen=f"{', '.join(f'{name} {moves[name]}' for name in seen)} on {names[background]}",
     )
 
@@ -54,7 +59,9 @@ def motion_of(mask: NDArray[np.bool_]) -> str:
     areas = mask.sum((1, 2)).astype(float)
     if (areas < _LEAST / 2 * mask[0].size).sum() > 2:
         return "nothing"
-    places = np.array([_center(frame) for frame, area in zip(mask, areas, strict=True) if area])  # (F, 2): x, y
+    places = np.array(
+        [_center(frame) for frame, area in zip(mask, areas, strict=True) if area]
+    )  # (F, 2): x, y
     span = places.max(0) - places.min(0)
     way = places[-1] - places[0]
     far = max(span)
@@ -84,5 +91,9 @@ def _center(frame: NDArray[np.bool_]) -> tuple[float, float]:
 
 def _turns(mask: NDArray[np.bool_]) -> bool:
     """Whether the outline changes, though what it is of stays where it is."""
-    changes = [np.logical_xor(one, other).sum() / one.sum() for one, other in zip(mask, mask[3:], strict=False) if one.sum()]
+    changes = [
+        np.logical_xor(one, other).sum() / one.sum()
+        for one, other in zip(mask, mask[3:], strict=False)
+        if one.sum()
+    ]
     return float(np.mean(changes)) > 0.07

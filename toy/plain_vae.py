@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.vae.layers import AttentionBlock, CausalConv3d, Downsample, ResidualBlock, RMSNorm, Upsample
+from wan_dist.models.vae.layers import (
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    ResidualBlock,
+    RMSNorm,
+    Upsample,
+)
 from wan_dist.models.vae.model import WanVae
 from wan_dist.models.vae.ops import rms_norm
 
@@ -22,7 +29,9 @@ def moments(vae: WanVae, video: Tensor) -> tuple[Tensor, Tensor]:
 def decode(vae: WanVae, latents: Tensor) -> Tensor:
     """Return the frames (B, 3, 4 T - 3, H, W), float32, of latents (B, C, T, h, w) that are not normalised."""
     decoder = vae.decoder
-    x = _through([*decoder.middle, *decoder.upsamples], _conv(decoder.conv1, _conv(vae.conv2, latents)))
+    x = _through(
+        [*decoder.middle, *decoder.upsamples], _conv(decoder.conv1, _conv(vae.conv2, latents))
+    )
     return _head(decoder.head, x).float()
 
 
@@ -41,7 +50,12 @@ def _through(layers: list[nn.Module], x: Tensor) -> Tensor:
 
 
 def _conv(conv: CausalConv3d, x: Tensor) -> Tensor:
-    return F.conv3d(F.pad(x, (0, 0, 0, 0, conv.num_past, 0)), conv.weight, conv.bias, padding=cast(tuple[int, int, int], conv.padding))
+    return F.conv3d(
+        F.pad(x, (0, 0, 0, 0, conv.num_past_frames, 0)),
+        conv.weight,
+        conv.bias,
+        padding=cast(tuple[int, int, int], conv.padding),
+    )
 
 
 def _activated(norm: nn.Module, x: Tensor) -> Tensor:
@@ -62,19 +76,31 @@ def _residual(block: ResidualBlock, x: Tensor) -> Tensor:
 
 def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
     frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
-    q, k, v = (part.flatten(2).transpose(1, 2) for part in block.to_qkv(block.norm(frames)).chunk(3, dim=1))
-    out = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1).transpose(1, 2)
+    q, k, v = (
+        part.flatten(2).transpose(1, 2) for part in block.to_qkv(block.norm(frames)).chunk(3, dim=1)
+    )
+    out = (
+        F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
+        .squeeze(1)
+        .transpose(1, 2)
+    )
     out = block.proj(out.reshape(frames.shape))
     return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 def _each_frame(module: nn.Module, x: Tensor) -> Tensor:
-    return cast(Tensor, module(x.transpose(1, 2).flatten(0, 1))).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    return (
+        cast(Tensor, module(x.transpose(1, 2).flatten(0, 1)))
+        .unflatten(0, (x.shape[0], -1))
+        .transpose(1, 2)
+    )
 
 
 def _down(layer: Downsample, x: Tensor) -> Tensor:
     x = _each_frame(layer.resample, x)
-    return x if layer.time_conv is None else torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)  # the first frame stays one
+    return (
+        x if layer.time_conv is None else torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
+    )  # the first frame stays one
 
 
 def _up(layer: Upsample, x: Tensor) -> Tensor:

@@ -41,8 +41,15 @@ _ENGLISH = (
     "{ground} background with {things}",
     "{things} in front of {ground} background",
 )
-_CHINESE_COLORS = dict(zip(COLORS, ("红色", "绿色", "蓝色", "黄色", "橙色", "紫色", "白色", "黑色"), strict=True))
-_CHINESE_SHAPES = {"circle": ("圆形", "圆球"), "square": ("正方形", "方块"), "triangle": ("三角形",), "star": ("星形", "星星")}
+_CHINESE_COLORS = dict(
+    zip(COLORS, ("红色", "绿色", "蓝色", "黄色", "橙色", "紫色", "白色", "黑色"), strict=True)
+)
+_CHINESE_SHAPES = {
+    "circle": ("圆形", "圆球"),
+    "square": ("正方形", "方块"),
+    "triangle": ("三角形",),
+    "star": ("星形", "星星"),
+}
 _CHINESE_MOTIONS = {
     "right": ("向右移动", "往右移动"),
     "left": ("向左移动", "往左移动"),
@@ -79,7 +86,9 @@ class Scene:
 
 def _is_held_out(thing: Thing, background: str) -> bool:
     color, ground = (list(COLORS).index(name) for name in (thing.color, background))
-    return (31 * color + 17 * SHAPES.index(thing.shape) + 7 * MOTIONS.index(thing.motion) + 3 * ground) % 11 == 0
+    return (
+        31 * color + 17 * SHAPES.index(thing.shape) + 7 * MOTIONS.index(thing.motion) + 3 * ground
+    ) % 11 == 0
 
 
 def all_scenes() -> Iterator[Scene]:
@@ -96,9 +105,14 @@ def draw_scene(chance: random.Random) -> Scene:
     """Return a scene that may be trained on; three in ten have two things, of different colours."""
     while True:
         background, *colors = chance.sample(list(COLORS), 3)
-        things = tuple(Thing(color, chance.choice(SHAPES), chance.choice(MOTIONS)) for color in colors[: 2 if chance.random() < 0.3 else 1])
+        things = tuple(
+            Thing(color, chance.choice(SHAPES), chance.choice(MOTIONS))
+            for color in colors[: 2 if chance.random() < 0.3 else 1]
+        )
         scene = Scene(things, background)
-        if not scene.is_held_out and all((thing.shape, thing.motion) != ("circle", "spinning") for thing in things):
+        if not scene.is_held_out and all(
+            (thing.shape, thing.motion) != ("circle", "spinning") for thing in things
+        ):
             return scene
 
 
@@ -108,10 +122,17 @@ def caption(scene: Scene, chance: random.Random) -> str:
         return _chinese(scene, chance)
     things = []
     for thing in scene.things:
-        shape, motion = (chance.choice(table[name]) for table, name in ((_ENGLISH_SHAPES, thing.shape), (_ENGLISH_MOTIONS, thing.motion)))
-        things.append(f"{_article(thing.color)} {thing.color} {shape} {chance.choice(('', '', 'is '))}{motion}")
+        shape, motion = (
+            chance.choice(table[name])
+            for table, name in ((_ENGLISH_SHAPES, thing.shape), (_ENGLISH_MOTIONS, thing.motion))
+        )
+        things.append(
+            f"{_article(thing.color)} {thing.color} {shape} {chance.choice(('', '', 'is '))}{motion}"
+        )
     ground = f"{_article(scene.background)} {scene.background}"
-    text = chance.choice(_ENGLISH).format(things=" and ".join(things), ground=ground, background=scene.background)
+    text = chance.choice(_ENGLISH).format(
+        things=" and ".join(things), ground=ground, background=scene.background
+    )
     return text[0].upper() + text[1:] if chance.random() < 0.2 else text
 
 
@@ -122,7 +143,10 @@ def _article(word: str) -> str:
 def _chinese(scene: Scene, chance: random.Random) -> str:
     background = f"{_CHINESE_COLORS[scene.background]}背景"
     named = [
-        (f"一个{_CHINESE_COLORS[each.color]}{chance.choice(_CHINESE_SHAPES[each.shape])}", chance.choice(_CHINESE_MOTIONS[each.motion]))
+        (
+            f"一个{_CHINESE_COLORS[each.color]}{chance.choice(_CHINESE_SHAPES[each.shape])}",
+            chance.choice(_CHINESE_MOTIONS[each.motion]),
+        )
         for each in scene.things
     ]
     things = "，".join(name + motion for name, motion in named)

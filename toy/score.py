@@ -26,11 +26,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from bench.record import Record
-from launch.local import command_for
+from launch.local import build_run_command
 from toy.judge import Verdict, judge
 from toy.render import render
 from toy.scenes import Scene, all_scenes, caption
-from wan_dist.pipeline.decode import uint8_frames
+from wan_dist.pipeline.decode import convert_to_uint8_frames
 
 _ROOT = Path(__file__).parents[1]
 
@@ -51,13 +51,29 @@ WAYS = (
     Way("float32", ("dtype=float32",)),
     Way("float32, first frame given", ("dtype=float32",), image=True),
     Way("bfloat16", ("dtype=bfloat16",)),
-    *(Way(f"quant={quant}", ("dtype=bfloat16", f"quant={quant}"), gpu=quant == "fp8") for quant in ("fp8", "int8", "int4")),
     *(
-        Way(f"cache.steps={kind} cache.threshold={threshold}", ("dtype=float32", f"cache.steps={kind}", f"cache.threshold={threshold}"))
-        for kind, threshold in (("easy", 0.05), ("easy", 0.1), ("easy", 0.2), ("tea", 0.1), ("tea", 0.2), ("tea", 0.4))
+        Way(f"quant={quant}", ("dtype=bfloat16", f"quant={quant}"), gpu=quant == "fp8")
+        for quant in ("fp8", "int8", "int4")
     ),
     *(
-        Way(f"{solver}, {steps} steps", ("dtype=float32", f"sample.solver={solver}", f"sample.steps={steps}"))
+        Way(
+            f"cache.steps={kind} cache.threshold={threshold}",
+            ("dtype=float32", f"cache.steps={kind}", f"cache.threshold={threshold}"),
+        )
+        for kind, threshold in (
+            ("easy", 0.05),
+            ("easy", 0.1),
+            ("easy", 0.2),
+            ("tea", 0.1),
+            ("tea", 0.2),
+            ("tea", 0.4),
+        )
+    ),
+    *(
+        Way(
+            f"{solver}, {steps} steps",
+            ("dtype=float32", f"sample.solver={solver}", f"sample.steps={steps}"),
+        )
         for solver in ("unipc", "dpm++", "euler")
         for steps in (4, 8, 12, 20, 50)
     ),
@@ -82,7 +98,12 @@ def held_out(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
 
 
 def videos_of(
-    asked: Sequence[tuple[Scene, str]], settings: Sequence[str], *, num_ranks: int = 1, threads: int = 1, image: bool = False
+    asked: Sequence[tuple[Scene, str]],
+    settings: Sequence[str],
+    *,
+    num_ranks: int = 1,
+    threads: int = 1,
+    image: bool = False,
 ) -> list[Made]:
     """Make a video of each caption by one run of the command.
 
@@ -95,22 +116,35 @@ def videos_of(
             jobs.append({"name": f"{number:03}", "prompt": text, "seed": number})
             if image:
                 drawn = render([scene], random.Random(number), torch.device("cpu"))
-                Image.fromarray(uint8_frames(drawn[0])[0].numpy()).save(folder / f"{number:03}.first.png")
+                Image.fromarray(convert_to_uint8_frames(drawn[0])[0].numpy()).save(
+                    folder / f"{number:03}.first.png"
+                )
                 jobs[-1]["image"] = f"{number:03}.first.png"
-        (folder / "jobs.jsonl").write_text("".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8")
-        shared = [f"jobs={folder}/jobs.jsonl", f"output.dir={folder}", "output.save_tensor=true", f"parallel.ulysses={num_ranks}"]
-        command = command_for(num_ranks, ["task=toy", *shared, *settings])
+        (folder / "jobs.jsonl").write_text(
+            "".join(json.dumps(job, ensure_ascii=False) + "\n" for job in jobs), encoding="utf-8"
+        )
+        shared = [
+            f"jobs={folder}/jobs.jsonl",
+            f"output.dir={folder}",
+            "output.save_tensor=true",
+            f"parallel.ulysses={num_ranks}",
+        ]
+        command = build_run_command(num_ranks, ["task=toy", *shared, *settings])
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            raise RuntimeError(f"{' '.join(settings)}: exit {done.returncode}\n{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"{' '.join(settings)}: exit {done.returncode}\n{done.stderr[-2000:]}"
+            )
         return [_made(folder, f"{number:03}") for number in range(len(asked))]
 
 
 def _made(folder: Path, name: str) -> Made:
     record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     return Made(
-        uint8_frames(load_file(folder / f"{name}.safetensors")["video"]).numpy(),
+        convert_to_uint8_frames(load_file(folder / f"{name}.safetensors")["video"]).numpy(),
         record["config"]["sample"]["steps"] - (record.get("guessed_steps") or 0),
     )
 
@@ -123,15 +157,28 @@ def psnr(video: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
 
 def main() -> None:
     """Score each way."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="another than the one that comes with the program")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, help="another than the one that comes with the program"
+    )
     parser.add_argument("--captions", type=int, default=64)
-    parser.add_argument("--only", help="ways whose name holds this; float32, which the others are compared with, is always run")
+    parser.add_argument(
+        "--only",
+        help="ways whose name holds this; float32, which the others are compared with, is always run",
+    )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=1, help="ways that are run side by side")
-    parser.add_argument("--out", type=Path, help="a JSON file of what was found; ways that are scored again are replaced in it")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="a JSON file of what was found; ways that are scored again are replaced in it",
+    )
     options = parser.parse_args()
-    ways = [way for way in WAYS if way.name == "float32" or not options.only or options.only in way.name]
+    ways = [
+        way for way in WAYS if way.name == "float32" or not options.only or options.only in way.name
+    ]
     ways = [way for way in ways if not way.gpu or torch.cuda.is_available()]
     asked = held_out(options.captions)
     given = [] if options.checkpoint is None else [f"ckpt_dir={options.checkpoint.resolve()}"]
@@ -140,12 +187,21 @@ def main() -> None:
 
     def made(way: Way) -> list[Made]:
         try:
-            return videos_of(asked, [*given, *way.settings], num_ranks=options.ranks, threads=threads, image=way.image)
+            return videos_of(
+                asked,
+                [*given, *way.settings],
+                num_ranks=options.ranks,
+                threads=threads,
+                image=way.image,
+            )
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return []
 
-    print("| | steps computed | right | background | colours | motions | PSNR |\n|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| | steps computed | right | background | colours | motions | PSNR |\n|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     references: list[Made] = []
     with ThreadPoolExecutor(options.at_once) as pool:
         for way, videos in zip(ways, pool.map(made, ways), strict=True):
@@ -158,20 +214,39 @@ def main() -> None:
                     record.add({"ranks": options.ranks, **row})
 
 
-def _score(way: Way, asked: Sequence[tuple[Scene, str]], videos: Sequence[Made], references: Sequence[Made]) -> dict[str, object]:
+def _score(
+    way: Way, asked: Sequence[tuple[Scene, str]], videos: Sequence[Made], references: Sequence[Made]
+) -> dict[str, object]:
     """Print and return a row of the table."""
     verdicts: list[Verdict] = []
     for (scene, text), made in zip(asked, videos, strict=True):
         verdicts.append(judge(made.frames, scene))
         if not verdicts[-1].right:
             print(f"{way.name}: {text!r} became {verdicts[-1].seen}", file=sys.stderr)
-    shares = {key: sum(getattr(each, key) for each in verdicts) / len(verdicts) for key in ("right", "background", "colors", "motions")}
+    shares = {
+        key: sum(getattr(each, key) for each in verdicts) / len(verdicts)
+        for key in ("right", "background", "colors", "motions")
+    }
     steps = float(np.mean([made.num_steps for made in videos]))
     pairs = [(one.frames, other.frames) for one, other in zip(videos, references, strict=True)]
-    distance, is_same = float(np.mean([psnr(*pair) for pair in pairs])), all(np.array_equal(*pair) for pair in pairs)
+    distance, is_same = (
+        float(np.mean([psnr(*pair) for pair in pairs])),
+        all(np.array_equal(*pair) for pair in pairs),
+    )
     far = "" if way is WAYS[0] or way.image else "the same" if is_same else f"{distance:.1f} dB"
-    print(f"| {way.name} | {steps:.1f} | " + " | ".join(f"{100 * share:.0f} %" for share in shares.values()) + f" | {far} |", flush=True)
-    return {"way": way.name, "captions": len(verdicts), "computed_steps": steps, **shares, "psnr": distance}
+    print(
+        f"| {way.name} | {steps:.1f} | "
+        + " | ".join(f"{100 * share:.0f} %" for share in shares.values())
+        + f" | {far} |",
+        flush=True,
+    )
+    return {
+        "way": way.name,
+        "captions": len(verdicts),
+        "computed_steps": steps,
+        **shares,
+        "psnr": distance,
+    }
 
 
 if __name__ == "__main__":

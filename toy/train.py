@@ -24,17 +24,21 @@ from toy.render import NUM_FRAMES, SIZE, render
 from toy.scenes import caption, draw_scene
 from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.text_encoder import build_text_encoder, token_ids
+from wan_dist.models.text_encoder import build_text_encoder, tokenize_prompt
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.files import TensorFiles
-from wan_dist.weights.key_maps import original_text_encoder, original_transformer, original_vae
-from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
-from wan_dist.weights.load import fill
-from wan_dist.weights.write import stored, write_config
+from wan_dist.weights.key_maps import (
+    map_original_text_encoder,
+    map_original_transformer,
+    map_original_vae,
+)
+from wan_dist.weights.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, WEIGHTS_STEM
+from wan_dist.weights.load import fill_model
+from wan_dist.weights.write import export_tensors, write_transformer_config
 
-DIMS = TASKS["toy"].models
+DIMS = TASKS["toy"].model_dims
 _DIVERGENCE = 3e-4
 _EMPHASIS = 5.0
 """Of the pixels where things are, which are few, against those of the background."""
@@ -49,34 +53,41 @@ Clips = tuple[Tensor, Tensor, Tensor]
 
 def main() -> None:
     """Train and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vae-steps", type=int, default=5600)
     parser.add_argument("--clips", type=int, default=28000)
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae", type=Path, help="a VAE's file to go on from, instead of training one")
+    parser.add_argument(
+        "--vae", type=Path, help="a VAE's file to go on from, instead of training one"
+    )
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     chance = random.Random(options.seed)
     begun = time.perf_counter()
-    (options.folder / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    (options.folder / TOKENIZER_FOLDER).mkdir(parents=True, exist_ok=True)
     if options.vae is None:
         vae = WanVae(DIMS.vae).to(device)
         train_vae(vae, options.vae_steps, chance, device)
-        save(stored(halved(vae), original_vae([])), options.folder / "Wan2.1_VAE.safetensors")
+        save(
+            export_tensors(halved(vae), map_original_vae([])),
+            options.folder / "Wan2.1_VAE.safetensors",
+        )
     else:
         with torch.device("meta"):
             vae = WanVae(DIMS.vae)
-        fill(vae, TensorFiles([options.vae]), original_vae([]), device)
+        fill_model(vae, TensorFiles([options.vae]), map_original_vae([]), device)
     print(f"VAE: {time.perf_counter() - begun:.0f} s", flush=True)
     torch.manual_seed(options.seed + 1)  # whether the VAE was trained now or before
     chance = random.Random(options.seed + 1)
     tokenizer = make_tokenizer(random.Random(options.seed))
-    tokenizer.save_pretrained(options.folder / TOKENIZER)
+    tokenizer.save_pretrained(options.folder / TOKENIZER_FOLDER)
     clips = make_clips(vae, tokenizer, options.clips, chance, device)
     print(f"clips: {time.perf_counter() - begun:.0f} s", flush=True)
     train_transformer(clips, options.steps, options.batch, device, options.folder)
@@ -94,7 +105,9 @@ def save(tensors: Iterable[tuple[str, Tensor]], file: Path) -> None:
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
+    )
 
 
 def _rate(step: int, steps: int, peak: float) -> float:
@@ -117,22 +130,31 @@ def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.devi
         mean, log_variance = plain_vae.moments(vae, video)
         difference = plain_vae.decode(vae, mean + (log_variance / 2).exp() * noise) - video
         divergence = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
-        is_thing = (video - video[..., :1, :1]).abs().amax(1, keepdim=True) > 0.1  # the corner shows the background
+        is_thing = (video - video[..., :1, :1]).abs().amax(
+            1, keepdim=True
+        ) > 0.1  # the corner shows the background
         weight = 1 + (_EMPHASIS - 1) * is_thing
         squared = difference.square()
-        return (weight * (difference.abs() + squared)).mean() + _DIVERGENCE * divergence, squared.mean()
+        return (
+            weight * (difference.abs() + squared)
+        ).mean() + _DIVERGENCE * divergence, squared.mean()
 
     compiled = torch.compile(loss_of, dynamic=False) if device.type == "cuda" else loss_of
     batch = 8 if device.type == "cuda" else 2
     for step in range(steps):
         video = render([draw_scene(chance) for _ in range(batch)], chance, device)
-        noise = torch.randn(batch, DIMS.vae.latent_dim, NUM_FRAMES // 4 + 1, SIZE // 8, SIZE // 8, device=device)
+        noise = torch.randn(
+            batch, DIMS.vae.latent_dim, NUM_FRAMES // 4 + 1, SIZE // 8, SIZE // 8, device=device
+        )
         with _autocast(device):
             loss, squared = compiled(video, noise)
         descent.rate.fill_(_rate(step, steps, _VAE_RATE))
         descent.step(loss)
         if step % 200 == 0 or step == steps - 1:
-            print(f"vae {step} loss {loss.item():.4f} PSNR {-10 * squared.div(4).log10().item():.1f}", flush=True)
+            print(
+                f"vae {step} loss {loss.item():.4f} PSNR {-10 * squared.div(4).log10().item():.1f}",
+                flush=True,
+            )
     normalise(vae, chance, device)
 
 
@@ -143,7 +165,7 @@ def normalise(vae: WanVae, chance: random.Random, device: torch.device) -> None:
     with _autocast(device):
         mean, _ = plain_vae.moments(vae, render(scenes, chance, device))
     mu, sigma = mean.mean((0, 2, 3, 4)), mean.std((0, 2, 3, 4))
-    wanted_mean, wanted_std = (moment.flatten() for moment in vae.latent_moments(mean))
+    wanted_mean, wanted_std = (moment.flatten() for moment in vae.get_latent_statistics(mean))
     first, scale = vae.conv1, wanted_std / sigma
     assert first.bias is not None
     first.weight[: len(mu)] *= scale.view(-1, 1, 1, 1, 1)
@@ -165,17 +187,25 @@ def make_tokenizer(chance: random.Random, num_captions: int = 20000) -> PreTrain
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((caption(draw_scene(chance), chance) for _ in range(num_captions)), trainer)
+    tokenizer.train_from_iterator(
+        (caption(draw_scene(chance), chance) for _ in range(num_captions)), trainer
+    )
     return with_end_mark(tokenizer)
 
 
 @torch.no_grad()
-def make_clips(vae: WanVae, tokenizer: PreTrainedTokenizerBase, count: int, chance: random.Random, device: torch.device) -> Clips:
+def make_clips(
+    vae: WanVae,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    chance: random.Random,
+    device: torch.device,
+) -> Clips:
     """Return encoded videos with captions."""
     text_len = DIMS.transformer.text_len
 
     def ids(text: str) -> list[int]:
-        found = token_ids(tokenizer, text, text_len)
+        found = tokenize_prompt(tokenizer, text, text_len)
         return found + [0] * (text_len - len(found))
 
     latents, texts = [], []
@@ -183,25 +213,40 @@ def make_clips(vae: WanVae, tokenizer: PreTrainedTokenizerBase, count: int, chan
         scenes = [draw_scene(chance) for _ in range(min(64, count - start))]
         with _autocast(device):
             found, _ = plain_vae.moments(vae, render(scenes, chance, device))
-        mean, std = vae.latent_moments(found)
+        mean, std = vae.get_latent_statistics(found)
         latents.append(((found - mean) / std).bfloat16())
         texts += [[ids(caption(scene, chance)) for _ in range(2)] for scene in scenes]
-    return torch.cat(latents), torch.tensor(texts, device=device), torch.tensor(ids(""), device=device)
+    return (
+        torch.cat(latents),
+        torch.tensor(texts, device=device),
+        torch.tensor(ids(""), device=device),
+    )
 
 
-def train_transformer(clips: Clips, steps: int, batch: int, device: torch.device, folder: Path) -> None:
+def train_transformer(
+    clips: Clips, steps: int, batch: int, device: torch.device, folder: Path
+) -> None:
     """Train and write text encoder and transformer; what is written is an average of the last steps' weights."""
     text_encoder = build_text_encoder(DIMS.text_encoder, torch.float32).to(device).eval()
-    projection, transformer = (kind(DIMS.transformer, torch.float32).to(device) for kind in (ContextProjection, WanTransformer))
+    projection, transformer = (
+        kind(DIMS.transformer, torch.float32).to(device)
+        for kind in (ContextProjection, WanTransformer)
+    )
     _initialise(projection, transformer)
     for name, parameter in text_encoder.named_parameters():
-        if "relative_attention_bias" in name:  # from the usual 0.09 it takes long to learn which noun a colour stands before
+        if (
+            "relative_attention_bias" in name
+        ):  # from the usual 0.09 it takes long to learn which noun a colour stands before
             nn.init.normal_(parameter, std=1.5)
-    everything = nn.ModuleDict({"text_encoder": text_encoder, "projection": projection, "transformer": transformer})
+    everything = nn.ModuleDict(
+        {"text_encoder": text_encoder, "projection": projection, "transformer": transformer}
+    )
     parameters = list(everything.parameters())
     averages = [parameter.detach().clone() for parameter in parameters]
     descent = Descent(everything.named_parameters(), _is_matrix)
-    loss_of = _flow_matching(text_encoder, projection, transformer, transformer.rotary(clips[0][:1]))
+    loss_of = _flow_matching(
+        text_encoder, projection, transformer, transformer.compute_rotary(clips[0][:1])
+    )
     compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
 
     def descend() -> Tensor:
@@ -214,13 +259,22 @@ def train_transformer(clips: Clips, steps: int, batch: int, device: torch.device
     begun = time.perf_counter()
     one_step = recorded(descend, device)
     for step in range(steps):
-        descent.rate.fill_(_rate(step, steps * 5 // 4, _RATE))  # the average does what the cosine's last fifth would
+        descent.rate.fill_(
+            _rate(step, steps * 5 // 4, _RATE)
+        )  # the average does what the cosine's last fifth would
         loss = one_step()
         if step % _STEPS_AN_AVERAGE == 0:
             times = step // _STEPS_AN_AVERAGE
-            torch._foreach_lerp_(averages, [parameter.detach() for parameter in parameters], 1 - min(0.995, (times + 1) / (times + 10)))
+            torch._foreach_lerp_(
+                averages,
+                [parameter.detach() for parameter in parameters],
+                1 - min(0.995, (times + 1) / (times + 10)),
+            )
         if step % 250 == 0 or step == steps - 1:
-            print(f"step {step} loss {loss.item():.4f} {time.perf_counter() - begun:.0f} s", flush=True)
+            print(
+                f"step {step} loss {loss.item():.4f} {time.perf_counter() - begun:.0f} s",
+                flush=True,
+            )
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):
             parameter.copy_(average)
@@ -243,7 +297,10 @@ def _draw(clips: Clips, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 def _flow_matching(
-    text_encoder: nn.Module, projection: ContextProjection, transformer: WanTransformer, rotary: tuple[Tensor, Tensor]
+    text_encoder: nn.Module,
+    projection: ContextProjection,
+    transformer: WanTransformer,
+    rotary: tuple[Tensor, Tensor],
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the loss of what `_draw` returns, arXiv:2210.02747: the velocity is noise minus latents.
 
@@ -252,30 +309,54 @@ def _flow_matching(
 
     def loss_of(x: Tensor, noise: Tensor, level: Tensor, given: Tensor, ids: Tensor) -> Tensor:
         mask = ids != 0
-        embedded = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state * mask.unsqueeze(-1)
+        embedded = text_encoder(
+            input_ids=ids, attention_mask=mask
+        ).last_hidden_state * mask.unsqueeze(-1)
         mixed = x + level.view(-1, 1, 1, 1, 1) * (noise - x)
         first = torch.where(given.view(-1, 1, 1, 1, 1), x[:, :, :1], mixed[:, :, :1])
         timesteps = 1000 * torch.stack([torch.where(given, 0, level), level], dim=1)
         found = plain.velocity(
-            transformer, torch.cat([first, mixed[:, :, 1:]], dim=2), timesteps, plain.project(projection, embedded), rotary
+            transformer,
+            torch.cat([first, mixed[:, :, 1:]], dim=2),
+            timesteps,
+            plain.project(projection, embedded),
+            rotary,
         )
         error = (found - (noise - x)).square()
-        return error[:, :, 1:].mean() + (error[:, :, :1].mean((1, 2, 3, 4)) * ~given).mean() / x.shape[2]
+        return (
+            error[:, :, 1:].mean()
+            + (error[:, :, :1].mean((1, 2, 3, 4)) * ~given).mean() / x.shape[2]
+        )
 
     return loss_of
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon moves it: the matrices of all blocks."""
-    return parameter.dim() == 2 and (".blocks." in name or ".block." in name) and "relative_attention_bias" not in name
+    return (
+        parameter.dim() == 2
+        and (".blocks." in name or ".block." in name)
+        and "relative_attention_bias" not in name
+    )
 
 
-def write_transformer(text_encoder: nn.Module, projection: ContextProjection, transformer: WanTransformer, folder: Path) -> None:
+def write_transformer(
+    text_encoder: nn.Module,
+    projection: ContextProjection,
+    transformer: WanTransformer,
+    folder: Path,
+) -> None:
     """Write them in bfloat16."""
-    keys = original_transformer([])
-    save([*stored(halved(transformer), keys), *stored(halved(projection), keys)], folder / f"{WEIGHTS}.safetensors")
-    save(stored(halved(text_encoder), original_text_encoder([])), folder / Path(TEXT_ENCODER).with_suffix(".safetensors"))
-    write_config(DIMS.transformer, folder)
+    keys = map_original_transformer([])
+    save(
+        [*export_tensors(halved(transformer), keys), *export_tensors(halved(projection), keys)],
+        folder / f"{WEIGHTS_STEM}.safetensors",
+    )
+    save(
+        export_tensors(halved(text_encoder), map_original_text_encoder([])),
+        folder / Path(TEXT_ENCODER_FILE).with_suffix(".safetensors"),
+    )
+    write_transformer_config(DIMS.transformer, folder)
 
 
 @torch.no_grad()
@@ -287,7 +368,9 @@ def _initialise(*trained: nn.Module) -> None:
                 continue
             if "modulation" in name:
                 nn.init.normal_(parameter, std=0.02)
-            elif name.endswith(("o.weight", "ffn.2.weight")) or name.startswith(("head.head", "time_projection")):
+            elif name.endswith(("o.weight", "ffn.2.weight")) or name.startswith(
+                ("head.head", "time_projection")
+            ):
                 nn.init.normal_(parameter, std=0.005)
             else:
                 nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

@@ -8,24 +8,28 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from wan_dist.runtime.signals import end_when_asked
+from wan_dist.runtime.signals import exit_on_signal
 
 
 def main() -> int:
     """Run the command that this process was started with and return its exit code."""
     if sys.argv[1:2] == ["run"]:
-        end_when_asked()  # before the imports, which take a second
-    _import_own_launch()
+        exit_on_signal()  # before the imports, which take a second
+    _import_launch_package()
     from launch.__main__ import main as launch
 
     return launch(sys.argv[1:])
 
 
-def _import_own_launch() -> None:
-    folder = Path(__file__).parents[1] / "launch"
-    spec = importlib.util.spec_from_file_location("launch", folder / "__init__.py", submodule_search_locations=[str(folder)])
-    if spec is None or spec.loader is None or not folder.is_dir():
-        raise ImportError(f"the package launch is not beside {Path(__file__).parent}; install wan-dist again")
+def _import_launch_package() -> None:
+    package_folder = Path(__file__).parents[1] / "launch"
+    spec = importlib.util.spec_from_file_location(
+        "launch", package_folder / "__init__.py", submodule_search_locations=[str(package_folder)]
+    )
+    if spec is None or spec.loader is None or not package_folder.is_dir():
+        raise ImportError(
+            f"the package launch is not beside {Path(__file__).parent}; install wan-dist again"
+        )
     module = importlib.util.module_from_spec(spec)
     for name in [name for name in sys.modules if name == "launch" or name.startswith("launch.")]:
         del sys.modules[name]

@@ -12,18 +12,18 @@ import sys
 from functools import partial
 
 from launch.doctor import gpus, machine, software
-from launch.doctor.findings import FAULT, NOTE, OK, Finding, examine
-from wan_dist.runtime.environment import read_ranks
-from wan_dist.runtime.launcher import adopt_slurm
-from wan_dist.runtime.network import choose_network
-from wan_dist.tasks.run_config import configured
+from launch.doctor.findings import FAULT, NOTE, OK, Finding, run_checks
+from wan_dist.runtime.environment import read_rank_layout
+from wan_dist.runtime.launcher import translate_slurm_variables
+from wan_dist.runtime.network import choose_network_interface
+from wan_dist.tasks.run_config import read_config
 
 
 def main(arguments: list[str]) -> int:
     """Print what was found and return the exit code; raises InputError for settings that are wrong."""
-    adopt_slurm()
-    ranks = read_ranks()
-    config = configured(arguments) if arguments else None
+    translate_slurm_variables()
+    ranks = read_rank_layout()
+    config = read_config(arguments) if arguments else None
     if arguments and config is None:
         return 0
     is_first_on_node = ranks.local_rank == 0
@@ -42,33 +42,39 @@ def main(arguments: list[str]) -> int:
     ]
     if config is not None:
         checks.append(("task", partial(software.check_task, config)))
-    several_ranks = ranks.num_ranks > 1
-    found: list[Finding] = []
-    for finding in examine(checks if is_first_on_node else ()):
-        found.append(finding)
-        if not several_ranks:
-            _print(finding)
-    if not several_ranks:
-        return _end(found)
+    has_several_ranks = ranks.num_ranks > 1
+    findings: list[Finding] = []
+    for finding in run_checks(checks if is_first_on_node else ()):
+        findings.append(finding)
+        if not has_several_ranks:
+            _print_finding(finding)
+    if not has_several_ranks:
+        return _print_totals(findings)
     from launch.doctor.exchange import check_exchange  # it imports torch, which takes seconds
 
-    choose_network()
-    by_host = check_exchange(found)
+    choose_network_interface()
+    findings_by_host = check_exchange(findings)
     if ranks.rank == 0:
-        for number, (host, theirs) in enumerate(by_host):
-            for finding in theirs:
-                if number == 0 or finding.verdict != OK:
-                    _print(finding, host if number else "")
-        return _end([finding for _, theirs in by_host for finding in theirs])
+        for host_index, (host, host_findings) in enumerate(findings_by_host):
+            for finding in host_findings:
+                if host_index == 0 or finding.verdict != OK:
+                    _print_finding(finding, host if host_index else "")
+        return _print_totals(
+            [finding for _, host_findings in findings_by_host for finding in host_findings]
+        )
     return 0  # the first rank's code says it: torchrun would end that one as soon as another has failed
 
 
-def _print(finding: Finding, where: str = "") -> None:
-    sys.stdout.write("\n".join(finding.lines(where)) + "\n")
+def _print_finding(finding: Finding, host: str = "") -> None:
+    sys.stdout.write("\n".join(finding.format_lines(host)) + "\n")
     sys.stdout.flush()
 
 
-def _end(found: list[Finding]) -> int:
-    faults, notes = (sum(finding.verdict == verdict for finding in found) for verdict in (FAULT, NOTE))
-    sys.stdout.write(f"\n{faults or 'no'} fault{'' if faults == 1 else 's'}, {notes or 'no'} note{'' if notes == 1 else 's'}\n")
-    return int(faults > 0)
+def _print_totals(findings: list[Finding]) -> int:
+    num_faults, num_notes = (
+        sum(finding.verdict == verdict for finding in findings) for verdict in (FAULT, NOTE)
+    )
+    sys.stdout.write(
+        f"\n{num_faults or 'no'} fault{'' if num_faults == 1 else 's'}, {num_notes or 'no'} note{'' if num_notes == 1 else 's'}\n"
+    )
+    return int(num_faults > 0)

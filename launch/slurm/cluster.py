@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from launch.arguments import path_of
-from wan_dist.config.compose import CONF, readable
+from launch.arguments import expand_user_path
+from wan_dist.config.compose import CONFIG_FOLDER, explain_config_error
 from wan_dist.planning.hardware import parse_bytes
-from wan_dist.runtime.errors import InputError, nearest
+from wan_dist.runtime.errors import InputError, suggest_nearest
 
-_CLUSTERS = CONF / "cluster"
+_CLUSTER_FOLDER = CONFIG_FOLDER / "cluster"
 
 
 @dataclass
@@ -55,14 +55,18 @@ class ClusterConfig:
             if getattr(self, key) <= 0:
                 raise InputError(f"cluster.{key}={getattr(self, key)}: it must be above 0")
         for key in ("fetch_time", "max_time"):
-            if (time := getattr(self, key)) is not None:
-                minutes_of(time, f"cluster.{key}")
-        texts = [getattr(self, item.name) for item in fields(self) if isinstance(getattr(self, item.name), str)]
+            if (time_text := getattr(self, key)) is not None:
+                parse_minutes(time_text, f"cluster.{key}")
+        texts = [
+            getattr(self, setting.name)
+            for setting in fields(self)
+            if isinstance(getattr(self, setting.name), str)
+        ]
         if any("\n" in text for text in (*texts, *self.options)):
             raise InputError("a line break in an option of Slurm's")
 
 
-def minutes_of(text: str, key: str) -> int:
+def parse_minutes(text: str, key: str) -> int:
     """Return the minutes of a time as Slurm reads it: minutes, HH:MM:SS, or D-HH:MM:SS; raises InputError."""
     match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+)(?::(\d\d))?", text)
     if not match or (":" in text and text.count(":") != 2):
@@ -71,18 +75,30 @@ def minutes_of(text: str, key: str) -> int:
     return max(1, days * 1440 + hours * 60 + minutes + (seconds > 0))
 
 
-def cluster_of(name: str, changes: Sequence[str]) -> ClusterConfig:
+def load_cluster(name: str, changes: Sequence[str]) -> ClusterConfig:
     """Return the cluster of this name, or in this file, with changes such as ``partition=gpu``; raises InputError."""
-    file = path_of("cluster", name) if name.endswith((".yaml", ".yml")) else _CLUSTERS / f"{name}.yaml"
+    file = (
+        expand_user_path("cluster", name)
+        if name.endswith((".yaml", ".yml"))
+        else _CLUSTER_FOLDER / f"{name}.yaml"
+    )
     if not file.is_file():
-        known = sorted(path.stem for path in _CLUSTERS.glob("*.yaml"))
-        raise InputError(f"cluster={name}: there is {', '.join(known)}, or a file of your own, cluster=mine.yaml{nearest(name, known)}")
+        known_names = sorted(path.stem for path in _CLUSTER_FOLDER.glob("*.yaml"))
+        raise InputError(
+            f"cluster={name}: there is {', '.join(known_names)}, or a file of your own, cluster=mine.yaml{suggest_nearest(name, known_names)}"
+        )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(ClusterConfig), OmegaConf.load(file), OmegaConf.from_dotlist(list(changes)))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(ClusterConfig),
+            OmegaConf.load(file),
+            OmegaConf.from_dotlist(list(changes)),
+        )
         return cast(ClusterConfig, OmegaConf.to_object(merged))
     except InputError:  # of a value
         raise
-    except OmegaConfBaseException as fault:
-        raise InputError(f"cluster={name}: {readable(fault)}") from None
-    except (OSError, ValueError, YAMLError) as fault:
-        raise InputError(f"cluster={name}: {file} cannot be read: {' '.join(str(fault).split())}") from None
+    except OmegaConfBaseException as error:
+        raise InputError(f"cluster={name}: {explain_config_error(error)}") from None
+    except (OSError, ValueError, YAMLError) as error:
+        raise InputError(
+            f"cluster={name}: {file} cannot be read: {' '.join(str(error).split())}"
+        ) from None

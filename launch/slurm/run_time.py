@@ -2,44 +2,66 @@
 
 from collections.abc import Sequence
 
-from wan_dist.planning.flops import forward_operations
-from wan_dist.planning.parameter_bytes import image_encoder_bytes, text_encoder_bytes, transformer_bytes
+from wan_dist.planning.flops import count_forward_flops
+from wan_dist.planning.parameter_bytes import (
+    count_image_encoder_bytes,
+    count_text_encoder_bytes,
+    count_transformer_bytes,
+)
 from wan_dist.planning.plan import Plan
-from wan_dist.planning.workload import Load
+from wan_dist.planning.workload import Workload
 
-_START = 60.0
-_DISK = 0.3e9
+_START_SECONDS = 60.0
+_DISK_BYTES_PER_SECOND = 0.3e9
 """Bytes a second at which weights are read."""
-_AROUND = 120.0
+_OVERHEAD_SECONDS = 120.0
 """Seconds of one GPU before and after the steps of a video of 75600 tokens."""
-_SPREAD = 0.85
+_MULTI_GPU_EFFICIENCY = 0.85
 """How much of its speed a GPU keeps among several."""
 
 
-def seconds_of(videos: Sequence[tuple[Plan, int]], tflops: float) -> float:
+def estimate_run_seconds(videos: Sequence[tuple[Plan, int]], tflops: float) -> float:
     """Return the seconds of a run on GPUs of this speed, from its arithmetic and the bytes that it reads.
 
     ``videos``: plans, and their steps; weights are read once, and replicas share the videos.
     """
-    working, read = 0.0, 0.0
+    compute_seconds, read_seconds = 0.0, 0.0
     for plan, num_steps in videos:
-        load = plan.load
-        assert load is not None
-        working += num_steps * step_seconds_of(plan, tflops) + _AROUND * load.num_tokens / 75600 / load.num_ranks
-        read = max(read, _weight_bytes(load) / _DISK)
-    rounds = -(-len(videos) // (dp := videos[0][0].degrees.dp)) * dp / len(videos)  # the last round may not be full
-    return _START + read + working * rounds / dp
+        workload = plan.workload
+        assert workload is not None
+        compute_seconds += (
+            num_steps * estimate_step_seconds(plan, tflops)
+            + _OVERHEAD_SECONDS * workload.num_tokens / 75600 / workload.num_ranks
+        )
+        read_seconds = max(read_seconds, _estimate_weight_bytes(workload) / _DISK_BYTES_PER_SECOND)
+    round_factor = (
+        -(-len(videos) // (num_replicas := videos[0][0].degrees.dp)) * num_replicas / len(videos)
+    )  # the last round may not be full
+    return _START_SECONDS + read_seconds + compute_seconds * round_factor / num_replicas
 
 
-def step_seconds_of(plan: Plan, tflops: float) -> float:
+def estimate_step_seconds(plan: Plan, tflops: float) -> float:
     """Return the seconds of one of its steps."""
-    load = plan.load
-    assert load is not None
-    rate = tflops * 1e12 * load.num_ranks * (1.0 if load.num_ranks == 1 else _SPREAD)
-    return len(load.text_tokens) * forward_operations(load.models.transformer, load.num_tokens) / rate
+    workload = plan.workload
+    assert workload is not None
+    operations_per_second = (
+        tflops
+        * 1e12
+        * workload.num_ranks
+        * (1.0 if workload.num_ranks == 1 else _MULTI_GPU_EFFICIENCY)
+    )
+    return (
+        len(workload.text_lengths)
+        * count_forward_flops(workload.model_dims.transformer, workload.num_tokens)
+        / operations_per_second
+    )
 
 
-def _weight_bytes(load: Load) -> int:
-    models, num_experts = load.models, load.num_experts
-    images = image_encoder_bytes(models.image_encoder) if models.image_encoder else 0
-    return num_experts * transformer_bytes(models.transformer, 2) + text_encoder_bytes(models.text_encoder, 2) + images
+def _estimate_weight_bytes(workload: Workload) -> int:
+    models, num_experts = workload.model_dims, workload.num_experts
+    encoder_bytes = count_image_encoder_bytes(models.image_encoder) if models.image_encoder else 0
+    return (
+        num_experts * count_transformer_bytes(models.transformer, 2)
+        + count_text_encoder_bytes(models.text_encoder, 2)
+        + encoder_bytes
+    )

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from launch.slurm.cluster import ClusterConfig
 
-_RUN = """\
+_RUN_COMMAND = """\
 srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --label \\
     %s -m wan_dist.run "${settings[@]}"
 """
-REQUEUE = r"""code=$?
+REQUEUE_SCRIPT = r"""code=$?
 mark=.wan-$SLURM_JOB_ID.requeued # what the last attempt has left, and how many in a row have left nothing new
 if ((code == 75)); then          # asked to end early: the same job goes on from what was kept
     folder=outputs name='' texts=${XDG_CACHE_HOME:-${HOME:-}/.cache}/wan-dist/prompts
@@ -45,7 +45,7 @@ exit "$code"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class SlurmRequest:
     """What one job of Slurm's is to do, and what it needs."""
 
     name: str
@@ -54,75 +54,111 @@ class Request:
     settings: Sequence[Sequence[str]]
     """Of the run; of an array, those of each element."""
     is_array: bool = False
-    at_once: int | None = None
-    nodes: int
+    max_running_jobs: int | None = None
+    num_nodes: int
     gpus_per_node: int
     memory_gib: int
-    minutes: int
+    time_limit_minutes: int
     signal_seconds: int
     """How long before its end it is told to keep its state."""
-    after: str | None = None
+    required_job: str | None = None
     """The job that must have succeeded before."""
 
 
-def run_script(request: Request, cluster: ClusterConfig, python: str) -> str:
+def build_run_script(request: SlurmRequest, cluster: ClusterConfig, python: str) -> str:
     """Return the script that makes a video, or one for each element of an array."""
-    gpus = f"{cluster.gpu_type}:{request.gpus_per_node}" if cluster.gpu_type else request.gpus_per_node
+    gpus_option = (
+        f"{cluster.gpu_type}:{request.gpus_per_node}" if cluster.gpu_type else request.gpus_per_node
+    )
     options = {
         "job-name": request.name,
-        **_placement(cluster, cluster.partition),
-        "nodes": request.nodes,
-        "gpus-per-node": gpus,
+        **_list_placement_options(cluster, cluster.partition),
+        "nodes": request.num_nodes,
+        "gpus-per-node": gpus_option,
         "ntasks-per-node": request.gpus_per_node,
         "cpus-per-task": cluster.cpus_per_gpu,
         "mem": f"{request.memory_gib}G",
-        "time": clock(request.minutes),
+        "time": format_minutes(request.time_limit_minutes),
         "signal": f"USR1@{request.signal_seconds}",
         "open-mode": "append",
         "output": "wan-%A-%a.log" if request.is_array else "wan-%j.log",
     }
     if request.is_array:
-        options["array"] = f"0-{len(request.settings) - 1}" + (f"%{request.at_once}" if request.at_once else "")
-    if request.after:
-        options |= {"dependency": f"afterok:{request.after}", "kill-on-invalid-dep": "yes"}
-    body = _of_array(request.settings) if request.is_array else f"settings=({shlex.join(request.settings[0])})\n"
-    return _script(request.notes, options, ["--requeue", *cluster.options], cluster, f"{body}\n{_RUN % shlex.quote(python)}{REQUEUE}")
+        options["array"] = f"0-{len(request.settings) - 1}" + (
+            f"%{request.max_running_jobs}" if request.max_running_jobs else ""
+        )
+    if request.required_job:
+        options |= {"dependency": f"afterok:{request.required_job}", "kill-on-invalid-dep": "yes"}
+    run_body = (
+        _format_array_settings(request.settings)
+        if request.is_array
+        else f"settings=({shlex.join(request.settings[0])})\n"
+    )
+    return _assemble_script(
+        request.notes,
+        options,
+        ["--requeue", *cluster.options],
+        cluster,
+        f"{run_body}\n{_RUN_COMMAND % shlex.quote(python)}{REQUEUE_SCRIPT}",
+    )
 
 
-def fetch_script(arguments: Sequence[str], cluster: ClusterConfig, python: str) -> str:
+def build_fetch_script(arguments: Sequence[str], cluster: ClusterConfig, python: str) -> str:
     """Return the script that downloads what a task needs."""
     options = {
         "job-name": "wan-fetch",
-        **_placement(cluster, cluster.fetch_partition or cluster.partition),
+        **_list_placement_options(cluster, cluster.fetch_partition or cluster.partition),
         "ntasks": 1,
         "cpus-per-task": 4,
         "mem": "4G",
         "time": cluster.fetch_time,
         "output": "wan-fetch-%j.log",
     }
-    return _script([], options, [], cluster, f"{shlex.quote(python)} -m wan_dist fetch {shlex.join(arguments)}\n")
+    return _assemble_script(
+        [],
+        options,
+        [],
+        cluster,
+        f"{shlex.quote(python)} -m wan_dist fetch {shlex.join(arguments)}\n",
+    )
 
 
-def clock(minutes: int) -> str:
+def format_minutes(minutes: int) -> str:
     """Return minutes as Slurm writes them, e.g. 1-02:30:00."""
-    days, rest = divmod(minutes, 24 * 60)
-    return (f"{days}-" if days else "") + f"{rest // 60:02}:{rest % 60:02}:00"
+    days, remaining_minutes = divmod(minutes, 24 * 60)
+    return (
+        f"{days}-" if days else ""
+    ) + f"{remaining_minutes // 60:02}:{remaining_minutes % 60:02}:00"
 
 
-def _placement(cluster: ClusterConfig, partition: str | None) -> dict[str, str]:
-    given = {"partition": partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint}
-    return {key: value for key, value in given.items() if value is not None}
+def _list_placement_options(cluster: ClusterConfig, partition: str | None) -> dict[str, str]:
+    placement = {
+        "partition": partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+    }
+    return {key: value for key, value in placement.items() if value is not None}
 
 
-def _script(notes: Sequence[str], options: Mapping[str, object], more: Sequence[str], cluster: ClusterConfig, body: str) -> str:
+def _assemble_script(
+    notes: Sequence[str],
+    options: Mapping[str, object],
+    extra_options: Sequence[str],
+    cluster: ClusterConfig,
+    body: str,
+) -> str:
     lines = ["#!/bin/bash", *(f"# {note}" for note in notes)]
     lines += [f"#SBATCH --{key}={value}" for key, value in options.items()]
-    lines += [f"#SBATCH {option}" for option in more]
+    lines += [f"#SBATCH {option}" for option in extra_options]
     lines += ["set -uo pipefail", "", *cluster.setup]
     lines += [f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()]
     return "\n".join(lines) + f"\n{body}"
 
 
-def _of_array(elements: Sequence[Sequence[str]]) -> str:
-    cases = [f"{number}) settings=({shlex.join(settings)}) ;;" for number, settings in enumerate(elements)]
+def _format_array_settings(elements: Sequence[Sequence[str]]) -> str:
+    cases = [
+        f"{element_index}) settings=({shlex.join(settings)}) ;;"
+        for element_index, settings in enumerate(elements)
+    ]
     return "\n".join(["case $SLURM_ARRAY_TASK_ID in", *cases, "esac", ""])

@@ -8,7 +8,9 @@ from tests.torchrun import torchrun
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize(("attention", "usp"), [("auto", "plain"), ("cudnn", "plain"), ("cudnn", "xfuser")])
+@pytest.mark.parametrize(
+    ("attention", "usp"), [("auto", "plain"), ("cudnn", "plain"), ("cudnn", "xfuser")]
+)
 def test_spread_attention_is_attention(attention: str, usp: str) -> None:
     if usp == "xfuser":
         pytest.importorskip("xfuser")

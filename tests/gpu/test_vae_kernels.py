@@ -19,22 +19,31 @@ def video(channels: int, frames: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("channels", [96, 160, 192, 384, 1024])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_kernels_are_the_arithmetic(channels: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_the_arithmetic(
+    channels: int, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     x, wide = video(channels, 4, 7), video(channels, 4, 11)
     bias = torch.randn(channels, device=CUDA).bfloat16() if has_bias else None
     gamma = torch.rand(channels, 1, 1, 1, device=CUDA)
     room, expected = video(channels, 6, 7).zero_(), torch.empty_like(x)
-    vae_elementwise.activate(x, bias, gamma, room[:, :, 2:])
-    total = vae_elementwise.add_(x.clone(), wide[..., 2:9], bias)
+    vae_elementwise.write_norm_silu(x, bias, gamma, room[:, :, 2:])
+    total = vae_elementwise.add_residual_(x.clone(), wide[..., 2:9], bias)
     phases = video(4 * channels, 3, 6)
-    doubled = vae_elementwise.interleave(phases, gamma.flatten().bfloat16())
-    monkeypatch.setattr(vae_elementwise, "_kernels_for", lambda *_: None)
-    vae_elementwise.activate(x, bias, gamma, expected)
-    assert relative_error(doubled, vae_elementwise.interleave(phases, gamma.flatten().bfloat16())) < 1e-3
+    doubled = vae_elementwise.interleave_phases(phases, gamma.flatten().bfloat16())
+    monkeypatch.setattr(vae_elementwise, "_select_kernels", lambda *_: None)
+    vae_elementwise.write_norm_silu(x, bias, gamma, expected)
+    assert (
+        relative_error(
+            doubled, vae_elementwise.interleave_phases(phases, gamma.flatten().bfloat16())
+        )
+        < 1e-3
+    )
     assert not room[:, :, :2].any()
     assert relative_error(room[:, :, 2:], expected) < 1e-3
-    assert relative_error(total, vae_elementwise.add_(x.clone(), wide[..., 2:9], bias)) < 1e-3
+    assert (
+        relative_error(total, vae_elementwise.add_residual_(x.clone(), wide[..., 2:9], bias)) < 1e-3
+    )
 
 
 @pytest.mark.parametrize("name", VAES)
@@ -43,10 +52,10 @@ def test_bfloat16_is_close(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = random_vae(VAES[name]).to(CUDA)
     vae = WanVae(VAES[name], torch.bfloat16).to(CUDA).eval().requires_grad_(False)
     vae.load_state_dict(exact.state_dict())
-    vae.lay_out()
+    vae.optimize_memory_format()
     latents = torch.randn(1, VAES[name].latent_dim, 4, 6, 8, device=CUDA)
     expected = torch.cat(list(exact.decode(latents)), dim=2)
-    for vae.latents_at_once in (1, 2):
+    for vae.latents_per_chunk in (1, 2):
         error = relative_error(torch.cat(list(vae.decode(latents)), dim=2), expected)
         print(f"{name} decode {error:.2e}")
         assert error < 3e-2

@@ -7,7 +7,15 @@ from typing import Any
 
 from wan_dist.models.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 
-SETTINGS = ["task=toy", "size=32*16", "frame_num=1", "sample.steps=1", "device=cpu", "dtype=float32", "negative_prompt=blurry"]
+SETTINGS = [
+    "task=toy",
+    "size=32*16",
+    "frame_num=1",
+    "sample.steps=1",
+    "device=cpu",
+    "dtype=float32",
+    "negative_prompt=blurry",
+]
 """Of every run, so that nothing depends on the defaults of a task."""
 RUN = [*SETTINGS, "prompt=a cat"]
 
@@ -15,7 +23,9 @@ WHOLE = "../whole"
 """A checkpoint that is whole, from the folder that a case is in."""
 DIMS = ModelDims(
     transformer=TransformerDims(num_layers=2, dim=48, ffn_dim=64, num_heads=4, text_dim=32),
-    text_encoder=TextEncoderDims(num_layers=2, dim=32, ffn_dim=64, num_heads=4, head_dim=8, vocab_size=259),
+    text_encoder=TextEncoderDims(
+        num_layers=2, dim=32, ffn_dim=64, num_heads=4, head_dim=8, vocab_size=259
+    ),
     vae=VaeDims(dim=4, decoder_dim=4),
 )
 
@@ -39,7 +49,9 @@ def setting(*arguments: str, says: str | tuple[str, ...], name: str = "") -> Cas
     """Return the case of settings that must be refused."""
     shown = name or " ".join(arguments)
     return Case(
-        shown if len(shown) < 60 else f"{shown[:57]}...", lambda _: [*RUN, *arguments], says if isinstance(says, tuple) else (says,)
+        shown if len(shown) < 60 else f"{shown[:57]}...",
+        lambda _: [*RUN, *arguments],
+        says if isinstance(says, tuple) else (says,),
     )
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from tests.malformed.case import RUN, WHOLE, Case
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import open_checkpoint
-from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER, WEIGHTS
+from wan_dist.weights.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, WEIGHTS_STEM
 
-TRANSFORMER, VAE, CONFIG = f"{WEIGHTS}.safetensors", "Wan2.1_VAE.pth", "config.json"
+TRANSFORMER, VAE, CONFIG = f"{WEIGHTS_STEM}.safetensors", "Wan2.1_VAE.pth", "config.json"
 INDEX = f"{TRANSFORMER}.index.json"
 
 
@@ -33,7 +33,9 @@ def _opened(_: Sequence[str]) -> object:
     return open_checkpoint(Path("model"), TASKS["toy"], torch.float32)
 
 
-def _case(name: str, change: Callable[[Path], object], *says: str, task: str = "toy", in_run: bool = False) -> Case:
+def _case(
+    name: str, change: Callable[[Path], object], *says: str, task: str = "toy", in_run: bool = False
+) -> Case:
     """Return the case of a copy of the whole checkpoint that is changed."""
 
     def make(folder: Path) -> Sequence[str]:
@@ -44,7 +46,14 @@ def _case(name: str, change: Callable[[Path], object], *says: str, task: str = "
 
 
 def _file(name: str, file: str, content: bytes | str, *says: str) -> Case:
-    return _case(name, lambda folder: (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode()), file, *says)
+    return _case(
+        name,
+        lambda folder: (folder / file).write_bytes(
+            content if isinstance(content, bytes) else content.encode()
+        ),
+        file,
+        *says,
+    )
 
 
 def _config(name: str, *says: str, **entries: object) -> Case:
@@ -65,7 +74,11 @@ def _header(name: str, change: Callable[[dict[str, Any]], object], *says: str) -
         length = struct.unpack("<Q", data[:8])[0]
         header = json.loads(data[8 : 8 + length])
         changed = change(header)
-        text = changed if isinstance(changed, bytes) else json.dumps(header if changed is None else changed).encode()
+        text = (
+            changed
+            if isinstance(changed, bytes)
+            else json.dumps(header if changed is None else changed).encode()
+        )
         (folder / TRANSFORMER).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 
     return _case(name, write, TRANSFORMER, *says)
@@ -80,7 +93,11 @@ def _length(name: str, length: bytes, *says: str) -> Case:
 
 
 def _tensors(
-    name: str, change: Callable[[dict[str, torch.Tensor]], object], *says: str, file: str = TRANSFORMER, in_run: bool = False
+    name: str,
+    change: Callable[[dict[str, torch.Tensor]], object],
+    *says: str,
+    file: str = TRANSFORMER,
+    in_run: bool = False,
 ) -> Case:
     def write(folder: Path) -> None:
         if file == TRANSFORMER:
@@ -138,12 +155,16 @@ def _shard(folder: Path, names: Sequence[str], index: object = None) -> None:
     (folder / TRANSFORMER).unlink()
     where = {key: names[number % len(names)] for number, key in enumerate(sorted(tensors))}
     for name in names:
-        save_file({key: value for key, value in tensors.items() if where[key] == name}, folder / name)
+        save_file(
+            {key: value for key, value in tensors.items() if where[key] == name}, folder / name
+        )
     (folder / INDEX).write_text(json.dumps({"weight_map": where} if index is None else index))
 
 
 def _index(name: str, index: object, *says: str) -> Case:
-    return _case(name, lambda folder: _shard(folder, ["a.safetensors", "b.safetensors"], index), INDEX, *says)
+    return _case(
+        name, lambda folder: _shard(folder, ["a.safetensors", "b.safetensors"], index), INDEX, *says
+    )
 
 
 def _outside(folder: Path) -> None:
@@ -161,7 +182,7 @@ def _one_missing(folder: Path) -> None:
 def _one_twice(folder: Path) -> None:
     tensors = load_file(folder / TRANSFORMER)
     key = sorted(tensors)[0]
-    save_file({key: tensors[key] + 1}, folder / f"{WEIGHTS}-00002-of-00002.safetensors")
+    save_file({key: tensors[key] + 1}, folder / f"{WEIGHTS_STEM}-00002-of-00002.safetensors")
 
 
 def _replaced(file: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -183,7 +204,7 @@ def _swapped(one: str, other: str) -> Callable[[Path], None]:
 
 
 def _tokenizer(name: str, change: Callable[[Path], object], *says: str) -> Case:
-    return _case(name, lambda folder: change(folder / TOKENIZER), TOKENIZER, *says)
+    return _case(name, lambda folder: change(folder / TOKENIZER_FOLDER), TOKENIZER_FOLDER, *says)
 
 
 def _longer_vocabulary(folder: Path) -> None:
@@ -206,7 +227,7 @@ def _loop(path: Path) -> None:
 
 def _with_large_vocabulary(folder: Path) -> Sequence[str]:
     """Store a matrix of a terabyte in the bytes of a row."""
-    file, name = _copied(folder) / TEXT_ENCODER, "token_embedding.weight"
+    file, name = _copied(folder) / TEXT_ENCODER_FILE, "token_embedding.weight"
     tensors = torch.load(file, weights_only=True)
     tensors[name] = tensors[name][:1].expand(2**33, -1)
     torch.save(tensors, file)
@@ -247,10 +268,15 @@ HEADERS = [
     _file("a transformer of nothing", TRANSFORMER, b"", "(0 bytes)", _NO_HEADER),
     _file("a transformer of seven bytes", TRANSFORMER, b"seven b", _NO_HEADER),
     _file("a page of HTML", TRANSFORMER, "<!DOCTYPE html><html>404 Not Found</html>", _NO_HEADER),
-    *(_file(f"{what} as a transformer", TRANSFORMER, content, _NO_HEADER, what) for content, what in _OTHERS),
+    *(
+        _file(f"{what} as a transformer", TRANSFORMER, content, _NO_HEADER, what)
+        for content, what in _OTHERS
+    ),
     *(_file(f"{what} as a VAE", VAE, content, _NO_WEIGHTS, what) for content, what in _OTHERS),
     *(_given(f"{what} as dit_file", content, what) for content, what in _OTHERS),
-    _file("a transformer of zeros", TRANSFORMER, bytes(5000), _NO_HEADER, "not finished", _DOWNLOAD),
+    _file(
+        "a transformer of zeros", TRANSFORMER, bytes(5000), _NO_HEADER, "not finished", _DOWNLOAD
+    ),
     _length("a header of 2^60 bytes", struct.pack("<Q", 2**60), _NO_HEADER),
     _length("a header of -1 bytes", struct.pack("<q", -1), _NO_HEADER),
     _length("a header of no bytes", bytes(8), _NO_HEADER),
@@ -261,7 +287,11 @@ HEADERS = [
     _header("a header that is an array", lambda _: [1, 2], _NO_HEADER),
     _header("a header without tensors", lambda _: {"__metadata__": {}}, _NO_HEADER),
     _header("a tensor that is a number", lambda header: header.update({"more": 5}), _NO_HEADER),
-    _header("a tensor of no type", lambda header: header.update({"more": {"shape": [1], "data_offsets": [0, 4]}}), _NO_HEADER),
+    _header(
+        "a tensor of no type",
+        lambda header: header.update({"more": {"shape": [1], "data_offsets": [0, 4]}}),
+        _NO_HEADER,
+    ),
     _header("a tensor of an unknown type", _entry(0, "dtype", "F7"), _NO_HEADER),
     _header("a shape that is a text", _entry(0, "shape", "48"), _NO_HEADER),
     _header("a negative shape", _entry(0, "shape", [-48, 48]), _NO_HEADER),
@@ -269,45 +299,143 @@ HEADERS = [
     _header("a shape that its bytes are not of", _entry(0, "shape", [2**20, 2**10]), _NO_HEADER),
     _header("offsets that overlap", _entry(1, "data_offsets", [0, 4]), _NO_HEADER),
     _header("offsets backwards", _entry(0, "data_offsets", [400, 0]), _NO_HEADER),
-    _header("offsets beyond the file", _entry(0, "data_offsets", [0, 2**50]), "is truncated", _DOWNLOAD),
+    _header(
+        "offsets beyond the file", _entry(0, "data_offsets", [0, 2**50]), "is truncated", _DOWNLOAD
+    ),
     _header("negative offsets", _entry(0, "data_offsets", [-8, 0]), _NO_HEADER),
     _header("one offset", _entry(0, "data_offsets", [0]), _NO_HEADER),
     _header("a tensor twice", _twice, _NO_HEADER, "twice"),
-    _case("a truncated transformer", lambda folder: os.truncate(folder / TRANSFORMER, 50_000), TRANSFORMER, "is truncated: 50000 of"),
-    _case("bytes after the end", lambda folder: os.truncate(folder / TRANSFORMER, 500_000), TRANSFORMER, _NO_HEADER),
+    _case(
+        "a truncated transformer",
+        lambda folder: os.truncate(folder / TRANSFORMER, 50_000),
+        TRANSFORMER,
+        "is truncated: 50000 of",
+    ),
+    _case(
+        "bytes after the end",
+        lambda folder: os.truncate(folder / TRANSFORMER, 500_000),
+        TRANSFORMER,
+        _NO_HEADER,
+    ),
 ]
 
 TENSORS = [
-    _tensors("a tensor too few", lambda tensors: tensors.pop("head.head.bias"), "1 missing: head.head.bias"),
+    _tensors(
+        "a tensor too few",
+        lambda tensors: tensors.pop("head.head.bias"),
+        "1 missing: head.head.bias",
+    ),
     _value("a tensor too many", "evil", torch.zeros(1), "1 unexpected: evil"),
     _value("a tensor called in red", "\x1b[31m", torch.zeros(1), "unexpected: \\x1b[31m"),
-    _value("a matrix lying down", "head.head.weight", torch.zeros(48, 64), "head.head.weight (48, 64)"),
-    _value("patches of three dims", "patch_embedding.weight", torch.zeros(48, 16, 4), "(48, 16, 4)", "5 dims"),
-    _value("patches of nothing", "patch_embedding.weight", torch.zeros(48, 16, 0, 2, 2), "(48, 16, 0, 2, 2)"),
-    _value("whole numbers", "head.head.weight", torch.zeros(64, 48).long(), "no floats: head.head.weight (I64)"),
+    _value(
+        "a matrix lying down", "head.head.weight", torch.zeros(48, 64), "head.head.weight (48, 64)"
+    ),
+    _value(
+        "patches of three dims",
+        "patch_embedding.weight",
+        torch.zeros(48, 16, 4),
+        "(48, 16, 4)",
+        "5 dims",
+    ),
+    _value(
+        "patches of nothing",
+        "patch_embedding.weight",
+        torch.zeros(48, 16, 0, 2, 2),
+        "(48, 16, 0, 2, 2)",
+    ),
+    _value(
+        "whole numbers",
+        "head.head.weight",
+        torch.zeros(64, 48).long(),
+        "no floats: head.head.weight (I64)",
+    ),
     _value("truths", "head.head.bias", torch.zeros(64).bool(), "no floats: head.head.bias (BOOL)"),
-    _value("a VAE of whole numbers", "conv2.bias", torch.zeros(16).long(), "no floats: conv2.bias (int64)", file=VAE),
-    _tensors("a VAE of nothing", lambda tensors: tensors.clear(), "holds no encoder.conv1.weight", file=VAE),
-    _tensors("a VAE that is a list", lambda tensors: list(tensors.values()), "not a plain dictionary of tensors", file=VAE),
-    _tensors("a VAE of numbers", lambda tensors: tensors.update(steps=7), "not a plain dictionary of tensors", file=VAE),
-    _tensors("numbered tensors", lambda tensors: {0: torch.zeros(1)}, "not a plain dictionary of tensors", file=VAE),
-    _value("a sparse tensor", "conv2.bias", torch.zeros(16).to_sparse(), "conv2.bias is sparse, or without values", file=VAE),
-    _value("a tensor without bytes", "conv2.bias", torch.zeros(16, device="meta"), "conv2.bias is sparse, or without values", file=VAE),
-    _value("a text encoder without heads", "blocks.0.pos_embedding.embedding.weight", torch.zeros(32, 0), "(32, 0)", file=TEXT_ENCODER),
-    Case("a vocabulary of a terabyte in the bytes of a row, read by the row", _with_large_vocabulary, check=_has_video),
+    _value(
+        "a VAE of whole numbers",
+        "conv2.bias",
+        torch.zeros(16).long(),
+        "no floats: conv2.bias (int64)",
+        file=VAE,
+    ),
+    _tensors(
+        "a VAE of nothing",
+        lambda tensors: tensors.clear(),
+        "holds no encoder.conv1.weight",
+        file=VAE,
+    ),
+    _tensors(
+        "a VAE that is a list",
+        lambda tensors: list(tensors.values()),
+        "not a plain dictionary of tensors",
+        file=VAE,
+    ),
+    _tensors(
+        "a VAE of numbers",
+        lambda tensors: tensors.update(steps=7),
+        "not a plain dictionary of tensors",
+        file=VAE,
+    ),
+    _tensors(
+        "numbered tensors",
+        lambda tensors: {0: torch.zeros(1)},
+        "not a plain dictionary of tensors",
+        file=VAE,
+    ),
+    _value(
+        "a sparse tensor",
+        "conv2.bias",
+        torch.zeros(16).to_sparse(),
+        "conv2.bias is sparse, or without values",
+        file=VAE,
+    ),
+    _value(
+        "a tensor without bytes",
+        "conv2.bias",
+        torch.zeros(16, device="meta"),
+        "conv2.bias is sparse, or without values",
+        file=VAE,
+    ),
+    _value(
+        "a text encoder without heads",
+        "blocks.0.pos_embedding.embedding.weight",
+        torch.zeros(32, 0),
+        "(32, 0)",
+        file=TEXT_ENCODER_FILE,
+    ),
+    Case(
+        "a vocabulary of a terabyte in the bytes of a row, read by the row",
+        _with_large_vocabulary,
+        check=_has_video,
+    ),
 ]
 
 PICKLES = [
     _tensors("code in a VAE", lambda _: {"weight": _Program()}, *_CODE, file=VAE, in_run=True),
-    _tensors("code beside the tensors", lambda tensors: tensors.update(x=_Program()), *_CODE, file=TEXT_ENCODER),
+    _tensors(
+        "code beside the tensors",
+        lambda tensors: tensors.update(x=_Program()),
+        *_CODE,
+        file=TEXT_ENCODER_FILE,
+    ),
     _case("code in an old pickle", lambda folder: _plain_pickle(folder / VAE), VAE, _NO_WEIGHTS),
     _tensors("a model instead of its tensors", lambda _: torch.nn.Linear(1, 1), *_CODE, file=VAE),
     _case("an archive of other things", lambda folder: _archive(folder / VAE), VAE, _NO_WEIGHTS),
-    _file("a text encoder of nothing", TEXT_ENCODER, b"", "(0 bytes)", _NO_WEIGHTS),
-    _file("a text encoder of text", TEXT_ENCODER, "two cats", _NO_WEIGHTS),
-    _case("a truncated VAE", lambda folder: os.truncate(folder / VAE, 5000), VAE, "(5000 bytes)", _NO_WEIGHTS),
+    _file("a text encoder of nothing", TEXT_ENCODER_FILE, b"", "(0 bytes)", _NO_WEIGHTS),
+    _file("a text encoder of text", TEXT_ENCODER_FILE, "two cats", _NO_WEIGHTS),
+    _case(
+        "a truncated VAE",
+        lambda folder: os.truncate(folder / VAE, 5000),
+        VAE,
+        "(5000 bytes)",
+        _NO_WEIGHTS,
+    ),
     _case("a VAE that is a folder", _replaced(VAE, Path.mkdir), VAE, "it is not a file"),
-    _case("safetensors of another model called .pth", lambda folder: shutil.copy(folder / TRANSFORMER, folder / VAE), VAE, "conv1.weight"),
+    _case(
+        "safetensors of another model called .pth",
+        lambda folder: shutil.copy(folder / TRANSFORMER, folder / VAE),
+        VAE,
+        "conv1.weight",
+    ),
 ]
 
 CONFIGS = [
@@ -336,12 +464,29 @@ CONFIGS = [
     _config("an eps that is a text", "eps", "'small'", eps="small"),
     _config("an eps of NaN", "eps", "nan", eps=float("nan")),
     _config("a negative eps", "eps", "-1", eps=-1),
-    _case("a config that is a folder", _replaced(CONFIG, Path.mkdir), CONFIG, "it is not a file", in_run=True),
-    _case("a config that is a pipe", _replaced(CONFIG, os.mkfifo), CONFIG, "it is not a file", in_run=True),
+    _case(
+        "a config that is a folder",
+        _replaced(CONFIG, Path.mkdir),
+        CONFIG,
+        "it is not a file",
+        in_run=True,
+    ),
+    _case(
+        "a config that is a pipe",
+        _replaced(CONFIG, os.mkfifo),
+        CONFIG,
+        "it is not a file",
+        in_run=True,
+    ),
 ]
 
 FOLDERS = [
-    _index("an index that names a missing shard", {"weight_map": {"x": "c.safetensors"}}, "1 of the 1 shards", "missing: c.safetensors"),
+    _index(
+        "an index that names a missing shard",
+        {"weight_map": {"x": "c.safetensors"}},
+        "1 of the 1 shards",
+        "missing: c.safetensors",
+    ),
     _index("an index without a map", {"metadata": {}}, "weight_map"),
     _index("an index that is an array", [], "not a JSON object"),
     _index("a map that is an array", {"weight_map": ["a.safetensors"]}, "weight_map"),
@@ -352,43 +497,122 @@ FOLDERS = [
     _index("a shard of no name", {"weight_map": {"x": ""}}, "weight_map"),
     _case("a shard outside the folder", _outside, INDEX, "../a.safetensors", "outside"),
     _case("a shard too few", _one_missing, INDEX, "1 of the 2 shards", "missing: b.safetensors"),
-    _case("a broken index", lambda folder: (folder / INDEX).write_text("{"), INDEX, "is not valid JSON"),
-    _case("a tensor in two files", _one_twice, "00002-of-00002.safetensors", TRANSFORMER, "both"),
-    _case("a transformer that is a folder", _replaced(TRANSFORMER, Path.mkdir), TRANSFORMER, "it is not a file"),
-    _case("a transformer that is a pipe", _replaced(TRANSFORMER, os.mkfifo), TRANSFORMER, "it is not a file"),
-    _case("a transformer that is a link to itself", _replaced(TRANSFORMER, _loop), TRANSFORMER, "symbolic links"),
     _case(
-        "a transformer that is a link to nothing", _replaced(TRANSFORMER, lambda path: path.symlink_to("gone")), TRANSFORMER, "No such file"
+        "a broken index",
+        lambda folder: (folder / INDEX).write_text("{"),
+        INDEX,
+        "is not valid JSON",
+    ),
+    _case("a tensor in two files", _one_twice, "00002-of-00002.safetensors", TRANSFORMER, "both"),
+    _case(
+        "a transformer that is a folder",
+        _replaced(TRANSFORMER, Path.mkdir),
+        TRANSFORMER,
+        "it is not a file",
+    ),
+    _case(
+        "a transformer that is a pipe",
+        _replaced(TRANSFORMER, os.mkfifo),
+        TRANSFORMER,
+        "it is not a file",
+    ),
+    _case(
+        "a transformer that is a link to itself",
+        _replaced(TRANSFORMER, _loop),
+        TRANSFORMER,
+        "symbolic links",
+    ),
+    _case(
+        "a transformer that is a link to nothing",
+        _replaced(TRANSFORMER, lambda path: path.symlink_to("gone")),
+        TRANSFORMER,
+        "No such file",
     ),
     _case("a VAE that is a link to itself", _replaced(VAE, _loop), VAE, "symbolic links"),
     _case("a VAE that is a pipe", _replaced(VAE, os.mkfifo), VAE, "it is not a file"),
-    _case("a tokenizer that is a link to itself", _replaced(TOKENIZER, _loop), f"it has no {TOKENIZER}"),
+    _case(
+        "a tokenizer that is a link to itself",
+        _replaced(TOKENIZER_FOLDER, _loop),
+        f"it has no {TOKENIZER_FOLDER}",
+    ),
     _case("no VAE", lambda folder: (folder / VAE).unlink(), f"it has no {VAE}"),
-    _case("VAE and text encoder swapped", _swapped(VAE, TEXT_ENCODER), TEXT_ENCODER, "holds no token_embedding.weight"),
-    _case("the text encoder twice", lambda folder: shutil.copy(folder / TEXT_ENCODER, folder / VAE), VAE, "holds no encoder.conv1.weight"),
-    _case("an empty folder", lambda folder: (shutil.rmtree(folder), folder.mkdir()), "it has no config.json", "found: nothing"),
-    _case("a folder of another task", lambda _: None, "is not a whole t2v-A14B checkpoint", task="t2v-A14B", in_run=True),
-    _case("a VAE of another task", lambda folder: (folder / VAE).rename(folder / "Wan2.2_VAE.pth"), f"it has no {VAE}"),
+    _case(
+        "VAE and text encoder swapped",
+        _swapped(VAE, TEXT_ENCODER_FILE),
+        TEXT_ENCODER_FILE,
+        "holds no token_embedding.weight",
+    ),
+    _case(
+        "the text encoder twice",
+        lambda folder: shutil.copy(folder / TEXT_ENCODER_FILE, folder / VAE),
+        VAE,
+        "holds no encoder.conv1.weight",
+    ),
+    _case(
+        "an empty folder",
+        lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+        "it has no config.json",
+        "found: nothing",
+    ),
+    _case(
+        "a folder of another task",
+        lambda _: None,
+        "is not a whole t2v-A14B checkpoint",
+        task="t2v-A14B",
+        in_run=True,
+    ),
+    _case(
+        "a VAE of another task",
+        lambda folder: (folder / VAE).rename(folder / "Wan2.2_VAE.pth"),
+        f"it has no {VAE}",
+    ),
     _case(
         "a folder that claims the other layout",
         lambda folder: (folder / "model_index.json").write_text("{"),
         "it has no transformer/config.json",
     ),
     _case(
-        "a name of a file in red", lambda folder: (_archive(folder / "\x1b[31m"), (folder / VAE).unlink()), f"it has no {VAE}", "\\x1b[31m"
+        "a name of a file in red",
+        lambda folder: (_archive(folder / "\x1b[31m"), (folder / VAE).unlink()),
+        f"it has no {VAE}",
+        "\\x1b[31m",
     ),
 ]
 
 TOKENIZERS = [
-    _tokenizer("a truncated tokenizer", lambda folder: os.truncate(folder / "tokenizer.json", 300), _NO_TOKENIZER),
-    _tokenizer("a tokenizer of noise", lambda folder: (folder / "tokenizer.json").write_bytes(bytes(range(256))), _NO_TOKENIZER),
-    _tokenizer("a tokenizer of nothing", lambda folder: (folder / "tokenizer.json").write_text("{}"), _NO_TOKENIZER),
+    _tokenizer(
+        "a truncated tokenizer",
+        lambda folder: os.truncate(folder / "tokenizer.json", 300),
+        _NO_TOKENIZER,
+    ),
+    _tokenizer(
+        "a tokenizer of noise",
+        lambda folder: (folder / "tokenizer.json").write_bytes(bytes(range(256))),
+        _NO_TOKENIZER,
+    ),
+    _tokenizer(
+        "a tokenizer of nothing",
+        lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        _NO_TOKENIZER,
+    ),
     _tokenizer("no tokenizer", lambda folder: (folder / "tokenizer.json").unlink(), _NO_TOKENIZER),
-    _tokenizer("a broken tokenizer_config", lambda folder: (folder / "tokenizer_config.json").write_text('{"a'), _NO_TOKENIZER),
-    _tokenizer("a tokenizer_config that is an array", lambda folder: (folder / "tokenizer_config.json").write_text("[]"), _NO_TOKENIZER),
+    _tokenizer(
+        "a broken tokenizer_config",
+        lambda folder: (folder / "tokenizer_config.json").write_text('{"a'),
+        _NO_TOKENIZER,
+    ),
+    _tokenizer(
+        "a tokenizer_config that is an array",
+        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        _NO_TOKENIZER,
+    ),
     _tokenizer("a tokenizer with code of its own", _code_of_its_own, _NO_TOKENIZER),
     _tokenizer("more words than the text encoder has", _longer_vocabulary, "309", "259"),
-    _tokenizer("a tokenizer that is a pipe", lambda folder: _replaced("tokenizer.json", os.mkfifo)(folder), "it is not a file"),
+    _tokenizer(
+        "a tokenizer that is a pipe",
+        lambda folder: _replaced("tokenizer.json", os.mkfifo)(folder),
+        "it is not a file",
+    ),
 ]
 
 CASES = [*HEADERS, *TENSORS, *PICKLES, *CONFIGS, *FOLDERS, *TOKENIZERS]

@@ -15,12 +15,22 @@ from wan_dist.tasks.images import read_image
 
 TASK = ["task=ti2v-5B", "prompt=a cat", "size=64*64", "frame_num=1", "device=cpu", "ckpt_dir=none"]
 """Of a task that takes an image; the image is read before the checkpoint is sought, and there is none."""
-TWO = ["task=flf2v-14B", "prompt=a cat", "size=64*64", "frame_num=5", "device=cpu", "ckpt_dir=none", "first_frame=first.png"]
+TWO = [
+    "task=flf2v-14B",
+    "prompt=a cat",
+    "size=64*64",
+    "frame_num=5",
+    "device=cpu",
+    "ckpt_dir=none",
+    "first_frame=first.png",
+]
 
 RED = (200, 30, 40)
 
 
-def saved(form: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object) -> bytes:
+def saved(
+    form: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **options: object
+) -> bytes:
     """Return a picture, all red, in a form of file."""
     file = io.BytesIO()
     Image.new("RGB", size, RED).convert(mode).save(file, form, **options)
@@ -29,8 +39,15 @@ def saved(form: str, mode: str = "RGB", size: tuple[int, int] = (40, 30), **opti
 
 def _png(width: int, height: int, data: bytes = b"") -> bytes:
     """Return a PNG whose header claims a size."""
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(data)), (b"IEND", b""))
-    parts = (struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(data)),
+        (b"IEND", b""),
+    )
+    parts = (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
@@ -55,7 +72,13 @@ def _given(name: str, value: str, *says: str) -> Case:
 
 
 def _right(
-    name: str, file: str, content: bytes, *, size: tuple[int, int] = (40, 30), colour: tuple[int, ...] = RED, within: int = 6
+    name: str,
+    file: str,
+    content: bytes,
+    *,
+    size: tuple[int, int] = (40, 30),
+    colour: tuple[int, ...] = RED,
+    within: int = 6,
 ) -> Case:
     def make(folder: Path) -> Sequence[str]:
         (folder / file).write_bytes(content)
@@ -117,7 +140,11 @@ _OTHERS = (
     ("x.mp4", b"\0\0\0\x20ftypisom\0\0\2\0isomiso2avc1mp41" + bytes(99), "a video"),
     ("x.webm", b"\x1aE\xdf\xa3" + bytes(99), "a video"),
     ("z.jpg", b"<!DOCTYPE html><html>404</html>", "a page of HTML"),
-    ("lfs.jpg", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+    (
+        "lfs.jpg",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "a Git LFS pointer",
+    ),
 )
 
 
@@ -131,7 +158,10 @@ def _shapes(first: tuple[int, int], last: tuple[int, int], *says: str) -> Case:
 
 
 CASES = [
-    *(_refused(f"a truncated {form}", f"x.{form}", saved(form)[:-length], _NOT_READ) for form, length in (("JPEG", 200), ("WebP", 20))),
+    *(
+        _refused(f"a truncated {form}", f"x.{form}", saved(form)[:-length], _NOT_READ)
+        for form, length in (("JPEG", 200), ("WebP", 20))
+    ),
     _refused("a truncated PNG", "x.png", saved("PNG", size=(400, 300))[:100], _NOT_READ),
     _refused("a header of PNG alone", "x.png", saved("PNG")[:33], _NOT_READ),
     _refused("the mark of PNG alone", "x.png", saved("PNG")[:8], _NOT_READ),
@@ -142,7 +172,10 @@ CASES = [
     _refused("a PNG whose data is none", "x.png", _png(40, 30, b"short"), _NOT_READ),
     _refused("a PNG of no width", "x.png", _png(0, 30), _NOT_READ),
     _refused("a text", "x.png", b"two cats\n", _NOT_READ, "JPEG, PNG and WebP"),
-    *(_refused(f"{what} called {file}", file, content, _NOT_READ, what) for file, content, what in _OTHERS),
+    *(
+        _refused(f"{what} called {file}", file, content, _NOT_READ, what)
+        for file, content, what in _OTHERS
+    ),
     _refused("zero bytes", "x.png", b"", _NOT_READ),
     _refused("a thousand zeros", "x.png", bytes(1000), _NOT_READ),
     _refused("a bomb", "x.png", _png(60_000, 60_000), "it has 3600 megapixels", "179 are taken"),
@@ -177,8 +210,12 @@ CASES = [
     _right("CMYK", "x.jpg", saved("JPEG", "CMYK", quality=95), within=12),
     _right("YCbCr in TIFF", "x.tiff", saved("TIFF", "YCbCr")),
     _right("16 bits", "x.png", _sixteen_bits(), colour=(51, 51, 51), within=0),
-    _right("one bit", "x.png", saved("PNG", "1", size=(1, 1)), size=(1, 1), colour=(0, 0, 0), within=0),
-    _right("a palette that cannot be seen", "x.png", _see_through(), colour=(255, 255, 255), within=0),
+    _right(
+        "one bit", "x.png", saved("PNG", "1", size=(1, 1)), size=(1, 1), colour=(0, 0, 0), within=0
+    ),
+    _right(
+        "a palette that cannot be seen", "x.png", _see_through(), colour=(255, 255, 255), within=0
+    ),
     _right("EXIF of one byte", "x.jpg", _with_exif(b"I")),
     _right("EXIF of noise", "x.jpg", _with_exif(bytes(range(256)))),
     _right("EXIF that ends early", "x.jpg", _with_exif(b"II*\0\x08\0\0\0\xff\xff")),

@@ -78,12 +78,31 @@ CASES = [
     _given("", "latents is empty"),
     _given("~nobody-of-this-name/x", "latents=~nobody-of-this-name/x"),
     _given("\x1b[31mx", "latents=\\x1b[31mx", "No such file"),
-    _tensors("another key", {"video": torch.zeros(16, 1, 2, 4)}, "holds no tensor called latents", "video"),
+    _tensors(
+        "another key",
+        {"video": torch.zeros(16, 1, 2, 4)},
+        "holds no tensor called latents",
+        "video",
+    ),
     _tensors("no tensors", {}, "holds no tensor called latents"),
-    _bytes("the progress of a run", save(_with(0.5), {"num_done": "3"}), "is the progress of a run after 3 steps"),
+    _bytes(
+        "the progress of a run",
+        save(_with(0.5), {"num_done": "3"}),
+        "is the progress of a run after 3 steps",
+    ),
     _bytes("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\n", _NOT_READ),
-    _named("a name of nothing", ".latents.safetensors", "output.name (from latents)=''", "plain file name"),
-    _named("a name of 250 bytes", f"{'x' * 230}.latents.safetensors", "output.name (from latents)=", "230 bytes"),
+    _named(
+        "a name of nothing",
+        ".latents.safetensors",
+        "output.name (from latents)=''",
+        "plain file name",
+    ),
+    _named(
+        "a name of 250 bytes",
+        f"{'x' * 230}.latents.safetensors",
+        "output.name (from latents)=",
+        "230 bytes",
+    ),
     _shape(16, says="(16,)"),
     _shape(1, 16, 1, 2, 4, says="(1, 16, 1, 2, 4)"),
     _shape(48, 1, 2, 4, says="toy needs (16, T, h, w)"),
@@ -91,11 +110,23 @@ CASES = [
     _shape(16, 1, 0, 4, says="(16, 1, 0, 4)"),
     _shape(16, 1, 3, 4, says="(16, 1, 3, 4); h and w must be multiples of 2"),
     _shape(16, 1, 2, 40_000, says="16384 pixels a side"),
-    _tensors("whole numbers", {"latents": torch.zeros(16, 1, 2, 4, dtype=torch.int64)}, "I64", "F32"),
+    _tensors(
+        "whole numbers", {"latents": torch.zeros(16, 1, 2, 4, dtype=torch.int64)}, "I64", "F32"
+    ),
     _tensors("truths", {"latents": torch.zeros(16, 1, 2, 4, dtype=torch.bool)}, "BOOL", "F32"),
-    _tensors("complex numbers", {"latents": torch.zeros(16, 1, 2, 4, dtype=torch.complex64)}, "C64", "F32"),
+    _tensors(
+        "complex numbers",
+        {"latents": torch.zeros(16, 1, 2, 4, dtype=torch.complex64)},
+        "C64",
+        "F32",
+    ),
     _tensors("NaN", _with(float("nan")), "not finite"),
     _tensors("infinity", _with(float("inf")), "not finite"),
-    _tensors("NaN in bfloat16", {"latents": _with(float("nan"))["latents"].bfloat16()}, "not finite"),
-    _right("bfloat16, beside another tensor", {"latents": _with(0.5)["latents"].bfloat16(), "more": torch.zeros(1)}),
+    _tensors(
+        "NaN in bfloat16", {"latents": _with(float("nan"))["latents"].bfloat16()}, "not finite"
+    ),
+    _right(
+        "bfloat16, beside another tensor",
+        {"latents": _with(0.5)["latents"].bfloat16(), "more": torch.zeros(1)},
+    ),
 ]

@@ -37,8 +37,15 @@ def _right(name: str, text: str, stem: str, *, in_file: bool = False) -> Case:
     def check(record: dict[str, object], outputs: Path) -> None:
         assert record["prompt"] == text.lstrip("\ufeff")
         name = record["name"]
-        assert re.fullmatch("_".join(part for part in ("toy", re.escape(stem), "42", "[0-9a-f]{6}") if part), str(name))
-        assert sorted(path.name for path in outputs.glob("[!.]*")) == [f"{name}.json", f"{name}.latents.safetensors", f"{name}.mp4"]
+        assert re.fullmatch(
+            "_".join(part for part in ("toy", re.escape(stem), "42", "[0-9a-f]{6}") if part),
+            str(name),
+        )
+        assert sorted(path.name for path in outputs.glob("[!.]*")) == [
+            f"{name}.json",
+            f"{name}.latents.safetensors",
+            f"{name}.mp4",
+        ]
 
     return Case(name, make, check=check)
 
@@ -47,7 +54,9 @@ CASES = [
     _refused("nothing", "", "the prompt is empty"),
     _refused("spaces", " \t ", "the prompt is empty"),
     _refused("null", "null", "prompt is missing"),
-    _refused("an escape code in a file's name", "@\x1b[31mx", "cannot read \\x1b[31mx", "No such file"),
+    _refused(
+        "an escape code in a file's name", "@\x1b[31mx", "cannot read \\x1b[31mx", "No such file"
+    ),
     _refused("no file", "@missing", "cannot read missing", "No such file", "written with @@"),
     _refused("no name of a file", "@", "prompt=@", "it is not a file"),
     _refused("a folder", "@.", "prompt=@.", "it is not a file"),
@@ -66,7 +75,16 @@ CASES = [
         "<b>'&lt;&amp;amp;</b> $(touch ran) `touch ran`; ${oc.env:HOME} \x1b[31mred\x1b[0m \x07\x1b]0;owned\x07",
         "b-lt-amp-amp-b-touch-ran-touch-ran-oc-en",
     ),
-    _right("emoji, right to left, and a NUL", "👩‍👧‍👦 🏳️‍🌈 قطتان \u202eexe.tac\u202c חתול two\0cats", "قطتان-exe-tac-חתול-two-cats"),
+    _right(
+        "emoji, right to left, and a NUL",
+        "👩‍👧‍👦 🏳️‍🌈 قطتان \u202eexe.tac\u202c חתול two\0cats",
+        "قطتان-exe-tac-חתול-two-cats",
+    ),
     _right("nothing but signs", "?!…", ""),
-    _right("a mark of UTF-8, lines, and 100 kB", "\ufefftwo cats\n" + "cat " * 25_000 + "end", "two-cats" + "-cat" * 8, in_file=True),
+    _right(
+        "a mark of UTF-8, lines, and 100 kB",
+        "\ufefftwo cats\n" + "cat " * 25_000 + "end",
+        "two-cats" + "-cat" * 8,
+        in_file=True,
+    ),
 ]

@@ -9,7 +9,15 @@ from tests.malformed.case import RUN, Case, accepted, setting
 HUGE = str(10**30)
 
 
-def _with(name: str, settings: str, says: str | tuple[str, ...], *, link: str = "", file: str = "", pipe: str = "") -> Case:
+def _with(
+    name: str,
+    settings: str,
+    says: str | tuple[str, ...],
+    *,
+    link: str = "",
+    file: str = "",
+    pipe: str = "",
+) -> Case:
     """Return the case of settings that must be refused where a link, a file or a pipe is in the way."""
 
     def make(folder: Path) -> Sequence[str]:
@@ -45,8 +53,12 @@ KEYS = [
     setting("~sample", says="'~sample'"),
     setting("~nothing", says="'~nothing'"),
     setting("hydra.run.dir=elsewhere", says="unknown key 'hydra.run.dir'"),
-    setting("hydra.sweep.dir=elsewhere", "hydra.mode=MULTIRUN", says="unknown key 'hydra.sweep.dir'"),
-    setting("+hydra.callbacks.x._target_=os.system", says="unknown key 'hydra.callbacks.x._target_'"),
+    setting(
+        "hydra.sweep.dir=elsewhere", "hydra.mode=MULTIRUN", says="unknown key 'hydra.sweep.dir'"
+    ),
+    setting(
+        "+hydra.callbacks.x._target_=os.system", says="unknown key 'hydra.callbacks.x._target_'"
+    ),
     setting("hydra/job_logging=default", says="unknown key 'hydra/job_logging'"),
     setting("task@other=toy", says="unknown key 'task@other'"),
     setting("task=../task/toy", says="there is no task '../task/toy'"),
@@ -92,7 +104,9 @@ NUMBERS = [
     setting("sample.guide_scale=[3.0,4.0]", says="toy has one transformer and takes one number"),
     setting("sample.guide_scale=strong", says="is neither a number nor [low, high]"),
     setting("sample.guide_scale=null", says="is neither a number nor [low, high]"),
-    setting("sample.solver=eular", says=("sample.solver=eular is not one of", "did you mean 'euler'?")),
+    setting(
+        "sample.solver=eular", says=("sample.solver=eular is not one of", "did you mean 'euler'?")
+    ),
     setting("cache.size_gib=nan", says=("cache.size_gib=nan", "finite")),
     setting("cache.size_gib=1e400", says=("cache.size_gib=inf", "finite")),
     setting("cache.threshold=nan", "cache.steps=easy", says=("cache.threshold=nan", "finite")),
@@ -100,7 +114,9 @@ NUMBERS = [
     setting("parallel.timeout=1e300", says="parallel.timeout=1e+300"),
     setting("parallel.load_timeout=inf", says=("parallel.load_timeout=inf", "finite")),
     setting("memory.host_budget_gib=nan", says=("memory.host_budget_gib=nan", "finite")),
-    setting("memory.host_budget_gib=1e-9", says="of which 0.0 can be used (memory.host_budget_gib)"),
+    setting(
+        "memory.host_budget_gib=1e-9", says="of which 0.0 can be used (memory.host_budget_gib)"
+    ),
     setting("memory.slice_tokens=0", says="memory.slice_tokens=0: at least 1 token"),
     setting("parallel.dp=0", says="parallel.dp"),
     setting(f"parallel.ulysses={HUGE}", says="parallel.ulysses"),
@@ -125,38 +141,76 @@ SIZES = [
 ]
 
 PLACES = [
-    _with("output.dir is a file", "output.dir=outputs", ("output.dir=outputs cannot be written", "it is a file"), file="outputs"),
-    _with("output.dir is below a file", "output.dir=x/y", "output.dir=x/y cannot be written", file="x"),
-    _with("output.dir is a link to nothing", "output.dir=x", "output.dir=x cannot be written", link="x"),
+    _with(
+        "output.dir is a file",
+        "output.dir=outputs",
+        ("output.dir=outputs cannot be written", "it is a file"),
+        file="outputs",
+    ),
+    _with(
+        "output.dir is below a file", "output.dir=x/y", "output.dir=x/y cannot be written", file="x"
+    ),
+    _with(
+        "output.dir is a link to nothing",
+        "output.dir=x",
+        "output.dir=x cannot be written",
+        link="x",
+    ),
     _with("output.dir is a pipe", "output.dir=x", "output.dir=x cannot be written", pipe="x"),
     setting("output.dir=/proc/nowhere", says="output.dir=/proc/nowhere cannot be written"),
     setting("output.dir=/dev/null", says="output.dir=/dev/null cannot be written"),
     setting("output.dir=", says="output.dir is empty"),
     setting("output.dir=~nobody-of-this-name/x", says="output.dir=~nobody-of-this-name/x"),
     setting(f"output.dir=outputs/{'x' * 300}", says="cannot be written"),
-    setting("output.dir=/proc/\x1b[31mred", says="output.dir=/proc/\\x1b[31mred cannot be written", name="an escape code in output.dir"),
+    setting(
+        "output.dir=/proc/\x1b[31mred",
+        says="output.dir=/proc/\\x1b[31mred cannot be written",
+        name="an escape code in output.dir",
+    ),
     setting("output.name=../x", says="output.name='../x' must be a plain file name"),
     setting("output.name=/tmp/x", says="output.name='/tmp/x' must be a plain file name"),
     setting("output.name=..", says="output.name='..' must be a plain file name"),
     setting("output.name=", says="output.name='' must be a plain file name"),
     setting("output.name=.mp4", says="output.name='.mp4' must be a plain file name"),
-    setting("output.name=a\nb", says="output.name='a\\nb' must be a plain file name", name="a line's end in output.name"),
+    setting(
+        "output.name=a\nb",
+        says="output.name='a\\nb' must be a plain file name",
+        name="a line's end in output.name",
+    ),
     setting(f"output.name={'x' * 250}", says=("output.name", "250 bytes")),
     setting("ckpt_dir=nowhere", says="ckpt_dir=nowhere is not a folder"),
     setting("ckpt_dir=", says="ckpt_dir"),
     setting("ckpt_dir=~nobody-of-this-name", says="ckpt_dir=~nobody-of-this-name"),
     setting("ckpt_dir=/dev/zero", says="ckpt_dir=/dev/zero is not a folder"),
     setting("ckpt_dir=\udcff", says=("ckpt_dir", "UTF-8"), name="ckpt_dir in Latin-1"),
-    setting("ckpt_dir=\x1b]0;title\x07", says="ckpt_dir=\\x1b]0;title\\x07 is not a folder", name="an escape code in ckpt_dir"),
+    setting(
+        "ckpt_dir=\x1b]0;title\x07",
+        says="ckpt_dir=\\x1b]0;title\\x07 is not a folder",
+        name="an escape code in ckpt_dir",
+    ),
     _with("ckpt_dir is a file", "ckpt_dir=x", "ckpt_dir=x is not a folder", file="x"),
-    _with("dit_file is a text", "dit_file=x.safetensors", "x.safetensors (10 bytes) has no readable", file="x.safetensors"),
-    _with("dit_file is a pipe", "dit_file=x.safetensors", "dit_file=x.safetensors cannot be read: it is not a file", pipe="x.safetensors"),
+    _with(
+        "dit_file is a text",
+        "dit_file=x.safetensors",
+        "x.safetensors (10 bytes) has no readable",
+        file="x.safetensors",
+    ),
+    _with(
+        "dit_file is a pipe",
+        "dit_file=x.safetensors",
+        "dit_file=x.safetensors cannot be read: it is not a file",
+        pipe="x.safetensors",
+    ),
     setting("dit_file=x.pth", says="dit_file=x.pth cannot be read: No such file"),
     setting("dit_file=.", says=("dit_file=. is a folder", "ckpt_dir=FOLDER")),
     setting("dit_file=,", says="dit_file=, cannot be read: No such file"),
     setting("dit_file=a.safetensors,b.safetensors", says="this task takes one, not 2 files"),
     setting("last_frame=x.png", says="toy takes image=FILE, or none"),
-    accepted("output.name=-pipe:1 %d", "output.dir=outputs/\x1b[31mred", check=_of("\x1b[31mred", "-pipe:1 %d")),
+    accepted(
+        "output.name=-pipe:1 %d",
+        "output.dir=outputs/\x1b[31mred",
+        check=_of("\x1b[31mred", "-pipe:1 %d"),
+    ),
 ]
 
 

@@ -15,8 +15,8 @@ from bench.random_checkpoint import make_checkpoint
 from tests.malformed import checkpoints, images, job_files, kept_latents, prompts, settings
 from tests.malformed.case import DIMS, WHOLE, Case
 from wan_dist.run import main
-from wan_dist.runtime.errors import InputError, told
-from wan_dist.runtime.log import open_log
+from wan_dist.runtime.errors import InputError, format_message
+from wan_dist.runtime.log import configure_logging
 from wan_dist.weights.files import TensorFiles
 
 KINDS = {
@@ -27,8 +27,19 @@ KINDS = {
     "checkpoints": checkpoints.CASES,
     "latents": kept_latents.CASES,
 }
-TABLE = [pytest.param(case, id=f"{kind}: {case.name}".encode("unicode_escape").decode()) for kind, cases in KINDS.items() for case in cases]
-OBEYED = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029)
+TABLE = [
+    pytest.param(case, id=f"{kind}: {case.name}".encode("unicode_escape").decode())
+    for kind, cases in KINDS.items()
+    for case in cases
+]
+OBEYED = (
+    *range(32),
+    *range(127, 160),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+    0x2028,
+    0x2029,
+)
 STRANGE = {chr(code) for code in OBEYED} - set("\n\r")
 """What a terminal obeys rather than shows, but for the ends of lines."""
 SECONDS = 20
@@ -92,7 +103,11 @@ def tree(folder: Path) -> dict[str, tuple[int, int, int]]:
         name = path.relative_to(folder)
         if name.parts[:2] != ("here", "outputs") and name != Path("here"):
             status = path.lstat()
-            found[str(name)] = (status.st_mode, 0 if path.is_dir() else status.st_size, 0 if path.is_dir() else status.st_mtime_ns)
+            found[str(name)] = (
+                status.st_mode,
+                0 if path.is_dir() else status.st_size,
+                0 if path.is_dir() else status.st_mtime_ns,
+            )
     return found
 
 
@@ -102,12 +117,14 @@ def outcome(case: Case, arguments: list[str]) -> tuple[int, Any]:
         named = any(argument.startswith("ckpt_dir=") for argument in arguments)
         code = main(arguments if named else [*arguments, f"ckpt_dir={WHOLE}"])
         records = sorted(Path("outputs").glob("*.json"))
-        return code, json.loads(records[0].read_text(encoding="utf-8")) if code == 0 and records else None
-    open_log()
+        return code, json.loads(
+            records[0].read_text(encoding="utf-8")
+        ) if code == 0 and records else None
+    configure_logging()
     try:
         return 0, case.read(arguments)
     except InputError as fault:
-        sys.stderr.write(f"wan_dist: error: {told(fault)}\n")
+        sys.stderr.write(f"wan_dist: error: {format_message(fault)}\n")
         return 2, None
 
 
@@ -119,10 +136,16 @@ def test_one_clear_error_or_a_correct_result(
     before, reads = tree(place.parent) | tree(place / WHOLE), []
     for name in ("read", "read_rows"):
         original = getattr(TensorFiles, name)
-        monkeypatch.setattr(TensorFiles, name, lambda *given, original=original: reads.append(given) or original(*given))
+        monkeypatch.setattr(
+            TensorFiles,
+            name,
+            lambda *given, original=original: reads.append(given) or original(*given),
+        )
     code, result = outcome(case, arguments)
     told = capfd.readouterr()
-    assert tree(place.parent) | tree(place / WHOLE) == before, "something was written outside the output folder, or code ran"
+    assert tree(place.parent) | tree(place / WHOLE) == before, (
+        "something was written outside the output folder, or code ran"
+    )
     shown = told.out + told.err
     assert not [sign for sign in shown if sign in STRANGE], "control characters reach the terminal"
     assert "Traceback" not in shown
@@ -146,5 +169,9 @@ def test_the_table_is_whole() -> None:
     """No case is in it twice, each says what it expects, and none expects both."""
     names = [param.id for param in TABLE]
     assert not {name for name in names if names.count(name) > 1}
-    assert all(all(case.says) and bool(case.says) != bool(case.check) for cases in KINDS.values() for case in cases)
+    assert all(
+        all(case.says) and bool(case.says) != bool(case.check)
+        for cases in KINDS.values()
+        for case in cases
+    )
     assert {kind: len(cases) for kind, cases in KINDS.items() if len(cases) < 15} == {}

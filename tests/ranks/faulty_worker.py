@@ -20,11 +20,20 @@ from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import Decoder, Encoder
 from wan_dist.run import main as run
 
-METHODS = {"decode": (Decoder, "forward"), "encode": (Encoder, "begin"), "denoise": (WanTransformer, "forward")}
-ERRORS = {"memory": torch.OutOfMemoryError("as on a full GPU"), "error": RuntimeError("as of cuDNN, on this rank alone")}
+METHODS = {
+    "decode": (Decoder, "forward"),
+    "encode": (Encoder, "compute_features"),
+    "denoise": (WanTransformer, "forward"),
+}
+ERRORS = {
+    "memory": torch.OutOfMemoryError("as on a full GPU"),
+    "error": RuntimeError("as of cuDNN, on this rank alone"),
+}
 
 
-def failing(method: Callable[..., Any], at_call: int, error: Exception, when: Path) -> Callable[..., Any]:
+def failing(
+    method: Callable[..., Any], at_call: int, error: Exception, when: Path
+) -> Callable[..., Any]:
     """Return the method, whose call of this number fails."""
     num_calls = 0
 
@@ -41,9 +50,16 @@ def failing(method: Callable[..., Any], at_call: int, error: Exception, when: Pa
 
 def main(table: Path, rank: int, num_ranks: int) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+    }
     outcomes = []
-    for number, (port, arguments, fault) in enumerate(json.loads(table.read_text(encoding="utf-8"))):
+    for number, (port, arguments, fault) in enumerate(
+        json.loads(table.read_text(encoding="utf-8"))
+    ):
         os.environ["MASTER_PORT"] = str(port)
         when = table.with_name(f"when-{number}")
         with ExitStack() as patches:
@@ -56,7 +72,9 @@ def main(table: Path, rank: int, num_ranks: int) -> None:
             except BaseException:
                 traceback.print_exc()
                 code = -1
-        outcomes.append((code, time.monotonic() - float(when.read_text()) if when.exists() else 0.0))
+        outcomes.append(
+            (code, time.monotonic() - float(when.read_text()) if when.exists() else 0.0)
+        )
     table.with_name(f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 
 

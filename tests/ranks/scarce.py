@@ -18,5 +18,5 @@ def allocate(num_bytes: int, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    memory._allocate = allocate
+    memory._allocate_bytes = allocate
     sys.exit(main(sys.argv[1:]))

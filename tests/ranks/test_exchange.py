@@ -3,7 +3,14 @@
 import torch
 
 from tests.torchrun import torchrun
-from wan_dist.parallel.collectives import all_gather, all_to_all, broadcast, gather_on_first, pass_on, trade_edges
+from wan_dist.parallel.collectives import (
+    all_gather,
+    all_to_all,
+    broadcast,
+    exchange_halos,
+    gather_on_first_rank,
+    send_to_next,
+)
 from wan_dist.parallel.mesh import Axis
 
 
@@ -15,8 +22,8 @@ def test_a_rank_alone_gets_what_it_has() -> None:
     x, alone = torch.randn(2, 3).t(), Axis()
     assert all_to_all(x, alone)() is x
     assert torch.equal(all_gather(x, alone), x[None])
-    assert pass_on([x], alone)()[0] is x
-    assert trade_edges(x, x, alone)() == (None, None)
-    assert gather_on_first(x, [3], 0, alone) is x
+    assert send_to_next([x], alone)()[0] is x
+    assert exchange_halos(x, x, alone)() == (None, None)
+    assert gather_on_first_rank(x, [3], 0, alone) is x
     assert broadcast(x, alone, torch.device("cpu")) is x
     assert broadcast(None, alone, torch.device("cpu")) is None

@@ -13,15 +13,41 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-TOY = ["task=toy", "size=64*48", "frame_num=5", "sample.steps=4", "parallel.ulysses=2", "device=cpu"]
+TOY = [
+    "task=toy",
+    "size=64*48",
+    "frame_num=5",
+    "sample.steps=4",
+    "parallel.ulysses=2",
+    "device=cpu",
+]
 
 
 def start(program: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
     """Start two ranks under torchrun, in a process group of their own."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *program]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)} | environment
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        *program,
+    ]
+    settings = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+        | environment
+    )
     return subprocess.Popen(
-        command, cwd=folder, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -38,7 +64,9 @@ def nothing_is_left(group: int) -> bool:
 
 @pytest.mark.parametrize(("rank", "setting"), [(0, "fsdp.dit=false"), (1, "fsdp.dit=true")])
 def test_one_rank_failing_ends_all(rank: int, setting: str, tmp_path: Path) -> None:
-    job = start([str(ROOT / "tests/ranks/failing.py"), *TOY, setting], tmp_path, BREAK_RANK=str(rank))
+    job = start(
+        [str(ROOT / "tests/ranks/failing.py"), *TOY, setting], tmp_path, BREAK_RANK=str(rank)
+    )
     told, _ = job.communicate(timeout=60)
     assert job.returncode != 0
     assert told.count("wan_dist: error: RuntimeError: this rank broke") == 1
@@ -52,15 +80,26 @@ def test_ranks_take_less_together_where_one_has_no_room(tmp_path: Path) -> None:
     settings = [*TOY, "memory.vae=whole", "output.save_tensor=true"]
     outcomes = {}
     for failures in (0, 2, 9):
-        job = start([str(ROOT / "tests/ranks/scarce.py"), *settings, f"output.name=after-{failures}"], tmp_path, FAILURES=str(failures))
+        job = start(
+            [str(ROOT / "tests/ranks/scarce.py"), *settings, f"output.name=after-{failures}"],
+            tmp_path,
+            FAILURES=str(failures),
+        )
         outcomes[failures], _ = job.communicate(timeout=60)
         assert (job.returncode == 0) == (failures < 9), outcomes[failures]
     words = outcomes[2]
-    assert [line.partition("repeated with the ")[2] for line in words.splitlines() if "ran out of GPU memory" in line] == [
+    assert [
+        line.partition("repeated with the ")[2]
+        for line in words.splitlines()
+        if "ran out of GPU memory" in line
+    ] == [
         "transformer resident, 8192 tokens at a time",
         "transformer resident, 8192 tokens at a time, passes apart",
     ]
-    videos = [load_file(tmp_path / f"outputs/after-{failures}.safetensors")["video"] for failures in (0, 2)]
+    videos = [
+        load_file(tmp_path / f"outputs/after-{failures}.safetensors")["video"]
+        for failures in (0, 2)
+    ]
     assert torch.equal(*videos)
     assert "rank 1 of the replica has no 0.1 GiB left on its GPU" in outcomes[9]
     assert "a smaller size or fewer frames would take less" in outcomes[9]
@@ -68,19 +107,34 @@ def test_ranks_take_less_together_where_one_has_no_room(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["easy", "tea"])
 def test_ranks_guess_the_same_steps(kind: str, tmp_path: Path) -> None:
-    settings = [*TOY, "sample.steps=10", f"cache.steps={kind}", "cache.threshold=2", "output.save_tensor=true", "dtype=float32"]
+    settings = [
+        *TOY,
+        "sample.steps=10",
+        f"cache.steps={kind}",
+        "cache.threshold=2",
+        "output.save_tensor=true",
+        "dtype=float32",
+    ]
     job = start(["-m", "wan_dist.run", *settings, "output.name=two"], tmp_path)
     told, _ = job.communicate(timeout=60)
     assert job.returncode == 0, told
     alone = [setting for setting in settings if not setting.startswith("parallel.")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-m", "wan_dist.run", *alone, "output.name=one"]
     subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    records = {name: json.loads((tmp_path / f"outputs/{name}.json").read_text()) for name in ("one", "two")}
+    records = {
+        name: json.loads((tmp_path / f"outputs/{name}.json").read_text()) for name in ("one", "two")
+    }
     assert records["one"]["guessed_steps"] == records["two"]["guessed_steps"] > 0
     assert ["denoise" in stages for stages in records["two"]["other_ranks"]] == [True]
     assert records["one"]["other_ranks"] == []
-    videos = [load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in ("one", "two")]
+    videos = [
+        load_file(tmp_path / f"outputs/{name}.safetensors")["video"] for name in ("one", "two")
+    ]
     torch.testing.assert_close(*videos, rtol=0, atol=1e-4)
 
 

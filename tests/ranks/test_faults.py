@@ -13,7 +13,15 @@ from tests.ranks.test_runs import run_workers
 
 SECONDS = 25.0
 """From a fault to the end of a run that has little left to do; a collective would wait for parallel.timeout."""
-TOY = ["task=toy", "dtype=float32", "size=64*64", "frame_num=17", "sample.steps=4", "cache.dir=null", "parallel.timeout=120"]
+TOY = [
+    "task=toy",
+    "dtype=float32",
+    "size=64*64",
+    "frame_num=17",
+    "sample.steps=4",
+    "cache.dir=null",
+    "parallel.timeout=120",
+]
 ONE = [*TOY, "prompt=a red circle", "output.name=out", "output.save_tensor=true"]
 
 
@@ -25,7 +33,9 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=TWO_GPUS)])
-def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
+def outcomes(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], str]:
     """Run all rows, with gloo or NCCL; returns their folder, each rank's exit code and seconds after the fault, and what was said."""
     folder = tmp_path_factory.mktemp(f"faults-{request.param}")
     Image.new("RGB", (64, 64), "blue").save(folder / "image.png")
@@ -37,15 +47,24 @@ def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "decode, rank 1": (ONE, fault(1, "decode", "memory", 2)),
         "decode, rank 0": (ONE, fault(0, "decode", "memory", 2)),
         "denoise, rank 1": (ONE, fault(1, "denoise", "memory", 3)),
-        "denoise sharded": ([*ONE, "parallel.ulysses=2", "fsdp.dit=true"], fault(0, "denoise", "memory", 3)),
+        "denoise sharded": (
+            [*ONE, "parallel.ulysses=2", "fsdp.dit=true"],
+            fault(0, "denoise", "memory", 3),
+        ),
         "image": ([*ONE, image], None),
         "encode, rank 1": ([*ONE, image], fault(1, "encode", "memory", 1)),
         "error in denoising": (ONE, fault(1, "denoise", "error", 3)),
         "error in a batch": (jobs, fault(1, "decode", "error", 4)),
     }
-    rows["again"] = ([*ONE, f"output.dir={folder / 'error in denoising'}"], None)  # the same command as before
+    rows["again"] = (
+        [*ONE, f"output.dir={folder / 'error in denoising'}"],
+        None,
+    )  # the same command as before
     device = f"device={request.param}"
-    table = [[[device, f"output.dir={folder / name}", *arguments], what] for name, (arguments, what) in rows.items()]
+    table = [
+        [[device, f"output.dir={folder / name}", *arguments], what]
+        for name, (arguments, what) in rows.items()
+    ]
     told = run_workers("tests.ranks.faulty_worker", table, 2, folder)
     found = [json.loads((folder / f"outcomes-{rank}.json").read_text()) for rank in range(2)]
     return folder, dict(zip(rows, zip(*found, strict=True), strict=True)), told
@@ -55,10 +74,15 @@ def video(folder: Path, name: str) -> torch.Tensor:
     return load_file(folder / name / "out.safetensors")["video"]
 
 
-@pytest.mark.parametrize("name", ["decode, rank 1", "decode, rank 0", "denoise, rank 1", "denoise sharded", "encode, rank 1"])
+@pytest.mark.parametrize(
+    "name",
+    ["decode, rank 1", "decode, rank 0", "denoise, rank 1", "denoise sharded", "encode, rank 1"],
+)
 def test_all_take_less_where_one_runs_out_of_memory(name: str, outcomes: Any) -> None:
     folder, ends, told = outcomes
-    if name == "denoise sharded" and "cuda" in folder.name:  # several communicators, which are not made anew
+    if (
+        name == "denoise sharded" and "cuda" in folder.name
+    ):  # several communicators, which are not made anew
         assert [code for code, _ in ends[name]] == [1, 1], told
         assert list((folder / name).glob("*.state.safetensors"))
         return
@@ -83,7 +107,9 @@ def test_an_error_of_one_rank_fails_its_job_alone(outcomes: Any) -> None:
     folder, ends, told = outcomes
     assert [code for code, _ in ends["error in a batch"]] == [1, 0], told
     assert 0 < max(seconds for _, seconds in ends["error in a batch"]) < SECONDS
-    records = [json.loads(file.read_text()) for file in (folder / "error in a batch").glob("*.json")]
+    records = [
+        json.loads(file.read_text()) for file in (folder / "error in a batch").glob("*.json")
+    ]
     assert sorted(record["status"] for record in records) == ["done", "done", "failed"]
     (failed,) = (record for record in records if record["status"] == "failed")
     assert "RuntimeError: as of cuDNN, on this rank alone (rank 1 on " in failed["error"]

@@ -31,7 +31,11 @@ class Case:
 
 
 T2V, ODD = ("t2v-1.3B", "wan2.1-t2v", "unipc"), ("t2v-1.3B", "wan2.1-t2v", "odd")
-I2V, A14B, TI2V = ("i2v-14B", "wan2.1-i2v", "unipc"), ("t2v-A14B", "wan2.2-t2v-a14b", "unipc"), ("ti2v-5B", "wan2.2-ti2v-5b", "i2v")
+I2V, A14B, TI2V = (
+    ("i2v-14B", "wan2.1-i2v", "unipc"),
+    ("t2v-A14B", "wan2.2-t2v-a14b", "unipc"),
+    ("ti2v-5B", "wan2.2-ti2v-5b", "i2v"),
+)
 FLF2V, I2V_A14B = ("flf2v-14B", "wan2.1-flf2v", "unipc"), ("i2v-A14B", "wan2.2-i2v-a14b", "unipc")
 
 # The models have 4 heads; token counts are 45 (t2v), 84 (odd), 72 (i2v), 84 (flf2v), 54 (i2v-A14B) and 36 (ti2v).
@@ -75,8 +79,12 @@ CASES = {
 
 def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[list[list[int]], str]:
     """Run every row's arguments on this many ranks; returns each rank's exit codes and what they printed."""
-    told = run_workers("tests.ranks.worker", [[arguments] for arguments in table], num_ranks, folder)
-    return [json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(num_ranks)], told
+    told = run_workers(
+        "tests.ranks.worker", [[arguments] for arguments in table], num_ranks, folder
+    )
+    return [
+        json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(num_ranks)
+    ], told
 
 
 def run_workers(module: str, table: list[list[object]], num_ranks: int, folder: Path) -> str:
@@ -86,9 +94,20 @@ def run_workers(module: str, table: list[list[object]], num_ranks: int, folder: 
     """
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in table]
     file = folder / "table.json"
-    file.write_text(json.dumps([[store.port, *row] for store, row in zip(stores, table, strict=True)]), encoding="utf-8")
-    store_of_the_agent = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    environment = os.environ | store_of_the_agent | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    file.write_text(
+        json.dumps([[store.port, *row] for store, row in zip(stores, table, strict=True)]),
+        encoding="utf-8",
+    )
+    store_of_the_agent = {
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    environment = (
+        os.environ
+        | store_of_the_agent
+        | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    )
     logs = [(folder / f"log-{rank}").open("w+") for rank in range(num_ranks)]
     workers = [
         subprocess.Popen(
@@ -115,18 +134,30 @@ def run_workers(module: str, table: list[list[object]], num_ranks: int, folder: 
 
 
 @pytest.mark.parametrize("num_ranks", CASES)
-def test_any_spread_gives_the_reference_implementations_video(num_ranks: int, tmp_path: Path) -> None:
+def test_any_spread_gives_the_reference_implementations_video(
+    num_ranks: int, tmp_path: Path
+) -> None:
     cases = [case for case in CASES[num_ranks] if has_golden(case.golden)]
     table = []
     for case in cases:
         arguments = reference_arguments(golden_folder(case.golden), case.case, case.task)
-        table.append([*arguments, *case.spread.split(), "dtype=float32", "device=cpu", f"output.dir={tmp_path / case.name}"])
+        table.append(
+            [
+                *arguments,
+                *case.spread.split(),
+                "dtype=float32",
+                "device=cpu",
+                f"output.dir={tmp_path / case.name}",
+            ]
+        )
     codes, told = run_table(table, num_ranks, tmp_path)
     assert codes == [[0] * len(cases)] * num_ranks, told
     errors = {}
     for case in cases:
         video = load_file(tmp_path / case.name / "out.safetensors")["video"]
-        expected = load_file(golden_folder(case.golden) / f"expected/{case.case}.safetensors")["video"]
+        expected = load_file(golden_folder(case.golden) / f"expected/{case.case}.safetensors")[
+            "video"
+        ]
         errors[case.name] = (video - expected).abs().max().item()
         assert (tmp_path / case.name / "out.mp4").exists()
     print(json.dumps(errors, indent=2))
@@ -135,13 +166,38 @@ def test_any_spread_gives_the_reference_implementations_video(num_ranks: int, tm
 
 
 def test_quantised_weights_are_the_same_on_any_ranks(tmp_path: Path) -> None:
-    arguments = [*reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B"), "dtype=float32", "device=cpu"]
+    arguments = [
+        *reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B"),
+        "dtype=float32",
+        "device=cpu",
+    ]
     kinds = ("fp8", "int8", "int4")
-    table = [[*arguments, f"quant={kind}", "fsdp.dit=true", "parallel.ulysses=2", f"output.dir={tmp_path / kind}"] for kind in kinds]
-    table.append([*arguments, "quant=int4", "memory.dit=stream", "parallel.ring=2", f"output.dir={tmp_path / 'streamed'}"])
+    table = [
+        [
+            *arguments,
+            f"quant={kind}",
+            "fsdp.dit=true",
+            "parallel.ulysses=2",
+            f"output.dir={tmp_path / kind}",
+        ]
+        for kind in kinds
+    ]
+    table.append(
+        [
+            *arguments,
+            "quant=int4",
+            "memory.dit=stream",
+            "parallel.ring=2",
+            f"output.dir={tmp_path / 'streamed'}",
+        ]
+    )
     codes, told = run_table(table, 2, tmp_path)
     assert codes == [[0] * 4] * 2, told
-    codes, told = run_table([[*arguments, f"quant={kind}", f"output.dir={tmp_path / kind}-alone"] for kind in kinds], 1, tmp_path)
+    codes, told = run_table(
+        [[*arguments, f"quant={kind}", f"output.dir={tmp_path / kind}-alone"] for kind in kinds],
+        1,
+        tmp_path,
+    )
     assert codes == [[0] * 3], told
 
     def video(folder: str) -> torch.Tensor:

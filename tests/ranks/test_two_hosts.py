@@ -17,7 +17,8 @@ SCRIPTS = Path(__file__).parents[3] / "shared" / "slurm"
 TIMEOUT = 10.0
 
 pytestmark = pytest.mark.skipif(
-    os.geteuid() != 0 or not SCRIPTS.is_dir(), reason="needs root and the scripts that build a test network, beside the checkout"
+    os.geteuid() != 0 or not SCRIPTS.is_dir(),
+    reason="needs root and the scripts that build a test network, beside the checkout",
 )
 
 
@@ -35,7 +36,9 @@ def network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     }
     for key, value in settings.items():
         monkeypatch.setenv(key, value)
-    done = subprocess.run(["bash", SCRIPTS / "netns_up.sh"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", SCRIPTS / "netns_up.sh"], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"no test network can be built here: {done.stderr[-300:]}")
     yield tmp_path
@@ -60,7 +63,9 @@ exec "$RIGHT_TORCHRUN" "$@"
 """
 
 
-def test_hosts_with_two_networks_and_misleading_names_find_each_other(network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_with_two_networks_and_misleading_names_find_each_other(
+    network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second network leads nowhere, and a host's own name to its loopback, as Debian has it."""
     subprocess.run(["bash", "-euc", SECOND_NETWORK], check=True)
     launcher = network / "torchrun"
@@ -69,7 +74,15 @@ def test_hosts_with_two_networks_and_misleading_names_find_each_other(network: P
     monkeypatch.setenv("HOSTS_OF_ITS_OWN", str(network / "hosts"))
     monkeypatch.setenv("RIGHT_TORCHRUN", os.environ["TORCHRUN"])
     monkeypatch.setenv("TORCHRUN", str(launcher))
-    toy = ["task=toy", "size=64*48", "frame_num=5", "sample.steps=2", "device=cpu", "parallel.timeout=30", f"output.dir={network / 'out'}"]
+    toy = [
+        "task=toy",
+        "size=64*48",
+        "frame_num=5",
+        "sample.steps=2",
+        "device=cpu",
+        "parallel.timeout=30",
+        f"output.dir={network / 'out'}",
+    ]
     job = start(network, toy)
     job.communicate(timeout=120)
     told = logs(network)
@@ -78,7 +91,14 @@ def test_hosts_with_two_networks_and_misleading_names_find_each_other(network: P
 
 
 def start(network: Path, arguments: list[str]) -> subprocess.Popen[bytes]:
-    command = ["bash", str(SCRIPTS / "netns_torchrun.sh"), str(network / "logs"), "-m", "wan_dist.run", *arguments]
+    command = [
+        "bash",
+        str(SCRIPTS / "netns_torchrun.sh"),
+        str(network / "logs"),
+        "-m",
+        "wan_dist.run",
+        *arguments,
+    ]
     return subprocess.Popen(command, cwd=network, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -88,7 +108,16 @@ def logs(network: Path) -> dict[str, str]:
 
 def test_two_hosts_make_the_reference_implementations_video(network: Path) -> None:
     arguments = reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B")
-    job = start(network, [*arguments, "dtype=float32", "device=cpu", "parallel.cfg=1", f"output.dir={network / 'out'}"])
+    job = start(
+        network,
+        [
+            *arguments,
+            "dtype=float32",
+            "device=cpu",
+            "parallel.cfg=1",
+            f"output.dir={network / 'out'}",
+        ],
+    )
     job.communicate(timeout=120)
     told = logs(network)
     assert job.returncode == 0, told
@@ -99,7 +128,14 @@ def test_two_hosts_make_the_reference_implementations_video(network: Path) -> No
 
 
 def test_a_cut_link_ends_both_hosts_in_time(network: Path) -> None:
-    toy = ["task=toy", "size=256*256", "frame_num=81", "sample.steps=1000", "device=cpu", f"parallel.timeout={TIMEOUT}"]
+    toy = [
+        "task=toy",
+        "size=256*256",
+        "frame_num=81",
+        "sample.steps=1000",
+        "device=cpu",
+        f"parallel.timeout={TIMEOUT}",
+    ]
     job = start(network, toy)
     for _ in range(120):
         time.sleep(0.5)

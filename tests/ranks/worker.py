@@ -13,7 +13,12 @@ def main(table: Path, rank: int, num_ranks: int) -> None:
     from wan_dist.run import main as run
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+    }
     codes = []
     for port, arguments in json.loads(table.read_text(encoding="utf-8")):
         os.environ["MASTER_PORT"] = str(port)

@@ -57,7 +57,8 @@ def test_imports_go_one_way() -> None:
         f"{path.relative_to(PACKAGE)} imports {name}"
         for path in _files()
         for name in _imports(path)
-        if name.startswith("wan_dist.") and LEVELS.index(name.split(".")[1]) > LEVELS.index(_package_of(path))
+        if name.startswith("wan_dist.")
+        and LEVELS.index(name.split(".")[1]) > LEVELS.index(_package_of(path))
     ]
     assert not backwards
 
@@ -68,13 +69,20 @@ def test_libraries_stay_in_their_place() -> None:
         place = str(path.relative_to(PACKAGE).with_suffix(""))
         for library, places in ONLY_IN.items():
             if not place.startswith(tuple(places)):
-                strays += [f"{place} imports {name}" for name in _imports(path) if f"{name}.".startswith(f"{library}.")]
+                strays += [
+                    f"{place} imports {name}"
+                    for name in _imports(path)
+                    if f"{name}.".startswith(f"{library}.")
+                ]
     assert not strays
 
 
 @pytest.mark.parametrize("package", NO_TORCH)
 def test_what_answers_at_once_imports_no_torch(package: str) -> None:
-    modules = [".".join(("wan_dist", *path.relative_to(PACKAGE).with_suffix("").parts)) for path in (PACKAGE / package).rglob("*.py")]
+    modules = [
+        ".".join(("wan_dist", *path.relative_to(PACKAGE).with_suffix("").parts))
+        for path in (PACKAGE / package).rglob("*.py")
+    ]
     code = f"import sys, {', '.join(modules)}; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -117,7 +125,11 @@ PURE_CALLS = {"isinstance", "len", "all", "any", "set"}
 def _effects(test: ast.expr) -> list[str]:
     """Return what an assert does besides looking: calls that may have an effect, and names that it binds."""
     calls = [node for node in ast.walk(test) if isinstance(node, ast.Call)]
-    unknown = [ast.unparse(call) for call in calls if not (isinstance(call.func, ast.Name) and call.func.id in PURE_CALLS)]
+    unknown = [
+        ast.unparse(call)
+        for call in calls
+        if not (isinstance(call.func, ast.Name) and call.func.id in PURE_CALLS)
+    ]
     kinds = (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom)
     return unknown + [ast.unparse(node) for node in ast.walk(test) if isinstance(node, kinds)]
 

@@ -20,6 +20,9 @@ def test_a_row_measured_again_replaces_the_older_one(tmp_path: Path) -> None:
     first.add({"what": "theirs", "seconds": 3})
     Record(file, ["what"]).add({"what": "ours", "seconds": 1})
     found = json.loads(file.read_text())
-    assert found["rows"] == [{"what": "theirs", "seconds": 3, "run": 1}, {"what": "ours", "seconds": 1, "run": 2}]
+    assert found["rows"] == [
+        {"what": "theirs", "seconds": 3, "run": 1},
+        {"what": "ours", "seconds": 1, "run": 2},
+    ]
     assert len(found["runs"]) == 2
     assert {"gpu", "gpus", "versions", "commit", "date"} == set(found["runs"][0])

@@ -3,12 +3,23 @@
 import pytest
 
 from wan_dist import run
-from wan_dist.runtime.environment import Ranks
-from wan_dist.runtime.signals import Preempted
+from wan_dist.runtime.environment import RankLayout
+from wan_dist.runtime.signals import PreemptionInterrupt
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt("^C"), SystemExit(3), MemoryError("host"), Preempted("SIGTERM"), ValueError("x")])
-def test_the_others_learn_of_a_rank_that_ends_whatever_ends_it(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt("^C"),
+        SystemExit(3),
+        MemoryError("host"),
+        PreemptionInterrupt("SIGTERM"),
+        ValueError("x"),
+    ],
+)
+def test_the_others_learn_of_a_rank_that_ends_whatever_ends_it(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that leaves without a word is waited for, while it waits for the others: Ctrl-C on one of several ranks hung the run.
 
     It says what it met before it leaves: the others end then, and torchrun, which sees one of them go, asks this one to end as well.
@@ -16,13 +27,13 @@ def test_the_others_learn_of_a_rank_that_ends_whatever_ends_it(error: BaseExcept
     told: list[str] = []
 
     class Others:
-        def __init__(self, ranks: Ranks, timeout: float) -> None:
+        def __init__(self, ranks: RankLayout, timeout: float) -> None:
             pass
 
-        def fail(self, kind: str, text: str) -> None:
+        def announce_failure(self, kind: str, text: str) -> None:
             told.append("failed")
 
-        def is_told_by_others(self, text: str) -> bool:
+        def is_reported_by_lower_rank(self, text: str) -> bool:
             return False
 
         def leave(self) -> None:
@@ -31,18 +42,21 @@ def test_the_others_learn_of_a_rank_that_ends_whatever_ends_it(error: BaseExcept
     def fail(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr("wan_dist.parallel.team.Team", Others)
+    monkeypatch.setattr("wan_dist.parallel.team.Coordinator", Others)
 
-    def report(fault: BaseException, ranks: Ranks) -> int:
+    def report(fault: BaseException, ranks: RankLayout) -> int:
         told.append("said")
         return 1
 
-    monkeypatch.setattr(run, "find_facts", fail)
-    monkeypatch.setattr(run, "_report", report)
-    if isinstance(error, Exception | Preempted):
-        assert run._run_in_team(["task=toy", "prompt=a ball", "device=cpu"], Ranks()) == 1
+    monkeypatch.setattr(run, "collect_rank_facts", fail)
+    monkeypatch.setattr(run, "_report_failure", report)
+    if isinstance(error, Exception | PreemptionInterrupt):
+        assert (
+            run._run_on_several_ranks(["task=toy", "prompt=a ball", "device=cpu"], RankLayout())
+            == 1
+        )
         assert told == ["failed", "said", "left"]
     else:
         with pytest.raises(type(error)):
-            run._run_in_team(["task=toy", "prompt=a ball", "device=cpu"], Ranks())
+            run._run_on_several_ranks(["task=toy", "prompt=a ball", "device=cpu"], RankLayout())
         assert told == ["failed", "left"]

@@ -16,11 +16,11 @@ from toy.scenes import COLORS, MOTIONS, SHAPES, Scene, all_scenes, caption, draw
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims, VaeDims
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.vae.model import WanVae, in_chunks
-from wan_dist.pipeline.decode import uint8_frames
+from wan_dist.models.vae.model import WanVae, split_frames_into_chunks
+from wan_dist.pipeline.decode import convert_to_uint8_frames
 from wan_dist.tasks.registry import TASKS
-from wan_dist.weights.hub import check_whole
-from wan_dist.weights.layout import TOKENIZER
+from wan_dist.weights.hub import check_checkpoint_complete
+from wan_dist.weights.layout import TOKENIZER_FOLDER
 
 CPU = torch.device("cpu")
 
@@ -34,12 +34,25 @@ def shuffled(model: nn.Module) -> nn.Module:
 def test_the_transformer_that_is_trained_is_the_one_that_is_run() -> None:
     torch.manual_seed(0)
     dims = TransformerDims(num_layers=3, dim=96, ffn_dim=256, num_heads=3, text_dim=32, text_len=16)
-    model, projection = shuffled(WanTransformer(dims, torch.float32)), shuffled(ContextProjection(dims, torch.float32))
-    latents, text, times = torch.randn(1, 16, 3, 8, 8), torch.randn(5, 32), torch.tensor([[0.0, 700.0]])
+    model, projection = (
+        shuffled(WanTransformer(dims, torch.float32)),
+        shuffled(ContextProjection(dims, torch.float32)),
+    )
+    latents, text, times = (
+        torch.randn(1, 16, 3, 8, 8),
+        torch.randn(5, 32),
+        torch.tensor([[0.0, 700.0]]),
+    )
     rotary = model.rotary(latents)
     with torch.no_grad():
         run = model(latents.clone(), times, projection([text]), rotary)[0]
-        trained = plain.velocity(model, latents, times, plain.project(projection, F.pad(text, (0, 0, 0, 11))[None]), rotary)
+        trained = plain.velocity(
+            model,
+            latents,
+            times,
+            plain.project(projection, F.pad(text, (0, 0, 0, 11))[None]),
+            rotary,
+        )
     assert (run - trained).abs().max() < 1e-5 * run.abs().max()
 
 
@@ -48,12 +61,14 @@ def test_the_vae_that_is_trained_is_the_one_that_is_run() -> None:
     vae = shuffled(WanVae(VaeDims(dim=8, decoder_dim=8)))
     video = torch.rand(1, 3, 13, 32, 48) * 2 - 1
     with torch.no_grad():
-        latents = vae.encode(in_chunks(video))
+        latents = vae.encode(split_frames_into_chunks(video))
         mean, std = vae.latent_moments(latents)
         trained, _ = plain_vae.moments(vae, video)
         torch.testing.assert_close(latents * std + mean, trained, atol=1e-5, rtol=1e-5)
         shown = torch.cat(list(vae.decode(latents)), dim=2)
-        torch.testing.assert_close(shown, plain_vae.decode(vae, trained).clamp(-1, 1), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            shown, plain_vae.decode(vae, trained).clamp(-1, 1), atol=1e-5, rtol=1e-5
+        )
 
 
 def test_normalised_latents_have_the_published_moments() -> None:
@@ -64,9 +79,13 @@ def test_normalised_latents_have_the_published_moments() -> None:
     with torch.no_grad():
         before = plain_vae.decode(vae, plain_vae.moments(vae, video)[0])
         train.normalise(vae, random.Random(0), CPU)
-        torch.testing.assert_close(plain_vae.decode(vae, plain_vae.moments(vae, video)[0]), before, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            plain_vae.decode(vae, plain_vae.moments(vae, video)[0]), before, atol=1e-3, rtol=1e-3
+        )
         chance = random.Random(0)
-        latents = vae.encode(in_chunks(render([draw_scene(chance) for _ in range(4)], chance, CPU)))
+        latents = vae.encode(
+            split_frames_into_chunks(render([draw_scene(chance) for _ in range(4)], chance, CPU))
+        )
     assert latents.mean((0, 2, 3, 4)).abs().max() < 0.02
     assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 0.02
 
@@ -75,7 +94,7 @@ def test_what_is_drawn_is_judged_right() -> None:
     chance = random.Random(1)
     scenes = [draw_scene(chance) for _ in range(60)] + chance.sample(list(all_scenes()), 60)
     for scene, video in zip(scenes, render(scenes, chance, CPU), strict=True):
-        frames = uint8_frames(video).numpy()
+        frames = convert_to_uint8_frames(video).numpy()
         assert judge(frames, scene).right, (scene, judge(frames, scene).seen)
 
 
@@ -83,12 +102,16 @@ def test_what_is_wrong_is_judged_wrong() -> None:
     chance = random.Random(2)
     scenes = chance.sample(list(all_scenes()), 10)
     for scene, video in zip(scenes, render(scenes, chance, CPU), strict=True):
-        frames = uint8_frames(video).numpy()
+        frames = convert_to_uint8_frames(video).numpy()
         (thing,) = scene.things
         for motion in set(MOTIONS) - {thing.motion}:
-            assert not judge(frames, Scene((type(thing)(thing.color, thing.shape, motion),), scene.background)).motions
+            assert not judge(
+                frames, Scene((type(thing)(thing.color, thing.shape, motion),), scene.background)
+            ).motions
         for color in set(COLORS) - {thing.color, scene.background}:
-            assert not judge(frames, Scene((type(thing)(color, thing.shape, thing.motion),), scene.background)).colors
+            assert not judge(
+                frames, Scene((type(thing)(color, thing.shape, thing.motion),), scene.background)
+            ).colors
             assert not judge(frames, Scene(scene.things, color)).background
     noise = torch.randint(0, 256, (33, 64, 64, 3), dtype=torch.uint8).numpy()
     assert not any(judge(noise, scene).right for scene in scenes)
@@ -108,7 +131,9 @@ def test_captions_fit_the_tokenizer() -> None:
     tokenizer = train.make_tokenizer(random.Random(0), 2000)
     texts = [caption(draw_scene(chance), chance) for _ in range(300)]
     assert max(len(tokenizer(text).input_ids) for text in texts) <= train.DIMS.transformer.text_len
-    assert len({tuple(tokenizer(text).input_ids) for text in texts}) == len({text.lower() for text in texts})
+    assert len({tuple(tokenizer(text).input_ids) for text in texts}) == len(
+        {text.lower() for text in texts}
+    )
     assert tokenizer("A red STAR 🐈").input_ids[:3] == tokenizer("a red star").input_ids[:3]
 
 
@@ -120,8 +145,15 @@ def test_matrices_go_down_as_with_pytorchs_muon() -> None:
         theirs = copy.deepcopy(ours)
         descent = Descent(ours.named_parameters(), lambda name, _: name.endswith("weight"))
         descent.rate.fill_(1e-2)
-        muon = torch.optim.Muon([layer.weight for layer in theirs], lr=1e-2, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
-        adam = torch.optim.AdamW([layer.bias for layer in theirs], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01)
+        muon = torch.optim.Muon(
+            [layer.weight for layer in theirs],
+            lr=1e-2,
+            weight_decay=0.01,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        adam = torch.optim.AdamW(
+            [layer.bias for layer in theirs], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.01
+        )
         for _ in range(5):
             x = torch.randn(8, 24)
             descent.step(sum(layer(x[:, : layer.in_features]).square().mean() for layer in ours))
@@ -136,10 +168,17 @@ def test_matrices_go_down_as_with_pytorchs_muon() -> None:
 
 
 def test_training_writes_a_checkpoint_that_is_read(tmp_path: Path) -> None:
-    clips = (torch.randn(4, 16, 2, 4, 4).bfloat16(), torch.randint(1, 600, (4, 2, 64)), torch.ones(64, dtype=torch.long))
-    (tmp_path / TOKENIZER).mkdir(parents=True)
-    train.make_tokenizer(random.Random(0), 500).save_pretrained(tmp_path / TOKENIZER)
-    train.save(train.stored(train.halved(WanVae(train.DIMS.vae)), train.original_vae([])), tmp_path / "Wan2.1_VAE.safetensors")
+    clips = (
+        torch.randn(4, 16, 2, 4, 4).bfloat16(),
+        torch.randint(1, 600, (4, 2, 64)),
+        torch.ones(64, dtype=torch.long),
+    )
+    (tmp_path / TOKENIZER_FOLDER).mkdir(parents=True)
+    train.make_tokenizer(random.Random(0), 500).save_pretrained(tmp_path / TOKENIZER_FOLDER)
+    train.save(
+        train.stored(train.halved(WanVae(train.DIMS.vae)), train.original_vae([])),
+        tmp_path / "Wan2.1_VAE.safetensors",
+    )
     with torch.enable_grad():
         train.train_transformer(clips, 2, 2, CPU, tmp_path)
-    check_whole(tmp_path, TASKS["toy"])
+    check_checkpoint_complete(tmp_path, TASKS["toy"])

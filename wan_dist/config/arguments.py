@@ -4,12 +4,11 @@ Hydra's grammar gives commas, quotes, brackets and ``$`` a meaning (``prompt=two
 text keys are quoted here, before Hydra parses them. Unknown keys and the reference's flags get an answer that helps.
 """
 
-from wan_dist.config.hydra_quoting import quote as quote
-from wan_dist.config.hydra_quoting import quoted as quoted
-from wan_dist.config.schema import leaf_fields
-from wan_dist.runtime.errors import InputError, nearest
+from wan_dist.config.hydra_quoting import quote_if_needed
+from wan_dist.config.schema import list_settings
+from wan_dist.runtime.errors import InputError, suggest_nearest
 
-REFERENCE_FLAGS = {
+REFERENCE_FLAG_KEYS = {
     "--task": "task",
     "--size": "size",
     "--frame_num": "frame_num",
@@ -24,7 +23,7 @@ REFERENCE_FLAGS = {
 }
 """Flags of the reference implementation's ``generate.py`` and the key that does the same here."""
 
-_FLAGS_WITH_VALUE = {
+_HYDRA_FLAGS_WITH_VALUE = {
     "--cfg",
     "-c",
     "--package",
@@ -36,7 +35,7 @@ _FLAGS_WITH_VALUE = {
     "--config-dir",
     "-cd",
 }
-_FLAGS = {
+_HYDRA_FLAGS = {
     "--hydra-help",
     "--version",
     "--resolve",
@@ -46,13 +45,13 @@ _FLAGS = {
     "-i",
     "--shell-completion",
     "-sc",
-} | _FLAGS_WITH_VALUE
+} | _HYDRA_FLAGS_WITH_VALUE
 
-_LONGEST_VALUE = 1000
+_MAX_VALUE_CHARACTERS = 1000
 """Of what is not text."""
 
 
-def prepare(arguments: list[str]) -> list[str]:
+def prepare_arguments(arguments: list[str]) -> list[str]:
     """Check the arguments' keys and quote the text values; raises InputError for what Hydra could only reject or misread."""
     overrides: list[str] = []
     flags: list[str] = []
@@ -65,42 +64,52 @@ def prepare(arguments: list[str]) -> list[str]:
             flags.append(argument)
         else:
             overrides.append(_prepare_override(argument))
-        awaits_value = not awaits_value and argument in _FLAGS_WITH_VALUE
+        awaits_value = not awaits_value and argument in _HYDRA_FLAGS_WITH_VALUE
     return overrides + flags  # Hydra wants them apart
 
 
 def _check_flag(argument: str) -> None:
     flag, _, value = argument.partition("=")
-    if flag in REFERENCE_FLAGS:
-        raise InputError(f"{flag} is spelled {REFERENCE_FLAGS[flag]}={value or '...'} here")
-    if flag not in _FLAGS:
-        raise InputError(f"unknown flag {flag}; settings are given as key=value (--help lists them)")
+    if flag in REFERENCE_FLAG_KEYS:
+        raise InputError(f"{flag} is spelled {REFERENCE_FLAG_KEYS[flag]}={value or '...'} here")
+    if flag not in _HYDRA_FLAGS:
+        raise InputError(
+            f"unknown flag {flag}; settings are given as key=value (--help lists them)"
+        )
 
 
 def _prepare_override(argument: str) -> str:
-    key, equals, value = argument.partition("=")
-    if not equals:
+    key, equals_sign, value = argument.partition("=")
+    if not equals_sign:
         raise InputError(
             f"{argument!r} is not key=value; a value with spaces needs the shell's quotes around it, as in 'prompt=two cats boxing'"
         )
-    name = key.lstrip("+")
-    check_key(name)
-    if len(value) > _LONGEST_VALUE and not is_text(name):
-        raise InputError(f"{key}={value[:40]}... has {len(value)} characters, and a value of its kind {_LONGEST_VALUE} at most")
-    return f"{key}={quote(value)}" if is_text(name) else argument
+    plain_key = key.lstrip("+")
+    check_setting_key(plain_key)
+    if len(value) > _MAX_VALUE_CHARACTERS and not is_text_key(plain_key):
+        raise InputError(
+            f"{key}={value[:40]}... has {len(value)} characters, and a value of its kind {_MAX_VALUE_CHARACTERS} at most"
+        )
+    return f"{key}={quote_if_needed(value)}" if is_text_key(plain_key) else argument
 
 
-def check_key(name: str) -> None:
+def check_setting_key(name: str) -> None:
     """Raise InputError unless a run has a setting, or a section of them, of this name. Hydra's own keys are none: they can run code."""
-    keys = leaf_fields()
+    keys = list_settings()
     if name in keys or name in {key.rpartition(".")[0] for key in keys} - {""}:
         return
-    short = {key.rpartition(".")[2]: key for key in keys}  # people drop the section: steps for sample.steps
-    hint = f"; did you mean {short[name]!r}?" if name in short else nearest(name, keys)
+    keys_by_short_name = {
+        key.rpartition(".")[2]: key for key in keys
+    }  # people drop the section: steps for sample.steps
+    hint = (
+        f"; did you mean {keys_by_short_name[name]!r}?"
+        if name in keys_by_short_name
+        else suggest_nearest(name, keys)
+    )
     raise InputError(f"unknown key {name!r}{hint} (--help lists them all)")
 
 
-def is_text(key: str) -> bool:
+def is_text_key(key: str) -> bool:
     """Whether a key's values are text, which is taken as it stands."""
-    field = leaf_fields().get(key)
-    return field is not None and field.type in (str, str | None) and key != "task"
+    setting = list_settings().get(key)
+    return setting is not None and setting.type in (str, str | None) and key != "task"

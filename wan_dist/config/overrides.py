@@ -14,21 +14,21 @@ from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from wan_dist.config.arguments import is_text, prepare
-from wan_dist.config.schema import RunConfig, leaf_fields
+from wan_dist.config.arguments import is_text_key, prepare_arguments
+from wan_dist.config.schema import RunConfig, list_settings
 from wan_dist.runtime.errors import InputError
 
-_MISSING = "???"
-_MOST_KEPT = 2**14
+_MISSING_MARKER = "???"
+_MAX_CACHED_VALUES = 2**14
 
 
-class UnplainError(ValueError):
+class HydraRequiredError(ValueError):
     """Only Hydra knows what comes of this setting, or what is wrong with it."""
 
 
 def is_plain_key(key: str) -> bool:
     """Whether a key changes one value and nothing else, as all but ``task``, which chooses files of defaults, and sections do."""
-    return key in leaf_fields() and key != "task"
+    return key in list_settings() and key != "task"
 
 
 def override_config(config: RunConfig, settings: Iterable[tuple[str, object, str]]) -> RunConfig:
@@ -39,35 +39,50 @@ def override_config(config: RunConfig, settings: Iterable[tuple[str, object, str
     changes: dict[str, dict[str, Any]] = {}
     try:
         for key, value, argument in settings:
-            section, _, leaf = key.rpartition(".")
-            is_exact = isinstance(value, str) and is_text(key) and value != _MISSING
-            changes.setdefault(section, {})[leaf] = value if is_exact else _convert(argument)
-        own = changes.pop("", {})
-        sections = [item.name for item in fields(config) if item.name in changes]
-        return replace(config, **{name: replace(getattr(config, name), **changes[name]) for name in sections}, **own)
-    except (HydraException, OmegaConfBaseException, InputError, TypeError, ValueError) as fault:
-        raise UnplainError(str(fault)) from fault
+            section, _, field_name = key.rpartition(".")
+            is_literal_text = (
+                isinstance(value, str) and is_text_key(key) and value != _MISSING_MARKER
+            )
+            changes.setdefault(section, {})[field_name] = (
+                value if is_literal_text else _convert_argument(argument)
+            )
+        top_level_changes = changes.pop("", {})
+        changed_sections = [
+            config_field.name for config_field in fields(config) if config_field.name in changes
+        ]
+        return replace(
+            config,
+            **{name: replace(getattr(config, name), **changes[name]) for name in changed_sections},
+            **top_level_changes,
+        )
+    except (HydraException, OmegaConfBaseException, InputError, TypeError, ValueError) as error:
+        raise HydraRequiredError(str(error)) from error
 
 
-@lru_cache(_MOST_KEPT)
-def _convert(argument: str) -> Any:
+@lru_cache(_MAX_CACHED_VALUES)
+def _convert_argument(argument: str) -> Any:
     """Return the value that a composition would have for this argument."""
-    (prepared,) = prepare([argument])
-    override = _parser().parse_override(prepared)
+    (prepared_argument,) = prepare_arguments([argument])
+    override = _build_override_parser().parse_override(prepared_argument)
     key, value = argument.partition("=")[0], override.value()
-    if override.key_or_group != key or override.package is not None or override.is_sweep_override() or value == _MISSING:
-        raise UnplainError(argument)
-    OmegaConf.update(_schema(), key, value, merge=True)
-    found = OmegaConf.select(_schema(), key, throw_on_missing=True)
-    return OmegaConf.to_object(found) if isinstance(found, Container) else found
+    if (
+        override.key_or_group != key
+        or override.package is not None
+        or override.is_sweep_override()
+        or value == _MISSING_MARKER
+    ):
+        raise HydraRequiredError(argument)
+    OmegaConf.update(_build_typed_schema(), key, value, merge=True)
+    node = OmegaConf.select(_build_typed_schema(), key, throw_on_missing=True)
+    return OmegaConf.to_object(node) if isinstance(node, Container) else node
 
 
 @cache
-def _parser() -> OverridesParser:
+def _build_override_parser() -> OverridesParser:
     return OverridesParser.create()
 
 
 @cache
-def _schema() -> DictConfig:
+def _build_typed_schema() -> DictConfig:
     """Return typed nodes by key, whose values are of no matter."""
     return OmegaConf.structured(RunConfig)

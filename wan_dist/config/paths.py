@@ -2,18 +2,22 @@
 
 from pathlib import Path
 
-from wan_dist.runtime.environment import text_of
+from wan_dist.runtime.environment import read_text_variable
 
 
-def packaged(name: str, checkout: str) -> Path:
+def find_packaged_folder(name: str, checkout_name: str) -> Path:
     """Return the folder ``name`` that is in the package once it is installed; in a checkout it is ``checkout``, beside the package."""
-    package = Path(__file__).parents[1]
-    return package / name if (package / name).is_dir() else package.parent / checkout
+    package_folder = Path(__file__).parents[1]
+    return (
+        package_folder / name
+        if (package_folder / name).is_dir()
+        else package_folder.parent / checkout_name
+    )
 
 
-def user_cache() -> Path | None:
+def find_user_cache() -> Path | None:
     """Return the folder in the user's cache that is ours, None for a user without a home."""
     try:
-        return Path(text_of("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
+        return Path(read_text_variable("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
     except RuntimeError:
         return None

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan_dist.config.schema import leaf_fields
+from wan_dist.config.schema import list_settings
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.text_files import UnreadableError, read_text
+from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
 
-ALIASES = {
+KEY_ALIASES = {
     "name": "output.name",
     "steps": "sample.steps",
     "solver": "sample.solver",
@@ -22,17 +22,17 @@ ALIASES = {
 }
 """Short names that keys have in a file of jobs."""
 
-Entry = tuple[int, dict[str, object]]
+JobEntry = tuple[int, dict[str, object]]
 """A line, from 1, and what it sets."""
 
-_MOST_BYTES = 64 * 2**20
-_KINDS = "a prompt a line (.txt, .prompts or no suffix), JSON objects (.jsonl, .ndjson or .json) or a table (.csv or .tsv)"
-_HINTS = {
+_MAX_FILE_BYTES = 64 * 2**20
+_SUPPORTED_FORMATS = "a prompt a line (.txt, .prompts or no suffix), JSON objects (.jsonl, .ndjson or .json) or a table (.csv or .tsv)"
+_CONVERSION_HINTS = {
     "save it as .csv": (".xlsx", ".xls", ".xlsm", ".ods", ".numbers", ".parquet", ".feather"),
     "save it as plain text, .txt": (".docx", ".doc", ".odt", ".rtf", ".pages", ".pdf"),
     "unpack it": (".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".rar"),
 }
-_FOREIGN = {
+_FOREIGN_FORMATS = {
     "version https://git-lfs": "a Git LFS pointer: fetch the file with `git lfs pull`",
     "<!doctype html": "a page of HTML, as a failed download leaves: download it again",
     "<html": "a page of HTML, as a failed download leaves: download it again",
@@ -40,180 +40,256 @@ _FOREIGN = {
     "{\\rtf": "rich text (RTF): save it as plain text",
     "%pdf-": "a PDF: save it as plain text",
 }
-_JSON = re.compile(r'\[?\s*\{\s*"[^"]*"\s*:|[\[{]\s*\Z|\[\s*"[^"]*"\s*[,\]]\s*("|\Z)')
+_JSON_START_PATTERN = re.compile(r'\[?\s*\{\s*"[^"]*"\s*:|[\[{]\s*\Z|\[\s*"[^"]*"\s*[,\]]\s*("|\Z)')
 """How the first line of JSON begins, which few prompts do."""
-_NO_VALUE = ("NaN", "nan", "<NA>", "#N/A", "NaT")
+_NULL_CELLS = ("NaN", "nan", "<NA>", "#N/A", "NaT")
 """What programs write for an empty cell."""
-_MOST_DIGITS = 15
+_MAX_FLOAT_DIGITS = 15
 """Of a whole number that was written as a float: more are not kept exactly."""
 
 
-def read_entries(file: Path) -> Iterator[Entry]:
+def read_entries(file: Path) -> Iterator[JobEntry]:
     """Return the entries of a file; raises InputError, with the line, for what cannot be read, and for kinds that are not known."""
-    readers = {"": _prompts, ".txt": _prompts, ".prompts": _prompts, ".jsonl": _objects, ".ndjson": _objects, ".json": _array}
-    readers |= {".csv": _rows, ".tsv": _rows}
-    if (suffix := file.suffix.lower()) not in readers:
-        hint = next((hint for hint, suffixes in _HINTS.items() if suffix in suffixes), "save it as one of these, or rename it if it is one")
-        raise InputError(f"{file} cannot be read as a file of jobs: it is {suffix}, and taken are {_KINDS}; {hint}")
+    reader_by_suffix = {
+        "": _parse_prompts,
+        ".txt": _parse_prompts,
+        ".prompts": _parse_prompts,
+        ".jsonl": _parse_json_lines,
+        ".ndjson": _parse_json_lines,
+        ".json": _parse_json,
+    }
+    reader_by_suffix |= {".csv": _parse_table, ".tsv": _parse_table}
+    if (suffix := file.suffix.lower()) not in reader_by_suffix:
+        hint = next(
+            (hint for hint, suffixes in _CONVERSION_HINTS.items() if suffix in suffixes),
+            "save it as one of these, or rename it if it is one",
+        )
+        raise InputError(
+            f"{file} cannot be read as a file of jobs: it is {suffix}, and taken are {_SUPPORTED_FORMATS}; {hint}"
+        )
     try:
-        text = re.sub("^\ufeff", "", read_text(file, most=_MOST_BYTES), flags=re.MULTILINE)  # also of files put one after the other
-    except UnreadableError as fault:
-        raise InputError(f"{file} cannot be read as a file of jobs: {fault}") from None
-    begins = text[:100].lstrip().lower()
-    if foreign := next((what for sign, what in _FOREIGN.items() if begins.startswith(sign)), None):
-        raise InputError(f"{file} cannot be read as a file of jobs: it is {foreign}")
-    return readers[suffix](text, file)
+        text = re.sub(
+            "^\ufeff", "", read_text_file(file, max_bytes=_MAX_FILE_BYTES), flags=re.MULTILINE
+        )  # also of files put one after the other
+    except UnreadableFileError as error:
+        raise InputError(f"{file} cannot be read as a file of jobs: {error}") from None
+    text_start = text[:100].lstrip().lower()
+    if foreign_format := next(
+        (
+            format_name
+            for prefix, format_name in _FOREIGN_FORMATS.items()
+            if text_start.startswith(prefix)
+        ),
+        None,
+    ):
+        raise InputError(f"{file} cannot be read as a file of jobs: it is {foreign_format}")
+    return reader_by_suffix[suffix](text, file)
 
 
-def _prompts(text: str, file: Path) -> Iterator[Entry]:
+def _parse_prompts(text: str, file: Path) -> Iterator[JobEntry]:
     """Yield each line as a prompt as it stands; one that is ``@FILE.txt`` names the file that has it."""
-    first = next((line.strip() for line in text.split("\n") if line.strip()), "")
-    if kind := ".jsonl or .json" if _JSON.match(first) else ".csv" if _is_header(first) else None:
+    first_line = next((line.strip() for line in text.split("\n") if line.strip()), "")
+    if (
+        detected_format := ".jsonl or .json"
+        if _JSON_START_PATTERN.match(first_line)
+        else ".csv"
+        if _is_table_header(first_line)
+        else None
+    ):
         hint = 'a prompt that looks so can be written in .jsonl, as {"prompt": "..."}'
-        raise InputError(f"{file} is named as a prompt a line, but begins as a {kind} file does: {first[:60]}; rename it ({hint})")
-    for number, line in enumerate(text.split("\n"), 1):
+        raise InputError(
+            f"{file} is named as a prompt a line, but begins as a {detected_format} file does: {first_line[:60]}; rename it ({hint})"
+        )
+    for line_number, line in enumerate(text.split("\n"), 1):
         if prompt := line.strip():
-            is_plain_at = prompt.startswith("@") and not re.fullmatch(r"@[^@].*\.txt", prompt, re.IGNORECASE)
-            yield number, {"prompt": f"@{prompt}" if is_plain_at else prompt}
+            is_plain_at = prompt.startswith("@") and not re.fullmatch(
+                r"@[^@].*\.txt", prompt, re.IGNORECASE
+            )
+            yield line_number, {"prompt": f"@{prompt}" if is_plain_at else prompt}
 
 
-def _is_header(line: str) -> bool:
+def _is_table_header(line: str) -> bool:
     """Whether a line is the first of a table: two keys or more."""
-    keys = [key.strip(' "') for key in line.split(_delimiter_of(line))]
-    return len(keys) > 1 and all(key in ALIASES or key in leaf_fields() for key in keys)
+    keys = [key.strip(' "') for key in line.split(_detect_delimiter(line))]
+    return len(keys) > 1 and all(key in KEY_ALIASES or key in list_settings() for key in keys)
 
 
-def _objects(text: str, file: Path) -> Iterator[Entry]:
-    for number, line in enumerate(text.split("\n"), 1):
+def _parse_json_lines(text: str, file: Path) -> Iterator[JobEntry]:
+    for line_number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            entry = json.loads(line, object_pairs_hook=_once, parse_constant=_no_number)
-        except (ValueError, RecursionError) as fault:
-            hint = "; an array, or objects over several lines, are read from .json" if line.strip() in ("[", "{", "[{") else ""
-            raise InputError(f"{file}, line {number}: not JSON ({fault}){hint}") from None
-        yield number, _as_object(entry, file, number)
+            entry = json.loads(
+                line, object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constant
+            )
+        except (ValueError, RecursionError) as error:
+            hint = (
+                "; an array, or objects over several lines, are read from .json"
+                if line.strip() in ("[", "{", "[{")
+                else ""
+            )
+            raise InputError(f"{file}, line {line_number}: not JSON ({error}){hint}") from None
+        yield line_number, _convert_object(entry, file, line_number)
 
 
-def _array(text: str, file: Path) -> Iterator[Entry]:
+def _parse_json(text: str, file: Path) -> Iterator[JobEntry]:
     """Yield the objects of an array, or one object, or objects a line, as people also call .json."""
-    decoder = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_number)
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constant
+    )
     if not text.strip():
         return
     try:
         content = decoder.decode(text)
-    except json.JSONDecodeError as fault:
-        if fault.msg != "Extra data":
-            raise InputError(f"{file}, line {fault.lineno}: not JSON ({fault.msg}: column {fault.colno})") from None
-        yield from _objects(text, file)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise InputError(
+                f"{file}, line {error.lineno}: not JSON ({error.msg}: column {error.colno})"
+            ) from None
+        yield from _parse_json_lines(text, file)
         return
-    except (ValueError, RecursionError) as fault:
-        raise InputError(f"{file}: not JSON ({fault})") from None
-    counted, position, number = 0, text.index("[") + 1 if isinstance(content, list) else 0, 1
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}: not JSON ({error})") from None
+    counted_position, position, line_number = (
+        0,
+        text.index("[") + 1 if isinstance(content, list) else 0,
+        1,
+    )
     for entry in content if isinstance(content, list) else [content]:
-        position = next(place for place in range(position, len(text)) if text[place] not in " \t\n,")
-        number += text.count("\n", counted, position)
-        yield number, _as_object(entry, file, number)
-        counted, (_, position) = position, decoder.raw_decode(text, position)
+        position = next(
+            index for index in range(position, len(text)) if text[index] not in " \t\n,"
+        )
+        line_number += text.count("\n", counted_position, position)
+        yield line_number, _convert_object(entry, file, line_number)
+        counted_position, (_, position) = position, decoder.raw_decode(text, position)
 
 
-def _as_object(entry: object, file: Path, number: int) -> dict[str, object]:
+def _convert_object(entry: object, file: Path, line_number: int) -> dict[str, object]:
     if not isinstance(entry, dict):
-        raise InputError(f'{file}, line {number}: not an object of settings, such as {{"prompt": "two cats boxing", "seed": 7}}')
-    return {key: _whole(key, value) for key, value in entry.items() if value is not None or _may_be_null(key)}
+        raise InputError(
+            f'{file}, line {line_number}: not an object of settings, such as {{"prompt": "two cats boxing", "seed": 7}}'
+        )
+    return {
+        key: _convert_whole_number(key, value)
+        for key, value in entry.items()
+        if value is not None or _allows_null(key)
+    }
 
 
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    value_by_key = dict(pairs)
+    if len(value_by_key) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
-    return found
+    return value_by_key
 
 
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no number; leave the key out, or write null")
+def _reject_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is no number; leave the key out, or write null")
 
 
-def _rows(text: str, file: Path) -> Iterator[Entry]:
+def _parse_table(text: str, file: Path) -> Iterator[JobEntry]:
     """Yield the rows of a table as settings by the keys in its first one. The separator is the one found between the keys."""
-    first = next((line for line in text.split("\n") if line.strip()), "")
-    delimiter = _delimiter_of(first, is_tabbed=file.suffix.lower() == ".tsv")
-    if separator := re.fullmatch(r"""\s*"?sep=([^\w\s"']|\t)"?\s*""", first, re.IGNORECASE):  # Excel writes it before the keys
-        delimiter, text = separator[1], text.replace(first, "", 1)
+    first_line = next((line for line in text.split("\n") if line.strip()), "")
+    delimiter = _detect_delimiter(first_line, is_tabbed=file.suffix.lower() == ".tsv")
+    if separator_match := re.fullmatch(
+        r"""\s*"?sep=([^\w\s"']|\t)"?\s*""", first_line, re.IGNORECASE
+    ):  # Excel writes it before the keys
+        delimiter, text = separator_match[1], text.replace(first_line, "", 1)
     keys: list[str] = []
-    for number, row in _cells(text, file, delimiter):
+    for line_number, row in _split_table_rows(text, file, delimiter):
         if not any(cell.strip() for cell in row):
             continue
         if not keys:
-            keys = _keys(row, file, number)
+            keys = _read_table_keys(row, file, line_number)
             continue
         while len(row) > len(keys) and not row[-1].strip():
             del row[-1]
         row += [""] * sum(not key for key in keys[len(row) :])
         if len(row) != len(keys):
-            raise InputError(f"{file}, line {number}: {len(row)} values for the {len(keys)} keys of the first line")
-        found = {key: value for key, value in zip(keys, row, strict=True) if value.strip() and value.strip() not in _NO_VALUE}
-        if "" in found:
+            raise InputError(
+                f"{file}, line {line_number}: {len(row)} values for the {len(keys)} keys of the first line"
+            )
+        value_by_key = {
+            key: value
+            for key, value in zip(keys, row, strict=True)
+            if value.strip() and value.strip() not in _NULL_CELLS
+        }
+        if "" in value_by_key:
             hint = "a column with values needs a key in the first line (pandas: to_csv(..., index=False))"
-            raise InputError(f"{file}, line {number}: unknown key ''; {hint}")
-        yield number, {key: _value(key, value, delimiter) for key, value in found.items()}
+            raise InputError(f"{file}, line {line_number}: unknown key ''; {hint}")
+        yield (
+            line_number,
+            {key: _convert_cell(key, value, delimiter) for key, value in value_by_key.items()},
+        )
 
 
-def _cells(text: str, file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+def _split_table_rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows with the lines that they begin in."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         while True:
-            number = reader.line_num + 1
+            line_number = reader.line_num + 1
             row = next(reader, None)
             if row is None:
                 return
-            yield number, row
-    except csv.Error as fault:
-        raise InputError(f"{file}, line {reader.line_num}: not a table ({fault})") from None
+            yield line_number, row
+    except csv.Error as error:
+        raise InputError(f"{file}, line {reader.line_num}: not a table ({error})") from None
 
 
-def _delimiter_of(header: str, *, is_tabbed: bool = False) -> str:
+def _detect_delimiter(header: str, *, is_tabbed: bool = False) -> str:
     """Return what stands between the keys, which have none of these themselves."""
     return max("\t,;|" if is_tabbed else ",;\t|", key=header.count)
 
 
-def _keys(row: list[str], file: Path, number: int) -> list[str]:
+def _read_table_keys(row: list[str], file: Path, line_number: int) -> list[str]:
     """Return the keys of a table; empty columns have none."""
     keys = [key.strip() for key in row]
-    if twice := [key for key in keys if key and keys.count(key) > 1]:
-        raise InputError(f"{file}, line {number}: the key {twice[0]} is given twice")
+    if duplicate_keys := [key for key in keys if key and keys.count(key) > 1]:
+        raise InputError(f"{file}, line {line_number}: the key {duplicate_keys[0]} is given twice")
     return keys
 
 
-def _value(key: str, cell: str, delimiter: str) -> object:
-    if delimiter != "," and not _is_text(key) and re.fullmatch(r"\s*[+-]?[0-9]+,[0-9]+\s*", cell):
-        cell = cell.replace(",", ".")  # tables with other separators are from where numbers are written so
-    value = _whole(key, cell)
-    return int(value) if key == "seed" and isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value) else value
+def _convert_cell(key: str, cell: str, delimiter: str) -> object:
+    if (
+        delimiter != ","
+        and not _is_text_setting(key)
+        and re.fullmatch(r"\s*[+-]?[0-9]+,[0-9]+\s*", cell)
+    ):
+        cell = cell.replace(
+            ",", "."
+        )  # tables with other separators are from where numbers are written so
+    value = _convert_whole_number(key, cell)
+    return (
+        int(value)
+        if key == "seed" and isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value)
+        else value
+    )
 
 
-def _whole(key: str, value: object) -> object:
+def _convert_whole_number(key: str, value: object) -> object:
     """Return 42 for 42.0, as tables with empty cells have whole numbers; a digit that was lost is not made up."""
-    if _type_of(key) not in (int, int | None):
+    if _find_setting_type(key) not in (int, int | None):
         return value
-    if isinstance(value, float) and value.is_integer() and abs(value) < 10**_MOST_DIGITS:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 10**_MAX_FLOAT_DIGITS:
         return int(value)
-    if isinstance(value, str) and (found := re.fullmatch(rf"\s*([+-]?[0-9]{{1,{_MOST_DIGITS}}})\.0*\s*", value)):
-        return found[1]
+    if isinstance(value, str) and (
+        match := re.fullmatch(rf"\s*([+-]?[0-9]{{1,{_MAX_FLOAT_DIGITS}}})\.0*\s*", value)
+    ):
+        return match[1]
     return value
 
 
-def _type_of(key: str) -> object:
-    field = leaf_fields().get(ALIASES.get(key, key))
+def _find_setting_type(key: str) -> object:
+    field = list_settings().get(KEY_ALIASES.get(key, key))
     return None if field is None else field.type
 
 
-def _is_text(key: str) -> bool:
-    return _type_of(key) in (str, str | None)
+def _is_text_setting(key: str) -> bool:
+    return _find_setting_type(key) in (str, str | None)
 
 
-def _may_be_null(key: str) -> bool:
+def _allows_null(key: str) -> bool:
     """Whether null is a value of a key, or an error that is said elsewhere; of others it is an empty cell."""
-    return key == "task" or _type_of(key) not in (int, float, str, bool, Any)
+    return key == "task" or _find_setting_type(key) not in (int, float, str, bool, Any)

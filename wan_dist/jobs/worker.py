@@ -6,51 +6,62 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
-from wan_dist.jobs.events import Events
+from wan_dist.jobs.events import JobEvents
 from wan_dist.jobs.job_file import Job
-from wan_dist.jobs.run_log import Chronicle, add_sheet
-from wan_dist.output.locks import DONE, FAILED, Ledger
-from wan_dist.output.output_check import check_output, outcome_of
-from wan_dist.output.record import described
-from wan_dist.output.stage_report import Report
-from wan_dist.parallel.mesh import Groups, limit_waiting, make_groups, opened
-from wan_dist.parallel.shared_counters import Counts
-from wan_dist.parallel.shared_work import kind_of, text_of
-from wan_dist.parallel.team import RankError, Team
-from wan_dist.pipeline.denoise import Video, make_latents
-from wan_dist.pipeline.generate import begin, complete, complete_later, decode_first
-from wan_dist.pipeline.model_cache import Shelf
+from wan_dist.jobs.run_log import RunLog, add_contact_sheet
+from wan_dist.output.locks import DONE, FAILED, ResultLocks
+from wan_dist.output.output_check import check_output_folder, estimate_output
+from wan_dist.output.record import describe_video
+from wan_dist.output.stage_report import StageReport
+from wan_dist.parallel.mesh import (
+    ProcessGroups,
+    make_process_groups,
+    process_group_session,
+    set_group_timeout,
+)
+from wan_dist.parallel.shared_counters import SharedCounters
+from wan_dist.parallel.shared_work import classify_error, describe_error
+from wan_dist.parallel.team import Coordinator, RankError
+from wan_dist.pipeline.denoise import VideoInProgress, make_latents
+from wan_dist.pipeline.generate import (
+    decode_and_write,
+    decode_to_host,
+    prepare_video,
+    write_decoded_frames,
+)
+from wan_dist.pipeline.model_cache import ModelCache
 from wan_dist.pipeline.out_of_memory import free_memory
-from wan_dist.pipeline.resume import Kept, warn_of_older
+from wan_dist.pipeline.resume import ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
-from wan_dist.pipeline.text_embeddings import embed_ahead, share_texts
+from wan_dist.pipeline.text_embeddings import embed_prompts_ahead, share_prompt_embeddings
 from wan_dist.planning.plan import Plan, make_plan
-from wan_dist.planning.residency import experts_stay, frames_wait, models_stay
-from wan_dist.planning.workload import FLOAT
-from wan_dist.runtime.durations import duration
-from wan_dist.runtime.errors import InputError, told
-from wan_dist.runtime.log import announce_here, keep_log, logger
+from wan_dist.planning.residency import can_buffer_frames, can_keep_experts, can_keep_models
+from wan_dist.planning.workload import FLOAT_BYTES
+from wan_dist.runtime.durations import format_duration
+from wan_dist.runtime.errors import InputError, format_message
+from wan_dist.runtime.log import add_log_file, logger, show_announcements
 from wan_dist.sampling.solvers import make_solver
 
-_MOST_FAILURES = 10
+_MAX_CONSECUTIVE_FAILURES = 10
 """In a row, until a run is given up: something is wrong with more than the jobs."""
 
 
-_TEXTS = ".texts"
+_EMBEDDINGS_FOLDER = ".texts"
 """Folder of prompts' embeddings, in the output folder, which all replicas see."""
 
 
 @dataclass(frozen=True)
-class Item:
+class PlannedJob:
     """A job that has been checked."""
 
-    job: Job
+    source: Job
     config: RunConfig
     plan: Plan
     """Without the images, which are read again when it is made."""
@@ -61,315 +72,431 @@ class Item:
         return self.plan.name
 
     @property
-    def models(self) -> str:
+    def model_key(self) -> str:
         """What the models depend on that are loaded for it."""
         config = self.config
         return repr(
-            (config.task, config.ckpt_dir, config.dit_file, config.dtype, config.quant, config.attention, config.memory, config.fsdp)
+            (
+                config.task,
+                config.ckpt_dir,
+                config.dit_file,
+                config.dtype,
+                config.quant,
+                config.attention,
+                config.memory,
+                config.fsdp,
+            )
         )
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def video_shape(self) -> tuple[int, ...]:
         """What kernels may be compiled for."""
         return (self.plan.width, self.plan.height, self.plan.frame_num)
 
-    def planned(self) -> Plan:
+    def make_plan_with_images(self) -> Plan:
         """Return the plan with its images."""
-        has_images = any(file is not None for file in (self.config.image, self.config.first_frame, self.config.last_frame))
+        has_images = any(
+            file is not None
+            for file in (self.config.image, self.config.first_frame, self.config.last_frame)
+        )
         return make_plan(self.config, is_job=True) if has_images else self.plan
 
 
-def in_order(items: Iterable[Item]) -> list[Item]:
+def sort_by_model(jobs: Iterable[PlannedJob]) -> list[PlannedJob]:
     """Return jobs of the same models together, and among them those of the same shape, each in the order they are in."""
-    models: dict[str, dict[tuple[int, ...], list[Item]]] = {}
-    for item in items:
-        models.setdefault(item.models, {}).setdefault(item.shape, []).append(item)
-    return [item for shapes in models.values() for together in shapes.values() for item in together]
+    jobs_by_model: dict[str, dict[tuple[int, ...], list[PlannedJob]]] = {}
+    for job in jobs:
+        jobs_by_model.setdefault(job.model_key, {}).setdefault(job.video_shape, []).append(job)
+    return [
+        job
+        for jobs_by_shape in jobs_by_model.values()
+        for same_shape_jobs in jobs_by_shape.values()
+        for job in same_shape_jobs
+    ]
 
 
 @torch.no_grad()
-def run_jobs(config: RunConfig, items: Sequence[Item], arguments: Sequence[str], team: Team) -> int:
+def run_jobs(
+    config: RunConfig,
+    jobs: Sequence[PlannedJob],
+    arguments: Sequence[str],
+    coordinator: Coordinator,
+) -> int:
     """Make all jobs that are not done, and return the exit code: 1 if some have failed.
 
     ``config`` is the run's own, without a job's, ``arguments`` are those of its command. Raises InputError for what is wrong with a
     checkpoint or the output folder, before weights are read.
     """
     device = find_device(config)
-    groups = make_groups(items[0].plan.degrees, team, device, config.parallel.timeout)
-    run_id = team.share(lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", "begin")
-    batch = Batch(config, in_order(items), groups, device, run_id, arguments)
+    groups = make_process_groups(jobs[0].plan.degrees, coordinator, device, config.parallel.timeout)
+    run_id = coordinator.run_on_first_rank(
+        lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", "begin"
+    )
+    job_worker = JobWorker(config, sort_by_model(jobs), groups, device, run_id, arguments)
     try:
-        return batch.run()
+        return job_worker.run()
     finally:
-        batch.close()
+        job_worker.close()
 
 
 @dataclass
-class Batch:
+class JobWorker:
     """A run of jobs, on one rank."""
 
     config: RunConfig
-    items: list[Item]
-    groups: Groups
+    jobs: list[PlannedJob]
+    groups: ProcessGroups
     device: torch.device
     run_id: str
     arguments: Sequence[str]
-    began: float = field(default_factory=time.time)
+    start_time: float = field(default_factory=time.time)
     sessions: dict[str, Session] = field(default_factory=dict)
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    failures_in_a_row: int = 0
-    pending: Future[None] | None = None
+    write_executor: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    num_consecutive_failures: int = 0
+    pending_write: Future[None] | None = None
     """The video that is written while the next one is denoised."""
 
     def __post_init__(self) -> None:
         self.folder = Path(self.config.output.dir).expanduser()
         self.is_first = self.groups.replica.rank == 0
-        self.team = self.groups.team
-        self.counts = Counts(self.team)
-        self.report = Report(self.config, self.device)
-        self.ledger = Ledger(self.folder)
+        self.coordinator = self.groups.coordinator
+        self.counters = SharedCounters(self.coordinator)
+        self.report = StageReport(self.config, self.device)
+        self.locks = ResultLocks(self.folder)
 
     def run(self) -> int:
         """Make the jobs; see `run_jobs`."""
         if self.groups.rank == 0:
-            check_output(self.folder, [outcome_of(item.plan, keeps_tensor=item.config.output.save_tensor) for item in self.items])
-            warn_of_older(self.folder)
+            check_output_folder(
+                self.folder,
+                [
+                    estimate_output(job.plan, saves_tensor=job.config.output.save_tensor)
+                    for job in self.jobs
+                ],
+            )
+            warn_about_old_states(self.folder)
         self._open_sessions()
-        if self.team.num_ranks > 1:
-            keep_log(self.folder / "logs" / self.run_id)
+        if self.coordinator.num_ranks > 1:
+            add_log_file(self.folder / "logs" / self.run_id)
         if self.is_first:
-            announce_here()
-        self._check_folder()
-        before = self.team.share(self._before, "look for what is done")
-        is_open = {None, FAILED} if self.config.retry_failed else {None}
-        todo = [item for item, outcome in zip(self.items, before, strict=True) if outcome in is_open]
-        self._say_what_is_left(before, len(todo))
-        self.chronicle = Chronicle(self.folder, self.run_id, self.arguments, self.team.num_ranks, len(todo), self.report.stages)
-        self.events = Events(self.config.output.events, len(todo), self.counts)
-        failed_before = 0 if self.config.retry_failed else before.count(FAILED)
-        if not todo:
-            return self._conclude(failed_before)
-        with opened(self.groups):
-            limit_waiting(self.groups, self.config.parallel.load_timeout)
-            self._prepare(todo)
-            limit_waiting(self.groups, self.config.parallel.timeout)
+            show_announcements()
+        self._check_shared_folder()
+        outcomes = self.coordinator.run_on_first_rank(
+            self._read_all_outcomes, "look for what is done"
+        )
+        remaining_outcomes = {None, FAILED} if self.config.retry_failed else {None}
+        remaining_jobs = [
+            job
+            for job, outcome in zip(self.jobs, outcomes, strict=True)
+            if outcome in remaining_outcomes
+        ]
+        self._log_remaining_jobs(outcomes, len(remaining_jobs))
+        self.run_log = RunLog(
+            self.folder,
+            self.run_id,
+            self.arguments,
+            self.coordinator.num_ranks,
+            len(remaining_jobs),
+            self.report.stages,
+        )
+        self.events = JobEvents(self.config.output.events, len(remaining_jobs), self.counters)
+        num_failed_before = 0 if self.config.retry_failed else outcomes.count(FAILED)
+        if not remaining_jobs:
+            return self._summarize_run(num_failed_before)
+        with process_group_session(self.groups):
+            set_group_timeout(self.groups, self.config.parallel.load_timeout)
+            self._prepare_sessions(remaining_jobs)
+            set_group_timeout(self.groups, self.config.parallel.timeout)
             try:
-                while (item := self._next(todo)) is not None:
-                    self._make(item)
-                self._settle()
-                self._await_others()
+                while (job := self._take_next_job(remaining_jobs)) is not None:
+                    self._make_video(job)
+                self._wait_for_write()
+                self._wait_for_replicas()
             finally:
                 if self.groups.rank == 0:
-                    self.chronicle.write(self.events.standing(), ended=True)
-        return self._conclude(failed_before)
+                    self.run_log.write_page(self.events.compute_progress(), has_ended=True)
+        return self._summarize_run(num_failed_before)
 
-    def _await_others(self) -> None:
+    def _wait_for_replicas(self) -> None:
         """Have the first rank wait for all replicas: it says how the run went."""
         if self.is_first:
-            self.counts.add("ended")
+            self.counters.add("ended")
         if self.groups.rank == 0:
-            firsts = range(0, self.team.num_ranks, self.groups.replica.size)
-            self.team.wait(lambda: self.counts["ended"] == self.groups.dp.size, "make their jobs", firsts)
+            first_ranks = range(0, self.coordinator.num_ranks, self.groups.replica.size)
+            self.coordinator.wait_until(
+                lambda: self.counters["ended"] == self.groups.dp.size,
+                "make their jobs",
+                first_ranks,
+            )
 
-    def _check_folder(self) -> None:
+    def _check_shared_folder(self) -> None:
         """Raise InputError if a replica does not see the first rank's folder: its jobs would all fail, or be made twice."""
         if self.groups.rank == 0:
-            self.ledger.lock_probe()
-        hosts = self.team.gather(socket.gethostname(), "open the output folder")
-        if self.is_first and not self.ledger.is_seen():
+            self.locks.acquire_probe()
+        hosts = self.coordinator.gather(socket.gethostname(), "open the output folder")
+        if self.is_first and not self.locks.is_visible():
             raise InputError(
                 f"output.dir={self.folder} of the first rank is not seen on {socket.gethostname()}; take one that all nodes share"
             )
         is_first_of_host = hosts.index(hosts[self.groups.rank]) == self.groups.rank
-        if self.groups.rank and is_first_of_host and self.ledger.lock_probe():
-            logger.warning("%s: locks hold on one node only: let no second run use it at the same time", self.folder)
-        self.team.gather(None, "try the output folder's locks")
-        self.ledger.unlock_probe()
+        if self.groups.rank and is_first_of_host and self.locks.acquire_probe():
+            logger.warning(
+                "%s: locks hold on one node only: let no second run use it at the same time",
+                self.folder,
+            )
+        self.coordinator.gather(None, "try the output folder's locks")
+        self.locks.release_probe()
 
     def close(self) -> None:
         """Wait for the video that is being written, if any."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        self.ledger.close()
+        self.write_executor.shutdown(wait=True, cancel_futures=True)
+        self.locks.close()
 
     def _open_sessions(self) -> None:
-        for item in self.items:
-            if item.models not in self.sessions:
-                with self.report.stage("check", f"{item.config.task}, output {self.folder}"):
-                    session = open_session(item.config, item.plan, self.groups, self.device)
-                    session.shelf = Shelf(keeps=True)
-                    self.sessions[item.models] = session
+        for job in self.jobs:
+            if job.model_key not in self.sessions:
+                with self.report.measure_stage("check", f"{job.config.task}, output {self.folder}"):
+                    session = open_session(job.config, job.plan, self.groups, self.device)
+                    session.model_cache = ModelCache(is_persistent=True)
+                    self.sessions[job.model_key] = session
 
-    def _kept(self, item: Item) -> Kept:
-        return Kept(self.folder, item.config, item.plan, self.sessions[item.models].digests, is_job=True, ledger=self.ledger)
+    def _make_resume_state(self, job: PlannedJob) -> ResumeState:
+        return ResumeState(
+            self.folder,
+            job.config,
+            job.plan,
+            self.sessions[job.model_key].weights_digests,
+            is_job=True,
+            locks=self.locks,
+        )
 
-    def _outcome(self, item: Item) -> str | None:
+    def _read_outcome(self, job: PlannedJob) -> str | None:
         """Return what has become of a job in earlier runs."""
         try:
-            return self.ledger.outcome(item.name, self._kept(item).digest)
+            return self.locks.read_outcome(job.name, self._make_resume_state(job).result_digest)
         except InputError:  # an image is gone: it fails when it is to be made
             return None
 
-    def _before(self) -> list[str | None]:
+    def _read_all_outcomes(self) -> list[str | None]:
         """Return what has become of each job in earlier runs."""
-        found = [self._outcome(item) for item in self.items]
-        if self.ledger.num_older:
-            logger.info("note      %d records are of an earlier version of wan-dist: their jobs are made again", self.ledger.num_older)
-        return found
+        outcomes = [self._read_outcome(job) for job in self.jobs]
+        if self.locks.num_older_records:
+            logger.info(
+                "note      %d records are of an earlier version of wan-dist: their jobs are made again",
+                self.locks.num_older_records,
+            )
+        return outcomes
 
-    def _say_what_is_left(self, before: Sequence[str | None], num_left: int) -> None:
-        parts = [f"{before.count(DONE)} done before"] if DONE in before else []
-        if FAILED in before:
-            hint = "made again" if self.config.retry_failed else "retry_failed=true makes them again"
-            parts.append(f"{before.count(FAILED)} failed before ({hint})")
-        dp, size = self.groups.dp.size, self.groups.replica.size
-        how = f" on {dp} replicas of {size} rank{'s' if size > 1 else ''}" if dp > 1 else f" on {size} ranks" if size > 1 else ""
-        logger.info("jobs      %d: %s", len(before), ", ".join([*parts, f"{num_left} to make{how}"]))
+    def _log_remaining_jobs(self, outcomes: Sequence[str | None], num_remaining: int) -> None:
+        parts = [f"{outcomes.count(DONE)} done before"] if DONE in outcomes else []
+        if FAILED in outcomes:
+            hint = (
+                "made again" if self.config.retry_failed else "retry_failed=true makes them again"
+            )
+            parts.append(f"{outcomes.count(FAILED)} failed before ({hint})")
+        num_replicas, replica_size = self.groups.dp.size, self.groups.replica.size
+        replicas_text = (
+            f" on {num_replicas} replicas of {replica_size} rank{'s' if replica_size > 1 else ''}"
+            if num_replicas > 1
+            else f" on {replica_size} ranks"
+            if replica_size > 1
+            else ""
+        )
+        logger.info(
+            "jobs      %d: %s",
+            len(outcomes),
+            ", ".join([*parts, f"{num_remaining} to make{replicas_text}"]),
+        )
 
-    def _prepare(self, todo: Sequence[Item]) -> None:
+    def _prepare_sessions(self, remaining_jobs: Sequence[PlannedJob]) -> None:
         """Find out what models may stay, and embed all texts: each replica its share."""
-        for models, session in self.sessions.items():
-            items = [item for item in todo if item.models == models and item.config.latents is None]
-            if not items:
+        for model_key, session in self.sessions.items():
+            jobs = [
+                job
+                for job in remaining_jobs
+                if job.model_key == model_key and job.config.latents is None
+            ]
+            if not jobs:
                 continue
-            largest = max(items, key=lambda item: item.plan.num_tokens)
-            session.shelf.keeps = False
-            plan = session.arrange(largest.plan, largest.config, quiet=True)
-            session.keeps_experts = experts_stay(plan)
-            session.shelf.keeps = models_stay(plan)
-            plan = session.arrange(largest.plan, largest.config)
-            self.chronicle.plans.append(plan)
-            session.has_room_for_frames = frames_wait(plan, FLOAT if any(item.config.output.save_tensor for item in items) else 1)
-            session.times = tuple(dict.fromkeys(time for item in items for time in _times(item)))
-            texts = sorted({text for item in items for text in (item.plan.prompt, item.plan.negative_prompt) if text is not None})
-            share = texts[self.groups.dp.rank :: self.groups.dp.size]
-            session.together(lambda: embed_ahead(session, largest.config, plan, share, self.report), "encode the prompts")  # noqa: B023
-            share_texts(session, texts, self.folder / _TEXTS)
+            largest_job = max(jobs, key=lambda job: job.plan.num_tokens)
+            session.model_cache.is_persistent = False
+            plan = session.plan_memory(largest_job.plan, largest_job.config, quiet=True)
+            session.keeps_both_experts = can_keep_experts(plan)
+            session.model_cache.is_persistent = can_keep_models(plan)
+            plan = session.plan_memory(largest_job.plan, largest_job.config)
+            self.run_log.plans.append(plan)
+            session.has_memory_for_frames = can_buffer_frames(
+                plan, FLOAT_BYTES if any(job.config.output.save_tensor for job in jobs) else 1
+            )
+            session.possible_timesteps = tuple(
+                dict.fromkeys(timestep for job in jobs for timestep in _list_timesteps(job))
+            )
+            texts = sorted(
+                {
+                    text
+                    for job in jobs
+                    for text in (job.plan.prompt, job.plan.negative_prompt)
+                    if text is not None
+                }
+            )
+            text_shard = texts[self.groups.dp.rank :: self.groups.dp.size]
+            embed = partial(
+                embed_prompts_ahead, session, largest_job.config, plan, text_shard, self.report
+            )
+            session.run_together(embed, "encode the prompts")
+            share_prompt_embeddings(session, texts, self.folder / _EMBEDDINGS_FOLDER)
 
-    def _next(self, todo: Sequence[Item]) -> Item | None:
+    def _take_next_job(self, remaining_jobs: Sequence[PlannedJob]) -> PlannedJob | None:
         """Return the next job that nobody is at, None after the last; the same on all ranks of the replica."""
-        index = self.groups.share(lambda: self._take(todo), "take the next job")
-        return None if index is None else todo[index]
+        index = self.groups.run_on_first_rank(
+            lambda: self._lock_next_job(remaining_jobs), "take the next job"
+        )
+        return None if index is None else remaining_jobs[index]
 
-    def _take(self, todo: Sequence[Item]) -> int | None:
-        while (index := self.counts.add("next") - 1) < len(todo):
-            item = todo[index]
-            if self.ledger.lock(item.name):
-                if self._outcome(item) != DONE:
+    def _lock_next_job(self, remaining_jobs: Sequence[PlannedJob]) -> int | None:
+        while (index := self.counters.add("next") - 1) < len(remaining_jobs):
+            job = remaining_jobs[index]
+            if self.locks.acquire(job.name):
+                if self._read_outcome(job) != DONE:
                     return index
-                self.ledger.unlock(item.name)
-            self.counts.add("elsewhere")  # another run is at it, or has made it meanwhile
+                self.locks.release(job.name)
+            self.counters.add("elsewhere")  # another run is at it, or has made it meanwhile
         return None
 
-    def _make(self, item: Item) -> None:
+    def _make_video(self, job: PlannedJob) -> None:
         """Make one job; what goes wrong with it alone ends in its record, the same on all ranks of the replica."""
-        session = self.sessions[item.models]
-        for models, other in self.sessions.items():
-            if models != item.models:
-                other.shelf.clear()
-        report = Report(item.config, self.device, quiet=True)
-        report.facts |= described(item.config, item.plan) | {"run": self.run_id, "job": {"file": str(item.job.file), "line": item.job.line}}
-        report.facts["rank"] = self.groups.rank
+        session = self.sessions[job.model_key]
+        for model_key, other_session in self.sessions.items():
+            if model_key != job.model_key:
+                other_session.model_cache.clear()
+        report = StageReport(job.config, self.device, quiet=True)
+        report.metadata |= describe_video(job.config, job.plan) | {
+            "run": self.run_id,
+            "job": {"file": str(job.source.file), "line": job.source.line},
+        }
+        report.metadata["rank"] = self.groups.rank
         if self.is_first:
-            self.events.tell("begun", job=item.name, line=item.job.line)
-        if not session.has_room_for_frames:
-            self._settle()
+            self.events.write_event("begun", job=job.name, line=job.source.line)
+        if not session.has_memory_for_frames:
+            self._wait_for_write()
         frames: list[Tensor] = []
         try:
-            video = self._begin(item, session, report)
+            video = self._start_video(job, session, report)
             latents = make_latents(video)
-            if session.has_room_for_frames:
-                frames = decode_first(video, latents)
+            if session.has_memory_for_frames:
+                frames = decode_to_host(video, latents)
             else:
-                complete(video, latents)
-        except Exception as fault:
-            self._settle()
-            self._failed(item, report, fault)
+                decode_and_write(video, latents)
+        except Exception as error:
+            self._wait_for_write()
+            self._record_failure(job, report, error)
             return
-        if not (self.is_first and session.has_room_for_frames):
-            self.failures_in_a_row = 0
-        self._settle()
-        if self.is_first and session.has_room_for_frames:
-            self.pending = self.pool.submit(self._write, item, video, latents, frames)
+        if not (self.is_first and session.has_memory_for_frames):
+            self.num_consecutive_failures = 0
+        self._wait_for_write()
+        if self.is_first and session.has_memory_for_frames:
+            self.pending_write = self.write_executor.submit(
+                self._write_video, job, video, latents, frames
+            )
         elif self.is_first:
-            self._done(item, video)
+            self._finish_job(job, video)
 
-    def _begin(self, item: Item, session: Session, report: Report) -> Video:
-        def plan() -> Kept:
-            kept = self._kept(item)
-            kept.plan = item.planned()
+    def _start_video(
+        self, job: PlannedJob, session: Session, report: StageReport
+    ) -> VideoInProgress:
+        def read_resume_state() -> ResumeState:
+            resume_state = self._make_resume_state(job)
+            resume_state.plan = job.make_plan_with_images()
             if self.is_first:
-                report.facts["digest"] = kept.digest
-            return kept
+                report.metadata["digest"] = resume_state.result_digest
+            return resume_state
 
-        kept = session.together(plan, "read the job's images")
-        return begin(session, item.config, kept.plan, report, kept, quiet=True)
+        resume_state = session.run_together(read_resume_state, "read the job's images")
+        return prepare_video(
+            session, job.config, resume_state.plan, report, resume_state, quiet=True
+        )
 
-    def _settle(self) -> None:
+    def _wait_for_write(self) -> None:
         """Wait for the video that is being written; raises what should end the run."""
-        if self.pending is not None:
-            pending, self.pending = self.pending, None
-            pending.result()
+        if self.pending_write is not None:
+            pending_write, self.pending_write = self.pending_write, None
+            pending_write.result()
 
-    def _write(self, item: Item, video: Video, latents: Tensor, frames: Sequence[Tensor]) -> None:
+    def _write_video(
+        self, job: PlannedJob, video: VideoInProgress, latents: Tensor, frames: Sequence[Tensor]
+    ) -> None:
         """Write a video that is decoded, in a thread of its own: encoding it may take longer than decoding, and no GPU."""
         try:
-            complete_later(video, latents, frames)
-        except Exception as fault:
-            self._failed(item, video.report, fault)
+            write_decoded_frames(video, latents, frames)
+        except Exception as error:
+            self._record_failure(job, video.report, error)
         else:
-            self.failures_in_a_row = 0
-            self._done(item, video)
+            self.num_consecutive_failures = 0
+            self._finish_job(job, video)
 
-    def _done(self, item: Item, video: Video) -> None:
-        add_sheet(video.result, video.plan.frame_num)
-        self.ledger.unlock(item.name)
-        self.counts.add("done")
-        facts = video.report.facts
-        seconds = round(time.time() - facts["began"], 1)
-        each = f" ({facts['step_seconds']:.2f} s/it)" if "step_seconds" in facts else ""
-        self.events.announce(f"{item.name}: {duration(seconds)}{each}")
-        self.events.tell("done", job=item.name, line=item.job.line, file=str(video.result), seconds=seconds)
+    def _finish_job(self, job: PlannedJob, video: VideoInProgress) -> None:
+        add_contact_sheet(video.result_file, video.plan.frame_num)
+        self.locks.release(job.name)
+        self.counters.add("done")
+        metadata = video.report.metadata
+        seconds = round(time.time() - metadata["began"], 1)
+        step_text = f" ({metadata['step_seconds']:.2f} s/it)" if "step_seconds" in metadata else ""
+        self.events.announce_job(f"{job.name}: {format_duration(seconds)}{step_text}")
+        self.events.write_event(
+            "done", job=job.name, line=job.source.line, file=str(video.result_file), seconds=seconds
+        )
         if self.groups.rank == 0:
-            self.chronicle.write(self.events.standing())
+            self.run_log.write_page(self.events.compute_progress())
 
-    def _failed(self, item: Item, report: Report, fault: Exception) -> None:
+    def _record_failure(self, job: PlannedJob, report: StageReport, error: Exception) -> None:
         """Write the error into the job's record; raises it if the other jobs would meet it too."""
-        if not isinstance(fault, InputError):
-            self.failures_in_a_row += 1
-        is_final = isinstance(fault, RankError) and fault.is_final
-        if is_final or kind_of(fault) == "machine" or self.failures_in_a_row == _MOST_FAILURES:
-            if self.failures_in_a_row == _MOST_FAILURES:
-                fault.add_note(f"the last of {_MOST_FAILURES} jobs that failed one after the other")
-            raise fault
+        if not isinstance(error, InputError):
+            self.num_consecutive_failures += 1
+        is_final = isinstance(error, RankError) and error.is_final
+        if (
+            is_final
+            or classify_error(error) == "machine"
+            or self.num_consecutive_failures == _MAX_CONSECUTIVE_FAILURES
+        ):
+            if self.num_consecutive_failures == _MAX_CONSECUTIVE_FAILURES:
+                error.add_note(
+                    f"the last of {_MAX_CONSECUTIVE_FAILURES} jobs that failed one after the other"
+                )
+            raise error
         if not self.is_first:
             free_memory()
             return
-        message = told(text_of(fault))
-        report.facts |= {"status": FAILED, "error": message}
-        report.save(self.folder / f"{item.name}.json")
-        self.ledger.unlock(item.name)
-        self.counts.add("failed")
-        logger.debug("%s", item.name, exc_info=fault)
-        self.events.announce(f"{item.name} of {item.job.place} FAILED: {message}")
-        self.events.tell("failed", job=item.name, line=item.job.line, error=message)
+        message = format_message(describe_error(error))
+        report.metadata |= {"status": FAILED, "error": message}
+        report.save(self.folder / f"{job.name}.json")
+        self.locks.release(job.name)
+        self.counters.add("failed")
+        logger.debug("%s", job.name, exc_info=error)
+        self.events.announce_job(f"{job.name} of {job.source.location} FAILED: {message}")
+        self.events.write_event("failed", job=job.name, line=job.source.line, error=message)
         free_memory()
 
-    def _conclude(self, failed_before: int) -> int:
+    def _summarize_run(self, num_failed_before: int) -> int:
         """Say how it went."""
-        standing = self.events.standing()
-        failed, elsewhere = (standing["failed"] or 0) + failed_before, self.counts["elsewhere"]
+        progress = self.events.compute_progress()
+        num_failed, num_elsewhere = (
+            (progress["failed"] or 0) + num_failed_before,
+            self.counters["elsewhere"],
+        )
         if self.groups.rank != 0:
             return 0
-        parts = [f"{standing['done']} made in {duration(time.time() - self.began)}"]
-        parts += [f"{failed} failed; their records say why"] if failed else []
-        parts += [f"{elsewhere} left to another run on the same folder"] if elsewhere else []
+        parts = [f"{progress['done']} made in {format_duration(time.time() - self.start_time)}"]
+        parts += [f"{num_failed} failed; their records say why"] if num_failed else []
+        parts += (
+            [f"{num_elsewhere} left to another run on the same folder"] if num_elsewhere else []
+        )
         logger.info("jobs      %s", ", ".join(parts))
-        self.events.tell("ended")
-        return 1 if failed else 0
+        self.events.write_event("ended")
+        return 1 if num_failed else 0
 
 
-def _times(item: Item) -> list[tuple[int, bool]]:
+def _list_timesteps(job: PlannedJob) -> list[tuple[int, bool]]:
     """Return a job's timesteps, and whether with a known first frame."""
-    has_known = item.plan.task.known_first_frame and item.config.image is not None
-    solver = make_solver(item.config.sample.solver, item.config.sample.steps, item.plan.shift)
-    return [(timestep, has_known) for timestep in solver.timesteps]
+    has_known_frame = job.plan.task.has_fixed_first_frame and job.config.image is not None
+    solver = make_solver(job.config.sample.solver, job.config.sample.steps, job.plan.shift)
+    return [(timestep, has_known_frame) for timestep in solver.timesteps]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels.transformer_ops import rms_norm
-from wan_dist.models.transformer import ContextKV, Norm
+from wan_dist.models.transformer import ContextKV, NormParameters
 
 
 class ImageEmbedding(nn.Module):
@@ -23,9 +23,17 @@ class ImageEmbedding(nn.Module):
         super().__init__()
         width = dims.image_dim
         self.proj = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, width), nn.GELU(), nn.Linear(width, dims.dim), nn.LayerNorm(dims.dim)
+            nn.LayerNorm(width),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, dims.dim),
+            nn.LayerNorm(dims.dim),
         )
-        self.emb_pos = nn.Parameter(torch.zeros(1, dims.image_positions, width)) if dims.image_positions else None
+        self.emb_pos = (
+            nn.Parameter(torch.zeros(1, dims.image_positions, width))
+            if dims.image_positions
+            else None
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         """features (n, 257, image_dim) of n images -> (1, 257 n, D)."""
@@ -33,7 +41,7 @@ class ImageEmbedding(nn.Module):
         return self.proj(features if self.emb_pos is None else features + self.emb_pos)
 
 
-class KeyValues(nn.Module):
+class KeyValueProjection(nn.Module):
     """One block's projections to k and v, with RMSNorm over the whole width of k."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
@@ -41,17 +49,21 @@ class KeyValues(nn.Module):
         self.num_heads = dims.num_heads
         self.eps = dims.eps
         self.kv = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
-        self.norm_k = Norm(dims.dim, bias=False)
+        self.norm_k = NormParameters(dims.dim, bias=False)
         if dims.image_dim:
             self.kv_img = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
-            self.norm_k_img = Norm(dims.dim, bias=False)
+            self.norm_k_img = NormParameters(dims.dim, bias=False)
 
-    def forward(self, texts: Sequence[Tensor], image: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    def forward(
+        self, texts: Sequence[Tensor], image: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Return k and v (2, B, n, H, D / H) of each embedded text (B, n, D), and of the embedded images."""
-        keys_values = [self._keys_values(self.kv(text), self.norm_k) for text in texts]
-        return keys_values, None if image is None else self._keys_values(self.kv_img(image), self.norm_k_img)
+        keys_values = [self._normalize_keys_values(self.kv(text), self.norm_k) for text in texts]
+        return keys_values, None if image is None else self._normalize_keys_values(
+            self.kv_img(image), self.norm_k_img
+        )
 
-    def _keys_values(self, kv: Tensor, norm: Norm) -> Tensor:
+    def _normalize_keys_values(self, kv: Tensor, norm: NormParameters) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
         k = rms_norm(k, norm.weight, self.eps).to(kv.dtype)
         return torch.stack([k, v]).unflatten(-1, (self.num_heads, -1))
@@ -62,12 +74,14 @@ class ContextBlock(nn.Module):
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
         super().__init__()
-        self.cross_attn = KeyValues(dims, dtype)
+        self.cross_attn = KeyValueProjection(dims, dtype)
 
-    def forward(self, texts: Sequence[Tensor], image: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+    def forward(
+        self, texts: Sequence[Tensor], image: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """See `KeyValues.forward`."""
-        found: tuple[list[Tensor], Tensor | None] = self.cross_attn(texts, image)
-        return found
+        keys_values: tuple[list[Tensor], Tensor | None] = self.cross_attn(texts, image)
+        return keys_values
 
 
 class ContextProjection(nn.Module):
@@ -84,26 +98,41 @@ class ContextProjection(nn.Module):
         )
         if dims.image_dim:
             self.img_emb = ImageEmbedding(dims)
-        self.indices = list(range(dims.num_layers))
-        self.blocks = nn.ModuleDict({str(index): ContextBlock(dims, dtype) for index in self.indices})
+        self.block_indices = list(range(dims.num_layers))
+        self.blocks = nn.ModuleDict(
+            {str(index): ContextBlock(dims, dtype) for index in self.block_indices}
+        )
 
-    def keep(self, indices: Iterable[int]) -> None:
+    def select_blocks(self, indices: Iterable[int]) -> None:
         """Drop all blocks but these, which may be named twice; the result is then of these, in this order."""
-        self.indices = list(indices)
-        self.blocks = nn.ModuleDict({str(index): self.blocks[str(index)] for index in self.indices})
+        self.block_indices = list(indices)
+        self.blocks = nn.ModuleDict(
+            {str(index): self.blocks[str(index)] for index in self.block_indices}
+        )
 
-    def forward(self, prompts: Sequence[Tensor], image_features: Tensor | None = None) -> list[ContextKV]:
+    def forward(
+        self, prompts: Sequence[Tensor], image_features: Tensor | None = None
+    ) -> list[ContextKV]:
         """Return every block's k and v of each prompt, and those of the images, which all prompts share.
 
         prompts (tokens, text_dim), at most 512 tokens each; image_features (n, 257, image_dim) of n images where the model looks at
         images. Rows of zeros follow a text up to 512, and ARE attended to: the published weights were trained so.
         """
         image = None if image_features is None else self.img_emb(image_features).to(self.dtype)
-        texts = []
+        embedded_texts = []
         for prompt in prompts:
             is_padded = prompt.shape[0] < self.text_len
-            texts.append(self.text_embedding(F.pad(prompt.to(self.dtype), (0, 0, 0, int(is_padded))).unsqueeze(0)))  # (1, n + 1, D)
-        of_blocks = {index: block(texts, image) for index, block in self.blocks.items()}
-        found = [of_blocks[str(index)] for index in self.indices]
-        image_kv = None if image is None else torch.stack([cast(Tensor, block[1]) for block in found])
-        return [ContextKV(torch.stack([block[0][number] for block in found]), image_kv) for number in range(len(texts))]
+            embedded_texts.append(
+                self.text_embedding(
+                    F.pad(prompt.to(self.dtype), (0, 0, 0, int(is_padded))).unsqueeze(0)
+                )
+            )  # (1, n + 1, D)
+        kv_by_block = {index: block(embedded_texts, image) for index, block in self.blocks.items()}
+        block_kvs = [kv_by_block[str(index)] for index in self.block_indices]
+        image_kv = (
+            None if image is None else torch.stack([cast(Tensor, block[1]) for block in block_kvs])
+        )
+        return [
+            ContextKV(torch.stack([block[0][prompt_index] for block in block_kvs]), image_kv)
+            for prompt_index in range(len(embedded_texts))
+        ]

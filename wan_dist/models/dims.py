@@ -21,27 +21,36 @@ class VaeDims:
     @property
     def encoder_stages(self) -> list[tuple[int, int]]:
         """Channels before and after each of the encoder's stages."""
-        return list(itertools.pairwise(self.dim * multiplier for multiplier in (1, *self.multipliers)))
+        return list(
+            itertools.pairwise(self.dim * multiplier for multiplier in (1, *self.multipliers))
+        )
 
     @property
     def decoder_stages(self) -> list[tuple[int, int]]:
         """Channels before and after each of the decoder's stages; in VAE 2.1 the doubling between two of them halves the channels."""
-        widths = (self.decoder_dim * multiplier for multiplier in (self.multipliers[-1], *reversed(self.multipliers)))
+        widths = (
+            self.decoder_dim * multiplier
+            for multiplier in (self.multipliers[-1], *reversed(self.multipliers))
+        )
         return [
             (before // 2 if stage and not self.residual else before, after)
             for stage, (before, after) in enumerate(itertools.pairwise(widths))
         ]
 
     @property
-    def reach(self) -> int:
+    def tile_overlap(self) -> int:
         """How many latent pixels more a tile needs, on each side inside the frame, than it makes frames of."""
         pixels = 0
         for _ in self.temporal:
-            pixels = 2 * (pixels + 2 * (self.num_blocks + 1) + 1)  # a stage's blocks, and the upsampling after it
-        return -(-(pixels + 2 * (self.num_blocks + 1) + 1) // 2 ** len(self.temporal))  # the last stage's, and the head
+            pixels = 2 * (
+                pixels + 2 * (self.num_blocks + 1) + 1
+            )  # a stage's blocks, and the upsampling after it
+        return -(
+            -(pixels + 2 * (self.num_blocks + 1) + 1) // 2 ** len(self.temporal)
+        )  # the last stage's, and the head
 
     @property
-    def scale(self) -> int:
+    def spatial_scale(self) -> int:
         """Pixels of a video for a latent pixel, on a side."""
         return 2 ** len(self.temporal) * (2 if self.residual else 1)
 
@@ -77,7 +86,7 @@ class TransformerDims:
         return self.dim // self.num_heads
 
     @property
-    def gib(self) -> float:
+    def blocks_gib(self) -> float:
         """Size in bfloat16 of the blocks, which are nearly all of what denoises."""
         return self.num_layers * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim) * 2 / 2**30
 

@@ -8,8 +8,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from wan_dist.models.dims import ImageEncoderDims
 
 # CLIP's normalisation of RGB in [0, 1] (openai/CLIP, clip.py).
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build_image_encoder(dims: ImageEncoderDims) -> nn.Module:
@@ -24,7 +24,9 @@ def build_image_encoder(dims: ImageEncoderDims) -> nn.Module:
         hidden_act="gelu",
     )
     model = CLIPVisionModel(config)
-    tower = getattr(model, "vision_model", model)  # releases of transformers differ in whether it is wrapped
+    tower = getattr(
+        model, "vision_model", model
+    )  # releases of transformers differ in whether it is wrapped
     tower.post_layernorm = nn.Identity()  # only the pooled output goes through it
     # A buffer that no checkpoint has: it must hold its values though the rest may be built on meta.
     num_positions = (dims.image_size // dims.patch) ** 2 + 1
@@ -38,9 +40,20 @@ def encode_images(encoder: nn.Module, images: list[Tensor], *, image_size: int) 
     Each is resized, bicubic and without antialiasing, to ``image_size`` squared: its aspect is not kept, as in the reference.
     """
     device = next(encoder.parameters()).device
-    squares = torch.cat(
-        [F.interpolate(image.unsqueeze(0), size=(image_size, image_size), mode="bicubic", align_corners=False) for image in images]
+    resized_images = torch.cat(
+        [
+            F.interpolate(
+                image.unsqueeze(0),
+                size=(image_size, image_size),
+                mode="bicubic",
+                align_corners=False,
+            )
+            for image in images
+        ]
     )
-    mean, std = (squares.new_tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
-    pixels = (squares * 0.5 + 0.5 - mean) / std
+    mean, std = (
+        resized_images.new_tensor(channel_values).view(1, 3, 1, 1)
+        for channel_values in (_CLIP_MEAN, _CLIP_STD)
+    )
+    pixels = (resized_images * 0.5 + 0.5 - mean) / std
     return encoder(pixel_values=pixels.to(device)).last_hidden_state

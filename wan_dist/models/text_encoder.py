@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT
 
 from wan_dist.models.dims import TextEncoderDims
 
-_MOST_TOKENS = 2**15
+_MAX_CHUNK_TOKENS = 2**15
 """Whose states are held on the host at once: 256 MiB of umT5-XXL in bfloat16."""
-_MOST_ON_CPU = 8
+_MAX_CHUNK_PROMPTS_ON_CPU = 8
 """Prompts of a chunk: a CPU takes seconds for each, and what is not done is lost when the run is ended; reading is a small part then."""
 
 
@@ -45,24 +45,29 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: int) -> list[int]:
+def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: int) -> list[int]:
     """Return the token ids of the cleaned prompt with its end mark, ``text_len`` at most."""
     ids: list[int] = tokenizer(clean_prompt(prompt), truncation=True, max_length=text_len).input_ids
     return ids
 
 
-def split_into_chunks(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], text_len: int, device: torch.device) -> list[list[str]]:
+def split_prompts_into_chunks(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], text_len: int, device: torch.device
+) -> list[list[str]]:
     """Return the prompts in order, as many together as it pays to encode block by block; see `TextEncoder.encode_by_block`."""
-    most = _MOST_ON_CPU if device.type == "cpu" else len(prompts)
+    max_prompts = _MAX_CHUNK_PROMPTS_ON_CPU if device.type == "cpu" else len(prompts)
     chunks: list[list[str]] = [[]]
-    num_tokens = 0
+    num_chunk_tokens = 0
     for prompt in prompts:
-        own = len(token_ids(tokenizer, prompt, text_len))
-        if chunks[-1] and (num_tokens + own > _MOST_TOKENS or len(chunks[-1]) == most):
+        num_prompt_tokens = len(tokenize_prompt(tokenizer, prompt, text_len))
+        if chunks[-1] and (
+            num_chunk_tokens + num_prompt_tokens > _MAX_CHUNK_TOKENS
+            or len(chunks[-1]) == max_prompts
+        ):
             chunks.append([])
-            num_tokens = 0
+            num_chunk_tokens = 0
         chunks[-1].append(prompt)
-        num_tokens += own
+        num_chunk_tokens += num_prompt_tokens
     return chunks
 
 
@@ -80,10 +85,10 @@ class TextEncoder:
         *,
         text_len: int,
         device: torch.device,
-        rows: Callable[[list[int]], Tensor] | None = None,
+        read_embedding_rows: Callable[[list[int]], Tensor] | None = None,
     ) -> None:
         self.encoder = encoder
-        self.rows = rows
+        self.read_embedding_rows = read_embedding_rows
         """Rows of the token embedding, for an encoder that does not hold it, which is two fifths of its memory."""
         self.device = device
         self.tokenizer = tokenizer
@@ -91,7 +96,9 @@ class TextEncoder:
 
     def __call__(self, prompt: str) -> Tensor:
         """Return the prompt's embedding (n, text_dim), n at most ``text_len``, on the device."""
-        ids = torch.tensor([token_ids(self.tokenizer, prompt, self.text_len)], device=self.device)
+        ids = torch.tensor(
+            [tokenize_prompt(self.tokenizer, prompt, self.text_len)], device=self.device
+        )
         return self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
 
     def encode_by_block(self, prompts: Sequence[str]) -> list[Tensor]:
@@ -99,29 +106,36 @@ class TextEncoder:
 
         A block whose weights are streamed so is read once for all of them. In between their states are on the host.
         """
-        assert self.rows is not None
+        assert self.read_embedding_rows is not None
         dtype = next(self.encoder.parameters()).dtype
-        ids = [token_ids(self.tokenizer, prompt, self.text_len) for prompt in prompts]
-        states = [self.rows(own).to(dtype).unsqueeze(0) for own in ids]
+        ids_by_prompt = [
+            tokenize_prompt(self.tokenizer, prompt, self.text_len) for prompt in prompts
+        ]
+        states = [
+            self.read_embedding_rows(prompt_ids).to(dtype).unsqueeze(0)
+            for prompt_ids in ids_by_prompt
+        ]
         for block in self.encoder.get_submodule("block").children():
-            states = _visit(block, states, self.device)
+            states = _run_block(block, states, self.device)
         norm = self.encoder.get_submodule("final_layer_norm")
         return [norm(state.to(self.device))[0].cpu() for state in states]
 
 
-def _visit(block: nn.Module, states: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+def _run_block(block: nn.Module, states: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Return what a block makes of each state (1, n, dim), in one call: after that its weights may leave."""
 
-    def output(made: Tensor | tuple[Tensor, ...]) -> Tensor:
-        return (made[0] if isinstance(made, tuple) else made).cpu()
+    def extract_state(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+        return (output[0] if isinstance(output, tuple) else output).cpu()
 
     def compute_others(*_: object) -> None:
-        others.extend(output(block.forward(state.to(device))) for state in states[1:])
+        other_states.extend(extract_state(block.forward(state.to(device))) for state in states[1:])
 
-    others: list[Tensor] = []
-    hook = block.register_forward_hook(compute_others, prepend=True)  # before those by which the weights leave
+    other_states: list[Tensor] = []
+    hook = block.register_forward_hook(
+        compute_others, prepend=True
+    )  # before those by which the weights leave
     try:
-        first = output(block(states[0].to(device)))
+        first_state = extract_state(block(states[0].to(device)))
     finally:
         hook.remove()
-    return [first, *others]
+    return [first_state, *other_states]

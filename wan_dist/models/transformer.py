@@ -17,20 +17,20 @@ from torch import Tensor, nn
 
 from wan_dist.models.attention.cross import cross_attend
 from wan_dist.models.attention.inner import InnerAttention
-from wan_dist.models.attention.rotary import rotary_tables
+from wan_dist.models.attention.rotary import compute_rotary_tables
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels.transformer_ops import (
-    Rounded,
+    Fp8Tokens,
     Scaling,
-    add_,
-    add_layer_norm_,
-    in_turn,
+    add_gated_,
+    add_gated_layer_norm_,
+    apply_linear_gelu,
+    compute_in_slices,
     layer_norm,
-    linear_gelu,
-    norm_rotate,
-    pieces,
-    room_for,
-    slices,
+    make_output_buffer,
+    norm_and_rotate,
+    split_by_length,
+    split_by_segment,
 )
 
 
@@ -43,22 +43,22 @@ class ContextKV:
     image: Tensor | None = None
     """(blocks, 2, B, 257 m, H, D): of m images."""
 
-    def of_block(self, index: int) -> tuple[Tensor, ...]:
+    def select_block(self, index: int) -> tuple[Tensor, ...]:
         """Return the block's k and v of the text, then those of the images if there are any."""
         text = self.text[index].unbind()
         return text if self.image is None else (*text, *self.image[index].unbind())
 
 
 @dataclass
-class Added:
+class ResidualCache:
     """What all blocks together add to the tokens, for each context."""
 
-    is_taken: Callable[[Tensor], bool]
+    can_reuse: Callable[[Tensor], bool]
     """Whether a step, by its timestep's embedding (B, R, 6, D), takes what is kept."""
-    kept: list[Tensor] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)
 
 
-class Norm(nn.Module):
+class NormParameters(nn.Module):
     """The weight (and bias) of a norm, kept in float32."""
 
     def __init__(self, dim: int, *, bias: bool) -> None:
@@ -67,81 +67,104 @@ class Norm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
 
-class Linear(nn.Linear):
+class RowSliceLinear(nn.Linear):
     """A linear of which some outputs can be computed alone."""
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """x (..., in) -> (..., out), or those outputs whose rows of the weight these are."""
         return F.linear(x, self.weight[rows], self.bias[rows])
 
-    def prepare(self, x: Tensor | Rounded) -> Tensor | Rounded:
+    def prepare_input(self, x: Tensor | Fp8Tokens) -> Tensor | Fp8Tokens:
         """Return x as `forward` takes it; once for several calls."""
         return x
 
-    takes_rounded = False
+    accepts_fp8_tokens = False
     """Whether x may be rounded to fp8; see models/quantized.py."""
 
 
 class SelfAttention(nn.Module):
     """Self-attention over all tokens, with RMSNorm over the whole width on q and k, and rotary embedding."""
 
-    def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
+    def __init__(
+        self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention
+    ) -> None:
         super().__init__()
         self.num_heads = dims.num_heads
         self.eps = dims.eps
-        self.qkv = Linear(dims.dim, 3 * dims.dim, dtype=dtype)
+        self.qkv = RowSliceLinear(dims.dim, 3 * dims.dim, dtype=dtype)
         self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
-        self.norm_q = Norm(dims.dim, bias=False)
-        self.norm_k = Norm(dims.dim, bias=False)
+        self.norm_q = NormParameters(dims.dim, bias=False)
+        self.norm_k = NormParameters(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
-    def project(self, x: Tensor | Rounded, rotary: tuple[Tensor, Tensor], which: Sequence[int]) -> Tensor:
+    def project_qkv(
+        self, x: Tensor | Fp8Tokens, rotary: tuple[Tensor, Tensor], qkv_indices: Sequence[int]
+    ) -> Tensor:
         """Return some of q, k and v (B, L, n, H, D / H) of x (B, L, D), ready for attention; rotary tables of the same tokens.
 
         ``which``: n neighbours of 0 for q, 1 for k, 2 for v.
         """
         width = self.norm_q.weight.shape[0]
-        found: Tensor = self.qkv(x, slice(which[0] * width, (which[-1] + 1) * width)).unflatten(-1, (len(which), self.num_heads, -1))
-        for place, norm in enumerate((self.norm_q, self.norm_k)):
-            if place in which:
-                one = found[:, :, place - which[0]]
-                norm_rotate(one, norm.weight, self.eps, rotary, one)
-        return found
+        projected: Tensor = self.qkv(
+            x, slice(qkv_indices[0] * width, (qkv_indices[-1] + 1) * width)
+        ).unflatten(-1, (len(qkv_indices), self.num_heads, -1))
+        for qkv_index, norm in enumerate((self.norm_q, self.norm_k)):
+            if qkv_index in qkv_indices:
+                projection = projected[:, :, qkv_index - qkv_indices[0]]
+                norm_and_rotate(projection, norm.weight, self.eps, rotary, projection)
+        return projected
 
-    def begin(self, x: Tensor | Rounded, rotary: tuple[Tensor, Tensor]) -> list[Callable[[], Tensor]]:
+    def start_qkv_exchange(
+        self, x: Tensor | Fp8Tokens, rotary: tuple[Tensor, Tensor]
+    ) -> list[Callable[[], Tensor]]:
         """Begin to bring q, k and v of x (B, L, D) to where they are attended to: each is on its way while the next one is computed."""
-        x, inner, width, begun = self.qkv.prepare(x), self.inner_attention, self.norm_q.weight.shape[0], []
-        for place, norm in ((2, None), (1, self.norm_k), (0, self.norm_q)):
-            one = self.qkv(x, slice(place * width, (place + 1) * width)).unflatten(-1, (self.num_heads, -1))
+        x, inner_attention, width, pending_qkv = (
+            self.qkv.prepare_input(x),
+            self.inner_attention,
+            self.norm_q.weight.shape[0],
+            [],
+        )
+        for qkv_index, norm in ((2, None), (1, self.norm_k), (0, self.norm_q)):
+            projection = self.qkv(x, slice(qkv_index * width, (qkv_index + 1) * width)).unflatten(
+                -1, (self.num_heads, -1)
+            )
             if norm is not None:
-                norm_rotate(one, norm.weight, self.eps, rotary, room := inner.room_for(one))
-                one = room
-            begun.append(inner.begin(one))
-        return begun[::-1]
+                norm_and_rotate(
+                    projection,
+                    norm.weight,
+                    self.eps,
+                    rotary,
+                    buffer := inner_attention.make_send_buffer(projection),
+                )
+                projection = buffer
+            pending_qkv.append(inner_attention.start_exchange(projection))
+        return pending_qkv[::-1]
 
-    def attend(self, begun: list[Callable[[], Tensor]]) -> Tensor:
+    def attend_exchanged(self, pending_qkv: list[Callable[[], Tensor]]) -> Tensor:
         """Attention of q, k and v of all tokens, from `begin`, which are let go: (B, L, D), before the linear ``o``."""
-        q, k, v = (begun.pop(0)() for _ in range(3))
+        q, k, v = (pending_qkv.pop(0)() for _ in range(3))
         return self.inner_attention(q, k, v).flatten(2)
 
 
 class CrossAttention(nn.Module):
     """Attention from the video's tokens to the text's and the image's, whose k and v come from `ContextProjection`."""
 
-    def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
+    def __init__(
+        self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention
+    ) -> None:
         super().__init__()
         self.num_heads = dims.num_heads
         self.text_len = dims.text_len
         self.eps = dims.eps
         self.q = nn.Linear(dims.dim, dims.dim, dtype=dtype)
         self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
-        self.norm_q = Norm(dims.dim, bias=False)
+        self.norm_q = NormParameters(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
         """x (B, L, D) -> (B, L, D); kv: see `ContextKV.of_block`."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
-        norm_rotate(q, self.norm_q.weight, self.eps, None, q)
+        norm_and_rotate(q, self.norm_q.weight, self.eps, None, q)
         return self.o(cross_attend(self.inner_attention, q, kv, self.text_len).flatten(2))
 
 
@@ -149,25 +172,36 @@ class FeedForward(nn.Sequential):
     """Two linears with a GELU between them."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
-        up, down = (nn.Linear(*widths, dtype=dtype) for widths in ((dims.dim, dims.ffn_dim), (dims.ffn_dim, dims.dim)))
+        up, down = (
+            nn.Linear(*widths, dtype=dtype)
+            for widths in ((dims.dim, dims.ffn_dim), (dims.ffn_dim, dims.dim))
+        )
         super().__init__(up, nn.Identity(), down)  # the checkpoints count the GELU
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D) -> the same shape."""
         up, _, down = self
-        return down(linear_gelu(up, x)) if isinstance(down, nn.Linear) else down(up(x), gelu=True)  # what is quantised may do it itself
+        return (
+            down(apply_linear_gelu(up, x))
+            if isinstance(down, nn.Linear)
+            else down(up(x), gelu=True)
+        )  # what is quantised may do it itself
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """One transformer block: self-attention, cross-attention, feed-forward."""
 
-    def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention) -> None:
+    def __init__(
+        self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention
+    ) -> None:
         super().__init__()
         self.eps = dims.eps
         self.self_attn = SelfAttention(dims, dtype, inner_attention)
         # Sequence-parallel attention wraps the self-attention's seam only: every rank holds the whole text.
-        self.cross_attn = CrossAttention(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name))
-        self.norm3 = Norm(dims.dim, bias=True)
+        self.cross_attn = CrossAttention(
+            dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)
+        )
+        self.norm3 = NormParameters(dims.dim, bias=True)
         self.ffn = FeedForward(dims, dtype)
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
         self.slice_tokens: int | None = None
@@ -187,70 +221,130 @@ class Block(nn.Module):
         `ContextKV.of_block`.
         """
         modulation = (self.modulation + time).unsqueeze(3).unbind(2)  # each (B, R, 1, D)
-        copies = [torch.empty_like(streams[0]) for _ in range(len(contexts) - len(streams))]  # streams differ from cross-attention on
-        for number, x in enumerate(streams):
-            for part, inside, normed in self._attend(x, modulation, rotary, segments):
+        copies = [
+            torch.empty_like(streams[0]) for _ in range(len(contexts) - len(streams))
+        ]  # streams differ from cross-attention on
+        for stream_index, x in enumerate(streams):
+            for token_slice, slice_segments, normed in self._add_self_attention(
+                x, modulation, rotary, segments
+            ):
                 for copy in copies:
-                    copy[:, part] = x[:, part]
-                self._feed(x[:, part], normed, modulation, contexts[number], inside)
+                    copy[:, token_slice] = x[:, token_slice]
+                self._add_cross_attention_and_ffn(
+                    x[:, token_slice], normed, modulation, contexts[stream_index], slice_segments
+                )
                 for copy, context in zip(copies, contexts[1:], strict=False):
-                    layer_norm(copy[:, part], self._affine, inside, self.eps, normed)
-                    self._feed(copy[:, part], normed, modulation, context, inside)
+                    layer_norm(
+                        copy[:, token_slice], self._norm3_scaling, slice_segments, self.eps, normed
+                    )
+                    self._add_cross_attention_and_ffn(
+                        copy[:, token_slice], normed, modulation, context, slice_segments
+                    )
                 del normed  # it would be there during the next attention
         return [*streams, *copies]
 
-    def _room(self, x: Tensor) -> Tensor | Rounded:
+    def _make_norm_buffer(self, x: Tensor) -> Tensor | Fp8Tokens:
         """Return room for what the linears take in x's place."""
-        return room_for(x, rounded=self.self_attn.qkv.takes_rounded)
+        return make_output_buffer(x, as_fp8=self.self_attn.qkv.accepts_fp8_tokens)
 
     @property
-    def _affine(self) -> Scaling:
-        weight, bias = (vector.view(1, 1, 1, -1) for vector in (self.norm3.weight, cast(Tensor, self.norm3.bias)))
+    def _norm3_scaling(self) -> Scaling:
+        weight, bias = (
+            parameter.view(1, 1, 1, -1)
+            for parameter in (self.norm3.weight, cast(Tensor, self.norm3.bias))
+        )
         return Scaling(weight, bias, plus_one=False)
 
-    def _attend(
-        self, x: Tensor, modulation: tuple[Tensor, ...], rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]
-    ) -> Iterator[tuple[slice, tuple[int, ...], Tensor | Rounded]]:
+    def _add_self_attention(
+        self,
+        x: Tensor,
+        modulation: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor],
+        segments: tuple[int, ...],
+    ) -> Iterator[tuple[slice, tuple[int, ...], Tensor | Fp8Tokens]]:
         """Add self-attention to x part by part; yields each part, its segments, and its tokens normed for cross-attention."""
         shift, scale, gate = modulation[:3]
-        parts = list(slices(segments, self.slice_tokens))
+        token_slices = list(split_by_length(segments, self.slice_tokens))
         attention, scaling = self.self_attn, Scaling(scale, shift)
 
-        def project(part: slice, inside: tuple[int, ...], which: Sequence[int]) -> Tensor:
-            normed = layer_norm(x[:, part], scaling, inside, self.eps, self._room(x[:, part]))
-            return attention.project(normed, (rotary[0][part], rotary[1][part]), which)
+        def project(part: slice, inside: tuple[int, ...], qkv_indices: Sequence[int]) -> Tensor:
+            normed = layer_norm(
+                x[:, part], scaling, inside, self.eps, self._make_norm_buffer(x[:, part])
+            )
+            return attention.project_qkv(normed, (rotary[0][part], rotary[1][part]), qkv_indices)
 
-        if len(parts) > 1 and attention.inner_attention.takes_some_queries:
-            k, v = in_turn(parts, x, lambda part, inside: project(part, inside, (1, 2))).unbind(2)
-            for part, inside in parts:
-                out = attention.o(attention.inner_attention(project(part, inside, (0,)).squeeze(2), k, v).flatten(2))
-                normed = add_layer_norm_(x[:, part], out, gate, self._affine, inside, self.eps, self._room(x[:, part]))
+        if len(token_slices) > 1 and attention.inner_attention.accepts_partial_queries:
+            k, v = compute_in_slices(
+                token_slices, x, lambda part, inside: project(part, inside, (1, 2))
+            ).unbind(2)
+            for part, inside in token_slices:
+                out = attention.o(
+                    attention.inner_attention(project(part, inside, (0,)).squeeze(2), k, v).flatten(
+                        2
+                    )
+                )
+                normed = add_gated_layer_norm_(
+                    x[:, part],
+                    out,
+                    gate,
+                    self._norm3_scaling,
+                    inside,
+                    self.eps,
+                    self._make_norm_buffer(x[:, part]),
+                )
                 del out
                 yield part, inside, normed
                 del normed
             return
-        if len(parts) == 1:
-            begun = attention.begin(layer_norm(x, scaling, segments, self.eps, self._room(x)), rotary)
+        if len(token_slices) == 1:
+            pending_qkv = attention.start_qkv_exchange(
+                layer_norm(x, scaling, segments, self.eps, self._make_norm_buffer(x)), rotary
+            )
         else:
-            qkv = in_turn(parts, x, lambda part, inside: project(part, inside, (0, 1, 2)))
-            begun = [attention.inner_attention.begin(each) for each in qkv.unbind(2)]
+            qkv = compute_in_slices(
+                token_slices, x, lambda part, inside: project(part, inside, (0, 1, 2))
+            )
+            pending_qkv = [
+                attention.inner_attention.start_exchange(projection) for projection in qkv.unbind(2)
+            ]
             del qkv
-        out = attention.attend(begun)
-        for part, inside in parts:
-            added = attention.o(out[:, part])
-            if (part, inside) == parts[-1]:
+        out = attention.attend_exchanged(pending_qkv)
+        for part, inside in token_slices:
+            attention_output = attention.o(out[:, part])
+            if (part, inside) == token_slices[-1]:
                 del out  # it would be there during the feed-forward, as what is added
-            normed = add_layer_norm_(x[:, part], added, gate, self._affine, inside, self.eps, self._room(x[:, part]))
-            del added
+            normed = add_gated_layer_norm_(
+                x[:, part],
+                attention_output,
+                gate,
+                self._norm3_scaling,
+                inside,
+                self.eps,
+                self._make_norm_buffer(x[:, part]),
+            )
+            del attention_output
             yield part, inside, normed
 
-    def _feed(
-        self, x: Tensor, normed: Tensor | Rounded, modulation: tuple[Tensor, ...], context: tuple[Tensor, ...], segments: tuple[int, ...]
+    def _add_cross_attention_and_ffn(
+        self,
+        x: Tensor,
+        normed: Tensor | Fp8Tokens,
+        modulation: tuple[Tensor, ...],
+        context: tuple[Tensor, ...],
+        segments: tuple[int, ...],
     ) -> None:
         """Add cross-attention of what was normed for it, which is lost, then the feed-forward, to x."""
         shift, scale, gate = modulation[3:]
-        add_layer_norm_(x, self.cross_attn(normed, context), None, Scaling(scale, shift), segments, self.eps, normed)
-        add_(x, self.ffn(normed), gate, segments)
+        add_gated_layer_norm_(
+            x,
+            self.cross_attn(normed, context),
+            None,
+            Scaling(scale, shift),
+            segments,
+            self.eps,
+            normed,
+        )
+        add_gated_(x, self.ffn(normed), gate, segments)
 
 
 class WholeSequence(nn.Module):
@@ -280,11 +374,13 @@ class PatchEmbedding(nn.Module):
         """latents (B, C, T, h, w) -> tokens (B, L, D)."""
         for dim, size in zip((2, 4, 6), self.patch, strict=True):
             latents = latents.unflatten(dim, (-1, size))
-        patches = latents.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)  # (B, L, C * patch volume)
+        patches = (
+            latents.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
+        )  # (B, L, C * patch volume)
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """The last norm and linear, in float32: its rounding would land in the latents as it is."""
 
     def __init__(self, dims: TransformerDims) -> None:
@@ -297,62 +393,92 @@ class Head(nn.Module):
         """x (B, L, D); time (B, R, D) float32, a row for each segment of tokens -> (B, L, patch volume * C) float32."""
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
 
-        def normed(row: int, part: slice) -> Tensor:
+        def norm_slice(row: int, token_slice: slice) -> Tensor:
             scaling = Scaling(scale[:, row, None], shift[:, row, None])
-            out = torch.empty_like(x[:, part], dtype=torch.float32)
-            return layer_norm(x[:, part], scaling, (part.stop - part.start,), self.eps, out)
+            out = torch.empty_like(x[:, token_slice], dtype=torch.float32)
+            return layer_norm(
+                x[:, token_slice], scaling, (token_slice.stop - token_slice.start,), self.eps, out
+            )
 
-        return torch.cat([self.head(normed(row, part)) for row, part in pieces(segments)], dim=1)
+        return torch.cat(
+            [
+                self.head(norm_slice(row, token_slice))
+                for row, token_slice in split_by_segment(segments)
+            ],
+            dim=1,
+        )
 
 
 class WanTransformer(nn.Module):
     """Predicts the velocity of noisy video latents for a prompt and images (Wan technical report, arXiv:2503.20314)."""
 
-    def __init__(self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention | None = None) -> None:
+    def __init__(
+        self,
+        dims: TransformerDims,
+        dtype: torch.dtype,
+        inner_attention: InnerAttention | None = None,
+    ) -> None:
         super().__init__()
         self.dims = dims
         self.dtype = dtype
         inner_attention = inner_attention or InnerAttention()
         self.patch_embedding = PatchEmbedding(dims, dtype)
-        self.time_embedding = nn.Sequential(nn.Linear(dims.freq_dim, dims.dim), nn.SiLU(), nn.Linear(dims.dim, dims.dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(dims.freq_dim, dims.dim), nn.SiLU(), nn.Linear(dims.dim, dims.dim)
+        )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dims.dim, 6 * dims.dim))
         self.blocks = nn.ModuleList(
-            Block(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)) for _ in range(dims.num_layers)
+            TransformerBlock(
+                dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)
+            )
+            for _ in range(dims.num_layers)
         )
-        self.head = Head(dims)
+        self.head = OutputHead(dims)
         self.sequence = WholeSequence()
-        self.times: dict[str, tuple[Tensor, Tensor]] = {}
+        self.time_embeddings: dict[str, tuple[Tensor, Tensor]] = {}
         """What `embed_time` returns for the timesteps of `keep_times`."""
 
-    def slice_tokens(self, length: int | None) -> None:
+    def set_slice_tokens(self, max_tokens: int | None) -> None:
         """Let at most so many tokens through the blocks' linears at once; None: all."""
         for block in self.blocks:
-            cast(Block, block).slice_tokens = length
+            cast(TransformerBlock, block).slice_tokens = max_tokens
 
     @property
     def self_attentions(self) -> Iterator[SelfAttention]:
         """Every block's self-attention, whose ``inner_attention`` may be wrapped."""
-        return (cast(Block, block).self_attn for block in self.blocks)
+        return (cast(TransformerBlock, block).self_attn for block in self.blocks)
 
-    def rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotary tables for latents of this shape, to be kept for all steps; latents (B, C, T, h, w)."""
-        t, h, w = (size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True))
-        return rotary_tables((t, h, w), self.dims.head_dim, device=latents.device)
+        t, h, w = (
+            size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True)
+        )
+        return compute_rotary_tables((t, h, w), self.dims.head_dim, device=latents.device)
 
-    def embed_time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return (B, R, D) for the head and (B, R, 6, D) for the blocks, float32, of timesteps (B, R) in [0, 1000], on the CPU."""
-        if self.times:
-            return self.times[str(timesteps.tolist())]
-        half = self.dims.freq_dim // 2
+        if self.time_embeddings:
+            return self.time_embeddings[str(timesteps.tolist())]
+        num_frequencies = self.dims.freq_dim // 2
         timesteps = timesteps.to(self.head.head.weight.device)
-        frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
-        angle = timesteps.double().unsqueeze(-1) * frequency
-        time = self.time_embedding(torch.cat([angle.cos(), angle.sin()], dim=-1).float())
-        return time, self.time_projection(time).unflatten(-1, (6, self.dims.dim))
+        frequencies = 10000.0 ** (
+            -torch.arange(num_frequencies, dtype=torch.float64, device=timesteps.device)
+            / num_frequencies
+        )
+        angles = timesteps.double().unsqueeze(-1) * frequencies
+        time_embedding = self.time_embedding(
+            torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+        )
+        return time_embedding, self.time_projection(time_embedding).unflatten(
+            -1, (6, self.dims.dim)
+        )
 
-    def keep_times(self, timesteps: Iterable[Tensor]) -> None:
+    def precompute_time_embeddings(self, timesteps: Iterable[Tensor]) -> None:
         """Embed these timesteps (B, R) now, and let go of the layers that do it: in float32 they are a block's size. No others then."""
-        self.times = {str(each.tolist()): self.embed_time(each) for each in timesteps}
+        self.time_embeddings = {
+            str(timestep_rows.tolist()): self.embed_timesteps(timestep_rows)
+            for timestep_rows in timesteps
+        }
         del self.time_embedding, self.time_projection
 
     def forward(
@@ -361,7 +487,7 @@ class WanTransformer(nn.Module):
         timesteps: Tensor,
         contexts: Sequence[ContextKV],
         rotary: tuple[Tensor, Tensor],
-        added: Added | None = None,
+        residual_cache: ResidualCache | None = None,
     ) -> list[Tensor]:
         """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
@@ -370,30 +496,51 @@ class WanTransformer(nn.Module):
         before the next one's turn, so that weights which are gathered or fetched for it are so once. ``added`` lets a step take
         what the blocks added in an earlier one.
         """
-        time, block_time = self.embed_time(timesteps)
+        time, block_time = self.embed_timesteps(timesteps)
         x = self.patch_embedding(latents)
         num_tokens = x.shape[1]
-        num_first = num_tokens // (latents.shape[2] // self.dims.patch[0])
-        segments: tuple[int, ...] = (num_tokens,) if timesteps.shape[1] == 1 else (num_first, num_tokens - num_first)
+        num_first_tokens = num_tokens // (latents.shape[2] // self.dims.patch[0])
+        segments: tuple[int, ...] = (
+            (num_tokens,)
+            if timesteps.shape[1] == 1
+            else (num_first_tokens, num_tokens - num_first_tokens)
+        )
         x, rotary, segments = self.sequence.split(x, rotary, segments)
-        if added is not None and added.is_taken(block_time) and added.kept:
-            streams = [x + each for each in added.kept]
+        if (
+            residual_cache is not None
+            and residual_cache.can_reuse(block_time)
+            and residual_cache.residuals
+        ):
+            streams = [x + residual for residual in residual_cache.residuals]
         else:
-            before = None
-            if added is not None:
-                added.kept.clear()
-                before = x.clone()
+            input_tokens = None
+            if residual_cache is not None:
+                residual_cache.residuals.clear()
+                input_tokens = x.clone()
             streams = [x]
             del x
             for index, block in enumerate(self.blocks):
-                streams = block(streams, block_time, [context.of_block(index) for context in contexts], rotary, segments)
-            if added is not None and before is not None:
-                added.kept = [stream - before for stream in streams]
-                del before
-        return [self.unpatchify(self.sequence.gather(self.head(x, time, segments)), latents.shape[2:]) for x in streams]
+                streams = block(
+                    streams,
+                    block_time,
+                    [context.select_block(index) for context in contexts],
+                    rotary,
+                    segments,
+                )
+            if residual_cache is not None and input_tokens is not None:
+                residual_cache.residuals = [stream - input_tokens for stream in streams]
+                del input_tokens
+        return [
+            self.unpatchify_tokens(
+                self.sequence.gather(self.head(x, time, segments)), latents.shape[2:]
+            )
+            for x in streams
+        ]
 
-    def unpatchify(self, x: Tensor, size: torch.Size) -> Tensor:
+    def unpatchify_tokens(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""
-        grid = [length // patch for length, patch in zip(size, self.dims.patch, strict=True)]
-        x = x.unflatten(1, grid).unflatten(-1, (*self.dims.patch, -1))  # (B, t, y, x, pt, py, px, C)
+        token_grid = [length // patch for length, patch in zip(size, self.dims.patch, strict=True)]
+        x = x.unflatten(1, token_grid).unflatten(
+            -1, (*self.dims.patch, -1)
+        )  # (B, t, y, x, pt, py, px, C)
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape[0], -1, *size)

@@ -8,33 +8,37 @@ from collections import deque
 from pathlib import Path
 
 
-class HostWatch:
+class HostMemoryWatch:
     """Notes the memory that this process has for itself (not files'), ten times a second, while it exists."""
 
     def __init__(self) -> None:
-        self._seen: deque[tuple[float, int]] = deque()
+        self._samples: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
-        thread = threading.Thread(target=_watch, args=(weakref.ref(self),), daemon=True)
+        thread = threading.Thread(
+            target=_sample_periodically, args=(weakref.ref(self),), daemon=True
+        )
         thread.start()
 
-    def note(self) -> None:
+    def record_sample(self) -> None:
         """Look now; of moments between two larger ones nothing is kept."""
         with self._lock:
-            now, size = time.perf_counter(), read_own_host_bytes()
-            while self._seen and self._seen[-1][1] <= size:
-                self._seen.pop()
-            self._seen.append((now, size))
+            now, host_bytes = time.perf_counter(), read_own_host_bytes()
+            while self._samples and self._samples[-1][1] <= host_bytes:
+                self._samples.pop()
+            self._samples.append((now, host_bytes))
 
-    def peak_since(self, start: float) -> int:
+    def get_peak_since(self, start: float) -> int:
         """Return the most bytes seen since ``start``, in seconds of the performance counter."""
-        self.note()
+        self.record_sample()
         with self._lock:
-            return max(size for when, size in self._seen if when >= start)
+            return max(
+                host_bytes for sample_time, host_bytes in self._samples if sample_time >= start
+            )
 
 
-def _watch(reference: "weakref.ref[HostWatch]") -> None:
-    while (watch := reference()) is not None:
-        watch.note()
+def _sample_periodically(watch_reference: "weakref.ref[HostMemoryWatch]") -> None:
+    while (watch := watch_reference()) is not None:
+        watch.record_sample()
         del watch
         time.sleep(0.1)
 
@@ -45,7 +49,9 @@ def read_own_host_bytes() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return 0
-    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+    return sum(
+        int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:"))
+    )
 
 
 def read_peak_host_bytes() -> int:

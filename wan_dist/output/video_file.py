@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-from wan_dist.runtime.atomic_write import written_aside
+from wan_dist.runtime.atomic_write import atomic_write
 
-_ENCODING = [
+_ENCODING_OPTIONS = [
     *(
         "-c:v",
         "libx264",
@@ -41,7 +41,7 @@ _ENCODING = [
 ]
 
 
-_MOST_WAITING = 2
+_MAX_WAITING_CHUNKS = 2
 """Chunks that may wait to be encoded."""
 
 
@@ -49,9 +49,13 @@ class SaveError(RuntimeError):
     """The video could not be written."""
 
 
-def to_uint8(frames: Tensor) -> Tensor:
+def convert_to_uint8(frames: Tensor) -> Tensor:
     """Return frames in [-1, 1] as uint8 in 0 ... 255, rounded to nearest, on the same device; those that are uint8 as they are."""
-    return frames if frames.dtype == torch.uint8 else (frames.float() * 127.5 + 127.5).round_().clamp_(0, 255).byte()
+    return (
+        frames
+        if frames.dtype == torch.uint8
+        else (frames.float() * 127.5 + 127.5).round_().clamp_(0, 255).byte()
+    )
 
 
 def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: int) -> None:
@@ -60,53 +64,98 @@ def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: in
     ``path`` appears only when the file holds all ``num_frames`` frames. Raises SaveError otherwise; an error from ``chunks`` passes.
     """
     try:
-        with written_aside(path) as aside:
-            _encode(aside, iter(chunks), fps)
-            found = _count_frames(aside)
-            if found != num_frames:
-                raise SaveError(f"cannot write {path}: it has {found} frames, not {num_frames}")
-    except OSError as fault:
-        raise SaveError(f"cannot write {path}: {fault}") from fault
+        with atomic_write(path) as temporary_file:
+            _encode_video(temporary_file, iter(chunks), fps)
+            num_written = _count_frames(temporary_file)
+            if num_written != num_frames:
+                raise SaveError(
+                    f"cannot write {path}: it has {num_written} frames, not {num_frames}"
+                )
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error}") from error
 
 
 def _count_frames(path: Path) -> int:
     """Decode a video and return how many frames it has; in a process group of its own, which Ctrl-C does not reach. Raises SaveError."""
-    command = [_ffmpeg(), "-nostdin", "-i", str(path.absolute()), "-map", "0:v:0", "-f", "null", "-"]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False)
-    counts = re.findall(rb"frame=\s*(\d+)", done.stderr)
-    if done.returncode or not counts:
-        last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise SaveError(f"cannot read {path} again: ffmpeg says {' '.join(last_words) or 'nothing'} (exit code {done.returncode})")
-    return int(counts[-1])
+    command = [
+        _find_ffmpeg(),
+        "-nostdin",
+        "-i",
+        str(path.absolute()),
+        "-map",
+        "0:v:0",
+        "-f",
+        "null",
+        "-",
+    ]
+    completed_process = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
+    )
+    frame_counts = re.findall(rb"frame=\s*(\d+)", completed_process.stderr)
+    if completed_process.returncode or not frame_counts:
+        last_lines = completed_process.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise SaveError(
+            f"cannot read {path} again: ffmpeg says {' '.join(last_lines) or 'nothing'} (exit code {completed_process.returncode})"
+        )
+    return int(frame_counts[-1])
 
 
-def _ffmpeg() -> str:
+def _find_ffmpeg() -> str:
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as fault:
-        raise SaveError(str(fault).split(". ")[0]) from None
+    except RuntimeError as error:
+        raise SaveError(str(error).split(". ")[0]) from None
 
 
-def _encode(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
-    first = next(chunks)
-    height, width = first.shape[1:3]
-    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
-    command = [_ffmpeg(), "-y", "-loglevel", "error", *source, *_ENCODING, str(path.absolute())]
+def _encode_video(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
+    first_chunk = next(chunks)
+    height, width = first_chunk.shape[1:3]
+    input_options = [
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{width}x{height}",
+        "-r",
+        str(fps),
+        "-i",
+        "-",
+    ]
+    command = [
+        _find_ffmpeg(),
+        "-y",
+        "-loglevel",
+        "error",
+        *input_options,
+        *_ENCODING_OPTIONS,
+        str(path.absolute()),
+    ]
     with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=errors, process_group=0) as ffmpeg,
+        tempfile.TemporaryFile() as error_file,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=error_file,
+            process_group=0,
+        ) as ffmpeg,
         ThreadPoolExecutor(1) as sender,  # while a chunk is sent and encoded, the next one is made
     ):
         assert ffmpeg.stdin is not None
-        sending: deque[Future[None]] = deque()
+        pending_sends: deque[Future[None]] = deque()
         try:
-            with contextlib.suppress(BrokenPipeError):  # ffmpeg gave up; its exit code and last words follow
-                for chunk in itertools.chain([first], chunks):
-                    sending.append(sender.submit(_send, *_to_host(chunk), ffmpeg.stdin))
-                    if len(sending) > _MOST_WAITING:
-                        sending.popleft().result()
-                while sending:
-                    sending.popleft().result()
+            with contextlib.suppress(
+                BrokenPipeError
+            ):  # ffmpeg gave up; its exit code and last words follow
+                for chunk in itertools.chain([first_chunk], chunks):
+                    pending_sends.append(
+                        sender.submit(_send_frames, *_copy_to_host(chunk), ffmpeg.stdin)
+                    )
+                    if len(pending_sends) > _MAX_WAITING_CHUNKS:
+                        pending_sends.popleft().result()
+                while pending_sends:
+                    pending_sends.popleft().result()
         except BaseException:
             ffmpeg.kill()
             raise
@@ -115,40 +164,46 @@ def _encode(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
             with contextlib.suppress(BrokenPipeError):
                 ffmpeg.stdin.close()
         if ffmpeg.wait():
-            errors.seek(0)
-            last_words = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise SaveError(f"cannot write {path}: ffmpeg says {' '.join(last_words) or 'nothing'} (exit code {ffmpeg.returncode})")
+            error_file.seek(0)
+            last_lines = error_file.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise SaveError(
+                f"cannot write {path}: ffmpeg says {' '.join(last_lines) or 'nothing'} (exit code {ffmpeg.returncode})"
+            )
 
 
-def _to_host(chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+def _copy_to_host(chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """Begin to copy a chunk to the host; returns the copy and what to wait for before it is read."""
     if not chunk.is_cuda:
         return chunk, None
-    copy = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True).copy_(chunk, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    return copy, done
+    host_chunk = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True).copy_(
+        chunk, non_blocking=True
+    )
+    copy_event = torch.cuda.Event()
+    copy_event.record()
+    return host_chunk, copy_event
 
 
-def _send(frames: Tensor, ready: torch.cuda.Event | None, pipe: IO[bytes]) -> None:
-    if ready is not None:
-        ready.synchronize()
+def _send_frames(frames: Tensor, copy_event: torch.cuda.Event | None, pipe: IO[bytes]) -> None:
+    if copy_event is not None:
+        copy_event.synchronize()
     pipe.write(frames.numpy().data)
 
 
 def save_image(path: Path, frame: Tensor) -> None:
     """Write one uint8 frame (H, W, 3) as PNG; raises SaveError."""
     try:
-        with written_aside(path) as aside:
-            Image.fromarray(frame.cpu().numpy()).save(aside)
-    except OSError as fault:
-        raise SaveError(f"cannot write {path}: {fault}") from fault
+        with atomic_write(path) as temporary_file:
+            Image.fromarray(frame.cpu().numpy()).save(temporary_file)
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error}") from error
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors as safetensors, with ``facts`` in its header; ``path`` appears when the file is whole. Raises SaveError."""
     try:
-        with written_aside(path) as aside:
-            aside.write_bytes(save(tensors, facts))
-    except OSError as fault:
-        raise SaveError(f"cannot write {path}: {fault}") from fault
+        with atomic_write(path) as temporary_file:
+            temporary_file.write_bytes(save(tensors, metadata))
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error}") from error

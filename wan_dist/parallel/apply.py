@@ -2,21 +2,23 @@
 
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.fsdp import apply_fsdp
-from wan_dist.parallel.mesh import Groups
+from wan_dist.parallel.mesh import ProcessGroups
 from wan_dist.parallel.ring import apply_ring
 from wan_dist.parallel.sequence import apply_sequence_split
 from wan_dist.parallel.ulysses import apply_ulysses
 from wan_dist.parallel.usp import apply_usp
 
 
-def parallelize_transformer(model: WanTransformer, groups: Groups, *, shard: bool, usp: str = "plain") -> None:
+def parallelize_transformer(
+    model: WanTransformer, groups: ProcessGroups, *, is_sharded: bool, usp: str = "plain"
+) -> None:
     """Spread a transformer, still on meta, over the ranks: sequence, attention (``usp``: plain or xfuser), then weights."""
     if groups.sp.size > 1:
         sequence = apply_sequence_split(model, groups.sp)
         if usp == "xfuser":
             apply_usp(model, groups)
         else:
-            apply_ring(model, sequence, groups.ring, num_inside=groups.ulysses.size)
+            apply_ring(model, sequence, groups.ring, ulysses_size=groups.ulysses.size)
             apply_ulysses(model, sequence, groups.ulysses)
-    if shard and groups.replica_mesh is not None:
+    if is_sharded and groups.replica_mesh is not None:
         apply_fsdp(model, model.blocks, groups.replica_mesh)

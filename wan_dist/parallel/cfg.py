@@ -4,7 +4,7 @@ from torch import Tensor
 
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
-from wan_dist.sampling.guidance import Velocities, guided
+from wan_dist.sampling.guidance import VelocityPredictor, apply_guidance
 
 
 class ParallelGuidance:
@@ -13,10 +13,14 @@ class ParallelGuidance:
     Both are computed whatever the scale, so that all ranks make the same number of forward calls, as sharded weights need.
     """
 
-    def __init__(self, velocities: Velocities, *, scale: float, axis: Axis) -> None:
+    def __init__(self, velocities: VelocityPredictor, *, scale: float, axis: Axis) -> None:
         self.velocities, self.scale, self.axis = velocities, scale, axis
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32, the same on both ranks."""
         conditional, unconditional = all_gather(self.velocities(latents, timestep)[0], self.axis)
-        return conditional if self.scale == 1 else guided(conditional, unconditional, self.scale)
+        return (
+            conditional
+            if self.scale == 1
+            else apply_guidance(conditional, unconditional, self.scale)
+        )

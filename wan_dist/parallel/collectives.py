@@ -15,60 +15,74 @@ from torch import Tensor
 from wan_dist.parallel.mesh import Axis
 
 T = TypeVar("T")
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+_ALL_GATHER = (
+    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+)  # renamed in torch 2.13
 
 
 @contextmanager
-def name_those_awaited(axis: Axis) -> Iterator[None]:
+def note_awaited_ranks(axis: Axis) -> Iterator[None]:
     """Say in an error of a connection for which other ranks this one was waiting."""
     try:
         yield
-    except RuntimeError as fault:
-        is_of_connection = isinstance(fault, dist.DistError) or "gloo" in str(fault)
-        if axis.group is not None and is_of_connection and not getattr(fault, "__notes__", None):
-            others = [rank for rank in dist.get_process_group_ranks(axis.group) if rank != dist.get_rank()]
-            fault.add_note(f"waiting for rank{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}")
+    except RuntimeError as error:
+        is_connection_error = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if axis.group is not None and is_connection_error and not getattr(error, "__notes__", None):
+            awaited_ranks = [
+                rank for rank in dist.get_process_group_ranks(axis.group) if rank != dist.get_rank()
+            ]
+            error.add_note(
+                f"waiting for rank{'s' if len(awaited_ranks) > 1 else ''} {', '.join(map(str, awaited_ranks))}"
+            )
         raise
 
 
-def _device_of(axis: Axis, device: torch.device) -> torch.device:
+def _choose_exchange_device(axis: Axis, device: torch.device) -> torch.device:
     """Return the device on which the axis exchanges tensors: the one given where its group can, else the group's own."""
     assert axis.group is not None
-    types = {kind.type for kind in axis.group._device_types}
-    return device if device.type in types else torch.device("cpu" if "cpu" in types else types.pop())
+    device_types = {group_device.type for group_device in axis.group._device_types}
+    return (
+        device
+        if device.type in device_types
+        else torch.device("cpu" if "cpu" in device_types else device_types.pop())
+    )
 
 
-def _bytes_of(x: Tensor, axis: Axis) -> Tensor:
+def _pack_bytes(x: Tensor, axis: Axis) -> Tensor:
     """Return x as it is sent, its bytes (n,) in the order of its dims; a copy only where x is not so in memory already.
 
     Backends want contiguous tensors on their own device, and each lacks some dtypes.
     """
-    x = x.to(_device_of(axis, x.device)).contiguous()
+    x = x.to(_choose_exchange_device(axis, x.device)).contiguous()
     return x.as_strided((x.numel(),), (1,)).view(torch.uint8)  # dims of size 1 may have any stride
 
 
-def _empty_bytes(x: Tensor, axis: Axis, shape: Sequence[int]) -> Tensor:
+def _allocate_bytes(like: Tensor, axis: Axis, shape: Sequence[int]) -> Tensor:
     """Return room for the bytes of a tensor like x, but for its shape."""
-    return torch.empty(math.prod(shape) * x.element_size(), dtype=torch.uint8, device=_device_of(axis, x.device))
+    return torch.empty(
+        math.prod(shape) * like.element_size(),
+        dtype=torch.uint8,
+        device=_choose_exchange_device(axis, like.device),
+    )
 
 
-def _tensor_of(received: Tensor, x: Tensor, shape: Sequence[int]) -> Tensor:
+def _unpack_bytes(received: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the tensor like x, but for its shape, whose bytes were received; contiguous."""
-    return received.view(x.dtype).view(tuple(shape)).to(x.device)
+    return received.view(like.dtype).view(tuple(shape)).to(like.device)
 
 
 def all_to_all(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
     """x (N, ...): share i goes to rank i of the axis; begun now, the call returns (N, ...), share j from rank j."""
     if axis.size == 1:
         return lambda: x
-    sent, received = _bytes_of(x, axis), _empty_bytes(x, axis, x.shape)
-    with name_those_awaited(axis):
-        work = dist.all_to_all_single(received, sent, group=axis.group, async_op=True)
+    send_buffer, receive_buffer = _pack_bytes(x, axis), _allocate_bytes(x, axis, x.shape)
+    with note_awaited_ranks(axis):
+        work = dist.all_to_all_single(receive_buffer, send_buffer, group=axis.group, async_op=True)
 
     def wait() -> Tensor:
-        with name_those_awaited(axis):
+        with note_awaited_ranks(axis):
             work.wait()
-        return _tensor_of(received, x, x.shape)
+        return _unpack_bytes(receive_buffer, x, x.shape)
 
     return wait
 
@@ -78,21 +92,28 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
     if axis.size == 1:
         return x.unsqueeze(0)
     shape = (axis.size, *x.shape)
-    received = _empty_bytes(x, axis, shape)
-    with name_those_awaited(axis):
-        _ALL_GATHER(received, _bytes_of(x, axis), group=axis.group)
-    return _tensor_of(received, x, shape)
+    receive_buffer = _allocate_bytes(x, axis, shape)
+    with note_awaited_ranks(axis):
+        _ALL_GATHER(receive_buffer, _pack_bytes(x, axis), group=axis.group)
+    return _unpack_bytes(receive_buffer, x, shape)
 
 
-def _start(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis) -> Callable[[], None]:
+def _start_transfers(
+    sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis
+) -> Callable[[], None]:
     """Start to send and receive bytes, each to or from a rank of the world; the call that comes back waits for all of them."""
-    operations = [dist.P2POp(dist.isend, sent, rank, axis.group) for sent, rank in sends]
-    operations += [dist.P2POp(dist.irecv, received, rank, axis.group) for received, rank in receives]
-    with name_those_awaited(axis):
+    operations = [
+        dist.P2POp(dist.isend, send_buffer, rank, axis.group) for send_buffer, rank in sends
+    ]
+    operations += [
+        dist.P2POp(dist.irecv, receive_buffer, rank, axis.group)
+        for receive_buffer, rank in receives
+    ]
+    with note_awaited_ranks(axis):
         works = dist.batch_isend_irecv(operations)
 
     def wait() -> None:
-        with name_those_awaited(axis):
+        with note_awaited_ranks(axis):
             for work in works:
                 work.wait()
         operations.clear()  # until now they have held what is sent
@@ -100,7 +121,7 @@ def _start(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], 
     return wait
 
 
-def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
+def send_to_next(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
     """Begin to send tensors to the next rank of the axis; the call that comes back waits for those of the one before.
 
     All ranks' shapes are equal.
@@ -108,43 +129,67 @@ def pass_on(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
     if axis.size == 1:
         return lambda: tensors
     ranks = dist.get_process_group_ranks(axis.group)
-    after, before = ranks[(axis.rank + 1) % axis.size], ranks[(axis.rank - 1) % axis.size]
-    received = [_empty_bytes(tensor, axis, tensor.shape) for tensor in tensors]
-    wait = _start([(_bytes_of(tensor, axis), after) for tensor in tensors], [(part, before) for part in received], axis)
+    next_rank, previous_rank = (
+        ranks[(axis.rank + 1) % axis.size],
+        ranks[(axis.rank - 1) % axis.size],
+    )
+    receive_buffers = [_allocate_bytes(tensor, axis, tensor.shape) for tensor in tensors]
+    wait_for_transfers = _start_transfers(
+        [(_pack_bytes(tensor, axis), next_rank) for tensor in tensors],
+        [(receive_buffer, previous_rank) for receive_buffer in receive_buffers],
+        axis,
+    )
 
-    def arrived() -> list[Tensor]:
-        wait()
-        return [_tensor_of(part, tensor, tensor.shape) for part, tensor in zip(received, tensors, strict=True)]
+    def wait_and_unpack() -> list[Tensor]:
+        wait_for_transfers()
+        return [
+            _unpack_bytes(receive_buffer, tensor, tensor.shape)
+            for receive_buffer, tensor in zip(receive_buffers, tensors, strict=True)
+        ]
 
-    return arrived
+    return wait_and_unpack
 
 
-def trade_edges(first: Tensor, last: Tensor, axis: Axis) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+def exchange_halos(
+    to_previous: Tensor, to_next: Tensor, axis: Axis
+) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
     """Begin to give ``first`` to the rank before and ``last`` to the one after; the call waits for theirs.
 
     None at the ends of the axis. All ranks' shapes are equal.
     """
     ranks = [0] if axis.size == 1 else dist.get_process_group_ranks(axis.group)
-    has_before, has_after = axis.rank > 0, axis.rank < axis.size - 1
+    has_previous, has_next = axis.rank > 0, axis.rank < axis.size - 1
     sends, receives = [], []
-    for edge, arriving, step, is_there in ((first, last, -1, has_before), (last, first, 1, has_after)):
-        if is_there:
-            sends.append((_bytes_of(edge, axis), ranks[axis.rank + step]))
-            receives.append((_empty_bytes(arriving, axis, arriving.shape), ranks[axis.rank + step]))
+    for outgoing, incoming_like, rank_offset, has_neighbour in (
+        (to_previous, to_next, -1, has_previous),
+        (to_next, to_previous, 1, has_next),
+    ):
+        if has_neighbour:
+            sends.append((_pack_bytes(outgoing, axis), ranks[axis.rank + rank_offset]))
+            receives.append(
+                (
+                    _allocate_bytes(incoming_like, axis, incoming_like.shape),
+                    ranks[axis.rank + rank_offset],
+                )
+            )
     if not sends:
         return lambda: (None, None)
-    wait = _start(sends, receives, axis)
+    wait_for_transfers = _start_transfers(sends, receives, axis)
 
-    def arrived() -> tuple[Tensor | None, Tensor | None]:
-        wait()
-        before = _tensor_of(receives[0][0], last, last.shape) if has_before else None
-        after = _tensor_of(receives[-1][0], first, first.shape) if has_after else None
-        return before, after
+    def wait_and_unpack() -> tuple[Tensor | None, Tensor | None]:
+        wait_for_transfers()
+        from_previous = (
+            _unpack_bytes(receives[0][0], to_next, to_next.shape) if has_previous else None
+        )
+        from_next = (
+            _unpack_bytes(receives[-1][0], to_previous, to_previous.shape) if has_next else None
+        )
+        return from_previous, from_next
 
-    return arrived
+    return wait_and_unpack
 
 
-def gather_on_first(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tensor | None:
+def gather_on_first_rank(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tensor | None:
     """Return every rank's x, put together along ``dim``, on the first rank of the axis; None on the others.
 
     Shapes differ in that dim only, where they are ``lengths``.
@@ -152,16 +197,16 @@ def gather_on_first(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tens
     if axis.size == 1:
         return x
     ranks = dist.get_process_group_ranks(axis.group)
-    with name_those_awaited(axis):
+    with note_awaited_ranks(axis):
         if axis.rank:
-            dist.send(_bytes_of(x, axis), ranks[0], group=axis.group)
+            dist.send(_pack_bytes(x, axis), ranks[0], group=axis.group)
             return None
         parts = [x]
         for rank, length in zip(ranks[1:], lengths[1:], strict=True):
             shape = (*x.shape[:dim], length, *x.shape[dim + 1 :])
-            received = _empty_bytes(x, axis, shape)
-            dist.recv(received, rank, group=axis.group)
-            parts.append(_tensor_of(received, x, shape))
+            receive_buffer = _allocate_bytes(x, axis, shape)
+            dist.recv(receive_buffer, rank, group=axis.group)
+            parts.append(_unpack_bytes(receive_buffer, x, shape))
     return torch.cat(parts, dim=dim)
 
 
@@ -169,32 +214,36 @@ def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | No
     """Return the first rank's tensor, or None if that has none, on ``device`` of all ranks of the axis."""
     if axis.size == 1:
         return None if x is None else x.to(device)
-    described = broadcast_object(None if x is None else (tuple(x.shape), x.dtype), axis)
-    if described is None:
+    header = broadcast_object(None if x is None else (tuple(x.shape), x.dtype), axis)
+    if header is None:
         return None
-    shape, dtype = described
+    shape, dtype = header
     like = torch.empty(0, dtype=dtype, device=device)
-    moved = _bytes_of(x.to(device), axis) if axis.rank == 0 and x is not None else _empty_bytes(like, axis, shape)
-    with name_those_awaited(axis):
-        dist.broadcast(moved, group=axis.group, group_src=0)
-    return _tensor_of(moved, like, shape)
+    payload = (
+        _pack_bytes(x.to(device), axis)
+        if axis.rank == 0 and x is not None
+        else _allocate_bytes(like, axis, shape)
+    )
+    with note_awaited_ranks(axis):
+        dist.broadcast(payload, group=axis.group, group_src=0)
+    return _unpack_bytes(payload, like, shape)
 
 
 def broadcast_object(value: T, axis: Axis) -> T:
     """Return the first rank's value, any that can be pickled, on all ranks of the axis."""
     if axis.size == 1:
         return value
-    box = [value]
-    with name_those_awaited(axis):
-        dist.broadcast_object_list(box, group=axis.group, group_src=0)
-    return box[0]
+    object_list = [value]
+    with note_awaited_ranks(axis):
+        dist.broadcast_object_list(object_list, group=axis.group, group_src=0)
+    return object_list[0]
 
 
 def gather_objects(value: T, axis: Axis) -> list[T]:
     """Return every rank's value, any that can be pickled, in the order of ranks, on all ranks of the axis."""
     if axis.size == 1:
         return [value]
-    found: list[T | None] = [None] * axis.size
-    with name_those_awaited(axis):
-        dist.all_gather_object(found, value, group=axis.group)
-    return cast(list[T], found)
+    objects: list[T | None] = [None] * axis.size
+    with note_awaited_ranks(axis):
+        dist.all_gather_object(objects, value, group=axis.group)
+    return cast(list[T], objects)

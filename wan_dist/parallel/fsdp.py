@@ -15,31 +15,34 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) 
     would slow each gathering down.
     """
     model.requires_grad_(False)  # parameters of several dtypes may then share a part
-    sharded = []
+    sharded_blocks = []
     for block in blocks:
         vectors = {
             parameter
             for name, parameter in block.named_parameters()
-            if parameter.numel() <= 8 * max(parameter.shape) and not name.endswith((".scale", ".offset"))  # their rows are the weight's
+            if parameter.numel() <= 8 * max(parameter.shape)
+            and not name.endswith((".scale", ".offset"))  # their rows are the weight's
         }
-        sharded.append(fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=vectors))
+        sharded_blocks.append(
+            fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=vectors)
+        )
     for part in model.children():
         if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    whole = fully_shard(model, mesh=mesh, reshard_after_forward=True)
-    for now, after in itertools.pairwise([whole, *sharded]):
-        _gather_ahead(now, after)
+    sharded_model = fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    for module, next_module in itertools.pairwise([sharded_model, *sharded_blocks]):
+        _prefetch_weights(module, next_module)
 
 
-def _gather_ahead(now: FSDPModule, after: FSDPModule) -> None:
+def _prefetch_weights(module: FSDPModule, next_module: FSDPModule) -> None:
     """Begin to gather ``after`` when ``now`` begins to compute.
 
     Unlike `set_modules_to_forward_prefetch`, this lets the buffer of a block's gathering go as soon as the block has been copied out
     of it, so that two blocks are in memory at a time instead of three.
     """
 
-    def begin(*_: object) -> None:
-        after.unshard(async_op=True)
+    def start_unshard(*_: object) -> None:
+        next_module.unshard(async_op=True)
 
-    assert isinstance(now, nn.Module)
-    now.register_forward_pre_hook(begin)
+    assert isinstance(module, nn.Module)
+    module.register_forward_pre_hook(start_unshard)

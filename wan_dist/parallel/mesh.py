@@ -18,12 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from wan_dist.parallel.rendezvous import find_sockets
-from wan_dist.parallel.team import RankError, Team
+from wan_dist.parallel.team import Coordinator, RankError
 from wan_dist.planning.degrees import Degrees
-from wan_dist.runtime.environment import Ranks, read_ranks
+from wan_dist.runtime.environment import RankLayout, read_rank_layout
 from wan_dist.runtime.errors import InputError
 
-AXES = ("cfg", "ring", "ulysses")
+AXIS_NAMES = ("cfg", "ring", "ulysses")
 
 T = TypeVar("T")
 
@@ -39,13 +39,13 @@ class Axis:
 
 
 @dataclass
-class Groups:
+class ProcessGroups:
     """The axes of a run. ``sp``: ring and ulysses together; ``replica``: everything that works on one video; ``dp``: the replicas."""
 
     degrees: Degrees = field(default_factory=Degrees)
-    team: Team = field(default_factory=lambda: Team(Ranks(), 60))
+    coordinator: Coordinator = field(default_factory=lambda: Coordinator(RankLayout(), 60))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    timeout: float = 600.0
+    timeout_seconds: float = 600.0
     rank: int = 0
     """Among all ranks."""
     local_rank: int = 0
@@ -57,25 +57,27 @@ class Groups:
     replica: Axis = field(default_factory=Axis)
     replica_mesh: DeviceMesh | None = None
     """Over which weights are sharded; None for one rank."""
-    sockets: dict[int, str] = field(default_factory=dict)
+    gloo_sockets: dict[int, str] = field(default_factory=dict)
     """Connections of gloo's groups: descriptors, and what they are."""
     is_aborted: bool = False
     """What has been sent or computed since then may be anything: on a GPU, aborted collectives end without an error."""
-    num_opened: int = 0
-    num_works: int = 0
+    num_openings: int = 0
+    num_keys_used: int = 0
     """Times that the ranks of the replica have met, for what they do together; the same on all of them."""
 
     @property
     def replica_ranks(self) -> range:
         """The ranks of this replica, among all."""
-        size = self.degrees.ranks_of_replica
+        size = self.degrees.ranks_per_replica
         return range(self.dp.rank * size, (self.dp.rank + 1) * size)
 
     @property
-    def process_groups(self) -> list[dist.ProcessGroup]:
+    def distinct_groups(self) -> list[dist.ProcessGroup]:
         """Each of the axes' process groups, once."""
         axes = (self.cfg, self.ring, self.ulysses, self.sp, self.replica)
-        return list({id(axis.group): axis.group for axis in axes if axis.group is not None}.values())
+        return list(
+            {id(axis.group): axis.group for axis in axes if axis.group is not None}.values()
+        )
 
     def open(self) -> None:
         """Make process groups for all axes, anew if there were any, and none for one rank; called by all ranks of the replica.
@@ -86,93 +88,108 @@ class Groups:
         if self.replica.size == 1:
             return
         if dist.is_initialized():
-            self._check_anew()
+            self._check_can_reopen()
             self.replica_mesh = None
             distributed_c10d._abort_process_group()
             gc.collect()  # gloo closes connections with the last reference to a group
         self.is_aborted = False
-        self.num_opened += 1
-        before = find_sockets()
+        self.num_openings += 1
+        sockets_before = find_sockets()
         is_cuda = self.device.type == "cuda"
         dist.init_process_group(
             "nccl" if is_cuda else "gloo",
-            store=self.team.store_of(f"groups/{self.dp.rank}/{self.num_opened}"),
-            rank=self.team.rank - self.replica_ranks.start,
-            world_size=self.degrees.ranks_of_replica,
-            timeout=timedelta(seconds=self.timeout),
+            store=self.coordinator.make_prefix_store(f"groups/{self.dp.rank}/{self.num_openings}"),
+            rank=self.coordinator.rank - self.replica_ranks.start,
+            world_size=self.degrees.ranks_per_replica,
+            timeout=timedelta(seconds=self.timeout_seconds),
             device_id=self.device if is_cuda else None,
         )
-        self.cut_axes()
+        self.create_axis_groups()
         if self.replica.group is not None:
-            self.replica_mesh = DeviceMesh.from_group(self.replica.group, self.device.type, mesh_dim_names=("replica",))
-        limit_waiting(self, self.timeout)  # new groups do not take it over
-        self.sockets = dict(find_sockets().items() - before.items())
+            self.replica_mesh = DeviceMesh.from_group(
+                self.replica.group, self.device.type, mesh_dim_names=("replica",)
+            )
+        set_group_timeout(self, self.timeout_seconds)  # new groups do not take it over
+        self.gloo_sockets = dict(find_sockets().items() - sockets_before.items())
 
-    def _check_anew(self) -> None:
+    def _check_can_reopen(self) -> None:
         """Raise RankError where groups cannot be made anew: after two of NCCL's communicators were aborted, new ones failed."""
-        if self.device.type == "cuda" and len(self.process_groups) > 1:
+        if self.device.type == "cuda" and len(self.distinct_groups) > 1:
             raise RankError(
                 "after an error of one rank the run ends, as its ranks have several NCCL communicators (parallel.ulysses, parallel.ring), "
                 "which are not made anew; the same command goes on"
             )
 
-    def cut_axes(self) -> None:
+    def create_axis_groups(self) -> None:
         """Cut the ranks of the default process group, which are the replica's, into the axes."""
         degrees = self.degrees
-        ranks = torch.arange(degrees.ranks_of_replica).view(1, degrees.cfg, degrees.ring, degrees.ulysses)
-        made: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None]
-        made = {(False, (tuple(range(degrees.ranks_of_replica)),)): dist.group.WORLD}
-        inside = ("ring", "ulysses")
-        axes = ((self.replica, AXES), (self.sp, inside), *((getattr(self, name), (name,)) for name in AXES))
-        for axis, names in axes:
+        rank_grid = torch.arange(degrees.ranks_per_replica).view(
+            1, degrees.cfg, degrees.ring, degrees.ulysses
+        )
+        group_by_rows: dict[tuple[bool, tuple[tuple[int, ...], ...]], dist.ProcessGroup | None]
+        group_by_rows = {(False, (tuple(range(degrees.ranks_per_replica)),)): dist.group.WORLD}
+        attention_axes = ("ring", "ulysses")
+        axes = (
+            (self.replica, AXIS_NAMES),
+            (self.sp, attention_axes),
+            *((getattr(self, name), (name,)) for name in AXIS_NAMES),
+        )
+        for axis, axis_names in axes:
             if axis.size == 1:
                 continue
-            dims = [AXES.index(name) + 1 for name in names]
-            rows = ranks.movedim(dims, list(range(-len(dims), 0))).flatten(-len(dims)).flatten(0, -2).tolist()
-            key = (set(names) <= set(inside), tuple(map(tuple, rows)))
-            if key not in made:
-                made[key] = dist.new_subgroups_by_enumeration(rows)[0]
-            axis.group = made[key]
+            dims = [AXIS_NAMES.index(name) + 1 for name in axis_names]
+            rows = (
+                rank_grid.movedim(dims, list(range(-len(dims), 0)))
+                .flatten(-len(dims))
+                .flatten(0, -2)
+                .tolist()
+            )
+            key = (set(axis_names) <= set(attention_axes), tuple(map(tuple, rows)))
+            if key not in group_by_rows:
+                group_by_rows[key] = dist.new_subgroups_by_enumeration(rows)[0]
+            axis.group = group_by_rows[key]
 
     def abort(self) -> None:
         """Break off whatever is sent in the groups, on this rank, and with gloo on those that it was to be sent to; from any thread."""
         self.is_aborted = True
         if self.device.type != "cuda":
-            _shut_down(self.sockets)
+            _shut_down_sockets(self.gloo_sockets)
             return
-        groups = self.process_groups
+        groups = self.distinct_groups
         backend: Any = groups[0]._get_backend(self.device)  # NCCL's
         backend._group_start()  # aborts of several communicators else wait for each other
         for group in groups:
             group.abort()
         backend._group_end()
 
-    def check(self) -> None:
+    def raise_if_aborted(self) -> None:
         """Raise RankError where the groups have been aborted, before something is kept that may be anything."""
         if self.is_aborted:
             raise RankError("another rank has failed in what is done together", is_final=False)
 
-    def share(self, make: Callable[[], T], what: str) -> T:
+    def run_on_first_rank(self, make: Callable[[], T], purpose: str) -> T:
         """Return what the replica's first rank makes, on all its ranks, however long it takes to ``what``."""
-        key = self.next_key("shared")
+        key = self.make_next_key("shared")
         if self.replica.rank == 0:
             value = make()
             if self.replica.size > 1:
-                self.team.put(key, (value,))
+                self.coordinator.put(key, (value,))
             return value
-        self.team.wait(lambda: self.team.has(key), what, self.replica_ranks[:1])
-        return cast(tuple[T], self.team.get(key))[0]
+        self.coordinator.wait_until(
+            lambda: self.coordinator.has(key), purpose, self.replica_ranks[:1]
+        )
+        return cast(tuple[T], self.coordinator.get(key))[0]
 
-    def next_key(self, kind: str) -> str:
+    def make_next_key(self, kind: str) -> str:
         """Return a key in the team's store that all ranks of the replica come to together, and nobody else."""
-        self.num_works += 1
-        return f"{kind}/{self.dp.rank}/{self.num_works}"
+        self.num_keys_used += 1
+        return f"{kind}/{self.dp.rank}/{self.num_keys_used}"
 
-    def close(self, *, others_follow: bool) -> None:
+    def close(self, *, is_collective: bool) -> None:
         """End all process groups; NCCL waits for the other ranks to do the same, so after an error it is told to give up instead."""
         if not dist.is_initialized():
             return
-        if not others_follow or self.is_aborted:
+        if not is_collective or self.is_aborted:
             distributed_c10d._abort_process_group()
             return
         dist.destroy_process_group()
@@ -181,22 +198,24 @@ class Groups:
             time.sleep(0.1)
 
 
-def _shut_down(sockets: dict[int, str]) -> None:
+def _shut_down_sockets(sockets: dict[int, str]) -> None:
     """End connections, so that both ends return from what they wait for; gloo's own abort leaves them open."""
-    for number in dict(sockets.items() & find_sockets().items()):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as connection:
-            if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):  # gloo ends the process without its listener
+    for descriptor in dict(sockets.items() & find_sockets().items()):
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
+            if not connection.getsockopt(
+                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+            ):  # gloo ends the process without its listener
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-def local_device(name: str) -> torch.device:
+def select_local_device(name: str) -> torch.device:
     """Return this rank's device of the kind ``name``: on a node, ranks take the GPUs in order of LOCAL_RANK, or the only one they see.
 
     Raises InputError where there are GPUs, but not for this rank.
     """
     if name != "cuda":
         return torch.device(name)
-    ranks, num_gpus = read_ranks(), torch.cuda.device_count()
+    ranks, num_gpus = read_rank_layout(), torch.cuda.device_count()
     if 1 < num_gpus <= ranks.local_rank:
         raise InputError(
             f"LOCAL_RANK={ranks.local_rank}: rank {ranks.rank} sees {num_gpus} GPUs, and each rank takes its own; start at most {num_gpus} "
@@ -208,52 +227,60 @@ def local_device(name: str) -> torch.device:
 
 
 @contextmanager
-def open_groups(degrees: Degrees, device: torch.device, *, timeout: float) -> Iterator[Groups]:
+def open_process_groups(
+    degrees: Degrees, device: torch.device, *, timeout_seconds: float
+) -> Iterator[ProcessGroups]:
     """Make the process groups of all ranks that were started, and end them on any exit; for one rank there are none.
 
     Ranks that wait for each other longer than ``timeout`` seconds give up with an error; see `limit_waiting`.
     """
-    team = Team(read_ranks() if degrees.num_ranks > 1 else Ranks(), timeout)
+    coordinator = Coordinator(
+        read_rank_layout() if degrees.num_ranks > 1 else RankLayout(), timeout_seconds
+    )
     try:
-        with opened(groups := make_groups(degrees, team, device, timeout)):
+        with process_group_session(
+            groups := make_process_groups(degrees, coordinator, device, timeout_seconds)
+        ):
             yield groups
     finally:
-        team.leave()
+        coordinator.leave()
 
 
 @contextmanager
-def opened(groups: Groups) -> Iterator[None]:
+def process_group_session(groups: ProcessGroups) -> Iterator[None]:
     """Open the process groups, and end them on any exit."""
     try:
         groups.open()
         yield
     except BaseException:
-        groups.close(others_follow=False)
+        groups.close(is_collective=False)
         raise
-    groups.close(others_follow=True)
+    groups.close(is_collective=True)
 
 
-def limit_waiting(groups: Groups, timeout: float) -> None:
+def set_group_timeout(groups: ProcessGroups, timeout_seconds: float) -> None:
     """From now on, ranks that wait for each other longer than ``timeout`` seconds give up with an error."""
-    for group in groups.process_groups:
-        _set_pg_timeout(timedelta(seconds=timeout), group)
+    for group in groups.distinct_groups:
+        _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
 
-def make_groups(degrees: Degrees, team: Team, device: torch.device, timeout: float) -> Groups:
+def make_process_groups(
+    degrees: Degrees, coordinator: Coordinator, device: torch.device, timeout_seconds: float
+) -> ProcessGroups:
     """Return where this rank is on the axes of a run, before there is any process group: see `Groups.open`."""
-    size = degrees.ranks_of_replica
-    within, sp = team.rank % size, degrees.ring * degrees.ulysses
-    return Groups(
+    replica_size = degrees.ranks_per_replica
+    replica_rank, sp_size = coordinator.rank % replica_size, degrees.ring * degrees.ulysses
+    return ProcessGroups(
         degrees,
-        team,
+        coordinator,
         device,
-        timeout,
-        rank=team.rank,
-        local_rank=read_ranks().local_rank,
-        dp=Axis(team.rank // size, degrees.dp),
-        cfg=Axis(within // sp, degrees.cfg),
-        ring=Axis(within % sp // degrees.ulysses, degrees.ring),
-        ulysses=Axis(within % degrees.ulysses, degrees.ulysses),
-        sp=Axis(within % sp, sp),
-        replica=Axis(within, size),
+        timeout_seconds,
+        rank=coordinator.rank,
+        local_rank=read_rank_layout().local_rank,
+        dp=Axis(coordinator.rank // replica_size, degrees.dp),
+        cfg=Axis(replica_rank // sp_size, degrees.cfg),
+        ring=Axis(replica_rank % sp_size // degrees.ulysses, degrees.ring),
+        ulysses=Axis(replica_rank % degrees.ulysses, degrees.ulysses),
+        sp=Axis(replica_rank % sp_size, sp_size),
+        replica=Axis(replica_rank, replica_size),
     )

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.attention.log_sum_exp import attend_with_lse
-from wan_dist.models.kernels.transformer_ops import PIECE
+from wan_dist.models.kernels.transformer_ops import FLOAT32_CHUNK_TOKENS
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.parallel.collectives import pass_on
+from wan_dist.parallel.collectives import send_to_next
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.sequence import SplitSequence, pad_end
 
@@ -21,47 +21,61 @@ class RingAttention(InnerAttention):
     Each rank of the axis stands for ``num_inside`` neighbouring shares of the sequence, those that Ulysses has brought together.
     """
 
-    takes_some_queries = False
+    accepts_partial_queries = False
 
-    def __init__(self, inner: InnerAttention, sequence: SplitSequence, axis: Axis, num_inside: int) -> None:
+    def __init__(
+        self, inner: InnerAttention, sequence: SplitSequence, axis: Axis, ulysses_size: int
+    ) -> None:
         super().__init__(inner.kernel, inner.name, inner.reason)
         self.sequence = sequence
         self.axis = axis
-        self.num_inside = num_inside
+        self.ulysses_size = ulysses_size
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, L', H, D) of this rank's tokens, without or with padding -> (B, L', H, D)."""
-        padding = self.num_inside * self.sequence.share - k.shape[1]
-        moving = [pad_end(part, padding, dim=1) for part in (k, v)]  # equal shapes on all ranks
+        num_padding = self.ulysses_size * self.sequence.tokens_per_rank - k.shape[1]
+        key_value = [
+            pad_end(part, num_padding, dim=1) for part in (k, v)
+        ]  # equal shapes on all ranks
         merged: tuple[Tensor, Tensor] | None = None
         for step in range(self.axis.size):
-            source = (self.axis.rank - step) % self.axis.size
-            num_valid = self.sequence.num_valid(source * self.num_inside, self.num_inside)
-            arriving = pass_on(moving, self.axis) if step < self.axis.size - 1 else None  # while this part is attended to
-            if num_valid and q.shape[1]:
-                part = attend_with_lse(self.name, q, *(tensor[:, :num_valid] for tensor in moving))
+            source_rank = (self.axis.rank - step) % self.axis.size
+            num_valid_tokens = self.sequence.count_valid_tokens(
+                source_rank * self.ulysses_size, self.ulysses_size
+            )
+            wait_for_next = (
+                send_to_next(key_value, self.axis) if step < self.axis.size - 1 else None
+            )  # while this part is attended to
+            if num_valid_tokens and q.shape[1]:
+                part = attend_with_lse(
+                    self.name, q, *(tensor[:, :num_valid_tokens] for tensor in key_value)
+                )
                 if merged is None:
                     merged = part[0].float(), part[1].contiguous()
                 else:
-                    merge_(*merged, *part)
+                    merge_attention_(*merged, *part)
                 del part  # it would be there beside the next
-            if arriving is not None:
-                moving = arriving()
+            if wait_for_next is not None:
+                key_value = wait_for_next()
         return q if merged is None else merged[0].to(q.dtype)  # a rank without tokens returns none
 
 
-def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+def merge_attention_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
     """Merge attention to other keys into ``out`` (B, L, H, D) and its log-sum-exp (B, L, H), float32, in place and a piece at a time."""
-    for start in range(0, out.shape[1], PIECE):
-        piece = slice(start, start + PIECE)
-        share = torch.sigmoid(part_lse[:, piece] - lse[:, piece]).unsqueeze(-1)
-        out[:, piece].lerp_(part[:, piece].float(), share)
-    torch.logaddexp(lse, part_lse, out=lse)
+    for start in range(0, out.shape[1], FLOAT32_CHUNK_TOKENS):
+        rows = slice(start, start + FLOAT32_CHUNK_TOKENS)
+        other_weight = torch.sigmoid(other_lse[:, rows] - lse[:, rows]).unsqueeze(-1)
+        out[:, rows].lerp_(other_out[:, rows].float(), other_weight)
+    torch.logaddexp(lse, other_lse, out=lse)
 
 
-def apply_ring(model: WanTransformer, sequence: SplitSequence, axis: Axis, *, num_inside: int) -> None:
+def apply_ring(
+    model: WanTransformer, sequence: SplitSequence, axis: Axis, *, ulysses_size: int
+) -> None:
     """Wrap every block's self-attention; before `apply_ulysses`, which goes around it. On an axis of size 1 nothing changes."""
     if axis.size == 1:
         return
     for attention in model.self_attentions:
-        attention.inner_attention = RingAttention(attention.inner_attention, sequence, axis, num_inside)
+        attention.inner_attention = RingAttention(
+            attention.inner_attention, sequence, axis, ulysses_size
+        )

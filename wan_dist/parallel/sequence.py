@@ -26,29 +26,41 @@ class SplitSequence(WholeSequence):
         """Of the whole sequence, without padding; known after the first split."""
 
     @property
-    def share(self) -> int:
+    def tokens_per_rank(self) -> int:
         """Tokens of a rank, padding counted."""
         return -(-self.num_tokens // self.axis.size)
 
-    def num_valid(self, first_rank: int, num_ranks: int) -> int:
+    def count_valid_tokens(self, first_rank: int, num_ranks: int) -> int:
         """Return how many tokens of ``num_ranks`` neighbouring ranks' shares are no padding."""
-        start = first_rank * self.share
-        return min(max(self.num_tokens - start, 0), num_ranks * self.share)
+        start = first_rank * self.tokens_per_rank
+        return min(max(self.num_tokens - start, 0), num_ranks * self.tokens_per_rank)
 
     def split(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[int, ...]]:
         """See `WholeSequence.split`."""
         self.num_tokens = x.shape[1]
-        start = self.axis.rank * self.share
-        own, padding = slice(start, start + self.share), self.axis.size * self.share - self.num_tokens
-        x = x[:, own].clone()  # a view would keep the other ranks' tokens alive
-        x = pad_end(x, self.share - x.shape[1], dim=1)
-        cos, sin = (pad_end(table[own], self.share - len(table[own]), dim=0) for table in rotary)
-        ends = torch.tensor(segments).cumsum(0).tolist()
-        ends[-1] += padding  # padding is modulated as the last token's segment is
-        inside = [min(max(end - start, 0), self.share) for end in [0, *ends]]
-        return x, (cos, sin), tuple(after - before for before, after in itertools.pairwise(inside))
+        start = self.axis.rank * self.tokens_per_rank
+        own_rows, num_padding = (
+            slice(start, start + self.tokens_per_rank),
+            self.axis.size * self.tokens_per_rank - self.num_tokens,
+        )
+        x = x[:, own_rows].clone()  # a view would keep the other ranks' tokens alive
+        x = pad_end(x, self.tokens_per_rank - x.shape[1], dim=1)
+        cos, sin = (
+            pad_end(table[own_rows], self.tokens_per_rank - len(table[own_rows]), dim=0)
+            for table in rotary
+        )
+        segment_ends = torch.tensor(segments).cumsum(0).tolist()
+        segment_ends[-1] += num_padding  # padding is modulated as the last token's segment is
+        shard_ends = [min(max(end - start, 0), self.tokens_per_rank) for end in [0, *segment_ends]]
+        return (
+            x,
+            (cos, sin),
+            tuple(
+                next_end - previous_end for previous_end, next_end in itertools.pairwise(shard_ends)
+            ),
+        )
 
     def gather(self, x: Tensor) -> Tensor:
         """See `WholeSequence.gather`."""

@@ -13,23 +13,25 @@ from typing import TypeVar
 import torch
 from torch.distributed import DistError
 
-from wan_dist.parallel.mesh import Groups
-from wan_dist.parallel.team import GRACE_SECONDS, Fault, RankError
-from wan_dist.runtime.errors import InputError, first_line
-from wan_dist.runtime.signals import Preempted, preemption
+from wan_dist.parallel.mesh import ProcessGroups
+from wan_dist.parallel.team import GRACE_SECONDS, RankError, RankFailure
+from wan_dist.runtime.errors import InputError, get_first_line
+from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 
 T = TypeVar("T")
-_LOST_SECONDS = 20.0
+_LOST_RANK_SECONDS = 20.0
 """Without a sign of life, once something has failed."""
-_CUT_OFF_SECONDS = 6.0
+_LOST_CONNECTION_SECONDS = 6.0
 """The same, where a connection has failed: the rank at its other end is gone, most likely."""
 
 
-class NoRoomError(torch.OutOfMemoryError):
+class OutOfMemoryOnRankError(torch.OutOfMemoryError):
     """A rank has too little memory, and all ranks know."""
 
 
-def work_together(groups: Groups, work: Callable[[], T], what: str, *, exchanges: bool = True) -> T:
+def run_together(
+    groups: ProcessGroups, work: Callable[[], T], purpose: str, *, uses_collectives: bool = True
+) -> T:
     """Do ``work`` on every rank of the replica, and return what it returns on this one when all have done it.
 
     Where one fails all raise: that one its own error, the others one that says the same, of the same kind where memory ran out, where the
@@ -37,88 +39,114 @@ def work_together(groups: Groups, work: Callable[[], T], what: str, *, exchanges
     models that are sharded over them are of no use any more; they are made anew before the next work that ``exchanges``.
     """
     if groups.replica.size == 1:
-        with preemption.heeded():
+        with preemption.interruptible():
             return work()
-    team, key = groups.team, groups.next_key("work")
-    own: BaseException | None = None
-    with preemption.noted():
-        if exchanges and groups.is_aborted:
+    coordinator, key = groups.coordinator, groups.make_next_key("work")
+    own_error: BaseException | None = None
+    with preemption.deferred():
+        if uses_collectives and groups.is_aborted:
             groups.open()
-        team.begin_work(key, groups.replica_ranks, lambda: _break_off(groups, key))
+        coordinator.start_watching(key, groups.replica_ranks, lambda: _abort_groups(groups, key))
         try:
-            with preemption.heeded():
+            with preemption.interruptible():
                 result = work()
-        except (Exception, KeyboardInterrupt, Preempted) as error:
-            own = error
+        except (Exception, KeyboardInterrupt, PreemptionInterrupt) as error:
+            own_error = error
         try:
-            first = _await_end(groups, key, what, own)
+            first_failure = _wait_for_outcome(groups, key, purpose, own_error)
         except RuntimeError as error:  # others have left the run, or are gone, or the store is
-            if own is None or isinstance(own, RankError) or getattr(error, "fault", None) is not None:
+            if (
+                own_error is None
+                or isinstance(own_error, RankError)
+                or getattr(error, "fault", None) is not None
+            ):
                 raise
-            raise own from error
-    if first is None:
+            raise own_error from error
+    if first_failure is None:
         return result
-    if own is not None and (first.rank == team.rank or (first.kind, first.text) == (kind_of(own), text_of(own))):
-        raise own
-    raise _error_of(first) from own
+    if own_error is not None and (
+        first_failure.rank == coordinator.rank
+        or (first_failure.kind, first_failure.text)
+        == (classify_error(own_error), describe_error(own_error))
+    ):
+        raise own_error
+    raise _make_error(first_failure) from own_error
 
 
-def _tell(groups: Groups, key: str, error: BaseException) -> None:
+def _publish_failure(groups: ProcessGroups, key: str, error: BaseException) -> None:
     """Put down what went wrong here; the first rank that does so speaks for all."""
-    team = groups.team
-    team.put(f"{key}/fault/{team.rank}", Fault(team.rank, socket.gethostname(), kind_of(error), text_of(error)))
-    if team.add(f"{key}/faults") == 1:
-        team.put(f"{key}/first", team.rank)
+    coordinator = groups.coordinator
+    coordinator.put(
+        f"{key}/fault/{coordinator.rank}",
+        RankFailure(
+            coordinator.rank, socket.gethostname(), classify_error(error), describe_error(error)
+        ),
+    )
+    if coordinator.add_to_counter(f"{key}/faults") == 1:
+        coordinator.put(f"{key}/first", coordinator.rank)
 
 
-def _break_off(groups: Groups, key: str) -> None:
+def _abort_groups(groups: ProcessGroups, key: str) -> None:
     """Abort the process groups, unless it has been decided that every rank has met the same error."""
-    if groups.team.decide(key, "anew") == "anew":
+    if groups.coordinator.decide_once(key, "anew") == "anew":
         groups.abort()
 
 
-def _await_end(groups: Groups, key: str, what: str, own: BaseException | None) -> Fault | None:
+def _wait_for_outcome(
+    groups: ProcessGroups, key: str, purpose: str, own_error: BaseException | None
+) -> RankFailure | None:
     """Wait until all ranks have ended the work; returns what the first of those that failed said, None where none did."""
-    team, ranks = groups.team, groups.replica_ranks
-    team.end_work()
-    if own is not None:
-        _tell(groups, key, own)
-    team.add(f"{key}/ended")
+    coordinator, ranks = groups.coordinator, groups.replica_ranks
+    coordinator.stop_watching()
+    if own_error is not None:
+        _publish_failure(groups, key, own_error)
+    coordinator.add_to_counter(f"{key}/ended")
 
-    def have_ended() -> bool:
-        return team.add(f"{key}/ended", 0) == len(ranks)
+    def have_all_ended() -> bool:
+        return coordinator.add_to_counter(f"{key}/ended", 0) == len(ranks)
 
-    def has_failed() -> bool:
-        return team.has(f"{key}/first")
+    def has_any_failed() -> bool:
+        return coordinator.has(f"{key}/first")
 
-    team.wait(lambda: have_ended() or has_failed(), what, ranks, heeds_signals=False)
-    if not team.add(f"{key}/faults", 0):
+    coordinator.wait_until(
+        lambda: have_all_ended() or has_any_failed(), purpose, ranks, is_interruptible=False
+    )
+    if not coordinator.add_to_counter(f"{key}/faults", 0):
         return None
-    team.wait(has_failed, what, ranks, heeds_signals=False)
-    first: Fault = team.get(f"{key}/fault/{team.get(f'{key}/first')}")
-    if _have_all_failed_alike(groups, key, have_ended) and team.decide(key, "alike") == "alike":
-        return first
-    _break_off(groups, key)
-    patience = _CUT_OFF_SECONDS if first.kind == "machine" else _LOST_SECONDS
-    team.wait(have_ended, what, ranks, patience=patience, heeds_signals=False)
-    return first
+    coordinator.wait_until(has_any_failed, purpose, ranks, is_interruptible=False)
+    first_failure: RankFailure = coordinator.get(f"{key}/fault/{coordinator.get(f'{key}/first')}")
+    if (
+        _have_all_failed_alike(groups, key, have_all_ended)
+        and coordinator.decide_once(key, "alike") == "alike"
+    ):
+        return first_failure
+    _abort_groups(groups, key)
+    patience_seconds = (
+        _LOST_CONNECTION_SECONDS if first_failure.kind == "machine" else _LOST_RANK_SECONDS
+    )
+    coordinator.wait_until(
+        have_all_ended, purpose, ranks, patience_seconds=patience_seconds, is_interruptible=False
+    )
+    return first_failure
 
 
-def _have_all_failed_alike(groups: Groups, key: str, have_ended: Callable[[], bool]) -> bool:
+def _have_all_failed_alike(
+    groups: ProcessGroups, key: str, have_all_ended: Callable[[], bool]
+) -> bool:
     """Whether every rank has met the same error by itself, and soon, so that none was left waiting in a collective."""
-    team, size = groups.team, groups.replica.size
-    until = time.monotonic() + GRACE_SECONDS / 2
-    while not have_ended():
-        if time.monotonic() > until:
+    coordinator, num_ranks = groups.coordinator, groups.replica.size
+    deadline = time.monotonic() + GRACE_SECONDS / 2
+    while not have_all_ended():
+        if time.monotonic() > deadline:
             return False
         time.sleep(0.02)
-    if team.add(f"{key}/faults", 0) < size:
+    if coordinator.add_to_counter(f"{key}/faults", 0) < num_ranks:
         return False
-    faults = [team.get(f"{key}/fault/{rank}") for rank in groups.replica_ranks]
-    return len({(fault.kind, fault.text) for fault in faults}) == 1
+    failures = [coordinator.get(f"{key}/fault/{rank}") for rank in groups.replica_ranks]
+    return len({(failure.kind, failure.text) for failure in failures}) == 1
 
 
-def kind_of(error: BaseException) -> str:
+def classify_error(error: BaseException) -> str:
     """Return what an error means for others: signal, input, memory, machine (all that is done there would meet it), or error."""
     if isinstance(error, RankError) and error.fault is not None:
         return error.fault.kind
@@ -126,43 +154,60 @@ def kind_of(error: BaseException) -> str:
         return "memory"
     if isinstance(error, InputError):
         return "input"
-    if isinstance(error, Preempted | KeyboardInterrupt):
+    if isinstance(error, PreemptionInterrupt | KeyboardInterrupt):
         return "signal"
-    return "machine" if isinstance(error, RankError | DistError) or is_of_machine(error) else "error"
+    return (
+        "machine"
+        if isinstance(error, RankError | DistError) or is_machine_error(error)
+        else "error"
+    )
 
 
-def text_of(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an error's type and first line, of one that is meant for users the line alone."""
-    if not isinstance(error, RankError) and (fault := getattr(error, "fault", None)) is not None:
-        return str(fault.text)
-    line = first_line(error)
-    return line if isinstance(error, InputError | Preempted | RankError) else f"{type(error).__name__}: {line}"
+    if not isinstance(error, RankError) and (failure := getattr(error, "fault", None)) is not None:
+        return str(failure.text)
+    line = get_first_line(error)
+    return (
+        line
+        if isinstance(error, InputError | PreemptionInterrupt | RankError)
+        else f"{type(error).__name__}: {line}"
+    )
 
 
-def is_of_machine(error: BaseException) -> bool:
+def is_machine_error(error: BaseException) -> bool:
     """Whether an error is of the disk or the GPU, not of what was done."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EROFS,
+            errno.EIO,
+        ):
             return True
-        if any(note.startswith("waiting for rank") for note in getattr(seen, "__notes__", [])):  # of a connection
+        if any(
+            note.startswith("waiting for rank") for note in getattr(cause, "__notes__", [])
+        ):  # of a connection
             return True
-        if "No space left" in str(seen) or ("CUDA error" in str(seen) and not isinstance(seen, torch.OutOfMemoryError)):
+        if "No space left" in str(cause) or (
+            "CUDA error" in str(cause) and not isinstance(cause, torch.OutOfMemoryError)
+        ):
             return True
-        seen = seen.__cause__
+        cause = cause.__cause__
     return False
 
 
-def _error_of(fault: Fault) -> BaseException:
+def _make_error(failure: RankFailure) -> BaseException:
     """Return what a rank raises where another has failed; it has that one's fault."""
     error: BaseException
-    if fault.kind == "memory":
-        error = NoRoomError(str(fault))
-    elif fault.kind == "input":
-        error = InputError(fault.text)
-    elif fault.kind == "signal":
-        error = Preempted(fault.text)
+    if failure.kind == "memory":
+        error = OutOfMemoryOnRankError(str(failure))
+    elif failure.kind == "input":
+        error = InputError(failure.text)
+    elif failure.kind == "signal":
+        error = PreemptionInterrupt(failure.text)
     else:
-        return RankError(str(fault), fault, is_final=False)
-    vars(error)["fault"] = fault
+        return RankError(str(failure), failure, is_final=False)
+    vars(error)["fault"] = failure
     return error

@@ -16,7 +16,7 @@ from typing import Any
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from wan_dist.parallel.rendezvous import describe_address, open_stores
-from wan_dist.runtime.environment import Ranks
+from wan_dist.runtime.environment import RankLayout
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import preemption
 
@@ -26,15 +26,15 @@ _LEAVING_SECONDS = 12.0
 """Without a sign of life, for a rank that others wait for before they end."""
 _GONE_SECONDS = 60.0
 """The same, for one that others wait for in a collective."""
-_LOOK_SECONDS = 5.0
+_BEAT_CHECK_SECONDS = 5.0
 """Between two looks for signs of life of a rank."""
 _PIECE_BYTES = 2**21
 """Of a value in the store, which takes 8 MiB at most."""
-_PATIENCE = 8.0
+_PATIENCE_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
-class Fault:
+class RankFailure:
     """What went wrong on a rank; ``kind``: what others make of it, see `shared_work`."""
 
     rank: int
@@ -47,12 +47,12 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class _Work:
+class _WatchedWork:
     """What ranks do together, and how one that waits in it is woken."""
 
     key: str
     ranks: Sequence[int]
-    wake: Callable[[], object]
+    on_failure: Callable[[], object]
 
 
 class RankError(RuntimeError):
@@ -61,56 +61,67 @@ class RankError(RuntimeError):
     ``fault``: what it told, None for one that is gone. ``is_final``: it does nothing more in this run, so that nobody else can.
     """
 
-    def __init__(self, message: str, fault: Fault | None = None, *, is_final: bool = True) -> None:
+    def __init__(
+        self, message: str, failure: RankFailure | None = None, *, is_final: bool = True
+    ) -> None:
         super().__init__(message)
-        self.fault, self.is_final = fault, is_final
+        self.fault, self.is_final = failure, is_final
 
 
-_num_teams: Counter[int] = Counter()
+_num_coordinators: Counter[int] = Counter()
 """That a process has formed, by rank: they may share one store, of torchrun's agent, and must not read each other's values."""
 
 
-class Team:
+class Coordinator:
     """The ranks of a run, from before they plan until the last one has ended.
 
     ``timeout``: seconds without a sign of life after which a rank that is waited for counts as gone.
     """
 
-    def __init__(self, ranks: Ranks, timeout: float) -> None:
-        self.rank, self.num_ranks, self.timeout = ranks.rank, ranks.num_ranks, timeout
-        _num_teams[ranks.rank] += 1
-        self._store, self._connection = open_stores(ranks, timeout, number=_num_teams[ranks.rank])
-        self._num_gathered = 0
-        self._work: _Work | None = None
-        self._lock = threading.Lock()
-        self._beats: dict[int, tuple[int, float, float]] = {}
+    def __init__(self, ranks: RankLayout, timeout_seconds: float) -> None:
+        self.rank, self.num_ranks, self.timeout_seconds = (
+            ranks.rank,
+            ranks.num_ranks,
+            timeout_seconds,
+        )
+        _num_coordinators[ranks.rank] += 1
+        self._store, self._group_store = open_stores(
+            ranks, timeout_seconds, coordinator_number=_num_coordinators[ranks.rank]
+        )
+        self._num_exchanges = 0
+        self._watched_work: _WatchedWork | None = None
+        self._work_lock = threading.Lock()
+        self._heartbeats: dict[int, tuple[int, float, float]] = {}
         """Of other ranks: how many signs of life there were, when the last was seen, and when they were last looked for."""
-        self._beats_lock = threading.Lock()
-        self._closing = threading.Event()
-        self._watcher: threading.Thread | None = None
+        self._heartbeats_lock = threading.Lock()
+        self._stop_event = threading.Event()
+        self._watcher_thread: threading.Thread | None = None
         self.put(f"host/{self.rank}", socket.gethostname())
         if self.num_ranks > 1:
-            self._watcher = threading.Thread(target=self._watch, daemon=True)
-            self._watcher.start()
+            self._watcher_thread = threading.Thread(target=self._run_watcher, daemon=True)
+            self._watcher_thread.start()
 
-    def store_of(self, name: str) -> Store:
+    def make_prefix_store(self, name: str) -> Store:
         """Return a part of the store for process groups, which is never used twice."""
-        return PrefixStore(name, self._connection)
+        return PrefixStore(name, self._group_store)
 
-    def add(self, key: str, amount: int = 1) -> int:
+    def add_to_counter(self, key: str, amount: int = 1) -> int:
         """Raise a number that all ranks share, from 0 at first, and return it as it is then."""
         return int(self._store.add(f"number/{key}", amount))
 
-    def decide(self, key: str, proposal: str) -> str:
+    def decide_once(self, key: str, proposal: str) -> str:
         """Return what the first of the ranks that call this has proposed."""
         return bytes(self._store.compare_set(f"decided/{key}", "", proposal)).decode()
 
     def put(self, key: str, value: object) -> None:
         """Set a value, any that can be pickled, once."""
-        data = pickle.dumps(value)
-        pieces = [data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES)]
-        for number, piece in enumerate(pieces):
-            self._store.set(f"value/{key}/{number}", piece)  # type: ignore[arg-type]  # bytes work, and the stubs say str
+        serialized = pickle.dumps(value)
+        pieces = [
+            serialized[start : start + _PIECE_BYTES]
+            for start in range(0, len(serialized), _PIECE_BYTES)
+        ]
+        for index, piece in enumerate(pieces):
+            self._store.set(f"value/{key}/{index}", piece)  # type: ignore[arg-type]  # bytes work, and the stubs say str
         self._store.set(f"value/{key}", str(len(pieces)))
 
     def has(self, key: str) -> bool:
@@ -122,181 +133,218 @@ class Team:
         if not self.has(key):
             return None
         pieces = range(int(self._store.get(f"value/{key}")))
-        return pickle.loads(b"".join(self._store.get(f"value/{key}/{number}") for number in pieces))
+        return pickle.loads(b"".join(self._store.get(f"value/{key}/{index}") for index in pieces))
 
-    def gather(self, value: object, what: str) -> list[Any]:
+    def gather(self, value: object, purpose: str) -> list[Any]:
         """Return every rank's value, in the order of ranks; all ranks call it in the same order. ``what`` they come to do, in words."""
-        self._num_gathered += 1
-        key = f"gathered/{self._num_gathered}"
+        self._num_exchanges += 1
+        key = f"gathered/{self._num_exchanges}"
         self.put(f"{key}/{self.rank}", value)
         for rank in range(self.num_ranks):
-            self.wait(lambda rank=rank: self.has(f"{key}/{rank}"), what, [rank])  # type: ignore[misc]
+            self.wait_until(lambda rank=rank: self.has(f"{key}/{rank}"), purpose, [rank])  # type: ignore[misc]
         return [self.get(f"{key}/{rank}") for rank in range(self.num_ranks)]
 
-    def share(self, make: Callable[[], Any], what: str) -> Any:
+    def run_on_first_rank(self, make: Callable[[], Any], purpose: str) -> Any:
         """Return what the first rank makes, on all ranks; an error of ``make`` is raised there, see `fail`."""
-        self._num_gathered += 1
-        key = f"shared/{self._num_gathered}"
+        self._num_exchanges += 1
+        key = f"shared/{self._num_exchanges}"
         if self.rank == 0:
             value = make()
             if self.num_ranks > 1:
                 self.put(key, value)
             return value
-        self.wait(lambda: self.has(key), what, [0])
+        self.wait_until(lambda: self.has(key), purpose, [0])
         return self.get(key)
 
-    def wait(
-        self, is_done: Callable[[], bool], what: str, ranks: Iterable[int], *, patience: float | None = None, heeds_signals: bool = True
+    def wait_until(
+        self,
+        is_done: Callable[[], bool],
+        purpose: str,
+        ranks: Iterable[int],
+        *,
+        patience_seconds: float | None = None,
+        is_interruptible: bool = True,
     ) -> None:
         """Wait until ``is_done()``.
 
         Raises RankError where one of ``ranks`` has failed, or shows no sign of life for ``patience`` seconds, by default the timeout;
         Preempted where this process is asked to end, unless that is to be seen to later.
         """
-        pause, begun, said = 0.001, time.monotonic(), _PATIENCE
-        awaited = [rank for rank in ranks if rank != self.rank]
+        pause_seconds, start_time, log_after_seconds = 0.001, time.monotonic(), _PATIENCE_SECONDS
+        awaited_ranks = [rank for rank in ranks if rank != self.rank]
         while not is_done():
-            self._raise_if_failed(awaited)
-            if heeds_signals:
-                preemption.stop_if_asked()
-            if time.monotonic() - begun > said:
-                said *= 4
-                self._say(what, awaited)
-            if lost := self.find_lost(awaited, self.timeout if patience is None else patience):
-                who = ", ".join(f"{rank} on {self.get(f'host/{rank}') or 'an unknown host'}" for rank in lost)
-                raise RankError(f"no sign of life from rank {who}, which was waited for to {what}")
-            time.sleep(pause)
-            pause = min(1.5 * pause, 0.1)
+            self._raise_if_failed(awaited_ranks)
+            if is_interruptible:
+                preemption.raise_if_requested()
+            if time.monotonic() - start_time > log_after_seconds:
+                log_after_seconds *= 4
+                self._log_waiting(purpose, awaited_ranks)
+            if lost_ranks := self.find_lost_ranks(
+                awaited_ranks,
+                self.timeout_seconds if patience_seconds is None else patience_seconds,
+            ):
+                lost_text = ", ".join(
+                    f"{rank} on {self.get(f'host/{rank}') or 'an unknown host'}"
+                    for rank in lost_ranks
+                )
+                raise RankError(
+                    f"no sign of life from rank {lost_text}, which was waited for to {purpose}"
+                )
+            time.sleep(pause_seconds)
+            pause_seconds = min(1.5 * pause_seconds, 0.1)
 
-    def _say(self, what: str, awaited: list[int]) -> None:
-        missing = [rank for rank in awaited if self.get(f"host/{rank}") is None]
-        if missing:
-            names = ", ".join(map(str, missing))
-            logger.warning("waiting for %d of %d ranks (%s) at %s", len(missing), self.num_ranks, names, describe_address())
+    def _log_waiting(self, purpose: str, awaited_ranks: list[int]) -> None:
+        missing_ranks = [rank for rank in awaited_ranks if self.get(f"host/{rank}") is None]
+        if missing_ranks:
+            missing_text = ", ".join(map(str, missing_ranks))
+            logger.warning(
+                "waiting for %d of %d ranks (%s) at %s",
+                len(missing_ranks),
+                self.num_ranks,
+                missing_text,
+                describe_address(),
+            )
         else:
-            logger.debug("waiting for rank %s to %s", ", ".join(map(str, awaited)), what)
+            logger.debug("waiting for rank %s to %s", ", ".join(map(str, awaited_ranks)), purpose)
 
-    def find_lost(self, ranks: Iterable[int], seconds: float) -> list[int]:
+    def find_lost_ranks(self, ranks: Iterable[int], silence_seconds: float) -> list[int]:
         """Return those of the ranks that have shown no sign of life for so many seconds, and have not left as they should."""
-        lost = []
-        with self._beats_lock:
+        lost_ranks = []
+        with self._heartbeats_lock:
             for rank in ranks:
                 now = time.monotonic()
-                count, changed, looked = self._beats.get(rank, (-1, now, -_LOOK_SECONDS))
-                if now - looked > min(seconds / 2, _LOOK_SECONDS):
-                    beats = self.add(f"beat/{rank}", 0)
-                    changed = changed if beats == count else now
-                    self._beats[rank] = (beats, changed, now)
-                if now - changed > seconds and not self.add(f"left/{rank}", 0):
-                    lost.append(rank)
-        return lost
+                last_count, changed_at, checked_at = self._heartbeats.get(
+                    rank, (-1, now, -_BEAT_CHECK_SECONDS)
+                )
+                if now - checked_at > min(silence_seconds / 2, _BEAT_CHECK_SECONDS):
+                    beat_count = self.add_to_counter(f"beat/{rank}", 0)
+                    changed_at = changed_at if beat_count == last_count else now
+                    self._heartbeats[rank] = (beat_count, changed_at, now)
+                if now - changed_at > silence_seconds and not self.add_to_counter(
+                    f"left/{rank}", 0
+                ):
+                    lost_ranks.append(rank)
+        return lost_ranks
 
-    def is_told_by_others(self, text: str) -> bool:
+    def is_reported_by_lower_rank(self, text: str) -> bool:
         """Whether a lower rank has failed with the same text, or does so in a moment: then that one says it."""
-        until = time.monotonic() + 2 * GRACE_SECONDS
+        deadline = time.monotonic() + 2 * GRACE_SECONDS
         while True:
-            faults = [self.get(f"fault/{rank}") for rank in range(self.rank)]
-            if any(fault is not None and fault.text == text for fault in faults):
+            failures = [self.get(f"fault/{rank}") for rank in range(self.rank)]
+            if any(failure is not None and failure.text == text for failure in failures):
                 return True
-            if time.monotonic() > until or all(fault is not None for fault in faults):
+            if time.monotonic() > deadline or all(failure is not None for failure in failures):
                 return False
             time.sleep(0.02)
 
-    def fail(self, kind: str, text: str) -> None:
+    def announce_failure(self, kind: str, text: str) -> None:
         """Tell the others that this rank will do nothing more, and why."""
-        self.put(f"fault/{self.rank}", Fault(self.rank, socket.gethostname(), kind, text))
-        self.add("faults")
+        self.put(f"fault/{self.rank}", RankFailure(self.rank, socket.gethostname(), kind, text))
+        self.add_to_counter("faults")
 
     def _raise_if_failed(self, ranks: Iterable[int]) -> None:
-        if self._work is not None and self.add(f"{self._work.key}/faults", 0):
+        if self._watched_work is not None and self.add_to_counter(
+            f"{self._watched_work.key}/faults", 0
+        ):
             raise RankError("another rank has failed in what is done together", is_final=False)
-        if not self.add("faults", 0):
+        if not self.add_to_counter("faults", 0):
             return
         for rank in ranks:
-            if (fault := self.get(f"fault/{rank}")) is not None:
-                raise RankError(str(fault), fault)
+            if (failure := self.get(f"fault/{rank}")) is not None:
+                raise RankError(str(failure), failure)
 
-    def begin_work(self, key: str, ranks: Sequence[int], wake: Callable[[], object]) -> None:
+    def start_watching(
+        self, key: str, ranks: Sequence[int], on_failure: Callable[[], object]
+    ) -> None:
         """From now on look, in a thread, for a fault of ``ranks`` in the work ``key``, or in the run, and for those that are lost.
 
         A second after one, while the work goes on, ``wake`` is called: the main thread may be in a collective.
         """
-        self._work = _Work(key, ranks, wake)
+        self._watched_work = _WatchedWork(key, ranks, on_failure)
 
-    def end_work(self) -> None:
+    def stop_watching(self) -> None:
         """Look for them no more; a waking that has begun has ended then."""
-        with self._lock:
-            self._work = None
+        with self._work_lock:
+            self._watched_work = None
 
-    def _watch(self) -> None:
+    def _run_watcher(self) -> None:
         """Give signs of life, and look after the work that goes on."""
-        beaten, seen_at, broken = 0.0, 0.0, ""
-        while not self._closing.wait(_WATCH_SECONDS):
-            now, work = time.monotonic(), self._work
+        last_beat_at, failed_since, handled_key = 0.0, 0.0, ""
+        while not self._stop_event.wait(_WATCH_SECONDS):
+            now, work = time.monotonic(), self._watched_work
             try:
-                if now - beaten > _BEAT_SECONDS:
-                    beaten = now
-                    self.add(f"beat/{self.rank}")
-                    self._pass_on_signal()
-                if work is None or work.key == broken or not self._is_broken(work):
-                    seen_at = 0.0
+                if now - last_beat_at > _BEAT_SECONDS:
+                    last_beat_at = now
+                    self.add_to_counter(f"beat/{self.rank}")
+                    self._relay_signal()
+                if work is None or work.key == handled_key or not self._has_work_failed(work):
+                    failed_since = 0.0
                     continue
             except RuntimeError:  # the store is gone, and the rank that has it
-                self._wake(work)
+                self._call_on_failure(work)
                 return
-            seen_at = seen_at or now
-            if now - seen_at > GRACE_SECONDS:
-                broken = work.key
-                self._wake(work)
+            failed_since = failed_since or now
+            if now - failed_since > GRACE_SECONDS:
+                handled_key = work.key
+                self._call_on_failure(work)
 
-    def _pass_on_signal(self) -> None:
+    def _relay_signal(self) -> None:
         """Have a signal to one rank ask all of them to end: the others would go on with their videos, and it wait for them."""
-        if preemption.asked_by is not None:
+        if preemption.requested_by is not None:
             if not self.has("asked"):
-                self.put("asked", int(preemption.asked_by))
-        elif (number := self.get("asked")) is not None:
-            preemption.pass_on(number)
+                self.put("asked", int(preemption.requested_by))
+        elif (signal_number := self.get("asked")) is not None:
+            preemption.relay(signal_number)
 
-    def _is_broken(self, work: "_Work") -> bool:
+    def _has_work_failed(self, work: "_WatchedWork") -> bool:
         """Whether one of the ranks has failed, or is gone without a word."""
-        if self.add(f"{work.key}/faults", 0):
+        if self.add_to_counter(f"{work.key}/faults", 0):
             return True
-        others = [rank for rank in work.ranks if rank != self.rank]
-        if self.add("faults", 0) and any(self.has(f"fault/{rank}") for rank in others):
+        other_ranks = [rank for rank in work.ranks if rank != self.rank]
+        if self.add_to_counter("faults", 0) and any(
+            self.has(f"fault/{rank}") for rank in other_ranks
+        ):
             return True
-        return bool(self.find_lost(others, min(self.timeout, _GONE_SECONDS)))
+        return bool(self.find_lost_ranks(other_ranks, min(self.timeout_seconds, _GONE_SECONDS)))
 
-    def _wake(self, work: "_Work | None") -> None:
-        with self._lock:
-            if work is not None and self._work is work:
-                work.wake()
+    def _call_on_failure(self, work: "_WatchedWork | None") -> None:
+        with self._work_lock:
+            if work is not None and self._watched_work is work:
+                work.on_failure()
 
     def leave(self) -> None:
         """End, when all ranks are about to, or are gone: a rank that ends early may have others ended, or take the store with it."""
-        if self._watcher is None:
+        if self._watcher_thread is None:
             return
         try:
-            self.add(f"left/{self.rank}")
-            staying, pause = [rank for rank in range(self.num_ranks) if rank != self.rank], 0.005
-            while staying := [rank for rank in staying if self._is_staying(rank)]:
-                time.sleep(pause)
-                pause = min(1.5 * pause, 0.5)
-            self.add("ended")
+            self.add_to_counter(f"left/{self.rank}")
+            staying_ranks, pause_seconds = (
+                [rank for rank in range(self.num_ranks) if rank != self.rank],
+                0.005,
+            )
+            while staying_ranks := [rank for rank in staying_ranks if self._is_rank_staying(rank)]:
+                time.sleep(pause_seconds)
+                pause_seconds = min(1.5 * pause_seconds, 0.5)
+            self.add_to_counter("ended")
             if self.rank == 0:  # it may have the store, which the others ask a last time
-                until = time.monotonic() + 2
-                while self.add("ended", 0) < self.num_ranks and time.monotonic() < until:
+                deadline = time.monotonic() + 2
+                while (
+                    self.add_to_counter("ended", 0) < self.num_ranks and time.monotonic() < deadline
+                ):
                     time.sleep(0.02)
-        except RuntimeError as fault:
-            logger.debug("the ranks' store is gone: %s", fault)
+        except RuntimeError as error:
+            logger.debug("the ranks' store is gone: %s", error)
         finally:
-            self._closing.set()
-            self._watcher.join()
+            self._stop_event.set()
+            self._watcher_thread.join()
 
-    def _is_staying(self, rank: int) -> bool:
+    def _is_rank_staying(self, rank: int) -> bool:
         """Whether a rank has not left, nor is lost, nor has never come to a run that was asked to end meanwhile."""
-        if self.add(f"left/{rank}", 0) or (preemption.asked_by is not None and self.get(f"host/{rank}") is None):
+        if self.add_to_counter(f"left/{rank}", 0) or (
+            preemption.requested_by is not None and self.get(f"host/{rank}") is None
+        ):
             return False
-        return not self.find_lost([rank], _LEAVING_SECONDS)
+        return not self.find_lost_ranks([rank], _LEAVING_SECONDS)
 
 
 GRACE_SECONDS = 1.0

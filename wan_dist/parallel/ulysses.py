@@ -18,7 +18,7 @@ class UlyssesAttention(InnerAttention):
     A rank then holds all tokens of the axis, so padding is cut off before attention.
     """
 
-    takes_some_queries = False
+    accepts_partial_queries = False
 
     def __init__(self, inner: InnerAttention, sequence: SplitSequence, axis: Axis) -> None:
         super().__init__(inner.kernel, inner.name, inner.reason)
@@ -27,34 +27,40 @@ class UlyssesAttention(InnerAttention):
         self.axis = axis
 
     @property
-    def _num_valid(self) -> int:
-        return self.sequence.num_valid(self.sequence.axis.rank - self.axis.rank, self.axis.size)
+    def _num_valid_tokens(self) -> int:
+        return self.sequence.count_valid_tokens(
+            self.sequence.axis.rank - self.axis.rank, self.axis.size
+        )
 
-    def room_for(self, x: Tensor) -> Tensor:
+    def make_send_buffer(self, x: Tensor) -> Tensor:
         """Return room for x (B, l, H, D) as it is sent, each rank's heads together: (B, l, N, H / N, D)."""
-        batch, num_tokens, num_heads, width = x.shape
-        return x.new_empty(self.axis.size, num_tokens, batch, num_heads // self.axis.size, width).permute(2, 1, 0, 3, 4)
+        batch, num_tokens, num_heads, head_dim = x.shape
+        return x.new_empty(
+            self.axis.size, num_tokens, batch, num_heads // self.axis.size, head_dim
+        ).permute(2, 1, 0, 3, 4)
 
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
+    def start_exchange(self, x: Tensor) -> Callable[[], Tensor]:
         """Begin to trade tokens for heads: see `InnerAttention.begin`; the call returns (B, L, H / N, D) of all tokens."""
         if x.dim() == 4:
-            packed = self.room_for(x)
-            copy_(packed, x.view(packed.shape))
+            packed = self.make_send_buffer(x)
+            copy_vectorized_(packed, x.view(packed.shape))
             x = packed
-        arriving = all_to_all(x.permute(2, 1, 0, 3, 4), self.axis)  # (N, l, B, h, D)
-        return lambda: arriving().flatten(0, 1)[: self._num_valid].transpose(0, 1)
+        wait_for_tokens = all_to_all(x.permute(2, 1, 0, 3, 4), self.axis)  # (N, l, B, h, D)
+        return lambda: wait_for_tokens().flatten(0, 1)[: self._num_valid_tokens].transpose(0, 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, L, H / N, D) of all tokens, from `begin` -> (B, l, H, D) of this rank's tokens."""
         out = self.inner(q, k, v)
-        out = pad_end(out, self.axis.size * self.sequence.share - out.shape[1], dim=1)
-        parts = all_to_all(out.transpose(0, 1).unflatten(0, (self.axis.size, -1)), self.axis)()  # (N, l, B, h, D)
-        out = parts.new_empty([parts.shape[place] for place in (2, 1, 0, 3, 4)])
-        copy_(out, parts.permute(2, 1, 0, 3, 4))
+        out = pad_end(out, self.axis.size * self.sequence.tokens_per_rank - out.shape[1], dim=1)
+        parts = all_to_all(
+            out.transpose(0, 1).unflatten(0, (self.axis.size, -1)), self.axis
+        )()  # (N, l, B, h, D)
+        out = parts.new_empty([parts.shape[dim] for dim in (2, 1, 0, 3, 4)])
+        copy_vectorized_(out, parts.permute(2, 1, 0, 3, 4))
         return out.flatten(2, 3)
 
 
-def copy_(out: Tensor, x: Tensor) -> None:
+def copy_vectorized_(out: Tensor, x: Tensor) -> None:
     """Copy x to ``out``, of the same shape, in words of 16 bytes if their last dims are of some: a GPU copies those faster."""
     if x.shape[-1] * x.element_size() % 16 == 0 and x.is_cuda:
         out, x = out.view(torch.complex128), x.view(torch.complex128)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.transformer import WanTransformer
-from wan_dist.parallel.mesh import Groups
+from wan_dist.parallel.mesh import ProcessGroups
 from wan_dist.runtime.errors import InputError
 
-_BACKENDS = {"fa4": "FLASH_4", "cudnn": "CUDNN", "flash": "SDPA_FLASH", "sdpa": "SDPA_FLASH"}
+_XFUSER_BACKENDS = {"fa4": "FLASH_4", "cudnn": "CUDNN", "flash": "SDPA_FLASH", "sdpa": "SDPA_FLASH"}
 """Our attention kernels' names -> xfuser's."""
 
 
@@ -26,53 +26,75 @@ def check_usp(device: torch.device, attention: str) -> None:
         raise InputError("parallel.usp=xfuser needs GPUs; parallel.usp=plain runs anywhere")
     for package in ("xfuser", "yunchang"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"parallel.usp=xfuser: package {package} is not installed (pip install wan-dist[usp]); or parallel.usp=plain")
+            raise InputError(
+                f"parallel.usp=xfuser: package {package} is not installed (pip install wan-dist[usp]); or parallel.usp=plain"
+            )
     if torch.cuda.get_device_capability(device) < (8, 0):
-        raise InputError("parallel.usp=xfuser: its ring and Ulysses need a GPU of Ampere or later; parallel.usp=plain runs on any")
-    if attention not in _BACKENDS:
-        raise InputError(f"parallel.usp=xfuser takes attention={', '.join(_BACKENDS)}, not {attention}; parallel.usp=plain takes any")
+        raise InputError(
+            "parallel.usp=xfuser: its ring and Ulysses need a GPU of Ampere or later; parallel.usp=plain runs on any"
+        )
+    if attention not in _XFUSER_BACKENDS:
+        raise InputError(
+            f"parallel.usp=xfuser takes attention={', '.join(_XFUSER_BACKENDS)}, not {attention}; parallel.usp=plain takes any"
+        )
 
 
 class UspAttention(InnerAttention):
     """Attention of the tokens of all ranks; every rank has the same number of them, none of it padding."""
 
-    takes_some_queries = False
+    accepts_partial_queries = False
 
-    def __init__(self, inner: InnerAttention, usp: Callable[..., Tensor], backend: Any) -> None:
+    def __init__(
+        self, inner: InnerAttention, attend_with_usp: Callable[..., Tensor], backend: Any
+    ) -> None:
         super().__init__(inner.kernel, inner.name, inner.reason)
-        self.usp = usp
+        self.attend_with_usp = attend_with_usp
         self.backend = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, l, H, D) of this rank's tokens -> (B, l, H, D)."""
-        out = self.usp(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), combine_qkv_a2a=True, backend=self.backend)
+        out = self.attend_with_usp(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            combine_qkv_a2a=True,
+            backend=self.backend,
+        )
         return out.transpose(1, 2)
 
 
-def open_usp(inner: InnerAttention, groups: Groups) -> UspAttention:
+def open_usp_attention(inner: InnerAttention, groups: ProcessGroups) -> UspAttention:
     """Make xfuser's groups, which have our axes in our order, if that has not been done; returns the attention that uses them."""
     from xfuser import xFuserArgs
-    from xfuser.core.distributed import init_distributed_environment, model_parallel_is_initialized, runtime_state
+    from xfuser.core.distributed import (
+        init_distributed_environment,
+        model_parallel_is_initialized,
+        runtime_state,
+    )
     from xfuser.core.distributed.attention_backend import AttentionBackendType
     from xfuser.model_executor.layers.usp import USP
 
     if not model_parallel_is_initialized():
-        init_distributed_environment(rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=groups.local_rank)
+        init_distributed_environment(
+            rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=groups.local_rank
+        )
         config, _ = xFuserArgs(
             model="Wan",
             data_parallel_degree=groups.dp.size,
             use_cfg_parallel=groups.cfg.size == 2,
             ring_degree=groups.ring.size,
             ulysses_degree=groups.ulysses.size,
-            attention_backend=_BACKENDS[inner.name],
+            attention_backend=_XFUSER_BACKENDS[inner.name],
         ).create_config()
-        runtime_state._RUNTIME = runtime_state.RuntimeState(config)  # `initialize_runtime_state` wants a diffusers pipeline
-    return UspAttention(inner, USP, AttentionBackendType[_BACKENDS[inner.name]])
+        runtime_state._RUNTIME = runtime_state.RuntimeState(
+            config
+        )  # `initialize_runtime_state` wants a diffusers pipeline
+    return UspAttention(inner, USP, AttentionBackendType[_XFUSER_BACKENDS[inner.name]])
 
 
-def apply_usp(model: WanTransformer, groups: Groups) -> None:
+def apply_usp(model: WanTransformer, groups: ProcessGroups) -> None:
     """Wrap every block's self-attention; in place of `apply_ring` and `apply_ulysses`."""
-    attention: UspAttention | None = None
+    usp_attention: UspAttention | None = None
     for block_attention in model.self_attentions:
-        attention = attention or open_usp(block_attention.inner_attention, groups)
-        block_attention.inner_attention = attention
+        usp_attention = usp_attention or open_usp_attention(block_attention.inner_attention, groups)
+        block_attention.inner_attention = usp_attention

@@ -13,40 +13,40 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wan_dist.config.schema import RunConfig
-from wan_dist.output.stage_report import Report
+from wan_dist.output.stage_report import StageReport
 from wan_dist.output.video_file import save_tensors
-from wan_dist.parallel.collectives import broadcast, gather_objects, name_those_awaited
-from wan_dist.parallel.consistency import Agreeing, is_any
-from wan_dist.parallel.mesh import limit_waiting
-from wan_dist.pipeline.encode import encode
+from wan_dist.parallel.collectives import broadcast, gather_objects, note_awaited_ranks
+from wan_dist.parallel.consistency import ConsistencyCheck, is_set_on_any_rank
+from wan_dist.parallel.mesh import set_group_timeout
+from wan_dist.pipeline.encode import encode_conditioning
 from wan_dist.pipeline.out_of_memory import free_memory
-from wan_dist.pipeline.predictor import Experts
-from wan_dist.pipeline.resume import Kept, Progress
+from wan_dist.pipeline.predictor import ExpertPredictor
+from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.memory_planner import rungs_below, with_transformer_of
+from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
 from wan_dist.planning.plan import Plan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
-from wan_dist.runtime.signals import Preempted, preemption
+from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 from wan_dist.sampling.conditioning import Conditioning
-from wan_dist.sampling.denoise import denoise
-from wan_dist.sampling.noise import initial_noise
+from wan_dist.sampling.denoise import denoise_latents
+from wan_dist.sampling.noise import draw_initial_noise
 from wan_dist.sampling.solvers import make_solver
 
-_KEEP_SECONDS = 120.0
+_SAVE_INTERVAL_SECONDS = 120.0
 """Between two times that progress is kept, for the case that a run is ended without being asked."""
 
 
 @dataclass(frozen=True)
-class Video:
+class VideoInProgress:
     """One in the making."""
 
     session: Session
     config: RunConfig
     plan: Plan
-    report: Report
-    kept: Kept
-    result: Path
+    report: StageReport
+    resume_state: ResumeState
+    result_file: Path
     latents_file: Path
 
     @property
@@ -56,21 +56,25 @@ class Video:
 
 
 @torch.no_grad()
-def make_latents(video: Video) -> Tensor:
+def make_latents(video: VideoInProgress) -> Tensor:
     """Return the latents (C, T, h, w), float32, on every rank, when the first one has them on disk."""
-    session, kept = video.session, video.kept
+    session, resume_state = video.session, video.resume_state
     if video.config.latents is not None:
-        return session.together(lambda: read_latents(video.latents_file).to(session.device), "read the latents")
-    latents = kept.progress.latents
-    if latents is None or kept.progress.num_done < video.config.sample.steps:
-        latents = _denoised(video)
-    session.together(lambda: _save_latents(video, latents), "save the latents", exchanges=False)
+        return session.run_together(
+            lambda: read_latents(video.latents_file).to(session.device), "read the latents"
+        )
+    latents = resume_state.progress.latents
+    if latents is None or resume_state.progress.num_done < video.config.sample.steps:
+        latents = _denoise_with_fallback(video)
+    session.run_together(
+        lambda: _save_latents(video, latents), "save the latents", uses_collectives=False
+    )
     return latents
 
 
-def _save_latents(video: Video, latents: Tensor) -> None:
+def _save_latents(video: VideoInProgress, latents: Tensor) -> None:
     if video.is_first:
-        save_tensors(video.latents_file, {"latents": latents.cpu()}, video.kept.facts)
+        save_tensors(video.latents_file, {"latents": latents.cpu()}, video.resume_state.metadata)
 
 
 def read_latents(file: Path) -> Tensor:
@@ -81,121 +85,190 @@ def read_latents(file: Path) -> Tensor:
     return latents
 
 
-def _denoised(video: Video) -> Tensor:
+def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
     """Return the latents (C, T, h, w), float32, on every rank; models that are not to stay are gone from the device then.
 
     Goes on from the progress that was kept, and where memory ran out on one of several ranks from the step before, with an arrangement
     that takes less. Raises Preempted when this or another rank was asked to end, after a step.
     """
     session, config, plan = video.session, video.config, video.plan
-    limit_waiting(session.groups, config.parallel.load_timeout)
-    conditioning = encode(session, config, plan, video.report)
+    set_group_timeout(session.groups, config.parallel.load_timeout)
+    conditioning = encode_conditioning(session, config, plan, video.report)
     while True:
         try:
-            latents = session.together(lambda: _denoise(video, conditioning), "denoise")
+            latents = session.run_together(lambda: _run_denoising(video, conditioning), "denoise")
             break
-        except torch.OutOfMemoryError as fault:
-            if not _step_down(video, fault):
+        except torch.OutOfMemoryError as error:
+            if not _apply_next_fallback(video, error):
                 raise
         free_memory()
-        session.together(lambda: video.kept.agree(session.groups.replica, session.device), "go on from the same step")
+        session.run_together(
+            lambda: video.resume_state.synchronize_progress(session.groups.replica, session.device),
+            "go on from the same step",
+        )
     return latents.squeeze(0)
 
 
-def _step_down(video: Video, fault: torch.OutOfMemoryError) -> bool:
+def _apply_next_fallback(video: VideoInProgress, error: torch.OutOfMemoryError) -> bool:
     """Take the next arrangement that takes less, on all ranks; one rank alone has tried them all by itself."""
     session, plan = video.session, video.plan
-    taken = plan.arrangement if session.lowered is None else with_transformer_of(plan.arrangement, session.lowered)
-    lower = rungs_below(taken, video.config.memory, can_part=plan.negative_prompt is not None)
-    if session.groups.replica.size == 1 or not lower:
+    current_arrangement = (
+        plan.arrangement
+        if session.fallback_arrangement is None
+        else replace_transformer_part(plan.arrangement, session.fallback_arrangement)
+    )
+    fallbacks = list_fallbacks(
+        current_arrangement, video.config.memory, can_split_passes=plan.negative_prompt is not None
+    )
+    if session.groups.replica.size == 1 or not fallbacks:
         return False
-    session.lower(lower[0], video.report)
-    how = lower[0].words.partition(";")[0]
-    logger.warning("denoising ran out of GPU memory (%s); it goes on after step %d with the %s", fault, video.kept.progress.num_done, how)
+    session.apply_fallback(fallbacks[0], video.report)
+    transformer_text = fallbacks[0].description.partition(";")[0]
+    logger.warning(
+        "denoising ran out of GPU memory (%s); it goes on after step %d with the %s",
+        error,
+        video.resume_state.progress.num_done,
+        transformer_text,
+    )
     return True
 
 
-def _denoise(video: Video, conditioning: Conditioning) -> Tensor:
+def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor:
     """Return the latents (1, C, T, h, w); see `_denoised`."""
-    session, config, plan, report, kept = video.session, video.config, video.plan, video.report, video.kept
+    session, config, plan, report, resume_state = (
+        video.session,
+        video.config,
+        video.plan,
+        video.report,
+        video.resume_state,
+    )
     groups = session.groups
-    start, num_done = kept.progress.latents, kept.progress.num_done
+    initial_latents, num_done = resume_state.progress.latents, resume_state.progress.num_done
     solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
-    if start is None:
-        noise = initial_noise(plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=report.device)
-        start = broadcast(noise, groups.replica, report.device)
-        assert start is not None
+    if initial_latents is None:
+        noise = draw_initial_noise(
+            plan.latent_shape,
+            seed=plan.seed,
+            noise_device=config.noise_device,
+            device=report.device,
+        )
+        initial_latents = broadcast(noise, groups.replica, report.device)
+        assert initial_latents is not None
     else:
-        solver.go_on(num_done, kept.progress.solver)
-    start = start.unsqueeze(0)
-    attention = session.choose()
-    report.facts["attention"] = attention.name
-    logger.log(report.level, "attention %s (%s)", attention.name, attention.reason)
+        solver.restore(num_done, resume_state.progress.solver_state)
+    initial_latents = initial_latents.unsqueeze(0)
+    attention = session.get_attention()
+    report.metadata["attention"] = attention.name
+    logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
-        how = "sharded" if plan.arrangement.shard_dit else "on every rank"
-        logger.log(report.level, "ranks     %s, transformer %s", plan.degrees, how)
-    experts = Experts(session, config, plan, attention, report, conditioning, start, solver, num_done, kept.progress.guesses)
-    predict = Agreeing(experts.predict(), groups.replica)
-    keeper = Keeper(video, experts)
+        placement_text = "sharded" if plan.arrangement.shard_dit else "on every rank"
+        logger.log(report.log_level, "ranks     %s, transformer %s", plan.degrees, placement_text)
+    expert_predictor = ExpertPredictor(
+        session,
+        config,
+        plan,
+        attention,
+        report,
+        conditioning,
+        initial_latents,
+        solver,
+        num_done,
+        resume_state.progress.step_cache_state,
+    )
+    predict = ConsistencyCheck(expert_predictor.build_predictor(), groups.replica)
+    progress_saver = ProgressSaver(video, expert_predictor)
     with (
-        report.stage("denoise", f"{len(solver) - num_done} steps of {config.sample.solver}"),
-        preemption.until_asked(),
+        report.measure_stage(
+            "denoise", f"{len(solver) - num_done} steps of {config.sample.solver}"
+        ),
+        preemption.deferred_after_check(),
         logging_redirect_tqdm([logger]),
-        name_those_awaited(groups.replica),  # where sharded weights are gathered, which is not done in our collectives
-        keeper,
+        note_awaited_ranks(
+            groups.replica
+        ),  # where sharded weights are gathered, which is not done in our collectives
+        progress_saver,
     ):
-        bar = _progress_bar if groups.rank == 0 else iter
-        known = conditioning.known_latents
-        latents = denoise(predict, start, solver, first=num_done, known_latents=known, progress=bar, after_step=keeper.after_step)
+        wrap_steps = _make_progress_bar if groups.rank == 0 else iter
+        known_latents = conditioning.known_latents
+        latents = denoise_latents(
+            predict,
+            initial_latents,
+            solver,
+            first_step=num_done,
+            known_latents=known_latents,
+            progress=wrap_steps,
+            after_step=progress_saver.record_step,
+        )
         if config.cache.steps is not None:
-            report.facts["guessed_steps"] = experts.counts["guessed"]
-            logger.log(report.level, "cache     %d of %d steps were guessed", experts.counts["guessed"], len(solver))
+            report.metadata["guessed_steps"] = expert_predictor.step_counts["guessed"]
+            logger.log(
+                report.log_level,
+                "cache     %d of %d steps were guessed",
+                expert_predictor.step_counts["guessed"],
+                len(solver),
+            )
         del predict
-        if not session.shelf.keeps:
+        if not session.model_cache.is_persistent:
             free_memory()
-    report.other_ranks = gather_objects(report.stages, groups.replica)[1:]
+    report.other_rank_stages = gather_objects(report.stages, groups.replica)[1:]
     return latents
 
 
-class Keeper:
+class ProgressSaver:
     """Holds a video's progress after each step, and keeps it on disk: from time to time, when the run is asked to end, and on an error."""
 
-    def __init__(self, video: Video, experts: Experts) -> None:
-        self.video, self.experts = video, experts
-        self.kept_at = time.monotonic()
-        self.num_kept = video.kept.progress.num_done
+    def __init__(self, video: VideoInProgress, expert_predictor: ExpertPredictor) -> None:
+        self.video, self.expert_predictor = video, expert_predictor
+        self.last_saved_seconds = time.monotonic()
+        self.num_saved_steps = video.resume_state.progress.num_done
 
-    def after_step(self, num_done: int, latents: Tensor) -> None:
+    def record_step(self, num_done: int, latents: Tensor) -> None:
         """Note a step; raises Preempted where this or another rank was asked to end."""
-        video, solver = self.video, self.experts.solver
+        video, solver = self.video, self.expert_predictor.solver
         axis = video.session.groups.replica
-        progress = Progress(num_done, latents.squeeze(0), solver.state(), self.experts.state())
-        asked = is_any(preemption.asked_by is not None, axis, latents.device)  # which waits for the step
-        video.session.groups.check()
-        video.kept.progress = progress
+        progress = DenoisingProgress(
+            num_done, latents.squeeze(0), solver.state(), self.expert_predictor.state()
+        )
+        is_requested = is_set_on_any_rank(
+            preemption.requested_by is not None, axis, latents.device
+        )  # which waits for the step
+        video.session.groups.raise_if_aborted()
+        video.resume_state.progress = progress
         if num_done == len(solver):
             return
-        if asked or time.monotonic() - self.kept_at > _KEEP_SECONDS:
-            self.keep()
-        if asked:
-            raise Preempted(f"asked to end: stopped after step {num_done} of {len(solver)}; the same command goes on from there")
+        if is_requested or time.monotonic() - self.last_saved_seconds > _SAVE_INTERVAL_SECONDS:
+            self.save_progress()
+        if is_requested:
+            raise PreemptionInterrupt(
+                f"asked to end: stopped after step {num_done} of {len(solver)}; the same command goes on from there"
+            )
 
-    def keep(self) -> None:
+    def save_progress(self) -> None:
         """Write what there is on the first rank."""
-        progress = self.video.kept.progress
-        self.kept_at = time.monotonic()
-        if self.video.is_first and progress.num_done > self.num_kept and self.video.kept.write(progress):
-            self.num_kept = progress.num_done
+        progress = self.video.resume_state.progress
+        self.last_saved_seconds = time.monotonic()
+        if (
+            self.video.is_first
+            and progress.num_done > self.num_saved_steps
+            and self.video.resume_state.save_progress(progress)
+        ):
+            self.num_saved_steps = progress.num_done
 
     def __enter__(self) -> None:
         """Nothing is to be done."""
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:
         """Keep the steps that are done where the next one fails."""
-        if kind is not None and not issubclass(kind, FloatingPointError):
-            self.keep()
+        if error_type is not None and not issubclass(error_type, FloatingPointError):
+            self.save_progress()
 
 
-def _progress_bar(steps: range) -> Iterable[int]:
-    form = "denoise   {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left"
-    return tqdm(steps, bar_format=form, initial=steps.start, total=steps.stop, mininterval=0.1 if sys.stderr.isatty() else 10.0)
+def _make_progress_bar(steps: range) -> Iterable[int]:
+    bar_format = "denoise   {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left"
+    return tqdm(
+        steps,
+        bar_format=bar_format,
+        initial=steps.start,
+        total=steps.stop,
+        mininterval=0.1 if sys.stderr.isatty() else 10.0,
+    )

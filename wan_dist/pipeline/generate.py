@@ -13,222 +13,303 @@ import torch
 from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
-from wan_dist.output.locks import Ledger
-from wan_dist.output.output_check import check_output, outcome_of
-from wan_dist.output.record import described, speed
-from wan_dist.output.stage_report import Report
-from wan_dist.output.video_file import save_image, save_tensors, save_video, to_uint8
+from wan_dist.output.locks import ResultLocks
+from wan_dist.output.output_check import check_output_folder, estimate_output
+from wan_dist.output.record import compute_speed, describe_video
+from wan_dist.output.stage_report import StageReport
+from wan_dist.output.video_file import convert_to_uint8, save_image, save_tensors, save_video
 from wan_dist.parallel.collectives import broadcast_object
-from wan_dist.parallel.consistency import is_any
-from wan_dist.parallel.mesh import Groups, make_groups, opened
-from wan_dist.parallel.team import Team
+from wan_dist.parallel.consistency import is_set_on_any_rank
+from wan_dist.parallel.mesh import ProcessGroups, make_process_groups, process_group_session
+from wan_dist.parallel.team import Coordinator
 from wan_dist.pipeline import decode as vae
-from wan_dist.pipeline.decode import float32_frames, uint8_frames
-from wan_dist.pipeline.denoise import Video, make_latents, read_latents
-from wan_dist.pipeline.out_of_memory import first_that_works
-from wan_dist.pipeline.resume import Kept, Progress, warn_of_older
+from wan_dist.pipeline.decode import convert_to_float32_frames, convert_to_uint8_frames
+from wan_dist.pipeline.denoise import VideoInProgress, make_latents, read_latents
+from wan_dist.pipeline.out_of_memory import run_with_fallback
+from wan_dist.pipeline.resume import DenoisingProgress, ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
 from wan_dist.planning.plan import Plan
-from wan_dist.planning.vae_memory import Way
-from wan_dist.runtime.errors import first_line
+from wan_dist.planning.vae_memory import VaeStrategy
+from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.file_hash import hash_file
-from wan_dist.runtime.log import keep_log, logger
-from wan_dist.runtime.signals import Preempted, preemption
+from wan_dist.runtime.log import add_log_file, logger
+from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 from wan_dist.weights.checkpoint import Checkpoint
 
 
 @torch.no_grad()
-def run_job(config: RunConfig, plan: Plan, team: Team) -> Path | None:
+def generate_video(config: RunConfig, plan: Plan, coordinator: Coordinator) -> Path | None:
     """Make one video on all ranks of the team; the first rank returns its path.
 
     Raises InputError for what is wrong with checkpoint or output folder, before weights are read.
     """
     device = find_device(config)
-    groups = make_groups(plan.degrees, team, device, config.parallel.timeout)
+    groups = make_process_groups(plan.degrees, coordinator, device, config.parallel.timeout)
     folder = Path(config.output.dir).expanduser()
     if plan.degrees.num_ranks > 1:
-        keep_log(folder / "logs" / plan.name)
+        add_log_file(folder / "logs" / plan.name)
     logger.info(plan.summary)
-    if plan.advice:
-        logger.info("note      %s", plan.advice)
-    report = Report(config, device)
-    with report.stage("check", f"output {folder}"):
+    if plan.size_advice:
+        logger.info("note      %s", plan.size_advice)
+    report = StageReport(config, device)
+    with report.measure_stage("check", f"output {folder}"):
         if groups.rank == 0:
-            check_output(folder, [outcome_of(plan, keeps_tensor=config.output.save_tensor)])
-            warn_of_older(folder)
+            check_output_folder(
+                folder, [estimate_output(plan, saves_tensor=config.output.save_tensor)]
+            )
+            warn_about_old_states(folder)
         session = open_session(config, plan, groups, device)
-    with closing(Ledger(folder)) as ledger, opened(groups):
-        kept = Kept(folder, config, plan, session.digests, ledger=ledger)
-        video = begin(session, config, plan, report, kept)
-        complete(video, make_latents(video))
-        return video.result if video.is_first else None
+    with closing(ResultLocks(folder)) as locks, process_group_session(groups):
+        resume_state = ResumeState(folder, config, plan, session.weights_digests, locks=locks)
+        video = prepare_video(session, config, plan, report, resume_state)
+        decode_and_write(video, make_latents(video))
+        return video.result_file if video.is_first else None
 
 
-def begin(session: Session, config: RunConfig, plan: Plan, report: Report, kept: Kept, *, quiet: bool = False) -> Video:
+def prepare_video(
+    session: Session,
+    config: RunConfig,
+    plan: Plan,
+    report: StageReport,
+    resume_state: ResumeState,
+    *,
+    quiet: bool = False,
+) -> VideoInProgress:
     """Read what was kept of this video, arrange it, and reserve its name; all ranks of the replica."""
 
-    def work() -> tuple[Plan, Path]:
-        found = kept.go_on(session.groups.replica, session.device) if config.latents is None else plan
+    def restore_and_plan() -> tuple[Plan, Path]:
+        resumed_plan = (
+            resume_state.restore(session.groups.replica, session.device)
+            if config.latents is None
+            else plan
+        )
         if config.latents is not None:
-            read_latents(Path(config.latents).expanduser())  # what is wrong with them is said before anything is there
-        found = session.arrange(found, config, quiet=quiet)
-        path = kept.reserve(fixed=config.output.name is not None) if session.groups.replica.rank == 0 else None
-        path = cast(Path, broadcast_object(path, session.groups.replica))
-        return kept.rename(found, path.stem), path
+            read_latents(
+                Path(config.latents).expanduser()
+            )  # what is wrong with them is said before anything is there
+        resumed_plan = session.plan_memory(resumed_plan, config, quiet=quiet)
+        result_path = (
+            resume_state.reserve_path(is_name_fixed=config.output.name is not None)
+            if session.groups.replica.rank == 0
+            else None
+        )
+        result_path = cast(Path, broadcast_object(result_path, session.groups.replica))
+        return resume_state.rename_plan(resumed_plan, result_path.stem), result_path
 
-    plan, result = session.together(work, "begin a video")
-    report.facts |= {"checkpoint": str(session.checkpoint.folder), "degrees": vars(plan.degrees)}
-    file = result.with_suffix(".latents.safetensors") if config.latents is None else Path(config.latents).expanduser()
-    return Video(session, config, plan, report, kept, result, file)
+    plan, result_file = session.run_together(restore_and_plan, "begin a video")
+    report.metadata |= {"checkpoint": str(session.checkpoint.folder), "degrees": vars(plan.degrees)}
+    latents_file = (
+        result_file.with_suffix(".latents.safetensors")
+        if config.latents is None
+        else Path(config.latents).expanduser()
+    )
+    return VideoInProgress(session, config, plan, report, resume_state, result_file, latents_file)
 
 
 @torch.no_grad()
-def complete(video: Video, latents: Tensor) -> None:
+def decode_and_write(video: VideoInProgress, latents: Tensor) -> None:
     """Decode and write the result and its record.
 
     If decoding or writing fails, the latents are on disk and the error says how to go on from them.
     """
-    with _latents_safe(video, latents):
-        _decode(video, latents, partial(_write, video))
-        video.session.together(lambda: _finish(video) if video.is_first else None, "write the record", exchanges=False)
+    with _recoverable_latents(video, latents):
+        _decode_with_fallback(video, latents, partial(_write_result, video))
+        video.session.run_together(
+            lambda: _finalize_video(video) if video.is_first else None,
+            "write the record",
+            uses_collectives=False,
+        )
 
 
 @torch.no_grad()
-def decode_first(video: Video, latents: Tensor) -> list[Tensor]:
+def decode_to_host(video: VideoInProgress, latents: Tensor) -> list[Tensor]:
     """Return the result's frames, chunks (n, H, W, 3) on the host of the first rank, for `complete_later`; fails as `complete` does."""
-    frames: list[Tensor] = []
+    frame_chunks: list[Tensor] = []
 
-    def take(chunks: Iterator[Tensor]) -> None:
-        frames[:] = [chunk.cpu() for chunk in chunks]
+    def collect_frames(chunks: Iterator[Tensor]) -> None:
+        frame_chunks[:] = [chunk.cpu() for chunk in chunks]
 
-    with _latents_safe(video, latents):
-        _decode(video, latents, take)
-    return frames
+    with _recoverable_latents(video, latents):
+        _decode_with_fallback(video, latents, collect_frames)
+    return frame_chunks
 
 
-def complete_later(video: Video, latents: Tensor, frames: Iterable[Tensor]) -> None:
+def write_decoded_frames(
+    video: VideoInProgress, latents: Tensor, frame_chunks: Iterable[Tensor]
+) -> None:
     """Write the result from what `decode_first` returned, and its record, on the first rank, while the next video is denoised."""
-    with _latents_safe(video, latents):
-        with video.report.stage("save", beside=True):
-            _write(video, iter(frames))
-        _finish(video)
+    with _recoverable_latents(video, latents):
+        with video.report.measure_stage("save", is_concurrent=True):
+            _write_result(video, iter(frame_chunks))
+        _finalize_video(video)
 
 
 @contextmanager
-def _latents_safe(video: Video, latents: Tensor) -> Iterator[None]:
+def _recoverable_latents(video: VideoInProgress, latents: Tensor) -> Iterator[None]:
     """Say how to go on from the latents if what is done inside fails; keep them as progress if it fails since the run was asked to end."""
     config = video.config
     try:
         yield
-    except (Exception, Preempted) as fault:
-        if isinstance(fault, Preempted) or preemption.was_asked():  # ffmpeg may have been asked as well
+    except (Exception, PreemptionInterrupt) as error:
+        if (
+            isinstance(error, PreemptionInterrupt) or preemption.wait_for_request()
+        ):  # ffmpeg may have been asked as well
             if video.is_first and config.latents is None:
-                video.kept.write(Progress(config.sample.steps, latents))
-            if isinstance(fault, Preempted):
+                video.resume_state.save_progress(DenoisingProgress(config.sample.steps, latents))
+            if isinstance(error, PreemptionInterrupt):
                 raise
-            raise Preempted(f"asked to end: stopped while decoding ({first_line(fault)}); the same command goes on from there") from fault
+            raise PreemptionInterrupt(
+                f"asked to end: stopped while decoding ({get_first_line(error)}); the same command goes on from there"
+            ) from error
         if video.is_first:
-            command = _resume_command(config, video.session.checkpoint, video.latents_file, video.result)
+            command = _format_resume_command(
+                config, video.session.checkpoint, video.latents_file, video.result_file
+            )
             logger.error("the latents are kept; make the video from them with: %s", command)
         raise
 
 
-def _finish(video: Video) -> None:
+def _finalize_video(video: VideoInProgress) -> None:
     """Write the record; what was kept for the case of a failure goes. A signal waits until that is done."""
-    with preemption.noted():
-        _record(video)
+    with preemption.deferred():
+        _write_record(video)
 
 
-def _record(video: Video) -> None:
+def _write_record(video: VideoInProgress) -> None:
     plan, report, config = video.plan, video.report, video.config
-    report.facts |= described(config, plan) | {"status": "done", "file": str(video.result), "arrangement": asdict(plan.arrangement)}
+    report.metadata |= describe_video(config, plan) | {
+        "status": "done",
+        "file": str(video.result_file),
+        "arrangement": asdict(plan.arrangement),
+    }
     if "denoise" in report.stages:
-        num_steps = config.sample.steps - video.kept.num_found
-        seconds, guessed = report.stages["denoise"]["seconds"], report.facts.get("guessed_steps", 0)
-        report.facts |= speed(plan, seconds, num_steps, guessed)
-    digests = {"digest": video.kept.digest, "latents_digest": video.kept.latents_digest, "video_digest": hash_file(video.result)}
-    report.facts |= digests
-    report.compare(plan.uses, plan.ranks_per_node)
-    report.save(video.result.with_suffix(".json"))
+        num_steps = config.sample.steps - video.resume_state.num_resumed_steps
+        denoise_seconds, num_guessed_steps = (
+            report.stages["denoise"]["seconds"],
+            report.metadata.get("guessed_steps", 0),
+        )
+        report.metadata |= compute_speed(plan, denoise_seconds, num_steps, num_guessed_steps)
+    digests = {
+        "digest": video.resume_state.result_digest,
+        "latents_digest": video.resume_state.latents_digest,
+        "video_digest": hash_file(video.result_file),
+    }
+    report.metadata |= digests
+    report.compare_memory(plan.stage_memories, plan.ranks_per_node)
+    report.save(video.result_file.with_suffix(".json"))
     if config.latents is None:  # others' latents say nothing of what was kept
-        video.kept.remove()
+        video.resume_state.remove_file()
         if not config.output.save_latents:
             video.latents_file.unlink(missing_ok=True)
-    logger.log(report.level, "saved     %s", video.result)
+    logger.log(report.log_level, "saved     %s", video.result_file)
 
 
-def _decode(video: Video, latents: Tensor, take: Callable[[Iterator[Tensor]], None]) -> None:
+def _decode_with_fallback(
+    video: VideoInProgress, latents: Tensor, consume_frames: Callable[[Iterator[Tensor]], None]
+) -> None:
     """Decode latents (C, T, h, w); the first rank takes frames as they are ready; where memory runs out, again in a way that needs less."""
     session, config, plan = video.session, video.config, video.plan
     axis, checkpoint = session.groups.replica, session.checkpoint
 
-    def choose() -> list[Way]:
-        if is_any(preemption.asked_by is not None, axis, latents.device):
-            raise Preempted("asked to end: stopped before decoding; the same command goes on from there")
+    def choose_strategies() -> list[VaeStrategy]:
+        if is_set_on_any_rank(preemption.requested_by is not None, axis, latents.device):
+            raise PreemptionInterrupt(
+                "asked to end: stopped before decoding; the same command goes on from there"
+            )
         if not torch.isfinite(latents).all():
             raise FloatingPointError("the latents are not finite: the video would be black")
-        ways = vae.find_ways(config, plan, checkpoint.vae.dims, latents.device, axis)
-        if ways[0].name == "cpu" and config.memory.vae is None:  # sooner read the transformer again
-            session.shelf.clear()
-            ways = vae.find_ways(config, plan, checkpoint.vae.dims, latents.device, axis)
-        return ways
+        fitting_strategies = vae.find_vae_strategies(
+            config, plan, checkpoint.vae.dims, latents.device, axis
+        )
+        if (
+            fitting_strategies[0].name == "cpu" and config.memory.vae is None
+        ):  # sooner read the transformer again
+            session.model_cache.clear()
+            fitting_strategies = vae.find_vae_strategies(
+                config, plan, checkpoint.vae.dims, latents.device, axis
+            )
+        return fitting_strategies
 
-    def work(way: Way) -> None:
-        if axis.rank != 0 and way.name != "parallel":
+    def run_strategy(strategy: VaeStrategy) -> None:
+        if axis.rank != 0 and strategy.name != "parallel":
             return  # the first rank goes on alone
-        detail = f"VAE {way}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"
-        with video.report.stage("decode", detail), vae.kernels_tried(checkpoint.vae.dims, way):
-            model = vae.load(checkpoint, config, way, latents.device, session.shelf)
-            chunks = vae.decode(model, latents, float32_frames if config.output.save_tensor else uint8_frames, way, axis)
+        stage_detail = f"VAE {strategy}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"
+        with (
+            video.report.measure_stage("decode", stage_detail),
+            vae.cudnn_autotuning(checkpoint.vae.dims, strategy),
+        ):
+            vae_model = vae.load_vae(
+                checkpoint, config, strategy, latents.device, session.model_cache
+            )
+            chunks = vae.decode_latents(
+                vae_model,
+                latents,
+                convert_to_float32_frames if config.output.save_tensor else convert_to_uint8_frames,
+                strategy,
+                axis,
+            )
             if axis.rank == 0:
-                take(_checked(chunks, session.groups) if way.name == "parallel" else chunks)
+                consume_frames(
+                    _yield_verified_chunks(chunks, session.groups)
+                    if strategy.name == "parallel"
+                    else chunks
+                )
             else:
                 deque(chunks, maxlen=0)  # its share of each is sent to the first rank
 
-    ways = session.together(choose, "choose how to decode")
-    if first_that_works(
-        ways,
-        lambda way: session.together(lambda: work(way), "decode", exchanges=way.name == "parallel"),
+    strategies = session.run_together(choose_strategies, "choose how to decode")
+    if run_with_fallback(
+        strategies,
+        lambda strategy: session.run_together(
+            lambda: run_strategy(strategy), "decode", uses_collectives=strategy.name == "parallel"
+        ),
         "decoding",
         "the latents are safe, ",
     ):
-        video.report.ran_out("decode")
+        video.report.record_out_of_memory("decode")
 
 
-def _checked(chunks: Iterator[Tensor], groups: Groups) -> Iterator[Tensor]:
+def _yield_verified_chunks(chunks: Iterator[Tensor], groups: ProcessGroups) -> Iterator[Tensor]:
     """Yield frames while those of other ranks are what they sent; raises RankError."""
     for chunk in chunks:
-        groups.check()
+        groups.raise_if_aborted()
         yield chunk
-    groups.check()
+    groups.raise_if_aborted()
 
 
-def _write(video: Video, chunks: Iterator[Tensor]) -> None:
+def _write_result(video: VideoInProgress, frame_chunks: Iterator[Tensor]) -> None:
     """Write frames (n, H, W, 3), uint8, or float32 in [-1, 1] which are kept too."""
-    config, plan, result = video.config, video.plan, video.result
-    floats: list[Tensor] = []
+    config, plan, result_file = video.config, video.plan, video.result_file
+    float_chunks: list[Tensor] = []
 
-    def seen() -> Iterator[Tensor]:
-        for chunk in chunks:
+    def convert_chunks() -> Iterator[Tensor]:
+        for chunk in frame_chunks:
             if config.output.save_tensor:
-                floats.append(chunk.cpu())
-            yield to_uint8(chunk)
+                float_chunks.append(chunk.cpu())
+            yield convert_to_uint8(chunk)
 
-    if plan.task.still:
-        save_image(result, next(seen())[0])
+    if plan.task.is_still:
+        save_image(result_file, next(convert_chunks())[0])
     else:
-        save_video(result, seen(), fps=plan.fps, num_frames=plan.frame_num)
-    if floats:
-        save_tensors(result.with_suffix(".safetensors"), {"video": torch.cat(floats).permute(3, 0, 1, 2).contiguous()})
+        save_video(result_file, convert_chunks(), fps=plan.fps, num_frames=plan.frame_num)
+    if float_chunks:
+        save_tensors(
+            result_file.with_suffix(".safetensors"),
+            {"video": torch.cat(float_chunks).permute(3, 0, 1, 2).contiguous()},
+        )
 
 
-def _resume_command(config: RunConfig, checkpoint: Checkpoint, kept: Path, result: Path) -> str:
+def _format_resume_command(
+    config: RunConfig, checkpoint: Checkpoint, latents_file: Path, result_file: Path
+) -> str:
     settings = {
         "task": config.task,
         "ckpt_dir": checkpoint.folder,
-        "latents": kept,
-        "output.dir": result.parent,
-        "output.name": result.stem,
+        "latents": latents_file,
+        "output.dir": result_file.parent,
+        "output.name": result_file.stem,
         "fps": config.fps,
     }
-    return shlex.join(["python", "-m", "wan_dist.run", *(f"{key}={value}" for key, value in settings.items())])
+    return shlex.join(
+        ["python", "-m", "wan_dist.run", *(f"{key}={value}" for key, value in settings.items())]
+    )

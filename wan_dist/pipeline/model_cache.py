@@ -10,32 +10,32 @@ from wan_dist.pipeline.out_of_memory import free_memory
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Shelf:
+class ModelCache:
     """A place for each model; what stands there goes when another model is to stand there. One that does not keep loads anew each time."""
 
-    def __init__(self, *, keeps: bool = False) -> None:
-        self.keeps = keeps
-        self._held: dict[str, tuple[Hashable, nn.Module]] = {}
+    def __init__(self, *, is_persistent: bool = False) -> None:
+        self.is_persistent = is_persistent
+        self._models_by_slot: dict[str, tuple[Hashable, nn.Module]] = {}
 
-    def take(self, place: str, kind: Hashable, load: Callable[[], Model]) -> Model:
+    def get_or_load(self, slot: str, variant: Hashable, load_model: Callable[[], Model]) -> Model:
         """Return the model of this kind from its place, loaded if it is not there."""
-        if not self.keeps:
-            return load()
-        self.make_way(place, kind)
-        if place not in self._held:
-            self._held[place] = (kind, load())
-        return cast(Model, self._held[place][1])
+        if not self.is_persistent:
+            return load_model()
+        self.evict_others(slot, variant)
+        if slot not in self._models_by_slot:
+            self._models_by_slot[slot] = (variant, load_model())
+        return cast(Model, self._models_by_slot[slot][1])
 
-    def make_way(self, place: str, kind: Hashable) -> None:
+    def evict_others(self, slot: str, variant: Hashable) -> None:
         """Let go of what stands there, unless it is of this kind."""
-        if place in self._held and self._held[place][0] != kind:
-            del self._held[place]
+        if slot in self._models_by_slot and self._models_by_slot[slot][0] != variant:
+            del self._models_by_slot[slot]
             free_memory()
 
     def clear(self) -> bool:
         """Let go of all; returns whether there was any."""
-        if not self._held:
+        if not self._models_by_slot:
             return False
-        self._held.clear()
+        self._models_by_slot.clear()
         free_memory()
         return True

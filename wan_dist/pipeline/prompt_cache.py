@@ -17,9 +17,9 @@ from wan_dist.runtime.log import logger
 
 _HEADER_BYTES = 80
 """Of a file, besides the values."""
-_LOOKS = 64
+_MAX_FOLDER_SCANS = 64
 """At the folder, at the most, while it is filled."""
-_CLOCK_SKEW = 5 * 10**9
+_CLOCK_SKEW_NANOSECONDS = 5 * 10**9
 """Nanoseconds by which a file system's clock may be behind."""
 
 
@@ -31,31 +31,35 @@ class PromptCache:
     the first ones should still be there for their jobs.
     """
 
-    def __init__(self, folder: Path, identity: str, limit: int) -> None:
-        self.folder, self.identity, self.limit = folder, identity, limit
-        self._since = time.time_ns() - _CLOCK_SKEW
-        self._room = 0
+    def __init__(self, folder: Path, identity: str, limit_bytes: int) -> None:
+        self.folder, self.identity, self.limit_bytes = folder, identity, limit_bytes
+        self._opened_nanoseconds = time.time_ns() - _CLOCK_SKEW_NANOSECONDS
+        self._free_bytes = 0
         """Bytes that may be put before the folder is looked through again."""
         self._is_full = False
 
-    def _file(self, prompt: str) -> Path:
+    def _get_file(self, prompt: str) -> Path:
         key = hashlib.sha256(json.dumps([self.identity, clean_prompt(prompt)]).encode()).hexdigest()
         return self.folder / f"{key}.safetensors"
 
     def has(self, prompt: str) -> bool:
         """Whether there is an embedding of a prompt, which counts as used just now."""
         try:
-            os.utime(self._file(prompt))
+            os.utime(self._get_file(prompt))
         except OSError:
             return False
         return True
 
     def get(self, prompt: str) -> Tensor | None:
         """Return the embedding (n, text_dim) of a prompt, None if it is not here."""
-        file = self._file(prompt)
+        file = self._get_file(prompt)
         try:
             context = load_file(file)["context"]
-        except (OSError, SafetensorError, KeyError):  # not there, or being deleted, or damaged: it is made again
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+        ):  # not there, or being deleted, or damaged: it is made again
             return None
         with contextlib.suppress(OSError):  # of a cache that others keep and this user reads
             os.utime(file)  # used just now
@@ -66,17 +70,17 @@ class PromptCache:
         num_bytes = context.nbytes + _HEADER_BYTES
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if num_bytes > self._room:
-                self._make_room(num_bytes)
-            if num_bytes > self._room:
+            if num_bytes > self._free_bytes:
+                self._evict_unused(num_bytes)
+            if num_bytes > self._free_bytes:
                 return False
-            save_tensors(self._file(prompt), {"context": context.cpu().contiguous()})
+            save_tensors(self._get_file(prompt), {"context": context.cpu().contiguous()})
         except (OSError, SaveError):
             return False
-        self._room -= num_bytes
+        self._free_bytes -= num_bytes
         return True
 
-    def _make_room(self, num_bytes: int) -> None:
+    def _evict_unused(self, num_bytes: int) -> None:
         """Delete what is longest unused until so many bytes fit, and a few more, so that the folder is not looked through each time."""
         if self._is_full:
             return
@@ -86,18 +90,21 @@ class PromptCache:
                 with contextlib.suppress(FileNotFoundError):  # another run has deleted it
                     if entry.name.endswith(".safetensors"):
                         files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-        total = sum(size for _, size, _ in files)
-        wanted = max(num_bytes, self.limit // _LOOKS)
-        for used, size, path in sorted(files):
-            if total + wanted <= self.limit or used >= self._since:
+        total_bytes = sum(file_bytes for _, file_bytes, _ in files)
+        wanted_bytes = max(num_bytes, self.limit_bytes // _MAX_FOLDER_SCANS)
+        for used_nanoseconds, file_bytes, path in sorted(files):
+            if (
+                total_bytes + wanted_bytes <= self.limit_bytes
+                or used_nanoseconds >= self._opened_nanoseconds
+            ):
                 break
             Path(path).unlink(missing_ok=True)
-            total -= size
-        self._room = min(self.limit - total, wanted)
-        self._is_full = self._room < num_bytes
+            total_bytes -= file_bytes
+        self._free_bytes = min(self.limit_bytes - total_bytes, wanted_bytes)
+        self._is_full = self._free_bytes < num_bytes
         if self._is_full:
             logger.warning(
                 "cache.size_gib=%.3g holds no more texts of this run: the others are held in memory, and are encoded again if the run "
                 "is interrupted; a larger cache.size_gib keeps them",
-                self.limit / 2**30,
+                self.limit_bytes / 2**30,
             )

@@ -11,145 +11,208 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
-from wan_dist.output.locks import Ledger
+from wan_dist.output.locks import ResultLocks
 from wan_dist.output.video_file import save_tensors
 from wan_dist.parallel.collectives import broadcast, broadcast_object
 from wan_dist.parallel.mesh import Axis
-from wan_dist.planning.digests import FORMAT, WeightsDigests, latents_digest, result_digest
+from wan_dist.planning.digests import (
+    FORMAT_VERSION,
+    WeightsDigests,
+    compute_latents_digest,
+    compute_result_digest,
+)
 from wan_dist.planning.plan import Plan
-from wan_dist.runtime.atomic_write import set_aside
-from wan_dist.runtime.errors import InputError, first_line
+from wan_dist.runtime.atomic_write import quarantine_file
+from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger
 
-_GUESSES = "guesses."
+_STEP_CACHE_PREFIX = "guesses."
 
 
 @dataclass(frozen=True)
-class Progress:
+class DenoisingProgress:
     """How far denoising has come."""
 
     num_done: int = 0
     """Steps."""
     latents: Tensor | None = None
     """(C, T, h, w), float32, after that many steps."""
-    solver: dict[str, Tensor] = field(default_factory=dict)
+    solver_state: dict[str, Tensor] = field(default_factory=dict)
     """See `Solver.state`."""
-    guesses: dict[str, Tensor] = field(default_factory=dict)
+    step_cache_state: dict[str, Tensor] = field(default_factory=dict)
     """See `EasyCache.state`."""
 
 
-class Kept:
+class ResumeState:
     """The file of a run's progress. Its name has a digest of all that the latents depend on, so it is found by that alone.
 
     Raises InputError for an image or latents that cannot be read.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, plan: Plan, weights: WeightsDigests, *, is_job: bool = False, ledger: Ledger | None = None
+        self,
+        folder: Path,
+        config: RunConfig,
+        plan: Plan,
+        weights_digests: WeightsDigests,
+        *,
+        is_job: bool = False,
+        locks: ResultLocks | None = None,
     ) -> None:
-        self.folder, self.config, self.plan, self.weights, self.is_job = folder, config, plan, weights, is_job
-        self.ledger = ledger or Ledger(folder)
-        self.progress = Progress()
-        self.num_found = 0
+        self.folder, self.config, self.plan, self.weights_digests, self.is_job = (
+            folder,
+            config,
+            plan,
+            weights_digests,
+            is_job,
+        )
+        self.locks = locks or ResultLocks(folder)
+        self.progress = DenoisingProgress()
+        self.num_resumed_steps = 0
         """Steps that an earlier run had done."""
         self._is_resumed = False
 
     @cached_property
     def latents_digest(self) -> str:
         """Digest of all that the latents depend on."""
-        return latents_digest(self.config, self.plan, self.weights, is_job=self.is_job)
+        return compute_latents_digest(
+            self.config, self.plan, self.weights_digests, is_job=self.is_job
+        )
 
     @cached_property
-    def digest(self) -> str:
+    def result_digest(self) -> str:
         """Digest of all that the result depends on."""
-        return result_digest(self.config, self.plan, self.latents_digest, self.weights)
+        return compute_result_digest(
+            self.config, self.plan, self.latents_digest, self.weights_digests
+        )
 
     @property
-    def _suffix(self) -> str:
+    def _file_suffix(self) -> str:
         return f".{self.latents_digest}.state.safetensors"
 
-    def _find(self) -> Path | None:
+    def _find_file(self) -> Path | None:
         """Return the file; where a seed was drawn, or a number put to the name, that is known from it alone.
 
         One of a single run is taken with its name: another run of the same settings may be at it.
         """
-        file = self.folder / f"{self.plan.name}{self._suffix}"
+        file = self.folder / f"{self.plan.name}{self._file_suffix}"
         if self.is_job:
             return file if file.exists() else None
-        found = sorted(self.folder.glob(f"*{self._suffix}"), key=lambda other: other != file)
-        return next((other for other in found if self.ledger.lock(other.name.removesuffix(self._suffix))), None)
+        candidates = sorted(
+            self.folder.glob(f"*{self._file_suffix}"), key=lambda candidate: candidate != file
+        )
+        return next(
+            (
+                candidate
+                for candidate in candidates
+                if self.locks.acquire(candidate.name.removesuffix(self._file_suffix))
+            ),
+            None,
+        )
 
-    def _read(self, file: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+    def _read_file(self, file: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
         """Return what a file of ours has in its header and its tensors, None for another's; one that is damaged is set aside."""
         try:
-            with safe_open(file, "pt") as opened:
-                facts = opened.metadata() or {}
-                if facts.get("digest") != self.latents_digest:
+            with safe_open(file, "pt") as reader:
+                metadata = reader.metadata() or {}
+                if metadata.get("digest") != self.latents_digest:
                     return None
-                return facts, {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118  # it is no dict
+                return metadata, {key: reader.get_tensor(key).clone() for key in reader.keys()}  # noqa: SIM118  # it is no dict
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError, KeyError) as fault:
-            logger.warning("%s is damaged (%s); %s, and its steps are made again", file, first_line(fault), set_aside(file))
+        except (OSError, SafetensorError, KeyError) as error:
+            logger.warning(
+                "%s is damaged (%s); %s, and its steps are made again",
+                file,
+                get_first_line(error),
+                quarantine_file(file),
+            )
             return None
 
-    def _stored(self) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+    def _read_saved_progress(self) -> tuple[dict[str, str], dict[str, Tensor]] | None:
         """Return the kept progress, or whole latents: of a video that was not finished, or of one of which only the frames change."""
-        file = self._find()
-        found = None if file is None else self._read(file)
-        if found is not None and _is_progress(*found):
-            logger.info("goes on   after %s steps, from %s", found[0]["num_done"], file)
+        state_file = self._find_file()
+        contents = None if state_file is None else self._read_file(state_file)
+        if contents is not None and _is_valid_progress(*contents):
+            logger.info("goes on   after %s steps, from %s", contents[0]["num_done"], state_file)
             self._is_resumed = True
-            return found
-        latents = self.folder / f"{self.plan.name}.latents.safetensors"
-        if not latents.exists():
+            return contents
+        latents_file = self.folder / f"{self.plan.name}.latents.safetensors"
+        if not latents_file.exists():
             return None
-        if not self.is_job and ((self.folder / f"{self.plan.name}.json").exists() or not self.ledger.lock(self.plan.name)):
+        if not self.is_job and (
+            (self.folder / f"{self.plan.name}.json").exists()
+            or not self.locks.acquire(self.plan.name)
+        ):
             return None
-        found = self._read(latents)
-        if found is None or "latents" not in found[1]:
+        contents = self._read_file(latents_file)
+        if contents is None or "latents" not in contents[1]:
             return None
-        return {"seed": str(self.plan.seed)} | found[0] | {"num_done": str(self.config.sample.steps), "name": self.plan.name}, found[1]
+        return {"seed": str(self.plan.seed)} | contents[0] | {
+            "num_done": str(self.config.sample.steps),
+            "name": self.plan.name,
+        }, contents[1]
 
-    def agree(self, axis: Axis, device: torch.device) -> None:
+    def synchronize_progress(self, axis: Axis, device: torch.device) -> None:
         """Give all ranks of the axis the first one's progress: another may have come a step further before it learnt of an error."""
-        self._send(self.progress.num_done, self._tensors(self.progress), axis, device)
+        self._broadcast_progress(
+            self.progress.num_done, self._collect_tensors(self.progress), axis, device
+        )
 
-    def _send(self, num_done: int, tensors: dict[str, Tensor], axis: Axis, device: torch.device) -> None:
-        num_done, names = broadcast_object((num_done, list(tensors)), axis)
-        sent = {name: cast(Tensor, broadcast(tensors.get(name), axis, device)).to(device) for name in names}
-        guesses = {name.removeprefix(_GUESSES): sent.pop(name) for name in names if name.startswith(_GUESSES)}
-        self.progress = Progress(num_done, sent.pop("latents", None), sent, guesses)
+    def _broadcast_progress(
+        self, num_done: int, tensors: dict[str, Tensor], axis: Axis, device: torch.device
+    ) -> None:
+        num_done, tensor_names = broadcast_object((num_done, list(tensors)), axis)
+        received_tensors = {
+            name: cast(Tensor, broadcast(tensors.get(name), axis, device)).to(device)
+            for name in tensor_names
+        }
+        step_cache_state = {
+            name.removeprefix(_STEP_CACHE_PREFIX): received_tensors.pop(name)
+            for name in tensor_names
+            if name.startswith(_STEP_CACHE_PREFIX)
+        }
+        self.progress = DenoisingProgress(
+            num_done, received_tensors.pop("latents", None), received_tensors, step_cache_state
+        )
 
     @staticmethod
-    def _tensors(progress: Progress) -> dict[str, Tensor]:
+    def _collect_tensors(progress: DenoisingProgress) -> dict[str, Tensor]:
         if progress.latents is None:
             return {}
-        guesses = {f"{_GUESSES}{name}": tensor for name, tensor in progress.guesses.items()}
-        return {"latents": progress.latents, **progress.solver, **guesses}
+        step_cache_tensors = {
+            f"{_STEP_CACHE_PREFIX}{name}": tensor
+            for name, tensor in progress.step_cache_state.items()
+        }
+        return {"latents": progress.latents, **progress.solver_state, **step_cache_tensors}
 
-    def go_on(self, axis: Axis, device: torch.device) -> Plan:
+    def restore(self, axis: Axis, device: torch.device) -> Plan:
         """Read the progress that was kept, if any, on the first rank of the axis, for all; returns the plan with its seed and name."""
-        facts = {"num_done": "0", "seed": str(self.plan.seed), "name": self.plan.name}
-        facts, stored = (self._stored() if axis.rank == 0 else None) or (facts, {})
-        facts = broadcast_object(facts, axis)
-        self._send(int(facts["num_done"]), stored, axis, device)
-        self.num_found = self.progress.num_done
-        self.plan = replace(self.plan, seed=int(facts["seed"]), name=facts["name"])
+        metadata = {"num_done": "0", "seed": str(self.plan.seed), "name": self.plan.name}
+        metadata, tensors = (self._read_saved_progress() if axis.rank == 0 else None) or (
+            metadata,
+            {},
+        )
+        metadata = broadcast_object(metadata, axis)
+        self._broadcast_progress(int(metadata["num_done"]), tensors, axis, device)
+        self.num_resumed_steps = self.progress.num_done
+        self.plan = replace(self.plan, seed=int(metadata["seed"]), name=metadata["name"])
         return self.plan
 
-    def reserve(self, *, fixed: bool) -> Path:
+    def reserve_path(self, *, is_name_fixed: bool) -> Path:
         """Return the result's path, which is nobody else's until this process ends.
 
         A job's name is taken already. A name the user chose is replaced, one we made up gets a number rather than overwrite. Raises
         InputError where another run is at the name that was chosen.
         """
-        suffix = ".png" if self.plan.task.still else ".mp4"
+        suffix = ".png" if self.plan.task.is_still else ".mp4"
         path, number = self.folder / f"{self.plan.name}{suffix}", 1
         if self.is_job:
             return path
-        while not self.ledger.lock(path.stem) or (not fixed and not self._is_resumed and path.exists()):
-            if fixed:
+        while not self.locks.acquire(path.stem) or (
+            not is_name_fixed and not self._is_resumed and path.exists()
+        ):
+            if is_name_fixed:
                 raise InputError(
                     f"output.name={path.stem}: another run is making it in {self.folder}; wait for that one, or take another output.name"
                 )
@@ -157,48 +220,69 @@ class Kept:
             path = self.folder / f"{self.plan.name}_{number}{suffix}"
         return path
 
-    def rename(self, plan: Plan, name: str) -> Plan:
+    def rename_plan(self, plan: Plan, name: str) -> Plan:
         """Return the plan with the name that was reserved."""
         self.plan = replace(self.plan, name=name)
         return replace(plan, name=name)
 
     @property
-    def facts(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """What the headers of latents and of progress say of them."""
-        return {"digest": self.latents_digest, "format": str(FORMAT), "seed": str(self.plan.seed), "name": self.plan.name}
+        return {
+            "digest": self.latents_digest,
+            "format": str(FORMAT_VERSION),
+            "seed": str(self.plan.seed),
+            "name": self.plan.name,
+        }
 
-    def write(self, progress: Progress) -> bool:
+    def save_progress(self, progress: DenoisingProgress) -> bool:
         """Keep this progress, in place of what was kept before; returns whether it could be, and warns if not."""
         try:
             if not torch.isfinite(cast(Tensor, progress.latents)).all():
                 return False  # who goes on from them would fail for ever
-            tensors, facts = self._tensors(progress), self.facts | {"num_done": str(progress.num_done)}
-            save_tensors(
-                self.folder / f"{self.plan.name}{self._suffix}", {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, facts
+            tensors, metadata = (
+                self._collect_tensors(progress),
+                self.metadata | {"num_done": str(progress.num_done)},
             )
-        except (RuntimeError, InputError) as fault:  # a disk that is full, a GPU that is in error, an image that is gone
-            logger.warning("progress cannot be kept: %s", first_line(fault))
+            save_tensors(
+                self.folder / f"{self.plan.name}{self._file_suffix}",
+                {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
+                metadata,
+            )
+        except (
+            RuntimeError,
+            InputError,
+        ) as error:  # a disk that is full, a GPU that is in error, an image that is gone
+            logger.warning("progress cannot be kept: %s", get_first_line(error))
             return False
         return True
 
-    def remove(self) -> None:
+    def remove_file(self) -> None:
         """Remove the file, if there is one."""
-        (self.folder / f"{self.plan.name}{self._suffix}").unlink(missing_ok=True)
+        (self.folder / f"{self.plan.name}{self._file_suffix}").unlink(missing_ok=True)
 
 
-def _is_progress(facts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
+def _is_valid_progress(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file that can be read holds what a run goes on from."""
-    has_numbers = facts.get("num_done", "").isdigit() and facts.get("seed", "").isdigit()
-    return has_numbers and "name" in facts and "latents" in tensors and bool(torch.isfinite(tensors["latents"]).all())
+    has_numbers = metadata.get("num_done", "").isdigit() and metadata.get("seed", "").isdigit()
+    return (
+        has_numbers
+        and "name" in metadata
+        and "latents" in tensors
+        and bool(torch.isfinite(tensors["latents"]).all())
+    )
 
 
-def warn_of_older(folder: Path) -> None:
+def warn_about_old_states(folder: Path) -> None:
     """Name states in a folder that an earlier version has kept, which this one does not read."""
     for file in folder.glob("*.state.safetensors"):
         try:
-            with safe_open(file, "pt") as opened:
-                facts = opened.metadata() or {}
+            with safe_open(file, "pt") as reader:
+                metadata = reader.metadata() or {}
         except (OSError, SafetensorError):
             continue  # damaged: said by the run whose it is
-        if facts.get("format") != str(FORMAT):
-            logger.warning("%s is of an earlier version of wan-dist and is not gone on from; remove it, or use that version", file)
+        if metadata.get("format") != str(FORMAT_VERSION):
+            logger.warning(
+                "%s is of an earlier version of wan-dist and is not gone on from; remove it, or use that version",
+                file,
+            )

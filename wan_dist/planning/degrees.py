@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from wan_dist.config.schema import EIGHT_BIT_ATTENTION
+from wan_dist.config.schema import EIGHT_BIT_BACKENDS
 from wan_dist.runtime.errors import InputError
 
-MIN_STRIP = 2
+MIN_STRIP_PIXELS = 2
 """Latent pixels that a rank needs of a video that the ranks share: the most that a neighbour asks for."""
 
 
@@ -28,15 +28,18 @@ class Degrees:
         return self.dp * self.cfg * self.ring * self.ulysses
 
     @property
-    def ranks_of_replica(self) -> int:
+    def ranks_per_replica(self) -> int:
         """Ranks that work on one video."""
         return self.cfg * self.ring * self.ulysses
 
     @property
-    def settings(self) -> str:
+    def settings_text(self) -> str:
         """The same as command-line settings."""
-        degrees = {name: degree for name, degree in vars(self).items() if degree > 1}
-        return " ".join(f"parallel.{name}={degree}" for name, degree in degrees.items()) or "no parallel settings"
+        parallel_degrees = {name: degree for name, degree in vars(self).items() if degree > 1}
+        return (
+            " ".join(f"parallel.{name}={degree}" for name, degree in parallel_degrees.items())
+            or "no parallel settings"
+        )
 
     def __str__(self) -> str:
         return f"dp {self.dp} x cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
@@ -47,7 +50,7 @@ def plan_degrees(
     *,
     ranks_per_node: int,
     num_heads: int,
-    guided: bool,
+    is_guided: bool,
     dp: int | None = None,
     cfg: int | None = None,
     ring: int | None = None,
@@ -58,70 +61,98 @@ def plan_degrees(
     The two branches of guidance first, then Ulysses inside a node, then a ring for what is left; any number of ranks works for any
     number of heads. Raises InputError, with the arithmetic and what would fit, if the given ones cannot be met.
     """
-    given = {"dp": dp, "cfg": cfg, "ring": ring, "ulysses": ulysses}
-    asked = " x ".join(f"parallel.{name}={value}" for name, value in given.items() if value is not None)
-    for name, value in given.items():
+    requested = {"dp": dp, "cfg": cfg, "ring": ring, "ulysses": ulysses}
+    requested_settings = " x ".join(
+        f"parallel.{name}={value}" for name, value in requested.items() if value is not None
+    )
+    for name, value in requested.items():
         if value is not None and value < 1:
             raise InputError(f"parallel.{name}={value}: a degree is at least 1")
-    planned = _fit(num_ranks, ranks_per_node, num_heads, guided, {"dp": 1})
-    assert planned is not None
-    suggestion = planned.settings
+    default_degrees = _find_degrees(num_ranks, ranks_per_node, num_heads, is_guided, {"dp": 1})
+    assert default_degrees is not None
+    suggestion = default_degrees.settings_text
     if cfg is not None and cfg > 2:
-        raise InputError(f"parallel.cfg={cfg}: guidance has two branches, so parallel.cfg is 1 or 2")
-    if cfg == 2 and not guided:
-        raise InputError("parallel.cfg=2 needs guidance, but sample.guide_scale=1 turns it off; use parallel.cfg=1")
+        raise InputError(
+            f"parallel.cfg={cfg}: guidance has two branches, so parallel.cfg is 1 or 2"
+        )
+    if cfg == 2 and not is_guided:
+        raise InputError(
+            "parallel.cfg=2 needs guidance, but sample.guide_scale=1 turns it off; use parallel.cfg=1"
+        )
     if ulysses is not None and num_heads % ulysses:
-        legal = ", ".join(str(degree) for degree in range(1, num_heads + 1) if num_heads % degree == 0)
-        raise InputError(
-            f"parallel.ulysses={ulysses} does not divide the {num_heads} heads (it may be {legal}); on {num_ranks} ranks use {suggestion}"
+        legal_degrees = ", ".join(
+            str(degree) for degree in range(1, num_heads + 1) if num_heads % degree == 0
         )
-    found = _fit(num_ranks, ranks_per_node, num_heads, guided, {key: value for key, value in given.items() if value is not None})
-    if found is None:
         raise InputError(
-            f"{asked} does not fit {num_ranks} rank{'s' if num_ranks > 1 else ''}, whose number their product must divide; use {suggestion}"
+            f"parallel.ulysses={ulysses} does not divide the {num_heads} heads (it may be {legal_degrees}); on {num_ranks} ranks use {suggestion}"
         )
-    return found
+    degrees = _find_degrees(
+        num_ranks,
+        ranks_per_node,
+        num_heads,
+        is_guided,
+        {key: value for key, value in requested.items() if value is not None},
+    )
+    if degrees is None:
+        raise InputError(
+            f"{requested_settings} does not fit {num_ranks} rank{'s' if num_ranks > 1 else ''}, whose number their product must divide; use {suggestion}"
+        )
+    return degrees
 
 
-def check_attention(degrees: Degrees, num_tokens: int, attention: str, dtype: str, usp: str) -> None:
+def check_attention_split(
+    degrees: Degrees, num_tokens: int, attention: str, dtype: str, usp: str
+) -> None:
     """Raise InputError if attention as the settings of these names ask for it cannot be spread by these degrees."""
-    if degrees.ring > 1 and attention in EIGHT_BIT_ATTENTION:
+    if degrees.ring > 1 and attention in EIGHT_BIT_BACKENDS:
         raise InputError(
             f"attention={attention} does not say by what the parts of a ring are merged; parallel.ring=1, or another attention"
         )
     if usp != "xfuser":
         return
     if dtype == "float32":
-        raise InputError("parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; parallel.usp=plain takes both")
-    if num_tokens % (num_parts := degrees.ring * degrees.ulysses):
         raise InputError(
-            f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_parts} ranks and would attend to padding; "
+            "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; parallel.usp=plain takes both"
+        )
+    if num_tokens % (num_sequence_parts := degrees.ring * degrees.ulysses):
+        raise InputError(
+            f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_sequence_parts} ranks and would attend to padding; "
             "parallel.usp=plain takes any number"
         )
 
 
-def _fit(num_ranks: int, ranks_per_node: int, num_heads: int, guided: bool, given: dict[str, int]) -> Degrees | None:
+def _find_degrees(
+    num_ranks: int, ranks_per_node: int, num_heads: int, is_guided: bool, requested: dict[str, int]
+) -> Degrees | None:
     """Return the best degrees with these given, or None."""
-    for cfg in (given["cfg"],) if "cfg" in given else (2, 1) if guided else (1,):
-        fixed = cfg * given.get("dp", 1) * given.get("ring", 1)
-        if num_ranks % fixed:
+    for cfg in (requested["cfg"],) if "cfg" in requested else (2, 1) if is_guided else (1,):
+        num_fixed_ranks = cfg * requested.get("dp", 1) * requested.get("ring", 1)
+        if num_ranks % num_fixed_ranks:
             continue
-        rest = num_ranks // fixed
-        if "ulysses" in given:
-            ulysses = given["ulysses"]
+        num_remaining_ranks = num_ranks // num_fixed_ranks
+        if "ulysses" in requested:
+            ulysses = requested["ulysses"]
         else:
-            inside = [degree for degree in range(rest, 0, -1) if rest % degree == 0 and num_heads % degree == 0]
-            ulysses = next(degree for degree in inside if degree <= ranks_per_node and ranks_per_node % degree == 0)
-        if rest % ulysses:
+            divisors = [
+                degree
+                for degree in range(num_remaining_ranks, 0, -1)
+                if num_remaining_ranks % degree == 0 and num_heads % degree == 0
+            ]
+            ulysses = next(
+                degree
+                for degree in divisors
+                if degree <= ranks_per_node and ranks_per_node % degree == 0
+            )
+        if num_remaining_ranks % ulysses:
             continue
-        rest //= ulysses
-        if "ring" not in given:
-            ring, rest = rest, 1
+        num_remaining_ranks //= ulysses
+        if "ring" not in requested:
+            ring, num_remaining_ranks = num_remaining_ranks, 1
         else:
-            ring = given["ring"]
-        dp = given.get("dp", 1)
-        if "dp" not in given:
-            dp, rest = rest, 1
-        if rest == 1:
+            ring = requested["ring"]
+        dp = requested.get("dp", 1)
+        if "dp" not in requested:
+            dp, num_remaining_ranks = num_remaining_ranks, 1
+        if num_remaining_ranks == 1:
             return Degrees(dp=dp, cfg=cfg, ring=ring, ulysses=ulysses)
     return None

@@ -6,9 +6,17 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from wan_dist.config.schema import RunConfig, check_name
+from wan_dist.config.schema import RunConfig, check_file_name
 
-_WITHOUT_EFFECT = ("device", "jobs", "retry_failed", "parallel", "fsdp", "memory", "output")
+_SETTINGS_WITHOUT_EFFECT = (
+    "device",
+    "jobs",
+    "retry_failed",
+    "parallel",
+    "fsdp",
+    "memory",
+    "output",
+)
 """Settings that do not change a result, or not more than rounding does."""
 
 
@@ -18,18 +26,33 @@ def name_result(config: RunConfig, prompt: str | None, seed: int) -> str:
         return config.output.name.removesuffix(".mp4").removesuffix(".png")
     if config.latents is not None:
         name = Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
-        check_name("output.name (from latents)", name)
+        check_file_name("output.name (from latents)", name)
         return name
-    return "_".join(part for part in (config.task, words_of(prompt or ""), str(seed), _distinction(config, prompt)) if part)
+    return "_".join(
+        part
+        for part in (
+            config.task,
+            slugify_prompt(prompt or ""),
+            str(seed),
+            _compute_settings_hash(config, prompt),
+        )
+        if part
+    )
 
 
-def _distinction(config: RunConfig, prompt: str | None) -> str:
+def _compute_settings_hash(config: RunConfig, prompt: str | None) -> str:
     """Return what tells a made-up name from that of a run whose prompt begins alike, or whose other settings differ."""
-    settings = {key: value for key, value in asdict(config).items() if key not in _WITHOUT_EFFECT}
-    settings |= {"prompt": prompt, "tensor": config.output.save_tensor, "vae_dtype": config.memory.vae_dtype}
+    settings = {
+        key: value for key, value in asdict(config).items() if key not in _SETTINGS_WITHOUT_EFFECT
+    }
+    settings |= {
+        "prompt": prompt,
+        "tensor": config.output.save_tensor,
+        "vae_dtype": config.memory.vae_dtype,
+    }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
 
 
-def words_of(prompt: str) -> str:
+def slugify_prompt(prompt: str) -> str:
     """Return the beginning of a prompt as part of a file's name."""
     return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")

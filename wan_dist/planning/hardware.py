@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from wan_dist.runtime.environment import number_of, text_of
+from wan_dist.runtime.environment import read_number_variable, read_text_variable
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 
-_CGROUPS = Path("/sys/fs/cgroup")
-_NO_LIMIT = 2**60
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+_UNLIMITED_BYTES = 2**60
 
 T = TypeVar("T")
 
@@ -30,9 +30,9 @@ class Hardware:
     gpu_bytes: int | None
     """None: there is no GPU, or the run is on the CPU."""
     host_bytes: int
-    host_limit: str = "free memory"
+    host_limit_name: str = "free memory"
     """Which limit it is."""
-    has_context: bool = False
+    has_driver_context: bool = False
     """Whether the GPU's driver has taken its part already."""
 
 
@@ -53,47 +53,60 @@ def parse_gpus(text: str) -> tuple[int, int]:
     return int(match[1] or 1), parse_bytes(match[2], "gpus")
 
 
-def ask_nvidia_smi(what: str, *fields: str) -> list[list[str]]:
+def query_nvidia_smi(query_type: str, *fields: str) -> list[list[str]]:
     """Return a row of these fields for each of ``what``: gpu, or compute-apps; memory in MiB.
 
     Raises OSError where there is no nvidia-smi, and SubprocessError where it fails.
     """
-    query = ["nvidia-smi", f"--query-{what}={','.join(fields)}", "--format=csv,noheader,nounits"]
-    told = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    return [[field.strip() for field in line.split(",")] for line in told.strip().splitlines()]
+    command = [
+        "nvidia-smi",
+        f"--query-{query_type}={','.join(fields)}",
+        "--format=csv,noheader,nounits",
+    ]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    return [[field.strip() for field in line.split(",")] for line in output.strip().splitlines()]
 
 
-def visible(found: dict[str, T]) -> list[T]:
+def filter_visible_gpus(gpu_by_key: dict[str, T]) -> list[T]:
     """Return those of the GPUs, by number and by name, that CUDA_VISIBLE_DEVICES leaves, in its order and by CUDA's rules.
 
     A list is of numbers, or of names that may be abbreviated (GPU-8f2e), or of MIG devices, of which CUDA takes the first. It ends at the
     first entry that is no such GPU or fits several, which is logged once unless it is meant to hide the rest (-1, NoDevFiles); a GPU
     that is named twice hides all.
     """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is None:
-        return [found[key] for key in found if key.isdigit()]
-    names = given.strip().split(",")
-    kind = next((prefix for prefix in ("GPU-", "MIG-") if names[0].startswith(prefix)), "")
-    taken: list[str] = []
-    for name in names[:1] if kind == "MIG-" else names:
-        key = _key_of(name, kind, found)
-        if key is None or key in taken:
-            if given.strip() not in ("", "-1", "NoDevFiles", "none", "void") and name.strip() != "-1":
-                why = "no GPU here" if key is None else "named twice"
-                _warn_once(f"CUDA_VISIBLE_DEVICES={given}: {name.strip()!r} is {why}, and CUDA ignores {'all' if key else 'the rest'}")
-            return [] if key else [found[key] for key in taken]
-        taken.append(key)
-    return [found[key] for key in taken]
+    visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible_devices is None:
+        return [gpu_by_key[key] for key in gpu_by_key if key.isdigit()]
+    entries = visible_devices.strip().split(",")
+    uuid_prefix = next((prefix for prefix in ("GPU-", "MIG-") if entries[0].startswith(prefix)), "")
+    visible_keys: list[str] = []
+    for entry in entries[:1] if uuid_prefix == "MIG-" else entries:
+        key = _find_gpu_key(entry, uuid_prefix, gpu_by_key)
+        if key is None or key in visible_keys:
+            if (
+                visible_devices.strip() not in ("", "-1", "NoDevFiles", "none", "void")
+                and entry.strip() != "-1"
+            ):
+                reason = "no GPU here" if key is None else "named twice"
+                _warn_once(
+                    f"CUDA_VISIBLE_DEVICES={visible_devices}: {entry.strip()!r} is {reason}, and CUDA ignores {'all' if key else 'the rest'}"
+                )
+            return [] if key else [gpu_by_key[key] for key in visible_keys]
+        visible_keys.append(key)
+    return [gpu_by_key[key] for key in visible_keys]
 
 
-def _key_of(name: str, kind: str, found: dict[str, T]) -> str | None:
+def _find_gpu_key(entry: str, uuid_prefix: str, gpu_by_key: dict[str, T]) -> str | None:
     """Return the one GPU that an entry of CUDA_VISIBLE_DEVICES names; None if there is none, or several."""
-    if kind:
-        keys = [key for key in found if name.startswith(kind) and key.startswith(name.rstrip())]
-        return keys[0] if len(keys) == 1 else None
-    number = re.match(r"\s*\+?([0-9]+)", name)  # as C's strtoul: what follows a number is ignored
-    return key if number and (key := str(int(number[1]))) in found else None
+    if uuid_prefix:
+        matching_keys = [
+            key
+            for key in gpu_by_key
+            if entry.startswith(uuid_prefix) and key.startswith(entry.rstrip())
+        ]
+        return matching_keys[0] if len(matching_keys) == 1 else None
+    number = re.match(r"\s*\+?([0-9]+)", entry)  # as C's strtoul: what follows a number is ignored
+    return key if number and (key := str(int(number[1]))) in gpu_by_key else None
 
 
 @cache
@@ -104,43 +117,61 @@ def _warn_once(text: str) -> None:
 def find_gpus() -> list[tuple[str, int, int]]:
     """Return name, total and free bytes of the GPUs that this process may use, by nvidia-smi; none where there is none."""
     try:
-        rows = ask_nvidia_smi("gpu", "index", "uuid", "name", "memory.total", "memory.free")
-        found = _mig_devices() if os.environ.get("CUDA_VISIBLE_DEVICES", "").strip().startswith("MIG-") else {}
+        rows = query_nvidia_smi("gpu", "index", "uuid", "name", "memory.total", "memory.free")
+        gpu_by_key = (
+            _find_mig_devices()
+            if os.environ.get("CUDA_VISIBLE_DEVICES", "").strip().startswith("MIG-")
+            else {}
+        )
     except (OSError, subprocess.SubprocessError):
         return []
-    for index, uuid, name, total, free in rows:
-        if total.isdigit() and free.isdigit():
-            found[index] = found[uuid] = (name, int(total) * 2**20, int(free) * 2**20)
-    return visible(found)
+    for index, uuid, name, total_mib, free_mib in rows:
+        if total_mib.isdigit() and free_mib.isdigit():
+            gpu_by_key[index] = gpu_by_key[uuid] = (
+                name,
+                int(total_mib) * 2**20,
+                int(free_mib) * 2**20,
+            )
+    return filter_visible_gpus(gpu_by_key)
 
 
-def _mig_devices() -> dict[str, tuple[str, int, int]]:
+def _find_mig_devices() -> dict[str, tuple[str, int, int]]:
     """Return the parts that GPUs are divided into, by UUID, with the memory that their profile's name says."""
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True).stdout
-    parts = re.findall(r"^\s*(MIG \S*?(\d+)gb\S*) .*\(UUID: (MIG-\S+)\)", listed, re.MULTILINE)
-    return {uuid: (name, int(size) * 10**9, int(size) * 10**9) for name, size, uuid in parts}
+    listing = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True
+    ).stdout
+    devices = re.findall(r"^\s*(MIG \S*?(\d+)gb\S*) .*\(UUID: (MIG-\S+)\)", listing, re.MULTILINE)
+    return {
+        uuid: (name, int(size_gb) * 10**9, int(size_gb) * 10**9) for name, size_gb, uuid in devices
+    }
 
 
-def find_host() -> tuple[int, str]:
+def find_host_memory() -> tuple[int, str]:
     """Return how many bytes of host memory this process and its like on the node may still take, and which limit that is."""
-    limits = {"free memory": _free_memory(), "the control group's limit": _cgroup_room(), "Slurm's limit": _slurm_room()}
-    soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if soft != resource.RLIM_INFINITY:
-        limits["the process's limit (ulimit -v)"] = soft - _address_space()
-    which = min(limits, key=lambda name: limits[name])
-    return limits[which], which
+    bytes_by_limit = {
+        "free memory": _read_free_bytes(),
+        "the control group's limit": _find_cgroup_bytes(),
+        "Slurm's limit": _find_slurm_bytes(),
+    }
+    address_space_limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space_limit != resource.RLIM_INFINITY:
+        bytes_by_limit["the process's limit (ulimit -v)"] = (
+            address_space_limit - _read_address_space_bytes()
+        )
+    limit_name = min(bytes_by_limit, key=lambda name: bytes_by_limit[name])
+    return bytes_by_limit[limit_name], limit_name
 
 
-def _free_memory() -> int:
+def _read_free_bytes() -> int:
     try:
-        told = Path("/proc/meminfo").read_text()
+        meminfo = Path("/proc/meminfo").read_text()
     except OSError:
-        return _NO_LIMIT
-    match = re.search(r"MemAvailable:\s*(\d+) kB", told)
-    return int(match[1]) * 1024 if match else _NO_LIMIT
+        return _UNLIMITED_BYTES
+    match = re.search(r"MemAvailable:\s*(\d+) kB", meminfo)
+    return int(match[1]) * 1024 if match else _UNLIMITED_BYTES
 
 
-def _address_space() -> int:
+def _read_address_space_bytes() -> int:
     """Return the bytes of addresses that this process has taken, which is what the limit counts."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -148,30 +179,39 @@ def _address_space() -> int:
         return 0
 
 
-def _cgroup_room(root: Path = _CGROUPS, membership: Path = Path("/proc/self/cgroup")) -> int:
+def _find_cgroup_bytes(
+    root: Path = _CGROUP_ROOT, membership_file: Path = Path("/proc/self/cgroup")
+) -> int:
     """Return the least room in this process's control group and those around it, version 2 or 1."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership_file.read_text().splitlines()
     except OSError:
-        return _NO_LIMIT
-    room = _NO_LIMIT
+        return _UNLIMITED_BYTES
+    available_bytes = _UNLIMITED_BYTES
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        base = root / "memory" if controllers else root
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        folder = base / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(base):
+        controller_root = root / "memory" if controllers else root
+        counter_names = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            if controllers
+            else ("memory.max", "memory.current")
+        )
+        folder = controller_root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(controller_root):
                 break
-            limit, used = (_number_in(place / name) for name in names)
-            if limit is not None and limit < _NO_LIMIT:
-                room = min(room, limit - (used or 0) + _reclaimable(place))
-    return room
+            limit_bytes, used_bytes = (_read_number(group / name) for name in counter_names)
+            if limit_bytes is not None and limit_bytes < _UNLIMITED_BYTES:
+                available_bytes = min(
+                    available_bytes,
+                    limit_bytes - (used_bytes or 0) + _read_reclaimable_bytes(group),
+                )
+    return available_bytes
 
 
-def _number_in(path: Path) -> int | None:
+def _read_number(path: Path) -> int | None:
     try:
         text = path.read_text().strip()
     except OSError:
@@ -179,30 +219,37 @@ def _number_in(path: Path) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _reclaimable(group: Path) -> int:
+def _read_reclaimable_bytes(group: Path) -> int:
     """Return the bytes of files that the group has in memory, which the system takes back when it needs them."""
     try:
-        match = re.search(r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE
+        )
     except OSError:
         return 0
     return int(match[1]) if match else 0
 
 
-def _slurm_room() -> int:
+def _find_slurm_bytes() -> int:
     """Return the memory that Slurm gave the job on a node; raises InputError for variables of Slurm that are no amounts."""
-    if (size := _slurm_bytes("SLURM_MEM_PER_NODE")) is not None:
-        return size or _NO_LIMIT  # 0: all of the node's
-    for key, counted_by in (("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"), ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE")):
-        size, count = _slurm_bytes(key), number_of(counted_by)
-        if size and count:
-            return size * count
-    return _NO_LIMIT
+    if (size_bytes := _read_slurm_bytes("SLURM_MEM_PER_NODE")) is not None:
+        return size_bytes or _UNLIMITED_BYTES  # 0: all of the node's
+    for key, count_key in (
+        ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"),
+        ("SLURM_MEM_PER_GPU", "SLURM_GPUS_ON_NODE"),
+    ):
+        size_bytes, count = _read_slurm_bytes(key), read_number_variable(count_key)
+        if size_bytes and count:
+            return size_bytes * count
+    return _UNLIMITED_BYTES
 
 
-def _slurm_bytes(key: str) -> int | None:
+def _read_slurm_bytes(key: str) -> int | None:
     """Return a variable of Slurm's in bytes: MB, or with a unit as in 64G."""
-    if not (text := text_of(key)):
+    if not (text := read_text_variable(key)):
         return None
     if not (match := re.fullmatch(r"(\d{1,12})([KMGT]?)B?", text.upper(), re.ASCII)):
-        raise InputError(f"{key}={text} in the environment is not an amount of memory as Slurm writes it (MB); unset {key}")
+        raise InputError(
+            f"{key}={text} in the environment is not an amount of memory as Slurm writes it (MB); unset {key}"
+        )
     return int(match[1]) * 1024 ** (" KMGT".index(match[2]) if match[2] else 2)

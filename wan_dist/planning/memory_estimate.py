@@ -8,163 +8,306 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from wan_dist.planning.parameter_bytes import (
-    block_bytes,
-    blocks_bytes,
-    context_block_bytes,
-    image_encoder_bytes,
-    projection_bytes,
-    text_block_bytes,
-    text_encoder_bytes,
-    time_bytes,
-    transformer_bytes,
-    vae_weight_bytes,
+    count_all_blocks_bytes,
+    count_block_bytes,
+    count_context_block_bytes,
+    count_image_encoder_bytes,
+    count_projection_bytes,
+    count_text_block_bytes,
+    count_text_encoder_bytes,
+    count_time_embedding_bytes,
+    count_transformer_bytes,
+    count_vae_weight_bytes,
 )
-from wan_dist.planning.vae_memory import Way, vae_bytes
-from wan_dist.planning.workload import FLOAT, GIB, Arrangement, Load
+from wan_dist.planning.vae_memory import VaeStrategy, estimate_vae_bytes
+from wan_dist.planning.workload import FLOAT_BYTES, GIB, Arrangement, Workload
 
-SLOTS = 2
+STREAMED_BLOCKS = 2
 """Blocks of a streamed model on the device."""
-STAGED = 3
+STAGED_BLOCKS = 3
 """Blocks of a streamed model on the host where they are read from disk."""
-QUANTIZED_AT_ONCE = 1024
+QUANTIZED_ROWS_PER_CHUNK = 1024
 """Rows that are in float32 at once where they are quantised or back; as in models/quantized.py."""
-PIECE = 4096
+FLOAT32_CHUNK_TOKENS = 4096
 """Tokens that are in float32 at once; as in models/transformer_elementwise.py."""
 SCORE_BYTES = 2**26
 """Of the scores that are there at once where a ring attends by plain arithmetic, as in models/attention.py; keys take as much at most."""
-PROCESS_BYTES = {True: int(1.15 * GIB), False: int(0.32 * GIB)}
+PROCESS_HOST_BYTES = {True: int(1.15 * GIB), False: int(0.32 * GIB)}
 """Of the host, whatever is run: interpreter and libraries, with a GPU its driver too."""
-COLLECTIVES_BYTES = {True: int(0.35 * GIB), False: 0}
+NCCL_HOST_BYTES = {True: int(0.35 * GIB), False: 0}
 """Of the host for each of several ranks: what NCCL keeps."""
-CONVOLVING_BYTES = {True: int(0.35 * GIB), False: 0}
+VAE_KERNELS_HOST_BYTES = {True: int(0.35 * GIB), False: 0}
 """Of the host once the VAE has worked: what cuDNN and Triton have compiled."""
-CONTEXT_BYTES = int(0.75 * GIB)
+DRIVER_CONTEXT_BYTES = int(0.75 * GIB)
 """Of each GPU, outside PyTorch's count: the driver's context, and what lies unused between allocations."""
-UNUSED_BYTES = int(0.25 * GIB)
+FRAGMENTATION_BYTES = int(0.25 * GIB)
 """The last of these alone."""
-NCCL_BYTES, LATER_NCCL_BYTES = int(2.1 * GIB), int(1.2 * GIB)
+NCCL_GPU_BYTES, LATER_NCCL_GPU_BYTES = int(2.1 * GIB), int(1.2 * GIB)
 """Of each of several GPUs, outside PyTorch's count: NCCL's buffers, and those of them that come with the first exchange."""
-LIBRARY_BYTES = 48 * 2**20
+CUBLAS_WORKSPACE_BYTES = 48 * 2**20
 """Of each GPU in any stage: what cuBLAS keeps to work with."""
 
 
 @dataclass(frozen=True)
-class Use:
+class StageMemory:
     """Bytes of one stage on one rank, by part; the host's for all ranks of a node."""
 
-    stage: str
-    gpu: dict[str, int] = field(default_factory=dict)
-    host: dict[str, int] = field(default_factory=dict)
+    name: str
+    gpu_parts: dict[str, int] = field(default_factory=dict)
+    host_parts: dict[str, int] = field(default_factory=dict)
 
     @property
     def gpu_bytes(self) -> int:
         """All of the GPU's."""
-        return sum(self.gpu.values())
+        return sum(self.gpu_parts.values())
 
     @property
     def host_bytes(self) -> int:
         """All of the host's."""
-        return sum(self.host.values())
+        return sum(self.host_parts.values())
 
 
-def context_bytes(load: Load) -> tuple[int, int]:
+def estimate_context_bytes(workload: Workload) -> tuple[int, int]:
     """Return the bytes of cross-attention's keys and values in all blocks: of all prompts, and of those that a rank computes with."""
-    dims = load.models.transformer
-    each = [number + 1 for number in load.text_tokens]
-    image = 257 * load.num_images if dims.image_dim else 0
-    of_token = dims.num_layers * 2 * dims.dim * load.itemsize
-    return (sum(each) + image) * of_token, ((max(each) if load.cfg == 2 else sum(each)) + image) * of_token
+    dims = workload.model_dims.transformer
+    context_lengths = [length + 1 for length in workload.text_lengths]
+    num_image_tokens = 257 * workload.num_images if dims.image_dim else 0
+    bytes_per_token = dims.num_layers * 2 * dims.dim * workload.itemsize
+    return (sum(context_lengths) + num_image_tokens) * bytes_per_token, (
+        (max(context_lengths) if workload.cfg_degree == 2 else sum(context_lengths))
+        + num_image_tokens
+    ) * bytes_per_token
 
 
-def activation_bytes(load: Load, arrangement: Arrangement) -> int:
+def estimate_activation_bytes(workload: Workload, arrangement: Arrangement) -> int:
     """Return the bytes of a denoising step's activations at their largest moment, on one rank."""
-    dims, e = load.models.transformer, load.itemsize
-    tokens = -(-load.num_tokens // load.num_parts)
-    part = min(arrangement.slice_tokens or tokens, tokens)
-    width = tokens * dims.dim * e
-    branches = 1 if load.cfg == 2 else len(load.text_tokens)
-    streams = width * (1 if arrangement.passes == "apart" else branches)
-    if load.keeps_steps:  # the tokens as they came, and apart, what was added in the other pass
-        streams += width * (branches if arrangement.passes == "apart" else 1)
-    pieces = 4 * min(PIECE, part) * dims.dim * FLOAT
-    if part < tokens and load.num_parts == 1:  # k and v of all, then q in turn
-        attend = 2 * width + 3 * part * dims.dim * e + max(pieces, (2 * tokens + part) * dims.dim * load.attends_in_8_bits)
+    dims, itemsize = workload.model_dims.transformer, workload.itemsize
+    num_tokens = -(-workload.num_tokens // workload.num_sequence_parts)
+    slice_tokens = min(arrangement.slice_tokens or num_tokens, num_tokens)
+    hidden_bytes = num_tokens * dims.dim * itemsize
+    num_branches = 1 if workload.cfg_degree == 2 else len(workload.text_lengths)
+    residual_bytes = hidden_bytes * (1 if arrangement.passes == "apart" else num_branches)
+    if (
+        workload.has_step_cache
+    ):  # the tokens as they came, and apart, what was added in the other pass
+        residual_bytes += hidden_bytes * (num_branches if arrangement.passes == "apart" else 1)
+    chunk_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, slice_tokens) * dims.dim * FLOAT_BYTES
+    if (
+        slice_tokens < num_tokens and workload.num_sequence_parts == 1
+    ):  # k and v of all, then q in turn
+        attention_bytes = (
+            2 * hidden_bytes
+            + 3 * slice_tokens * dims.dim * itemsize
+            + max(
+                chunk_bytes,
+                (2 * num_tokens + slice_tokens) * dims.dim * workload.has_8bit_attention,
+            )
+        )
     else:
         # Ulysses: q, k and v as they are sent, and as they come; a ring: k and v that come and go, the sums in float32, a part of them.
-        exchanged = 6 * width + 2 * SCORE_BYTES if load.num_parts > 1 else 0
-        rounded = 3 * tokens * dims.dim if load.attends_in_8_bits else 0
-        attend = 4 * width + tokens * dims.num_heads * FLOAT + max(exchanged, pieces, rounded)
-    feed = part * (2 * dims.dim + dims.ffn_dim) * e
-    if load.quant == "fp8":
-        feed += part * dims.ffn_dim + 2 * QUANTIZED_AT_ONCE * dims.ffn_dim * FLOAT
-    head = 4 * min(PIECE, tokens) * dims.dim * FLOAT
-    latents = prod(load.latent_shape) * FLOAT * (6 + dims.in_dim // dims.out_dim)  # the noise, the solver's, and those of images
-    embed = (load.num_tokens + tokens) * dims.dim * e if load.num_parts > 1 else 0  # every rank embeds all tokens, then keeps its own
-    return max(streams + max(attend, feed, head), embed) + latents
+        exchange_bytes = (
+            6 * hidden_bytes + 2 * SCORE_BYTES if workload.num_sequence_parts > 1 else 0
+        )
+        eight_bit_bytes = 3 * num_tokens * dims.dim if workload.has_8bit_attention else 0
+        attention_bytes = (
+            4 * hidden_bytes
+            + num_tokens * dims.num_heads * FLOAT_BYTES
+            + max(exchange_bytes, chunk_bytes, eight_bit_bytes)
+        )
+    feed_forward_bytes = slice_tokens * (2 * dims.dim + dims.ffn_dim) * itemsize
+    if workload.quant == "fp8":
+        feed_forward_bytes += (
+            slice_tokens * dims.ffn_dim + 2 * QUANTIZED_ROWS_PER_CHUNK * dims.ffn_dim * FLOAT_BYTES
+        )
+    head_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, num_tokens) * dims.dim * FLOAT_BYTES
+    latent_bytes = (
+        prod(workload.latent_shape) * FLOAT_BYTES * (6 + dims.in_dim // dims.out_dim)
+    )  # the noise, the solver's, and those of images
+    embedding_bytes = (
+        (workload.num_tokens + num_tokens) * dims.dim * itemsize
+        if workload.num_sequence_parts > 1
+        else 0
+    )  # every rank embeds all tokens, then keeps its own
+    return (
+        max(residual_bytes + max(attention_bytes, feed_forward_bytes, head_bytes), embedding_bytes)
+        + latent_bytes
+    )
 
 
-def footprint(load: Load, arrangement: Arrangement) -> list[Use]:
+def estimate_memory(workload: Workload, arrangement: Arrangement) -> list[StageMemory]:
     """Return what each stage takes. On a run without a GPU, ``gpu`` is what its tensors take of the host."""
-    e, dims = load.itemsize, load.models.transformer
-    contexts, own_contexts = context_bytes(load)
-    each = PROCESS_BYTES[load.on_gpu] + (COLLECTIVES_BYTES[load.on_gpu] if load.num_ranks > 1 else 0)
-    process = {"process": each * load.ranks_per_node}
-    later = {"process": process["process"] + CONVOLVING_BYTES[load.on_gpu] * load.ranks_per_node}
-    uses = [_text(load, arrangement, process)]
-    if load.models.image_encoder is not None and load.num_images:
-        parts = {"weights": image_encoder_bytes(load.models.image_encoder), "activations": int(0.05 * GIB)}
-        uses.append(Use("look", {}, process | parts) if arrangement.clip == "cpu" else Use("look", parts, process))
-    if load.num_images:
-        process = later
-        uses.append(_vae(load, arrangement.image, "image", process))
-    own = -(-dims.num_layers // load.num_ranks)
-    num_blocks = own if arrangement.dit == "resident" else min(SLOTS, own)
-    staged = {} if arrangement.dit == "resident" else {"staging": STAGED * context_block_bytes(dims, e) * load.ranks_per_node}
-    shared = contexts // load.num_ranks  # a rank's share, block by block
-    gpu = {"weights": projection_bytes(dims, e, num_blocks), "contexts": shared + contexts}
-    uses.append(Use("context", gpu, process | staged))
-    weights = transformer_bytes(dims, e, load.quant) - time_bytes(dims)
-    read = 0 if arrangement.dit != "resident" else dims.dim * dims.ffn_dim * e  # the largest tensor, before it is where it belongs
-    block, blocks = block_bytes(dims, e), blocks_bytes(dims, e, load.quant)
-    host = dict(process)
-    if arrangement.dit != "resident":
-        weights += SLOTS * block - blocks
-        held = blocks if arrangement.dit == "stream" else STAGED * block
-        host["weights" if arrangement.dit == "stream" else "staging"] = held * load.ranks_per_node
-    if arrangement.shard_dit:
-        weights = load.num_experts * (weights + time_bytes(dims)) // load.num_ranks  # both are there from the start
-    embedding = 0 if arrangement.shard_dit else time_bytes(dims)
-    at_first = host if "weights" not in host else process | {"staging": STAGED * block * load.ranks_per_node}  # the others come later
-    uses.append(Use("load", {"weights": weights + embedding, "contexts": contexts, "staging": read}, at_first))
-    gathered = {"gathered": 2 * block} if arrangement.shard_dit else {}
-    activations = {"activations": activation_bytes(load, arrangement)}
-    if load.quant in ("int8", "int4"):
-        activations["workspace"] = dims.dim * max(3 * dims.dim, dims.ffn_dim) * e  # of a linear in full
-    uses.append(Use("denoise", {"weights": weights, "contexts": own_contexts} | gathered | activations, host))
-    uses.append(_vae(load, arrangement.vae, "decode", later))
-    libraries = {"libraries": LIBRARY_BYTES} if load.on_gpu else {}
-    return [replace(use, gpu=use.gpu | libraries) if use.gpu else use for use in uses]
-
-
-def _text(load: Load, arrangement: Arrangement, process: dict[str, int]) -> Use:
-    dims, e = load.models.text_encoder, load.itemsize
-    block, whole = text_block_bytes(dims, e), text_encoder_bytes(dims, e)
-    activations = max(load.text_tokens) * (4 * dims.dim + 3 * dims.ffn_dim) * FLOAT
-    if arrangement.t5 == "cpu":
-        return Use("text", {}, process | {"weights": whole, "activations": activations})
-    if arrangement.t5 == "stream":
-        return Use("text", {"weights": SLOTS * block, "activations": activations}, process | {"staging": STAGED * block})
-    if arrangement.shard_t5:
-        return Use("text", {"weights": whole // load.num_ranks, "gathered": 2 * block, "activations": activations}, process)
-    return Use("text", {"weights": whole, "activations": activations}, process)
-
-
-def _vae(load: Load, way: Way, stage: str, process: dict[str, int]) -> Use:
-    dims, itemsize, encode = load.models.vae, load.vae_itemsize, stage == "image"
-    frames, rows, columns = load.vae_size(encode=encode)
-    size = (min(rows, columns), *way.part_of(max(rows, columns), load.num_ranks, dims))
-    parts = {
-        "weights": vae_weight_bytes(dims, itemsize),
-        "activations": vae_bytes(dims, size, itemsize, at_once=way.at_once, encode=encode, still=frames == 1),
+    itemsize, dims = workload.itemsize, workload.model_dims.transformer
+    all_context_bytes, own_context_bytes = estimate_context_bytes(workload)
+    rank_process_bytes = PROCESS_HOST_BYTES[workload.is_on_gpu] + (
+        NCCL_HOST_BYTES[workload.is_on_gpu] if workload.num_ranks > 1 else 0
+    )
+    process_parts = {"process": rank_process_bytes * workload.ranks_per_node}
+    later_process_parts = {
+        "process": process_parts["process"]
+        + VAE_KERNELS_HOST_BYTES[workload.is_on_gpu] * workload.ranks_per_node
     }
-    return Use(stage, {}, process | parts) if way.name == "cpu" else Use(stage, parts, process)
+    stages = [_estimate_text_stage(workload, arrangement, process_parts)]
+    if workload.model_dims.image_encoder is not None and workload.num_images:
+        clip_parts = {
+            "weights": count_image_encoder_bytes(workload.model_dims.image_encoder),
+            "activations": int(0.05 * GIB),
+        }
+        stages.append(
+            StageMemory("look", {}, process_parts | clip_parts)
+            if arrangement.clip == "cpu"
+            else StageMemory("look", clip_parts, process_parts)
+        )
+    if workload.num_images:
+        process_parts = later_process_parts
+        stages.append(_estimate_vae_stage(workload, arrangement.image, "image", process_parts))
+    num_own_blocks = -(-dims.num_layers // workload.num_ranks)
+    num_blocks = (
+        num_own_blocks if arrangement.dit == "resident" else min(STREAMED_BLOCKS, num_own_blocks)
+    )
+    staging_parts = (
+        {}
+        if arrangement.dit == "resident"
+        else {
+            "staging": STAGED_BLOCKS
+            * count_context_block_bytes(dims, itemsize)
+            * workload.ranks_per_node
+        }
+    )
+    context_shard_bytes = all_context_bytes // workload.num_ranks  # a rank's share, block by block
+    gpu_parts = {
+        "weights": count_projection_bytes(dims, itemsize, num_blocks),
+        "contexts": context_shard_bytes + all_context_bytes,
+    }
+    stages.append(StageMemory("context", gpu_parts, process_parts | staging_parts))
+    weight_bytes = count_transformer_bytes(
+        dims, itemsize, workload.quant
+    ) - count_time_embedding_bytes(dims)
+    read_buffer_bytes = (
+        0 if arrangement.dit != "resident" else dims.dim * dims.ffn_dim * itemsize
+    )  # the largest tensor, before it is where it belongs
+    one_block_bytes, all_blocks_bytes = (
+        count_block_bytes(dims, itemsize),
+        count_all_blocks_bytes(dims, itemsize, workload.quant),
+    )
+    host_parts = dict(process_parts)
+    if arrangement.dit != "resident":
+        weight_bytes += STREAMED_BLOCKS * one_block_bytes - all_blocks_bytes
+        held_block_bytes = (
+            all_blocks_bytes if arrangement.dit == "stream" else STAGED_BLOCKS * one_block_bytes
+        )
+        host_parts["weights" if arrangement.dit == "stream" else "staging"] = (
+            held_block_bytes * workload.ranks_per_node
+        )
+    if arrangement.shard_dit:
+        weight_bytes = (
+            workload.num_experts
+            * (weight_bytes + count_time_embedding_bytes(dims))
+            // workload.num_ranks
+        )  # both are there from the start
+    time_embedding_bytes = 0 if arrangement.shard_dit else count_time_embedding_bytes(dims)
+    initial_host_parts = (
+        host_parts
+        if "weights" not in host_parts
+        else process_parts | {"staging": STAGED_BLOCKS * one_block_bytes * workload.ranks_per_node}
+    )  # the others come later
+    stages.append(
+        StageMemory(
+            "load",
+            {
+                "weights": weight_bytes + time_embedding_bytes,
+                "contexts": all_context_bytes,
+                "staging": read_buffer_bytes,
+            },
+            initial_host_parts,
+        )
+    )
+    gathered_parts = {"gathered": 2 * one_block_bytes} if arrangement.shard_dit else {}
+    denoise_parts = {"activations": estimate_activation_bytes(workload, arrangement)}
+    if workload.quant in ("int8", "int4"):
+        denoise_parts["workspace"] = (
+            dims.dim * max(3 * dims.dim, dims.ffn_dim) * itemsize
+        )  # of a linear in full
+    stages.append(
+        StageMemory(
+            "denoise",
+            {"weights": weight_bytes, "contexts": own_context_bytes}
+            | gathered_parts
+            | denoise_parts,
+            host_parts,
+        )
+    )
+    stages.append(_estimate_vae_stage(workload, arrangement.vae, "decode", later_process_parts))
+    library_parts = {"libraries": CUBLAS_WORKSPACE_BYTES} if workload.is_on_gpu else {}
+    return [
+        replace(stage, gpu_parts=stage.gpu_parts | library_parts) if stage.gpu_parts else stage
+        for stage in stages
+    ]
+
+
+def _estimate_text_stage(
+    workload: Workload, arrangement: Arrangement, process_parts: dict[str, int]
+) -> StageMemory:
+    dims, itemsize = workload.model_dims.text_encoder, workload.itemsize
+    one_block_bytes, encoder_bytes = (
+        count_text_block_bytes(dims, itemsize),
+        count_text_encoder_bytes(dims, itemsize),
+    )
+    peak_activation_bytes = (
+        max(workload.text_lengths) * (4 * dims.dim + 3 * dims.ffn_dim) * FLOAT_BYTES
+    )
+    if arrangement.t5 == "cpu":
+        return StageMemory(
+            "text",
+            {},
+            process_parts | {"weights": encoder_bytes, "activations": peak_activation_bytes},
+        )
+    if arrangement.t5 == "stream":
+        return StageMemory(
+            "text",
+            {"weights": STREAMED_BLOCKS * one_block_bytes, "activations": peak_activation_bytes},
+            process_parts | {"staging": STAGED_BLOCKS * one_block_bytes},
+        )
+    if arrangement.shard_t5:
+        return StageMemory(
+            "text",
+            {
+                "weights": encoder_bytes // workload.num_ranks,
+                "gathered": 2 * one_block_bytes,
+                "activations": peak_activation_bytes,
+            },
+            process_parts,
+        )
+    return StageMemory(
+        "text", {"weights": encoder_bytes, "activations": peak_activation_bytes}, process_parts
+    )
+
+
+def _estimate_vae_stage(
+    workload: Workload, strategy: VaeStrategy, stage_name: str, process_parts: dict[str, int]
+) -> StageMemory:
+    dims, itemsize, is_encoding = (
+        workload.model_dims.vae,
+        workload.vae_itemsize,
+        stage_name == "image",
+    )
+    frames, rows, columns = workload.get_vae_size(encode=is_encoding)
+    part_size = (
+        min(rows, columns),
+        *strategy.compute_largest_part(max(rows, columns), workload.num_ranks, dims),
+    )
+    parts = {
+        "weights": count_vae_weight_bytes(dims, itemsize),
+        "activations": estimate_vae_bytes(
+            dims,
+            part_size,
+            itemsize,
+            at_once=strategy.at_once,
+            encode=is_encoding,
+            is_still=frames == 1,
+        ),
+    }
+    return (
+        StageMemory(stage_name, {}, process_parts | parts)
+        if strategy.name == "cpu"
+        else StageMemory(stage_name, parts, process_parts)
+    )

@@ -3,102 +3,164 @@
 from math import prod
 
 from wan_dist.models.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
-from wan_dist.planning.workload import FLOAT
+from wan_dist.planning.workload import FLOAT_BYTES
 
-GROUP = 64
+INT4_GROUP_SIZE = 64
 """Values that share a scale in int4; as in models/quantized.py."""
 
 
-def block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
+def count_block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
     """Return the bytes of a transformer's block without cross-attention's keys and values: linears, and vectors in float32."""
     d, f = dims.dim, dims.ffn_dim
-    rows, weights = 7 * d + f, 6 * d * d + 2 * d * f
+    num_rows, num_weights = 7 * d + f, 6 * d * d + 2 * d * f
     if quant == "none":
-        stored = weights * itemsize
+        weight_bytes = num_weights * itemsize
     else:  # see models/quantized.py
-        stored = weights // 2 + weights // GROUP * 2 * FLOAT if quant == "int4" else weights + rows * FLOAT
-    return stored + rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT
+        weight_bytes = (
+            num_weights // 2 + num_weights // INT4_GROUP_SIZE * 2 * FLOAT_BYTES
+            if quant == "int4"
+            else num_weights + num_rows * FLOAT_BYTES
+        )
+    return weight_bytes + num_rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT_BYTES
 
 
-def blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> int:
+def count_all_blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> int:
     """Return the bytes of all blocks; the first and the last are not quantised."""
-    inner = max(0, dims.num_layers - 2)
-    return inner * block_bytes(dims, itemsize, quant) + (dims.num_layers - inner) * block_bytes(dims, itemsize)
+    num_quantized_blocks = max(0, dims.num_layers - 2)
+    return num_quantized_blocks * count_block_bytes(dims, itemsize, quant) + (
+        dims.num_layers - num_quantized_blocks
+    ) * count_block_bytes(dims, itemsize)
 
 
-def time_bytes(dims: TransformerDims) -> int:
+def count_time_embedding_bytes(dims: TransformerDims) -> int:
     """Return the bytes of what embeds timesteps, float32."""
-    return (dims.freq_dim + 1 + dims.dim + 1 + 6 * (dims.dim + 1)) * dims.dim * FLOAT
+    return (dims.freq_dim + 1 + dims.dim + 1 + 6 * (dims.dim + 1)) * dims.dim * FLOAT_BYTES
 
 
-def transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
+def count_transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
     """Return the bytes of all of a transformer but the projection of contexts."""
-    patch = prod(dims.patch)
-    head = (dims.dim + 1) * patch * dims.out_dim + 2 * dims.dim
-    return blocks_bytes(dims, itemsize, quant) + (dims.in_dim * patch + 1) * dims.dim * itemsize + time_bytes(dims) + head * FLOAT
+    patch_volume = prod(dims.patch)
+    num_head_parameters = (dims.dim + 1) * patch_volume * dims.out_dim + 2 * dims.dim
+    return (
+        count_all_blocks_bytes(dims, itemsize, quant)
+        + (dims.in_dim * patch_volume + 1) * dims.dim * itemsize
+        + count_time_embedding_bytes(dims)
+        + num_head_parameters * FLOAT_BYTES
+    )
 
 
-def context_block_bytes(dims: TransformerDims, itemsize: int) -> int:
+def count_context_block_bytes(dims: TransformerDims, itemsize: int) -> int:
     """Return the bytes of one block's projection to keys and values."""
-    branches = 1 + bool(dims.image_dim)
-    return branches * (2 * dims.dim * (dims.dim + 1) * itemsize + dims.dim * FLOAT)
+    num_branches = 1 + bool(dims.image_dim)
+    return num_branches * (2 * dims.dim * (dims.dim + 1) * itemsize + dims.dim * FLOAT_BYTES)
 
 
-def projection_bytes(dims: TransformerDims, itemsize: int, num_blocks: int) -> int:
+def count_projection_bytes(dims: TransformerDims, itemsize: int, num_blocks: int) -> int:
     """Return the bytes of the projection of contexts, with this many blocks."""
-    total = (dims.text_dim + 1 + dims.dim + 1) * dims.dim * itemsize + num_blocks * context_block_bytes(dims, itemsize)
+    total_bytes = (
+        dims.text_dim + 1 + dims.dim + 1
+    ) * dims.dim * itemsize + num_blocks * count_context_block_bytes(dims, itemsize)
     if dims.image_dim:
-        width = dims.image_dim
-        total += (2 * width + (width + 1) * width + (width + 1) * dims.dim + 2 * dims.dim + dims.image_positions * width) * FLOAT
-    return total
+        image_dim = dims.image_dim
+        total_bytes += (
+            2 * image_dim
+            + (image_dim + 1) * image_dim
+            + (image_dim + 1) * dims.dim
+            + 2 * dims.dim
+            + dims.image_positions * image_dim
+        ) * FLOAT_BYTES
+    return total_bytes
 
 
-def text_block_bytes(dims: TextEncoderDims, itemsize: int) -> int:
+def count_text_block_bytes(dims: TextEncoderDims, itemsize: int) -> int:
     """Return the bytes of a block of umT5."""
-    inner = dims.num_heads * dims.head_dim
-    return (4 * dims.dim * inner + 3 * dims.dim * dims.ffn_dim + dims.num_buckets * dims.num_heads + 2 * dims.dim) * itemsize
+    attention_dim = dims.num_heads * dims.head_dim
+    return (
+        4 * dims.dim * attention_dim
+        + 3 * dims.dim * dims.ffn_dim
+        + dims.num_buckets * dims.num_heads
+        + 2 * dims.dim
+    ) * itemsize
 
 
-def text_encoder_bytes(dims: TextEncoderDims, itemsize: int) -> int:
+def count_text_encoder_bytes(dims: TextEncoderDims, itemsize: int) -> int:
     """Return the bytes of umT5's encoder."""
-    return dims.num_layers * text_block_bytes(dims, itemsize) + (dims.vocab_size + 1) * dims.dim * itemsize
+    return (
+        dims.num_layers * count_text_block_bytes(dims, itemsize)
+        + (dims.vocab_size + 1) * dims.dim * itemsize
+    )
 
 
-def image_encoder_bytes(dims: ImageEncoderDims) -> int:
+def count_image_encoder_bytes(dims: ImageEncoderDims) -> int:
     """Return the bytes of CLIP's vision tower up to the layer that is read, float32."""
     d, f = dims.dim, dims.ffn_dim
-    layer = 4 * d * (d + 1) + f * (d + 1) + d * (f + 1) + 4 * d
-    positions = (dims.image_size // dims.patch) ** 2 + 1
-    return ((dims.num_layers - 1) * layer + (3 * dims.patch**2 + 1 + positions) * d + 2 * d) * FLOAT
+    num_layer_parameters = 4 * d * (d + 1) + f * (d + 1) + d * (f + 1) + 4 * d
+    num_positions = (dims.image_size // dims.patch) ** 2 + 1
+    return (
+        (dims.num_layers - 1) * num_layer_parameters
+        + (3 * dims.patch**2 + 1 + num_positions) * d
+        + 2 * d
+    ) * FLOAT_BYTES
 
 
-def vae_weight_bytes(dims: VaeDims, itemsize: int) -> int:
+def count_vae_weight_bytes(dims: VaeDims, itemsize: int) -> int:
     """Return the bytes of a VAE's encoder and decoder."""
-    latent = dims.latent_dim
-    total = (2 * latent) * (2 * latent + 1) + latent * (latent + 1)
-    first, last = dims.encoder_stages[0][0], dims.encoder_stages[-1][1]
-    total += _conv(dims.pixel_channels, first, 27) + _middle(last) + last + _conv(last, 2 * latent, 27)
-    for stage, (before, after) in enumerate(dims.encoder_stages):
-        total += _residual(before, after) + (dims.num_blocks - 1) * _residual(after, after)
+    latent_dim = dims.latent_dim
+    num_parameters = (2 * latent_dim) * (2 * latent_dim + 1) + latent_dim * (latent_dim + 1)
+    first_dim, last_dim = dims.encoder_stages[0][0], dims.encoder_stages[-1][1]
+    num_parameters += (
+        _count_conv_parameters(dims.pixel_channels, first_dim, 27)
+        + _count_middle_parameters(last_dim)
+        + last_dim
+        + _count_conv_parameters(last_dim, 2 * latent_dim, 27)
+    )
+    for stage, (in_dim, out_dim) in enumerate(dims.encoder_stages):
+        num_parameters += _count_residual_parameters(in_dim, out_dim) + (
+            dims.num_blocks - 1
+        ) * _count_residual_parameters(out_dim, out_dim)
         if stage < len(dims.temporal):
-            total += _conv(after, after, 9) + (_conv(after, after, 3) if dims.temporal[stage] else 0)
-    first, last = dims.decoder_stages[0][0], dims.decoder_stages[-1][1]
-    total += _conv(latent, first, 27) + _middle(first) + last + _conv(last, dims.pixel_channels, 27)
-    for stage, (before, after) in enumerate(dims.decoder_stages):
-        total += _residual(before, after) + dims.num_blocks * _residual(after, after)
+            num_parameters += _count_conv_parameters(out_dim, out_dim, 9) + (
+                _count_conv_parameters(out_dim, out_dim, 3) if dims.temporal[stage] else 0
+            )
+    first_dim, last_dim = dims.decoder_stages[0][0], dims.decoder_stages[-1][1]
+    num_parameters += (
+        _count_conv_parameters(latent_dim, first_dim, 27)
+        + _count_middle_parameters(first_dim)
+        + last_dim
+        + _count_conv_parameters(last_dim, dims.pixel_channels, 27)
+    )
+    for stage, (in_dim, out_dim) in enumerate(dims.decoder_stages):
+        num_parameters += _count_residual_parameters(
+            in_dim, out_dim
+        ) + dims.num_blocks * _count_residual_parameters(out_dim, out_dim)
         if stage < len(dims.temporal):
-            total += _conv(after, after if dims.residual else after // 2, 9)
-            total += _conv(after, 2 * after, 3) if dims.temporal[::-1][stage] else 0
-    return total * itemsize
+            num_parameters += _count_conv_parameters(
+                out_dim, out_dim if dims.residual else out_dim // 2, 9
+            )
+            num_parameters += (
+                _count_conv_parameters(out_dim, 2 * out_dim, 3) if dims.temporal[::-1][stage] else 0
+            )
+    return num_parameters * itemsize
 
 
-def _conv(before: int, after: int, kernel: int) -> int:
-    return before * after * kernel + after
+def _count_conv_parameters(in_dim: int, out_dim: int, kernel_volume: int) -> int:
+    return in_dim * out_dim * kernel_volume + out_dim
 
 
-def _residual(before: int, after: int) -> int:
-    return before + after + _conv(before, after, 27) + _conv(after, after, 27) + (_conv(before, after, 1) if before != after else 0)
+def _count_residual_parameters(in_dim: int, out_dim: int) -> int:
+    return (
+        in_dim
+        + out_dim
+        + _count_conv_parameters(in_dim, out_dim, 27)
+        + _count_conv_parameters(out_dim, out_dim, 27)
+        + (_count_conv_parameters(in_dim, out_dim, 1) if in_dim != out_dim else 0)
+    )
 
 
-def _middle(dim: int) -> int:
-    return 2 * _residual(dim, dim) + dim + _conv(dim, 3 * dim, 1) + _conv(dim, dim, 1)
+def _count_middle_parameters(dim: int) -> int:
+    return (
+        2 * _count_residual_parameters(dim, dim)
+        + dim
+        + _count_conv_parameters(dim, 3 * dim, 1)
+        + _count_conv_parameters(dim, dim, 1)
+    )

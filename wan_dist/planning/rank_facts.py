@@ -11,7 +11,7 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
 
-_FILES = ("jobs", "image", "first_frame", "last_frame", "latents")
+_FILE_KEYS = ("jobs", "image", "first_frame", "last_frame", "latents")
 
 
 @dataclass(frozen=True)
@@ -28,51 +28,63 @@ class RankFacts:
     host: str = field(default_factory=socket.gethostname)
 
 
-def find_facts(config: RunConfig, gpu: str | None, gpu_bytes: int | None) -> RankFacts:
+def collect_rank_facts(config: RunConfig, gpu: str | None, gpu_bytes: int | None) -> RankFacts:
     """Return this rank's facts; a file that it does not see, or cannot read, is no fact."""
-    files = {}
-    for key in _FILES:
-        if (name := getattr(config, key)) is None:
+    file_digests = {}
+    for key in _FILE_KEYS:
+        if (file_name := getattr(config, key)) is None:
             continue
         with suppress(OSError):  # planning says what is wrong with it
-            if (path := Path(name).expanduser()).is_file():
-                files[key] = hash_file(path)
-    return RankFacts(_flat(asdict(config)), files, gpu, gpu_bytes)
+            if (path := Path(file_name).expanduser()).is_file():
+                file_digests[key] = hash_file(path)
+    return RankFacts(_flatten_settings(asdict(config)), file_digests, gpu, gpu_bytes)
 
 
-def check_alike(facts: Sequence[RankFacts]) -> int | None:
+def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
     """Return the least memory of the ranks' GPUs, None on CPUs; raises InputError for ranks that cannot work together, the same on all."""
-    first = facts[0]
-    for rank, other in enumerate(facts):
-        for key, value in first.settings.items():
-            if other.settings.get(key) != value:
-                values = f"{value} on rank 0 and {other.settings.get(key)} on rank {rank} ({other.host})"
-                raise InputError(f"{key} is {values}; give all ranks the same settings")
-        for key in first.files.keys() & other.files.keys():
-            if first.files[key] != other.files[key]:
+    first_facts = facts_by_rank[0]
+    for rank, other_facts in enumerate(facts_by_rank):
+        for key, value in first_facts.settings.items():
+            if other_facts.settings.get(key) != value:
+                mismatch = f"{value} on rank 0 and {other_facts.settings.get(key)} on rank {rank} ({other_facts.host})"
+                raise InputError(f"{key} is {mismatch}; give all ranks the same settings")
+        for key in first_facts.files.keys() & other_facts.files.keys():
+            if first_facts.files[key] != other_facts.files[key]:
                 raise InputError(
-                    f"{key}={first.settings[key]} is another file on rank {rank} ({other.host}) than on rank 0 ({first.host}); "
+                    f"{key}={first_facts.settings[key]} is another file on rank {rank} ({other_facts.host}) than on rank 0 ({first_facts.host}); "
                     "give all nodes the same, on a file system that they share"
                 )
-        if (first.gpu is None) != (other.gpu is None):
-            without, with_gpu = (0, rank) if first.gpu is None else (rank, 0)
+        if (first_facts.gpu is None) != (other_facts.gpu is None):
+            rank_without_gpu, rank_with_gpu = (0, rank) if first_facts.gpu is None else (rank, 0)
             raise InputError(
-                f"rank {without} on {facts[without].host} has no GPU, and rank {with_gpu} on {facts[with_gpu].host} has; "
+                f"rank {rank_without_gpu} on {facts_by_rank[rank_without_gpu].host} has no GPU, and rank {rank_with_gpu} on {facts_by_rank[rank_with_gpu].host} has; "
                 "device=cpu runs on the CPU everywhere"
             )
-        same = [
-            number for number in range(rank) if other.gpu is not None and (facts[number].host, facts[number].gpu) == (other.host, other.gpu)
+        same_gpu_ranks = [
+            earlier_rank
+            for earlier_rank in range(rank)
+            if other_facts.gpu is not None
+            and (facts_by_rank[earlier_rank].host, facts_by_rank[earlier_rank].gpu)
+            == (other_facts.host, other_facts.gpu)
         ]
-        if same:
+        if same_gpu_ranks:
             raise InputError(
-                f"ranks {same[0]} and {rank} on {other.host} have the same GPU ({other.gpu}); start one rank for each GPU, and leave "
+                f"ranks {same_gpu_ranks[0]} and {rank} on {other_facts.host} have the same GPU ({other_facts.gpu}); start one rank for each GPU, and leave "
                 "CUDA_VISIBLE_DEVICES to the launcher"
             )
-    return None if first.gpu_bytes is None else min(other.gpu_bytes or 0 for other in facts)
+    return (
+        None
+        if first_facts.gpu_bytes is None
+        else min(other_facts.gpu_bytes or 0 for other_facts in facts_by_rank)
+    )
 
 
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
+def _flatten_settings(section: dict[str, Any], prefix: str = "") -> dict[str, object]:
+    flat_settings: dict[str, object] = {}
     for key, value in section.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flat_settings |= (
+            _flatten_settings(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else {prefix + key: value}
+        )
+    return flat_settings

@@ -5,37 +5,55 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.text_files import UnreadableError, check_file
+from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
 from wan_dist.tasks.registry import Task
 
-LONGEST_SIDE = 16384
+MAX_VIDEO_SIDE = 16384
 """Pixels of a video; H.264 encoders take no more."""
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
-def size_of_latents(file: str, task: Task) -> tuple[int, int, int]:
+def read_latents_size(file: str, task: Task) -> tuple[int, int, int]:
     """Return width, height and frames of the video that kept latents hold."""
     path = Path(file).expanduser()
     try:
-        check_file(path)
-        with safe_open(path, framework="numpy") as tensors:
-            names, metadata = list(tensors.keys()), tensors.metadata() or {}
-            stored = tensors.get_slice("latents") if "latents" in names else None
-            shape, dtype = (stored.get_shape(), stored.get_dtype()) if stored is not None else ([], "")
-    except (UnreadableError, OSError, SafetensorError) as fault:
-        raise InputError(f"latents={file} cannot be read as kept latents: {fault}") from None
-    if stored is None:
-        raise InputError(f"latents={file} holds no tensor called latents (but {', '.join(names[:5]) or 'none'}); kept latents do")
+        check_regular_file(path)
+        with safe_open(path, framework="numpy") as opened_file:
+            tensor_names, metadata = list(opened_file.keys()), opened_file.metadata() or {}
+            latents_slice = opened_file.get_slice("latents") if "latents" in tensor_names else None
+            shape, dtype = (
+                (latents_slice.get_shape(), latents_slice.get_dtype())
+                if latents_slice is not None
+                else ([], "")
+            )
+    except (UnreadableFileError, OSError, SafetensorError) as error:
+        raise InputError(f"latents={file} cannot be read as kept latents: {error}") from None
+    if latents_slice is None:
+        raise InputError(
+            f"latents={file} holds no tensor called latents (but {', '.join(tensor_names[:5]) or 'none'}); kept latents do"
+        )
     if "num_done" in metadata:
         raise InputError(
             f"latents={file} is the progress of a run after {metadata['num_done']} steps; the command that began it resumes it"
         )
-    if dtype not in _DTYPES:
-        raise InputError(f"latents={file} holds numbers of type {dtype}; {', '.join(_DTYPES)} work")
+    if dtype not in _FLOAT_DTYPES:
+        raise InputError(
+            f"latents={file} holds numbers of type {dtype}; {', '.join(_FLOAT_DTYPES)} work"
+        )
     if len(shape) != 4 or shape[0] != task.latent_channels or 0 in shape:
-        raise InputError(f"latents={file} has shape {tuple(shape)}; {task.name} needs ({task.latent_channels}, T, h, w)")
-    if shape[2] % task.patch[1] or shape[3] % task.patch[2]:
-        raise InputError(f"latents={file} has shape {tuple(shape)}; h and w must be multiples of {task.patch[1]} and {task.patch[2]}")
-    if max(shape[2] * task.stride[1], shape[3] * task.stride[2]) > LONGEST_SIDE:
-        raise InputError(f"latents={file} has shape {tuple(shape)}; videos have {LONGEST_SIDE} pixels a side at most")
-    return shape[3] * task.stride[2], shape[2] * task.stride[1], (shape[1] - 1) * task.stride[0] + 1
+        raise InputError(
+            f"latents={file} has shape {tuple(shape)}; {task.name} needs ({task.latent_channels}, T, h, w)"
+        )
+    if shape[2] % task.patch_size[1] or shape[3] % task.patch_size[2]:
+        raise InputError(
+            f"latents={file} has shape {tuple(shape)}; h and w must be multiples of {task.patch_size[1]} and {task.patch_size[2]}"
+        )
+    if max(shape[2] * task.vae_stride[1], shape[3] * task.vae_stride[2]) > MAX_VIDEO_SIDE:
+        raise InputError(
+            f"latents={file} has shape {tuple(shape)}; videos have {MAX_VIDEO_SIDE} pixels a side at most"
+        )
+    return (
+        shape[3] * task.vae_stride[2],
+        shape[2] * task.vae_stride[1],
+        (shape[1] - 1) * task.vae_stride[0] + 1,
+    )

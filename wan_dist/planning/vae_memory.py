@@ -4,16 +4,16 @@ from dataclasses import dataclass, replace
 
 from wan_dist.models.dims import VaeDims
 
-SCORES_BYTES = 100_000_000
+ATTENTION_SCORE_BYTES = 100_000_000
 """Of the middle's attention, whatever the size."""
-VALUES_AT_ONCE = 2_900_000
+MAX_CHUNK_VALUES = 2_900_000
 """Of one rank in one chunk, latent pixels times the width of the last stage: with more, a GPU is not faster."""
-_FRAGMENTS = 1.05
+_FRAGMENTATION_FACTOR = 1.05
 """How much more the allocator holds than there is in tensors."""
 
 
 @dataclass(frozen=True)
-class Way:
+class VaeStrategy:
     """How the VAE works: parallel, whole, tiled or cpu."""
 
     name: str
@@ -26,62 +26,131 @@ class Way:
     """Of memory that it is predicted to take, without weights."""
 
     def __str__(self) -> str:
-        return f"in {self.num_tiles} tiles" if self.name == "tiled" else "on the CPU" if self.name == "cpu" else self.name
+        return (
+            f"in {self.num_tiles} tiles"
+            if self.name == "tiled"
+            else "on the CPU"
+            if self.name == "cpu"
+            else self.name
+        )
 
-    def part_of(self, length: int, num_ranks: int, dims: VaeDims) -> tuple[int, int]:
+    def compute_largest_part(self, length: int, num_ranks: int, dims: VaeDims) -> tuple[int, int]:
         """Return how many of a side's latent pixels are worked on at once, and how many more that begins with, of the largest part."""
         if self.name == "parallel":
-            return min(-(-length // num_ranks) + 1, length), 0  # with a few pixels of the neighbours
-        part = -(-length // self.num_tiles)
+            return min(
+                -(-length // num_ranks) + 1, length
+            ), 0  # with a few pixels of the neighbours
+        part_length = -(-length // self.num_tiles)
         if self.num_tiles == 1:
-            return part, 0
-        own = part * (1 + dims.reach // part)  # from the frame's edge on, if that is near: what is there is not given up
-        return own, max(0, min(dims.reach if own > part or self.num_tiles == 2 else 2 * dims.reach, length - own))
+            return part_length, 0
+        own_length = part_length * (
+            1 + dims.tile_overlap // part_length
+        )  # from the frame's edge on, if that is near: what is there is not given up
+        return own_length, max(
+            0,
+            min(
+                dims.tile_overlap
+                if own_length > part_length or self.num_tiles == 2
+                else 2 * dims.tile_overlap,
+                length - own_length,
+            ),
+        )
 
 
-WHOLE = Way("whole")
+WHOLE_VAE = VaeStrategy("whole")
 
 
-def ways_from(name: str, side: int) -> list[Way]:
+def list_vae_strategies(name: str, larger_side: int) -> list[VaeStrategy]:
     """Return the way called ``name`` and those that need less memory, in order; ``side`` is the larger one of the latents."""
-    smaller = [*(Way("tiled", number) for number in (2, 4, 6, 8, 16) if side >= 2 * number), Way("cpu")]
+    leaner_strategies = [
+        *(
+            VaeStrategy("tiled", num_tiles)
+            for num_tiles in (2, 4, 6, 8, 16)
+            if larger_side >= 2 * num_tiles
+        ),
+        VaeStrategy("cpu"),
+    ]
     if name == "cpu":
-        return smaller[-1:]
-    return smaller if name == "tiled" else [Way(name), *smaller]
+        return leaner_strategies[-1:]
+    return leaner_strategies if name == "tiled" else [VaeStrategy(name), *leaner_strategies]
 
 
-def ways_that_fit(
-    name: str, dims: VaeDims, latent_size: tuple[int, int, int], num_ranks: int, *, free: int, itemsize: int, encode: bool = False
-) -> list[Way]:
+def find_fitting_strategies(
+    name: str,
+    dims: VaeDims,
+    latent_size: tuple[int, int, int],
+    num_ranks: int,
+    *,
+    free_bytes: int,
+    itemsize: int,
+    encode: bool = False,
+) -> list[VaeStrategy]:
     """Return the ways from ``name`` on whose need is below ``free`` bytes of GPU memory, the CPU always.
 
     ``latent_size``: frames, rows and columns; ``itemsize``: bytes of a number. Each way decodes as many latent frames at once as it
     pays to and half of the memory allows.
     """
-    larger, smaller = max(latent_size[1:]), min(latent_size[1:])
+    larger_side, smaller_side = max(latent_size[1:]), min(latent_size[1:])
 
-    def sized(way: Way) -> tuple[Way, int]:
-        length, margin = way.part_of(larger, num_ranks, dims)
-        each = smaller * (length + margin) * (dims.dim if encode else dims.decoder_dim)
-        pays = [number for number in (8, 4, 2) if number < latent_size[0] and number * each <= VALUES_AT_ONCE]
-        numbers = [even_part(latent_size[0] - 1, number) for number in pays]
-        size = (smaller, length, margin)
-        still = latent_size[0] == 1
-        needs = {number: vae_bytes(dims, size, itemsize, at_once=number, encode=encode, still=still) for number in (*numbers, 1)}
-        at_once = next((number for number in numbers if needs[number] < free // 2), 1)
-        return replace(way, at_once=at_once, is_tight=needs[at_once] > free // 2, num_bytes=needs[at_once]), needs[at_once]
+    def choose_chunk_size(strategy: VaeStrategy) -> tuple[VaeStrategy, int]:
+        length, margin = strategy.compute_largest_part(larger_side, num_ranks, dims)
+        values_per_frame = (
+            smaller_side * (length + margin) * (dims.dim if encode else dims.decoder_dim)
+        )
+        worthwhile_counts = [
+            num_frames
+            for num_frames in (8, 4, 2)
+            if num_frames < latent_size[0] and num_frames * values_per_frame <= MAX_CHUNK_VALUES
+        ]
+        frame_counts = [
+            choose_even_part(latent_size[0] - 1, num_frames) for num_frames in worthwhile_counts
+        ]
+        part_size = (smaller_side, length, margin)
+        is_still = latent_size[0] == 1
+        bytes_by_count = {
+            num_frames: estimate_vae_bytes(
+                dims, part_size, itemsize, at_once=num_frames, encode=encode, is_still=is_still
+            )
+            for num_frames in (*frame_counts, 1)
+        }
+        at_once = next(
+            (
+                num_frames
+                for num_frames in frame_counts
+                if bytes_by_count[num_frames] < free_bytes // 2
+            ),
+            1,
+        )
+        return replace(
+            strategy,
+            at_once=at_once,
+            is_tight=bytes_by_count[at_once] > free_bytes // 2,
+            num_bytes=bytes_by_count[at_once],
+        ), bytes_by_count[at_once]
 
-    *on_gpu, cpu = ways_from(name, larger)
-    return [way for way, need in map(sized, on_gpu) if need < free / _FRAGMENTS] + [cpu]
+    *gpu_strategies, cpu_strategy = list_vae_strategies(name, larger_side)
+    return [
+        strategy
+        for strategy, needed_bytes in map(choose_chunk_size, gpu_strategies)
+        if needed_bytes < free_bytes / _FRAGMENTATION_FACTOR
+    ] + [cpu_strategy]
 
 
-def even_part(whole: int, most: int) -> int:
+def choose_even_part(total: int, max_part: int) -> int:
     """Return ``most`` or the largest number above half of it that divides ``whole``, so that all parts are of one size."""
-    return next((number for number in range(most, most // 2, -1) if whole % number == 0), most)
+    return next(
+        (part for part in range(max_part, max_part // 2, -1) if total % part == 0), max_part
+    )
 
 
-def vae_bytes(
-    dims: VaeDims, size: tuple[int, int, int], itemsize: int, *, at_once: int = 1, encode: bool = False, still: bool = False
+def estimate_vae_bytes(
+    dims: VaeDims,
+    part_size: tuple[int, int, int],
+    itemsize: int,
+    *,
+    at_once: int = 1,
+    encode: bool = False,
+    is_still: bool = False,
 ) -> int:
     """Return about how much memory the VAE takes, without weights, whatever the number of frames.
 
@@ -89,64 +158,104 @@ def vae_bytes(
     it begins with; ``still``: there is one frame. That is what causal layers remember, two frames of each input, and the arrays of a
     chunk where they are largest.
     """
-    values = (_encoded_values if encode else _decoded_values)(dims, size, at_once, still=still)
+    values = (_count_encoder_values if encode else _count_decoder_values)(
+        dims, part_size, at_once, is_still=is_still
+    )
     if itemsize == 2:  # kernels for what is not yet doubled, beside those they are made of
-        values += sum(16 * (dims.decoder_dim * each) ** 2 // (1 if dims.residual else 2) for each in dims.multipliers[1:])
+        values += sum(
+            16 * (dims.decoder_dim * multiplier) ** 2 // (1 if dims.residual else 2)
+            for multiplier in dims.multipliers[1:]
+        )
     else:  # there are no kernels for float32, so norms and activations have arrays of their own
-        base, margin = (dims.dim, size[2]) if encode else (dims.decoder_dim, 0)
-        arrays = 3 * 4 * at_once if not still else 1 if encode else 3  # not all of them at an image's largest moment
-        values += arrays * base * size[0] * (size[1] + margin) * 4 ** len(dims.temporal)
-    return values * itemsize + SCORES_BYTES
+        base_dim, margin = (dims.dim, part_size[2]) if encode else (dims.decoder_dim, 0)
+        num_arrays = (
+            3 * 4 * at_once if not is_still else 1 if encode else 3
+        )  # not all of them at an image's largest moment
+        values += (
+            num_arrays * base_dim * part_size[0] * (part_size[1] + margin) * 4 ** len(dims.temporal)
+        )
+    return values * itemsize + ATTENTION_SCORE_BYTES
 
 
-def _decoded_values(dims: VaeDims, size: tuple[int, int, int], frames: int, *, still: bool) -> int:
+def _count_decoder_values(
+    dims: VaeDims, part_size: tuple[int, int, int], num_frames: int, *, is_still: bool
+) -> int:
     """Return how many numbers a decoder remembers, and has in its arrays at their largest, in the order of models/vae.py."""
-    rows, columns, margin = size
-    sides = 2 if margin > dims.reach else 1
+    rows, columns, margin = part_size
+    num_tile_edges = 2 if margin > dims.tile_overlap else 1
     area = rows * (columns + margin)
-    remembered, most = 2 * area * (dims.latent_dim + 4 * dims.decoder_stages[0][0]), 0
-    for stage, (before, after) in enumerate(dims.decoder_stages):
+    cached_values, peak_values = 2 * area * (dims.latent_dim + 4 * dims.decoder_stages[0][0]), 0
+    for stage, (in_dim, out_dim) in enumerate(dims.decoder_stages):
         area = rows * (columns + margin)
-        remembered += 2 * area * (before + after + 2 * after * dims.num_blocks)
-        arrays = [_block_values(before, after, frames), _block_values(after, after, frames)]
+        cached_values += 2 * area * (in_dim + out_dim + 2 * out_dim * dims.num_blocks)
+        array_values = [
+            _count_block_values(in_dim, out_dim, num_frames),
+            _count_block_values(out_dim, out_dim, num_frames),
+        ]
         if stage < len(dims.temporal):
-            kept = before * frames if dims.residual else 0  # for the shortcut around the stage
-            arrays[1] += kept
-            if dims.temporal[::-1][stage] and not still:
-                remembered += 2 * area * after
-                arrays.append(kept + after * frames * (1 + 2 + 2))
-                frames *= 2
-            out = after if dims.residual else after // 2
-            arrays.append(kept + frames * (after + 4 * out + 4 * out))  # before it is doubled, doubled in parts, and doubled
-        most = max(most, area * max(arrays) + (remembered - 2 * area * after if still else 0))
+            shortcut_values = (
+                in_dim * num_frames if dims.residual else 0
+            )  # for the shortcut around the stage
+            array_values[1] += shortcut_values
+            if dims.temporal[::-1][stage] and not is_still:
+                cached_values += 2 * area * out_dim
+                array_values.append(shortcut_values + out_dim * num_frames * (1 + 2 + 2))
+                num_frames *= 2
+            upsampled_dim = out_dim if dims.residual else out_dim // 2
+            array_values.append(
+                shortcut_values + num_frames * (out_dim + 4 * upsampled_dim + 4 * upsampled_dim)
+            )  # before it is doubled, doubled in parts, and doubled
+        peak_values = max(
+            peak_values,
+            area * max(array_values) + (cached_values - 2 * area * out_dim if is_still else 0),
+        )
         if stage < len(dims.temporal):
-            rows, columns, margin = 2 * rows, 2 * columns, max(0, 2 * (margin - sides * (2 * dims.num_blocks + 3)))  # a tile shrinks
+            rows, columns, margin = (
+                2 * rows,
+                2 * columns,
+                max(0, 2 * (margin - num_tile_edges * (2 * dims.num_blocks + 3))),
+            )  # a tile shrinks
     area = rows * (columns + margin)
-    last = area * (after * (2 * frames + 2) + 4 * dims.pixel_channels * frames)
-    return max(most, remembered + last) if still else remembered + 2 * area * after + max(most, last)
+    final_values = area * (out_dim * (2 * num_frames + 2) + 4 * dims.pixel_channels * num_frames)
+    return (
+        max(peak_values, cached_values + final_values)
+        if is_still
+        else cached_values + 2 * area * out_dim + max(peak_values, final_values)
+    )
 
 
-def _encoded_values(dims: VaeDims, size: tuple[int, int, int], at_once: int, *, still: bool) -> int:
+def _count_encoder_values(
+    dims: VaeDims, part_size: tuple[int, int, int], at_once: int, *, is_still: bool
+) -> int:
     """Return the same for an encoder."""
-    rows, columns, margin = size
-    scale, frames = 2 ** len(dims.temporal), 1 if still else 4 * at_once
+    rows, columns, margin = part_size
+    scale, num_frames = 2 ** len(dims.temporal), 1 if is_still else 4 * at_once
     area = rows * (columns + margin) * scale**2
-    remembered, most = 2 * area * dims.pixel_channels, 0
-    for stage, (before, after) in enumerate(dims.encoder_stages):
-        remembered += 2 * area * (before + after + 2 * after * (dims.num_blocks - 1))
-        kept = before * frames if dims.residual else 0
-        arrays = [_block_values(before, after, frames), kept + _block_values(after, after, frames)]
+    cached_values, peak_values = 2 * area * dims.pixel_channels, 0
+    for stage, (in_dim, out_dim) in enumerate(dims.encoder_stages):
+        cached_values += 2 * area * (in_dim + out_dim + 2 * out_dim * (dims.num_blocks - 1))
+        shortcut_values = in_dim * num_frames if dims.residual else 0
+        array_values = [
+            _count_block_values(in_dim, out_dim, num_frames),
+            shortcut_values + _count_block_values(out_dim, out_dim, num_frames),
+        ]
         if stage < len(dims.temporal):
-            arrays.append(kept + 2 * after * frames)  # padded
-        most = max(most, area * max(arrays) + (remembered - 2 * area * after if still else 0))
+            array_values.append(shortcut_values + 2 * out_dim * num_frames)  # padded
+        peak_values = max(
+            peak_values,
+            area * max(array_values) + (cached_values - 2 * area * out_dim if is_still else 0),
+        )
         if stage < len(dims.temporal):
             area //= 4
-            if dims.temporal[stage] and not still:
-                remembered += area * after
-                frames //= 2
-    return most if still else remembered + most
+            if dims.temporal[stage] and not is_still:
+                cached_values += area * out_dim
+                num_frames //= 2
+    return peak_values if is_still else cached_values + peak_values
 
 
-def _block_values(before: int, after: int, frames: int) -> int:
+def _count_block_values(in_dim: int, out_dim: int, num_frames: int) -> int:
     """Return the numbers for each pixel of a residual block: its input, a convolution's padded input and result."""
-    return before * frames + max(before * (frames + 2) + after * frames, after * (frames + 2) + after * frames)
+    return in_dim * num_frames + max(
+        in_dim * (num_frames + 2) + out_dim * num_frames,
+        out_dim * (num_frames + 2) + out_dim * num_frames,
+    )

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from wan_dist.models.dims import ModelDims
-from wan_dist.planning.vae_memory import WHOLE, Way
+from wan_dist.planning.vae_memory import WHOLE_VAE, VaeStrategy
 
 GIB = 2**30
 
 
-HALF, FLOAT = 2, 4
+HALF_BYTES, FLOAT_BYTES = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,51 +25,59 @@ class Arrangement:
     shard_t5: bool = False
     slice_tokens: int | None = None
     passes: str = "together"
-    vae: Way = WHOLE
+    vae: VaeStrategy = WHOLE_VAE
     """How frames are made."""
-    image: Way = WHOLE
+    image: VaeStrategy = WHOLE_VAE
     """How images are encoded."""
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """The arrangement in a line."""
-        dit = "sharded" if self.shard_dit else {"stream": "streamed", "disk": "from disk"}.get(self.dit, self.dit)
+        dit = (
+            "sharded"
+            if self.shard_dit
+            else {"stream": "streamed", "disk": "from disk"}.get(self.dit, self.dit)
+        )
         sliced = f", {self.slice_tokens} tokens at a time" if self.slice_tokens else ""
         passes = ", passes apart" if self.passes == "apart" else ""
-        t5 = "sharded" if self.shard_t5 else {"gpu": "whole", "stream": "block by block", "cpu": "on the CPU"}[self.t5]
+        t5 = (
+            "sharded"
+            if self.shard_t5
+            else {"gpu": "whole", "stream": "block by block", "cpu": "on the CPU"}[self.t5]
+        )
         clip = "; CLIP on the CPU" if self.clip == "cpu" else ""
         return f"transformer {dit}{sliced}{passes}; text encoder {t5}{clip}; VAE {self.vae}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class Workload:
     """What a run works on, as far as memory is concerned."""
 
-    models: ModelDims
+    model_dims: ModelDims
     latent_shape: tuple[int, int, int, int]
     """(C, T, h, w)."""
     num_tokens: int
     """Of the video."""
-    text_tokens: tuple[int, ...]
+    text_lengths: tuple[int, ...]
     """Of the prompt, and of the negative one if there is one."""
     num_images: int = 0
-    is_first_frame: bool = False
+    has_fixed_first_frame: bool = False
     """The image is encoded alone, as the video's first latent frame, not as a video with empty frames after it."""
     num_experts: int = 1
-    keeps_steps: bool = False
+    has_step_cache: bool = False
     """What all blocks added to the tokens is kept for the next step."""
     num_ranks: int = 1
-    cfg: int = 1
-    num_parts: int = 1
+    cfg_degree: int = 1
+    num_sequence_parts: int = 1
     """Of the sequence: ranks of ring and ulysses."""
     ranks_per_node: int = 1
     quant: str = "none"
-    attends_in_8_bits: bool = False
-    on_gpu: bool = True
-    itemsize: int = HALF
-    vae_itemsize: int = HALF
+    has_8bit_attention: bool = False
+    is_on_gpu: bool = True
+    itemsize: int = HALF_BYTES
+    vae_itemsize: int = HALF_BYTES
 
-    def vae_size(self, *, encode: bool) -> tuple[int, int, int]:
+    def get_vae_size(self, *, encode: bool) -> tuple[int, int, int]:
         """Return latent frames, rows and columns of what the VAE decodes, or encodes."""
         frames, rows, columns = self.latent_shape[1:]
-        return 1 if encode and self.is_first_frame else frames, rows, columns
+        return 1 if encode and self.has_fixed_first_frame else frames, rows, columns

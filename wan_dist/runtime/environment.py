@@ -13,18 +13,26 @@ from urllib.parse import urlsplit
 
 from wan_dist.runtime.errors import InputError
 
-PLACE_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-ADDRESS_KEYS = ("MASTER_ADDR", "MASTER_PORT")
-_REQUIRED_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *ADDRESS_KEYS)
-_LARGEST_PORT = 65535
-_WAY_OUT = f"start ranks with torchrun or srun, which set all of them, or run alone: unset {' '.join(PLACE_KEYS)}"
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+_REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *ADDRESS_VARIABLES)
+_MAX_PORT = 65535
+_LAUNCH_ADVICE = f"start ranks with torchrun or srun, which set all of them, or run alone: unset {' '.join(RANK_VARIABLES)}"
 
-_WITHOUT_NOTHING = (*PLACE_KEYS, *ADDRESS_KEYS, "HOME", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+_VARIABLES_UNSET_IF_EMPTY = (
+    *RANK_VARIABLES,
+    *ADDRESS_VARIABLES,
+    "HOME",
+    "XDG_CACHE_HOME",
+    "TRITON_CACHE_DIR",
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+)
 """And those of the Hugging Face libraries: what means nothing to us means an empty name or number to libraries."""
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankLayout:
     """Place of this process among those of a run: its rank, how many there are, and the same on its node."""
 
     rank: int = 0
@@ -33,79 +41,113 @@ class Ranks:
     ranks_per_node: int = 1
 
 
-def text_of(key: str, environment: Mapping[str, str] | None = None) -> str:
+def read_text_variable(key: str, environ: Mapping[str, str] | None = None) -> str:
     """Return a variable's value without surrounding blanks; an empty string where it is not set."""
-    return (os.environ if environment is None else environment).get(key, "").strip()
+    return (os.environ if environ is None else environ).get(key, "").strip()
 
 
-def number_of(key: str, environment: Mapping[str, str] | None = None) -> int | None:
+def read_number_variable(key: str, environ: Mapping[str, str] | None = None) -> int | None:
     """Return a variable that is a whole number from 0 on, None where it is not set; raises InputError for what is none."""
-    text = text_of(key, environment)
+    text = read_text_variable(key, environ)
     if not text:
         return None
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise InputError(f"{key}={text} in the environment is not a whole number; unset {key}, or set it to one")
+        raise InputError(
+            f"{key}={text} in the environment is not a whole number; unset {key}, or set it to one"
+        )
     return int(text)
 
 
-def settle_environment() -> None:
+def sanitize_environment() -> None:
     """Remove variables that are set to nothing, and check those that libraries read as they are imported; raises InputError."""
     if sys.flags.optimize > 1:
-        raise InputError("PYTHONOPTIMIZE=2 (python -OO) removes what transformers reads as it is imported; unset it, or PYTHONOPTIMIZE=1")
-    for key in [key for key in os.environ if (key in _WITHOUT_NOTHING or key.startswith("HF_")) and not text_of(key)]:
+        raise InputError(
+            "PYTHONOPTIMIZE=2 (python -OO) removes what transformers reads as it is imported; unset it, or PYTHONOPTIMIZE=1"
+        )
+    for key in [
+        key
+        for key in os.environ
+        if (key in _VARIABLES_UNSET_IF_EMPTY or key.startswith("HF_"))
+        and not read_text_variable(key)
+    ]:
         del os.environ[key]
     for key in [key for key in os.environ if key.startswith("HF_") and key.endswith("_TIMEOUT")]:
-        number_of(key)
-    if endpoint := text_of("HF_ENDPOINT"):
+        read_number_variable(key)
+    if endpoint := read_text_variable("HF_ENDPOINT"):
         try:
-            is_address = urlsplit(endpoint).scheme in ("http", "https") and bool(urlsplit(endpoint).hostname)
+            is_http_url = urlsplit(endpoint).scheme in ("http", "https") and bool(
+                urlsplit(endpoint).hostname
+            )
         except ValueError:
-            is_address = False
-        if not is_address:
+            is_http_url = False
+        if not is_http_url:
             raise InputError(
                 f"HF_ENDPOINT={endpoint} in the environment is not an address such as https://huggingface.co; unset HF_ENDPOINT"
             )
 
 
-def read_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
+def read_rank_layout(environ: Mapping[str, str] | None = None) -> RankLayout:
     """Return what the launcher's variables say, one rank where none is set; default: those of this process.
 
     Raises InputError for a set that is not whole or contradicts itself. Where WORLD_SIZE=1 the rest may be missing, and an address alone is
     no set: scripts export it for runs that they start later.
     """
-    found = {key: number_of(key, environment) for key in PLACE_KEYS}
-    if all(value is None for value in found.values()):
-        return Ranks()
-    missing = [key for key in _REQUIRED_KEYS if not text_of(key, environment)]
-    if missing and found["WORLD_SIZE"] != 1:
-        given = " ".join(f"{key}={value}" for key, value in found.items() if value is not None)
-        raise InputError(f"{given} in the environment without {', '.join(missing)}: {_WAY_OUT}")
-    num_ranks = found["WORLD_SIZE"] or 0
-    per_node = num_ranks if found["LOCAL_WORLD_SIZE"] is None else found["LOCAL_WORLD_SIZE"]
-    ranks = Ranks(found["RANK"] or 0, num_ranks, found["LOCAL_RANK"] or 0, per_node)
-    _check_ranks(ranks)
-    port = number_of("MASTER_PORT", environment) if num_ranks > 1 else None
-    if port is not None and not 0 < port <= _LARGEST_PORT:
-        raise InputError(f"MASTER_PORT={port} in the environment: ports are 1 to {_LARGEST_PORT}")
+    number_by_variable = {key: read_number_variable(key, environ) for key in RANK_VARIABLES}
+    if all(value is None for value in number_by_variable.values()):
+        return RankLayout()
+    missing_variables = [key for key in _REQUIRED_VARIABLES if not read_text_variable(key, environ)]
+    if missing_variables and number_by_variable["WORLD_SIZE"] != 1:
+        present_variables = " ".join(
+            f"{key}={value}" for key, value in number_by_variable.items() if value is not None
+        )
+        raise InputError(
+            f"{present_variables} in the environment without {', '.join(missing_variables)}: {_LAUNCH_ADVICE}"
+        )
+    num_ranks = number_by_variable["WORLD_SIZE"] or 0
+    ranks_per_node = (
+        num_ranks
+        if number_by_variable["LOCAL_WORLD_SIZE"] is None
+        else number_by_variable["LOCAL_WORLD_SIZE"]
+    )
+    ranks = RankLayout(
+        number_by_variable["RANK"] or 0,
+        num_ranks,
+        number_by_variable["LOCAL_RANK"] or 0,
+        ranks_per_node,
+    )
+    _check_rank_layout(ranks)
+    port = read_number_variable("MASTER_PORT", environ) if num_ranks > 1 else None
+    if port is not None and not 0 < port <= _MAX_PORT:
+        raise InputError(f"MASTER_PORT={port} in the environment: ports are 1 to {_MAX_PORT}")
     return ranks
 
 
-def _check_ranks(ranks: Ranks) -> None:
+def _check_rank_layout(ranks: RankLayout) -> None:
     if not ranks.num_ranks:
-        raise InputError(f"WORLD_SIZE=0 in the environment: there is at least this rank; {_WAY_OUT}")
+        raise InputError(
+            f"WORLD_SIZE=0 in the environment: there is at least this rank; {_LAUNCH_ADVICE}"
+        )
     if ranks.rank >= ranks.num_ranks:
-        raise InputError(f"RANK={ranks.rank} with WORLD_SIZE={ranks.num_ranks} in the environment: ranks are counted from 0; {_WAY_OUT}")
+        raise InputError(
+            f"RANK={ranks.rank} with WORLD_SIZE={ranks.num_ranks} in the environment: ranks are counted from 0; {_LAUNCH_ADVICE}"
+        )
     if not ranks.local_rank < ranks.ranks_per_node <= ranks.num_ranks:
         raise InputError(
             f"LOCAL_RANK={ranks.local_rank} LOCAL_WORLD_SIZE={ranks.ranks_per_node} WORLD_SIZE={ranks.num_ranks} in the environment "
-            f"contradict each other: a node's ranks are counted from 0 and are a part of all; {_WAY_OUT}"
+            f"contradict each other: a node's ranks are counted from 0 and are a part of all; {_LAUNCH_ADVICE}"
         )
 
 
-def launched_by(environment: Mapping[str, str] | None = None) -> str | None:
+def detect_launcher(environ: Mapping[str, str] | None = None) -> str | None:
     """Return what started this rank: "torchrun", "srun", or None where neither did."""
-    if text_of("TORCHELASTIC_RUN_ID", environment):
+    if read_text_variable("TORCHELASTIC_RUN_ID", environ):
         return "torchrun"
-    place, count = text_of("SLURM_PROCID", environment), text_of("SLURM_STEP_NUM_TASKS", environment)
-    is_adopted = (text_of("RANK", environment), text_of("WORLD_SIZE", environment)) == (place, count)
-    return "srun" if place and count and is_adopted else None
+    task_rank, num_tasks = (
+        read_text_variable("SLURM_PROCID", environ),
+        read_text_variable("SLURM_STEP_NUM_TASKS", environ),
+    )
+    is_adopted = (
+        read_text_variable("RANK", environ),
+        read_text_variable("WORLD_SIZE", environ),
+    ) == (task_rank, num_tasks)
+    return "srun" if task_rank and num_tasks and is_adopted else None

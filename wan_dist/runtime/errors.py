@@ -9,28 +9,34 @@ class InputError(ValueError):
     """Bad input, found before anything heavy starts; the message says what would work. The command exits with code 2."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest_nearest(word: str, known_words: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known word most like ``word``, or an empty string."""
-    known = list(known)
-    close = [name for name in known if name.startswith(word)] or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    known_words = list(known_words)
+    close_matches = [
+        name for name in known_words if name.startswith(word)
+    ] or difflib.get_close_matches(word, known_words, n=1, cutoff=0.5)
+    return f"; did you mean {close_matches[0]!r}?" if close_matches else ""
 
 
-def first_line(fault: object) -> str:
+def get_first_line(error: object) -> str:
     """Return the first line of an error's message, or of another text; its type where there is none."""
-    return next(iter(str(fault).strip().splitlines()), type(fault).__name__)
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-_OBEYED = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+_UNPRINTABLE_PATTERN = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
+)
 """What a terminal obeys rather than shows: control characters, ends of lines, changes of direction; and halves of characters."""
 
 
-def printable(text: str) -> str:
+def escape_unprintable(text: str) -> str:
     r"""Return ``text`` in one line that a terminal shows as it is: what it would obey is escaped, as ``\x1b``."""
-    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _UNPRINTABLE_PATTERN.sub(
+        lambda found: found[0].encode("unicode_escape").decode("ascii"), text
+    )
 
 
-def told(fault: object) -> str:
+def format_message(error: object) -> str:
     """Return an error as it is told in a terminal: printable, and without the middle of what is very long."""
-    text = printable(str(fault))
+    text = escape_unprintable(str(error))
     return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"

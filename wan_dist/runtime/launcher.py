@@ -8,14 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wan_dist.runtime.environment import launched_by, number_of, text_of
+from wan_dist.runtime.environment import detect_launcher, read_number_variable, read_text_variable
 from wan_dist.runtime.errors import InputError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_PATIENCE = 20.0
-_SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh", "fish")
+_LAUNCHER_GRACE_SECONDS = 20.0
+_SHELL_NAMES = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh", "fish")
 
-_UNDERTAKER = """
+_KILL_LAUNCHER_SCRIPT = """
 import os, signal, sys, time
 launcher, patience = int(sys.argv[1]), float(sys.argv[2])
 end = time.monotonic() + patience
@@ -29,96 +29,151 @@ os.kill(launcher, signal.SIGKILL)
 """
 
 
-def adopt_slurm() -> None:
+def translate_slurm_variables() -> None:
     """Set what torchrun would set, in a task that srun started: rank, number of ranks, and the first host's address.
 
     The port is the job's and step's own. An address that is set stays. Raises InputError for variables of Slurm that are incomplete,
     malformed, or contradict those that are set.
     """
-    given = os.environ
-    num_tasks, on_nodes = number_of("SLURM_STEP_NUM_TASKS"), text_of("SLURM_STEP_TASKS_PER_NODE")
-    if text_of("RANK") or num_tasks is None or not on_nodes or is_shell_of_srun():
+    environ = os.environ
+    num_tasks, tasks_per_node = (
+        read_number_variable("SLURM_STEP_NUM_TASKS"),
+        read_text_variable("SLURM_STEP_TASKS_PER_NODE"),
+    )
+    if read_text_variable("RANK") or num_tasks is None or not tasks_per_node or is_srun_pty_shell():
         return  # torchrun's, or a script of sbatch, which is no task, or a shell in which nothing else runs
-    found = {
-        "RANK": str(_slurm_number("SLURM_PROCID")),
-        "LOCAL_RANK": str(_slurm_number("SLURM_LOCALID")),
+    rank_variables = {
+        "RANK": str(_read_slurm_number("SLURM_PROCID")),
+        "LOCAL_RANK": str(_read_slurm_number("SLURM_LOCALID")),
         "WORLD_SIZE": str(num_tasks),
-        "LOCAL_WORLD_SIZE": str(_tasks_on_node(on_nodes, number_of("SLURM_NODEID") or 0)),
+        "LOCAL_WORLD_SIZE": str(
+            _count_tasks_on_node(tasks_per_node, read_number_variable("SLURM_NODEID") or 0)
+        ),
     }
-    for key, value in found.items():
-        if given.setdefault(key, value).strip() != value:
-            raise InputError(f"{key}={given[key]} in the environment, but srun says {value}; unset {key}, or start ranks otherwise")
-    job, step = number_of("SLURM_JOB_ID") or 0, number_of("SLURM_STEP_ID") or 0
-    given.setdefault("MASTER_ADDR", next(iter(hosts_of(text_of("SLURM_STEP_NODELIST"))), "localhost"))
-    given.setdefault("MASTER_PORT", str(20000 + (job * 7 + step) % 12000))
+    for key, value in rank_variables.items():
+        if environ.setdefault(key, value).strip() != value:
+            raise InputError(
+                f"{key}={environ[key]} in the environment, but srun says {value}; unset {key}, or start ranks otherwise"
+            )
+    job_id, step_id = (
+        read_number_variable("SLURM_JOB_ID") or 0,
+        read_number_variable("SLURM_STEP_ID") or 0,
+    )
+    environ.setdefault(
+        "MASTER_ADDR",
+        next(iter(expand_host_list(read_text_variable("SLURM_STEP_NODELIST"))), "localhost"),
+    )
+    environ.setdefault("MASTER_PORT", str(20000 + (job_id * 7 + step_id) % 12000))
 
 
-def is_shell_of_srun() -> bool:
+def is_srun_pty_shell() -> bool:
     """Whether this is a command typed in the shell of ``srun --pty``: of a step's tasks only that shell goes on, the others' have ended.
 
     srun gives a terminal to the first task and nothing to read to the others, so that their shells end at once. A shell that was
     given a script or a command runs it in every task: that is none.
     """
-    if number_of("SLURM_PROCID") != 0 or not text_of("SLURM_PTY_PORT") or not hasattr(os, "getsid"):
+    if (
+        read_number_variable("SLURM_PROCID") != 0
+        or not read_text_variable("SLURM_PTY_PORT")
+        or not hasattr(os, "getsid")
+    ):
         return False
     try:
-        program, *options = Path(f"/proc/{os.getsid(0)}/cmdline").read_text(errors="replace").rstrip("\0").split("\0")
+        program, *options = (
+            Path(f"/proc/{os.getsid(0)}/cmdline")
+            .read_text(errors="replace")
+            .rstrip("\0")
+            .split("\0")
+        )
     except OSError:
         return False
-    is_plain = all(re.fullmatch(r"--?[a-z-]+", option) and not re.fullmatch(r"-[a-z]*c[a-z]*", option) for option in options)
-    return Path(program).name.lstrip("-") in _SHELLS and is_plain
+    is_interactive = all(
+        re.fullmatch(r"--?[a-z-]+", option) and not re.fullmatch(r"-[a-z]*c[a-z]*", option)
+        for option in options
+    )
+    return Path(program).name.lstrip("-") in _SHELL_NAMES and is_interactive
 
 
-def _slurm_number(key: str) -> int:
-    number = number_of(key)
+def _read_slurm_number(key: str) -> int:
+    number = read_number_variable(key)
     if number is None:
-        raise InputError(f"SLURM_STEP_NUM_TASKS is set in the environment without {key}: start with srun, or unset SLURM_STEP_NUM_TASKS")
+        raise InputError(
+            f"SLURM_STEP_NUM_TASKS is set in the environment without {key}: start with srun, or unset SLURM_STEP_NUM_TASKS"
+        )
     return number
 
 
-def _tasks_on_node(text: str, node: int) -> int:
+def _count_tasks_on_node(task_counts: str, node_index: int) -> int:
     """Return how many tasks a node has, by Slurm's list such as "2(x3),1"; raises InputError."""
-    if not re.fullmatch(r"\d{1,9}(\(x\d{1,9}\))?(,\d{1,9}(\(x\d{1,9}\))?)*", text, re.ASCII):
-        raise InputError(f"SLURM_STEP_TASKS_PER_NODE={text} in the environment is not Slurm's list of counts, such as 2(x3),1")
-    last = -1
-    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
-        last += int(times or 1)
-        if node <= last:
+    if not re.fullmatch(r"\d{1,9}(\(x\d{1,9}\))?(,\d{1,9}(\(x\d{1,9}\))?)*", task_counts, re.ASCII):
+        raise InputError(
+            f"SLURM_STEP_TASKS_PER_NODE={task_counts} in the environment is not Slurm's list of counts, such as 2(x3),1"
+        )
+    last_node = -1
+    for count, num_repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", task_counts):
+        last_node += int(num_repeats or 1)
+        if node_index <= last_node:
             return int(count)
-    raise InputError(f"SLURM_NODEID={node} in the environment, but SLURM_STEP_TASKS_PER_NODE={text} has {last + 1} nodes")
+    raise InputError(
+        f"SLURM_NODEID={node_index} in the environment, but SLURM_STEP_TASKS_PER_NODE={task_counts} has {last_node + 1} nodes"
+    )
 
 
-def hosts_of(nodes: str) -> list[str]:
+def expand_host_list(host_list: str) -> list[str]:
     """Return the hosts of Slurm's list, e.g. gpu003, gpu004, gpu9 and login of "gpu[003-004,9],login"; raises InputError for other text."""
-    if nodes and not re.fullmatch(r"(?:[^\s\[\]]|\[\d{1,6}(?:[-,]\d{1,6})*\])+", nodes, re.ASCII):
-        raise InputError(f"SLURM_STEP_NODELIST={nodes} in the environment is not Slurm's list of hosts, such as gpu[003-004,9]")
-    return [host for part in re.findall(r"(?:[^\[,]|\[[^\]]*\])+", nodes) for host in _expand(part)]
+    if host_list and not re.fullmatch(
+        r"(?:[^\s\[\]]|\[\d{1,6}(?:[-,]\d{1,6})*\])+", host_list, re.ASCII
+    ):
+        raise InputError(
+            f"SLURM_STEP_NODELIST={host_list} in the environment is not Slurm's list of hosts, such as gpu[003-004,9]"
+        )
+    return [
+        host
+        for part in re.findall(r"(?:[^\[,]|\[[^\]]*\])+", host_list)
+        for host in _expand_brackets(part)
+    ]
 
 
-def _expand(name: str) -> list[str]:
-    before, bracket, rest = name.partition("[")
-    if not bracket:
+def _expand_brackets(name: str) -> list[str]:
+    prefix, opening_bracket, remainder = name.partition("[")
+    if not opening_bracket:
         return [name]
-    numbers, _, after = rest.partition("]")
-    found: list[str] = []
-    for part in numbers.split(","):
-        first, _, last = part.partition("-")
-        found += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
-    return [f"{before}{number}{end}" for number in found for end in _expand(after)]
+    range_list, _, tail = remainder.partition("]")
+    padded_numbers: list[str] = []
+    for number_range in range_list.split(","):
+        first, _, last = number_range.partition("-")
+        padded_numbers += [
+            str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)
+        ]
+    return [
+        f"{prefix}{number}{expanded_tail}"
+        for number in padded_numbers
+        for expanded_tail in _expand_brackets(tail)
+    ]
 
 
-def die_with_launcher() -> None:
+def set_parent_death_signal() -> None:
     """Have the kernel end this rank when torchrun dies; a torchrun that is killed does not end its ranks itself."""
-    if launched_by() == "torchrun" and sys.platform == "linux":
+    if detect_launcher() == "torchrun" and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def bury_launcher() -> None:
+def schedule_launcher_kill() -> None:
     """After this rank has failed: see that its torchrun ends too, unless it may start the ranks again.
 
     A torchrun that has lost the rendezvous host waits for it for 15 minutes, deaf to SIGTERM.
     """
-    may_restart = text_of("TORCHELASTIC_RESTART_COUNT") != text_of("TORCHELASTIC_MAX_RESTARTS")
-    if launched_by() == "torchrun" and not may_restart:
-        command = [sys.executable, "-c", _UNDERTAKER, str(os.getppid()), str(_PATIENCE)]
-        subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    can_restart = read_text_variable("TORCHELASTIC_RESTART_COUNT") != read_text_variable(
+        "TORCHELASTIC_MAX_RESTARTS"
+    )
+    if detect_launcher() == "torchrun" and not can_restart:
+        command = [
+            sys.executable,
+            "-c",
+            _KILL_LAUNCHER_SCRIPT,
+            str(os.getppid()),
+            str(_LAUNCHER_GRACE_SECONDS),
+        ]
+        subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )

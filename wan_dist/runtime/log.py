@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from wan_dist.runtime.environment import read_ranks
-from wan_dist.runtime.errors import printable
+from wan_dist.runtime.environment import read_rank_layout
+from wan_dist.runtime.errors import escape_unprintable
 
 logger = logging.getLogger("wan_dist")
-ANNOUNCEMENT = logging.INFO + 5
+ANNOUNCEMENT_LEVEL = logging.INFO + 5
 """The level of what every replica says, not only the first one."""
 
 
-class _Unfailing(io.FileIO):
+class _FailSafeFile(io.FileIO):
     """A file whose writing does not fail: where the disk is full or no reader is left, what is written is lost, not the run."""
 
     fault: OSError | None = None
@@ -26,16 +26,26 @@ class _Unfailing(io.FileIO):
         """Write as much as can be, and return the size of all."""
         size = memoryview(data).nbytes
         try:
-            return super().write(data) or size  # nothing is taken where it would have to wait for a reader
-        except OSError as fault:
-            self.fault = None if isinstance(fault, BrokenPipeError) else fault
+            return (
+                super().write(data) or size
+            )  # nothing is taken where it would have to wait for a reader
+        except OSError as error:
+            self.fault = None if isinstance(error, BrokenPipeError) else error
             return size
 
 
-def _unfailing(file: str | int, encoding: str | None = None) -> TextIO:
-    raw = _Unfailing(file, "a" if isinstance(file, str) else "w", closefd=isinstance(file, str))
-    buffered = io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffered, encoding=encoding or "utf-8", errors="backslashreplace", line_buffering=True, write_through=True)
+def _open_failsafe_stream(file: str | int, encoding: str | None = None) -> TextIO:
+    raw_file = _FailSafeFile(
+        file, "a" if isinstance(file, str) else "w", closefd=isinstance(file, str)
+    )
+    buffered_writer = io.BufferedWriter(raw_file)
+    return io.TextIOWrapper(
+        buffered_writer,
+        encoding=encoding or "utf-8",
+        errors="backslashreplace",
+        line_buffering=True,
+        write_through=True,
+    )
 
 
 def protect_streams() -> None:
@@ -44,60 +54,66 @@ def protect_streams() -> None:
     Writing to standard output and error then does nothing, whoever writes: our log, progress bars, libraries. Streams that are closed
     from the start are opened, so that no file gets their numbers. Streams that were replaced, as tests do, stay.
     """
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name, file in (("stdout", 1), ("stderr", 2)):
+    while (null_descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null_descriptor, True)
+    os.close(null_descriptor)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
         stream: TextIO | None = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):
             if stream is not None:
                 with contextlib.suppress(OSError):
                     stream.flush()
-            setattr(sys, name, _unfailing(file, None if stream is None else stream.encoding))
+            setattr(
+                sys,
+                name,
+                _open_failsafe_stream(descriptor, None if stream is None else stream.encoding),
+            )
 
 
-def find_lost_output() -> str | None:
+def find_output_error() -> str | None:
     """Return why standard output is not whole, for commands whose output is their result; None where it is, or nobody reads it."""
-    fault = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "fault", None)
-    return None if fault is None else fault.strerror
+    error = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "fault", None)
+    return None if error is None else error.strerror
 
 
-def open_log(level: int = logging.INFO) -> None:
+def configure_logging(level: int = logging.INFO) -> None:
     """Send the project's log lines to standard error, as ``[time rank] text``; of the other ranks only errors."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_form())
-    handler.setLevel(level if read_ranks().rank == 0 else logging.ERROR)
+    handler.setFormatter(_build_log_formatter())
+    handler.setLevel(level if read_rank_layout().rank == 0 else logging.ERROR)
     logger.handlers = [handler]
     logger.setLevel(level)
     logger.propagate = False
 
 
-def announce_here() -> None:
+def show_announcements() -> None:
     """Let this rank's announcements, and what is worse, be seen as the first one's are."""
     for handler in logger.handlers:
-        if handler.level > ANNOUNCEMENT:
-            handler.setLevel(ANNOUNCEMENT)
+        if handler.level > ANNOUNCEMENT_LEVEL:
+            handler.setLevel(ANNOUNCEMENT_LEVEL)
 
 
-def keep_log(folder: Path) -> None:
+def add_log_file(folder: Path) -> None:
     """Write all log lines of this rank to a file of its own in ``folder`` too, if that can be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.StreamHandler(_unfailing(str(folder / f"rank-{read_ranks().rank}.log")))
+        handler = logging.StreamHandler(
+            _open_failsafe_stream(str(folder / f"rank-{read_rank_layout().rank}.log"))
+        )
     except OSError:  # of a folder that only the first rank's node has, for example
         return
-    handler.setFormatter(_form())
+    handler.setFormatter(_build_log_formatter())
     logger.addHandler(handler)
 
 
-def _form() -> logging.Formatter:
-    ranks = read_ranks()
-    rank = f" rank {ranks.rank}" if ranks.num_ranks > 1 else ""
-    return _Printable(f"[%(asctime)s{rank}] %(message)s", datefmt="%H:%M:%S")
+def _build_log_formatter() -> logging.Formatter:
+    ranks = read_rank_layout()
+    rank_label = f" rank {ranks.rank}" if ranks.num_ranks > 1 else ""
+    return _EscapingFormatter(f"[%(asctime)s{rank_label}] %(message)s", datefmt="%H:%M:%S")
 
 
-class _Printable(logging.Formatter):
+class _EscapingFormatter(logging.Formatter):
     """Names of files and prompts are others' text, which a terminal must not obey; tracebacks keep their lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(printable(line) for line in super().format(record).split("\n"))
+        return "\n".join(escape_unprintable(line) for line in super().format(record).split("\n"))

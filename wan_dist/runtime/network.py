@@ -7,101 +7,122 @@ import struct
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from wan_dist.runtime.environment import read_ranks, text_of
-from wan_dist.runtime.launcher import hosts_of
+from wan_dist.runtime.environment import read_rank_layout, read_text_variable
+from wan_dist.runtime.launcher import expand_host_list
 from wan_dist.runtime.log import logger
 
-_GLOO, _NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
-_LOOPBACK = "lo"
-_VIRTUAL = re.compile(r"lo$|docker|veth|virbr|br-|cni|flannel|cali|tailscale|wg|tun|tap|podman|kube")
-_INFINIBAND = Path("/sys/class/infiniband")
-_ROUTES = Path("/proc/net/route")
+_GLOO_INTERFACE_VARIABLE, _NCCL_INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
+_LOOPBACK_INTERFACE = "lo"
+_VIRTUAL_INTERFACE_PATTERN = re.compile(
+    r"lo$|docker|veth|virbr|br-|cni|flannel|cali|tailscale|wg|tun|tap|podman|kube"
+)
+_INFINIBAND_FOLDER = Path("/sys/class/infiniband")
+_ROUTING_TABLE_FILE = Path("/proc/net/route")
 _SIOCGIFFLAGS, _SIOCGIFADDR, _IFF_UP = 0x8913, 0x8915, 1  # linux/sockios.h, linux/if.h
 
 
-def interfaces() -> list[str]:
+def list_network_interfaces() -> list[str]:
     """Return the network interfaces that are up, have an IPv4 address and may lead to other machines, by name."""
-    names = [name for _, name in socket.if_nameindex() if not _VIRTUAL.match(name)]
-    return [name for name in names if _is_up(name) and address_of(name)]
+    names = [
+        name for _, name in socket.if_nameindex() if not _VIRTUAL_INTERFACE_PATTERN.match(name)
+    ]
+    return [name for name in names if _is_interface_up(name) and get_ipv4_address(name)]
 
 
-def address_of(interface: str) -> str:
+def get_ipv4_address(interface: str) -> str:
     """Return the interface's IPv4 address, or nothing."""
-    answer = _ask(interface, _SIOCGIFADDR)
-    return socket.inet_ntoa(answer[20:24]) if answer else ""
+    reply = _query_interface(interface, _SIOCGIFADDR)
+    return socket.inet_ntoa(reply[20:24]) if reply else ""
 
 
-def infiniband() -> list[str]:
+def list_infiniband_devices() -> list[str]:
     """Return the InfiniBand and RoCE devices, by name."""
-    return sorted(file.name for file in _INFINIBAND.glob("*"))
+    return sorted(file.name for file in _INFINIBAND_FOLDER.glob("*"))
 
 
-def _is_up(interface: str) -> bool:
-    answer = _ask(interface, _SIOCGIFFLAGS)
-    return bool(answer) and bool(struct.unpack("16xH", answer[:18])[0] & _IFF_UP)
+def _is_interface_up(interface: str) -> bool:
+    reply = _query_interface(interface, _SIOCGIFFLAGS)
+    return bool(reply) and bool(struct.unpack("16xH", reply[:18])[0] & _IFF_UP)
 
 
-def _ask(interface: str, what: int) -> bytes:
+def _query_interface(interface: str, request: int) -> bytes:
     from fcntl import ioctl  # not on Windows
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp_socket:
         try:
-            return ioctl(one, what, struct.pack("256s", interface.encode()[:15]))
+            return ioctl(udp_socket, request, struct.pack("256s", interface.encode()[:15]))
         except OSError:
             return b""
 
 
-def choose_network(environment: MutableMapping[str, str] = os.environ) -> None:
+def choose_network_interface(environ: MutableMapping[str, str] = os.environ) -> None:
     """Name the interface that gloo and NCCL use, for several ranks; what is set already stays.
 
     Gloo else takes the one that the host's own name leads to, on many systems the loopback, which no other host reaches. NCCL takes
     InfiniBand first where it is, and else any, also those of containers. Ranks on one host do without its name, which nobody may know.
     """
-    ranks = read_ranks(environment)
+    ranks = read_rank_layout(environ)
     if ranks.num_ranks == 1:
         return
     if ranks.ranks_per_node == ranks.num_ranks:
-        _stay_on_host(environment)
+        _use_loopback_interface(environ)
         return
-    if _GLOO in environment and _NCCL in environment:
+    if _GLOO_INTERFACE_VARIABLE in environ and _NCCL_INTERFACE_VARIABLE in environ:
         return
-    found = interfaces()
-    others = [text_of("MASTER_ADDR", environment), *hosts_of(text_of("SLURM_STEP_NODELIST", environment))]
-    name = next((name for host in others if (name := _towards(host, found))), None) or _way_out(found)
+    interface_names = list_network_interfaces()
+    other_hosts = [
+        read_text_variable("MASTER_ADDR", environ),
+        *expand_host_list(read_text_variable("SLURM_STEP_NODELIST", environ)),
+    ]
+    name = next(
+        (name for host in other_hosts if (name := _find_interface_to_host(host, interface_names))),
+        None,
+    ) or _find_default_interface(interface_names)
     if name is None:
         return
-    environment.setdefault(_GLOO, name)
-    if not infiniband():
-        environment.setdefault(_NCCL, name)
-    if len(found) > 1:
-        logger.info("network   %s of %s; %s and %s choose another", environment[_GLOO], ", ".join(found), _GLOO, _NCCL)
+    environ.setdefault(_GLOO_INTERFACE_VARIABLE, name)
+    if not list_infiniband_devices():
+        environ.setdefault(_NCCL_INTERFACE_VARIABLE, name)
+    if len(interface_names) > 1:
+        logger.info(
+            "network   %s of %s; %s and %s choose another",
+            environ[_GLOO_INTERFACE_VARIABLE],
+            ", ".join(interface_names),
+            _GLOO_INTERFACE_VARIABLE,
+            _NCCL_INTERFACE_VARIABLE,
+        )
 
 
-def _stay_on_host(environment: MutableMapping[str, str]) -> None:
+def _use_loopback_interface(environ: MutableMapping[str, str]) -> None:
     """Have the ranks of one host meet at its loopback, where they would look for its own name, and send there with gloo."""
-    if not _is_up(_LOOPBACK) or not address_of(_LOOPBACK):
+    if not _is_interface_up(_LOOPBACK_INTERFACE) or not get_ipv4_address(_LOOPBACK_INTERFACE):
         return
-    environment.setdefault(_GLOO, _LOOPBACK)
-    if text_of("MASTER_ADDR", environment).partition(".")[0] == socket.gethostname().partition(".")[0]:
-        environment["MASTER_ADDR"] = address_of(_LOOPBACK)
+    environ.setdefault(_GLOO_INTERFACE_VARIABLE, _LOOPBACK_INTERFACE)
+    if (
+        read_text_variable("MASTER_ADDR", environ).partition(".")[0]
+        == socket.gethostname().partition(".")[0]
+    ):
+        environ["MASTER_ADDR"] = get_ipv4_address(_LOOPBACK_INTERFACE)
 
 
-def _towards(host: str, found: list[str]) -> str | None:
+def _find_interface_to_host(host: str, interface_names: list[str]) -> str | None:
     """Return the interface by which packets go to the host; None if that is this one, or not known."""
     try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
-            one.connect((host, 1))  # sends nothing
-            address = one.getsockname()[0]
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp_socket:
+            udp_socket.connect((host, 1))  # sends nothing
+            address = udp_socket.getsockname()[0]
     except OSError:
         return None
-    return next((name for name in found if address_of(name) == address), None)
+    return next((name for name in interface_names if get_ipv4_address(name) == address), None)
 
 
-def _way_out(found: list[str]) -> str | None:
+def _find_default_interface(interface_names: list[str]) -> str | None:
     """Return the only interface, or that of the route to anywhere."""
     try:
-        rows = [line.split() for line in _ROUTES.read_text().splitlines()[1:]]
+        routes = [line.split() for line in _ROUTING_TABLE_FILE.read_text().splitlines()[1:]]
     except OSError:
-        rows = []
-    ways = [row[0] for row in rows if row[1] == "00000000" and row[0] in found]
-    return found[0] if len(found) == 1 else next(iter(ways), None)
+        routes = []
+    default_interfaces = [
+        route[0] for route in routes if route[1] == "00000000" and route[0] in interface_names
+    ]
+    return interface_names[0] if len(interface_names) == 1 else next(iter(default_interfaces), None)

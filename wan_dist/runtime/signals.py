@@ -14,24 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from wan_dist.runtime.environment import launched_by, read_ranks
+from wan_dist.runtime.environment import detect_launcher, read_rank_layout
 from wan_dist.runtime.log import logger
 
-CODE = 75
+EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-_INSISTING = (signal.SIGINT, signal.SIGTERM)
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PREEMPTION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_FORCE_EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """What torchrun passes on to its ranks; it kills those that are still there after 30 s."""
-_PATIENCE = 25.0
+_STEP_GRACE_SECONDS = 25.0
 """Seconds that ranks have for their step then; Slurm kills after 30 s too, when it has sent SIGTERM."""
-_SOON = 0.5
+_SIGNAL_DELAY_SECONDS = 0.5
 """Seconds between the same signal to several processes of a job."""
-_ECHO_SECONDS = 1.0
+_DUPLICATE_SIGNAL_SECONDS = 1.0
 """Within which the same request may come twice: to the process group, and once more from torchrun, `timeout` or a dying parent."""
 
 
-class Preempted(BaseException):
+class PreemptionInterrupt(BaseException):
     """The run was asked to end early. Not an Exception, as KeyboardInterrupt is none."""
 
 
@@ -39,73 +39,77 @@ class Preemption:
     """Whether this process was asked to end, and by what."""
 
     def __init__(self) -> None:
-        self.asked_by: signal.Signals | None = None
-        self.deferred = True
-        self.is_at_once = False
+        self.requested_by: signal.Signals | None = None
+        self.is_deferred = True
+        self.is_immediate = False
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
+    def __call__(self, signal_number: int, frame: FrameType | None) -> None:
         """Handle a signal; what comes after the first changes nothing here, see `_watch`."""
-        if self.asked_by is None:
-            self.asked_by = signal.Signals(number)
-            if self.is_at_once:
-                _end_at_once(CODE, f"stopped by {self.asked_by.name}; the same command goes on")
-            if not self.deferred:
-                self.stop_if_asked()
+        if self.requested_by is None:
+            self.requested_by = signal.Signals(signal_number)
+            if self.is_immediate:
+                _exit_at_once(
+                    EXIT_PREEMPTED, f"stopped by {self.requested_by.name}; the same command goes on"
+                )
+            if not self.is_deferred:
+                self.raise_if_requested()
 
-    def pass_on(self, number: int) -> None:
+    def relay(self, signal_number: int) -> None:
         """Ask this process to end, since another one of its run was asked by this signal."""
-        if self.asked_by is None:
-            self.asked_by = signal.Signals(number)
+        if self.requested_by is None:
+            self.requested_by = signal.Signals(signal_number)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin anew, in a process that goes on."""
-        self.asked_by, self.deferred = None, True
+        self.requested_by, self.is_deferred = None, True
 
     @contextmanager
-    def heeded(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Within, a signal raises Preempted, at once where it came before; outside it is only noted in ``asked_by``."""
-        before, self.deferred = self.deferred, False
+        was_deferred, self.is_deferred = self.is_deferred, False
         try:
-            self.stop_if_asked()
+            self.raise_if_requested()
             yield
         finally:
-            self.deferred = before
+            self.is_deferred = was_deferred
 
     @contextmanager
-    def ends_at_once(self) -> Iterator[None]:
+    def immediate_exit(self) -> Iterator[None]:
         """Within, a signal ends the process at once: nothing is lost then, and what waits for threads of others would wait for long."""
-        self.is_at_once = True
+        self.is_immediate = True
         try:
             yield
         finally:
-            self.is_at_once = False
+            self.is_immediate = False
 
-    def stop_if_asked(self) -> None:
+    def raise_if_requested(self) -> None:
         """Raise Preempted if this process was asked to end."""
-        if self.asked_by is not None:
-            raise Preempted(f"stopped by {self.asked_by.name}; the same command goes on")
+        if self.requested_by is not None:
+            raise PreemptionInterrupt(
+                f"stopped by {self.requested_by.name}; the same command goes on"
+            )
 
-    def was_asked(self) -> bool:
+    def wait_for_request(self) -> bool:
         """Whether something that failed just now may have been ended by the signal that this process gets as well, if a little later."""
-        until = time.monotonic() + _SOON
-        while self.asked_by is None and time.monotonic() < until:
+        deadline = time.monotonic() + _SIGNAL_DELAY_SECONDS
+        while self.requested_by is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        return self.asked_by is not None
+        return self.requested_by is not None
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Within, a signal is only noted in ``asked_by``."""
-        before, self.deferred = self.deferred, True
+        was_deferred, self.is_deferred = self.is_deferred, True
         try:
             yield
         finally:
-            self.deferred = before
+            self.is_deferred = was_deferred
 
     @contextmanager
-    def until_asked(self) -> Iterator[None]:
+    def deferred_after_check(self) -> Iterator[None]:
         """Within `heeded`, have a signal only noted; raises Preempted where one came before and was swallowed by a library."""
-        self.stop_if_asked()
-        with self.noted():
+        self.raise_if_requested()
+        with self.deferred():
             yield
 
 
@@ -113,22 +117,28 @@ preemption = Preemption()
 """Of this process."""
 
 
-def end_when_asked() -> None:
+def exit_on_signal() -> None:
     """Have signals end this process with `CODE` at once: while modules are imported, nothing has begun; `heed_signals` is for later."""
-    for number in _heeded():
-        signal.signal(number, _end_before_start)
+    for signal_number in _list_handled_signals():
+        signal.signal(signal_number, _exit_before_start)
 
 
-def _end_before_start(number: int, frame: FrameType | None) -> None:
-    _end_at_once(CODE, f"stopped by {signal.Signals(number).name} before it began")
+def _exit_before_start(signal_number: int, frame: FrameType | None) -> None:
+    _exit_at_once(
+        EXIT_PREEMPTED, f"stopped by {signal.Signals(signal_number).name} before it began"
+    )
 
 
-def _heeded() -> list[signal.Signals]:
-    return [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+def _list_handled_signals() -> list[signal.Signals]:
+    return [
+        signal_number
+        for signal_number in _PREEMPTION_SIGNALS
+        if signal.getsignal(signal_number) is not signal.SIG_IGN
+    ]
 
 
 @contextmanager
-def heed_signals() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Within, `preemption` takes the signals, in the main thread only.
 
     After one came they stay so: the process is ending, and its exit code stands whatever else it is told.
@@ -136,84 +146,103 @@ def heed_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    preemption.forget()
-    before = {number: signal.signal(number, preemption) for number in _heeded()}
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    old_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader,), daemon=True).start()
+    preemption.reset()
+    previous_handlers = {
+        signal_number: signal.signal(signal_number, preemption)
+        for signal_number in _list_handled_signals()
+    }
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    previous_wakeup_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_watch_signals, args=(read_end,), daemon=True).start()
     try:
         yield
     finally:
-        if preemption.asked_by is None:
-            signal.set_wakeup_fd(old_writer)
-            os.close(writer)  # ends the thread
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        if preemption.requested_by is None:
+            signal.set_wakeup_fd(previous_wakeup_fd)
+            os.close(write_end)  # ends the thread
+            for signal_number, handler in previous_handlers.items():
+                signal.signal(signal_number, handler)
         else:
-            atexit.register(_ignore_signals)  # the interpreter restores the defaults before its very end
+            atexit.register(
+                _ignore_signals
+            )  # the interpreter restores the defaults before its very end
 
 
 def _ignore_signals() -> None:
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for signal_number in _PREEMPTION_SIGNALS:
+        signal.signal(signal_number, signal.SIG_IGN)
 
 
-def _watch(reader: int) -> None:
+def _watch_signals(read_end: int) -> None:
     """Act on signals where the main thread cannot: it may be in a long computation, or wait for ever for a rank that is gone."""
-    parent, seen = os.getppid(), set[int]()
-    insisted_at: float | None = None
-    while received := os.read(reader, 1):
-        number, now = received[0], time.monotonic()
-        if number not in _SIGNALS:
+    parent_pid, seen_signals = os.getppid(), set[int]()
+    exit_forced_at: float | None = None
+    while received_byte := os.read(read_end, 1):
+        signal_number, now = received_byte[0], time.monotonic()
+        if signal_number not in _PREEMPTION_SIGNALS:
             continue
-        if not seen:
-            _after(0.1, _say_what_comes)
-        seen.add(number)
-        if number in _INSISTING:
-            if insisted_at is not None and now - insisted_at > _ECHO_SECONDS:
-                _end_at_once(128 + number, f"ended at once: {signal.Signals(number).name} came again")
-            insisted_at = now if insisted_at is None else insisted_at
-        if number in _FORWARDED and read_ranks().num_ranks > 1:
-            if number == signal.SIGTERM or launched_by() == "torchrun":
-                _after(_PATIENCE, os._exit, 128 + number)
-            _after(1.0, _end_if_left, parent, number, seen)  # the main thread notes the signal meanwhile, unless it waits
-    os.close(reader)
+        if not seen_signals:
+            _schedule_call(0.1, _log_preemption_request)
+        seen_signals.add(signal_number)
+        if signal_number in _FORCE_EXIT_SIGNALS:
+            if exit_forced_at is not None and now - exit_forced_at > _DUPLICATE_SIGNAL_SECONDS:
+                _exit_at_once(
+                    128 + signal_number,
+                    f"ended at once: {signal.Signals(signal_number).name} came again",
+                )
+            exit_forced_at = now if exit_forced_at is None else exit_forced_at
+        if signal_number in _FORWARDED_SIGNALS and read_rank_layout().num_ranks > 1:
+            if signal_number == signal.SIGTERM or detect_launcher() == "torchrun":
+                _schedule_call(_STEP_GRACE_SECONDS, os._exit, 128 + signal_number)
+            _schedule_call(
+                1.0, _exit_if_abandoned, parent_pid, signal_number, seen_signals
+            )  # the main thread notes the signal meanwhile, unless it waits
+    os.close(read_end)
 
 
-def _after(seconds: float, work: Callable[..., object], *arguments: object) -> None:
-    timer = threading.Timer(seconds, work, arguments)
+def _schedule_call(
+    delay_seconds: float, callback: Callable[..., object], *arguments: object
+) -> None:
+    timer = threading.Timer(delay_seconds, callback, arguments)
     timer.daemon = True
     timer.start()
 
 
-def _say_what_comes() -> None:
-    if preemption.deferred:
-        name = "a signal" if preemption.asked_by is None else preemption.asked_by.name
-        logger.info("asked     by %s to end: finishes what it is at; SIGINT or SIGTERM again ends at once", name)
+def _log_preemption_request() -> None:
+    if preemption.is_deferred:
+        name = "a signal" if preemption.requested_by is None else preemption.requested_by.name
+        logger.info(
+            "asked     by %s to end: finishes what it is at; SIGINT or SIGTERM again ends at once",
+            name,
+        )
 
 
-def _end_if_left(parent: int, number: int, seen: set[int]) -> None:
+def _exit_if_abandoned(parent_pid: int, signal_number: int, seen_signals: set[int]) -> None:
     """End this process if its launcher or another of its ranks is gone and the main thread, which waits for it, has noted no signal."""
-    was_asked = signal.SIGUSR1 in seen
-    is_left = not was_asked if os.getppid() != parent else _num_ranks_of(parent) < read_ranks().ranks_per_node
-    if is_left and preemption.asked_by is None:
-        os._exit(CODE if was_asked else 128 + number)
+    is_preemption = signal.SIGUSR1 in seen_signals
+    is_abandoned = (
+        not is_preemption
+        if os.getppid() != parent_pid
+        else _count_living_ranks(parent_pid) < read_rank_layout().ranks_per_node
+    )
+    if is_abandoned and preemption.requested_by is None:
+        os._exit(EXIT_PREEMPTED if is_preemption else 128 + signal_number)
 
 
-def _end_at_once(code: int, message: str) -> None:
+def _exit_at_once(exit_code: int, message: str) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"wan_dist: {message}\n".encode())
-    os._exit(code)
+    os._exit(exit_code)
 
 
-def _num_ranks_of(launcher: int) -> int:
+def _count_living_ranks(launcher_pid: int) -> int:
     """Return how many processes of the launcher are alive."""
-    count = 0
-    for file in Path("/proc").glob("[0-9]*/stat"):
+    num_living = 0
+    for stat_file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            state, parent = file.read_text().rpartition(")")[2].split()[:2]
+            process_state, parent_pid = stat_file.read_text().rpartition(")")[2].split()[:2]
         except OSError:  # gone meanwhile
             continue
-        count += int(parent) == launcher and state not in "ZX"
-    return count
+        num_living += int(parent_pid) == launcher_pid and process_state not in "ZX"
+    return num_living

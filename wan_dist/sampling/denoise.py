@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from wan_dist.sampling.solvers import Solver
-from wan_dist.sampling.step_cache import Predict
+from wan_dist.sampling.step_cache import VelocityFunction
 
 
-def denoise(
-    predict: Predict,
+def denoise_latents(
+    predict: VelocityFunction,
     latents: Tensor,
     solver: Solver,
     *,
-    first: int = 0,
+    first_step: int = 0,
     known_latents: Tensor | None = None,
     progress: Callable[[range], Iterable[int]] = iter,
     after_step: Callable[[int, Tensor], None] = lambda num_done, latents: None,
@@ -25,11 +25,11 @@ def denoise(
     numbers, e.g. with a bar; ``after_step`` is told how many steps are done. Raises FloatingPointError if the result is not finite,
     as early as after the second step.
     """
-    latents = _with_known(latents, known_latents)
-    for index in progress(range(first, len(solver))):
+    latents = _insert_known_frame(latents, known_latents)
+    for index in progress(range(first_step, len(solver))):
         latents = solver.step(index, latents, predict(latents, solver.timesteps[index]))
-        latents = _with_known(latents, known_latents)
-        if index in (first + 1, len(solver) - 1) and not torch.isfinite(latents).all():
+        latents = _insert_known_frame(latents, known_latents)
+        if index in (first_step + 1, len(solver) - 1) and not torch.isfinite(latents).all():
             raise FloatingPointError(
                 f"the latents are not finite after step {index + 1}: the video would be black. Try another attention backend "
                 "(attention=sdpa) or dtype=float32; if both fail too, the weights are damaged"
@@ -38,5 +38,9 @@ def denoise(
     return latents
 
 
-def _with_known(latents: Tensor, known: Tensor | None) -> Tensor:
-    return latents if known is None else torch.cat([known, latents[:, :, known.shape[2] :]], dim=2)
+def _insert_known_frame(latents: Tensor, known_latents: Tensor | None) -> Tensor:
+    return (
+        latents
+        if known_latents is None
+        else torch.cat([known_latents, latents[:, :, known_latents.shape[2] :]], dim=2)
+    )

@@ -13,14 +13,14 @@ from torch import Tensor
 from wan_dist.tasks.registry import NUM_TRAIN_TIMESTEPS
 
 
-def shifted_sigmas(steps: int, shift: float, *, largest: float) -> list[float]:
+def compute_shifted_sigmas(num_steps: int, shift: float, *, largest_sigma: float) -> list[float]:
     """Return ``steps`` noise levels from shifted ``largest`` downwards and a final 0: s σ / (1 + (s - 1) σ), σ evenly spaced."""
-    sigmas = np.linspace(largest, 0, steps + 1)[:-1]
+    sigmas = np.linspace(largest_sigma, 0, num_steps + 1)[:-1]
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     return [*sigmas.tolist(), 0.0]
 
 
-def _log_snr(sigma: float) -> float:
+def _compute_half_log_snr(sigma: float) -> float:
     """Half the log signal-to-noise ratio λ; infinite at both ends."""
     if sigma == 0:
         return math.inf
@@ -35,10 +35,10 @@ class Solver(ABC):
 
     largest_sigma = 1.0
 
-    def __init__(self, steps: int, shift: float) -> None:
-        exact = shifted_sigmas(steps, shift, largest=self.largest_sigma)
-        self.timesteps = [int(sigma * NUM_TRAIN_TIMESTEPS) for sigma in exact[:-1]]
-        self.sigmas = np.asarray(exact, dtype=np.float32).tolist()
+    def __init__(self, num_steps: int, shift: float) -> None:
+        exact_sigmas = compute_shifted_sigmas(num_steps, shift, largest_sigma=self.largest_sigma)
+        self.timesteps = [int(sigma * NUM_TRAIN_TIMESTEPS) for sigma in exact_sigmas[:-1]]
+        self.sigmas = np.asarray(exact_sigmas, dtype=np.float32).tolist()
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -54,7 +54,7 @@ class Solver(ABC):
         """Return what is remembered of earlier steps, for `go_on`."""
         return {}
 
-    def go_on(self, num_done: int, state: dict[str, Tensor]) -> None:  # noqa: B027  # there may be nothing to remember
+    def restore(self, num_done: int, state: dict[str, Tensor]) -> None:  # noqa: B027  # there may be nothing to remember
         """Remember what a solver of the same schedule did after this many steps."""
 
 
@@ -69,29 +69,31 @@ class Euler(Solver):
 class DpmSolverPlusPlus(Solver):
     """DPM-Solver++(2M), midpoint (arXiv:2211.01095, algorithm 2); first and last step are first order."""
 
-    def __init__(self, steps: int, shift: float) -> None:
-        super().__init__(steps, shift)
-        self._previous: Tensor | None = None
+    def __init__(self, num_steps: int, shift: float) -> None:
+        super().__init__(num_steps, shift)
+        self._previous_x0: Tensor | None = None
 
     def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
         """See `Solver.step`."""
-        sigma, target = self.sigmas[index], self.sigmas[index + 1]
-        data = latents - sigma * velocity
-        h = _log_snr(target) - _log_snr(sigma)
-        direction = data
-        if self._previous is not None and index < len(self) - 1:
-            ratio = (_log_snr(sigma) - _log_snr(self.sigmas[index - 1])) / h
-            direction = data + 0.5 / ratio * (data - self._previous)
-        self._previous = data
-        return target / sigma * latents - (1 - target) * math.expm1(-h) * direction
+        sigma, next_sigma = self.sigmas[index], self.sigmas[index + 1]
+        x0 = latents - sigma * velocity
+        h = _compute_half_log_snr(next_sigma) - _compute_half_log_snr(sigma)
+        direction = x0
+        if self._previous_x0 is not None and index < len(self) - 1:
+            ratio = (
+                _compute_half_log_snr(sigma) - _compute_half_log_snr(self.sigmas[index - 1])
+            ) / h
+            direction = x0 + 0.5 / ratio * (x0 - self._previous_x0)
+        self._previous_x0 = x0
+        return next_sigma / sigma * latents - (1 - next_sigma) * math.expm1(-h) * direction
 
     def state(self) -> dict[str, Tensor]:
         """See `Solver.state`."""
-        return {} if self._previous is None else {"previous": self._previous}
+        return {} if self._previous_x0 is None else {"previous": self._previous_x0}
 
-    def go_on(self, num_done: int, state: dict[str, Tensor]) -> None:
+    def restore(self, num_done: int, state: dict[str, Tensor]) -> None:
         """See `Solver.go_on`."""
-        self._previous = state.get("previous")
+        self._previous_x0 = state.get("previous")
 
 
 class UniPC(Solver):
@@ -100,71 +102,81 @@ class UniPC(Solver):
     # The reference starts from the largest sigma of its float32 training schedule, not from 1.
     largest_sigma = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
 
-    def __init__(self, steps: int, shift: float) -> None:
-        super().__init__(steps, shift)
-        self._data: list[Tensor] = []
-        self._start: Tensor | None = None  # where the last prediction started from
+    def __init__(self, num_steps: int, shift: float) -> None:
+        super().__init__(num_steps, shift)
+        self._x0_history: list[Tensor] = []
+        self._start_latents: Tensor | None = None  # where the last prediction started from
         self._order = 1
 
     def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
         """See `Solver.step`; the arriving latents are first corrected with what the model said there."""
-        data = latents - self.sigmas[index] * velocity
-        if self._start is not None:
-            latents = self._correct(index, self._start, data)
-        self._order = self._order_of(index)
-        self._data = [*self._data[-1:], data]
-        self._start = latents
-        return self._predict(index, latents)
+        x0 = latents - self.sigmas[index] * velocity
+        if self._start_latents is not None:
+            latents = self._correct_latents(index, self._start_latents, x0)
+        self._order = self._compute_order(index)
+        self._x0_history = [*self._x0_history[-1:], x0]
+        self._start_latents = latents
+        return self._predict_latents(index, latents)
 
-    def _order_of(self, index: int) -> int:
+    def _compute_order(self, index: int) -> int:
         return min(2, len(self) - index, index + 1)
 
     def state(self) -> dict[str, Tensor]:
         """See `Solver.state`."""
-        data = {f"data{place}": each for place, each in enumerate(self._data)}
-        return data if self._start is None else data | {"start": self._start}
+        entries = {f"data{index}": x0 for index, x0 in enumerate(self._x0_history)}
+        return entries if self._start_latents is None else entries | {"start": self._start_latents}
 
-    def go_on(self, num_done: int, state: dict[str, Tensor]) -> None:
+    def restore(self, num_done: int, state: dict[str, Tensor]) -> None:
         """See `Solver.go_on`."""
-        self._data = [state[key] for key in sorted(state) if key.startswith("data")]
-        self._start = state.get("start")
-        self._order = self._order_of(num_done - 1)
+        self._x0_history = [state[key] for key in sorted(state) if key.startswith("data")]
+        self._start_latents = state.get("start")
+        self._order = self._compute_order(num_done - 1)
 
-    def _coefficients(self, index: int) -> tuple[float, float, float, float]:
+    def _compute_coefficients(self, index: int) -> tuple[float, float, float, float]:
         """Return h and the weights of x and of the data prediction, and α B(h), for the step from index to index + 1."""
-        sigma, target = self.sigmas[index], self.sigmas[index + 1]
-        h = _log_snr(target) - _log_snr(sigma)
-        alpha_b = (1 - target) * math.expm1(-h)
-        return h, target / sigma, -alpha_b, alpha_b
+        sigma, next_sigma = self.sigmas[index], self.sigmas[index + 1]
+        h = _compute_half_log_snr(next_sigma) - _compute_half_log_snr(sigma)
+        alpha_b = (1 - next_sigma) * math.expm1(-h)
+        return h, next_sigma / sigma, -alpha_b, alpha_b
 
-    def _predict(self, index: int, latents: Tensor) -> Tensor:
-        h, of_x, of_data, alpha_b = self._coefficients(index)
-        out = of_x * latents + of_data * self._data[-1]
+    def _predict_latents(self, index: int, latents: Tensor) -> Tensor:
+        h, x_weight, x0_weight, alpha_b = self._compute_coefficients(index)
+        next_latents = x_weight * latents + x0_weight * self._x0_history[-1]
         if self._order == 2:
-            r = (_log_snr(self.sigmas[index - 1]) - _log_snr(self.sigmas[index])) / h
-            out = out - 0.5 * alpha_b / r * (self._data[-2] - self._data[-1])
-        return out
+            r = (
+                _compute_half_log_snr(self.sigmas[index - 1])
+                - _compute_half_log_snr(self.sigmas[index])
+            ) / h
+            next_latents = next_latents - 0.5 * alpha_b / r * (
+                self._x0_history[-2] - self._x0_history[-1]
+            )
+        return next_latents
 
-    def _correct(self, index: int, start: Tensor, data: Tensor) -> Tensor:
+    def _correct_latents(self, index: int, start_latents: Tensor, x0: Tensor) -> Tensor:
         """Redo the step from index - 1 to index, now that the model was evaluated at its end."""
-        h, of_x, of_data, alpha_b = self._coefficients(index - 1)
-        previous = self._data[-1]
-        out = of_x * start + of_data * previous
+        h, x_weight, x0_weight, alpha_b = self._compute_coefficients(index - 1)
+        previous_x0 = self._x0_history[-1]
+        corrected_latents = x_weight * start_latents + x0_weight * previous_x0
         if self._order == 1:
-            return out - 0.5 * alpha_b * (data - previous)
+            return corrected_latents - 0.5 * alpha_b * (x0 - previous_x0)
         # Solve [[1, 1], [r, 1]] ρ = b for the weights of the two differences.
-        r = (_log_snr(self.sigmas[index - 2]) - _log_snr(self.sigmas[index - 1])) / h
+        r = (
+            _compute_half_log_snr(self.sigmas[index - 2])
+            - _compute_half_log_snr(self.sigmas[index - 1])
+        ) / h
         phi_1 = math.expm1(-h)
         phi_2 = phi_1 / -h - 1
         phi_3 = phi_2 / -h - 0.5
         b = (phi_2 / phi_1, 2 * phi_3 / phi_1)
         rho = (b[0] - b[1]) / (1 - r)
-        return out - alpha_b * (rho / r * (self._data[-2] - previous) + (b[0] - rho) * (data - previous))
+        return corrected_latents - alpha_b * (
+            rho / r * (self._x0_history[-2] - previous_x0) + (b[0] - rho) * (x0 - previous_x0)
+        )
 
 
 SOLVERS: dict[str, type[Solver]] = {"unipc": UniPC, "dpm++": DpmSolverPlusPlus, "euler": Euler}
 
 
-def make_solver(name: str, steps: int, shift: float) -> Solver:
+def make_solver(name: str, num_steps: int, shift: float) -> Solver:
     """Return a fresh solver for one run."""
-    return SOLVERS[name](steps, shift)
+    return SOLVERS[name](num_steps, shift)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wan_dist.tasks.registry import TeaFit
+from wan_dist.tasks.registry import TeaCacheFit
 
-Predict = Callable[[Tensor, int], Tensor]
+VelocityFunction = Callable[[Tensor, int], Tensor]
 """(latents (B, C, T, h, w), timestep) -> velocity of the same shape."""
 
 
@@ -23,58 +23,85 @@ class EasyCache:
 
     def __init__(
         self,
-        predict: Predict,
+        predict: VelocityFunction,
         *,
         num_steps: int,
         threshold: float,
         num_done: int = 0,
         agree: Callable[[bool], bool] = bool,
-        note: Callable[[], None] = lambda: None,
+        on_guess: Callable[[], None] = lambda: None,
     ) -> None:
-        self.predict, self.threshold, self.agree, self.note = predict, threshold, agree, note
-        self.num_first, self.last = max(2, math.ceil(num_steps / 5)), num_steps - 1
-        self._count = num_done
-        self._error = 0.0
-        self._rate: float | None = None
-        self._before: tuple[Tensor, Tensor] | None = None
-        self._offset: Tensor | float = 0.0
+        self.predict, self.threshold, self.agree, self.on_guess = (
+            predict,
+            threshold,
+            agree,
+            on_guess,
+        )
+        self.num_warmup_steps, self.last_step = max(2, math.ceil(num_steps / 5)), num_steps - 1
+        self._next_step = num_done
+        self._accumulated_error = 0.0
+        self._change_rate: float | None = None
+        self._previous_step: tuple[Tensor, Tensor] | None = None
+        self._velocity_offset: Tensor | float = 0.0
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
         """Return the velocity, computed or guessed."""
-        step, self._count = self._count, self._count + 1
-        if self._is_guessed(step, latents):
-            self.note()
-            velocity = latents + self._offset
+        step, self._next_step = self._next_step, self._next_step + 1
+        if self._decide_to_guess(step, latents):
+            self.on_guess()
+            velocity = latents + self._velocity_offset
         else:
             velocity = self.predict(latents, timestep)
-            self._offset = velocity - latents
-            self._error = 0.0
-            if self._before is not None:
-                self._rate = _size(velocity - self._before[1]) / max(_size(latents - self._before[0]), 1e-12)
-        self._before = latents, velocity
+            self._velocity_offset = velocity - latents
+            self._accumulated_error = 0.0
+            if self._previous_step is not None:
+                self._change_rate = _measure_magnitude(velocity - self._previous_step[1]) / max(
+                    _measure_magnitude(latents - self._previous_step[0]), 1e-12
+                )
+        self._previous_step = latents, velocity
         return velocity
 
     def state(self) -> dict[str, Tensor]:
         """Return what `go_on` needs to guess the same in another run; nothing before the first step."""
-        if self._before is None or isinstance(self._offset, float):
+        if self._previous_step is None or isinstance(self._velocity_offset, float):
             return {}
-        numbers = torch.tensor([self._error, math.nan if self._rate is None else self._rate], dtype=torch.float64)
-        return {"latents": self._before[0], "velocity": self._before[1], "offset": self._offset, "numbers": numbers}
+        numbers = torch.tensor(
+            [self._accumulated_error, math.nan if self._change_rate is None else self._change_rate],
+            dtype=torch.float64,
+        )
+        return {
+            "latents": self._previous_step[0],
+            "velocity": self._previous_step[1],
+            "offset": self._velocity_offset,
+            "numbers": numbers,
+        }
 
-    def go_on(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         """Take over the state after the steps that are done."""
-        self._before, self._offset = (state["latents"], state["velocity"]), state["offset"]
-        self._error, rate = state["numbers"].tolist()
-        self._rate = None if math.isnan(rate) else rate
+        self._previous_step, self._velocity_offset = (
+            (state["latents"], state["velocity"]),
+            state["offset"],
+        )
+        self._accumulated_error, rate = state["numbers"].tolist()
+        self._change_rate = None if math.isnan(rate) else rate
 
-    def _is_guessed(self, step: int, latents: Tensor) -> bool:
-        if step < self.num_first or step >= self.last or self._rate is None or self._before is None:
+    def _decide_to_guess(self, step: int, latents: Tensor) -> bool:
+        if (
+            step < self.num_warmup_steps
+            or step >= self.last_step
+            or self._change_rate is None
+            or self._previous_step is None
+        ):
             return False
-        self._error += self._rate * _size(latents - self._before[0]) / max(_size(self._before[1]), 1e-12)
-        return self.agree(self._error < self.threshold)
+        self._accumulated_error += (
+            self._change_rate
+            * _measure_magnitude(latents - self._previous_step[0])
+            / max(_measure_magnitude(self._previous_step[1]), 1e-12)
+        )
+        return self.agree(self._accumulated_error < self.threshold)
 
 
-def _size(x: Tensor) -> float:
+def _measure_magnitude(x: Tensor) -> float:
     return x.abs().mean().item()
 
 
@@ -87,39 +114,51 @@ class TeaCache:
 
     def __init__(
         self,
-        fit: TeaFit,
+        fit: TeaCacheFit,
         *,
-        num_first: int = 5,
+        num_warmup_steps: int = 5,
         num_done: int = 0,
         agree: Callable[[bool], bool] = bool,
-        note: Callable[[], None] = lambda: None,
+        on_guess: Callable[[], None] = lambda: None,
     ) -> None:
-        self.fit, self.num_first, self.agree, self.note = fit, num_first, agree, note
-        self._count, self._change = num_done, 0.0
-        self._before: Tensor | None = None
+        self.fit, self.num_warmup_steps, self.agree, self.on_guess = (
+            fit,
+            num_warmup_steps,
+            agree,
+            on_guess,
+        )
+        self._next_step, self._accumulated_change = num_done, 0.0
+        self._previous_embedding: Tensor | None = None
         self._decision: bool | None = None
 
-    def begin(self) -> None:
+    def start_step(self) -> None:
         """Begin a step: the decision is the same for all that is computed in it."""
         self._decision = None
 
     def __call__(self, embedding: Tensor) -> bool:
         """Whether this step is guessed, by its timestep's embedding as the blocks are modulated with it."""
         if self._decision is None:
-            self._decision = self._decide(embedding)
-            self._before = embedding
-            self._count += 1
+            self._decision = self._decide_to_guess(embedding)
+            self._previous_embedding = embedding
+            self._next_step += 1
             if self._decision:
-                self.note()
+                self.on_guess()
         return self._decision
 
-    def _decide(self, embedding: Tensor) -> bool:
-        if self._before is None or self._count < self.num_first:
+    def _decide_to_guess(self, embedding: Tensor) -> bool:
+        if self._previous_embedding is None or self._next_step < self.num_warmup_steps:
             return False
-        relative = _size(embedding - self._before) / max(_size(self._before), 1e-12)
-        foreseen = sum(factor * relative**power for power, factor in enumerate(reversed(self.fit.coefficients)))
-        self._change += max(foreseen, relative)  # where it was not fitted, with few steps, a polynomial may fall far below 0
-        is_guessed = self.agree(self._change < self.fit.threshold)
+        relative_change = _measure_magnitude(embedding - self._previous_embedding) / max(
+            _measure_magnitude(self._previous_embedding), 1e-12
+        )
+        predicted_change = sum(
+            coefficient * relative_change**power
+            for power, coefficient in enumerate(reversed(self.fit.coefficients))
+        )
+        self._accumulated_change += max(
+            predicted_change, relative_change
+        )  # where it was not fitted, with few steps, a polynomial may fall far below 0
+        is_guessed = self.agree(self._accumulated_change < self.fit.threshold)
         if not is_guessed:
-            self._change = 0.0
+            self._accumulated_change = 0.0
         return is_guessed

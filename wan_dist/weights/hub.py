@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from wan_dist.runtime.environment import text_of
-from wan_dist.runtime.errors import InputError, first_line
+from wan_dist.runtime.environment import read_text_variable
+from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import preemption
 from wan_dist.tasks.registry import Task
-from wan_dist.weights.layout import download_patterns, find_layout
+from wan_dist.weights.layout import find_layout, list_download_patterns
 
-_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
-_MIRROR = ("HF_ENDPOINT",)
-_CERTIFICATES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
-_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_PROXY_VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+_MIRROR_VARIABLES = ("HF_ENDPOINT",)
+_CERTIFICATE_VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE")
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+_DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+_NO_PERMISSION_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def snapshot_download(repository: str, **options: Any) -> str:
@@ -33,85 +33,111 @@ def find_checkpoint(task: Task, *, area: int) -> Path:
 
     Raises InputError, with the folder that is wanted, when it is neither there nor can be fetched.
     """
-    repository, patterns = task.hub_repository(area), download_patterns(task)
+    repository, patterns = task.choose_repository(area), list_download_patterns(task)
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
-        for part in find_layout(folder, task).transformers:
-            part.open()  # a shard may be missing
+        for component_files in find_layout(folder, task).transformers:
+            component_files.open()  # a shard may be missing
     except Exception:  # not there, not whole, or not to be read: the download says which
-        return download(task, area=area)
+        return download_checkpoint(task, area=area)
     return folder
 
 
-def download(task: Task, *, area: int, folder: Path | None = None) -> Path:
+def download_checkpoint(task: Task, *, area: int, folder: Path | None = None) -> Path:
     """Download the task's published checkpoint for videos of ``area`` pixels to a folder, by default of the Hugging Face cache; returns it.
 
     Files that are there whole are not fetched again. Raises InputError if it cannot be fetched. A signal ends the process at once:
     what has come is kept, and others would wait for the file that is under way.
     """
-    repository, patterns = task.hub_repository(area), download_patterns(task)
+    repository, patterns = task.choose_repository(area), list_download_patterns(task)
     logger.info("download  %s to %s", repository, folder or "the Hugging Face cache")
     try:
-        with preemption.ends_at_once():
+        with preemption.immediate_exit():
             return Path(snapshot_download(repository, allow_patterns=patterns, local_dir=folder))
-    except Exception as fault:  # of the hub's client, of what it sends requests with, of the disk
+    except Exception as error:  # of the hub's client, of what it sends requests with, of the disk
         raise InputError(
-            f"the checkpoint of {task.name} is not on this machine and could not be downloaded: {_explain(fault)}; or where there is "
+            f"the checkpoint of {task.name} is not on this machine and could not be downloaded: {_explain_download_error(error)}; or where there is "
             f"internet run `python -m launch fetch {task.name} FOLDER` or `hf download {repository} --local-dir FOLDER`, then pass "
             f"ckpt_dir=FOLDER; it must hold {', '.join(patterns)}"
         ) from None
 
 
-def _explain(fault: Exception) -> str:
+def _explain_download_error(error: Exception) -> str:
     """Return why a download failed, and the variable that may mend it."""
-    causes = list(_causes(fault))
-    answered = [cause for cause in causes if getattr(cause, "response", None) is not None]
-    origin = answered[0] if answered else causes[-1]
-    said = f"{type(origin).__name__}: {first_line(origin)}"
-    if offline := _first_set(_OFFLINE):
-        return f"{offline} forbids it; unset it"
-    if answered and getattr(getattr(origin, "response", None), "status_code", None) in (401, 403):
-        return f"{said}; a token is refused: renew what HF_TOKEN or `hf auth login` has set, or do without, as public files need none"
-    if _is_of_disk(causes, _FULL):
-        return f"{said}; make room, or have HF_HOME=FOLDER name a disk that has some"
-    if _is_of_disk(causes, _FORBIDDEN):
-        return f"{said}; have HF_HOME=FOLDER name a folder that you may write to"
-    proxy, mirror, certificates = (_first_set(keys) for keys in (_PROXIES, _MIRROR, _CERTIFICATES))
+    causes = list(_iterate_causes(error))
+    http_errors = [cause for cause in causes if getattr(cause, "response", None) is not None]
+    root_cause = http_errors[0] if http_errors else causes[-1]
+    message = f"{type(root_cause).__name__}: {get_first_line(root_cause)}"
+    if offline_setting := _find_set_variable(_OFFLINE_VARIABLES):
+        return f"{offline_setting} forbids it; unset it"
+    if http_errors and getattr(getattr(root_cause, "response", None), "status_code", None) in (
+        401,
+        403,
+    ):
+        return f"{message}; a token is refused: renew what HF_TOKEN or `hf auth login` has set, or do without, as public files need none"
+    if _has_disk_error(causes, _DISK_FULL_ERRNOS):
+        return f"{message}; make room, or have HF_HOME=FOLDER name a disk that has some"
+    if _has_disk_error(causes, _NO_PERMISSION_ERRNOS):
+        return f"{message}; have HF_HOME=FOLDER name a folder that you may write to"
+    proxy, mirror, certificates = (
+        _find_set_variable(variables)
+        for variables in (_PROXY_VARIABLES, _MIRROR_VARIABLES, _CERTIFICATE_VARIABLES)
+    )
     if proxy and any(isinstance(cause, ImportError) for cause in causes):
-        return f"{proxy} needs a package that is not installed ({said}): pip install socksio, or unset it"
-    is_certificate = "SSL" in said.upper() or type(origin) is FileNotFoundError
-    named = [key for key in (mirror, proxy, certificates if is_certificate else None) if key]
-    return f"{said}; " + (f"{' and '.join(named)} may be wrong" if named else "is there internet")
+        return f"{proxy} needs a package that is not installed ({message}): pip install socksio, or unset it"
+    is_certificate_error = "SSL" in message.upper() or type(root_cause) is FileNotFoundError
+    suspect_settings = [
+        setting
+        for setting in (mirror, proxy, certificates if is_certificate_error else None)
+        if setting
+    ]
+    return f"{message}; " + (
+        f"{' and '.join(suspect_settings)} may be wrong"
+        if suspect_settings
+        else "is there internet"
+    )
 
 
-def _is_of_disk(causes: list[BaseException], numbers: tuple[int, ...]) -> bool:
+def _has_disk_error(causes: list[BaseException], error_numbers: tuple[int, ...]) -> bool:
     """Whether an error of a file is behind it; those of files have a name, and some libraries only its text."""
-    of_files = (cause for cause in causes if isinstance(cause, OSError) and (cause.filename is not None or cause.errno in _FULL))
-    texts = tuple(f"(os error {number})" for number in numbers)
-    return any(cause.errno in numbers for cause in of_files) or any(text in str(cause) for cause in causes for text in texts)
+    file_errors = (
+        cause
+        for cause in causes
+        if isinstance(cause, OSError)
+        and (cause.filename is not None or cause.errno in _DISK_FULL_ERRNOS)
+    )
+    errno_texts = tuple(f"(os error {number})" for number in error_numbers)
+    return any(cause.errno in error_numbers for cause in file_errors) or any(
+        text in str(cause) for cause in causes for text in errno_texts
+    )
 
 
-def _causes(fault: BaseException) -> Iterator[BaseException]:
+def _iterate_causes(error: BaseException) -> Iterator[BaseException]:
     """Go from an error to those that it came from."""
-    seen: BaseException | None = fault
+    cause: BaseException | None = error
     for _ in range(20):
-        if seen is None:
+        if cause is None:
             return
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
-def _first_set(keys: tuple[str, ...]) -> str | None:
+def _find_set_variable(variables: tuple[str, ...]) -> str | None:
     """Return the first of the variables that is set, also in lower case, as KEY=VALUE without a password."""
-    for key in (name for upper in keys for name in (upper, upper.lower())):
-        if (value := text_of(key)) and value != "0":
-            return f"{key}={re.sub(r'//[^/@]*@', '//...@', value)}"
+    for variable in (name for upper in variables for name in (upper, upper.lower())):
+        if (value := read_text_variable(variable)) and value != "0":
+            return f"{variable}={re.sub(r'//[^/@]*@', '//...@', value)}"
     return None
 
 
-def check_whole(folder: Path, task: Task) -> None:
+def check_checkpoint_complete(folder: Path, task: Task) -> None:
     """Raise InputError unless all files of the task are there and their headers can be read."""
     layout = find_layout(folder, task)
-    for part in (*layout.transformers, layout.text_encoder, layout.image_encoder, layout.vae):
-        if part is not None:
-            part.open()
+    for component_files in (
+        *layout.transformers,
+        layout.text_encoder,
+        layout.image_encoder,
+        layout.vae,
+    ):
+        if component_files is not None:
+            component_files.open()

@@ -8,31 +8,31 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-Rename = Callable[[str], str]
+KeyRenamer = Callable[[str], str]
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """A tensor of the checkpoint, or the ``part``-th of ``parts`` equal shares of its rows."""
 
     key: str
-    part: int = 0
-    parts: int = 1
+    part_index: int = 0
+    num_parts: int = 1
 
 
 @dataclass(frozen=True)
 class KeyMap:
     """``sources`` maps the name of one of our parameters to what it consists of, stacked along the first dim."""
 
-    sources: Callable[[str], tuple[Source, ...]]
-    ignores: Callable[[str], bool] = lambda key: False
+    find_sources: Callable[[str], tuple[TensorSource, ...]]
+    is_ignored: Callable[[str], bool] = lambda key: False
     """Which of the checkpoint's keys are known not to be needed."""
 
 
-_Table = tuple[tuple[str, str], ...]
+_RenameTable = tuple[tuple[str, str], ...]
 
 
-def _renamed(name: str, table: _Table) -> str:
+def _apply_rename_table(name: str, table: _RenameTable) -> str:
     """Apply the first row (pattern, replacement) whose pattern begins the name."""
     for pattern, replacement in table:
         if match := re.match(pattern, name):
@@ -40,29 +40,31 @@ def _renamed(name: str, table: _Table) -> str:
     return name
 
 
-def _same(name: str) -> str:
+def _keep_name(name: str) -> str:
     return name
 
 
-def _transformer(rename: Rename) -> KeyMap:
+def _map_transformer(rename_key: KeyRenamer) -> KeyMap:
     """q, k, v of self-attention and k, v of cross-attention are one linear here and apart in every checkpoint."""
-    fused = {
+    fused_linears = {
         ".self_attn.qkv.": ("self_attn.q", "self_attn.k", "self_attn.v"),
         ".cross_attn.kv.": ("cross_attn.k", "cross_attn.v"),
         ".cross_attn.kv_img.": ("cross_attn.k_img", "cross_attn.v_img"),
     }
 
-    def sources(name: str) -> tuple[Source, ...]:
-        for whole, parts in fused.items():
-            if whole in name:
-                head, tail = name.split(whole)
-                return tuple(Source(rename(f"{head}.{part}.{tail}")) for part in parts)
-        return (Source(rename(name)),)
+    def find_sources(name: str) -> tuple[TensorSource, ...]:
+        for fused_name, part_names in fused_linears.items():
+            if fused_name in name:
+                prefix, suffix = name.split(fused_name)
+                return tuple(
+                    TensorSource(rename_key(f"{prefix}.{part}.{suffix}")) for part in part_names
+                )
+        return (TensorSource(rename_key(name)),)
 
-    return KeyMap(sources)
+    return KeyMap(find_sources)
 
 
-_DIFFUSERS_TRANSFORMER: _Table = (
+_DIFFUSERS_TRANSFORMER_TABLE: _RenameTable = (
     (r"text_embedding\.0\.", r"condition_embedder.text_embedder.linear_1."),
     (r"text_embedding\.2\.", r"condition_embedder.text_embedder.linear_2."),
     (r"time_embedding\.0\.", r"condition_embedder.time_embedder.linear_1."),
@@ -90,28 +92,45 @@ _DIFFUSERS_TRANSFORMER: _Table = (
 )
 
 
-def original_transformer(_: Collection[str]) -> KeyMap:
+def map_original_transformer(_: Collection[str]) -> KeyMap:
     """Key map of the transformer in the original layout."""
-    return _transformer(_same)
+    return _map_transformer(_keep_name)
 
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_FP8_EXTRAS = ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".input_scale", ".comfy_quant")
+_SINGLE_FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_FP8_EXTRA_SUFFIXES = (
+    "scaled_fp8",
+    ".scale_weight",
+    ".weight_scale",
+    ".scale_input",
+    ".input_scale",
+    ".comfy_quant",
+)
 
 
-def single_file_transformer(keys: Collection[str]) -> KeyMap:
+def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
     """Key map of a transformer in one file, as it is passed around: names of either layout, with or without a prefix, also in fp8."""
-    prefix = next((prefix for prefix in _PREFIXES if any(key.startswith(prefix) for key in keys)), "")
-    table = _DIFFUSERS_TRANSFORMER if any(key.startswith(f"{prefix}condition_embedder.") for key in keys) else ()
-    return KeyMap(_transformer(lambda name: prefix + _renamed(name, table)).sources, lambda key: key.endswith(_FP8_EXTRAS))
+    prefix = next(
+        (prefix for prefix in _SINGLE_FILE_PREFIXES if any(key.startswith(prefix) for key in keys)),
+        "",
+    )
+    table = (
+        _DIFFUSERS_TRANSFORMER_TABLE
+        if any(key.startswith(f"{prefix}condition_embedder.") for key in keys)
+        else ()
+    )
+    return KeyMap(
+        _map_transformer(lambda name: prefix + _apply_rename_table(name, table)).find_sources,
+        lambda key: key.endswith(_FP8_EXTRA_SUFFIXES),
+    )
 
 
-def diffusers_transformer(_: Collection[str]) -> KeyMap:
+def map_diffusers_transformer(_: Collection[str]) -> KeyMap:
     """Key map of the transformer in the Diffusers layout."""
-    return _transformer(lambda name: _renamed(name, _DIFFUSERS_TRANSFORMER))
+    return _map_transformer(lambda name: _apply_rename_table(name, _DIFFUSERS_TRANSFORMER_TABLE))
 
 
-_DIFFUSERS_VAE_PLACES: _Table = (
+_DIFFUSERS_VAE_TABLE: _RenameTable = (
     (r"conv1\.", r"quant_conv."),
     (r"conv2\.", r"post_quant_conv."),
     (r"(encoder|decoder)\.conv1\.", r"\1.conv_in."),
@@ -121,14 +140,20 @@ _DIFFUSERS_VAE_PLACES: _Table = (
     (r"(encoder|decoder)\.middle\.1\.", r"\1.mid_block.attentions.0."),
     (r"(encoder|decoder)\.middle\.2\.", r"\1.mid_block.resnets.1."),
     # VAE 2.2 has stages
-    (r"encoder\.downsamples\.(\d+)\.downsamples\.\d+\.(?=resample|time_conv)", r"encoder.down_blocks.\1.downsampler."),
+    (
+        r"encoder\.downsamples\.(\d+)\.downsamples\.\d+\.(?=resample|time_conv)",
+        r"encoder.down_blocks.\1.downsampler.",
+    ),
     (r"encoder\.downsamples\.(\d+)\.downsamples\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"decoder\.upsamples\.(\d+)\.upsamples\.\d+\.(?=resample|time_conv)", r"decoder.up_blocks.\1.upsampler."),
+    (
+        r"decoder\.upsamples\.(\d+)\.upsamples\.\d+\.(?=resample|time_conv)",
+        r"decoder.up_blocks.\1.upsampler.",
+    ),
     (r"decoder\.upsamples\.(\d+)\.upsamples\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
     # VAE 2.1 does not
     (r"encoder\.downsamples\.(\d+)\.", r"encoder.down_blocks.\1."),
 )
-_DIFFUSERS_VAE_LAYERS = (
+_DIFFUSERS_VAE_LAYER_NAMES = (
     ("residual.0.", "norm1."),
     ("residual.2.", "conv1."),
     ("residual.3.", "norm2."),
@@ -137,35 +162,38 @@ _DIFFUSERS_VAE_LAYERS = (
 )
 
 
-def original_vae(_: Collection[str]) -> KeyMap:
+def map_original_vae(_: Collection[str]) -> KeyMap:
     """Key map of either VAE in the original layout."""
-    return KeyMap(lambda name: (Source(name),))
+    return KeyMap(lambda name: (TensorSource(name),))
 
 
-def diffusers_vae(_: Collection[str]) -> KeyMap:
+def map_diffusers_vae(_: Collection[str]) -> KeyMap:
     """Key map of either VAE in the Diffusers layout."""
 
-    def rename(name: str) -> str:
+    def rename_key(name: str) -> str:
         # The decoder of VAE 2.1 is a flat list: three residual blocks, an upsampling, and again.
         if match := re.match(r"decoder\.upsamples\.(\d+)\.(?!upsamples)", name):
-            stage, place = divmod(int(match[1]), 4)
-            kind = f"resnets.{place}" if place < 3 else "upsamplers.0"
-            name = f"decoder.up_blocks.{stage}.{kind}.{name[match.end() :]}"
+            stage, position = divmod(int(match[1]), 4)
+            layer_name = f"resnets.{position}" if position < 3 else "upsamplers.0"
+            name = f"decoder.up_blocks.{stage}.{layer_name}.{name[match.end() :]}"
         else:
-            name = _renamed(name, _DIFFUSERS_VAE_PLACES)
-        for ours, theirs in _DIFFUSERS_VAE_LAYERS:
+            name = _apply_rename_table(name, _DIFFUSERS_VAE_TABLE)
+        for ours, theirs in _DIFFUSERS_VAE_LAYER_NAMES:
             name = name.replace(ours, theirs)
         return name
 
-    return KeyMap(lambda name: (Source(rename(name)),))
+    return KeyMap(lambda name: (TensorSource(rename_key(name)),))
 
 
-_ORIGINAL_UMT5: _Table = (
+_ORIGINAL_UMT5_TABLE: _RenameTable = (
     (r"embed_tokens\.", r"token_embedding."),
     (r"final_layer_norm\.", r"norm."),
     (r"block\.(\d+)\.layer\.0\.layer_norm\.", r"blocks.\1.norm1."),
     (r"block\.(\d+)\.layer\.1\.layer_norm\.", r"blocks.\1.norm2."),
-    (r"block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.", r"blocks.\1.pos_embedding.embedding."),
+    (
+        r"block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
+        r"blocks.\1.pos_embedding.embedding.",
+    ),
     (r"block\.(\d+)\.layer\.0\.SelfAttention\.", r"blocks.\1.attn."),
     (r"block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"blocks.\1.ffn.gate.0."),
     (r"block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"blocks.\1.ffn.fc1."),
@@ -173,22 +201,24 @@ _ORIGINAL_UMT5: _Table = (
 )
 
 
-def original_text_encoder(_: Collection[str]) -> KeyMap:
+def map_original_text_encoder(_: Collection[str]) -> KeyMap:
     """Key map of umT5 in the original layout: transformers' names to Wan's."""
-    return KeyMap(lambda name: (Source(_renamed(name, _ORIGINAL_UMT5)),))
+    return KeyMap(lambda name: (TensorSource(_apply_rename_table(name, _ORIGINAL_UMT5_TABLE)),))
 
 
-def diffusers_text_encoder(keys: Collection[str]) -> KeyMap:
+def map_diffusers_text_encoder(keys: Collection[str]) -> KeyMap:
     """Key map of umT5 in the Diffusers layout, where the token embedding is stored once or, under two names, twice."""
-    names = ("shared.weight", "encoder.embed_tokens.weight")
-    embedding = names[0] if names[0] in keys else names[1]
+    embedding_names = ("shared.weight", "encoder.embed_tokens.weight")
+    embedding_key = embedding_names[0] if embedding_names[0] in keys else embedding_names[1]
     return KeyMap(
-        lambda name: (Source(embedding if name == "embed_tokens.weight" else f"encoder.{name}"),),
-        lambda key: key in names,
+        lambda name: (
+            TensorSource(embedding_key if name == "embed_tokens.weight" else f"encoder.{name}"),
+        ),
+        lambda key: key in embedding_names,
     )
 
 
-_ORIGINAL_CLIP: _Table = (
+_ORIGINAL_CLIP_TABLE: _RenameTable = (
     (r"embeddings\.class_embedding", r"visual.cls_embedding"),
     (r"embeddings\.position_embedding\.weight", r"visual.pos_embedding"),
     (r"embeddings\.patch_embedding\.", r"visual.patch_embedding."),
@@ -201,28 +231,46 @@ _ORIGINAL_CLIP: _Table = (
 )
 
 
-def _last_layer(keys: Collection[str], pattern: str) -> int:
-    return max((int(match[1]) for match in (re.search(pattern, key) for key in keys) if match), default=-1)
+def _find_last_layer(keys: Collection[str], pattern: str) -> int:
+    return max(
+        (int(match[1]) for match in (re.search(pattern, key) for key in keys) if match), default=-1
+    )
 
 
-def original_image_encoder(keys: Collection[str]) -> KeyMap:
+def map_original_image_encoder(keys: Collection[str]) -> KeyMap:
     """Key map of CLIP in the original layout: the text tower and what follows the penultimate layer are left."""
-    last = _last_layer(keys, r"^visual\.transformer\.(\d+)\.")
-    unused = ("textual.", "log_scale", "visual.head", "visual.post_norm.", f"visual.transformer.{last}.")
+    last_layer = _find_last_layer(keys, r"^visual\.transformer\.(\d+)\.")
+    unused_prefixes = (
+        "textual.",
+        "log_scale",
+        "visual.head",
+        "visual.post_norm.",
+        f"visual.transformer.{last_layer}.",
+    )
 
-    def sources(name: str) -> tuple[Source, ...]:
-        key = _renamed(name, _ORIGINAL_CLIP)
-        part = re.search(r"\.([qkv])_proj\.", name)
-        return (Source(key, "qkv".index(part[1]), 3) if part else Source(key),)
+    def find_sources(name: str) -> tuple[TensorSource, ...]:
+        key = _apply_rename_table(name, _ORIGINAL_CLIP_TABLE)
+        part_match = re.search(r"\.([qkv])_proj\.", name)
+        return (
+            TensorSource(key, "qkv".index(part_match[1]), 3) if part_match else TensorSource(key),
+        )
 
-    return KeyMap(sources, lambda key: key.startswith(unused))
+    return KeyMap(find_sources, lambda key: key.startswith(unused_prefixes))
 
 
-def diffusers_image_encoder(keys: Collection[str]) -> KeyMap:
+def map_diffusers_image_encoder(keys: Collection[str]) -> KeyMap:
     """Key map of CLIP in the Diffusers layout; releases of transformers differ in whether names begin with ``vision_model.``."""
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in keys) else ""
-    last = _last_layer(keys, r"encoder\.layers\.(\d+)\.")
-    unused = tuple(
-        prefix + name for name in ("post_layernorm.", f"encoder.layers.{last}.", "embeddings.position_ids", "visual_projection.")
+    last_layer = _find_last_layer(keys, r"encoder\.layers\.(\d+)\.")
+    unused_prefixes = tuple(
+        prefix + name
+        for name in (
+            "post_layernorm.",
+            f"encoder.layers.{last_layer}.",
+            "embeddings.position_ids",
+            "visual_projection.",
+        )
     )
-    return KeyMap(lambda name: (Source(prefix + name),), lambda key: key.startswith(unused))
+    return KeyMap(
+        lambda name: (TensorSource(prefix + name),), lambda key: key.startswith(unused_prefixes)
+    )

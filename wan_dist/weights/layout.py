@@ -9,140 +9,214 @@ from pathlib import Path
 from typing import Any
 
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.text_files import UnreadableError, check_file, read_object
+from wan_dist.runtime.text_files import (
+    UnreadableFileError,
+    check_regular_file,
+    read_checkpoint_json,
+)
 from wan_dist.tasks.registry import Task
 from wan_dist.weights import key_maps as names
-from wan_dist.weights.files import TensorFiles, open_sharded
+from wan_dist.weights.files import TensorFiles, open_sharded_weights
 from wan_dist.weights.key_maps import KeyMap
 
-WEIGHTS = "diffusion_pytorch_model"
-TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
-IMAGE_ENCODER = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
-TOKENIZER = "google/umt5-xxl"
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHTS_STEM = "diffusion_pytorch_model"
+TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+TOKENIZER_FOLDER = "google/umt5-xxl"
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 """Of files with weights, in either case; what is in them does not depend on it."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ComponentFiles:
     """One model of a checkpoint: where it is and how its keys are read."""
 
     folder: Path
-    file: str
+    file_or_stem: str
     """A file's name, or the stem of sharded ``.safetensors``; absolute: a file of any name."""
-    keys: Callable[[Collection[str]], KeyMap]
-    config: str | None = None
+    build_key_map: Callable[[Collection[str]], KeyMap]
+    config_file: str | None = None
 
     def open(self) -> tuple[dict[str, Any], TensorFiles, KeyMap]:
         """Return config, files and key map; headers are read, weights are not. Raises InputError for missing or damaged files."""
         config: dict[str, Any] = {}
-        if self.config is not None:
-            config = read_object(self.folder / self.config)
-        path = Path(self.file)
-        is_file = path.is_absolute() or path.suffix.lower() in SUFFIXES
-        files = TensorFiles([self.folder / path]) if is_file else open_sharded(self.folder, self.file)
-        return config, files, self.keys(files.shapes)
+        if self.config_file is not None:
+            config = read_checkpoint_json(self.folder / self.config_file)
+        path = Path(self.file_or_stem)
+        is_file = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES
+        files = (
+            TensorFiles([self.folder / path])
+            if is_file
+            else open_sharded_weights(self.folder, self.file_or_stem)
+        )
+        return config, files, self.build_key_map(files.shapes)
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointLayout:
     """Where the models of a task are. ``transformers``: one, or those for high and for low noise."""
 
     name: str
-    transformers: tuple[Part, ...]
-    text_encoder: Part
-    image_encoder: Part | None
-    vae: Part
-    tokenizer: Path
+    transformers: tuple[ComponentFiles, ...]
+    text_encoder: ComponentFiles
+    image_encoder: ComponentFiles | None
+    vae: ComponentFiles
+    tokenizer_folder: Path
 
 
-def vae_file(task: Task) -> str:
+def get_vae_file_name(task: Task) -> str:
     """Return the name of the task's VAE file in the original layout."""
     return "Wan2.2_VAE.pth" if task.latent_channels == 48 else "Wan2.1_VAE.pth"
 
 
-def download_patterns(task: Task) -> list[str]:
+def list_download_patterns(task: Task) -> list[str]:
     """Return glob patterns of all that a run reads from the task's repository (original layout): what to fetch, and nothing else."""
-    folders = ("high_noise_model/", "low_noise_model/") if task.boundary else ("",)
-    patterns = [f"{folder}{name}" for folder in folders for name in ("config.json", f"{WEIGHTS}*.safetensors*")]
-    patterns += [TEXT_ENCODER, vae_file(task), f"{TOKENIZER}/*"]
-    return [*patterns, IMAGE_ENCODER] if task.looks_at_images else patterns
+    folders = ("high_noise_model/", "low_noise_model/") if task.expert_boundary else ("",)
+    patterns = [
+        f"{folder}{name}"
+        for folder in folders
+        for name in ("config.json", f"{WEIGHTS_STEM}*.safetensors*")
+    ]
+    patterns += [TEXT_ENCODER_FILE, get_vae_file_name(task), f"{TOKENIZER_FOLDER}/*"]
+    return [*patterns, IMAGE_ENCODER_FILE] if task.has_image_encoder else patterns
 
 
-def find_layout(folder: Path, task: Task, transformer_files: Sequence[Path] = ()) -> Layout:
+def find_layout(
+    folder: Path, task: Task, transformer_files: Sequence[Path] = ()
+) -> CheckpointLayout:
     """Return the layout of a folder; raises InputError with what was found and what was wanted if it is not whole."""
     if not folder.is_dir():
         raise InputError(f"ckpt_dir={folder} is not a folder")
     is_diffusers = (folder / "model_index.json").exists() or (folder / "transformer").is_dir()
-    layout = _diffusers(folder, task) if is_diffusers else _original(folder, task)
+    layout = (
+        _build_diffusers_layout(folder, task)
+        if is_diffusers
+        else _build_original_layout(folder, task)
+    )
     if transformer_files:
-        layout = replace(layout, transformers=_in_files(layout.transformers, transformer_files))
-    parts = (*layout.transformers, layout.text_encoder, layout.image_encoder, layout.vae)
-    missing = [str(path.relative_to(folder)) for part in parts if part is not None and (path := _missing(part)) is not None]
-    if not layout.tokenizer.is_dir():
-        missing.append(str(layout.tokenizer.relative_to(folder)))
-    if missing:
-        found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+        layout = replace(
+            layout, transformers=_replace_weight_files(layout.transformers, transformer_files)
+        )
+    components = (*layout.transformers, layout.text_encoder, layout.image_encoder, layout.vae)
+    missing_files = [
+        str(path.relative_to(folder))
+        for component in components
+        if component is not None and (path := _find_missing_file(component)) is not None
+    ]
+    if not layout.tokenizer_folder.is_dir():
+        missing_files.append(str(layout.tokenizer_folder.relative_to(folder)))
+    if missing_files:
+        present_files = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
         raise InputError(
-            f"{folder} is not a whole {task.name} checkpoint in the {layout.name} layout: it has no {', '.join(missing)} (found: {found})"
+            f"{folder} is not a whole {task.name} checkpoint in the {layout.name} layout: it has no {', '.join(missing_files)} (found: {present_files})"
         )
     return layout
 
 
-def _original(folder: Path, task: Task) -> Layout:
-    places = ("high_noise_model", "low_noise_model") if task.boundary else (".",)
-    return Layout(
+def _build_original_layout(folder: Path, task: Task) -> CheckpointLayout:
+    subfolders = ("high_noise_model", "low_noise_model") if task.expert_boundary else (".",)
+    return CheckpointLayout(
         name="original",
-        transformers=tuple(Part(folder / place, WEIGHTS, names.original_transformer, "config.json") for place in places),
-        text_encoder=Part(folder, _either(folder, TEXT_ENCODER), names.original_text_encoder),
-        image_encoder=Part(folder, _either(folder, IMAGE_ENCODER), names.original_image_encoder) if task.looks_at_images else None,
-        vae=Part(folder, _either(folder, vae_file(task)), names.original_vae),
-        tokenizer=folder / TOKENIZER,
+        transformers=tuple(
+            ComponentFiles(
+                folder / subfolder, WEIGHTS_STEM, names.map_original_transformer, "config.json"
+            )
+            for subfolder in subfolders
+        ),
+        text_encoder=ComponentFiles(
+            folder, _find_weights_file(folder, TEXT_ENCODER_FILE), names.map_original_text_encoder
+        ),
+        image_encoder=ComponentFiles(
+            folder, _find_weights_file(folder, IMAGE_ENCODER_FILE), names.map_original_image_encoder
+        )
+        if task.has_image_encoder
+        else None,
+        vae=ComponentFiles(
+            folder, _find_weights_file(folder, get_vae_file_name(task)), names.map_original_vae
+        ),
+        tokenizer_folder=folder / TOKENIZER_FOLDER,
     )
 
 
-def _either(folder: Path, file: str) -> str:
+def _find_weights_file(folder: Path, file_name: str) -> str:
     """Return the name of a file that is published as .pth, or where that is not there the same with another suffix of weights."""
-    if (folder / file).is_file():
-        return file
-    stem = Path(file).stem.casefold()
-    others = [path.name for path in folder.iterdir() if path.stem.casefold() == stem and path.suffix.lower() in SUFFIXES]
-    return min(others, default=file, key=lambda name: (SUFFIXES.index(Path(name).suffix.lower()), name))
-
-
-def _diffusers(folder: Path, task: Task) -> Layout:
-    places = ("transformer", "transformer_2") if task.boundary else ("transformer",)
-    image_encoder = Part(folder / "image_encoder", "model", names.diffusers_image_encoder, "config.json")
-    return Layout(
-        name="Diffusers",
-        transformers=tuple(Part(folder / place, WEIGHTS, names.diffusers_transformer, "config.json") for place in places),
-        text_encoder=Part(folder / "text_encoder", "model", names.diffusers_text_encoder, "config.json"),
-        image_encoder=image_encoder if task.looks_at_images else None,
-        vae=Part(folder / "vae", WEIGHTS, names.diffusers_vae, "config.json"),
-        tokenizer=folder / "tokenizer",
+    if (folder / file_name).is_file():
+        return file_name
+    stem = Path(file_name).stem.casefold()
+    candidates = [
+        path.name
+        for path in folder.iterdir()
+        if path.stem.casefold() == stem and path.suffix.lower() in WEIGHT_SUFFIXES
+    ]
+    return min(
+        candidates,
+        default=file_name,
+        key=lambda name: (WEIGHT_SUFFIXES.index(Path(name).suffix.lower()), name),
     )
 
 
-def _missing(part: Part) -> Path | None:
+def _build_diffusers_layout(folder: Path, task: Task) -> CheckpointLayout:
+    subfolders = ("transformer", "transformer_2") if task.expert_boundary else ("transformer",)
+    image_encoder = ComponentFiles(
+        folder / "image_encoder", "model", names.map_diffusers_image_encoder, "config.json"
+    )
+    return CheckpointLayout(
+        name="Diffusers",
+        transformers=tuple(
+            ComponentFiles(
+                folder / subfolder, WEIGHTS_STEM, names.map_diffusers_transformer, "config.json"
+            )
+            for subfolder in subfolders
+        ),
+        text_encoder=ComponentFiles(
+            folder / "text_encoder", "model", names.map_diffusers_text_encoder, "config.json"
+        ),
+        image_encoder=image_encoder if task.has_image_encoder else None,
+        vae=ComponentFiles(folder / "vae", WEIGHTS_STEM, names.map_diffusers_vae, "config.json"),
+        tokenizer_folder=folder / "tokenizer",
+    )
+
+
+def _find_missing_file(component: ComponentFiles) -> Path | None:
     """Return the first of a part's files that is not there, as a pattern where it may be sharded."""
-    if part.config is not None and not (part.folder / part.config).exists():
-        return part.folder / part.config
-    if Path(part.file).is_absolute() or any(part.folder.glob(f"{part.file}*")):
+    if (
+        component.config_file is not None
+        and not (component.folder / component.config_file).exists()
+    ):
+        return component.folder / component.config_file
+    if Path(component.file_or_stem).is_absolute() or any(
+        component.folder.glob(f"{component.file_or_stem}*")
+    ):
         return None
-    return part.folder / (part.file if part.file.endswith(".pth") else f"{part.file}*.safetensors")
+    return component.folder / (
+        component.file_or_stem
+        if component.file_or_stem.endswith(".pth")
+        else f"{component.file_or_stem}*.safetensors"
+    )
 
 
-def _in_files(transformers: tuple[Part, ...], paths: Sequence[Path]) -> tuple[Part, ...]:
+def _replace_weight_files(
+    transformers: tuple[ComponentFiles, ...], paths: Sequence[Path]
+) -> tuple[ComponentFiles, ...]:
     """Return the transformers with their weights in these files, one each."""
     if len(paths) != len(transformers):
-        wanted = "two, those for HIGH,LOW noise" if len(transformers) == 2 else "one"
-        raise InputError(f"dit_file: this task takes {wanted}, not {len(paths)} files")
+        expected = "two, those for HIGH,LOW noise" if len(transformers) == 2 else "one"
+        raise InputError(f"dit_file: this task takes {expected}, not {len(paths)} files")
     for path in paths:
         if path.is_dir():
-            raise InputError(f"dit_file={path} is a folder; give the file in it, or ckpt_dir=FOLDER for a whole checkpoint")
+            raise InputError(
+                f"dit_file={path} is a folder; give the file in it, or ckpt_dir=FOLDER for a whole checkpoint"
+            )
         try:
-            check_file(path)
-        except UnreadableError as fault:
-            raise InputError(f"dit_file={path} cannot be read: {fault}") from None
+            check_regular_file(path)
+        except UnreadableFileError as error:
+            raise InputError(f"dit_file={path} cannot be read: {error}") from None
     pairs = zip(transformers, paths, strict=True)
-    return tuple(replace(part, file=str(path.absolute()), keys=names.single_file_transformer) for part, path in pairs)
+    return tuple(
+        replace(
+            component,
+            file_or_stem=str(path.absolute()),
+            build_key_map=names.map_single_file_transformer,
+        )
+        for component, path in pairs
+    )

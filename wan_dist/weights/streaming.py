@@ -14,29 +14,29 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-_ALIGNMENT = 256
-_NUM_SLOTS = 2
-_PORTABLE = 1  # cudaHostRegisterPortable
+_ALIGNMENT_BYTES = 256
+NUM_SLOTS = 2
+_HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable
 
-Read = Callable[[int, dict[str, Tensor]], None]
+BlockFiller = Callable[[int, dict[str, Tensor]], None]
 """Fill a block's parameters, by their names in the block, with the values of the block of this number."""
 
 
-class Layout:
+class BlockLayout:
     """Where the parameters of a block lie in one flat array of bytes."""
 
     def __init__(self, block: nn.Module) -> None:
-        self.places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
+        self.entries_by_name: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
         self.num_bytes = 0
         for name, parameter in block.named_parameters():
-            self.places[name] = self.num_bytes, parameter.dtype, parameter.shape
-            self.num_bytes += -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT
+            self.entries_by_name[name] = self.num_bytes, parameter.dtype, parameter.shape
+            self.num_bytes += -(-parameter.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
-    def views(self, array: Tensor) -> dict[str, Tensor]:
+    def make_views(self, array: Tensor) -> dict[str, Tensor]:
         """Return the parameters as views of an array (num_bytes), uint8."""
         return {
             name: array[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-            for name, (start, dtype, shape) in self.places.items()
+            for name, (start, dtype, shape) in self.entries_by_name.items()
         }
 
 
@@ -45,164 +45,212 @@ class BlockReader:
 
     num_ahead = 3
 
-    def __init__(self, layouts: Sequence[Layout], read: Read, device: torch.device, *, keep: bool, end: int | None = None) -> None:
-        self._layouts, self._num_blocks, self._read, self._keep, self._end = layouts, len(layouts), read, keep, end
-        self._pin = device.type == "cuda"
-        self._most = max(layout.num_bytes for layout in layouts)
-        self._threads = _threads_for(device, self.num_ahead)  # one alone is slower than disks are, and page-locking takes its time
-        self._begun: dict[int, Future[Tensor]] = {}
-        self._spare: deque[tuple[Tensor, Callable[[], None]]] = deque()
+    def __init__(
+        self,
+        layouts: Sequence[BlockLayout],
+        fill_block: BlockFiller,
+        device: torch.device,
+        *,
+        keep_in_memory: bool,
+        end_turn: int | None = None,
+    ) -> None:
+        self._layouts, self._num_blocks, self._fill_block, self._keep_in_memory, self._end_turn = (
+            layouts,
+            len(layouts),
+            fill_block,
+            keep_in_memory,
+            end_turn,
+        )
+        self._is_pinned = device.type == "cuda"
+        self._max_bytes = max(layout.num_bytes for layout in layouts)
+        self._thread_pool = _make_thread_pool(
+            device, self.num_ahead
+        )  # one alone is slower than disks are, and page-locking takes its time
+        self._futures: dict[int, Future[Tensor]] = {}
+        self._spare_arrays: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
     def get(self, turn: int) -> Tensor:
         """Return the array of the block of this turn, counted over all rounds, when it has been read; it stays as it is until `let_go`."""
-        for ahead in range(turn, turn + min(self.num_ahead, self._num_blocks)):
-            if self._end is None or ahead < self._end:
-                self._begin(ahead % self._num_blocks)
-        return self._begun[turn % self._num_blocks].result()
+        for future_turn in range(turn, turn + min(self.num_ahead, self._num_blocks)):
+            if self._end_turn is None or future_turn < self._end_turn:
+                self._start_reading(future_turn % self._num_blocks)
+        return self._futures[turn % self._num_blocks].result()
 
-    def let_go(self, index: int, copied: Callable[[], None]) -> None:
+    def release(self, index: int, wait_for_copy: Callable[[], None]) -> None:
         """Be told that a block's array is not needed any more once ``copied()`` returns."""
-        if not self._keep:
-            self._spare.append((self._begun.pop(index).result(), copied))
+        if not self._keep_in_memory:
+            self._spare_arrays.append((self._futures.pop(index).result(), wait_for_copy))
 
-    def _begin(self, index: int) -> None:
-        if index in self._begun:
+    def _start_reading(self, index: int) -> None:
+        if index in self._futures:
             return
-        spare = self._spare.popleft() if self._spare else None
-        layout, read, pin = self._layouts[index], self._read, self._pin
-        num_bytes = layout.num_bytes if self._keep else self._most
+        spare_array = self._spare_arrays.popleft() if self._spare_arrays else None
+        layout, fill_block, is_pinned = self._layouts[index], self._fill_block, self._is_pinned
+        num_bytes = layout.num_bytes if self._keep_in_memory else self._max_bytes
 
-        def load() -> Tensor:
-            if spare is None:
-                array = host_array(num_bytes, pin=pin)
+        def read_array() -> Tensor:
+            if spare_array is None:
+                array = allocate_host_array(num_bytes, pin=is_pinned)
             else:
-                array, copied = spare
-                copied()
-            read(index, layout.views(array))
+                array, wait_for_copy = spare_array
+                wait_for_copy()
+            fill_block(index, layout.make_views(array))
             return array
 
-        self._begun[index] = self._threads.submit(load)
+        self._futures[index] = self._thread_pool.submit(read_array)
 
 
-class Streamer:
+class BlockStreamer:
     """Brings blocks' weights to the device ahead of their turn, in the order of the blocks, over and over.
 
     It refers to no block, so that it goes, with all that it holds, as soon as the blocks do and the last block has come.
     """
 
     def __init__(
-        self, blocks: Sequence[nn.Module], layouts: Sequence[Layout], reader: BlockReader, device: torch.device, end: int | None = None
+        self,
+        blocks: Sequence[nn.Module],
+        layouts: Sequence[BlockLayout],
+        reader: BlockReader,
+        device: torch.device,
+        end_turn: int | None = None,
     ) -> None:
-        self._layouts, self._reader, self._device, self._end = layouts, reader, device, end
-        most = max(layout.num_bytes for layout in layouts)
-        self._slots = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(min(_NUM_SLOTS, len(blocks)))]
-        self._held: list[int | None] = [None] * len(blocks)
-        self._thread = _threads_for(device, 1)  # it waits for the reader, so that whoever computes need not
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._count = 0
-        self._arriving: deque[Future[Callable[[], None]]] = deque()
+        self._layouts, self._reader, self._device, self._end_turn = (
+            layouts,
+            reader,
+            device,
+            end_turn,
+        )
+        max_bytes = max(layout.num_bytes for layout in layouts)
+        self._slots = [
+            torch.empty(max_bytes, dtype=torch.uint8, device=device)
+            for _ in range(min(NUM_SLOTS, len(blocks)))
+        ]
+        self._slot_by_block: list[int | None] = [None] * len(blocks)
+        self._copy_thread = _make_thread_pool(
+            device, 1
+        )  # it waits for the reader, so that whoever computes need not
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._num_started = 0
+        self._pending_copies: deque[Future[Callable[[], None]]] = deque()
         for _ in self._slots:
-            self._bring_next()
+            self._start_next_copy()
         for index, block in enumerate(blocks):
-            self._point(block, index, index % len(self._slots))
-            block.register_forward_pre_hook(partial(self._arrive, index))
-            block.register_forward_hook(self._leave)
+            self._bind_to_slot(block, index, index % len(self._slots))
+            block.register_forward_pre_hook(partial(self._wait_before_forward, index))
+            block.register_forward_hook(self._refill_after_forward)
 
-    def _point(self, block: nn.Module, index: int, slot: int) -> None:
+    def _bind_to_slot(self, block: nn.Module, index: int, slot: int) -> None:
         """Make a block's parameters views of a slot."""
-        if self._held[index] == slot:
+        if self._slot_by_block[index] == slot:
             return
-        self._held[index] = slot
-        for name, view in self._layouts[index].views(self._slots[slot]).items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(block.get_submodule(owner), attribute, nn.Parameter(view, requires_grad=False))
+        self._slot_by_block[index] = slot
+        for name, view in self._layouts[index].make_views(self._slots[slot]).items():
+            module_name, _, attribute = name.rpartition(".")
+            setattr(
+                block.get_submodule(module_name), attribute, nn.Parameter(view, requires_grad=False)
+            )
 
-    def _bring_next(self) -> None:
+    def _start_next_copy(self) -> None:
         """Begin to bring the next block into the slot that has just been left, if there is a next one."""
-        turn = self._count
-        if turn == self._end:
+        turn = self._num_started
+        if turn == self._end_turn:
             return
         index = turn % len(self._layouts)
-        size = self._layouts[index].num_bytes
-        slot = self._slots[turn % len(self._slots)][:size]
-        self._count += 1
-        left = _now(self._device)
+        num_bytes = self._layouts[index].num_bytes
+        slot_array = self._slots[turn % len(self._slots)][:num_bytes]
+        self._num_started += 1
+        slot_free_event = _record_event(self._device)
 
-        def bring() -> Callable[[], None]:
-            array = self._reader.get(turn)[:size]
-            if self._stream is None or left is None:
-                slot.copy_(array)
-                self._reader.let_go(index, lambda: None)
+        def copy_block() -> Callable[[], None]:
+            array = self._reader.get(turn)[:num_bytes]
+            if self._copy_stream is None or slot_free_event is None:
+                slot_array.copy_(array)
+                self._reader.release(index, lambda: None)
                 return lambda: None
-            with torch.cuda.stream(self._stream):
-                self._stream.wait_event(left)
-                slot.copy_(array, non_blocking=True)
-                arrived = torch.cuda.Event()
-                arrived.record(self._stream)
-            self._reader.let_go(index, arrived.synchronize)
-            return lambda: torch.cuda.current_stream(self._device).wait_event(arrived)
+            with torch.cuda.stream(self._copy_stream):
+                self._copy_stream.wait_event(slot_free_event)
+                slot_array.copy_(array, non_blocking=True)
+                copied_event = torch.cuda.Event()
+                copied_event.record(self._copy_stream)
+            self._reader.release(index, copied_event.synchronize)
+            return lambda: torch.cuda.current_stream(self._device).wait_event(copied_event)
 
-        self._arriving.append(self._thread.submit(bring))
+        self._pending_copies.append(self._copy_thread.submit(copy_block))
 
-    def _arrive(self, index: int, block: nn.Module, _: object) -> None:
-        turn = self._count - len(self._arriving)
-        if turn == self._end:
-            raise RuntimeError(f"streamed blocks are called once more than the {self._end} times that were said")
+    def _wait_before_forward(self, index: int, block: nn.Module, _: object) -> None:
+        turn = self._num_started - len(self._pending_copies)
+        if turn == self._end_turn:
+            raise RuntimeError(
+                f"streamed blocks are called once more than the {self._end_turn} times that were said"
+            )
         if turn % len(self._layouts) != index:
-            raise RuntimeError(f"streamed blocks are called in order: block {index} was called in the turn of {turn % len(self._layouts)}")
-        self._arriving.popleft().result()()
-        self._point(block, index, turn % len(self._slots))
+            raise RuntimeError(
+                f"streamed blocks are called in order: block {index} was called in the turn of {turn % len(self._layouts)}"
+            )
+        self._pending_copies.popleft().result()()
+        self._bind_to_slot(block, index, turn % len(self._slots))
 
-    def _leave(self, *_: object) -> None:
-        self._bring_next()
+    def _refill_after_forward(self, *_: object) -> None:
+        self._start_next_copy()
 
 
 @dataclass(frozen=True)
-class Streaming:
+class StreamingOptions:
     """Which blocks' weights visit the device in turn, and from where."""
 
-    blocks: str
+    blocks_name: str
     """Name of the list of blocks in the model."""
     from_disk: bool = False
     """They are read from disk each time, and not kept in host memory."""
-    leave: tuple[str, ...] = ()
+    skip_prefixes: tuple[str, ...] = ()
     """What else is not loaded: beginnings of parameters' names."""
     num_rounds: int | None = None
     """How often all blocks are called, where that is known: nothing is read ahead after the last."""
 
 
-def stream_blocks(blocks: Sequence[nn.Module], read: Read, device: torch.device, *, from_disk: bool, num_rounds: int | None = None) -> None:
+def stream_blocks(
+    blocks: Sequence[nn.Module],
+    fill_block: BlockFiller,
+    device: torch.device,
+    *,
+    from_disk: bool,
+    num_rounds: int | None = None,
+) -> None:
     """Let the weights of these blocks, on meta, visit the device in turn; each call of a block must be followed by the next's.
 
     ``read`` fills a block's parameters on the host, in threads of their own: once a block where host memory keeps them, every time
     with ``from_disk``.
     """
-    layouts = [Layout(block) for block in blocks]
-    end = None if num_rounds is None else num_rounds * len(blocks)
-    reader = BlockReader(layouts, read, device, keep=not from_disk, end=end)
-    Streamer(blocks, layouts, reader, device, end)
+    layouts = [BlockLayout(block) for block in blocks]
+    end_turn = None if num_rounds is None else num_rounds * len(blocks)
+    reader = BlockReader(
+        layouts, fill_block, device, keep_in_memory=not from_disk, end_turn=end_turn
+    )
+    BlockStreamer(blocks, layouts, reader, device, end_turn)
 
 
-def _threads_for(device: torch.device, number: int) -> ThreadPoolExecutor:
+def _make_thread_pool(device: torch.device, num_threads: int) -> ThreadPoolExecutor:
     """Return threads whose current device is this one: by themselves they would open the first GPU, and take memory there."""
     if device.type != "cuda":
-        return ThreadPoolExecutor(number)
-    return ThreadPoolExecutor(number, initializer=torch.cuda.set_device, initargs=(device,))
+        return ThreadPoolExecutor(num_threads)
+    return ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(device,))
 
 
-def host_array(num_bytes: int, *, pin: bool) -> Tensor:
+def allocate_host_array(num_bytes: int, *, pin: bool) -> Tensor:
     """Return bytes on the host, page-locked with ``pin``; PyTorch's own pinned memory is rounded up to a power of two."""
     array = torch.empty(num_bytes, dtype=torch.uint8)
     if pin:
         runtime, pointer = torch.cuda.cudart(), array.data_ptr()
-        fault = runtime.cudaHostRegister(pointer, num_bytes, _PORTABLE)
-        if int(fault):
-            raise MemoryError(f"{num_bytes / 2**30:.2f} GiB of host memory cannot be page-locked (CUDA error {int(fault)}); see ulimit -l")
+        error_code = runtime.cudaHostRegister(pointer, num_bytes, _HOST_REGISTER_PORTABLE)
+        if int(error_code):
+            raise MemoryError(
+                f"{num_bytes / 2**30:.2f} GiB of host memory cannot be page-locked (CUDA error {int(error_code)}); see ulimit -l"
+            )
         weakref.finalize(array.untyped_storage(), runtime.cudaHostUnregister, pointer)
     return array
 
 
-def _now(device: torch.device) -> torch.cuda.Event | None:
+def _record_event(device: torch.device) -> torch.cuda.Event | None:
     """Return an event at this point of the current stream; None where there are no streams."""
     if device.type != "cuda":
         return None

@@ -2,8 +2,9 @@ import random
 
 import pytest
 
-from wan_dist.config.arguments import prepare, quote
-from wan_dist.config.compose import compose
+from wan_dist.config.arguments import prepare_arguments
+from wan_dist.config.compose import compose_config
+from wan_dist.config.hydra_quoting import quote_if_needed
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import require_task
 
@@ -32,7 +33,9 @@ PROMPTS = [
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_is_plain_text(prompt: str) -> None:
-    config = compose(prepare(["task=toy", f"prompt={prompt}", f"output.dir={prompt}"]))
+    config = compose_config(
+        prepare_arguments(["task=toy", f"prompt={prompt}", f"output.dir={prompt}"])
+    )
     assert config is not None
     assert config.prompt == prompt
     assert config.output.dir == prompt
@@ -45,24 +48,28 @@ def test_any_text_survives_hydra_and_omegaconf() -> None:
     parser, draw = OverridesParser.create(), random.Random(0)
     for _ in range(2000):
         text = "".join(draw.choice("\\'\"${}[](),=: ab\n猫") for _ in range(draw.randrange(1, 12)))
-        if quote(text) == text:
+        if quote_if_needed(text) == text:
             continue  # quoted by the user already
-        value = parser.parse_override(f"prompt={quote(text)}").value()
+        value = parser.parse_override(f"prompt={quote_if_needed(text)}").value()
         assert OmegaConf.create({"prompt": value}).prompt == text
 
 
 @pytest.mark.parametrize(
     ("typed", "expected"),
-    [("'two cats, boxing'", "two cats, boxing"), ('"it\'s"', "it's"), ("null", "two cats boxing on a stage")],
+    [
+        ("'two cats, boxing'", "two cats, boxing"),
+        ('"it\'s"', "it's"),
+        ("null", "two cats boxing on a stage"),
+    ],
 )
 def test_quotes_for_hydra_still_work(typed: str, expected: str) -> None:
-    config = compose(prepare(["task=toy", f"prompt={typed}"]))
+    config = compose_config(prepare_arguments(["task=toy", f"prompt={typed}"]))
     assert config is not None
     assert (config.prompt or "two cats boxing on a stage") == expected
 
 
 def test_flags_may_stand_anywhere() -> None:
-    assert prepare(["--cfg", "job", "task=toy", "--resolve", "seed=1"]) == [
+    assert prepare_arguments(["--cfg", "job", "task=toy", "--resolve", "seed=1"]) == [
         "task=toy",
         "seed=1",
         "--cfg",
@@ -86,7 +93,7 @@ def test_flags_may_stand_anywhere() -> None:
 )
 def test_bad_arguments_are_explained(argument: str, message: str) -> None:
     with pytest.raises(InputError) as caught:
-        prepare(["task=toy", argument])
+        prepare_arguments(["task=toy", argument])
     assert message in str(caught.value)
 
 

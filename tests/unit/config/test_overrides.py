@@ -12,37 +12,122 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from wan_dist.config.arguments import is_text
-from wan_dist.config.overrides import UnplainError, is_plain_key, override_config
-from wan_dist.config.schema import RunConfig, leaf_fields
-from wan_dist.jobs.job_file import Job, configs_of
-from wan_dist.run import check_jobs
+from wan_dist.config.arguments import is_text_key
+from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
+from wan_dist.config.schema import RunConfig, list_settings
+from wan_dist.jobs.job_file import Job, compose_job_configs
+from wan_dist.run import plan_jobs
 from wan_dist.runtime.errors import InputError
-from wan_dist.tasks.image_sizes import image_size
+from wan_dist.tasks.image_sizes import read_image_size
 from wan_dist.tasks.images import read_image
-from wan_dist.tasks.run_config import configured
+from wan_dist.tasks.run_config import read_config
 
 BASE = ["task=toy"]
-NUMBERS: list[Any] = [0, 1, 7, -3, 2**31, 2**63, 2**64 - 1, 10**30, 1.0, 7.0, 0.5, -0.0, 1e-7, 1e16, 1e22, 1.5e300, math.inf]
-OTHERS: list[Any] = [True, False, None, [3.0, 4.0], [3, 4.5], [], [None], [True, 1], ["a", "b"], [[1, 2], [3]]]
-TEXTS = ["7", "7.0", "1e3", "1_000", "0x10", "010", " 7 ", "true", "True", "yes", "on", "null", "None", "nan", "inf", "-inf", "Infinity"]
-TEXTS += ["[3.0,4.0]", "[3.0, 4.0]", "(1,2)", "1,2", "range(1,3)", "choice(1,2)", "a", "'a'", '"a"', "???", "", "{a:1}", "7 8", "@x", "a=b"]
+NUMBERS: list[Any] = [
+    0,
+    1,
+    7,
+    -3,
+    2**31,
+    2**63,
+    2**64 - 1,
+    10**30,
+    1.0,
+    7.0,
+    0.5,
+    -0.0,
+    1e-7,
+    1e16,
+    1e22,
+    1.5e300,
+    math.inf,
+]
+OTHERS: list[Any] = [
+    True,
+    False,
+    None,
+    [3.0, 4.0],
+    [3, 4.5],
+    [],
+    [None],
+    [True, 1],
+    ["a", "b"],
+    [[1, 2], [3]],
+]
+TEXTS = [
+    "7",
+    "7.0",
+    "1e3",
+    "1_000",
+    "0x10",
+    "010",
+    " 7 ",
+    "true",
+    "True",
+    "yes",
+    "on",
+    "null",
+    "None",
+    "nan",
+    "inf",
+    "-inf",
+    "Infinity",
+]
+TEXTS += [
+    "[3.0,4.0]",
+    "[3.0, 4.0]",
+    "(1,2)",
+    "1,2",
+    "range(1,3)",
+    "choice(1,2)",
+    "a",
+    "'a'",
+    '"a"',
+    "???",
+    "",
+    "{a:1}",
+    "7 8",
+    "@x",
+    "a=b",
+]
 TEXTS += ["\\", "a\\", "a'b", "é一", "glob(*)", "5.", "+5", ".5", "1e", "int(5)", "str(7)"]
 TEXTS += ["$HOME", "a${b}", "\\${x}", "a\nb", "\t", "x" * 1001]
-TEXTS += ["fp8", "float32", "cpu", "stream", "disk", "euler", "easy", "64*64", "48x64", "low", "gpu", "tiled", "apart", "8bit", "xfuser"]
-KEYS = [key for key in leaf_fields() if is_plain_key(key)]
+TEXTS += [
+    "fp8",
+    "float32",
+    "cpu",
+    "stream",
+    "disk",
+    "euler",
+    "easy",
+    "64*64",
+    "48x64",
+    "low",
+    "gpu",
+    "tiled",
+    "apart",
+    "8bit",
+    "xfuser",
+]
+KEYS = [key for key in list_settings() if is_plain_key(key)]
 
 
 def compose(settings: list[str]) -> RunConfig:
-    config = configured(settings)
+    config = read_config(settings)
     assert config is not None
     return config
 
 
 def overridden(base: RunConfig, job: Job) -> RunConfig | None:
     try:
-        return override_config(base, [(key, value, text) for (key, value), text in zip(job.values.items(), job.settings, strict=True)])
-    except UnplainError:
+        return override_config(
+            base,
+            [
+                (key, value, text)
+                for (key, value), text in zip(job.values.items(), job.overrides, strict=True)
+            ],
+        )
+    except HydraRequiredError:
         return None
 
 
@@ -50,19 +135,29 @@ def test_settings_over_a_composition_are_a_composition_of_them() -> None:
     """Of each key every odd value that is taken without Hydra, many keys at once."""
     base = compose(BASE)
     taken = {
-        key: [value for value in [*NUMBERS, *OTHERS, *TEXTS] if overridden(base, Job(Path("jobs"), 1, {key: value})) is not None]
+        key: [
+            value
+            for value in [*NUMBERS, *OTHERS, *TEXTS]
+            if overridden(base, Job(Path("jobs"), 1, {key: value})) is not None
+        ]
         for key in KEYS
     }
     assert all(taken.values()), "every key can be set without Hydra"
-    texts = [key for key in KEYS if is_text(key) and len(taken[key]) > 20]  # all go the same way: each has a part of the values
+    texts = [
+        key for key in KEYS if is_text_key(key) and len(taken[key]) > 20
+    ]  # all go the same way: each has a part of the values
     taken |= {key: taken[key][number % 9 :: 9] for number, key in enumerate(texts)}
     rounds = itertools.zip_longest(*taken.values(), fillvalue=...)
     num_rounds = 0
     for values in rounds:
-        job = Job(Path("jobs"), 1, {key: value for key, value in zip(KEYS, values, strict=True) if value is not ...})
+        job = Job(
+            Path("jobs"),
+            1,
+            {key: value for key, value in zip(KEYS, values, strict=True) if value is not ...},
+        )
         own = overridden(base, job)
         assert own is not None
-        composed = compose([*BASE, *job.settings])
+        composed = compose([*BASE, *job.overrides])
         assert own == composed
         assert repr(own) == repr(composed), "also in types"
         num_rounds += 1
@@ -88,15 +183,24 @@ def test_settings_over_a_composition_are_a_composition_of_them() -> None:
 def test_what_is_wrong_is_said_as_by_a_composition(values: dict[str, object]) -> None:
     job = Job(Path("jobs"), 3, values)
     with pytest.raises(InputError) as composed:
-        compose([*BASE, *job.settings])
+        compose([*BASE, *job.overrides])
     with pytest.raises(InputError, match=re.escape(f"jobs, line 3: {composed.value}")):
-        list(configs_of([job], BASE, compose))
+        list(compose_job_configs([job], BASE, compose))
 
 
 def test_defaults_that_jobs_choose_are_composed_once_each() -> None:
-    choices: list[dict[str, object]] = [{}, {"task": "t2v-14B"}, {"memory": "low"}, {"task": "t2v-14B", "memory": "minimal"}]
+    choices: list[dict[str, object]] = [
+        {},
+        {"task": "t2v-14B"},
+        {"memory": "low"},
+        {"task": "t2v-14B", "memory": "minimal"},
+    ]
     jobs = [
-        Job(Path("jobs"), number, choices[number % 4] | {"seed": number, "memory.slice_tokens": 7, "sample.shift": 2.5})
+        Job(
+            Path("jobs"),
+            number,
+            choices[number % 4] | {"seed": number, "memory.slice_tokens": 7, "sample.shift": 2.5},
+        )
         for number in range(1, 41)
     ]
     composed = []
@@ -108,15 +212,20 @@ def test_defaults_that_jobs_choose_are_composed_once_each() -> None:
     found = dict(configs_of_by_line(jobs, counted))
     assert len(composed) == 4
     for number in (1, 2, 3, 40):
-        assert found[number] == compose(["task=toy", "sample.steps=3", *jobs[number - 1].settings])
+        assert found[number] == compose(["task=toy", "sample.steps=3", *jobs[number - 1].overrides])
 
 
 def configs_of_by_line(jobs: list[Job], composer: Any) -> list[tuple[int, RunConfig]]:
-    return [(job.line, config) for job, config in configs_of(jobs, [*BASE, "sample.steps=3"], composer)]
+    return [
+        (job.line, config)
+        for job, config in compose_job_configs(jobs, [*BASE, "sample.steps=3"], composer)
+    ]
 
 
 def test_a_job_may_mend_what_is_wrong_for_all() -> None:
-    ((_, config),) = configs_of([Job(Path("jobs"), 1, {"size": "64*64"})], [*BASE, "size=large"], compose)
+    ((_, config),) = compose_job_configs(
+        [Job(Path("jobs"), 1, {"size": "64*64"})], [*BASE, "size=large"], compose
+    )
     assert config.size == "64*64"
 
 
@@ -126,13 +235,22 @@ def test_many_jobs_are_checked_soon_and_sent_small(tmp_path: Path) -> None:
     Image.new("RGB", (640, 480)).save(tmp_path / "0.jpg")
     lines = []
     for number in range(number_of_jobs):
-        (tmp_path / f"{number}.jpg").exists() or (tmp_path / f"{number}.jpg").hardlink_to(tmp_path / "0.jpg")
-        own = {"seed": number, "steps": 10 + number % 40, "shift": 2 + number / 5000, "guide_scale": [3.0, 1 + number / 1000]}
-        lines.append(json.dumps({"prompt": f"a ball, number {number}", "image": f"{number}.jpg", **own}))
+        (tmp_path / f"{number}.jpg").exists() or (tmp_path / f"{number}.jpg").hardlink_to(
+            tmp_path / "0.jpg"
+        )
+        own = {
+            "seed": number,
+            "steps": 10 + number % 40,
+            "shift": 2 + number / 5000,
+            "guide_scale": [3.0, 1 + number / 1000],
+        }
+        lines.append(
+            json.dumps({"prompt": f"a ball, number {number}", "image": f"{number}.jpg", **own})
+        )
     (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
     arguments = ["task=i2v-A14B", f"jobs={tmp_path / 'jobs.jsonl'}"]
     began = time.process_time()
-    checked = check_jobs(compose(arguments), arguments, ranks=(16, 8), gpu_bytes=80 * 2**30)
+    checked = plan_jobs(compose(arguments), arguments, ranks=(16, 8), gpu_bytes=80 * 2**30)
     assert time.process_time() - began < 60 * number_of_jobs / 10_000
     sent = pickle.dumps(checked)
     assert len(sent) < 2000 * number_of_jobs
@@ -154,16 +272,24 @@ def turned(orientation: int) -> Image.Exif:
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "bmp", "tiff"])
 @pytest.mark.parametrize("orientation", [None, 3, 6])
-def test_sizes_are_those_of_decoded_images(kind: str, orientation: int | None, tmp_path: Path) -> None:
-    file = picture(tmp_path / f"a.{kind}", **({} if orientation is None else {"exif": turned(orientation)}))
-    assert image_size(str(file), "image") == read_image(str(file), "image").size
+def test_sizes_are_those_of_decoded_images(
+    kind: str, orientation: int | None, tmp_path: Path
+) -> None:
+    file = picture(
+        tmp_path / f"a.{kind}", **({} if orientation is None else {"exif": turned(orientation)})
+    )
+    assert read_image_size(str(file), "image") == read_image(str(file), "image").size
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
-def test_plain_images_are_not_decoded(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_images_are_not_decoded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = picture(tmp_path / f"a.{kind}", exif=turned(8))
-    monkeypatch.setattr("wan_dist.tasks.image_sizes.read_image", lambda *_: pytest.fail("it was decoded"))
-    assert image_size(str(file), "image") == (40, 64)
+    monkeypatch.setattr(
+        "wan_dist.tasks.image_sizes.read_image", lambda *_: pytest.fail("it was decoded")
+    )
+    assert read_image_size(str(file), "image") == (40, 64)
 
 
 def test_a_turn_that_is_said_after_the_pixels_counts(tmp_path: Path) -> None:
@@ -172,14 +298,20 @@ def test_a_turn_that_is_said_after_the_pixels_counts(tmp_path: Path) -> None:
     length = 12 + int.from_bytes(data[place : place + 4], "big")
     late = data[:place] + data[place + length : -12] + data[place : place + length] + data[-12:]
     (tmp_path / "b.png").write_bytes(late)
-    assert image_size(str(tmp_path / "b.png"), "image") == read_image(str(tmp_path / "b.png"), "image").size == (40, 64)
+    assert (
+        read_image_size(str(tmp_path / "b.png"), "image")
+        == read_image(str(tmp_path / "b.png"), "image").size
+        == (40, 64)
+    )
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "webp", "gif", "none"])
-def test_images_that_cannot_be_read_are_refused_without_decoding_the_others(kind: str, tmp_path: Path) -> None:
+def test_images_that_cannot_be_read_are_refused_without_decoding_the_others(
+    kind: str, tmp_path: Path
+) -> None:
     file = tmp_path / f"a.{kind}"
     if kind != "none":
         data = picture(file).read_bytes()
         file.write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match="image="):
-        image_size(str(file), "image")
+        read_image_size(str(file), "image")

@@ -9,18 +9,18 @@ import pytest
 
 from tests.gallery_folder import RUN, write_record
 from wan_dist.jobs import run_log as chronicle
-from wan_dist.jobs.run_log import Chronicle
+from wan_dist.jobs.run_log import RunLog
 from wan_dist.output.gallery import records
 from wan_dist.output.gallery.background import PageWriter
-from wan_dist.output.gallery.records import Seen, read_records
+from wan_dist.output.gallery.records import RecordCache, read_records
 from wan_dist.runtime.signals import preemption
 
 STANDING = {"done": 1, "failed": 0}
 
 
-def chronicle_in(folder: Path) -> Chronicle:
+def chronicle_in(folder: Path) -> RunLog:
     write_record(folder, "one")
-    return Chronicle(folder, RUN, [], 1, 3, {"text": {"began": 1.8e9, "seconds": 2.0}})
+    return RunLog(folder, RUN, [], 1, 3, {"text": {"began": 1.8e9, "seconds": 2.0}})
 
 
 def wait_for(answer: Any) -> None:
@@ -31,21 +31,27 @@ def wait_for(answer: Any) -> None:
 
 
 def test_a_page_is_written_beside_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chronicle, "_PAGE_SECONDS", 0.0)
+    monkeypatch.setattr(chronicle, "_MIN_PAGE_INTERVAL_SECONDS", 0.0)
     kept = chronicle_in(tmp_path)
-    monkeypatch.setattr(PageWriter, "write", lambda *_: pytest.fail("it was written in the run's own process"))
-    kept.write(STANDING)
+    monkeypatch.setattr(
+        PageWriter, "write", lambda *_: pytest.fail("it was written in the run's own process")
+    )
+    kept.write_page(STANDING)
     assert not (tmp_path / "index.html").exists(), "nobody has waited"
     wait_for((tmp_path / "index.html").exists)
     monkeypatch.undo()
-    assert kept._background is not None
-    wait_for(lambda: kept.write(STANDING) or not kept._background or not kept._background.is_busy)
+    assert kept._page_process is not None
+    wait_for(
+        lambda: (
+            kept.write_page(STANDING) or not kept._page_process or not kept._page_process.is_busy
+        )
+    )
     told = json.loads((tmp_path / "runs" / f"{RUN}.json").read_text())
     assert (told["jobs"], told["ended"], told["spans"][0]["stage"]) == (3, None, "text")
     assert {span["job"] for span in told["spans"][1:]} == {"one"}
     write_record(tmp_path, "two")
-    kept.write(STANDING, ended=True)
-    assert kept._background._process is None
+    kept.write_page(STANDING, has_ended=True)
+    assert kept._page_process._process is None
     assert "two" in (tmp_path / "index.html").read_text()
     assert json.loads((tmp_path / "runs" / f"{RUN}.json").read_text())["ended"] is not None
 
@@ -57,11 +63,11 @@ class Slow:
         self.took, self.now, self.began, self.num = took, 0.0, 0.0, 0
         self.is_busy = False
 
-    def begin(self, told: object) -> None:
+    def start_writing(self, request: object) -> None:
         assert not self.is_busy, "never two at once"
         self.is_busy, self.began, self.num = True, self.now, self.num + 1
 
-    def seconds(self) -> float | None:
+    def poll_write_seconds(self) -> float | None:
         if self.now < self.began + self.took:
             return None
         self.is_busy = False
@@ -69,14 +75,16 @@ class Slow:
 
 
 @pytest.mark.parametrize(("took", "most"), [(0.1, 60), (10, 19), (300, 1)])
-def test_pages_take_a_twentieth_of_the_time(took: float, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_take_a_twentieth_of_the_time(
+    took: float, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     slow = Slow(took)
     monkeypatch.setattr(chronicle.time, "monotonic", lambda: slow.now)
     kept = chronicle_in(tmp_path)
-    monkeypatch.setattr(chronicle, "_Background", lambda _: slow)
+    monkeypatch.setattr(chronicle, "_PageProcess", lambda _: slow)
     for second in range(3600):
         slow.now = float(second)
-        kept.write(STANDING)
+        kept.write_page(STANDING)
     assert most - 2 <= slow.num <= most
     assert slow.num * took <= 3600 / 10
 
@@ -84,37 +92,43 @@ def test_pages_take_a_twentieth_of_the_time(took: float, most: int, tmp_path: Pa
 def test_a_process_that_fails_is_said_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(chronicle, "_PAGE_SECONDS", 0.0)
+    monkeypatch.setattr(chronicle, "_MIN_PAGE_INTERVAL_SECONDS", 0.0)
     kept = chronicle_in(tmp_path)
     (tmp_path / "runs").write_text("in the way")
-    kept.write(STANDING)
-    wait_for(lambda: kept.write(STANDING) or "could not be written" in caplog.text)
-    kept._background._command = ["false"]  # type: ignore[union-attr]
-    kept._background.close(wait=True)  # type: ignore[union-attr]
+    kept.write_page(STANDING)
+    wait_for(lambda: kept.write_page(STANDING) or "could not be written" in caplog.text)
+    kept._page_process._command = ["false"]  # type: ignore[union-attr]
+    kept._page_process.close(wait=True)  # type: ignore[union-attr]
     caplog.clear()
-    wait_for(lambda: kept.write(STANDING) or "could not be written" in caplog.text)
-    kept.write(STANDING, ended=True)
+    wait_for(lambda: kept.write_page(STANDING) or "could not be written" in caplog.text)
+    kept.write_page(STANDING, has_ended=True)
 
 
-def test_a_run_that_is_asked_to_end_does_not_write_a_long_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preemption, "asked_by", 15)
+def test_a_run_that_is_asked_to_end_does_not_write_a_long_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preemption, "requested_by", 15)
     kept = chronicle_in(tmp_path)
-    kept.write(STANDING, ended=True)
+    kept.write_page(STANDING, has_ended=True)
     assert (tmp_path / "index.html").exists()
     (tmp_path / "index.html").unlink()
-    monkeypatch.setattr(chronicle, "_SOON_WRITTEN", 0)
-    kept.write(STANDING, ended=True)
+    monkeypatch.setattr(chronicle, "_MAX_QUICK_RECORDS", 0)
+    kept.write_page(STANDING, has_ended=True)
     assert not (tmp_path / "index.html").exists()
 
 
-def test_only_changed_records_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_changed_records_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b", "c"):
         write_record(tmp_path, name)
     (tmp_path / "none.json").write_text("[]")
     read: list[str] = []
-    read_object = records.read_object
-    monkeypatch.setattr(records, "read_object", lambda path: read.append(path.name) or read_object(path))
-    seen: Seen = {}
+    read_object = records.read_json_object
+    monkeypatch.setattr(
+        records, "read_json_object", lambda path: read.append(path.name) or read_object(path)
+    )
+    seen: RecordCache = {}
     assert [record.name for record in read_records(tmp_path, seen)] == ["a", "b", "c"]
     assert len(read) == 4
     read.clear()

@@ -18,7 +18,9 @@ PLAN = ["plan", "task=t2v-1.3B", "gpus=8GB", "host=16GB"]
 
 
 def test_the_script_is_the_command() -> None:
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "scripts"
+    ]
     module, _, function = scripts["wan-dist"].partition(":")
     assert getattr(importlib.import_module(module), function) is command.main
 
@@ -35,13 +37,20 @@ def test_another_launch_is_not_taken(place: str, tmp_path: Path) -> None:
         path, folder = [str(tmp_path), str(ROOT)], Path("/")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
-        [sys.executable, "-m", "wan_dist", *PLAN], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "wan_dist", *PLAN],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert "denoise" in done.stdout
 
 
-def test_one_that_is_imported_already_is_replaced(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_that_is_imported_already_is_replaced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "launch"}
     for name in ours:
         monkeypatch.delitem(sys.modules, name)
@@ -56,7 +65,9 @@ def test_one_that_is_imported_already_is_replaced(monkeypatch: pytest.MonkeyPatc
     sys.modules.update(ours)
 
 
-def test_run_is_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_is_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", ["wan-dist"])
     assert launch.main(["run", "--help"]) == 0
     assert "python -m wan_dist.run task=NAME" in capsys.readouterr().out
@@ -70,7 +81,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"\n  {name} " in said for name in ("run", *launch.COMMANDS))
 
 
-def test_without_docstrings_there_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_docstrings_there_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Flags:
         optimize = 2
 

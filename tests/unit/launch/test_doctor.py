@@ -12,7 +12,7 @@ import torch
 
 from launch.__main__ import main
 from launch.doctor import exchange, gpus, machine, software
-from launch.doctor.findings import FAULT, NOTE, OK, Finding, examine
+from launch.doctor.findings import FAULT, NOTE, OK, Finding, run_checks
 from tests.conftest import FIXTURES
 from tests.torchrun import torchrun
 from wan_dist.parallel.mesh import Axis
@@ -40,15 +40,22 @@ def test_gpus_are_listed(nvidia_smi: Callable[[str], None]) -> None:
     )
     found = list(gpus.check_gpus())
     assert [finding.verdict for finding in found] == [OK, FAULT, OK]
-    assert "NVIDIA H200, 139.6 of 140.4 GiB free, driver 580.1" in found[0].found
-    assert "3 uncorrected memory errors" in found[1].found
+    assert "NVIDIA H200, 139.6 of 140.4 GiB free, driver 580.1" in found[0].message
+    assert "3 uncorrected memory errors" in found[1].message
 
 
-@pytest.mark.parametrize(("visible", "verdicts"), [("1", [OK]), ("GPU-b,GPU-a", [OK, OK]), ("7", [FAULT]), ("", [FAULT])])
+@pytest.mark.parametrize(
+    ("visible", "verdicts"), [("1", [OK]), ("GPU-b,GPU-a", [OK, OK]), ("7", [FAULT]), ("", [FAULT])]
+)
 def test_gpus_that_are_hidden(
-    visible: str, verdicts: list[str], nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    visible: str,
+    verdicts: list[str],
+    nvidia_smi: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    nvidia_smi(f"echo '0, GPU-a, {H200}, 143771, 143000, 0'; echo '1, GPU-b, {H200}, 143771, 9000, 0'")
+    nvidia_smi(
+        f"echo '0, GPU-a, {H200}, 143771, 143000, 0'; echo '1, GPU-b, {H200}, 143771, 9000, 0'"
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert [finding.verdict for finding in gpus.check_gpus()] == verdicts
 
@@ -57,7 +64,7 @@ def test_a_driver_that_does_not_answer(nvidia_smi: Callable[[str], None]) -> Non
     nvidia_smi("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18")
     (finding,) = gpus.check_gpus()
     assert finding.verdict == FAULT
-    assert "version mismatch" in finding.found
+    assert "version mismatch" in finding.message
     assert "restart the machine" in finding.advice
 
 
@@ -69,7 +76,11 @@ if child := os.fork():
 else:
     os.close(1), os.close(2), time.sleep(60)
 """
-    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    child = int(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     gpu_rows = "echo '0, GPU-a, 80000, 30000'; echo '1, GPU-b, 80000, 20000'"
     app_rows = f"echo 'GPU-a, {child}, 28000'; echo 'GPU-a, 99999999, 100'"
     nvidia_smi(f'case "$1" in *compute-apps*) {app_rows};; *) {gpu_rows};; esac')
@@ -78,10 +89,10 @@ else:
     finally:
         os.kill(child, 9)
     assert [finding.verdict for finding in found] == [FAULT, NOTE, FAULT]
-    assert f"process {child} uses 27.3 GiB" in found[0].found
+    assert f"process {child} uses 27.3 GiB" in found[0].message
     assert f"kill {child}" in found[0].advice
     assert "ask who runs there" in found[1].advice
-    assert "GPU 1: 19.5 GiB are used by processes that cannot be seen from here" in found[2].found
+    assert "GPU 1: 19.5 GiB are used by processes that cannot be seen from here" in found[2].message
 
 
 @pytest.mark.parametrize(
@@ -100,14 +111,22 @@ def test_builds_of_torch(capability: tuple[int, int], built: list[str], runs: bo
 
 
 def test_variables_that_hurt() -> None:
-    given = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync", "NCCL_P2P_DISABLE": "1", "NCCL_IB_DISABLE": "0"}
+    given = {
+        "PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync",
+        "NCCL_P2P_DISABLE": "1",
+        "NCCL_IB_DISABLE": "0",
+    }
     found = list(machine.check_variables(given))
     assert [finding.verdict for finding in found] == [FAULT, NOTE]
     assert not list(machine.check_variables({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}))
 
 
-def test_little_shared_memory(nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    nvidia_smi("echo '0, GPU-a, NVIDIA H200, 143771, 143000'; echo '1, GPU-b, NVIDIA H200, 143771, 143000'")
+def test_little_shared_memory(
+    nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(
+        "echo '0, GPU-a, NVIDIA H200, 143771, 143000'; echo '1, GPU-b, NVIDIA H200, 143771, 143000'"
+    )
     usage = namedtuple("usage", "total free")
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda place: usage(64 * 2**20, 64 * 2**20))
     finding = list(machine.check_host_memory())[-1]
@@ -119,7 +138,7 @@ def test_a_check_that_breaks_is_a_finding() -> None:
     def breaks() -> list[Finding]:
         raise KeyError("x")
 
-    (finding,) = examine([("thing", breaks)])
+    (finding,) = run_checks([("thing", breaks)])
     assert finding.verdict == FAULT
 
 
@@ -127,11 +146,22 @@ def test_this_machine_and_a_task(capsys: pytest.CaptureFixture[str]) -> None:
     code = main(["doctor", "task=t2v-1.3B", f"ckpt_dir={FIXTURES / 'wan2.1-t2v'}"])
     told = capsys.readouterr().out
     assert code == 0, told
-    for subject in ("system", "host memory", "torch", "packages", "attention", "ffmpeg", "checkpoint", "plan"):
+    for subject in (
+        "system",
+        "host memory",
+        "torch",
+        "packages",
+        "attention",
+        "ffmpeg",
+        "checkpoint",
+        "plan",
+    ):
         assert f"\nok     {subject} " in f"\n{told}"
 
 
-def test_faults_make_the_exit_code(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_make_the_exit_code(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:cudaMallocAsync")
     assert main(["doctor", "task=t2v-1.3B", f"ckpt_dir={tmp_path}"]) == 1
     told = capsys.readouterr().out
@@ -153,20 +183,33 @@ def test_ranks_exchange() -> None:
 
 def test_a_wrong_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
-    assert exchange._num_wrong(1024, Axis(), device) == 0
+    assert exchange._count_wrong_numbers(1024, Axis(), device) == 0
 
     def corrupting(x: torch.Tensor, axis: Axis) -> Callable[[], torch.Tensor]:
         x[0, 17] ^= 4
         return lambda: x
 
     monkeypatch.setattr(exchange, "all_to_all", corrupting)
-    assert exchange._num_wrong(1024, Axis(), device) == 1
+    assert exchange._count_wrong_numbers(1024, Axis(), device) == 1
 
 
 def test_a_rank_that_waits_for_ever_says_so() -> None:
     code = "import launch.doctor.exchange as exchange; exchange._LIMIT = 2.0; from launch.__main__ import main; main(['doctor'])"
-    alone = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | alone, capture_output=True, text=True, timeout=60)
+    alone = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "9",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=os.environ | alone,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1
     assert "rank 1 on" in done.stderr
     assert "NCCL_P2P_DISABLE=1" in done.stderr

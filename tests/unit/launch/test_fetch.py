@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from launch.__main__ import main
 from tests.conftest import FIXTURES
 from wan_dist.runtime import signals as preemption
-from wan_dist.runtime.environment import settle_environment
+from wan_dist.runtime.environment import sanitize_environment
 from wan_dist.runtime.log import logger
 from wan_dist.weights import hub
 
@@ -27,33 +27,50 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def snapshot(repository: str, *, allow_patterns: list[str], local_dir: Path | None) -> str:
         assert local_dir is not None
         found.append(repository)
-        shutil.copytree(FIXTURES / "wan2.1-t2v", local_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("expected"))
+        shutil.copytree(
+            FIXTURES / "wan2.1-t2v",
+            local_dir,
+            dirs_exist_ok=True,
+            ignore=shutil.ignore_patterns("expected"),
+        )
         return str(local_dir)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
     return found
 
 
-def test_it_says_how_to_use_what_came(asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_says_how_to_use_what_came(
+    asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "weights"
     assert main(["fetch", "t2v-1.3B", str(folder)]) == 0
     assert asked == ["Wan-AI/Wan2.1-T2V-1.3B"]
     said = capsys.readouterr().out
     assert f"{folder} is whole" in said
-    assert f'python -m wan_dist.run task=t2v-1.3B ckpt_dir={folder} size=832*480 prompt="..."' in said
+    assert (
+        f'python -m wan_dist.run task=t2v-1.3B ckpt_dir={folder} size=832*480 prompt="..."' in said
+    )
 
 
-@pytest.mark.parametrize(("size", "repository"), [("832*480", "Wan-AI/Wan2.1-I2V-14B-480P"), ("1280*720", "Wan-AI/Wan2.1-I2V-14B-720P")])
+@pytest.mark.parametrize(
+    ("size", "repository"),
+    [("832*480", "Wan-AI/Wan2.1-I2V-14B-480P"), ("1280*720", "Wan-AI/Wan2.1-I2V-14B-720P")],
+)
 def test_it_fetches_the_checkpoint_for_the_size(
     size: str, repository: str, asked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fetch", "i2v-14B", str(tmp_path), f"size={size}"]) == 2
     assert asked == [repository]
-    assert "is not a whole i2v-14B checkpoint" in capsys.readouterr().err  # the tiny one has no image encoder
+    assert (
+        "is not a whole i2v-14B checkpoint" in capsys.readouterr().err
+    )  # the tiny one has no image encoder
 
 
 def test_a_truncated_file_is_found(
-    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     come = hub.snapshot_download
 
@@ -78,7 +95,9 @@ def test_a_truncated_file_is_found(
         (["t2v-14B", "a", "size=big"], "size=big"),
     ],
 )
-def test_bad_input(arguments: list[str], message: str, asked: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(
+    arguments: list[str], message: str, asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["fetch", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not asked
@@ -88,7 +107,9 @@ class RefusedError(Exception):
     """What the hub's client raises when it was answered: with the answer, of any library."""
 
     def __init__(self, status: int) -> None:
-        super().__init__(f"{status} Client Error: Unauthorized for url\n\nInvalid username or password.")
+        super().__init__(
+            f"{status} Client Error: Unauthorized for url\n\nInvalid username or password."
+        )
         self.response = SimpleNamespace(status_code=status)
 
 
@@ -99,26 +120,58 @@ def full_disk() -> Exception:
 @pytest.mark.parametrize(
     ("fault", "environment", "messages"),
     [
-        (LocalEntryNotFoundError("offline"), {}, ["LocalEntryNotFoundError: offline; is there internet"]),
+        (
+            LocalEntryNotFoundError("offline"),
+            {},
+            ["LocalEntryNotFoundError: offline; is there internet"],
+        ),
         (
             OSError(errno.ECONNREFUSED, "refused"),
             {"HTTPS_PROXY": "http://me:secret@proxy:1"},
             ["refused; HTTPS_PROXY=http://...@proxy:1 may"],
         ),
-        (ValueError("Unknown scheme"), {"all_proxy": "socks4://x:1"}, ["Unknown scheme; all_proxy=socks4://x:1 may be wrong"]),
-        (ImportError("no socksio"), {"ALL_PROXY": "socks5://x:1"}, ["ALL_PROXY=socks5://x:1 needs a package", "pip install socksio"]),
-        (RuntimeError("404"), {"HF_ENDPOINT": "https://mirror"}, ["404; HF_ENDPOINT=https://mirror may be wrong"]),
+        (
+            ValueError("Unknown scheme"),
+            {"all_proxy": "socks4://x:1"},
+            ["Unknown scheme; all_proxy=socks4://x:1 may be wrong"],
+        ),
+        (
+            ImportError("no socksio"),
+            {"ALL_PROXY": "socks5://x:1"},
+            ["ALL_PROXY=socks5://x:1 needs a package", "pip install socksio"],
+        ),
+        (
+            RuntimeError("404"),
+            {"HF_ENDPOINT": "https://mirror"},
+            ["404; HF_ENDPOINT=https://mirror may be wrong"],
+        ),
         (RuntimeError("x"), {"HF_HUB_OFFLINE": "1"}, ["HF_HUB_OFFLINE=1 forbids it"]),
-        (RefusedError(401), {"HF_TOKEN": "hf_secret"}, ["401 Client Error", "a token is refused", "HF_TOKEN"]),
+        (
+            RefusedError(401),
+            {"HF_TOKEN": "hf_secret"},
+            ["401 Client Error", "a token is refused", "HF_TOKEN"],
+        ),
         (full_disk(), {}, ["No space left on device; make room", "HF_HOME=FOLDER"]),
-        (RuntimeError("IO Error: No space left on device (os error 28)"), {}, ["(os error 28); make room"]),
+        (
+            RuntimeError("IO Error: No space left on device (os error 28)"),
+            {},
+            ["(os error 28); make room"],
+        ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/cache"),
             {},
             ["Permission denied", "HF_HOME=FOLDER name a folder that you may"],
         ),
-        (PermissionError(errno.EACCES, "Permission denied"), {}, ["Permission denied; is there internet"]),  # of a connection
-        (RuntimeError("SSL: CERTIFICATE_VERIFY_FAILED"), {"SSL_CERT_FILE": "/own.pem"}, ["SSL_CERT_FILE=/own.pem may be wrong"]),
+        (
+            PermissionError(errno.EACCES, "Permission denied"),
+            {},
+            ["Permission denied; is there internet"],
+        ),  # of a connection
+        (
+            RuntimeError("SSL: CERTIFICATE_VERIFY_FAILED"),
+            {"SSL_CERT_FILE": "/own.pem"},
+            ["SSL_CERT_FILE=/own.pem may be wrong"],
+        ),
         (KeyError("whatever"), {}, ["KeyError: 'whatever'"]),
     ],
 )
@@ -138,7 +191,15 @@ def test_what_fails_is_told_in_a_line_with_its_variable(
                 raise RuntimeError("data processing error") from origin
             raise
 
-    for key in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY", "HF_ENDPOINT", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "SSL_CERT_FILE"):
+    for key in (
+        "ALL_PROXY",
+        "HTTPS_PROXY",
+        "HTTP_PROXY",
+        "HF_ENDPOINT",
+        "HF_HUB_OFFLINE",
+        "TRANSFORMERS_OFFLINE",
+        "SSL_CERT_FILE",
+    ):
         monkeypatch.delenv(key, raising=False)
         monkeypatch.delenv(key.lower(), raising=False)
     for key, value in environment.items():
@@ -160,7 +221,9 @@ def test_a_client_that_cannot_be_imported_is_told_too(
     assert "could not be downloaded: ModuleNotFoundError" in capsys.readouterr().err
 
 
-def test_a_signal_does_not_wait_for_the_file_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_does_not_wait_for_the_file_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def downloading(*_: object, **__: object) -> str:
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("it waits")
@@ -170,22 +233,32 @@ def test_a_signal_does_not_wait_for_the_file_under_way(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(hub, "snapshot_download", downloading)
     monkeypatch.setattr(preemption.os, "_exit", leave)
-    monkeypatch.setattr(preemption, "_say_what_comes", lambda: None)
+    monkeypatch.setattr(preemption, "_log_preemption_request", lambda: None)
     with pytest.raises(SystemExit, match="75"):
         main(["fetch", "t2v-14B", str(tmp_path)])
-    preemption.preemption.forget()
+    preemption.preemption.reset()
 
 
-@pytest.mark.parametrize("key", ["HF_ENDPOINT", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "HF_HOME", "XDG_CACHE_HOME"])
-def test_what_is_set_to_nothing_does_not_reach_libraries(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "key",
+    ["HF_ENDPOINT", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "HF_HOME", "XDG_CACHE_HOME"],
+)
+def test_what_is_set_to_nothing_does_not_reach_libraries(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(key, "")
-    settle_environment()
+    sanitize_environment()
     assert key not in os.environ
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("HF_ENDPOINT", "hf-mirror.com"), ("HF_ENDPOINT", "http://["), ("HF_ENDPOINT", "https://"), ("HF_HUB_DOWNLOAD_TIMEOUT", "a minute")],
+    [
+        ("HF_ENDPOINT", "hf-mirror.com"),
+        ("HF_ENDPOINT", "http://["),
+        ("HF_ENDPOINT", "https://"),
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "a minute"),
+    ],
 )
 def test_what_libraries_could_not_be_imported_with(
     key: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -10,19 +10,40 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from launch.slurm.cluster import minutes_of
-from launch.slurm.sbatch import REQUEUE
+from launch.slurm.cluster import parse_minutes
+from launch.slurm.sbatch import REQUEUE_SCRIPT
 from tests.conftest import FIXTURES
-from wan_dist.config.compose import CONF
+from wan_dist.config.compose import CONFIG_FOLDER
 
 FOLDER = FIXTURES / "submit"
 PROMPTS = ["a red ball", 'a "blue" cube, $HOME; rm -rf `x`', '"quoted"', "一只猫"]
 CASES = {
     "one-node": ["cluster=h100", "task=t2v-14B", 'prompt=It\'s a "cat", $HOME'],
-    "two-nodes": ["cluster=h200", "nodes=2", "cluster.partition=gpu", "task=t2v-14B", "prompt=a cat", "size=832*480", "after=4711"],
+    "two-nodes": [
+        "cluster=h200",
+        "nodes=2",
+        "cluster.partition=gpu",
+        "task=t2v-14B",
+        "prompt=a cat",
+        "size=832*480",
+        "after=4711",
+    ],
     "slow-steps": ["cluster=a100", "gpus=1", "task=t2v-14B", "prompt=a cat"],
-    "array": ["cluster=l40s", "gpus=1", "array=prompts.txt", "at_once=2", "task=t2v-1.3B", "time=30", "mem=20GB"],
-    "site": ["cluster=FOLDER/site.yaml", "fetch=/shared/Wan2.1-T2V-1.3B", "task=t2v-1.3B", "prompt=a cat"],
+    "array": [
+        "cluster=l40s",
+        "gpus=1",
+        "array=prompts.txt",
+        "at_once=2",
+        "task=t2v-1.3B",
+        "time=30",
+        "mem=20GB",
+    ],
+    "site": [
+        "cluster=FOLDER/site.yaml",
+        "fetch=/shared/Wan2.1-T2V-1.3B",
+        "task=t2v-1.3B",
+        "prompt=a cat",
+    ],
 }
 
 
@@ -35,12 +56,23 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rendered(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["submit", *(argument.replace("FOLDER", str(FOLDER)) for argument in arguments), "--dry-run"]) == 0
+    assert (
+        main(
+            [
+                "submit",
+                *(argument.replace("FOLDER", str(FOLDER)) for argument in arguments),
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scripts_are_as_they_were(name: str, capsys: pytest.CaptureFixture[str], place: Path) -> None:
+def test_scripts_are_as_they_were(
+    name: str, capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
     script = rendered(CASES[name], capsys)
     if os.environ.get("WRITE_SCRIPTS"):  # after a change that is meant
         (FOLDER / f"{name}.sbatch").write_text(script)
@@ -53,9 +85,11 @@ def test_scripts_are_as_they_were(name: str, capsys: pytest.CaptureFixture[str],
             subprocess.run(["shellcheck", "--severity=warning", file], check=True)
 
 
-def test_elements_of_an_array_get_what_was_written(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+def test_elements_of_an_array_get_what_was_written(
+    capsys: pytest.CaptureFixture[str], place: Path
+) -> None:
     """The shell's own reading of the script, and Hydra's of that, against the file."""
-    from wan_dist.tasks.run_config import configured
+    from wan_dist.tasks.run_config import read_config
 
     script = rendered(CASES["array"], capsys)
     part = script[script.index("case ") : script.index("esac") + 4]
@@ -67,17 +101,19 @@ def test_elements_of_an_array_get_what_was_written(capsys: pytest.CaptureFixture
             text=True,
             check=True,
         ).stdout
-        config = configured(told.split("\0")[:-1])
+        config = read_config(told.split("\0")[:-1])
         assert config is not None
         assert config.prompt == prompt
         assert config.output.name in part
 
 
 def test_every_cluster_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:
-    clusters = sorted(path.stem for path in (CONF / "cluster").glob("*.yaml"))
+    clusters = sorted(path.stem for path in (CONFIG_FOLDER / "cluster").glob("*.yaml"))
     assert clusters
     for name in clusters:
-        assert "--ntasks-per-node=" in rendered([f"cluster={name}", "task=t2v-14B", "prompt=a cat"], capsys)
+        assert "--ntasks-per-node=" in rendered(
+            [f"cluster={name}", "task=t2v-14B", "prompt=a cat"], capsys
+        )
 
 
 @pytest.mark.parametrize(
@@ -100,24 +136,32 @@ def test_every_cluster_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:
         ("cluster=h100 task=t2v-14B array=prompts.txt --cfg job", "says nothing of several jobs"),
     ],
 )
-def test_what_cannot_be_is_refused(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_refused(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["submit", *arguments.split()]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1", "gpus_per_node: many"])
-def test_a_broken_file_of_a_cluster_is_refused(text: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_file_of_a_cluster_is_refused(
+    text: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "mine.yaml").write_text(text)
     assert main(["submit", "cluster=mine.yaml", "task=t2v-14B", "prompt=x"]) == 2
     assert capsys.readouterr().err.startswith("launch: error: cluster=mine.yaml: ")
 
 
-@pytest.mark.parametrize(("text", "minutes"), [("30", 30), ("02:30:00", 150), ("1-00:00:00", 1440), ("00:00:30", 1)])
+@pytest.mark.parametrize(
+    ("text", "minutes"), [("30", 30), ("02:30:00", 150), ("1-00:00:00", 1440), ("00:00:30", 1)]
+)
 def test_times(text: str, minutes: int) -> None:
-    assert minutes_of(text, "time") == minutes
+    assert parse_minutes(text, "time") == minutes
 
 
-def test_a_machine_without_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_machine_without_slurm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", "")
     assert main(["submit", *CASES["one-node"]]) == 2
     assert "--dry-run prints the script" in capsys.readouterr().err
@@ -137,8 +181,14 @@ def test_a_file_of_videos_is_one_job(place: Path, capsys: pytest.CaptureFixture[
     assert "# 4 ranks, dp 4 x cfg 1 x ring 1 x ulysses 1; transformer resident" in script
     assert "# 4 videos: " in script
     assert "settings=(task=t2v-14B output.dir=videos jobs=prompts.txt)" in script
-    (place / "prompts.txt").write_text("\n".join(f"{prompt}, {number}" for number in range(5) for prompt in PROMPTS))
-    clock = [line for line in (script + rendered(arguments, capsys)).splitlines() if line.startswith("#SBATCH --time")]
+    (place / "prompts.txt").write_text(
+        "\n".join(f"{prompt}, {number}" for number in range(5) for prompt in PROMPTS)
+    )
+    clock = [
+        line
+        for line in (script + rendered(arguments, capsys)).splitlines()
+        if line.startswith("#SBATCH --time")
+    ]
     assert clock[0] < clock[1], "five times as many take longer"
     (place / "prompts.txt").write_text("a cat\n@nowhere.txt\n")
     assert main(["submit", *arguments]) == 2
@@ -152,7 +202,10 @@ class Requeued:
         self.folder, self.settings = folder, settings
         (folder / "bin").mkdir()
         (folder / "script").write_text(script)
-        for name, does in (("srun", 'bash "$ATTEMPT"; exit "$CODE"'), ("scontrol", 'echo "$@" >>requeues')):
+        for name, does in (
+            ("srun", 'bash "$ATTEMPT"; exit "$CODE"'),
+            ("scontrol", 'echo "$@" >>requeues'),
+        ):
             (folder / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
             (folder / "bin" / name).chmod(0o755)
 
@@ -160,21 +213,31 @@ class Requeued:
         """Run the script with one that does ``attempt`` as its run; returns whether it was requeued, and what it says."""
         (self.folder / "attempt").write_text(attempt)
         (self.folder / "requeues").unlink(missing_ok=True)
-        environment = {"PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
-        environment |= {"HOME": str(self.folder / "home"), "ATTEMPT": str(self.folder / "attempt"), "CODE": str(code)}
+        environment = {
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_ARRAY_TASK_ID": "0",
+        }
+        environment |= {
+            "HOME": str(self.folder / "home"),
+            "ATTEMPT": str(self.folder / "attempt"),
+            "CODE": str(code),
+        }
         command = ["bash", self.folder / "script", *self.settings]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == code, done.stderr
         return (self.folder / "requeues").exists(), done.stderr
 
 
-STATE = (
-    "mkdir -p videos; echo %s >videos/a-cat.12ab.state.safetensors; touch videos/index.html; echo $RANDOM >videos/a-cat.latents.safetensors"
-)
+STATE = "mkdir -p videos; echo %s >videos/a-cat.12ab.state.safetensors; touch videos/index.html; echo $RANDOM >videos/a-cat.latents.safetensors"
 
 
 @pytest.fixture(params=["a job", "an element", "slurm/requeue.sbatch"])
-def requeued(request: pytest.FixtureRequest, place: Path, capsys: pytest.CaptureFixture[str]) -> Requeued:
+def requeued(
+    request: pytest.FixtureRequest, place: Path, capsys: pytest.CaptureFixture[str]
+) -> Requeued:
     settings = ["task=t2v-14B", "output.dir=videos"]
     if request.param == "slurm/requeue.sbatch":
         return Requeued(place, (FOLDER.parents[2] / request.param).read_text(), *settings)
@@ -195,7 +258,20 @@ def test_requeues_that_lead_nowhere_end(requeued: Requeued) -> None:
 def test_requeues_go_on_while_there_is_progress(requeued: Requeued) -> None:
     keeps_text = "mkdir -p home/.cache/wan-dist/prompts; touch home/.cache/wan-dist/prompts/$RANDOM.safetensors"
     makes = "touch videos/a-cat-%s.mp4"
-    for attempt in (STATE % 1, "", STATE % 2, "", makes % 1, "", keeps_text, "", makes % 2, "", keeps_text, ""):
+    for attempt in (
+        STATE % 1,
+        "",
+        STATE % 2,
+        "",
+        makes % 1,
+        "",
+        keeps_text,
+        "",
+        makes % 2,
+        "",
+        keeps_text,
+        "",
+    ):
         assert requeued(attempt)[0], attempt
     assert not requeued("")[0]
     assert not list(requeued.folder.glob(".wan-*"))
@@ -208,7 +284,9 @@ def test_a_run_that_has_ended_leaves_nothing_behind(requeued: Requeued) -> None:
         assert not list(requeued.folder.glob(".wan-*"))
 
 
-def test_others_in_the_folder_are_no_progress_of_an_element(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_others_in_the_folder_are_no_progress_of_an_element(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "jobs.csv").write_text("prompt,name\na cat,a-cat\na dog,a-dog\n")
     element = Requeued(place, rendered(["cluster=h100", "array=jobs.csv", "task=t2v-14B"], capsys))
     attempts = ["mkdir -p outputs; touch outputs/a-dog-$RANDOM.mp4"] * 3
@@ -216,4 +294,4 @@ def test_others_in_the_folder_are_no_progress_of_an_element(place: Path, capsys:
 
 
 def test_the_requeue_script_does_as_those_that_are_made() -> None:
-    assert (FOLDER.parents[2] / "slurm/requeue.sbatch").read_text().endswith(REQUEUE)
+    assert (FOLDER.parents[2] / "slurm/requeue.sbatch").read_text().endswith(REQUEUE_SCRIPT)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.conftest import relative_error
 from tests.live_bytes import LiveBytes
-from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_ATTENTION
+from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_BACKENDS
 from wan_dist.models.attention import backends as attention
 from wan_dist.models.attention import log_sum_exp
 from wan_dist.models.attention.inner import choose_attention
@@ -23,10 +23,10 @@ BFLOAT16 = {"dtype": torch.bfloat16, "head_dim": 64}
 
 
 def test_names_are_the_kernels() -> None:
-    assert log_sum_exp.SCORE_BYTES == SCORE_BYTES  # what is planned is what is taken
-    assert set(ATTENTION_BACKENDS) == {"auto", *attention._KERNELS}
-    assert set(attention._LOSSY) == set(EIGHT_BIT_ATTENTION)
-    assert set(attention.FASTEST_FIRST).isdisjoint(attention._LOSSY)
+    assert log_sum_exp.RING_SCORE_BYTES == SCORE_BYTES  # what is planned is what is taken
+    assert set(ATTENTION_BACKENDS) == {"auto", *attention._KERNEL_LOADERS}
+    assert set(attention._LOSSY_TOLERANCES) == set(EIGHT_BIT_BACKENDS)
+    assert set(attention.BACKENDS_BY_SPEED).isdisjoint(attention._LOSSY_TOLERANCES)
 
 
 @pytest.fixture
@@ -39,7 +39,10 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_what_is_not_there_is_said(on_gpu: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="attention=fa3 does not work here: package FlashAttention-3 is not installed; attention=auto"):
+    with pytest.raises(
+        InputError,
+        match="attention=fa3 does not work here: package FlashAttention-3 is not installed; attention=auto",
+    ):
         choose_attention("fa3", device=CUDA, **BFLOAT16)
     found = choose_attention("auto", device=CUDA, **BFLOAT16)
     assert "no fa4: package flash-attn-4 is not installed" in found.reason
@@ -57,14 +60,18 @@ def test_kernels_in_8_bits_are_taken_by_name_only(off: float, on_gpu: pytest.Mon
     if off < 0.1:
         assert choose_attention("sage", device=CUDA, **BFLOAT16).name == "sage"
     else:
-        with pytest.raises(InputError, match="attention=sage does not work here: its result is off by"):
+        with pytest.raises(
+            InputError, match="attention=sage does not work here: its result is off by"
+        ):
             choose_attention("sage", device=CUDA, **BFLOAT16)
 
 
 def test_old_gpus_get_float16(on_gpu: pytest.MonkeyPatch) -> None:
     on_gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert choose_attention("auto", device=CUDA, **BFLOAT16).name == "sdpa16"
-    with pytest.raises(InputError, match="attention=fa2 does not work here: package flash-attn is not installed"):
+    with pytest.raises(
+        InputError, match="attention=fa2 does not work here: package flash-attn is not installed"
+    ):
         choose_attention("fa2", device=CUDA, **BFLOAT16)
 
 
@@ -84,8 +91,10 @@ def test_what_float16_cannot_hold_is_computed_in_float32(size: float) -> None:
 
 @pytest.mark.parametrize("most_bytes", [2**26, 4 * 33 * 40, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_attention_in_parts_is_attention(most_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_sum_exp, "SCORE_BYTES", most_bytes)
+def test_attention_in_parts_is_attention(
+    most_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_sum_exp, "RING_SCORE_BYTES", most_bytes)
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, length, 3, 16).to(dtype) for length in (20, 33, 33))
     out, lse = attend_with_lse("sdpa16", 4 * q, k, v)
@@ -93,21 +102,30 @@ def test_attention_in_parts_is_attention(most_bytes: int, dtype: torch.dtype, mo
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=1e-5)
     exact = torch.einsum("bqhk,bkhd->bqhd", scores.softmax(-1), v.double())
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-3)
+    torch.testing.assert_close(
+        out.double(), exact, rtol=0, atol=1e-5 if dtype == torch.float32 else 2e-3
+    )
 
 
-@pytest.mark.parametrize(("num_queries", "dtype"), [(37800, torch.float32), (37800, torch.float16), (7, torch.float16)])
-def test_a_ring_without_flash_attention_never_has_all_scores(num_queries: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("num_queries", "dtype"), [(37800, torch.float32), (37800, torch.float16), (7, torch.float16)]
+)
+def test_a_ring_without_flash_attention_never_has_all_scores(
+    num_queries: int, dtype: torch.dtype
+) -> None:
     """At the size of 720p on a ring of two, where a head's scores are 5.3 GiB: float32, and GPUs before Ampere."""
     with torch.device("meta"):
-        q, k, v = (torch.empty(1, length, 2, 128, dtype=dtype) for length in (num_queries, 37800, 37800))
+        q, k, v = (
+            torch.empty(1, length, 2, 128, dtype=dtype) for length in (num_queries, 37800, 37800)
+        )
     with LiveBytes([q, k, v]) as live:
         out, lse = attend_with_lse("sdpa16", q, k, v)
     assert live.peak <= out.nbytes + lse.nbytes + 2 * SCORE_BYTES
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "has_flash"), [((7, 5), "float16", False), ((9, 0), "float32", False), ((8, 0), "bfloat16", True)]
+    ("capability", "dtype", "has_flash"),
+    [((7, 5), "float16", False), ((9, 0), "float32", False), ((8, 0), "bfloat16", True)],
 )
 def test_a_ring_takes_flash_attention_where_there_is_one(
     capability: tuple[int, int], dtype: str, has_flash: bool, monkeypatch: pytest.MonkeyPatch

@@ -21,17 +21,17 @@ from PIL import Image
 from launch.__main__ import main
 from tests.gallery_folder import BEGAN, RUN, write_record, write_run, write_video
 from wan_dist.output.gallery import lanes
-from wan_dist.output.gallery.again import command
+from wan_dist.output.gallery.again import build_rerun_command
 from wan_dist.output.gallery.page import write_page
 from wan_dist.output.gallery.records import read_records
 from wan_dist.output.gallery.runs import Span, read_runs
-from wan_dist.output.gallery.sheet import SheetError, sheet_of, write_sheet
+from wan_dist.output.gallery.sheet import SheetError, get_sheet_path, write_sheet
 from wan_dist.output.gallery.sweeps import find_sweeps
 from wan_dist.output.gallery.table import write_table
-from wan_dist.output.gallery.timeline import timeline_of
+from wan_dist.output.gallery.timeline import build_timeline
 from wan_dist.output.video_file import save_video
 from wan_dist.runtime.errors import InputError
-from wan_dist.tasks.run_config import configured
+from wan_dist.tasks.run_config import read_config
 
 ROOT = Path(__file__).parents[3]
 HOSTILE = [
@@ -48,19 +48,50 @@ def test_a_record_is_read(tmp_path: Path) -> None:
     write_record(tmp_path, "job-1", quant="int8", facts={"distance": ["quant=int8"]})
     (tmp_path / "job-1.mp4").touch()
     (record,) = read_records(tmp_path)
-    assert (record.name, record.task, record.steps, record.seed, record.run) == ("job-1", "toy", 12, 42, RUN)
+    assert (record.name, record.task, record.steps, record.seed, record.run) == (
+        "job-1",
+        "toy",
+        12,
+        42,
+        RUN,
+    )
     assert record.video == tmp_path / "job-1.mp4"
-    assert record.peak == (3.4, "GPU")
-    assert record.distance == ("quant=int8",)
-    assert record.stages[1]["denoise"]["seconds"] == 6.1
+    assert record.peak_memory == (3.4, "GPU")
+    assert record.lossy_options == ("quant=int8",)
+    assert record.stages_by_rank[1]["denoise"]["seconds"] == 6.1
 
 
 def test_a_record_from_before_there_were_batches(tmp_path: Path) -> None:
-    new = ("name", "status", "run", "job", "width", "height", "num_frames", "fps", "began", "step_seconds", "tflops", "distance", "machine")
-    write_record(tmp_path, "old", quant="fp8", facts=dict.fromkeys((*new, "digest", "video_digest", "peak_gpu_gib")))
+    new = (
+        "name",
+        "status",
+        "run",
+        "job",
+        "width",
+        "height",
+        "num_frames",
+        "fps",
+        "began",
+        "step_seconds",
+        "tflops",
+        "distance",
+        "machine",
+    )
+    write_record(
+        tmp_path,
+        "old",
+        quant="fp8",
+        facts=dict.fromkeys((*new, "digest", "video_digest", "peak_gpu_gib")),
+    )
     (record,) = read_records(tmp_path)
-    assert (record.status, record.width, record.num_frames, record.distance, record.run) == ("done", 64, 9, ("quant=fp8",), "")
-    assert record.peak == (1.0, "host")
+    assert (record.status, record.width, record.num_frames, record.lossy_options, record.run) == (
+        "done",
+        64,
+        9,
+        ("quant=fp8",),
+        "",
+    )
+    assert record.peak_memory == (1.0, "host")
 
 
 def test_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
@@ -91,7 +122,12 @@ def test_what_is_no_record_is_passed_over(tmp_path: Path) -> None:
     write_record(tmp_path, "odd", facts=odd)
     good, odd_one = read_records(tmp_path)
     assert (good.name, odd_one.name) == ("good", "odd")
-    assert (odd_one.seconds, odd_one.width, odd_one.began, odd_one.prompt) == (None, 64, None, "a red ball")
+    assert (odd_one.seconds, odd_one.width, odd_one.began, odd_one.prompt) == (
+        None,
+        64,
+        None,
+        "a red ball",
+    )
 
 
 def test_dates_and_stages_that_are_none(tmp_path: Path) -> None:
@@ -135,15 +171,26 @@ def test_a_sheet_has_frames_from_all_of_the_video(tmp_path: Path) -> None:
     write_sheet(tmp_path / "a.mp4", tmp_path / "a.jpg")
     with Image.open(tmp_path / "a.jpg") as sheet:
         assert sheet.size == (4 * 96, 2 * 64)
-        found = [sheet.getpixel((96 * (place % 4) + 48, 64 * (place // 4) + 32)) for place in range(8)]
+        found = [
+            sheet.getpixel((96 * (place % 4) + 48, 64 * (place // 4) + 32)) for place in range(8)
+        ]
     expected = [10 * round(place * 24 / 7) for place in range(8)]
     assert all(abs(pixel[0] - grey) < 6 for pixel, grey in zip(found, expected, strict=True)), found
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize(("size", "num_frames", "expected"), [(400, 9, (1280, 640)), (64, 5, (256, 128)), (64, 2, (128, 64))])
-def test_sizes_of_sheets(size: int, num_frames: int, expected: tuple[int, int], tmp_path: Path) -> None:
-    write_sheet(write_video(tmp_path / "-a: b.mp4", size=size, num_frames=num_frames), tmp_path / "a.jpg", num_frames=num_frames)
+@pytest.mark.parametrize(
+    ("size", "num_frames", "expected"),
+    [(400, 9, (1280, 640)), (64, 5, (256, 128)), (64, 2, (128, 64))],
+)
+def test_sizes_of_sheets(
+    size: int, num_frames: int, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    write_sheet(
+        write_video(tmp_path / "-a: b.mp4", size=size, num_frames=num_frames),
+        tmp_path / "a.jpg",
+        num_frames=num_frames,
+    )
     with Image.open(tmp_path / "a.jpg") as sheet:
         assert (sheet.format, sheet.size) == ("JPEG", expected)
 
@@ -164,7 +211,9 @@ def test_what_cannot_be_read_leaves_no_sheet(name: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_sheets_are_made_anew_for_new_videos_but_not_over_pictures_of_others(tmp_path: Path) -> None:
+def test_sheets_are_made_anew_for_new_videos_but_not_over_pictures_of_others(
+    tmp_path: Path,
+) -> None:
     for name in ("own", "other"):
         write_record(tmp_path, name)
         write_video(tmp_path / f"{name}.mp4")
@@ -182,7 +231,10 @@ def test_sheets_are_made_anew_for_new_videos_but_not_over_pictures_of_others(tmp
 def test_the_page_holds_hostile_texts_as_texts(tmp_path: Path) -> None:
     for number, text in enumerate(HOSTILE):
         write_record(
-            tmp_path, f"job-{number}", prompt=text, facts={"run": text, "error": text, "status": "failed" if number == 1 else "done"}
+            tmp_path,
+            f"job-{number}",
+            prompt=text,
+            facts={"run": text, "error": text, "status": "failed" if number == 1 else "done"},
         )
     write_run(tmp_path, command=HOSTILE, plan={text: {"gpu_gib": 1.0} for text in HOSTILE})
     write_video(tmp_path / "job-0.mp4")
@@ -205,7 +257,10 @@ def test_the_policy_is_that_of_the_page(tmp_path: Path) -> None:
     assert "unsafe" not in policy
     for element in ("style", "script"):
         text = re.search(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)[1]  # type: ignore[index]
-        assert f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" in policy
+        assert (
+            f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+            in policy
+        )
     assert "http" not in page.replace("http-equiv", "")
     assert '"./a%20%26%20b.mp4"'.replace("&", "\\u0026") in page
     assert not list(tmp_path.glob(".*"))
@@ -213,14 +268,18 @@ def test_the_policy_is_that_of_the_page(tmp_path: Path) -> None:
 
 def test_a_thousand_videos_take_less_than_a_second(tmp_path: Path) -> None:
     video = write_video(tmp_path / "job-0.mp4")
-    write_sheet(video, sheet_of(video))
+    write_sheet(video, get_sheet_path(video))
     for number in range(1000):
         write_record(
-            tmp_path, f"job-{number}", prompt=f"a ball of colour {number % 250}", seed=number // 250, sample__steps=10 + number % 2
+            tmp_path,
+            f"job-{number}",
+            prompt=f"a ball of colour {number % 250}",
+            seed=number // 250,
+            sample__steps=10 + number % 2,
         )
         if number:
             os.link(video, tmp_path / f"job-{number}.mp4")
-            os.link(sheet_of(video), tmp_path / f"job-{number}.jpg")
+            os.link(get_sheet_path(video), tmp_path / f"job-{number}.jpg")
     write_run(tmp_path, jobs=1000, ranks=8)
     took = []
     for _ in range(3):
@@ -232,7 +291,16 @@ def test_a_thousand_videos_take_less_than_a_second(tmp_path: Path) -> None:
 
 
 def test_the_command_makes_the_video_again(tmp_path: Path) -> None:
-    prompts = ["Two cats, boxing", 'it\'s $HOME `x` "quoted" \\', "'all of it'", "null", "${seed} = {a: b}", "a\nb", "雪山，日落", "@home"]
+    prompts = [
+        "Two cats, boxing",
+        'it\'s $HOME `x` "quoted" \\',
+        "'all of it'",
+        "null",
+        "${seed} = {a: b}",
+        "a\nb",
+        "雪山，日落",
+        "@home",
+    ]
     for number, prompt in enumerate(prompts):
         settings = [
             "task=t2v-A14B",
@@ -242,14 +310,14 @@ def test_the_command_makes_the_video_again(tmp_path: Path) -> None:
             "size=832*480",
             "memory.vae_dtype=float32",
         ]
-        config = configured(settings)
+        config = read_config(settings)
         assert config is not None
         config.prompt, config.seed = prompt, -1
         record = {"config": asdict(config), "seed": 2**40 + number, "prompt": prompt}
         (tmp_path / f"{number}.json").write_text(json.dumps(record))
-        words = shlex.split(command(read_records(tmp_path)[-1]))
+        words = shlex.split(build_rerun_command(read_records(tmp_path)[-1]))
         assert words[:3] == ["python", "-m", "wan_dist.run"]
-        again = configured(words[3:])
+        again = read_config(words[3:])
         config.seed = 2**40 + number
         config.prompt = "@@home" if prompt == "@home" else prompt  # as a command has it
         assert again == config
@@ -258,7 +326,13 @@ def test_the_command_makes_the_video_again(tmp_path: Path) -> None:
 def test_sweeps_are_found(tmp_path: Path) -> None:
     for steps in (4, 8, 12):
         for guide in (1.0, 5.0):
-            write_record(tmp_path, f"grid-{steps}-{guide}", prompt="grid", sample__steps=steps, sample__guide_scale=guide)
+            write_record(
+                tmp_path,
+                f"grid-{steps}-{guide}",
+                prompt="grid",
+                sample__steps=steps,
+                sample__guide_scale=guide,
+            )
     for seed in (9, 10, 100):
         write_record(tmp_path, f"seed-{seed}", prompt="seeds", seed=seed)
     write_record(tmp_path, "alone", prompt="alone", seed=77)
@@ -267,20 +341,29 @@ def test_sweeps_are_found(tmp_path: Path) -> None:
     write_record(tmp_path, "seed-1000", prompt="seeds", seed=1000, facts={"status": "failed"})
     records = read_records(tmp_path)
     grid, seeds = find_sweeps(records)
-    assert {grid.rows, grid.columns} == {"sample.steps", "sample.guide_scale"}
-    assert len(grid.numbers) == 6
-    assert (seeds.rows, seeds.columns, seeds.column_values) == ("", "seed", ("9", "10", "100"))
+    assert {grid.row_setting, grid.column_setting} == {"sample.steps", "sample.guide_scale"}
+    assert len(grid.record_indices) == 6
+    assert (seeds.row_setting, seeds.column_setting, seeds.column_values) == (
+        "",
+        "seed",
+        ("9", "10", "100"),
+    )
     assert [records[number].seed for number in seeds.cells[0] if number is not None] == [9, 10, 100]
 
 
 def test_a_timeline_of_many_jobs_is_few_bars(tmp_path: Path) -> None:
     write_run(tmp_path, jobs=1000, ranks=4)
     (run,) = read_runs(tmp_path)
-    timeline = timeline_of(run, most_bars=1000)
+    timeline = build_timeline(run, max_bars=1000)
     assert [lane.label for lane in timeline.lanes] == ["rank 0", "rank 1", "rank 2", "rank 3"]
     assert sum(len(lane.bars) for lane in timeline.lanes) <= 1100
-    assert [(bar.css, bar.height) for bar in timeline.lanes[0].bars[:2]] == [("s-denoise", 0.789), ("s-load", 0.211)]
-    assert all(bar.x >= -1e-6 and bar.x + bar.width < 101 for lane in timeline.lanes for bar in lane.bars)
+    assert [(bar.css, bar.height) for bar in timeline.lanes[0].bars[:2]] == [
+        ("s-denoise", 0.789),
+        ("s-load", 0.211),
+    ]
+    assert all(
+        bar.x >= -1e-6 and bar.x + bar.width < 101 for lane in timeline.lanes for bar in lane.bars
+    )
     assert "jobs, job-0 to job-" in timeline.lanes[0].bars[0].tip
     assert [chart.title for chart in timeline.charts] == ["GPU memory", "Host memory"]
     gpu, host = timeline.charts
@@ -296,51 +379,85 @@ def test_no_spans_are_copied_for_each_span() -> None:
             assert isinstance(place, int), "the rest of 10,000 spans, 10,000 times, takes seconds"
             return super().__getitem__(place)
 
-    spans = Spans(Span(0, "denoise", f"job {number}", float(number), 1.5 - number % 2, None, None) for number in range(10))
-    assert lanes._beside(spans) == {spans[number] for number in range(1, 10, 2)}
+    spans = Spans(
+        Span(0, "denoise", f"job {number}", float(number), 1.5 - number % 2, None, None)
+        for number in range(10)
+    )
+    assert lanes._find_side_spans(spans) == {spans[number] for number in range(1, 10, 2)}
 
 
 def test_each_span_of_a_short_run_is_a_bar(tmp_path: Path) -> None:
     write_run(tmp_path, jobs=2, ranks=1, ended=None)
     (run,) = read_runs(tmp_path)
-    (lane,) = timeline_of(run).lanes
+    (lane,) = build_timeline(run).lanes
     assert [bar.css for bar in lane.bars] == ["s-load", "s-denoise"] * 2
     assert lane.bars[1].tip == "denoise, 7.5 s · 3.4 GiB GPU · 1.0 GiB host · job-0"
 
 
 def test_runs_that_say_nothing_are_drawn(tmp_path: Path) -> None:
     write_run(
-        tmp_path, spans=[{"rank": -1}, 3, {"rank": 0, "stage": "load", "began": BEGAN, "seconds": 0}], plan=None, budget=[], command=None
+        tmp_path,
+        spans=[{"rank": -1}, 3, {"rank": 0, "stage": "load", "began": BEGAN, "seconds": 0}],
+        plan=None,
+        budget=[],
+        command=None,
     )
     (tmp_path / "runs" / "foreign.json").write_text("{}")
     (run,) = read_runs(tmp_path)
-    assert timeline_of(run).charts == []
+    assert build_timeline(run).charts == []
     write_record(tmp_path, "a")
     assert RUN in write_page(tmp_path).read_text()
 
 
 def test_the_table_of_a_run(tmp_path: Path) -> None:
-    write_record(tmp_path, "job-1", prompt='=HYPERLINK("http://x")', negative_prompt='  +1, "two"\nlines', seed=-1)
+    write_record(
+        tmp_path,
+        "job-1",
+        prompt='=HYPERLINK("http://x")',
+        negative_prompt='  +1, "two"\nlines',
+        seed=-1,
+    )
     write_record(tmp_path, "job-2", prompt="红球", facts={"status": "failed", "error": "@sum"})
     write_record(tmp_path, "other", facts={"run": "another"})
     path = write_table(write_run(tmp_path), read_records(tmp_path))
     assert path == tmp_path / "runs" / f"{RUN}.csv" == write_table(RUN, read_records(tmp_path))
     with path.open(encoding="utf-8-sig", newline="") as file:
         first, second = csv.DictReader(file)
-    assert (first["name"], first["seed"], first["prompt"]) == ("job-1", "-1", '\'=HYPERLINK("http://x")')
+    assert (first["name"], first["seed"], first["prompt"]) == (
+        "job-1",
+        "-1",
+        '\'=HYPERLINK("http://x")',
+    )
     assert first["settings.negative_prompt"] == '\'  +1, "two"\nlines'
-    assert (first["settings.sample.steps"], first["versions.torch"], first["machine"]) == ("12", "2.13.0", "node-1")
-    assert (first["memory.denoise.planned_gpu_gib"], first["memory.denoise.peak_gpu_gib"]) == ("3.5", "3.4")
-    assert (first["seconds.rank0.denoise"], first["seconds.rank1.denoise"], first["step_seconds"]) == ("6.0", "6.1", "0.5")
+    assert (first["settings.sample.steps"], first["versions.torch"], first["machine"]) == (
+        "12",
+        "2.13.0",
+        "node-1",
+    )
+    assert (first["memory.denoise.planned_gpu_gib"], first["memory.denoise.peak_gpu_gib"]) == (
+        "3.5",
+        "3.4",
+    )
+    assert (
+        first["seconds.rank0.denoise"],
+        first["seconds.rank1.denoise"],
+        first["step_seconds"],
+    ) == ("6.0", "6.1", "0.5")
     assert (second["prompt"], second["status"], second["error"]) == ("红球", "failed", "'@sum")
     with pytest.raises(InputError, match="no records"):
         write_table("../x", read_records(tmp_path))
 
 
-def test_launch_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number in (10, 2):
         write_record(tmp_path, f"job-{number}")
-    write_record(tmp_path, "名字" * 30 + "\x1b[31m", facts={"status": "failed", "error": "out of memory " * 10, "run": "earlier"})
+    write_record(
+        tmp_path,
+        "名字" * 30 + "\x1b[31m",
+        facts={"status": "failed", "error": "out of memory " * 10, "run": "earlier"},
+    )
     write_run(tmp_path)
     for columns in (80, 100, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
@@ -375,14 +492,26 @@ def test_launch_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     write_video(tmp_path / "a.mp4")
     assert main(["gallery", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'index.html'}\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jpg", "a.json", "a.mp4", "index.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a.jpg",
+        "a.json",
+        "a.mp4",
+        "index.html",
+    ]
 
 
 @pytest.mark.parametrize("name", ["runs", "gallery"])
-def test_folders_that_are_none(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_are_none(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    for words, answer in ((["file"], "not a folder"), (["none"], "not there"), (["empty"], "no records"), ([], "takes the folder")):
+    for words, answer in (
+        (["file"], "not a folder"),
+        (["none"], "not there"),
+        (["empty"], "no records"),
+        ([], "takes the folder"),
+    ):
         assert main([name, *(str(tmp_path / word) for word in words)]) == 2
         told = capsys.readouterr().err
         assert answer in told
@@ -393,7 +522,11 @@ def test_an_installation_has_all_templates() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert "wan_dist.output.gallery" in setuptools["packages"]
     folder = ROOT / "wan_dist" / "output" / "gallery"
-    packed = {path for pattern in setuptools["package-data"]["wan_dist.output.gallery"] for path in folder.glob(pattern)}
+    packed = {
+        path
+        for pattern in setuptools["package-data"]["wan_dist.output.gallery"]
+        for path in folder.glob(pattern)
+    }
     assert {path for path in (folder / "templates").iterdir() if path.is_file()} == packed
 
 

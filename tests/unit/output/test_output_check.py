@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from wan_dist.config.arguments import prepare
-from wan_dist.config.compose import compose
+from wan_dist.config.arguments import prepare_arguments
+from wan_dist.config.compose import compose_config
 from wan_dist.output import output_check
-from wan_dist.output.output_check import Outcome, check_output, outcome_of
+from wan_dist.output.output_check import OutputEstimate, check_output_folder, estimate_output
 from wan_dist.planning.plan import make_plan
-from wan_dist.runtime.atomic_write import written_aside
+from wan_dist.runtime.atomic_write import atomic_write
 from wan_dist.runtime.errors import InputError
 
-SMALL = Outcome("small", 80, 48, 16, 10_000, 20_000)
-LARGE = Outcome("large", 96, 64, 24, 2_000_000, 1_000_000)
+SMALL = OutputEstimate("small", 80, 48, 16, 10_000, 20_000)
+LARGE = OutputEstimate("large", 96, 64, 24, 2_000_000, 1_000_000)
 
 
 @pytest.fixture
@@ -39,12 +39,18 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], int]
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Bytes that the file system was asked for."""
     found: list[int] = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda descriptor, start, length: found.append(length))
+    monkeypatch.setattr(
+        os, "posix_fallocate", lambda descriptor, start, length: found.append(length)
+    )
     return found
 
 
 def set_free(count: int, monkeypatch: pytest.MonkeyPatch, *, blocks: int = 1000) -> None:
-    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_bavail=count // 1000, f_frsize=1000, f_blocks=blocks))
+    monkeypatch.setattr(
+        os,
+        "statvfs",
+        lambda folder: SimpleNamespace(f_bavail=count // 1000, f_frsize=1000, f_blocks=blocks),
+    )
 
 
 def refuse_room(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,23 +60,33 @@ def refuse_room(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fallocate", fail)
 
 
-def test_too_little_room_is_said_with_both_numbers(tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_room_is_said_with_both_numbers(
+    tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     set_free(2_500_000, monkeypatch)
-    with pytest.raises(InputError, match=r"output.dir=.*/out has no room .* take 3 MB or more, and only 2.5 MB are free; make room"):
-        check_output(tmp_path / "out", [SMALL, LARGE])
+    with pytest.raises(
+        InputError,
+        match=r"output.dir=.*/out has no room .* take 3 MB or more, and only 2.5 MB are free; make room",
+    ):
+        check_output_folder(tmp_path / "out", [SMALL, LARGE])
     assert not list((tmp_path / "out").iterdir())
     set_free(3_000_000, monkeypatch)
-    check_output(tmp_path / "out", [SMALL, LARGE])
+    check_output_folder(tmp_path / "out", [SMALL, LARGE])
     set_free(0, monkeypatch, blocks=0)  # of a file system that does not tell
-    check_output(tmp_path / "out", [SMALL, LARGE])
+    check_output_folder(tmp_path / "out", [SMALL, LARGE])
     assert len(encoded) == 2
 
 
 @pytest.mark.parametrize("code", [errno.EDQUOT, errno.ENOSPC])
-def test_a_quota_is_found(code: int, tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quota_is_found(
+    code: int, tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_room(code, monkeypatch)
-    with pytest.raises(InputError, match=rf"take 3 MB or more, and the file system refuses it \({os.strerror(code)}\)"):
-        check_output(tmp_path, [LARGE])
+    with pytest.raises(
+        InputError,
+        match=rf"take 3 MB or more, and the file system refuses it \({os.strerror(code)}\)",
+    ):
+        check_output_folder(tmp_path, [LARGE])
     assert not encoded
     assert not list(tmp_path.iterdir())
 
@@ -80,45 +96,62 @@ def test_a_file_system_that_cannot_be_asked_is_written_to(
     code: int, tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_room(code, monkeypatch)
-    check_output(tmp_path, [LARGE])
+    check_output_folder(tmp_path, [LARGE])
     assert len(encoded) == 1
 
 
 @pytest.mark.parametrize("outcomes", [[SMALL, LARGE], [LARGE, SMALL]])
-def test_the_largest_result_counts(outcomes: list[Outcome], tmp_path: Path, encoded: list[Any], asked: list[int]) -> None:
-    check_output(tmp_path / "new/folder", outcomes)
+def test_the_largest_result_counts(
+    outcomes: list[OutputEstimate], tmp_path: Path, encoded: list[Any], asked: list[int]
+) -> None:
+    check_output_folder(tmp_path / "new/folder", outcomes)
     assert asked == [LARGE.latents_bytes]
     assert encoded == [((2, 64, 96, 3), 24)]
     assert not list((tmp_path / "new/folder").iterdir())
 
 
-def test_latents_and_frames_count_together(tmp_path: Path, encoded: list[Any], asked: list[int]) -> None:
-    check_output(tmp_path, [Outcome("a", 80, 48, 16, 500, 9_000), Outcome("b", 96, 64, 24, 8_000, 1_000)])
+def test_latents_and_frames_count_together(
+    tmp_path: Path, encoded: list[Any], asked: list[int]
+) -> None:
+    check_output_folder(
+        tmp_path,
+        [
+            OutputEstimate("a", 80, 48, 16, 500, 9_000),
+            OutputEstimate("b", 96, 64, 24, 8_000, 1_000),
+        ],
+    )
     assert asked == [500]
 
 
 def test_what_is_refused_is_what_a_video_takes(tmp_path: Path) -> None:
-    config = compose(prepare(["task=toy", "prompt=a ball", "size=64*64", "frame_num=5", "output.name=clip", "fps=8"]))
+    config = compose_config(
+        prepare_arguments(
+            ["task=toy", "prompt=a ball", "size=64*64", "frame_num=5", "output.name=clip", "fps=8"]
+        )
+    )
     assert config is not None
     plan = make_plan(config)
     pixels = 64 * 64 * 5
-    plain, with_tensor = (outcome_of(plan, keeps_tensor=keeps) for keeps in (False, True))
+    plain, with_tensor = (estimate_output(plan, saves_tensor=keeps) for keeps in (False, True))
     assert (plain.name, plain.width, plain.height, plain.fps) == ("clip", 64, 64, 8)
     assert plain.latents_bytes == with_tensor.latents_bytes == 4 * 16 * 2 * 8 * 8
     assert 0 < plain.frames_bytes < pixels
     assert with_tensor.frames_bytes - plain.frames_bytes == 3 * 4 * pixels
 
 
-def test_a_name_that_is_too_long_for_the_file_system(tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_is_too_long_for_the_file_system(
+    tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Encrypted folders allow 143 bytes."""
     monkeypatch.setattr(os, "pathconf", lambda folder, name: 143)
     names = ["short", "é" * 48, "ab" * 40]
     with pytest.raises(
-        InputError, match=rf"output.name={names[1]} has 96 bytes; in output.dir=.* names may have 94, as files have suffixes"
+        InputError,
+        match=rf"output.name={names[1]} has 96 bytes; in output.dir=.* names may have 94, as files have suffixes",
     ):
-        check_output(tmp_path, [Outcome(name, 80, 48, 16) for name in names])
+        check_output_folder(tmp_path, [OutputEstimate(name, 80, 48, 16) for name in names])
     assert not list(tmp_path.iterdir())
-    check_output(tmp_path, [Outcome("a" * 94, 80, 48, 16)])
+    check_output_folder(tmp_path, [OutputEstimate("a" * 94, 80, 48, 16)])
 
 
 def test_names_that_pass_can_be_written(tmp_path: Path, encoded: list[Any]) -> None:
@@ -126,27 +159,38 @@ def test_names_that_pass_can_be_written(tmp_path: Path, encoded: list[Any]) -> N
     most = os.pathconf(tmp_path, "PC_NAME_MAX")
     longest = next(length for length in range(most, 0, -1) if passes(tmp_path, "a" * length))
     assert longest >= 200  # as names are allowed to be
-    for suffix in (".mp4", ".json", ".safetensors", ".latents.safetensors", f".{'0' * 12}.state.safetensors"):
+    for suffix in (
+        ".mp4",
+        ".json",
+        ".safetensors",
+        ".latents.safetensors",
+        f".{'0' * 12}.state.safetensors",
+    ):
         file = tmp_path / ("a" * longest + suffix)
-        with written_aside(file) as aside:
+        with atomic_write(file) as aside:
             aside.write_text("")
         file.rename(f"{file}.damaged")
 
 
 def passes(folder: Path, name: str) -> bool:
     try:
-        check_output(folder, [Outcome(name, 80, 48, 16)])
+        check_output_folder(folder, [OutputEstimate(name, 80, 48, 16)])
     except InputError:
         return False
     return True
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EIO])
-def test_nothing_is_left_where_writing_fails(code: int, tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_where_writing_fails(
+    code: int, tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(folder: Path) -> None:
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "statvfs", fail)
-    with pytest.raises(InputError, match=f"output.dir=.* cannot be written: {os.strerror(code)}; choose another output.dir"):
-        check_output(tmp_path, [LARGE])
+    with pytest.raises(
+        InputError,
+        match=f"output.dir=.* cannot be written: {os.strerror(code)}; choose another output.dir",
+    ):
+        check_output_folder(tmp_path, [LARGE])
     assert not list(tmp_path.iterdir())

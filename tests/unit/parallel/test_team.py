@@ -12,19 +12,25 @@ import pytest
 
 from wan_dist.parallel import rendezvous
 from wan_dist.parallel import team as module
-from wan_dist.parallel.team import Fault, RankError, Team
-from wan_dist.runtime.environment import Ranks
+from wan_dist.parallel.team import Coordinator, RankError, RankFailure
+from wan_dist.runtime.environment import RankLayout
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 
-MakeTeams = Callable[..., list[Team]]
+MakeTeams = Callable[..., list[Coordinator]]
 
 
 @pytest.fixture(autouse=True)
 def _short_times_and_a_log_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in {"_BEAT": 0.05, "_WATCH": 0.01, "_LEAVING": 0.3, "_GONE": 0.6, "GRACE": 0.1}.items():
+    for name, seconds in {
+        "_BEAT": 0.05,
+        "_WATCH": 0.01,
+        "_LEAVING": 0.3,
+        "_GONE": 0.6,
+        "GRACE": 0.1,
+    }.items():
         monkeypatch.setattr(module, f"{name}_SECONDS", seconds)
-    monkeypatch.setattr(module, "_num_teams", Counter())
+    monkeypatch.setattr(module, "_num_coordinators", Counter())
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
 
@@ -42,15 +48,18 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture
 def make_teams(port: int) -> Iterator[MakeTeams]:
-    made: list[Team] = []
+    made: list[Coordinator] = []
 
-    def make(num_ranks: int, missing: int = 0) -> list[Team]:
-        made.extend(Team(Ranks(rank, num_ranks, rank, num_ranks), 5) for rank in range(num_ranks - missing))
+    def make(num_ranks: int, missing: int = 0) -> list[Coordinator]:
+        made.extend(
+            Coordinator(RankLayout(rank, num_ranks, rank, num_ranks), 5)
+            for rank in range(num_ranks - missing)
+        )
         return made
 
     yield make
     for team in made:  # lets those go that still wait to leave
-        team.add(f"left/{team.rank}")
+        team.add_to_counter(f"left/{team.rank}")
     for team in made:
         kill(team)
 
@@ -60,11 +69,11 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(4)
 
 
-def kill(team: Team) -> None:
+def kill(team: Coordinator) -> None:
     """Let a rank give no sign of life any more."""
-    team._closing.set()
-    if team._watcher is not None:
-        team._watcher.join()
+    team._stop_event.set()
+    if team._watcher_thread is not None:
+        team._watcher_thread.join()
 
 
 def later(seconds: float) -> Callable[[], bool]:
@@ -76,7 +85,9 @@ def results(futures: list[Future[Any]]) -> list[Any]:
     return [future.result(timeout=10) for future in futures]
 
 
-def test_values_are_gathered_in_the_order_of_ranks(make_teams: MakeTeams, pool: ThreadPoolExecutor) -> None:
+def test_values_are_gathered_in_the_order_of_ranks(
+    make_teams: MakeTeams, pool: ThreadPoolExecutor
+) -> None:
     teams = make_teams(3)
     for values in ("abc", "xyz"):
         futures = []
@@ -86,7 +97,9 @@ def test_values_are_gathered_in_the_order_of_ranks(make_teams: MakeTeams, pool: 
         assert results(futures) == [list(values)] * 3
 
 
-def test_what_the_first_rank_makes_is_shared(make_teams: MakeTeams, pool: ThreadPoolExecutor) -> None:
+def test_what_the_first_rank_makes_is_shared(
+    make_teams: MakeTeams, pool: ThreadPoolExecutor
+) -> None:
     teams, made = make_teams(3), []
 
     def make(rank: int) -> dict[str, int]:
@@ -94,7 +107,10 @@ def test_what_the_first_rank_makes_is_shared(make_teams: MakeTeams, pool: Thread
         return {"made by": rank}
 
     for _ in range(2):
-        shared = [pool.submit(team.share, lambda rank=team.rank: make(rank), "plan") for team in teams]
+        shared = [
+            pool.submit(team.run_on_first_rank, lambda rank=team.rank: make(rank), "plan")
+            for team in teams
+        ]
         assert results(shared) == [{"made by": 0}] * 3
     assert made == [0, 0]
 
@@ -104,59 +120,71 @@ def test_a_value_may_be_larger_than_the_store_takes(make_teams: MakeTeams) -> No
     value = bytes(range(256)) * 2**15 + b"the end"  # over 8 MiB
     assert (second.has("v"), second.get("v")) == (False, None)
     first.put("v", value)
-    second.wait(lambda: second.has("v"), "read it", [0])
+    second.wait_until(lambda: second.has("v"), "read it", [0])
     assert second.get("v") == value
 
 
-def test_who_waits_for_a_rank_that_has_failed_learns_why(make_teams: MakeTeams, pool: ThreadPoolExecutor) -> None:
+def test_who_waits_for_a_rank_that_has_failed_learns_why(
+    make_teams: MakeTeams, pool: ThreadPoolExecutor
+) -> None:
     first, second, third = make_teams(3)
     gathering = [pool.submit(team.gather, None, "plan") for team in (first, third)]
     time.sleep(0.05)
-    second.fail("input", "image=a.png cannot be read")
+    second.announce_failure("input", "image=a.png cannot be read")
     for future in gathering:
-        with pytest.raises(RankError, match=rf"image=a.png cannot be read \(rank 1 on {socket.gethostname()}\)") as raised:
+        with pytest.raises(
+            RankError, match=rf"image=a.png cannot be read \(rank 1 on {socket.gethostname()}\)"
+        ) as raised:
             future.result(timeout=10)
-        assert raised.value.fault == Fault(1, socket.gethostname(), "input", "image=a.png cannot be read")
+        assert raised.value.fault == RankFailure(
+            1, socket.gethostname(), "input", "image=a.png cannot be read"
+        )
 
 
 def test_a_rank_without_a_sign_of_life_is_not_waited_for(make_teams: MakeTeams) -> None:
     first, second, _ = make_teams(4, missing=1)
     with pytest.raises(RankError, match="no sign of life from rank 3 on an unknown host"):
-        first.wait(later(5), "plan", [0, 1, 2, 3], patience=0.3)
+        first.wait_until(later(5), "plan", [0, 1, 2, 3], patience_seconds=0.3)
     kill(second)
-    with pytest.raises(RankError, match=rf"no sign of life from rank 1 on {socket.gethostname()}, which was waited for to plan"):
-        first.wait(later(5), "plan", [0, 1, 2], patience=0.5)
+    with pytest.raises(
+        RankError,
+        match=rf"no sign of life from rank 1 on {socket.gethostname()}, which was waited for to plan",
+    ):
+        first.wait_until(later(5), "plan", [0, 1, 2], patience_seconds=0.5)
 
 
 def test_a_rank_that_has_left_is_not_lost(make_teams: MakeTeams) -> None:
     first, second = make_teams(2)
-    second.add("left/1")
+    second.add_to_counter("left/1")
     kill(second)
-    first.wait(later(0.5), "plan", [1], patience=0.1)
+    first.wait_until(later(0.5), "plan", [1], patience_seconds=0.1)
 
 
 def test_a_slow_rank_is_waited_for(make_teams: MakeTeams) -> None:
     first, _ = make_teams(2)
-    first.wait(later(1.2), "plan", [1], patience=0.3)
+    first.wait_until(later(1.2), "plan", [1], patience_seconds=0.3)
 
 
 def test_ranks_that_have_not_come_are_named(
-    make_teams: MakeTeams, port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    make_teams: MakeTeams,
+    port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.05)
     first, _ = make_teams(4, missing=2)
-    first.wait(later(0.2), "plan", [1, 2, 3])
+    first.wait_until(later(0.2), "plan", [1, 2, 3])
     assert f"waiting for 2 of 4 ranks (2, 3) at 127.0.0.1:{port}" in caplog.messages
 
 
 def test_one_rank_says_an_error_that_several_meet(make_teams: MakeTeams) -> None:
     first, second, third = make_teams(3)
-    assert not first.is_told_by_others("no room")
-    assert not second.is_told_by_others("no room")  # the first has met none
-    threading.Timer(0.1, first.fail, ("input", "no room")).start()
-    assert second.is_told_by_others("no room")
-    assert third.is_told_by_others("no room")
-    assert not second.is_told_by_others("another one")
+    assert not first.is_reported_by_lower_rank("no room")
+    assert not second.is_reported_by_lower_rank("no room")  # the first has met none
+    threading.Timer(0.1, first.announce_failure, ("input", "no room")).start()
+    assert second.is_reported_by_lower_rank("no room")
+    assert third.is_reported_by_lower_rank("no room")
+    assert not second.is_reported_by_lower_rank("another one")
 
 
 def test_all_leave_together(make_teams: MakeTeams, pool: ThreadPoolExecutor) -> None:
@@ -167,17 +195,24 @@ def test_all_leave_together(make_teams: MakeTeams, pool: ThreadPoolExecutor) -> 
     results([*leaving, pool.submit(teams[2].leave)])
 
 
-def test_one_that_is_gone_keeps_nobody_from_leaving(make_teams: MakeTeams, pool: ThreadPoolExecutor) -> None:
+def test_one_that_is_gone_keeps_nobody_from_leaving(
+    make_teams: MakeTeams, pool: ThreadPoolExecutor
+) -> None:
     first, *others = make_teams(3)
     kill(first)
     results([pool.submit(team.leave) for team in others])
 
 
-@pytest.mark.parametrize("end", [lambda team: team.add("work/1/faults"), lambda team: team.fail("input", "no room"), kill])
-def test_work_is_broken_off_where_another_rank_ends(end: Callable[[Team], None], make_teams: MakeTeams) -> None:
+@pytest.mark.parametrize(
+    "end",
+    [lambda team: team.add("work/1/faults"), lambda team: team.fail("input", "no room"), kill],
+)
+def test_work_is_broken_off_where_another_rank_ends(
+    end: Callable[[Coordinator], None], make_teams: MakeTeams
+) -> None:
     first, second = make_teams(2)
     woken = threading.Event()
-    first.begin_work("work/1", [0, 1], woken.set)
+    first.start_watching("work/1", [0, 1], woken.set)
     assert not woken.wait(0.8)
     end(second)
     assert woken.wait(5)
@@ -187,13 +222,18 @@ def test_a_port_that_another_has_is_named(port: int) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
         other.listen()
-        with pytest.raises(InputError, match=f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port} cannot be listened on: .*; set another port"):
-            Team(Ranks(0, 2, 0, 2), 2)
+        with pytest.raises(
+            InputError,
+            match=f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port} cannot be listened on: .*; set another port",
+        ):
+            Coordinator(RankLayout(0, 2, 0, 2), 2)
 
 
-def test_a_first_rank_that_does_not_come_is_named(port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.1)
+def test_a_first_rank_that_does_not_come_is_named(
+    port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rendezvous, "_PATIENCE_SECONDS", 0.1)
     with pytest.raises(RuntimeError) as raised:
-        Team(Ranks(1, 2, 1, 2), 0.5)
+        Coordinator(RankLayout(1, 2, 1, 2), 0.5)
     assert raised.value.__notes__ == [f"waiting for rank 0 at 127.0.0.1:{port}"]
     assert f"waiting for rank 0 at 127.0.0.1:{port}" in caplog.text

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from wan_dist.config.arguments import prepare
-from wan_dist.config.compose import compose
+from wan_dist.config.arguments import prepare_arguments
+from wan_dist.config.compose import compose_config
 from wan_dist.config.overrides import override_config
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.video_file import save_tensors
 from wan_dist.planning import digests
-from wan_dist.planning.digests import WeightsDigests, latents_digest, result_digest
+from wan_dist.planning.digests import WeightsDigests, compute_latents_digest, compute_result_digest
 from wan_dist.planning.plan import make_plan
 from wan_dist.runtime.errors import InputError
 
@@ -57,7 +57,11 @@ WITHOUT_EFFECT = {
 
 @cache
 def first() -> RunConfig:
-    config = compose(prepare(["task=toy", "prompt=a ball", "seed=3", "size=64*64", "frame_num=5", "output.name=clip"]))
+    config = compose_config(
+        prepare_arguments(
+            ["task=toy", "prompt=a ball", "seed=3", "size=64*64", "frame_num=5", "output.name=clip"]
+        )
+    )
     assert config is not None
     return config
 
@@ -65,12 +69,20 @@ def first() -> RunConfig:
 WEIGHTS = WeightsDigests("all", "vae")
 
 
-def both(weights: WeightsDigests = WEIGHTS, *, is_job: bool = False, num_ranks: int = 1, **settings: object) -> tuple[str, str]:
+def both(
+    weights: WeightsDigests = WEIGHTS,
+    *,
+    is_job: bool = False,
+    num_ranks: int = 1,
+    **settings: object,
+) -> tuple[str, str]:
     """Return the digests of the latents and of the result."""
-    config = override_config(first(), [(key, value, f"{key}={value}") for key, value in settings.items()])
+    config = override_config(
+        first(), [(key, value, f"{key}={value}") for key, value in settings.items()]
+    )
     plan = make_plan(config, ranks=(num_ranks, num_ranks))
-    latents = latents_digest(config, plan, weights, is_job=is_job)
-    return latents, result_digest(config, plan, latents, weights)
+    latents = compute_latents_digest(config, plan, weights, is_job=is_job)
+    return latents, compute_result_digest(config, plan, latents, weights)
 
 
 def differing(one: tuple[str, str], other: tuple[str, str]) -> tuple[bool, bool]:
@@ -93,7 +105,13 @@ def test_neither_changes_with_how_a_video_is_made(key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"parallel.cfg": 2}, {"parallel.cfg": 1, "parallel.ring": 2}, {"fsdp.dit": True, "fsdp.t5": True}]
+    "settings",
+    [
+        {},
+        {"parallel.cfg": 2},
+        {"parallel.cfg": 1, "parallel.ring": 2},
+        {"fsdp.dit": True, "fsdp.t5": True},
+    ],
 )
 def test_neither_changes_with_the_ranks(settings: dict[str, object]) -> None:
     assert differing(both(), both(num_ranks=2, **settings)) == (False, False)  # type: ignore[arg-type]
@@ -110,13 +128,15 @@ def test_no_two_changes_are_taken_for_one_another() -> None:
     assert len({both()[1], *found}) == len(found) + 1
 
 
-@pytest.mark.parametrize("name", ["FORMAT", "NUMERICS"])
-def test_both_change_with_the_version_of_what_is_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["FORMAT_VERSION", "NUMERICS_VERSION"])
+def test_both_change_with_the_version_of_what_is_computed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = both()
     monkeypatch.setattr(digests, name, getattr(digests, name) + 1)
     config, plan = first(), make_plan(first())
     assert differing(before, both()) == (True, True)
-    assert result_digest(config, plan, before[0], WEIGHTS) != before[1]  # of itself, too
+    assert compute_result_digest(config, plan, before[0], WEIGHTS) != before[1]  # of itself, too
 
 
 def test_an_image_counts_with_what_is_in_it(tmp_path: Path) -> None:
@@ -124,7 +144,10 @@ def test_an_image_counts_with_what_is_in_it(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(file)
     red = both(image=str(file))
     assert differing(both(), red) == (True, True)
-    assert differing(red, both(**{"image": str(file), "memory.vae_dtype": "bfloat16"})) == (True, True)  # which encodes it
+    assert differing(red, both(**{"image": str(file), "memory.vae_dtype": "bfloat16"})) == (
+        True,
+        True,
+    )  # which encodes it
     copy.write_bytes(file.read_bytes())
     assert both(image=str(copy)) == red
     Image.new("RGB", (64, 64), "blue").save(file)
@@ -139,7 +162,8 @@ def test_which_frame_an_image_is_counts(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(file)
     plan = make_plan(first())
     found = {
-        latents_digest(replace(first(), **{key: str(file)}), plan, WEIGHTS, is_job=False) for key in ("image", "first_frame", "last_frame")
+        compute_latents_digest(replace(first(), **{key: str(file)}), plan, WEIGHTS, is_job=False)
+        for key in ("image", "first_frame", "last_frame")
     }
     assert len(found) == 3
 
@@ -148,7 +172,10 @@ def test_given_latents_count_with_what_is_in_them(tmp_path: Path) -> None:
     file = tmp_path / "a.latents.safetensors"
     save_tensors(file, {"latents": torch.zeros(16, 2, 8, 8)})
     zeros = both(latents=str(file))
-    assert differing(zeros, both(WeightsDigests("others", "vae"), latents=str(file))) == (False, False)
+    assert differing(zeros, both(WeightsDigests("others", "vae"), latents=str(file))) == (
+        False,
+        False,
+    )
     assert both(latents=str(file), **{"seed": 5, "sample.steps": 9}) == zeros
     for setting in ({"fps": 8}, {"output.save_tensor": True}, {"memory.vae_dtype": "bfloat16"}):
         assert differing(zeros, both(latents=str(file), **setting)) == (False, True)
@@ -158,11 +185,15 @@ def test_given_latents_count_with_what_is_in_them(tmp_path: Path) -> None:
 
 def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     config, plan = replace(first(), image=str(tmp_path / "gone.png")), make_plan(first())
-    with pytest.raises(InputError, match=r"image=.*gone.png cannot be read: No such file or directory"):
-        latents_digest(config, plan, WEIGHTS, is_job=False)
+    with pytest.raises(
+        InputError, match=r"image=.*gone.png cannot be read: No such file or directory"
+    ):
+        compute_latents_digest(config, plan, WEIGHTS, is_job=False)
 
 
-def test_a_seed_that_is_drawn_is_drawn_once_for_a_job_of_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seed_that_is_drawn_is_drawn_once_for_a_job_of_slurm(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     found = []
     for number in ("1", "2"):
         monkeypatch.setenv("SLURM_JOB_ID", number)

@@ -31,13 +31,17 @@ def test_bytes_of_weights_are_exact(task: object, dtype: torch.dtype) -> None:
     assert footprint.block_bytes(dims, dtype.itemsize) == size_of(model.blocks[0])
     assert footprint.transformer_bytes(dims, dtype.itemsize) == size_of(model)
     assert footprint.projection_bytes(dims, dtype.itemsize, dims.num_layers) == size_of(projection)
-    assert footprint.vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(size_of(vae), rel=2e-3)  # norms are float32
+    assert footprint.vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(
+        size_of(vae), rel=2e-3
+    )  # norms are float32
     assert footprint.text_encoder_bytes(task.text_encoder, dtype.itemsize) == size_of(text)  # type: ignore[attr-defined]
-    assert footprint.text_block_bytes(task.text_encoder, dtype.itemsize) == size_of(text.get_submodule("block.0"))  # type: ignore[attr-defined]
+    assert footprint.text_block_bytes(task.text_encoder, dtype.itemsize) == size_of(
+        text.get_submodule("block.0")
+    )  # type: ignore[attr-defined]
 
 
 def test_bytes_of_the_image_encoder_are_exact() -> None:
-    dims = TASKS["i2v-14B"].image_encoder
+    dims = TASKS["i2v-14B"].image_encoder_dims
     assert dims is not None
     with torch.device("meta"):
         model = build_image_encoder(dims)
@@ -46,8 +50,8 @@ def test_bytes_of_the_image_encoder_are_exact() -> None:
 
 def test_what_the_plan_counts_is_what_the_models_do() -> None:
     """The plan is made without torch, so a few numbers stand in two places."""
-    assert footprint.SLOTS == streaming._NUM_SLOTS
-    assert streaming.BlockReader.num_ahead == footprint.STAGED
-    assert parameter_bytes.GROUP == quantized.GROUP
-    assert footprint.QUANTIZED_AT_ONCE == quantized._ROWS_AT_ONCE
-    assert footprint.PIECE == transformer_elementwise.PIECE
+    assert footprint.STREAMED_BLOCKS == streaming.NUM_SLOTS
+    assert streaming.BlockReader.num_ahead == footprint.STAGED_BLOCKS
+    assert parameter_bytes.INT4_GROUP_SIZE == quantized.INT4_GROUP_SIZE
+    assert footprint.QUANTIZED_ROWS_PER_CHUNK == quantized._QUANTIZE_CHUNK_ROWS
+    assert footprint.FLOAT32_CHUNK_TOKENS == transformer_elementwise.FLOAT32_CHUNK_TOKENS

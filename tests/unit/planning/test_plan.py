@@ -7,16 +7,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tests.conftest import FIXTURES
-from wan_dist.config.arguments import prepare
-from wan_dist.config.compose import compose
+from wan_dist.config.arguments import prepare_arguments
+from wan_dist.config.compose import compose_config
 from wan_dist.planning.degrees import plan_degrees
 from wan_dist.planning.plan import Plan, make_plan
 from wan_dist.runtime.errors import InputError
-from wan_dist.tasks.registry import TASKS, Images
+from wan_dist.tasks.registry import TASKS, ImageInput
 
 
 def plan(*arguments: str) -> Plan:
-    config = compose(prepare(list(arguments)))
+    config = compose_config(prepare_arguments(list(arguments)))
     assert config is not None
     return make_plan(config)
 
@@ -45,23 +45,31 @@ def image(tmp_path: Path) -> str:
 def inputs(task: str, image: str) -> list[str]:
     """Return what the task needs beside a prompt."""
     return {
-        Images.FIRST: [f"image={image}"],
-        Images.FIRST_AND_LAST: [f"first_frame={image}", f"last_frame={image}"],
-    }.get(TASKS[task].images, [])
+        ImageInput.FIRST: [f"image={image}"],
+        ImageInput.FIRST_AND_LAST: [f"first_frame={image}", f"last_frame={image}"],
+    }.get(TASKS[task].image_input, [])
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_defaults_are_the_published_ones(task: str, image: str) -> None:
-    config = compose(prepare([f"task={task}", *inputs(task, image), "prompt=x"]))
+    config = compose_config(prepare_arguments([f"task={task}", *inputs(task, image), "prompt=x"]))
     assert config is not None
     made, sample = make_plan(config), config.sample
-    found = (config.size, made.frame_num, made.fps, sample.solver, sample.steps, made.shift, made.guide_scales)
+    found = (
+        config.size,
+        made.frame_num,
+        made.fps,
+        sample.solver,
+        sample.steps,
+        made.shift,
+        made.guide_scales,
+    )
     assert found == PUBLISHED[task]
     assert made.negative_prompt is not None
     assert made.negative_prompt.startswith(PREFIXES.get(task, "") + "色调艳丽，过曝，静态")
     assert made.negative_prompt.endswith("背景人很多，倒着走")
-    assert config.width_height() in (*TASKS[task].sizes, (1024, 1024))
-    assert TASKS[task].boundary == BOUNDARIES.get(task)
+    assert config.parse_size() in (*TASKS[task].published_sizes, (1024, 1024))
+    assert TASKS[task].expert_boundary == BOUNDARIES.get(task)
 
 
 def test_every_task_is_in_the_table() -> None:
@@ -69,17 +77,26 @@ def test_every_task_is_in_the_table() -> None:
 
 
 def test_the_shift_of_i2v_follows_the_size(image: str) -> None:
-    shifts = {size: plan("task=i2v-14B", f"image={image}", "prompt=x", size).shift for size in ("size=832*480", "size=1280*720")}
+    shifts = {
+        size: plan("task=i2v-14B", f"image={image}", "prompt=x", size).shift
+        for size in ("size=832*480", "size=1280*720")
+    }
     assert shifts == {"size=832*480": 3.0, "size=1280*720": 5.0}
     assert plan("task=i2v-14B", f"image={image}", "prompt=x", "max_area=399360").shift == 3.0
-    assert plan("task=i2v-14B", f"image={image}", "prompt=x", "size=832*480", "sample.shift=7").shift == 7.0
+    assert (
+        plan("task=i2v-14B", f"image={image}", "prompt=x", "size=832*480", "sample.shift=7").shift
+        == 7.0
+    )
 
 
 def test_a_size_with_an_image_is_an_area(image: str) -> None:
     made = plan("task=i2v-14B", f"image={image}", "prompt=x", "size=832*480")
     assert (made.width, made.height) == (832, 464)
-    assert "81 frames of 832x464 (size=832*480 is an area, the image of 1920x1080 gives the aspect)" in made.summary
-    assert made.advice is None
+    assert (
+        "81 frames of 832x464 (size=832*480 is an area, the image of 1920x1080 gives the aspect)"
+        in made.summary
+    )
+    assert made.size_advice is None
 
 
 # Worked by hand from the formulas of the reference (Wan2.1 image2video.py, Wan2.2 textimage2video.py).
@@ -94,7 +111,9 @@ def test_a_size_with_an_image_is_an_area(image: str) -> None:
         ("ti2v-5B", (170, 120), "max_area=12288", (128, 96)),
     ],
 )
-def test_sizes_from_areas(task: str, shape: tuple[int, int], area: str, expected: tuple[int, int], tmp_path: Path) -> None:
+def test_sizes_from_areas(
+    task: str, shape: tuple[int, int], area: str, expected: tuple[int, int], tmp_path: Path
+) -> None:
     Image.new("RGB", shape).save(tmp_path / "x.png")
     made = plan(f"task={task}", f"image={tmp_path / 'x.png'}", "prompt=x", area)
     assert (made.width, made.height) == expected
@@ -118,16 +137,34 @@ def test_the_last_frame_takes_the_shape_of_the_first(tmp_path: Path) -> None:
         (["task=i2v-14B"], "image is missing: i2v-14B takes image=FILE"),
         (["task=i2v-14B", "image=nowhere.png"], "image=nowhere.png: there is no such file"),
         (["task=i2v-14B", "image=broken.png"], "image=broken.png cannot be read as an image"),
-        (["task=i2v-14B", "first_frame=IMAGE"], "first_frame is given, but i2v-14B takes image=FILE; flf2v-14B would take first_frame"),
-        (["task=t2v-14B", "image=IMAGE"], "image is given, but t2v-14B takes no image; i2v-14B, i2v-A14B, ti2v-5B would take image"),
-        (["task=flf2v-14B"], "first_frame and last_frame are missing: flf2v-14B takes first_frame=FILE last_frame=FILE"),
+        (
+            ["task=i2v-14B", "first_frame=IMAGE"],
+            "first_frame is given, but i2v-14B takes image=FILE; flf2v-14B would take first_frame",
+        ),
+        (
+            ["task=t2v-14B", "image=IMAGE"],
+            "image is given, but t2v-14B takes no image; i2v-14B, i2v-A14B, ti2v-5B would take image",
+        ),
+        (
+            ["task=flf2v-14B"],
+            "first_frame and last_frame are missing: flf2v-14B takes first_frame=FILE last_frame=FILE",
+        ),
         (["task=flf2v-14B", "first_frame=IMAGE"], "last_frame is missing"),
         (["task=flf2v-14B", "last_frame=IMAGE"], "first_frame is missing"),
-        (["task=flf2v-14B", "first_frame=IMAGE", "last_frame=IMAGE", "frame_num=1"], "need at least frame_num=5"),
+        (
+            ["task=flf2v-14B", "first_frame=IMAGE", "last_frame=IMAGE", "frame_num=1"],
+            "need at least frame_num=5",
+        ),
         (["task=ti2v-5B", "max_area=1000"], "max_area=1000 is for tasks with an image"),
         (["task=ti2v-5B", "size=1280*720"], "the nearest that work are 1280*704 and 1280*736"),
-        (["task=ti2v-5B", "image=IMAGE", "max_area=10"], "an area of 10 pixels is too small for this image's shape"),
-        (["task=t2v-14B", "sample.guide_scale=[3,4]"], "t2v-14B has one transformer and takes one number"),
+        (
+            ["task=ti2v-5B", "image=IMAGE", "max_area=10"],
+            "an area of 10 pixels is too small for this image's shape",
+        ),
+        (
+            ["task=t2v-14B", "sample.guide_scale=[3,4]"],
+            "t2v-14B has one transformer and takes one number",
+        ),
         (["task=t2v-A14B", "sample.guide_scale=[3]"], "is neither a number nor [low, high]"),
         (["task=t2v-A14B", "sample.guide_scale=high"], "is neither a number nor [low, high]"),
         (["task=t2v-14B", "sample.shift=null"], "t2v-14B has no default by size"),
@@ -169,7 +206,10 @@ def test_token_counts(arguments: list[str], latent_shape: tuple[int, ...], num_t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["task=toy", "frame_num=80"], "frame_num=80 is not 4n + 1; the nearest that work are 77 and 81"),
+        (
+            ["task=toy", "frame_num=80"],
+            "frame_num=80 is not 4n + 1; the nearest that work are 77 and 81",
+        ),
         (["task=toy", "frame_num=0"], "the nearest that work are 1 and 5"),
         (["task=t2i-14B", "prompt=x", "frame_num=5"], "t2i-14B makes one image, frame_num=1"),
         (["task=toy", "size=830*480"], "the nearest that work are 816*480 and 832*480"),
@@ -179,10 +219,16 @@ def test_token_counts(arguments: list[str], latent_shape: tuple[int, ...], num_t
         (["task=toy", "prompt="], "the prompt is empty"),
         (["task=toy", "prompt=  "], "the prompt is empty"),
         (["task=t2v-14B"], "prompt is missing"),
-        (["task=toy", "prompt=@nowhere.txt"], "cannot read nowhere.txt (No such file or directory)"),
+        (
+            ["task=toy", "prompt=@nowhere.txt"],
+            "cannot read nowhere.txt (No such file or directory)",
+        ),
         (["task=toy", "sample.steps=0"], "at least 1 step is needed"),
         (["task=toy", "sample.shift=0"], "sample.shift=0.0: it must be above 0"),
-        (["task=toy", "sample.solver=dpm"], "is not one of unipc, dpm++, euler; did you mean 'dpm++'?"),
+        (
+            ["task=toy", "sample.solver=dpm"],
+            "is not one of unipc, dpm++, euler; did you mean 'dpm++'?",
+        ),
         (["task=toy", "dtype=bf16"], "is not one of bfloat16, float32; did you mean 'bfloat16'?"),
         (["task=toy", "fps=0"], "at least 1 frame a second is needed"),
         (["task=toy", "seed=-2"], "use a number from 0 on, or -1"),
@@ -215,9 +261,18 @@ def test_a_drawn_seed_is_known() -> None:
 def test_names_are_safe_file_names() -> None:
     name = plan("task=toy", "prompt=a/b: c*?", "seed=3").name
     assert re.fullmatch("toy_a-b-c_3_[0-9a-f]{6}", name)
-    others = [("prompt=a/b: c+?", "seed=3"), ("prompt=a/b: c*?", "seed=3", "sample.steps=2"), ("prompt=a/b: c*?", "seed=3", "quant=int8")]
+    others = [
+        ("prompt=a/b: c+?", "seed=3"),
+        ("prompt=a/b: c*?", "seed=3", "sample.steps=2"),
+        ("prompt=a/b: c*?", "seed=3", "quant=int8"),
+    ]
     assert len({name, *(plan("task=toy", *settings).name for settings in others)}) == 4
-    assert plan("task=toy", "prompt=a/b: c*?", "seed=3", "parallel.timeout=9", "output.dir=elsewhere").name == name
+    assert (
+        plan(
+            "task=toy", "prompt=a/b: c*?", "seed=3", "parallel.timeout=9", "output.dir=elsewhere"
+        ).name
+        == name
+    )
     assert len(plan("task=toy", "prompt=" + "猫" * 500).name.encode()) < 200
     assert plan("task=toy", "output.name=clip.mp4").name == "clip"
 
@@ -233,7 +288,12 @@ def test_kept_latents_decide_the_size(tmp_path: Path) -> None:
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, num_ranks: int, ranks_per_node: int) -> None:
-    place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": ranks_per_node}
+    place = {
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": num_ranks,
+        "LOCAL_WORLD_SIZE": ranks_per_node,
+    }
     for key, value in (place | {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}).items():
         monkeypatch.setenv(key, str(value))
 
@@ -257,7 +317,12 @@ def launched(monkeypatch: pytest.MonkeyPatch, num_ranks: int, ranks_per_node: in
     ],
 )
 def test_degrees(
-    task: str, num_ranks: int, ranks_per_node: int, arguments: list[str], degrees: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    task: str,
+    num_ranks: int,
+    ranks_per_node: int,
+    arguments: list[str],
+    degrees: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     launched(monkeypatch, num_ranks, ranks_per_node)
     found = plan(f"task={task}", "prompt=x", *arguments).degrees
@@ -268,8 +333,12 @@ def test_degrees(
 @pytest.mark.parametrize("guided", [True, False])
 def test_any_number_of_ranks_works(num_heads: int, guided: bool) -> None:
     for num_ranks in range(1, 65):
-        for ranks_per_node in (degree for degree in range(1, num_ranks + 1) if num_ranks % degree == 0):
-            found = plan_degrees(num_ranks, ranks_per_node=ranks_per_node, num_heads=num_heads, guided=guided)
+        for ranks_per_node in (
+            degree for degree in range(1, num_ranks + 1) if num_ranks % degree == 0
+        ):
+            found = plan_degrees(
+                num_ranks, ranks_per_node=ranks_per_node, num_heads=num_heads, is_guided=guided
+            )
             assert found.num_ranks == num_ranks
             assert num_heads % found.ulysses == 0
             assert ranks_per_node % found.ulysses == 0
@@ -284,20 +353,38 @@ def test_any_number_of_ranks_works(num_heads: int, guided: bool) -> None:
             ["parallel.ulysses=8"],
             "does not divide the 12 heads (it may be 1, 2, 3, 4, 6, 12); on 8 ranks use parallel.cfg=2 parallel.ulysses=4",
         ),
-        (4, ["parallel.ulysses=2", "parallel.ring=4"], "parallel.ring=4 x parallel.ulysses=2 does not fit 4 ranks"),
+        (
+            4,
+            ["parallel.ulysses=2", "parallel.ring=4"],
+            "parallel.ring=4 x parallel.ulysses=2 does not fit 4 ranks",
+        ),
         (3, ["parallel.cfg=2"], "parallel.cfg=2 does not fit 3 ranks"),
         (4, ["parallel.cfg=4"], "guidance has two branches"),
-        (4, ["parallel.ring=2", "attention=8bit"], "attention=8bit does not say by what the parts of a ring are merged; parallel.ring=1"),
-        (4, ["parallel.usp=xfuser", "dtype=float32"], "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32"),
+        (
+            4,
+            ["parallel.ring=2", "attention=8bit"],
+            "attention=8bit does not say by what the parts of a ring are merged; parallel.ring=1",
+        ),
+        (
+            4,
+            ["parallel.usp=xfuser", "dtype=float32"],
+            "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32",
+        ),
         (4, ["parallel.cfg=2", "sample.guide_scale=1"], "parallel.cfg=2 needs guidance"),
         (4, ["parallel.ring=0"], "parallel.ring=0: a degree is at least 1"),
-        (4, ["parallel.dp=2"], "replicas are for several videos (jobs=FILE), and this run makes one"),
+        (
+            4,
+            ["parallel.dp=2"],
+            "replicas are for several videos (jobs=FILE), and this run makes one",
+        ),
         (1, ["fsdp.dit=true"], "fsdp.dit=true shards weights over several ranks, but there is one"),
         (1, ["fsdp.t5=true"], "fsdp.t5=true shards weights over several ranks, but there is one"),
         (1, ["parallel.ulysses=2"], "parallel.ulysses=2 does not fit 1 rank"),
     ],
 )
-def test_impossible_degrees(num_ranks: int, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_degrees(
+    num_ranks: int, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launched(monkeypatch, num_ranks, num_ranks)
     with pytest.raises(InputError) as caught:
         plan("task=t2v-1.3B", "prompt=x", *arguments)
@@ -307,7 +394,9 @@ def test_impossible_degrees(num_ranks: int, arguments: list[str], message: str, 
 def test_heads_are_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     launched(monkeypatch, 3, 3)
     assert plan("task=t2v-1.3B", "prompt=x").degrees.ulysses == 3
-    assert plan("task=t2v-1.3B", "prompt=x", f"ckpt_dir={FIXTURES / 'wan2.1-t2v'}").degrees.ring == 3  # it has 4
+    assert (
+        plan("task=t2v-1.3B", "prompt=x", f"ckpt_dir={FIXTURES / 'wan2.1-t2v'}").degrees.ring == 3
+    )  # it has 4
 
 
 def test_large_weights_are_sharded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

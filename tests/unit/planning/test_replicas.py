@@ -8,18 +8,18 @@ from PIL import Image
 
 from wan_dist.config.schema import RunConfig
 from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.plan import arranged, make_plan
-from wan_dist.planning.replicas import spread
-from wan_dist.planning.residency import experts_stay, frames_wait, models_stay
+from wan_dist.planning.plan import make_plan, plan_memory
+from wan_dist.planning.replicas import assign_degrees
+from wan_dist.planning.residency import can_buffer_frames, can_keep_experts, can_keep_models
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import get_task
-from wan_dist.tasks.run_config import configured
+from wan_dist.tasks.run_config import read_config
 
 GIB = 2**30
 
 
 def config(*settings: str) -> RunConfig:
-    found = configured([*settings, "prompt=a cat"])
+    found = read_config([*settings, "prompt=a cat"])
     assert found is not None
     return found
 
@@ -40,18 +40,26 @@ def config(*settings: str) -> RunConfig:
     ],
 )
 def test_replicas(
-    task: str, settings: str, num_jobs: int, ranks: tuple[int, int], gib: int | None, wanted: tuple[int, int, int, int]
+    task: str,
+    settings: str,
+    num_jobs: int,
+    ranks: tuple[int, int],
+    gib: int | None,
+    wanted: tuple[int, int, int, int],
 ) -> None:
     configs = [config(f"task={task}", *settings.split())] * num_jobs
-    found = spread(configs, *ranks, None if gib is None else gib * GIB)
+    found = assign_degrees(configs, *ranks, None if gib is None else gib * GIB)
     assert len(found) == num_jobs
-    degrees = {(each.parallel.dp, each.parallel.cfg, each.parallel.ring, each.parallel.ulysses) for each in found}
+    degrees = {
+        (each.parallel.dp, each.parallel.cfg, each.parallel.ring, each.parallel.ulysses)
+        for each in found
+    }
     assert degrees == {wanted}
 
 
 def test_degrees_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match=r"parallel\.dp=3 does not fit 8 ranks"):
-        spread([config("task=t2v-14B", "parallel.dp=3")] * 9, 8, 8, 80 * GIB)
+        assign_degrees([config("task=t2v-14B", "parallel.dp=3")] * 9, 8, 8, 80 * GIB)
 
 
 MIXED = {
@@ -63,12 +71,16 @@ MIXED = {
 
 @pytest.mark.parametrize("lines", MIXED.values(), ids=MIXED)
 @pytest.mark.parametrize("shared", ["", "parallel.ulysses=4", "parallel.usp=xfuser"])
-def test_one_mesh_suits_all_jobs_in_either_order(lines: tuple[list[str], list[str]], shared: str) -> None:
+def test_one_mesh_suits_all_jobs_in_either_order(
+    lines: tuple[list[str], list[str]], shared: str
+) -> None:
     jobs = [config(*line, "size=832*480", *shared.split()) for line in lines]
     meshes = []
     for order in (jobs, jobs[::-1]):
-        found = spread(order, 16, 8, 24 * GIB)
-        meshes += [make_plan(each, ranks=(16, 8), is_job=True).degrees for each in found]  # refused if it does not suit
+        found = assign_degrees(order, 16, 8, 24 * GIB)
+        meshes += [
+            make_plan(each, ranks=(16, 8), is_job=True).degrees for each in found
+        ]  # refused if it does not suit
     assert len(set(map(str, meshes))) == 1
     assert meshes[0].cfg == 1
 
@@ -76,21 +88,34 @@ def test_one_mesh_suits_all_jobs_in_either_order(lines: tuple[list[str], list[st
 @pytest.mark.parametrize(
     ("kind", "setting", "message"),
     [
-        ("guidance", "parallel.cfg=2", r"parallel\.cfg=2 needs guidance.*some jobs \(second, of t2v-14B\).*use parallel\.cfg=1"),
+        (
+            "guidance",
+            "parallel.cfg=2",
+            r"parallel\.cfg=2 needs guidance.*some jobs \(second, of t2v-14B\).*use parallel\.cfg=1",
+        ),
         (
             "heads",
             "parallel.ulysses=8",
             r"ulysses=8 does not divide the 12 heads of some jobs \(second, of t2v-1\.3B\).*may be 1, 2, 4: use",
         ),
         ("heads", "parallel.ulysses=5", r"ulysses=5 does not divide the 12 heads of some jobs"),
-        ("heads", "parallel.ulysses=7", r"ulysses=7 does not divide the (40|12) heads of some jobs .* may be 1, 2, 4:"),
+        (
+            "heads",
+            "parallel.ulysses=7",
+            r"ulysses=7 does not divide the (40|12) heads of some jobs .* may be 1, 2, 4:",
+        ),
     ],
 )
-def test_given_degrees_that_suit_some_jobs_are_refused_in_either_order(kind: str, setting: str, message: str) -> None:
-    jobs = [config(*line, f"output.name={name}", setting) for name, line in zip(("first", "second"), MIXED[kind], strict=True)]
+def test_given_degrees_that_suit_some_jobs_are_refused_in_either_order(
+    kind: str, setting: str, message: str
+) -> None:
+    jobs = [
+        config(*line, f"output.name={name}", setting)
+        for name, line in zip(("first", "second"), MIXED[kind], strict=True)
+    ]
     for order in (jobs, jobs[::-1]):
         with pytest.raises(InputError, match=message):
-            spread(order, 16, 8, 24 * GIB)
+            assign_degrees(order, 16, 8, 24 * GIB)
 
 
 @pytest.mark.parametrize(
@@ -107,19 +132,26 @@ def test_given_degrees_that_suit_some_jobs_are_refused_in_either_order(kind: str
     ],
 )
 def test_which_models_stay(
-    settings: str, gib: int | None, host: float, stay: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: str,
+    gib: int | None,
+    host: float,
+    stay: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (832, 480)).save("in.png")
     own = config(*settings.split())
     hardware = Hardware(None if gib is None else gib * GIB, int(host * GIB))
-    plan = arranged(make_plan(own), own, hardware, get_task(own.task).models)
-    assert models_stay(plan) is stay
+    plan = plan_memory(make_plan(own), own, hardware, get_task(own.task).model_dims)
+    assert can_keep_models(plan) is stay
     assert plan.budget is not None
-    assert not experts_stay(plan)  # there is one
+    assert not can_keep_experts(plan)  # there is one
     if gib is not None and stay:
-        less = replace(plan, budget=replace(plan.budget, gpu=plan.uses[-2].gpu_bytes))
-        assert not models_stay(less)
+        less = replace(
+            plan, budget=replace(plan.budget, gpu_bytes=plan.stage_memories[-2].gpu_bytes)
+        )
+        assert not can_keep_models(less)
 
 
 @pytest.mark.parametrize(
@@ -128,17 +160,27 @@ def test_which_models_stay(
 )
 def test_when_both_experts_stay(settings: str, gib: int, stay: bool) -> None:
     own = config("task=t2v-A14B", "size=832*480", *settings.split())
-    plan = arranged(make_plan(own), own, Hardware(gib * GIB, 100 * GIB), get_task(own.task).models)
-    assert experts_stay(plan) is stay
+    plan = plan_memory(
+        make_plan(own), own, Hardware(gib * GIB, 100 * GIB), get_task(own.task).model_dims
+    )
+    assert can_keep_experts(plan) is stay
     if stay:
-        assert frames_wait(plan, 4)
-        assert plan.uses[-2].gpu_bytes + plan.uses[-2].gpu["weights"] < gib * GIB
+        assert can_buffer_frames(plan, 4)
+        assert (
+            plan.stage_memories[-2].gpu_bytes + plan.stage_memories[-2].gpu_parts["weights"]
+            < gib * GIB
+        )
 
 
 def test_frames_wait_where_the_host_has_room() -> None:
     own = config("task=t2v-1.3B", "size=832*480")
-    plan = arranged(make_plan(own), own, Hardware(80 * GIB, 100 * GIB), get_task(own.task).models)
-    most, frames = max(use.host_bytes for use in plan.uses), 81 * 832 * 480 * 3
+    plan = plan_memory(
+        make_plan(own), own, Hardware(80 * GIB, 100 * GIB), get_task(own.task).model_dims
+    )
+    most, frames = max(use.host_bytes for use in plan.stage_memories), 81 * 832 * 480 * 3
     assert plan.budget is not None
     for host, does in ((most + 2 * frames, True), (most + 2 * frames - 1, False)):
-        assert frames_wait(replace(plan, budget=replace(plan.budget, host=host)), 1) is does
+        assert (
+            can_buffer_frames(replace(plan, budget=replace(plan.budget, host_bytes=host)), 1)
+            is does
+        )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.runtime.atomic_write import final_name_of, set_aside, written_aside
+from wan_dist.runtime.atomic_write import atomic_write, parse_final_name, quarantine_file
 
 
 def write(path: Path, content: str) -> None:
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         aside.write_text(content)
 
 
@@ -27,13 +27,19 @@ def fail_to_sync(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", fail)
 
 
-def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     order: list[str] = []
     replace = Path.replace
 
     def record_sync(descriptor: int) -> None:
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        order.append("sync folder" if path == tmp_path else f"sync {final_name_of(path.name)} of {path.stat().st_size} bytes")
+        order.append(
+            "sync folder"
+            if path == tmp_path
+            else f"sync {parse_final_name(path.name)} of {path.stat().st_size} bytes"
+        )
 
     def record_rename(self: Path, target: Path) -> Path:
         order.append(f"rename to {target.name}")
@@ -46,7 +52,9 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
-def test_data_that_does_not_reach_the_disk_leave_the_old_file(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_does_not_reach_the_disk_leave_the_old_file(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
     fail_to_sync(code, monkeypatch)
@@ -56,7 +64,9 @@ def test_data_that_does_not_reach_the_disk_leave_the_old_file(code: int, tmp_pat
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
-def test_a_file_system_that_cannot_sync_is_written_to(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_cannot_sync_is_written_to(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fail_to_sync(code, monkeypatch)
     write(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "new"
@@ -69,7 +79,7 @@ def test_an_error_while_writing_leaves_the_old_file(error: BaseException, tmp_pa
     path.write_text("old")
 
     def fail() -> None:
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_text("new")
             raise error
 
@@ -79,7 +89,9 @@ def test_an_error_while_writing_leaves_the_old_file(error: BaseException, tmp_pa
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_planted_link_is_not_followed(exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_link_is_not_followed(
+    exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, others = tmp_path / "out", tmp_path / "others"
     folder.mkdir()
     if exists:
@@ -107,7 +119,7 @@ def test_two_may_write_one_path_at_once(tmp_path: Path) -> None:
 
     def work(content: str) -> None:
         try:
-            with written_aside(path) as aside:
+            with atomic_write(path) as aside:
                 together.wait()
                 aside.write_text(content)
                 together.wait()
@@ -126,22 +138,33 @@ def test_two_may_write_one_path_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["a.mp4", "g5.5.json", "x.latents.safetensors", "x.0123456789ab.state.safetensors", "ab.cd", "x.ab.partial.mp4", "plain", ".env"],
+    [
+        "a.mp4",
+        "g5.5.json",
+        "x.latents.safetensors",
+        "x.0123456789ab.state.safetensors",
+        "ab.cd",
+        "x.ab.partial.mp4",
+        "plain",
+        ".env",
+    ],
 )
 def test_the_final_name_is_known_from_the_name_aside(name: str, tmp_path: Path) -> None:
-    with written_aside(tmp_path / name) as aside:
+    with atomic_write(tmp_path / name) as aside:
         assert aside.name != name
         assert aside.name.startswith(".")
         assert aside.suffix == Path(name).suffix or not Path(name).suffix
-        assert final_name_of(aside.name) == name
-    assert final_name_of(name) is None
-    assert final_name_of(f"{name}.damaged") is None
+        assert parse_final_name(aside.name) == name
+    assert parse_final_name(name) is None
+    assert parse_final_name(f"{name}.damaged") is None
 
 
-def test_a_damaged_file_is_kept_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_file_is_kept_under_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "a.json"
     file.write_text("{")
-    assert set_aside(file) == "it is kept as a.json.damaged"
+    assert quarantine_file(file) == "it is kept as a.json.damaged"
     assert names_in(tmp_path) == ["a.json.damaged"]
     assert (tmp_path / "a.json.damaged").read_text() == "{"
-    assert set_aside(file) == "it is left as it is (No such file or directory)"
+    assert quarantine_file(file) == "it is left as it is (No such file or directory)"

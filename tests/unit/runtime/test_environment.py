@@ -3,7 +3,12 @@
 import pytest
 
 from wan_dist.run import main
-from wan_dist.runtime.environment import Ranks, launched_by, number_of, read_ranks
+from wan_dist.runtime.environment import (
+    RankLayout,
+    detect_launcher,
+    read_number_variable,
+    read_rank_layout,
+)
 from wan_dist.runtime.errors import InputError
 
 WHOLE = {
@@ -17,11 +22,13 @@ WHOLE = {
 
 
 def test_a_whole_set() -> None:
-    assert read_ranks(WHOLE) == Ranks(5, 8, 1, 4)
+    assert read_rank_layout(WHOLE) == RankLayout(5, 8, 1, 4)
 
 
 def test_without_counts_of_nodes_there_is_one_node() -> None:
-    assert read_ranks({key: value for key, value in WHOLE.items() if key != "LOCAL_WORLD_SIZE"}) == Ranks(5, 8, 1, 8)
+    assert read_rank_layout(
+        {key: value for key, value in WHOLE.items() if key != "LOCAL_WORLD_SIZE"}
+    ) == RankLayout(5, 8, 1, 8)
 
 
 @pytest.mark.parametrize(
@@ -36,15 +43,17 @@ def test_without_counts_of_nodes_there_is_one_node() -> None:
     ],
 )
 def test_one_rank(environment: dict[str, str]) -> None:
-    assert read_ranks(environment) == Ranks()
+    assert read_rank_layout(environment) == RankLayout()
 
 
 @pytest.mark.parametrize("gone", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 @pytest.mark.parametrize("empty", [False, True])
 def test_half_a_set_is_refused(gone: str, empty: bool) -> None:
-    rest = {key: value for key, value in WHOLE.items() if key != gone} | ({gone: ""} if empty else {})
+    rest = {key: value for key, value in WHOLE.items() if key != gone} | (
+        {gone: ""} if empty else {}
+    )
     with pytest.raises(InputError, match=f"without {gone}: .*unset RANK WORLD_SIZE"):
-        read_ranks(rest)
+        read_rank_layout(rest)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +76,15 @@ def test_half_a_set_is_refused(gone: str, empty: bool) -> None:
 )
 def test_what_cannot_be_is_refused(changed: dict[str, str], message: str) -> None:
     with pytest.raises(InputError) as refused:
-        read_ranks(WHOLE | changed)
+        read_rank_layout(WHOLE | changed)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("environment", [{"RANK": "3"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {"LOCAL_WORLD_SIZE": "2"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "3"}, {"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {"LOCAL_WORLD_SIZE": "2"}],
+)
 def test_the_command_says_it_in_a_line(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,18 +92,22 @@ def test_the_command_says_it_in_a_line(
         monkeypatch.setenv(key, value)
     assert main(["task=toy"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"wan_dist: error: {'='.join(*environment.items())} in the environment without ")
+    assert line.startswith(
+        f"wan_dist: error: {'='.join(*environment.items())} in the environment without "
+    )
 
 
-@pytest.mark.parametrize(("text", "number"), [("", None), ("  ", None), ("0", 0), (" 7 ", 7), ("007", 7)])
+@pytest.mark.parametrize(
+    ("text", "number"), [("", None), ("  ", None), ("0", 0), (" 7 ", 7), ("007", 7)]
+)
 def test_numbers(text: str, number: int | None) -> None:
-    assert number_of("KEY", {"KEY": text}) == number
+    assert read_number_variable("KEY", {"KEY": text}) == number
 
 
 def test_who_started_it() -> None:
-    assert launched_by({}) is None
-    assert launched_by(WHOLE) is None
+    assert detect_launcher({}) is None
+    assert detect_launcher(WHOLE) is None
     task = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}
-    assert launched_by(WHOLE | task) == "srun"
-    assert launched_by(task) is None  # a shell, or a script of sbatch
-    assert launched_by(WHOLE | task | {"TORCHELASTIC_RUN_ID": "x"}) == "torchrun"
+    assert detect_launcher(WHOLE | task) == "srun"
+    assert detect_launcher(task) is None  # a shell, or a script of sbatch
+    assert detect_launcher(WHOLE | task | {"TORCHELASTIC_RUN_ID": "x"}) == "torchrun"

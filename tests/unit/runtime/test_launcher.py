@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.runtime.environment import read_ranks, settle_environment
+from wan_dist.runtime.environment import read_rank_layout, sanitize_environment
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.launcher import adopt_slurm, hosts_of
+from wan_dist.runtime.launcher import expand_host_list, translate_slurm_variables
 
 TASK = {
     "SLURM_JOB_ID": "4711",
@@ -29,7 +29,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_a_task_knows_its_place(environment: dict[str, str]) -> None:
-    adopt_slurm()
+    translate_slurm_variables()
     assert [environment[key] for key in SET[:5]] == ["5", "1", "7", "2", "gpu03"]
     assert 20000 <= int(environment["MASTER_PORT"]) < 32000
 
@@ -40,14 +40,14 @@ def test_steps_of_a_job_have_ports_of_their_own(environment: dict[str, str]) -> 
         environment |= {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
         environment.pop("RANK", None)
         environment.pop("MASTER_PORT", None)
-        adopt_slurm()
+        translate_slurm_variables()
         ports.add(environment["MASTER_PORT"])
     assert len(ports) == 4
 
 
 def test_what_is_set_stays(environment: dict[str, str]) -> None:
     environment |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "1"}
-    adopt_slurm()
+    translate_slurm_variables()
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.0.0.1", "1")
 
 
@@ -55,16 +55,16 @@ def test_what_is_set_stays(environment: dict[str, str]) -> None:
 def test_a_batch_script_is_no_task(gone: str, environment: dict[str, str]) -> None:
     environment |= {"SLURM_NTASKS": "7"}
     del environment[gone]
-    adopt_slurm()
+    translate_slurm_variables()
     assert not set(SET) & set(environment)
 
 
 @pytest.mark.parametrize("key", [*SET, "SLURM_JOB_ID", "SLURM_NODEID"])
 def test_what_is_set_to_nothing_is_not_set(key: str, environment: dict[str, str]) -> None:
     environment |= {key: " "}
-    settle_environment()
-    adopt_slurm()
-    assert read_ranks(environment).num_ranks == 7
+    sanitize_environment()
+    translate_slurm_variables()
+    assert read_rank_layout(environment).num_ranks == 7
 
 
 @pytest.mark.parametrize(
@@ -75,19 +75,30 @@ def test_what_is_set_to_nothing_is_not_set(key: str, environment: dict[str, str]
         ({"SLURM_PROCID": "five"}, "SLURM_PROCID=five"),
         ({"SLURM_STEP_NUM_TASKS": "many"}, "SLURM_STEP_NUM_TASKS=many"),
         ({"SLURM_STEP_TASKS_PER_NODE": "2(x3"}, "SLURM_STEP_TASKS_PER_NODE=2(x3 "),
-        ({"SLURM_STEP_TASKS_PER_NODE": "2(x999999999)", "SLURM_NODEID": "999999999"}, "has 999999999 nodes"),
-        ({"SLURM_NODEID": "4"}, "SLURM_NODEID=4 in the environment, but SLURM_STEP_TASKS_PER_NODE=2(x3),1 has 4 nodes"),
-        ({"SLURM_STEP_NODELIST": "gpu[a-b]"}, "gpu[a-b] in the environment is not Slurm's list of hosts"),
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "2(x999999999)", "SLURM_NODEID": "999999999"},
+            "has 999999999 nodes",
+        ),
+        (
+            {"SLURM_NODEID": "4"},
+            "SLURM_NODEID=4 in the environment, but SLURM_STEP_TASKS_PER_NODE=2(x3),1 has 4 nodes",
+        ),
+        (
+            {"SLURM_STEP_NODELIST": "gpu[a-b]"},
+            "gpu[a-b] in the environment is not Slurm's list of hosts",
+        ),
         ({"SLURM_STEP_NODELIST": "gpu["}, "gpu[ in the environment is not Slurm's list of hosts"),
         ({"SLURM_JOB_ID": "job"}, "SLURM_JOB_ID=job"),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 in the environment, but srun says 7"),
         ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 in the environment, but srun says 1"),
     ],
 )
-def test_what_slurm_does_not_set_so_is_refused(changed: dict[str, str], message: str, environment: dict[str, str]) -> None:
+def test_what_slurm_does_not_set_so_is_refused(
+    changed: dict[str, str], message: str, environment: dict[str, str]
+) -> None:
     environment |= changed
     with pytest.raises(InputError) as refused:
-        adopt_slurm()
+        translate_slurm_variables()
     assert message in str(refused.value)
 
 
@@ -105,27 +116,39 @@ def test_what_slurm_does_not_set_so_is_refused(changed: dict[str, str], message:
     ],
 )
 def test_a_shell_of_srun_is_alone(
-    command: list[str], is_shell: bool, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: list[str],
+    is_shell: bool,
+    environment: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "cmdline").write_text("".join(f"{word}\0" for word in command))
     monkeypatch.setattr(
-        "wan_dist.runtime.launcher.Path", lambda path: tmp_path / "cmdline" if str(path).startswith("/proc") else Path(path)
+        "wan_dist.runtime.launcher.Path",
+        lambda path: tmp_path / "cmdline" if str(path).startswith("/proc") else Path(path),
     )
-    environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_PTY_PORT": "4242"}
-    adopt_slurm()
-    assert (read_ranks(environment).num_ranks == 1) is is_shell
+    environment |= {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_PTY_PORT": "4242",
+    }
+    translate_slurm_variables()
+    assert (read_rank_layout(environment).num_ranks == 1) is is_shell
 
 
-def test_without_a_terminal_it_is_a_task(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_terminal_it_is_a_task(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     environment |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     monkeypatch.setattr("os.getsid", lambda _: pytest.fail("nobody asked for a terminal"))
-    adopt_slurm()
-    assert read_ranks(environment).num_ranks == 7
+    translate_slurm_variables()
+    assert read_rank_layout(environment).num_ranks == 7
 
 
 def test_ranks_of_torchrun_are_torchruns(environment: dict[str, str]) -> None:
     environment["RANK"] = "0"
-    adopt_slurm()
+    translate_slurm_variables()
     assert "WORLD_SIZE" not in environment
 
 
@@ -142,4 +165,4 @@ def test_ranks_of_torchrun_are_torchruns(environment: dict[str, str]) -> None:
     ],
 )
 def test_hosts_of_a_list(nodes: str, hosts: list[str]) -> None:
-    assert hosts_of(nodes) == hosts
+    assert expand_host_list(nodes) == hosts

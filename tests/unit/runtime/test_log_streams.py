@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from wan_dist.jobs import events as module
-from wan_dist.jobs.events import Events
+from wan_dist.jobs.events import JobEvents
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.log import keep_log, logger
+from wan_dist.runtime.log import add_log_file, logger
 
 PRINTING = """
 import sys
@@ -49,11 +49,18 @@ def test_printing_never_fails(how: str, tmp_path: Path) -> None:
     else:
         done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=False)
     assert done.returncode == 0
-    assert (tmp_path / "done").read_text() == "done"  # and nothing that was printed, where descriptors were closed
+    assert (
+        tmp_path / "done"
+    ).read_text() == "done"  # and nothing that was printed, where descriptors were closed
 
 
 def test_what_can_be_written_is(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", PRINTING, str(tmp_path / "done")], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTING, str(tmp_path / "done")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout.splitlines()) == (0, ["out"] * 3)
     assert done.stderr.count("] log\n") == 3
     assert "3/3" in done.stderr
@@ -61,7 +68,7 @@ def test_what_can_be_written_is(tmp_path: Path) -> None:
 
 def test_a_log_file_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rank-0.log").symlink_to("/dev/full")
-    keep_log(tmp_path)
+    add_log_file(tmp_path)
     logger.error("lost")
     (handler,) = logger.handlers
     handler.stream.close()  # type: ignore[attr-defined]
@@ -73,18 +80,20 @@ class Counts(dict[str, int]):
         return 0
 
 
-def events(target: Path) -> Events:
-    return Events(str(target), 2, Counts())  # type: ignore[arg-type]
+def events(target: Path) -> JobEvents:
+    return JobEvents(str(target), 2, Counts())  # type: ignore[arg-type]
 
 
 def jobs_in(text: str) -> list[str]:
     return [json.loads(line)["job"] for line in text.splitlines()]
 
 
-def test_a_disk_that_fills_up_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_that_fills_up_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     file = tmp_path / "events"
     told = events(file)
-    told.tell("done", job="a")
+    told.write_event("done", job="a")
     write, room = os.write, [7]
 
     def short(number: int, data: bytes) -> int:
@@ -94,11 +103,15 @@ def test_a_disk_that_fills_up_is_told_once(tmp_path: Path, monkeypatch: pytest.M
 
     with monkeypatch.context() as full:
         full.setattr(module.os, "write", short)
-        told.tell("done", job="b")
-        told.tell("done", job="c")
-    told.tell("done", job="d")
+        told.write_event("done", job="b")
+        told.write_event("done", job="c")
+    told.write_event("done", job="d")
     lines = file.read_text().splitlines()
-    assert (jobs_in(lines[0]), lines[1], jobs_in(lines[2])) == (["a"], '{"time"'[:7], ["d"])  # what was cut short ends in its own line
+    assert (jobs_in(lines[0]), lines[1], jobs_in(lines[2])) == (
+        ["a"],
+        '{"time"'[:7],
+        ["d"],
+    )  # what was cut short ends in its own line
     assert caplog.text.count("No space left on device") == 1
 
 
@@ -106,14 +119,14 @@ def test_a_pipe_without_a_reader(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     told = events(pipe)
-    told.tell("done", job="nobody reads")
+    told.write_event("done", job="nobody reads")
     for name in "ab":  # one reader after the other
         reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-        told.tell("done", job=name)
-        told.tell("done", job=f"{name}2")
+        told.write_event("done", job=name)
+        told.write_event("done", job=f"{name}2")
         assert jobs_in(os.read(reader, 10000).decode()) == [name, f"{name}2"]
         os.close(reader)
-        told.tell("done", job="nobody reads")
+        told.write_event("done", job="nobody reads")
     assert len(caplog.messages) == 1
 
 
@@ -133,9 +146,9 @@ def test_a_reader_that_is_slow_gets_whole_lines(tmp_path: Path) -> None:
     thread.start()
     names = [f"{index}" * 2000 for index in range(40)]
     for name in names:
-        told.tell("done", job=name)
-    assert told._pipe is not None
-    os.close(told._pipe)
+        told.write_event("done", job=name)
+    assert told._pipe_descriptor is not None
+    os.close(told._pipe_descriptor)
     thread.join()
     os.close(reader)
     assert jobs_in(b"".join(found).decode()) == names
@@ -153,4 +166,6 @@ def test_a_plan_that_cannot_be_printed(target: str, code: int) -> None:
     with Path(target).open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == code
-    assert done.stderr == ("launch: error: standard output is not whole: No space left on device\n" if code else "")
+    assert done.stderr == (
+        "launch: error: standard output is not whole: No space left on device\n" if code else ""
+    )

@@ -3,12 +3,18 @@
 import pytest
 
 from wan_dist.runtime import network
-from wan_dist.runtime.network import choose_network
+from wan_dist.runtime.network import choose_network_interface
 
 ADDRESSES = {"lo": "127.0.0.1", "eth0": "10.0.0.5", "ib0": "10.9.0.5"}
 ROUTES = {"head": "10.9.0.5", "gpu2": "10.9.0.5", "elsewhere": "10.0.0.5", "itself": "127.0.0.1"}
 
-TWO_HOSTS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+TWO_HOSTS = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_PORT": "29500",
+}
 
 
 class Socket:
@@ -32,9 +38,9 @@ class Socket:
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "interfaces", lambda: ["eth0", "ib0"])
-    monkeypatch.setattr(network, "_is_up", ADDRESSES.__contains__)
-    monkeypatch.setattr(network, "address_of", ADDRESSES.__getitem__)
+    monkeypatch.setattr(network, "list_network_interfaces", lambda: ["eth0", "ib0"])
+    monkeypatch.setattr(network, "_is_interface_up", ADDRESSES.__contains__)
+    monkeypatch.setattr(network, "get_ipv4_address", ADDRESSES.__getitem__)
     monkeypatch.setattr(network.socket, "socket", Socket)
 
 
@@ -49,7 +55,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_network_that_leads_to_the_others(given: dict[str, str], chosen: str) -> None:
     environment = TWO_HOSTS | given
-    choose_network(environment)
+    choose_network_interface(environment)
     assert environment["GLOO_SOCKET_IFNAME"] == chosen
     assert "NCCL_SOCKET_IFNAME" in environment
 
@@ -57,7 +63,7 @@ def test_the_network_that_leads_to_the_others(given: dict[str, str], chosen: str
 @pytest.mark.parametrize("ranks", [{}, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}])
 def test_one_host_needs_no_network(ranks: dict[str, str]) -> None:
     environment = {"MASTER_ADDR": "head", **(TWO_HOSTS | ranks if ranks else {})}
-    choose_network(environment)
+    choose_network_interface(environment)
     assert environment.get("GLOO_SOCKET_IFNAME") == ("lo" if ranks else None)
     assert "NCCL_SOCKET_IFNAME" not in environment
     assert environment["MASTER_ADDR"] == "head"
@@ -67,15 +73,17 @@ def test_one_host_needs_no_network(ranks: dict[str, str]) -> None:
 def test_one_host_does_without_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.socket, "gethostname", lambda: "nobody-knows-this")
     environment = TWO_HOSTS | {"LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": name}
-    choose_network(environment)
+    choose_network_interface(environment)
     assert environment["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_nccl_takes_infiniband_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_nccl_takes_infiniband_by_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tmp_path_factory.mktemp("infiniband")
     (folder / "mlx5_0").touch()
-    monkeypatch.setattr(network, "_INFINIBAND", folder)
+    monkeypatch.setattr(network, "_INFINIBAND_FOLDER", folder)
     environment = TWO_HOSTS | {"MASTER_ADDR": "head"}
-    choose_network(environment)
+    choose_network_interface(environment)
     assert environment["GLOO_SOCKET_IFNAME"] == "ib0"
     assert "NCCL_SOCKET_IFNAME" not in environment

@@ -13,9 +13,15 @@ from torch._C._distributed_c10d import HashStore
 from wan_dist import run
 from wan_dist.parallel import team
 from wan_dist.runtime import signals as module
-from wan_dist.runtime.environment import Ranks
+from wan_dist.runtime.environment import RankLayout
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.signals import CODE, Preempted, end_when_asked, heed_signals, preemption
+from wan_dist.runtime.signals import (
+    EXIT_PREEMPTED,
+    PreemptionInterrupt,
+    exit_on_signal,
+    handle_signals,
+    preemption,
+)
 from wan_dist.tasks import run_config
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
@@ -23,7 +29,9 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 @pytest.fixture(autouse=True)
 def _handlers_are_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(module, "_say_what_comes", lambda: None)  # it would when the test has ended
+    monkeypatch.setattr(
+        module, "_log_preemption_request", lambda: None
+    )  # it would when the test has ended
     before = {number: signal.getsignal(number) for number in SIGNALS}
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)
@@ -31,7 +39,7 @@ def _handlers_are_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     signal.set_wakeup_fd(wakeup)
     for number, handler in before.items():
         signal.signal(number, handler)
-    preemption.forget()
+    preemption.reset()
 
 
 @pytest.fixture
@@ -53,47 +61,54 @@ def send_and_wait(number: int) -> None:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_what_asks_a_run_to_end(number: signal.Signals) -> None:
-    with heed_signals():
-        with pytest.raises(Preempted, match=f"stopped by {number.name}; the same command goes on"), preemption.heeded():
+    with handle_signals():
+        with (
+            pytest.raises(
+                PreemptionInterrupt, match=f"stopped by {number.name}; the same command goes on"
+            ),
+            preemption.interruptible(),
+        ):
             send_and_wait(number)
-        assert preemption.asked_by == number
+        assert preemption.requested_by == number
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_step_is_finished_first(number: signal.Signals) -> None:
-    with heed_signals(), preemption.heeded(), preemption.until_asked():
+    with handle_signals(), preemption.interruptible(), preemption.deferred_after_check():
         send(number)
         time.sleep(0.01)
-        assert preemption.asked_by == number
+        assert preemption.requested_by == number
 
 
 def test_what_came_too_early_or_was_swallowed_is_heeded_later() -> None:
-    with heed_signals():
+    with handle_signals():
         send(signal.SIGTERM)
-        with pytest.raises(Preempted), preemption.heeded():
+        with pytest.raises(PreemptionInterrupt), preemption.interruptible():
             pytest.fail("it was asked before")
-        preemption.deferred = False
-        with pytest.raises(Preempted), preemption.until_asked():
+        preemption.is_deferred = False
+        with pytest.raises(PreemptionInterrupt), preemption.deferred_after_check():
             pytest.fail("it was asked before")
 
 
-def test_while_modules_are_imported_it_just_ends(ends: list[int], capfd: pytest.CaptureFixture[str]) -> None:
-    end_when_asked()
+def test_while_modules_are_imported_it_just_ends(
+    ends: list[int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    exit_on_signal()
     for number in SIGNALS:
         send(number)
     time.sleep(0.01)
-    assert ends == [CODE] * 4
+    assert ends == [EXIT_PREEMPTED] * 4
     assert "stopped by SIGHUP before it began" in capfd.readouterr().err
 
 
 def test_what_is_ignored_stays_ignored(ends: list[int]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    end_when_asked()
+    exit_on_signal()
     send(signal.SIGHUP)
-    with heed_signals(), preemption.heeded():
+    with handle_signals(), preemption.interruptible():
         send(signal.SIGHUP)
         time.sleep(0.01)
-        assert preemption.asked_by is None
+        assert preemption.requested_by is None
     assert not ends
 
 
@@ -108,9 +123,11 @@ def test_what_is_ignored_stays_ignored(ends: list[int]) -> None:
         (signal.SIGTERM, signal.SIGUSR1, None),
     ],
 )
-def test_a_second_one_ends_at_once(first: int, second: int, code: int | None, ends: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ECHO_SECONDS", 0.05)
-    with heed_signals():
+def test_a_second_one_ends_at_once(
+    first: int, second: int, code: int | None, ends: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_DUPLICATE_SIGNAL_SECONDS", 0.05)
+    with handle_signals():
         send(first)
         time.sleep(0.1)
         send(second)
@@ -119,25 +136,29 @@ def test_a_second_one_ends_at_once(first: int, second: int, code: int | None, en
 
 
 def test_an_echo_is_no_second_one(ends: list[int]) -> None:
-    with heed_signals():
+    with handle_signals():
         for _ in range(3):
             send(signal.SIGINT)
             time.sleep(0.02)
     assert not ends
 
 
-def test_the_command_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_keeps_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def asked(arguments: list[str]) -> list[str]:
         send_and_wait(signal.SIGHUP)
         return arguments
 
     monkeypatch.setattr(sys, "argv", ["wan_dist"])
-    monkeypatch.setattr(run_config, "prepare", asked)
-    assert run.main(["task=toy"]) == CODE
+    monkeypatch.setattr(run_config, "prepare_arguments", asked)
+    assert run.main(["task=toy"]) == EXIT_PREEMPTED
     assert "wan_dist: stopped by SIGHUP; the same command goes on" in capsys.readouterr().err
 
 
-def test_an_error_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_keeps_its_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def refused(arguments: list[str]) -> list[str]:
         raise InputError("no such thing")
 
@@ -146,24 +167,26 @@ def test_an_error_keeps_its_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         time.sleep(0.01)
         return str(message)
 
-    monkeypatch.setattr(run_config, "prepare", refused)
-    monkeypatch.setattr(run, "told", told)
+    monkeypatch.setattr(run_config, "prepare_arguments", refused)
+    monkeypatch.setattr(run, "format_message", told)
     assert run.main(["task=toy"]) == 2
     assert "no such thing" in capsys.readouterr().err
 
 
 def test_handlers_come_before_heavy_imports() -> None:
     lines = Path(run.__file__).read_text(encoding="utf-8").splitlines()
-    assert lines.index("    end_when_asked()  # before the imports below, which take a second") < lines.index(
-        "from wan_dist.tasks.run_config import configured"
-    )
+    assert lines.index(
+        "    end_when_asked()  # before the imports below, which take a second"
+    ) < lines.index("from wan_dist.tasks.run_config import configured")
 
 
-def test_ranks_that_never_came_are_not_waited_for_after_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_never_came_are_not_waited_for_after_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     store = HashStore()
     monkeypatch.setattr(team, "open_stores", lambda ranks, timeout, **_: (store, store))
-    alone = team.Team(Ranks(0, 4, 0, 4), timeout=600)
-    preemption.asked_by = signal.SIGINT
+    alone = team.Coordinator(RankLayout(0, 4, 0, 4), timeout_seconds=600)
+    preemption.requested_by = signal.SIGINT
     began = time.monotonic()
     alone.leave()
     assert time.monotonic() - began < 10  # it has the store, and stays for two seconds

@@ -22,7 +22,9 @@ def test_solver_follows_the_reference(schedule: str) -> None:
         x = solver.step(index, x, velocity)
         trajectory.append(x.flatten())
     assert solver.timesteps == GOLDEN[f"{schedule}.timesteps"].tolist()
-    torch.testing.assert_close(torch.tensor(solver.sigmas), GOLDEN[f"{schedule}.sigmas"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(solver.sigmas), GOLDEN[f"{schedule}.sigmas"], rtol=0, atol=0
+    )
     expected = GOLDEN[f"{schedule}.trajectory"].view(len(solver), -1)
     torch.testing.assert_close(torch.stack(trajectory), expected, rtol=0, atol=1e-5)
 
@@ -39,7 +41,9 @@ def test_a_straight_path_is_solved_exactly(name: str) -> None:
     x = (1 - solver.sigmas[0]) * data + solver.sigmas[0] * noise
     for index in range(len(solver)):
         x = solver.step(index, x, (x - data) / solver.sigmas[index])
-        torch.testing.assert_close(x, (1 - solver.sigmas[index + 1]) * data + solver.sigmas[index + 1] * noise)
+        torch.testing.assert_close(
+            x, (1 - solver.sigmas[index + 1]) * data + solver.sigmas[index + 1] * noise
+        )
 
 
 def test_order_of_convergence() -> None:

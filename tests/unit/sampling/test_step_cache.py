@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from tests.conftest import relative_error
-from wan_dist.sampling.denoise import denoise
+from wan_dist.sampling.denoise import denoise_latents
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache
-from wan_dist.tasks.registry import TeaFit
+from wan_dist.tasks.registry import TeaCacheFit
 
 
 def flow(latents: Tensor, timestep: int) -> Tensor:
@@ -24,9 +24,11 @@ def denoised(threshold: float, **options: object) -> tuple[Tensor, list[int], in
         computed.append(solver.timesteps.index(timestep))
         return flow(latents, timestep)
 
-    cache = EasyCache(predict, num_steps=40, threshold=threshold, note=lambda: guesses.append(1), **options)  # type: ignore[arg-type]
+    cache = EasyCache(
+        predict, num_steps=40, threshold=threshold, on_guess=lambda: guesses.append(1), **options
+    )  # type: ignore[arg-type]
     torch.manual_seed(0)
-    return denoise(cache, torch.randn(1, 4, 2, 3, 3), solver), computed, len(guesses)
+    return denoise_latents(cache, torch.randn(1, 4, 2, 3, 3), solver), computed, len(guesses)
 
 
 def test_guessed_steps_are_near_the_computed() -> None:
@@ -61,10 +63,12 @@ def test_ranks_decide_together() -> None:
 def test_tea_sums_the_foreseen_change() -> None:
     """Embeddings that grow by a tenth each step, and a fit that makes 0.21 of 0.1: the change passes 0.5 at every third step."""
     guesses: list[int] = []
-    tea = TeaCache(TeaFit((1.0, 2.0, 0.0), 0.5), num_first=3, note=lambda: guesses.append(1))
+    tea = TeaCache(
+        TeaCacheFit((1.0, 2.0, 0.0), 0.5), num_warmup_steps=3, on_guess=lambda: guesses.append(1)
+    )
     decisions = []
     for step in range(12):
-        tea.begin()
+        tea.start_step()
         embedding = torch.full((1, 1, 6, 4), 1.1**step)
         decisions.append(tea(embedding))
         assert tea(embedding) == decisions[-1]  # asked again for the other branch

@@ -8,9 +8,11 @@ from PIL import Image, ImageCms
 
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks import images
-from wan_dist.tasks.images import cover, read_image
+from wan_dist.tasks.images import crop_to_cover, read_image
 
-GRADIENT = np.stack(np.broadcast_arrays(np.arange(40)[:, None] * 6, np.arange(60)[None, :] * 4, 128), axis=-1).astype(np.uint8)
+GRADIENT = np.stack(
+    np.broadcast_arrays(np.arange(40)[:, None] * 6, np.arange(60)[None, :] * 4, 128), axis=-1
+).astype(np.uint8)
 
 
 def read(path: Path) -> np.ndarray:
@@ -22,7 +24,9 @@ def read(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg", "bmp", "tiff"])
 def test_formats(suffix: str, tmp_path: Path) -> None:
     Image.fromarray(GRADIENT).save(tmp_path / f"x.{suffix}", quality=100)
-    assert np.abs(read(tmp_path / f"x.{suffix}") - GRADIENT).mean() < (0.1 if suffix in ("png", "bmp", "tiff") else 4)
+    assert np.abs(read(tmp_path / f"x.{suffix}") - GRADIENT).mean() < (
+        0.1 if suffix in ("png", "bmp", "tiff") else 4
+    )
 
 
 def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
@@ -94,32 +98,71 @@ def test_rotation_in_other_formats(form: str, orientation: int, tmp_path: Path) 
     upright.paste("red", (0, 0, 16, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored = upright.transpose(Image.Transpose.ROTATE_90 if orientation == 6 else Image.Transpose.ROTATE_180)
-    options = {"compression": form} if form == "tiff_lzw" else {"lossless": True} if form == "WEBP" else {}
+    stored = upright.transpose(
+        Image.Transpose.ROTATE_90 if orientation == 6 else Image.Transpose.ROTATE_180
+    )
+    options = (
+        {"compression": form}
+        if form == "tiff_lzw"
+        else {"lossless": True}
+        if form == "WEBP"
+        else {}
+    )
     stored.save(tmp_path / "x", "TIFF" if form == "tiff_lzw" else form, exif=exif, **options)
     assert (read(tmp_path / "x") == np.asarray(upright)).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa"])
+@pytest.mark.parametrize(
+    "mode",
+    ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La", "RGBa"],
+)
 def test_every_mode_of_pillow(mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Half seen through where a mode has alpha; no file format holds all modes."""
     (tmp_path / "x.png").write_bytes(b"there is a file")
-    image = Image.new("RGBA", (4, 4), (255, 255, 255, 128) if mode in ("La", "LA", "PA", "RGBa", "RGBA") else "white")
+    image = Image.new(
+        "RGBA",
+        (4, 4),
+        (255, 255, 255, 128) if mode in ("La", "LA", "PA", "RGBa", "RGBA") else "white",
+    )
     if mode == "LAB":
         image = Image.new("LAB", (4, 4), (255, 128, 128))
     else:
-        image = image.convert({"La": "LA", "1": "L", "P": "RGB", "PA": "LA"}.get(mode, mode if mode in ("LA", "RGBA", "RGBa") else "RGB"))
+        image = image.convert(
+            {"La": "LA", "1": "L", "P": "RGB", "PA": "LA"}.get(
+                mode, mode if mode in ("LA", "RGBA", "RGBa") else "RGB"
+            )
+        )
         image = image.convert(mode)
-    monkeypatch.setattr(images, "_open", lambda _: image)
+    monkeypatch.setattr(images, "_open_image", lambda _: image)
     assert (read(tmp_path / "x.png") >= 254).all()
 
 
 def tiff(bits: int, kind: int, values: bytes, photometric: int = 1, **tags: int) -> bytes:
     """Return a TIFF of two by two pixels of one channel; ``kind``: 1 unsigned, 2 signed, 3 float."""
-    known = {256: 2, 257: 2, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 2, 279: len(values), 339: kind}
+    known = {
+        256: 2,
+        257: 2,
+        258: bits,
+        259: 1,
+        262: photometric,
+        273: 8,
+        277: 1,
+        278: 2,
+        279: len(values),
+        339: kind,
+    }
     known |= {int(tag.strip("_")): value for tag, value in tags.items()}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(known.items()))
-    return b"II*\0" + struct.pack("<I", 8 + len(values)) + values + struct.pack("<H", len(known)) + entries + bytes(4)
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(known.items())
+    )
+    return (
+        b"II*\0"
+        + struct.pack("<I", 8 + len(values))
+        + values
+        + struct.pack("<H", len(known))
+        + entries
+        + bytes(4)
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,7 +170,10 @@ def tiff(bits: int, kind: int, values: bytes, photometric: int = 1, **tags: int)
     [
         (tiff(8, 1, bytes([0, 51, 102, 255])), [0, 51, 102, 255]),
         (tiff(16, 1, struct.pack("<4H", 0, 51 * 257, 102 * 257, 65535)), [0, 51, 102, 255]),
-        (tiff(16, 1, struct.pack("<4H", 65535, 204 * 257, 153 * 257, 0), photometric=0), [0, 51, 102, 255]),
+        (
+            tiff(16, 1, struct.pack("<4H", 65535, 204 * 257, 153 * 257, 0), photometric=0),
+            [0, 51, 102, 255],
+        ),
         (tiff(12, 1, bytes([0x00, 0x03, 0x33, 0x66, 0x6F, 0xFF])), [0, 51, 102, 255]),
         (b"P5 2 2 65535\n" + struct.pack(">4H", 0, 51 * 257, 102 * 257, 65535), [0, 51, 102, 255]),
         (b"P5 2 2 255\n" + bytes([0, 51, 102, 255]), [0, 51, 102, 255]),
@@ -166,18 +212,33 @@ def profile(primaries: list[list[float]]) -> bytes:
     def fixed(*values: float) -> bytes:
         return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
 
-    curve = b"para" + bytes(4) + struct.pack(">HH", 3, 0) + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    curve = (
+        b"para"
+        + bytes(4)
+        + struct.pack(">HH", 3, 0)
+        + fixed(2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
+    )
     name = "Wide".encode("utf-16-be")
     text = b"mluc" + bytes(4) + struct.pack(">II2s2sII", 1, 12, b"en", b"US", len(name), 28) + name
     tags = {b"desc": text, b"cprt": text, b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
     for number, channel in enumerate("rgb"):
-        tags[f"{channel}XYZ".encode()] = b"XYZ " + bytes(4) + fixed(*(row[number] for row in primaries))
+        tags[f"{channel}XYZ".encode()] = (
+            b"XYZ " + bytes(4) + fixed(*(row[number] for row in primaries))
+        )
         tags[f"{channel}TRC".encode()] = curve
     table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
     for key, value in tags.items():
         table += key + struct.pack(">II", start + len(body), len(value))
         body += value + bytes(-len(value) % 4)
-    header = bytes(8) + struct.pack(">I", 0x04300000) + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1, 0.8249)
+    header = (
+        bytes(8)
+        + struct.pack(">I", 0x04300000)
+        + b"mntrRGB XYZ "
+        + bytes(12)
+        + b"acsp"
+        + bytes(28)
+        + fixed(0.9642, 1, 0.8249)
+    )
     return struct.pack(">I", start + len(body)) + header[4:] + bytes(48) + table + body
 
 
@@ -192,7 +253,17 @@ def through(colours: np.ndarray, first: list[list[float]], second: list[list[flo
 @pytest.mark.parametrize("alpha", [False, True])
 def test_a_photo_in_display_p3_is_converted(alpha: bool, tmp_path: Path) -> None:
     """Those of iPhones are: read as sRGB, their colours are dull."""
-    wanted = np.array([[200, 30, 40], [30, 160, 60], [20, 40, 180], [128, 128, 128], [255, 255, 255], [0, 0, 0], [240, 200, 170]])
+    wanted = np.array(
+        [
+            [200, 30, 40],
+            [30, 160, 60],
+            [20, 40, 180],
+            [128, 128, 128],
+            [255, 255, 255],
+            [0, 0, 0],
+            [240, 200, 170],
+        ]
+    )
     stored = through(wanted, SRGB, P3).round().astype(np.uint8)[None]
     assert np.abs(stored[0] - wanted).max() > 10
     pixels = np.dstack([stored, np.full(stored.shape[:2], 255, np.uint8)]) if alpha else stored
@@ -202,7 +273,12 @@ def test_a_photo_in_display_p3_is_converted(alpha: bool, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "icc",
-    [profile(SRGB), ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"noise", b""],
+    [
+        profile(SRGB),
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        b"noise",
+        b"",
+    ],
     ids=["matrix", "lcms", "noise", "none"],
 )
 def test_plain_srgb_is_read_bit_by_bit(icc: bytes, tmp_path: Path) -> None:
@@ -228,24 +304,30 @@ def register_heif_opener():
 """
 
 
-def test_heic_is_read_where_there_is_a_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heic_is_read_where_there_is_a_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A plugin that is as pillow-heif but for what it reads: a PNG behind the header of HEIC."""
     (tmp_path / "pillow_heif.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
     Image.fromarray(GRADIENT).save(tmp_path / "x.png")
-    (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + (tmp_path / "x.png").read_bytes())
+    (tmp_path / "x.heic").write_bytes(
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + (tmp_path / "x.png").read_bytes()
+    )
     try:
         assert (read(tmp_path / "x.heic") == GRADIENT).all()
     finally:
         sys.modules.pop("pillow_heif", None)
 
 
-def test_large_photos_are_read_at_a_fraction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_photos_are_read_at_a_fraction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As those of 200 megapixels, with limits that a quick test can meet."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)
-    monkeypatch.setattr(images, "_MOST_PIXELS", 1200)
-    monkeypatch.setattr(images, "_PIXELS_OF_FRACTION", 160)
+    monkeypatch.setattr(images, "_MAX_PIXELS", 1200)
+    monkeypatch.setattr(images, "_SCALED_JPEG_PIXELS", 160)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(GRADIENT).save(tmp_path / "x.jpg", quality=95, exif=exif)
@@ -258,7 +340,7 @@ def test_large_photos_are_read_at_a_fraction(tmp_path: Path, monkeypatch: pytest
 def test_cover_scales_then_cuts_the_centre() -> None:
     image = Image.new("RGB", (300, 100), "white")
     image.paste("blue", (101, 0, 199, 100))
-    cut = np.asarray(cover(image, (50, 50)))
+    cut = np.asarray(crop_to_cover(image, (50, 50)))
     assert cut.shape == (50, 50, 3)
     assert (cut[:, 3:-3] == [0, 0, 255]).all()
-    assert cover(image, (300, 100)) is image
+    assert crop_to_cover(image, (300, 100)) is image

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import FIXTURES
-from wan_dist.config.schema import split_files
+from wan_dist.config.schema import split_file_list
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.image_encoder import build_image_encoder
@@ -24,10 +24,10 @@ from wan_dist.weights import hub
 from wan_dist.weights import key_maps as names
 from wan_dist.weights.checkpoint import Checkpoint
 from wan_dist.weights.checkpoint import open_checkpoint as open_any_checkpoint
-from wan_dist.weights.files import Shape, TensorFiles, open_sharded
+from wan_dist.weights.files import Shape, TensorFiles, open_sharded_weights
 from wan_dist.weights.hub import find_checkpoint
-from wan_dist.weights.layout import TEXT_ENCODER, TOKENIZER
-from wan_dist.weights.load import check_keys, fill
+from wan_dist.weights.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
+from wan_dist.weights.load import check_keys, fill_model
 
 CPU = torch.device("cpu")
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -49,13 +49,17 @@ class Manifest(TensorFiles):
         self.config = content.get("config") or {}
         self.num_params = content["num_params"]
         self.paths = (Path(name),)
-        self.not_floats: dict[str, str] = {}
-        self.shapes: dict[str, Shape] = {key: tuple(shape) for key, shape in content["tensors"].items()}
+        self.non_float_types: dict[str, str] = {}
+        self.shapes: dict[str, Shape] = {
+            key: tuple(shape) for key, shape in content["tensors"].items()
+        }
 
 
 def transformer(found: TransformerDims) -> nn.Module:
     """Return both models that the file of a transformer holds."""
-    return nn.ModuleList([WanTransformer(found, torch.bfloat16), ContextProjection(found, torch.bfloat16)])
+    return nn.ModuleList(
+        [WanTransformer(found, torch.bfloat16), ContextProjection(found, torch.bfloat16)]
+    )
 
 
 def models_of(model: nn.Module) -> list[nn.Module]:
@@ -71,38 +75,65 @@ TRANSFORMERS = {
     "wan2.2-i2v-A14B": "i2v-A14B",
     "wan2.2-ti2v-5B": "ti2v-5B",
 }
-PUBLISHED = [(name, dims.transformer_dims, transformer, names.original_transformer) for name in TRANSFORMERS] + [
-    ("umt5-xxl-encoder", dims.text_encoder_dims, lambda d: build_text_encoder(d, torch.bfloat16), names.original_text_encoder),
-    ("vae-2.1", dims.vae_dims, WanVae, names.original_vae),
-    ("vae-2.2", dims.vae_dims, WanVae, names.original_vae),
-    ("clip-vit-h-14", dims.image_encoder_dims, build_image_encoder, names.original_image_encoder),
+PUBLISHED = [
+    (name, dims.infer_transformer_dims, transformer, names.map_original_transformer)
+    for name in TRANSFORMERS
+] + [
+    (
+        "umt5-xxl-encoder",
+        dims.infer_text_encoder_dims,
+        lambda d: build_text_encoder(d, torch.bfloat16),
+        names.map_original_text_encoder,
+    ),
+    ("vae-2.1", dims.infer_vae_dims, WanVae, names.map_original_vae),
+    ("vae-2.2", dims.infer_vae_dims, WanVae, names.map_original_vae),
+    (
+        "clip-vit-h-14",
+        dims.infer_image_encoder_dims,
+        build_image_encoder,
+        names.map_original_image_encoder,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "read", "build", "key_map"), PUBLISHED, ids=[row[0] for row in PUBLISHED])
-def test_published_checkpoints_fit(name: str, read: Callable, build: Callable, key_map: Callable) -> None:
+@pytest.mark.parametrize(
+    ("name", "read", "build", "key_map"), PUBLISHED, ids=[row[0] for row in PUBLISHED]
+)
+def test_published_checkpoints_fit(
+    name: str, read: Callable, build: Callable, key_map: Callable
+) -> None:
     files = Manifest(name)
     keys = key_map(files.shapes)
     with torch.device("meta"):
         model = build(read(files.config, files, keys))
     check_keys(models_of(model), files, keys)
-    unused = sum(torch.Size(shape).numel() for key, shape in files.shapes.items() if keys.ignores(key))
+    unused = sum(
+        torch.Size(shape).numel() for key, shape in files.shapes.items() if keys.ignores(key)
+    )
     assert sum(parameter.numel() for parameter in model.parameters()) == files.num_params - unused
     assert (unused > 0) == (name == "clip-vit-h-14")
 
 
 @pytest.mark.parametrize(("manifest", "task"), TRANSFORMERS.items())
 def test_the_catalog_knows_the_published_sizes(manifest: str, task: str) -> None:
-    files, shape = Manifest(manifest), TASKS[task].transformer
+    files, shape = Manifest(manifest), TASKS[task].transformer_dims
     assert shape is not None
-    found = dims.transformer_dims(files.config, files, names.original_transformer(files.shapes))
+    found = dims.infer_transformer_dims(
+        files.config, files, names.map_original_transformer(files.shapes)
+    )
     assert TransformerDims(**vars(shape)) == found
 
 
 def test_clip_has_sixteen_heads() -> None:
     files = Manifest("clip-vit-h-14")
-    found = dims.image_encoder_dims({}, files, names.original_image_encoder(files.shapes))
-    assert (found.num_layers, found.dim, found.num_heads, found.patch, found.image_size) == (32, 1280, 16, 14, 224)
+    found = dims.infer_image_encoder_dims({}, files, names.map_original_image_encoder(files.shapes))
+    assert (found.num_layers, found.dim, found.num_heads, found.patch, found.image_size) == (
+        32,
+        1280,
+        16,
+        14,
+        224,
+    )
 
 
 @pytest.fixture
@@ -140,7 +171,10 @@ def test_missing_unexpected_and_misshapen_keys_are_one_error(folder: Path) -> No
 
 
 def test_only_the_first_ten_keys_are_named(folder: Path) -> None:
-    _change(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("blocks.2.")])
+    _change(
+        folder,
+        lambda tensors: [tensors.pop(key) for key in list(tensors) if key.startswith("blocks.2.")],
+    )
     message = _refusal(folder)
     assert "27 missing: blocks.2." in message
     assert "and 17 more" in message
@@ -159,9 +193,13 @@ def test_a_truncated_safetensors_file(folder: Path) -> None:
 
 SAVED: dict[str, Callable[[dict[str, torch.Tensor], Path], object]] = {
     "new": torch.save,
-    "before 1.6": lambda tensors, path: torch.save(tensors, path, _use_new_zipfile_serialization=False),
+    "before 1.6": lambda tensors, path: torch.save(
+        tensors, path, _use_new_zipfile_serialization=False
+    ),
     "wrapped": lambda tensors, path: torch.save({"state_dict": tensors, "epoch": 7}, path),
-    "wrapped, before 1.6": lambda tensors, path: torch.save({"model": tensors}, path, _use_new_zipfile_serialization=False),
+    "wrapped, before 1.6": lambda tensors, path: torch.save(
+        {"model": tensors}, path, _use_new_zipfile_serialization=False
+    ),
     "safetensors": save_file,
 }
 
@@ -169,7 +207,10 @@ SAVED: dict[str, Callable[[dict[str, torch.Tensor], Path], object]] = {
 NAMES = [VAE, "Wan2.1_VAE.PTH", "wan2.1_vae.safetensors", "Wan2.1_VAE.ckpt", "Wan2.1_VAE.bin"]
 
 
-@pytest.mark.parametrize(("name", "kind"), [*zip(NAMES, SAVED, strict=True), (VAE, "safetensors"), (NAMES[2], "before 1.6")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*zip(NAMES, SAVED, strict=True), (VAE, "safetensors"), (NAMES[2], "before 1.6")],
+)
 def test_files_are_told_apart_by_what_is_in_them(name: str, kind: str, folder: Path) -> None:
     wanted = open_checkpoint(folder, torch.float32).vae.load(CPU).state_dict()
     tensors = torch.load(folder / VAE, weights_only=True)
@@ -185,16 +226,21 @@ def test_files_are_told_apart_by_what_is_in_them(name: str, kind: str, folder: P
 def test_a_transformer_with_another_suffix(suffix: str, folder: Path) -> None:
     tensors = load_file(folder / TRANSFORMER)
     (folder / TRANSFORMER).unlink()
-    (save_file if suffix == ".SAFETENSORS" else torch.save)(tensors, folder / f"diffusion_pytorch_model{suffix}")
+    (save_file if suffix == ".SAFETENSORS" else torch.save)(
+        tensors, folder / f"diffusion_pytorch_model{suffix}"
+    )
     open_checkpoint(folder, torch.float32)
 
 
 def test_a_pickle_whose_name_is_published_is_taken_before_others(folder: Path) -> None:
-    shutil.copy(folder / TEXT_ENCODER, folder / "Wan2.1_VAE.safetensors")
+    shutil.copy(folder / TEXT_ENCODER_FILE, folder / "Wan2.1_VAE.safetensors")
     open_checkpoint(folder, torch.float32)
 
 
-@pytest.mark.parametrize(("kind", "name"), list(zip(SAVED, ["0f1e2d", "a,b.pt", "model.PTH", "models [x]*.sft", "0f1e2d"], strict=True)))
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    list(zip(SAVED, ["0f1e2d", "a,b.pt", "model.PTH", "models [x]*.sft", "0f1e2d"], strict=True)),
+)
 def test_a_transformers_file_of_any_name(name: str, kind: str, folder: Path) -> None:
     """Also as the Hugging Face cache has it: a link with a suffix to a file without."""
     tensors = load_file(folder / TRANSFORMER)
@@ -205,21 +251,32 @@ def test_a_transformers_file_of_any_name(name: str, kind: str, folder: Path) -> 
     link = folder / "snapshots/diffusion_fp32.safetensors"
     link.symlink_to(f"../blobs/{name}")
     for path in (link, folder / "blobs" / name):
-        component = open_any_checkpoint(folder, T2V, torch.float32, transformer_files=[path]).transformers[0]
+        component = open_any_checkpoint(
+            folder, T2V, torch.float32, transformer_files=[path]
+        ).transformers[0]
         found = component.load(CPU).state_dict()
         assert str(component.files) == str(path)
         assert all(torch.equal(found[key], value) for key, value in wanted.items())
 
 
 def test_a_transformers_file_with_the_names_of_diffusers(folder: Path) -> None:
-    tensors = {names._renamed(key, names._DIFFUSERS_TRANSFORMER): value for key, value in load_file(folder / TRANSFORMER).items()}
+    tensors = {
+        names._apply_rename_table(key, names._DIFFUSERS_TRANSFORMER_TABLE): value
+        for key, value in load_file(folder / TRANSFORMER).items()
+    }
     save_file(tensors, folder / "other.safetensors")
     wanted = open_checkpoint(folder, torch.float32).transformers[0].load(CPU).state_dict()
-    component = open_any_checkpoint(folder, T2V, torch.float32, transformer_files=[folder / "other.safetensors"]).transformers[0]
-    assert all(torch.equal(value, wanted[key]) for key, value in component.load(CPU).state_dict().items())
+    component = open_any_checkpoint(
+        folder, T2V, torch.float32, transformer_files=[folder / "other.safetensors"]
+    ).transformers[0]
+    assert all(
+        torch.equal(value, wanted[key]) for key, value in component.load(CPU).state_dict().items()
+    )
 
 
-def test_a_comma_is_part_of_a_name_where_there_is_such_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comma_is_part_of_a_name_where_there_is_such_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a,b", "c", "d, e", "b"):
         (tmp_path / name).touch()
@@ -233,15 +290,17 @@ def test_a_comma_is_part_of_a_name_where_there_is_such_a_file(tmp_path: Path, mo
         "x,y": ["x", "y"],
         "x,y,z": ["x", "y", "z"],
     }
-    assert {value: [str(path) for path in split_files(value)] for value in given} == given
+    assert {value: [str(path) for path in split_file_list(value)] for value in given} == given
 
 
 def test_a_git_lfs_pointer(folder: Path) -> None:
-    (folder / TRANSFORMER).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (folder / TRANSFORMER).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
     assert "is a Git LFS pointer" in _refusal(folder)
 
 
-@pytest.mark.parametrize("name", [TEXT_ENCODER, VAE])
+@pytest.mark.parametrize("name", [TEXT_ENCODER_FILE, VAE])
 @pytest.mark.parametrize("keep", [0, 1000, 50_000])
 def test_a_truncated_pth_file(folder: Path, name: str, keep: int) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:keep])
@@ -259,12 +318,14 @@ class _Evil:
         return print, ("code ran",)
 
 
-@pytest.mark.parametrize("name", ["config.json", TEXT_ENCODER, VAE, TOKENIZER])
+@pytest.mark.parametrize("name", ["config.json", TEXT_ENCODER_FILE, VAE, TOKENIZER_FOLDER])
 def test_a_folder_that_lacks_something(folder: Path, name: str) -> None:
     path = folder / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     message = _refusal(folder)
-    assert message.startswith(f"{folder} is not a whole t2v-1.3B checkpoint in the original layout: it has no {name} (found: ")
+    assert message.startswith(
+        f"{folder} is not a whole t2v-1.3B checkpoint in the original layout: it has no {name} (found: "
+    )
 
 
 def test_a_broken_config(folder: Path) -> None:
@@ -275,23 +336,29 @@ def test_a_broken_config(folder: Path) -> None:
 
 
 def test_a_broken_tokenizer(folder: Path) -> None:
-    for file in (folder / TOKENIZER).iterdir():
+    for file in (folder / TOKENIZER_FOLDER).iterdir():
         file.write_text("{}")
     assert "holds no tokenizer that can be read" in _refusal(folder)
-    for file in (folder / TOKENIZER).iterdir():
+    for file in (folder / TOKENIZER_FOLDER).iterdir():
         file.unlink()
     assert "holds no tokenizer that can be read" in _refusal(folder)
 
 
 def test_weights_of_another_model(folder: Path) -> None:
-    shutil.copy(folder / VAE, folder / TEXT_ENCODER)
-    assert f"{TEXT_ENCODER} holds no token_embedding.weight: it is not of the kind expected there" in _refusal(folder)
+    shutil.copy(folder / VAE, folder / TEXT_ENCODER_FILE)
+    assert (
+        f"{TEXT_ENCODER_FILE} holds no token_embedding.weight: it is not of the kind expected there"
+        in _refusal(folder)
+    )
 
 
 def test_a_half_downloaded_diffusers_folder(folder: Path) -> None:
     (folder / "model_index.json").write_text("{}")
     message = _refusal(folder)
-    assert "is not a whole t2v-1.3B checkpoint in the Diffusers layout: it has no transformer/config.json" in message
+    assert (
+        "is not a whole t2v-1.3B checkpoint in the Diffusers layout: it has no transformer/config.json"
+        in message
+    )
     assert "text_encoder/config.json, vae/config.json, tokenizer (found: " in message
 
 
@@ -315,11 +382,16 @@ def test_a_transformer_of_another_task(folder: Path) -> None:
     for file in ("config.json", TRANSFORMER):
         shutil.copy(folder / file, folder / "high_noise_model")
     shutil.copytree(folder / "high_noise_model", folder / "low_noise_model")
-    with pytest.raises(InputError, match="is not a i2v-A14B checkpoint: its transformer has 16 input channels, not 36"):
+    with pytest.raises(
+        InputError,
+        match="is not a i2v-A14B checkpoint: its transformer has 16 input channels, not 36",
+    ):
         open_any_checkpoint(folder, TASKS["i2v-A14B"], torch.float32)
     open_any_checkpoint(folder, TASKS["t2v-A14B"], torch.float32)
     (folder / "low_noise_model" / TRANSFORMER).unlink()
-    with pytest.raises(InputError, match=r"it has no low_noise_model/diffusion_pytorch_model\*\.safetensors"):
+    with pytest.raises(
+        InputError, match=r"it has no low_noise_model/diffusion_pytorch_model\*\.safetensors"
+    ):
         open_any_checkpoint(folder, TASKS["t2v-A14B"], torch.float32)
 
 
@@ -338,12 +410,14 @@ def _shard(folder: Path) -> list[str]:
 def test_shards_are_one_checkpoint(folder: Path) -> None:
     whole = load_file(folder / TRANSFORMER)
     names = _shard(folder)
-    files = open_sharded(folder, "diffusion_pytorch_model")
+    files = open_sharded_weights(folder, "diffusion_pytorch_model")
     assert sorted(files.shapes) == sorted(whole)
     assert all(torch.equal(files.read(key), value) for key, value in whole.items())
     open_checkpoint(folder, torch.float32)
     (folder / names[1]).unlink()
-    assert f"1 of the 3 shards in {TRANSFORMER}.index.json are missing: {names[1]}" in _refusal(folder)
+    assert f"1 of the 3 shards in {TRANSFORMER}.index.json are missing: {names[1]}" in _refusal(
+        folder
+    )
 
 
 def test_fused_linears_hold_their_parts(folder: Path) -> None:
@@ -354,7 +428,9 @@ def test_fused_linears_hold_their_parts(folder: Path) -> None:
         assert torch.equal(part, stored[f"blocks.2.self_attn.{name}.weight"])
 
 
-def test_loading_holds_the_model_and_one_tensor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_holds_the_model_and_one_tensor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
     read = TensorFiles.read_rows
@@ -368,7 +444,7 @@ def test_loading_holds_the_model_and_one_tensor(folder: Path, monkeypatch: pytes
 
     monkeypatch.setattr(TensorFiles, "read_rows", counted)
     checkpoint = open_checkpoint(folder, torch.bfloat16)
-    checkpoint.projections[0].load(CPU)
+    checkpoint.context_projections[0].load(CPU)
     model = checkpoint.transformers[0].load(CPU)
     assert len(alive) == len(load_file(folder / TRANSFORMER))
     assert most == 1
@@ -379,18 +455,28 @@ def test_loading_holds_the_model_and_one_tensor(folder: Path, monkeypatch: pytes
 def test_fill_rejects_nothing_silently(folder: Path) -> None:
     """A parameter that the files lack cannot be left uninitialised even if the check was skipped."""
     _change(folder, lambda tensors: tensors.pop("head.head.bias"))
-    files = open_sharded(folder, "diffusion_pytorch_model")
-    keys = names.original_transformer(files.shapes)
+    files = open_sharded_weights(folder, "diffusion_pytorch_model")
+    keys = names.map_original_transformer(files.shapes)
     with torch.device("meta"):
-        model = WanTransformer(dims.transformer_dims({"num_heads": 4}, files, keys), torch.float32)
+        model = WanTransformer(
+            dims.infer_transformer_dims({"num_heads": 4}, files, keys), torch.float32
+        )
     with pytest.raises(KeyError):
-        fill(model, files, keys, CPU)
+        fill_model(model, files, keys, CPU)
 
 
-def test_a_cached_repository_is_used_without_the_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_repository_is_used_without_the_network(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
-    def snapshot(repository: str, *, allow_patterns: list[str], local_files_only: bool = False, local_dir: None = None) -> str:
+    def snapshot(
+        repository: str,
+        *,
+        allow_patterns: list[str],
+        local_files_only: bool = False,
+        local_dir: None = None,
+    ) -> str:
         calls.append((repository, local_files_only))
         return str(folder)
 
@@ -399,18 +485,29 @@ def test_a_cached_repository_is_used_without_the_network(folder: Path, monkeypat
     assert calls == [("Wan-AI/Wan2.1-T2V-1.3B", True)]
 
 
-def test_a_half_downloaded_repository_is_completed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_half_downloaded_repository_is_completed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vae = folder / VAE
     content = vae.read_bytes()
     vae.unlink()
 
-    def snapshot(repository: str, *, allow_patterns: list[str], local_files_only: bool = False, local_dir: None = None) -> str:
+    def snapshot(
+        repository: str,
+        *,
+        allow_patterns: list[str],
+        local_files_only: bool = False,
+        local_dir: None = None,
+    ) -> str:
         if not local_files_only:
             vae.write_bytes(content)
         return str(folder)
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot)
-    assert open_checkpoint(find_checkpoint(TASKS["t2v-1.3B"], area=832 * 480), torch.float32).folder == folder
+    assert (
+        open_checkpoint(find_checkpoint(TASKS["t2v-1.3B"], area=832 * 480), torch.float32).folder
+        == folder
+    )
 
 
 def test_offline_says_which_folder_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,6 +525,6 @@ def test_offline_says_which_folder_it_wants(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_each_size_has_its_checkpoint() -> None:
     task = TASKS["i2v-14B"]
-    assert task.hub_repository(832 * 480) == "Wan-AI/Wan2.1-I2V-14B-480P"
-    assert task.hub_repository(1280 * 720) == "Wan-AI/Wan2.1-I2V-14B-720P"
-    assert TASKS["t2v-A14B"].hub_repository(832 * 480) == "Wan-AI/Wan2.2-T2V-A14B"
+    assert task.choose_repository(832 * 480) == "Wan-AI/Wan2.1-I2V-14B-480P"
+    assert task.choose_repository(1280 * 720) == "Wan-AI/Wan2.1-I2V-14B-720P"
+    assert TASKS["t2v-A14B"].choose_repository(832 * 480) == "Wan-AI/Wan2.2-T2V-A14B"

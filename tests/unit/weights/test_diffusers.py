@@ -33,11 +33,13 @@ class FilesOf(TensorFiles):
 
     def __init__(self, model: nn.Module) -> None:
         self.paths = (Path(type(model).__name__),)
-        self.not_floats: dict[str, str] = {}
+        self.non_float_types: dict[str, str] = {}
         self.shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
-def check(model: nn.Module, config: dict, read: Callable, build: Callable, key_map: Callable) -> object:
+def check(
+    model: nn.Module, config: dict, read: Callable, build: Callable, key_map: Callable
+) -> object:
     """Check that our model takes exactly what theirs is made of; returns the hyperparameters read off it."""
     files = FilesOf(model)
     keys = key_map(files.shapes)
@@ -49,12 +51,14 @@ def check(model: nn.Module, config: dict, read: Callable, build: Callable, key_m
 
 @pytest.mark.parametrize(("manifest", "task"), TRANSFORMERS.items())
 def test_transformers(manifest: str, task: str) -> None:
-    shape = TASKS[task].transformer
+    shape = TASKS[task].transformer_dims
     assert shape is not None
     config = diffusers_config(shape)
     with torch.device("meta"):
         model = WanTransformer3DModel(**config)
-    found = check(model, config, dims.transformer_dims, transformer, names.diffusers_transformer)
+    found = check(
+        model, config, dims.infer_transformer_dims, transformer, names.map_diffusers_transformer
+    )
     assert vars(found).items() >= vars(shape).items()
 
 
@@ -83,7 +87,7 @@ def test_vaes(manifest: str, config: dict) -> None:
         model = AutoencoderKLWan(**config)
     assert tuple(model.config.latents_mean) == LATENT_MEAN[model.config.z_dim]
     assert tuple(model.config.latents_std) == LATENT_STD[model.config.z_dim]
-    check(model, {}, dims.vae_dims, WanVae, names.diffusers_vae)
+    check(model, {}, dims.infer_vae_dims, WanVae, names.map_diffusers_vae)
     published = json.loads((FIXTURES / f"manifests/{manifest}.json").read_text())["num_params"]
     assert sum(parameter.numel() for parameter in model.parameters()) == published
 
@@ -91,16 +95,29 @@ def test_vaes(manifest: str, config: dict) -> None:
 @pytest.mark.parametrize("drop", [(), ("shared.weight",), ("encoder.embed_tokens.weight",)])
 def test_umt5(drop: tuple[str, ...]) -> None:
     """Published folders hold the token embedding under one name, the other, or both."""
-    config = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    config = UMT5Config(
+        vocab_size=256384,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )
     with torch.device("meta"):
         model = UMT5EncoderModel(config)
     files = FilesOf(model)
     files.shapes.setdefault("encoder.embed_tokens.weight", files.shapes["shared.weight"])
     for key in drop:
         del files.shapes[key]
-    keys = names.diffusers_text_encoder(files.shapes)
-    found = dims.text_encoder_dims({}, files, keys)
-    assert (found.num_layers, found.num_heads, found.head_dim, found.vocab_size) == (24, 64, 64, 256384)
+    keys = names.map_diffusers_text_encoder(files.shapes)
+    found = dims.infer_text_encoder_dims({}, files, keys)
+    assert (found.num_layers, found.num_heads, found.head_dim, found.vocab_size) == (
+        24,
+        64,
+        64,
+        256384,
+    )
     with torch.device("meta"):
         check_keys([build_text_encoder(found, torch.bfloat16)], files, keys)
 
@@ -108,14 +125,21 @@ def test_umt5(drop: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("prefix", ["", "vision_model."])
 def test_clip(prefix: str) -> None:
     config = CLIPVisionConfig(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16, patch_size=14, hidden_act="gelu"
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        patch_size=14,
+        hidden_act="gelu",
     )
     with torch.device("meta"):
         model = CLIPVisionModel(config)
     files = FilesOf(model)
-    files.shapes = {prefix + key.removeprefix("vision_model."): shape for key, shape in files.shapes.items()}
-    keys = names.diffusers_image_encoder(files.shapes)
-    found = dims.image_encoder_dims(config.to_dict(), files, keys)
+    files.shapes = {
+        prefix + key.removeprefix("vision_model."): shape for key, shape in files.shapes.items()
+    }
+    keys = names.map_diffusers_image_encoder(files.shapes)
+    found = dims.infer_image_encoder_dims(config.to_dict(), files, keys)
     assert (found.num_layers, found.num_heads, found.image_size) == (32, 16, 224)
     with torch.device("meta"):
         check_keys([build_image_encoder(found)], files, keys)

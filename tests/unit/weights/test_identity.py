@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wan_dist.weights import identity
 from wan_dist.weights.files import TensorFiles
-from wan_dist.weights.identity import digest_of_weights
+from wan_dist.weights.identity import hash_weights
 
 Tensors = dict[str, Tensor]
 KINDS = (".safetensors", ".pth")
@@ -26,7 +26,9 @@ def _sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 def some_tensors() -> Tensors:
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"blocks.{number}.weight": torch.randn(32, 16, generator=generator) for number in range(5)}
+    tensors = {
+        f"blocks.{number}.weight": torch.randn(32, 16, generator=generator) for number in range(5)
+    }
     return tensors | {
         "norm.weight": torch.randn(16, generator=generator),
         "head.weight": torch.randn(8, 16, generator=generator).bfloat16(),
@@ -53,24 +55,33 @@ def changed() -> Iterator[tuple[str, Tensors]]:
     tensors = some_tensors()
     for place in (0, -1):
         tensors["blocks.2.weight"].view(-1)[place] += 1
-        yield f"value {place} of a large tensor", {name: tensor.clone() for name, tensor in tensors.items()}
+        yield (
+            f"value {place} of a large tensor",
+            {name: tensor.clone() for name, tensor in tensors.items()},
+        )
     tensors = some_tensors()
     tensors["blocks.7.weight"] = tensors.pop("blocks.4.weight")
     yield "a name", tensors
     tensors = some_tensors()
-    tensors["blocks.0.weight"], tensors["blocks.1.weight"] = tensors["blocks.1.weight"], tensors["blocks.0.weight"]
+    tensors["blocks.0.weight"], tensors["blocks.1.weight"] = (
+        tensors["blocks.1.weight"],
+        tensors["blocks.0.weight"],
+    )
     yield "a pair that is swapped", tensors
     tensors = some_tensors()
     yield "a shape", tensors | {"blocks.0.weight": tensors["blocks.0.weight"].reshape(16, 32)}
     yield "a type", tensors | {"head.weight": tensors["head.weight"].view(torch.float16)}
-    yield "one tensor less", {name: tensor for name, tensor in tensors.items() if name != "norm.weight"}
+    yield (
+        "one tensor less",
+        {name: tensor for name, tensor in tensors.items() if name != "norm.weight"},
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_is_changed_is_seen(kind: str, tmp_path: Path) -> None:
-    found = {digest_of_weights([write(tmp_path / f"whole{kind}", some_tensors())]): "nothing"}
+    found = {hash_weights([write(tmp_path / f"whole{kind}", some_tensors())]): "nothing"}
     for number, (what, tensors) in enumerate(changed()):
-        digest = digest_of_weights([write(tmp_path / f"{number}{kind}", tensors)])
+        digest = hash_weights([write(tmp_path / f"{number}{kind}", tensors)])
         assert digest not in found, f"{what} is taken for {found[digest]}"
         found[digest] = what
 
@@ -85,19 +96,27 @@ def test_the_same_tensors_have_one_digest_in_whatever_files(kind: str, tmp_path:
         write(tmp_path / f"shard{number}{kind}", shard)
     parts = TensorFiles([tmp_path / f"shard{number}{kind}" for number in range(2)])
     again = write(tmp_path / f"again{kind}", {name: tensors[name] for name in names})
-    assert len({digest_of_weights([files]) for files in (whole, parts, again)}) == 1
+    assert len({hash_weights([files]) for files in (whole, parts, again)}) == 1
 
 
 def test_both_kinds_of_file_have_one_digest(tmp_path: Path) -> None:
-    assert len({digest_of_weights([write(tmp_path / f"a{kind}", some_tensors())]) for kind in KINDS}) == 1
+    assert (
+        len({hash_weights([write(tmp_path / f"a{kind}", some_tensors())]) for kind in KINDS}) == 1
+    )
 
 
 def test_which_model_has_the_tensors_counts(tmp_path: Path) -> None:
-    high, low = (write(tmp_path / f"{name}.pth", {"weight": torch.full((4,), float(number))}) for number, name in enumerate("hl"))
-    assert digest_of_weights([high, low]) != digest_of_weights([low, high])
-    assert digest_of_weights([high]) != digest_of_weights([high, low])
-    first, second, both = (write(tmp_path / f"{names}.pth", {name: torch.ones(4) for name in names}) for names in ("a", "b", "ab"))
-    assert digest_of_weights([first, second]) != digest_of_weights([both])
+    high, low = (
+        write(tmp_path / f"{name}.pth", {"weight": torch.full((4,), float(number))})
+        for number, name in enumerate("hl")
+    )
+    assert hash_weights([high, low]) != hash_weights([low, high])
+    assert hash_weights([high]) != hash_weights([high, low])
+    first, second, both = (
+        write(tmp_path / f"{names}.pth", {name: torch.ones(4) for name in names})
+        for names in ("a", "b", "ab")
+    )
+    assert hash_weights([first, second]) != hash_weights([both])
 
 
 def test_expanded_tensors_cost_nothing(tmp_path: Path) -> None:
@@ -106,20 +125,39 @@ def test_expanded_tensors_cost_nothing(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
         tensor = torch.full((1, 4), value).expand(2**36, 4)
         assert tensor.numel() * tensor.element_size() == 2**40
-        digests.add(digest_of_weights([write(tmp_path / f"{value}.pth", {"weight": tensor, "transposed": torch.randn(8, 16).T})]))
+        digests.add(
+            hash_weights(
+                [
+                    write(
+                        tmp_path / f"{value}.pth",
+                        {"weight": tensor, "transposed": torch.randn(8, 16).T},
+                    )
+                ]
+            )
+        )
     assert len(digests) == 2
 
 
-@pytest.mark.parametrize("tensor", [torch.tensor(3.0), torch.zeros(0, 4), torch.randn(6, 8)[:, 2:5], torch.ones(4).to(torch.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(3.0),
+        torch.zeros(0, 4),
+        torch.randn(6, 8)[:, 2:5],
+        torch.ones(4).to(torch.float8_e4m3fn),
+    ],
+)
 def test_tensors_of_any_form_have_a_digest(tensor: Tensor, tmp_path: Path) -> None:
-    digests = [digest_of_weights([write(tmp_path / f"{name}.pth", {name: tensor})]) for name in ("a", "b")]
+    digests = [
+        hash_weights([write(tmp_path / f"{name}.pth", {name: tensor})]) for name in ("a", "b")
+    ]
     assert digests[0] != digests[1]
 
 
 def test_of_large_tensors_only_pieces_are_read() -> None:
     tensor = torch.arange(2**20, dtype=torch.float32)
-    pieces = list(identity._pieces_of(tensor, is_whole=False))
-    assert len(pieces) == identity._PIECES
+    pieces = list(identity._sample_pieces(tensor, is_whole=False))
+    assert len(pieces) == identity._NUM_PIECES
     assert {len(piece) for piece in pieces} == {identity._PIECE_BYTES}
     values = tensor.view(torch.uint8)
     assert torch.equal(pieces[0], values[: len(pieces[0])])

@@ -17,7 +17,10 @@ class Blocks(nn.Module):
     def __init__(self, number: int) -> None:
         super().__init__()
         torch.manual_seed(number)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, dtype=torch.float32)) for _ in range(number))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6, dtype=torch.float32))
+            for _ in range(number)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -25,7 +28,9 @@ class Blocks(nn.Module):
         return x
 
 
-def streamed(model: Blocks, *, from_disk: bool, num_rounds: int | None = None) -> tuple[Blocks, list[int]]:
+def streamed(
+    model: Blocks, *, from_disk: bool, num_rounds: int | None = None
+) -> tuple[Blocks, list[int]]:
     """Return a model whose blocks are on meta until their turn, and the list of blocks as they are read."""
     with torch.device("meta"):
         other = Blocks(len(model.blocks))

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan_dist.models.attention import eight_bit as attention_8bit
-from wan_dist.runtime.errors import first_line
+from wan_dist.runtime.errors import get_first_line
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_with_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def attend_with_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)  # (B, L, H, D)
 
 
-def _sdpa_with(backend: SDPBackend) -> Kernel:
+def _make_sdpa_kernel(backend: SDPBackend) -> AttentionKernel:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return attend_with_sdpa(q, k, v)
@@ -36,15 +36,19 @@ def _sdpa_with(backend: SDPBackend) -> Kernel:
     return attend
 
 
-def _from_package(module: str, function: str, **options: object) -> Callable[[], Kernel]:
-    return lambda: _first_of(partial(getattr(importlib.import_module(module), function), **options))
+def _make_package_loader(
+    module: str, function: str, **options: object
+) -> Callable[[], AttentionKernel]:
+    return lambda: _drop_log_sum_exp(
+        partial(getattr(importlib.import_module(module), function), **options)
+    )
 
 
-def _first_of(work: Callable[..., object]) -> Kernel:
+def _drop_log_sum_exp(attention_function: Callable[..., object]) -> AttentionKernel:
     """Return ``work`` without the log-sum-exp, which releases differ in whether they return too."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = work(q, k, v)
+        out = attention_function(q, k, v)
         return cast(Tensor, out[0] if isinstance(out, tuple) else out)
 
     return attend
@@ -59,13 +63,17 @@ def load_flash_attention_4() -> Callable[..., tuple[Tensor, Tensor | None]]:
     """
     from flash_attn.cute import flash_attn_func, interface  # optional, and it imports a compiler
 
-    work = getattr(interface, "_flash_attn_fwd", None)
-    if torch.cuda.get_device_capability() != (9, 0) or work is None or "tile_mn" not in inspect.signature(work).parameters:
+    forward_pass = getattr(interface, "_flash_attn_fwd", None)
+    if (
+        torch.cuda.get_device_capability() != (9, 0)
+        or forward_pass is None
+        or "tile_mn" not in inspect.signature(forward_pass).parameters
+    ):
         return flash_attn_func
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
         tiles = {"tile_mn": (192, 128), "mma_pv_is_rs": False} if q.shape[-1] == 128 else {}
-        out, lse, *_ = work(q, k, v, **tiles, **options)
+        out, lse, *_ = forward_pass(q, k, v, **tiles, **options)
         return out, lse
 
     return attend
@@ -74,59 +82,74 @@ def load_flash_attention_4() -> Callable[..., tuple[Tensor, Tensor | None]]:
 def attend_in_float16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention for GPUs without bfloat16 arithmetic; what float16 cannot hold is computed again in float32."""
     out = attend_with_sdpa(q.half(), k.half(), v.half())
-    return (out if torch.isfinite(out).all() else attend_with_sdpa(q.float(), k.float(), v.float())).to(q.dtype)
+    return (
+        out if torch.isfinite(out).all() else attend_with_sdpa(q.float(), k.float(), v.float())
+    ).to(q.dtype)
 
 
-_KERNELS: dict[str, Callable[[], Kernel]] = {
-    "fa4": lambda: _first_of(load_flash_attention_4()),
-    "fa3": _from_package("flash_attn_interface", "flash_attn_func"),
-    "fa2": _from_package("flash_attn", "flash_attn_func"),
-    "cudnn": lambda: _sdpa_with(SDPBackend.CUDNN_ATTENTION),
-    "flash": lambda: _sdpa_with(SDPBackend.FLASH_ATTENTION),
+_KERNEL_LOADERS: dict[str, Callable[[], AttentionKernel]] = {
+    "fa4": lambda: _drop_log_sum_exp(load_flash_attention_4()),
+    "fa3": _make_package_loader("flash_attn_interface", "flash_attn_func"),
+    "fa2": _make_package_loader("flash_attn", "flash_attn_func"),
+    "cudnn": lambda: _make_sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+    "flash": lambda: _make_sdpa_kernel(SDPBackend.FLASH_ATTENTION),
     "sdpa": lambda: attend_with_sdpa,
     "sdpa16": lambda: attend_in_float16,
-    "sage": _from_package("sageattention", "sageattn", tensor_layout="NHD"),
-    "8bit": lambda: attention_8bit.attend,
+    "sage": _make_package_loader("sageattention", "sageattn", tensor_layout="NHD"),
+    "8bit": lambda: attention_8bit.attend_in_8bit,
 }
-FASTEST_FIRST = ("fa4", "fa3", "cudnn", "fa2", "flash", "sdpa")
-BACKEND_NEEDS = {
+BACKENDS_BY_SPEED = ("fa4", "fa3", "cudnn", "fa2", "flash", "sdpa")
+BACKEND_REQUIREMENTS = {
     "fa4": ("flash_attn.cute", "flash-attn-4", "Hopper or Blackwell", (9, 0)),
     "fa3": ("flash_attn_interface", "FlashAttention-3", "Hopper", (9, 0)),
     "fa2": ("flash_attn.flash_attn_interface", "flash-attn", "Ampere or later", (8, 0)),
     "sage": ("sageattention", "sageattention", "Ampere or later", (8, 0)),
 }
 """Of kernels from packages: module, the package's name, GPUs, and their least compute capability."""
-_LOSSY = {"sage": 0.1, "8bit": 0.1}
+_LOSSY_TOLERANCES = {"sage": 0.1, "8bit": 0.1}
 """Kernels in 8 bits, which are taken only if they are asked for, and how far they may be off on the tensor that they are tried on."""
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def format_dtype(dtype: torch.dtype) -> str:
     """Return the dtype as people write it, e.g. bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
-def try_attention(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[Kernel | None, str]:
+def try_attention(
+    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> tuple[AttentionKernel | None, str]:
     """Try a kernel on a tiny tensor; returns (kernel, "") or (None, what is wrong)."""
     if name != "sdpa":
         if device.type != "cuda":
             return None, f"needs a GPU, runs on {device.type}"
         if dtype == torch.float32:
             return None, "needs bfloat16 or float16, dtype is float32"
-    if name in BACKEND_NEEDS:
-        module, package, gpus, capability = BACKEND_NEEDS[name]
+    if name in BACKEND_REQUIREMENTS:
+        module, package, gpu_generation, min_capability = BACKEND_REQUIREMENTS[name]
         if not _is_installed(module):
             return None, f"package {package} is not installed"
-        if torch.cuda.get_device_capability(device) < capability:
-            return None, f"needs a GPU of {gpus}"
+        if torch.cuda.get_device_capability(device) < min_capability:
+            return None, f"needs a GPU of {gpu_generation}"
     q = torch.linspace(-1, 1, 128 * head_dim, device=device).view(1, 128, 1, head_dim).to(dtype)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a kernel that is compiled here warns about its compiler's own code
-            kernel = _KERNELS[name]()
-            error = (kernel(q, q, q).float() - attend_with_sdpa(*(q.float() for _ in range(3)))).abs().max().item()
-    except Exception as fault:  # kernels that are compiled here raise their compilers' own errors
-        return None, first_line(fault)
-    return (kernel, "") if error < _LOSSY.get(name, 2e-2) else (None, f"its result is off by {error:.2g}")
+            warnings.simplefilter(
+                "ignore"
+            )  # a kernel that is compiled here warns about its compiler's own code
+            kernel = _KERNEL_LOADERS[name]()
+            max_error = (
+                (kernel(q, q, q).float() - attend_with_sdpa(*(q.float() for _ in range(3))))
+                .abs()
+                .max()
+                .item()
+            )
+    except Exception as error:  # kernels that are compiled here raise their compilers' own errors
+        return None, get_first_line(error)
+    return (
+        (kernel, "")
+        if max_error < _LOSSY_TOLERANCES.get(name, 2e-2)
+        else (None, f"its result is off by {max_error:.2g}")
+    )
 
 
 def _is_installed(module: str) -> bool:

@@ -9,10 +9,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-SHIFT = gl.constexpr(12582912.0)  # 1.5 * 2^23: added to an integer below 2^22, it makes a float of its bits
+SHIFT = gl.constexpr(
+    12582912.0
+)  # 1.5 * 2^23: added to an integer below 2^22, it makes a float of its bits
 SHIFT_BITS = gl.constexpr(0x4B400000)
 ONE = gl.constexpr(0x38)  # in e4m3
 HIGHEST = gl.constexpr(120.0)  # the bits of 2^8 in e4m3: the largest weight
@@ -44,7 +52,10 @@ def statistics_kernel(
     for time in range(times):
         key = (tl.program_id(0) * times + time) * rows + tl.arange(0, rows).to(tl.int64)
         inside = (key < num_keys)[:, None]
-        total += tl.sum(tl.load(k_ptr + key[:, None] * k_row + channel, mask=inside, other=0.0).to(tl.float32), 0)
+        total += tl.sum(
+            tl.load(k_ptr + key[:, None] * k_row + channel, mask=inside, other=0.0).to(tl.float32),
+            0,
+        )
         v = tl.load(v_ptr + key[:, None] * v_row + channel, mask=inside, other=0.0).to(tl.float32)
         most = tl.maximum(most, tl.max(tl.abs(v), 0))
     place = (tl.program_id(0) * tl.num_programs(1) + head) * 128 + channel
@@ -61,7 +72,9 @@ def round_queries_kernel(
     query = tl.program_id(0) * rows + tl.arange(0, rows).to(tl.int64)
     inside = query < num_queries
     q_ptr += head // num_heads * q_batch.to(tl.int64) + head % num_heads * q_head
-    q = tl.load(q_ptr + query[:, None] * q_row + channel, mask=inside[:, None], other=0.0).to(tl.float32)
+    q = tl.load(q_ptr + query[:, None] * q_row + channel, mask=inside[:, None], other=0.0).to(
+        tl.float32
+    )
     scale = tl.maximum(tl.max(tl.abs(q), 1), 1e-12) / 127
     place = head.to(tl.int64) * num_queries + query
     tl.store(scale_ptr + place, scale * factor, mask=inside)
@@ -80,15 +93,24 @@ def round_keys_kernel(
     all_keys = tl.num_programs(0).to(tl.int64) * rows
     inside = (first + slot < num_keys)[:, None]
     k_ptr += head // num_heads * k_batch.to(tl.int64) + head % num_heads * k_head
-    k = tl.load(k_ptr + (first + slot)[:, None] * k_row + channel, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + (first + slot)[:, None] * k_row + channel, mask=inside, other=0.0).to(
+        tl.float32
+    )
     k = tl.where(inside, k - tl.load(mean_ptr + head * 128 + channel), 0.0)
     scale = tl.maximum(tl.max(tl.max(tl.abs(k), 1), 0), 1e-12) / 127
     tl.store(key_scale_ptr + head * tl.num_programs(0) + tl.program_id(0), scale)
-    tl.store(keys_ptr + (head * all_keys + first + slot)[:, None] * 128 + channel, tl.floor(k * (1 / scale) + 0.5).to(tl.int8))
+    tl.store(
+        keys_ptr + (head * all_keys + first + slot)[:, None] * 128 + channel,
+        tl.floor(k * (1 / scale) + 0.5).to(tl.int8),
+    )
     key = first + place_of(slot)
     v_ptr += head // num_heads * v_batch.to(tl.int64) + head % num_heads * v_head
-    v = tl.load(v_ptr + key[:, None] * v_row + channel, mask=(key < num_keys)[:, None], other=0.0).to(tl.float32)
-    v = tl.trans((v * (1 / tl.load(value_scale_ptr + head * 128 + channel))).to(values_ptr.dtype.element_ty))
+    v = tl.load(
+        v_ptr + key[:, None] * v_row + channel, mask=(key < num_keys)[:, None], other=0.0
+    ).to(tl.float32)
+    v = tl.trans(
+        (v * (1 / tl.load(value_scale_ptr + head * 128 + channel))).to(values_ptr.dtype.element_ty)
+    )
     tl.store(values_ptr + (head.to(tl.int64) * 128 + channel)[:, None] * all_keys + first + slot, v)
 
 
@@ -105,7 +127,9 @@ def _weigh(scores, scale, highest, weights_layout: gl.constexpr):
     offset = (HIGHEST - new * 8) * 2.0**-24 - SHIFT * slope
     x = shifted * slope[:, None] + offset[:, None]
     rows: gl.constexpr = x.shape[0]
-    x = x.reshape(rows, x.shape[1] // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(rows, x.shape[1])  # places to slots
+    x = (
+        x.reshape(rows, x.shape[1] // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(rows, x.shape[1])
+    )  # places to slots
     weights = gl.inline_asm_elementwise(
         "{ .reg .b32 x, y; cvt.rn.relu.f16x2.f32 x, $2, $1; cvt.rn.relu.f16x2.f32 y, $4, $3; prmt.b32 $0, x, y, 0x6420; }", "=r,f,f,f,f",
         [gl.convert_layout(x, weights_layout, assert_trivial=True)], dtype=gl.float8e4nv, is_pure=True, pack=4,
@@ -114,7 +138,17 @@ def _weigh(scores, scale, highest, weights_layout: gl.constexpr):
 
 
 @gluon.jit
-def _attend(group: gl.constexpr, shared, ones, barriers, scale_ptrs, out_ptr, num_queries, num_blocks, num_heads):
+def _attend(
+    group: gl.constexpr,
+    shared,
+    ones,
+    barriers,
+    scale_ptrs,
+    out_ptr,
+    num_queries,
+    num_blocks,
+    num_heads,
+):
     """Attend from 64 queries. The last block of keys, where zeros may follow them, comes first. Scores are 0 on average: so is k."""
     queries, keys, values = shared
     query_ready, key_ready, key_free, value_ready, value_free = barriers
@@ -127,7 +161,11 @@ def _attend(group: gl.constexpr, shared, ones, barriers, scale_ptrs, out_ptr, nu
     head = gl.program_id(1)
     first = (gl.program_id(0) * 3 + group) * 64
     query = first + gl.arange(0, 64, gl.SliceLayout(1, scores_layout))
-    query_scale = gl.load(query_scale_ptr + head.to(gl.int64) * num_queries + query, mask=query < num_queries, other=0.0)
+    query_scale = gl.load(
+        query_scale_ptr + head.to(gl.int64) * num_queries + query,
+        mask=query < num_queries,
+        other=0.0,
+    )
     highest = gl.zeros((64,), gl.float32, gl.SliceLayout(1, scores_layout))
     out = gl.zeros((64, 128), gl.float32, out_layout)
     total = gl.zeros((64, 8), gl.float32, sum_layout)
@@ -138,10 +176,14 @@ def _attend(group: gl.constexpr, shared, ones, barriers, scale_ptrs, out_ptr, nu
         key_scale = gl.load(key_scale_ptr + head * num_blocks + num_blocks - 1 - i)
         mbarrier.wait(key_ready.index(stage), phase)
         scores = gl.full((64, rows), SHIFT_BITS, gl.int32, scores_layout)
-        scores = warpgroup_mma(queries.index(group), keys.index(stage).permute((1, 0)), scores, is_async=True)
+        scores = warpgroup_mma(
+            queries.index(group), keys.index(stage).permute((1, 0)), scores, is_async=True
+        )
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(key_free.index(stage), count=1)
-        weights, highest, factor = _weigh(scores, query_scale * key_scale, highest, gl.DotOperandLayout(0, out_layout, 4))
+        weights, highest, factor = _weigh(
+            scores, query_scale * key_scale, highest, gl.DotOperandLayout(0, out_layout, 4)
+        )
         mbarrier.wait(value_ready.index(stage), phase)
         added = warpgroup_mma(
             weights, values.index(stage).permute((1, 0)), gl.zeros((64, 128), gl.float32, out_layout),
@@ -161,7 +203,11 @@ def _attend(group: gl.constexpr, shared, ones, barriers, scale_ptrs, out_ptr, nu
     out *= gl.load(value_scale_ptr + head * 128 + channel)[None, :]
     query = first + gl.arange(0, 64, gl.SliceLayout(1, out_layout))
     place = ((head // num_heads).to(gl.int64) * num_queries + query) * num_heads + head % num_heads
-    gl.store(out_ptr + place[:, None] * 128 + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=(query < num_queries)[:, None])
+    gl.store(
+        out_ptr + place[:, None] * 128 + channel[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(query < num_queries)[:, None],
+    )
 
 
 @gluon.jit
@@ -182,10 +228,17 @@ def _fetch(query_tiles, key_tiles, value_tiles, shared, barriers, num_queries, n
         block = num_blocks - 1 - i
         mbarrier.wait(key_free.index(stage), phase)
         mbarrier.expect(key_ready.index(stage), rows * 128)
-        tma.async_copy_global_to_shared(key_tiles, [(head * num_blocks + block) * rows, 0], key_ready.index(stage), keys.index(stage))
+        tma.async_copy_global_to_shared(
+            key_tiles,
+            [(head * num_blocks + block) * rows, 0],
+            key_ready.index(stage),
+            keys.index(stage),
+        )
         mbarrier.wait(value_free.index(stage), phase)
         mbarrier.expect(value_ready.index(stage), rows * 128)
-        tma.async_copy_global_to_shared(value_tiles, [head * 128, block * rows], value_ready.index(stage), values.index(stage))
+        tma.async_copy_global_to_shared(
+            value_tiles, [head * 128, block * rows], value_ready.index(stage), values.index(stage)
+        )
 
 
 @gluon.jit
@@ -199,10 +252,14 @@ def attend_kernel(
     keys = gl.allocate_shared_memory(gl.int8, [stages, rows, 128], key_tiles.layout)
     values = gl.allocate_shared_memory(gl.float8e4nv, [stages, 128, rows], value_tiles.layout)
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-    ones = gl.allocate_shared_memory(gl.float8e4nv, [2, 8, rows], value_tiles.layout)  # of the block that may be short, of the others
+    ones = gl.allocate_shared_memory(
+        gl.float8e4nv, [2, 8, rows], value_tiles.layout
+    )  # of the block that may be short, of the others
     place = all_keys - rows + place_of(gl.arange(0, rows, gl.SliceLayout(0, layout)))
     one = gl.full((8, rows), ONE, gl.int8, layout)
-    ones.index(0).store(gl.where((place < num_keys)[None, :], one, 0).to(gl.int8).to(gl.float8e4nv, bitcast=True))
+    ones.index(0).store(
+        gl.where((place < num_keys)[None, :], one, 0).to(gl.int8).to(gl.float8e4nv, bitcast=True)
+    )
     ones.index(1).store(one.to(gl.float8e4nv, bitcast=True))
     query_ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     key_ready = gl.allocate_shared_memory(gl.int64, [stages, 1], mbarrier.MBarrierLayout())
@@ -221,10 +278,52 @@ def attend_kernel(
     scale_ptrs = (query_scale_ptr, key_scale_ptr, value_scale_ptr)
     gl.warp_specialize(
         [
-            (_attend, (gl.constexpr(0), shared, ones, barriers, scale_ptrs, out_ptr, num_queries, num_blocks, num_heads)),
-            (_attend, (gl.constexpr(1), shared, ones, barriers, scale_ptrs, out_ptr, num_queries, num_blocks, num_heads)),
-            (_attend, (gl.constexpr(2), shared, ones, barriers, scale_ptrs, out_ptr, num_queries, num_blocks, num_heads)),
-            (_fetch, (query_tiles, key_tiles, value_tiles, shared, barriers, num_queries, num_blocks)),
+            (
+                _attend,
+                (
+                    gl.constexpr(0),
+                    shared,
+                    ones,
+                    barriers,
+                    scale_ptrs,
+                    out_ptr,
+                    num_queries,
+                    num_blocks,
+                    num_heads,
+                ),
+            ),
+            (
+                _attend,
+                (
+                    gl.constexpr(1),
+                    shared,
+                    ones,
+                    barriers,
+                    scale_ptrs,
+                    out_ptr,
+                    num_queries,
+                    num_blocks,
+                    num_heads,
+                ),
+            ),
+            (
+                _attend,
+                (
+                    gl.constexpr(2),
+                    shared,
+                    ones,
+                    barriers,
+                    scale_ptrs,
+                    out_ptr,
+                    num_queries,
+                    num_blocks,
+                    num_heads,
+                ),
+            ),
+            (
+                _fetch,
+                (query_tiles, key_tiles, value_tiles, shared, barriers, num_queries, num_blocks),
+            ),
         ],
         worker_num_warps=[4, 4, 1],
         worker_num_regs=[160, 160, 24],

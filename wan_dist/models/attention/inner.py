@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from wan_dist.models.attention.backends import (
-    BACKEND_NEEDS,
-    FASTEST_FIRST,
-    Kernel,
+    BACKEND_REQUIREMENTS,
+    BACKENDS_BY_SPEED,
+    AttentionKernel,
     attend_in_float16,
     attend_with_sdpa,
-    dtype_name,
+    format_dtype,
     try_attention,
 )
 from wan_dist.runtime.errors import InputError
@@ -23,20 +23,25 @@ class InnerAttention(nn.Module):
     Softmax statistics are float32 in every kernel. ``name`` is the kernel's, ``reason`` says why it was taken.
     """
 
-    takes_some_queries = True
+    accepts_partial_queries = True
     """Whether q may be of fewer tokens than k and v; where ranks trade them, it may not."""
 
-    def __init__(self, kernel: Kernel = attend_with_sdpa, name: str = "sdpa", reason: str = "default") -> None:
+    def __init__(
+        self,
+        kernel: AttentionKernel = attend_with_sdpa,
+        name: str = "sdpa",
+        reason: str = "default",
+    ) -> None:
         super().__init__()
         self.kernel = kernel
         self.name = name
         self.reason = reason
 
-    def room_for(self, x: Tensor) -> Tensor:
+    def make_send_buffer(self, x: Tensor) -> Tensor:
         """Return where what becomes of q, k or v like x (B, l, H, D) is best written for `begin`: in x, or (B, l, N, H / N, D)."""
         return x
 
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
+    def start_exchange(self, x: Tensor) -> Callable[[], Tensor]:
         """Begin to bring q, k or v of this device's tokens to where they are attended to; the call returns them there.
 
         x (B, l, H, D), or what `room_for` returned.
@@ -48,31 +53,44 @@ class InnerAttention(nn.Module):
         return self.kernel(q, k, v)
 
 
-def choose_attention(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> InnerAttention:
+def choose_attention(
+    name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
+) -> InnerAttention:
     """Return the attention called ``name``, tried on a tiny tensor first; ``auto`` takes the fastest that works.
 
     Raises InputError if a kernel asked for by name does not work here.
     """
     if name != "auto":
-        kernel, fault = try_attention(name, device=device, dtype=dtype, head_dim=head_dim)
+        kernel, error = try_attention(name, device=device, dtype=dtype, head_dim=head_dim)
         if kernel is None:
-            raise InputError(f"attention={name} does not work here: {fault}; attention=auto takes what does")
+            raise InputError(
+                f"attention={name} does not work here: {error}; attention=auto takes what does"
+            )
         return InnerAttention(kernel, name, "asked for")
     if device.type != "cuda" or dtype == torch.float32:
-        return InnerAttention(attend_with_sdpa, "sdpa", f"the one for {dtype_name(dtype)} on {device.type}")
+        return InnerAttention(
+            attend_with_sdpa, "sdpa", f"the one for {format_dtype(dtype)} on {device.type}"
+        )
     if torch.cuda.get_device_capability(device) < (8, 0):
-        return InnerAttention(attend_in_float16, "sdpa16", "this GPU has no bfloat16 arithmetic, so it is done in float16")
-    faults: list[str] = []
-    for candidate in FASTEST_FIRST:
-        kernel, fault = try_attention(candidate, device=device, dtype=dtype, head_dim=head_dim)
+        return InnerAttention(
+            attend_in_float16,
+            "sdpa16",
+            "this GPU has no bfloat16 arithmetic, so it is done in float16",
+        )
+    errors: list[str] = []
+    for candidate in BACKENDS_BY_SPEED:
+        kernel, error = try_attention(candidate, device=device, dtype=dtype, head_dim=head_dim)
         if kernel is not None:
-            return InnerAttention(kernel, candidate, "; ".join(faults) or "the fastest known")
-        faults.append(f"no {candidate}: {fault}")
-    raise InputError("no attention kernel works here: " + "; ".join(faults))
+            return InnerAttention(kernel, candidate, "; ".join(errors) or "the fastest known")
+        errors.append(f"no {candidate}: {error}")
+    raise InputError("no attention kernel works here: " + "; ".join(errors))
 
 
 def compile_attention(*, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Try the kernels of packages, some of which are compiled then; may be done in a thread, unlike trying PyTorch's own."""
-    for name in FASTEST_FIRST:
-        if name in BACKEND_NEEDS and try_attention(name, device=device, dtype=dtype, head_dim=head_dim)[0] is not None:
+    for name in BACKENDS_BY_SPEED:
+        if (
+            name in BACKEND_REQUIREMENTS
+            and try_attention(name, device=device, dtype=dtype, head_dim=head_dim)[0] is not None
+        ):
             return

@@ -4,22 +4,32 @@ import torch
 from torch import Tensor
 
 
-def rotary_tables(grid: tuple[int, int, int], head_dim: int, *, device: torch.device, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+def compute_rotary_tables(
+    grid: tuple[int, int, int], head_dim: int, *, device: torch.device, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of 3-D rotary position embedding, each (L, 1, D / 2) float32, L = frames * rows * columns.
 
     The head's D / 2 pairs are split over (frame, row, column) as (D/2 - 2 (D//6), D//6, D//6): 22, 21, 21 for D = 128. Angles
     are computed in float64 and rounded once. Source: RoFormer (arXiv:2104.09864), per axis as in Wan2.1.
     """
-    sixth = head_dim // 6
-    angles = []
-    for axis, (length, pairs) in enumerate(zip(grid, (head_dim // 2 - 2 * sixth, sixth, sixth), strict=True)):
-        frequency = base ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
-        shape = [1, 1, 1, pairs]
+    num_spatial_pairs = head_dim // 6
+    axis_angles = []
+    for axis, (length, num_pairs) in enumerate(
+        zip(
+            grid,
+            (head_dim // 2 - 2 * num_spatial_pairs, num_spatial_pairs, num_spatial_pairs),
+            strict=True,
+        )
+    ):
+        frequencies = base ** (
+            -torch.arange(num_pairs, dtype=torch.float64, device=device) / num_pairs
+        )
+        shape = [1, 1, 1, num_pairs]
         shape[axis] = length
-        position = torch.arange(length, dtype=torch.float64, device=device)
-        angles.append(torch.outer(position, frequency).view(shape).expand(*grid, pairs))
-    angle = torch.cat(angles, dim=-1).reshape(-1, 1, head_dim // 2)  # (L, 1, D / 2)
-    return angle.cos().float(), angle.sin().float()
+        positions = torch.arange(length, dtype=torch.float64, device=device)
+        axis_angles.append(torch.outer(positions, frequencies).view(shape).expand(*grid, num_pairs))
+    token_angles = torch.cat(axis_angles, dim=-1).reshape(-1, 1, head_dim // 2)  # (L, 1, D / 2)
+    return token_angles.cos().float(), token_angles.sin().float()
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

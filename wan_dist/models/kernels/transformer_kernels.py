@@ -81,10 +81,16 @@ def round_kernel(
     inside = channel < width
     x = tl.load(x_ptr + token * x_row + channel, mask=inside, other=0.0).to(tl.float32)
     if has_gelu:
-        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))  # (1 + tanh z) / 2 is the sigmoid of 2 z
+        x *= tl.sigmoid(
+            1.5957691216057308 * (x + 0.044715 * x * x * x)
+        )  # (1 + tanh z) / 2 is the sigmoid of 2 z
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) / most
     tl.store(scale_ptr + token, scale)
-    tl.store(out_ptr + token * width + channel, (x * (1 / scale)).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        out_ptr + token * width + channel,
+        (x * (1 / scale)).to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -99,7 +105,9 @@ def cross_attend_kernel(
     token = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     channel = tl.arange(0, width)
     inside = (token < num_tokens)[:, None]
-    q = tl.load(q_ptr + token[:, None] * q_row + head * q_head + channel[None, :], mask=inside, other=0.0)
+    q = tl.load(
+        q_ptr + token[:, None] * q_row + head * q_head + channel[None, :], mask=inside, other=0.0
+    )
     out = _attended(
         q, text_k_ptr + head * text_k_head, text_v_ptr + head * text_v_head, text_k_row, text_v_row, num_text, last_bias, scale,
         width, rows, keys,
@@ -109,7 +117,11 @@ def cross_attend_kernel(
             q, image_k_ptr + head * image_k_head, image_v_ptr + head * image_v_head, image_k_row, image_v_row, num_image, 0.0, scale,
             width, rows, keys,
         )  # fmt: skip
-    tl.store(out_ptr + token[:, None] * out_row + head * width + channel[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        out_ptr + token[:, None] * out_row + head * width + channel[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
 
 
 @triton.jit
@@ -126,7 +138,9 @@ def _attended(
         there = key < num_keys
         k = tl.load(k_ptr + key[:, None] * k_row + channel[None, :], mask=there[:, None], other=0.0)
         v = tl.load(v_ptr + key[:, None] * v_row + channel[None, :], mask=there[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * scale + tl.where(key == num_keys - 1, last_bias, 0.0)[None, :]
+        scores = (
+            tl.dot(q, tl.trans(k)) * scale + tl.where(key == num_keys - 1, last_bias, 0.0)[None, :]
+        )
         scores = tl.where(there[None, :], scores, -float("inf"))
         higher = tl.maximum(most, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])

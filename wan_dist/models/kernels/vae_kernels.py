@@ -23,7 +23,11 @@ def _place(pixel, height, width):
 @triton.jit
 def _at(pointer, pixel, channel, height, width, stride_f, stride_h, stride_w):
     frame, row, column = _place(pixel, height, width)
-    return pointer + (frame * stride_f + row * stride_h + column * stride_w)[:, None] + channel[None, :]
+    return (
+        pointer
+        + (frame * stride_f + row * stride_h + column * stride_w)[:, None]
+        + channel[None, :]
+    )
 
 
 @triton.jit
@@ -31,7 +35,9 @@ def _load(pointers, mask, bias_ptr, channel, channels: tl.constexpr, has_bias: t
     """Return the values there plus the bias of their channels, in float32."""
     value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if has_bias:
-        value += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[None, :]
+        value += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[
+            None, :
+        ]
     return value
 
 
@@ -43,12 +49,23 @@ def activate_kernel(
     channels: tl.constexpr, has_bias: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr,
 ):  # fmt: skip
     pixel, channel, mask = _block(num_pixels, channels, block_p, block_c)
-    x = _load(_at(x_ptr, pixel, channel, height, width, x_f, x_h, x_w), mask, bias_ptr, channel, channels, has_bias)
+    x = _load(
+        _at(x_ptr, pixel, channel, height, width, x_f, x_h, x_w),
+        mask,
+        bias_ptr,
+        channel,
+        channels,
+        has_bias,
+    )
     gamma = tl.load(gamma_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
     norm = tl.sqrt(tl.sum(x * x, axis=1))
     y = x / tl.maximum(norm, 1e-12)[:, None] * gamma[None, :]
     y = y * tl.sigmoid(y)
-    tl.store(_at(out_ptr, pixel, channel, height, width, out_f, out_h, out_w), y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        _at(out_ptr, pixel, channel, height, width, out_f, out_h, out_w),
+        y.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -61,7 +78,14 @@ def add_kernel(
     pixel, channel, mask = _block(num_pixels, channels, block_p, block_c)
     at_x = _at(x_ptr, pixel, channel, height, width, x_f, x_h, x_w)
     x = _load(at_x, mask, bias_ptr, channel, channels, False)
-    y = _load(_at(y_ptr, pixel, channel, height, width, y_f, y_h, y_w), mask, bias_ptr, channel, channels, has_bias)
+    y = _load(
+        _at(y_ptr, pixel, channel, height, width, y_f, y_h, y_w),
+        mask,
+        bias_ptr,
+        channel,
+        channels,
+        has_bias,
+    )
     tl.store(at_x, (x + y).to(x_ptr.dtype.element_ty), mask=mask)
 
 
@@ -75,6 +99,17 @@ def interleave_kernel(
     pixel, channel, mask = _block(num_pixels, channels, block_p, block_c)
     frame, row, column = _place(pixel, height, width)
     # An odd row comes from the window one further down; rows before columns number the phases, each with its channels.
-    source = frame * x_f + (row // 2 + row % 2) * x_h + (column // 2 + column % 2) * x_w + (row % 2 * 2 + column % 2) * channels
-    value = _load(x_ptr + source[:, None] + channel[None, :], mask, bias_ptr, channel, channels, has_bias)
-    tl.store(_at(out_ptr, pixel, channel, height, width, out_f, out_h, out_w), value.to(out_ptr.dtype.element_ty), mask=mask)
+    source = (
+        frame * x_f
+        + (row // 2 + row % 2) * x_h
+        + (column // 2 + column % 2) * x_w
+        + (row % 2 * 2 + column % 2) * channels
+    )
+    value = _load(
+        x_ptr + source[:, None] + channel[None, :], mask, bias_ptr, channel, channels, has_bias
+    )
+    tl.store(
+        _at(out_ptr, pixel, channel, height, width, out_f, out_h, out_w),
+        value.to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )

@@ -12,9 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_dist.models.vae import ops as vae_elementwise
-from wan_dist.models.vae.ops import activate, add_, interleave, phases_of, rms_norm
+from wan_dist.models.vae.ops import (
+    add_residual_,
+    fold_phase_weights,
+    interleave_phases,
+    rms_norm,
+    write_norm_silu,
+)
 
-_MAX_SCORES = 2**23
+_MAX_ATTENTION_SCORES = 2**23
 """Of the attention that are in memory at once."""
 
 
@@ -31,36 +37,40 @@ class VideoState:
 
     def __init__(self, dim: int = 4, *, has_before: bool = False, has_after: bool = False) -> None:
         self.dim, self.has_before, self.has_after = dim, has_before, has_after
-        self.past: dict[nn.Module, Tensor | None] = {}
+        self.past_frames: dict[nn.Module, Tensor | None] = {}
 
-    def trade(self, x: Tensor, num_pixels: int) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
+    def exchange_halos(
+        self, x: Tensor, num_pixels: int
+    ) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
         """Begin to trade ``num_pixels`` rows or columns of x (B, C, F, H, W) on each side; the call waits for the neighbours'."""
         return lambda: (None, None)
 
-    def growth(self, num_pixels: int) -> tuple[int, int]:
+    def count_halo_pixels(self, num_pixels: int) -> tuple[int, int]:
         """Return how many of ``num_pixels`` rows or columns come from the neighbour before and from the one after."""
-        before, after = (self.has_neighbours and there for there in (self.has_before, self.has_after))
+        before, after = (
+            self.has_neighbours and has_side for has_side in (self.has_before, self.has_after)
+        )
         return num_pixels * before, num_pixels * after
 
-    def extend(self, x: Tensor, num_pixels: int) -> Tensor:
+    def attach_halos(self, x: Tensor, num_pixels: int) -> Tensor:
         """Return x (B, C, F, H, W) with ``num_pixels`` rows or columns more on each side that has a neighbour."""
         if not self.has_neighbours:
             return x
-        before, after = self.trade(x, num_pixels)()
+        before, after = self.exchange_halos(x, num_pixels)()
         return torch.cat([part for part in (before, x, after) if part is not None], dim=self.dim)
 
-    def trim(self, x: Tensor, num_pixels: int) -> Tensor:
+    def trim_halos(self, x: Tensor, num_pixels: int) -> Tensor:
         """Cut ``num_pixels`` rows or columns off on each side that is not the frame's own."""
         if not (self.has_before or self.has_after):
             return x
         start = num_pixels * self.has_before
         return x.narrow(self.dim, start, x.shape[self.dim] - start - num_pixels * self.has_after)
 
-    def inner(self, x: Tensor, num_pixels: int) -> Tensor:
+    def crop_to_interior(self, x: Tensor, num_pixels: int) -> Tensor:
         """Return the part of x that is left of it after layers that see ``num_pixels``."""
-        return x if self.has_neighbours else self.trim(x, num_pixels)
+        return x if self.has_neighbours else self.trim_halos(x, num_pixels)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def gather_whole(self, x: Tensor) -> Tensor:
         """Return x with the rows and columns of all ranks."""
         return x
 
@@ -68,44 +78,63 @@ class VideoState:
 class CausalConv3d(nn.Conv3d):
     """Convolution that sees the present and the past only: its padding in time is all in front."""
 
-    def __init__(self, in_dim: int, out_dim: int, kernel: int | tuple[int, int, int], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        kernel: int | tuple[int, int, int],
+        dtype: torch.dtype | None = None,
+    ) -> None:
         t, h, w = (kernel,) * 3 if isinstance(kernel, int) else kernel
         super().__init__(in_dim, out_dim, (t, h, w), padding=(0, h // 2, w // 2), dtype=dtype)
-        self.num_past = t - 1
+        self.num_past_frames = t - 1
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:  # type: ignore[override]
         """Convolve a chunk of frames; the frames before the first one are zeros."""
-        if not self.num_past:
-            return self._product(x, self.bias)
-        frames = self.room(x, x.shape, state)
-        frames[:, :, self.num_past :] = x
-        return self.convolve(frames, state)
+        if not self.num_past_frames:
+            return self._apply_convolution(x, self.bias)
+        frames = self.make_input_buffer(x, x.shape, state)
+        frames[:, :, self.num_past_frames :] = x
+        return self.convolve_buffer(frames, state)
 
-    def room(self, like: Tensor, size: Sequence[int], state: VideoState) -> Tensor:
+    def make_input_buffer(self, like: Tensor, size: Sequence[int], state: VideoState) -> Tensor:
         """Return the convolution's input for a chunk of this size: past frames, then room for the chunk's own, to be filled."""
         batch, channels, num_frames, height, width = size
-        shape = (batch, channels, self.num_past + num_frames, height, width)
-        frames = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like))
-        past = state.past.get(self)
-        frames[:, :, : self.num_past] = 0 if past is None else past
+        shape = (batch, channels, self.num_past_frames + num_frames, height, width)
+        frames = torch.empty(
+            shape, dtype=like.dtype, device=like.device, memory_format=get_memory_format(like)
+        )
+        past_frames = state.past_frames.get(self)
+        frames[:, :, : self.num_past_frames] = 0 if past_frames is None else past_frames
         return frames
 
-    def convolve(self, frames: Tensor, state: VideoState, *, with_bias: bool = True) -> Tensor:
+    def convolve_buffer(
+        self, frames: Tensor, state: VideoState, *, with_bias: bool = True
+    ) -> Tensor:
         """Convolve what `room` returned, filled; its last frames are kept for the next chunk."""
-        last, past = frames[:, :, -self.num_past :], state.past.get(self)
-        state.past[self] = last.clone() if past is None else past.copy_(last)  # a view would keep the whole chunk alive
-        return self._product(frames, self.bias if with_bias else None)
+        last_frames, past_frames = (
+            frames[:, :, -self.num_past_frames :],
+            state.past_frames.get(self),
+        )
+        state.past_frames[self] = (
+            last_frames.clone() if past_frames is None else past_frames.copy_(last_frames)
+        )  # a view would keep the whole chunk alive
+        return self._apply_convolution(frames, self.bias if with_bias else None)
 
-    def _product(self, frames: Tensor, bias: Tensor | None) -> Tensor:
+    def _apply_convolution(self, frames: Tensor, bias: Tensor | None) -> Tensor:
         if frames.is_cpu and frames.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             # PyTorch takes oneDNN for large inputs only; for small ones it is twenty times as fast too.
-            return torch.ops.aten.mkldnn_convolution(frames, self.weight, bias, self.padding, self.stride, self.dilation, 1)
+            return torch.ops.aten.mkldnn_convolution(
+                frames, self.weight, bias, self.padding, self.stride, self.dilation, 1
+            )
         return F.conv3d(frames, self.weight, bias, padding=self.padding)
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
+def get_memory_format(x: Tensor) -> torch.memory_format:
     """Return whether channels are innermost in x, which convolutions on a GPU prefer."""
-    return torch.channels_last_3d if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+    return (
+        torch.channels_last_3d if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
+    )
 
 
 class RMSNorm(nn.Module):
@@ -120,20 +149,32 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.gamma).to(x.dtype)
 
 
-def activated(norm: nn.Module, conv: nn.Module, x: Tensor, state: VideoState, *, bias: Tensor | None = None, sees: int = 0) -> Tensor:
+def prepare_conv_input(
+    norm: nn.Module,
+    conv: nn.Module,
+    x: Tensor,
+    state: VideoState,
+    *,
+    bias: Tensor | None = None,
+    num_halo_pixels: int = 0,
+) -> Tensor:
     """Return silu(norm(x + bias)) for a chunk x as ``conv``'s input (see `CausalConv3d.room`), ``sees`` pixels of neighbours with it."""
     assert isinstance(conv, CausalConv3d)
     assert isinstance(norm, RMSNorm)
-    arriving = state.trade(x, sees)
-    before, after = state.growth(sees)
+    wait_for_halos = state.exchange_halos(x, num_halo_pixels)
+    num_before, num_after = state.count_halo_pixels(num_halo_pixels)
     size = list(x.shape)
-    size[state.dim] += before + after
-    frames = conv.room(x, size, state)
-    inside = frames[:, :, conv.num_past :]
-    activate(x, bias, norm.gamma, inside.narrow(state.dim, before, x.shape[state.dim]))  # while the neighbours' are on their way
-    for edge, start in zip(arriving(), (0, size[state.dim] - after), strict=True):
-        if edge is not None:
-            activate(edge, bias, norm.gamma, inside.narrow(state.dim, start, sees))
+    size[state.dim] += num_before + num_after
+    frames = conv.make_input_buffer(x, size, state)
+    new_frames = frames[:, :, conv.num_past_frames :]
+    write_norm_silu(
+        x, bias, norm.gamma, new_frames.narrow(state.dim, num_before, x.shape[state.dim])
+    )  # while the neighbours' are on their way
+    for halo, start in zip(wait_for_halos(), (0, size[state.dim] - num_after), strict=True):
+        if halo is not None:
+            write_norm_silu(
+                halo, bias, norm.gamma, new_frames.narrow(state.dim, start, num_halo_pixels)
+            )
     return frames
 
 
@@ -158,12 +199,16 @@ class ResidualBlock(nn.Module):
         norm1, _, conv1, norm2, _, _, conv2 = self.residual
         assert isinstance(conv1, CausalConv3d)
         assert isinstance(conv2, CausalConv3d)
-        out = conv1.convolve(activated(norm1, conv1, x, state, sees=2), state, with_bias=False)
-        frames = activated(norm2, conv2, out, state, bias=conv1.bias)
+        out = conv1.convolve_buffer(
+            prepare_conv_input(norm1, conv1, x, state, num_halo_pixels=2), state, with_bias=False
+        )
+        frames = prepare_conv_input(norm2, conv2, out, state, bias=conv1.bias)
         del out  # there is one array of a chunk's size less during the convolution
-        out = state.trim(conv2.convolve(frames, state, with_bias=False), 2)
-        x = state.inner(x, 2)
-        return add_(out, x if self.shortcut is None else self.shortcut(x, state), conv2.bias)
+        out = state.trim_halos(conv2.convolve_buffer(frames, state, with_bias=False), 2)
+        x = state.crop_to_interior(x, 2)
+        return add_residual_(
+            out, x if self.shortcut is None else self.shortcut(x, state), conv2.bias
+        )
 
 
 class AttentionBlock(nn.Module):
@@ -179,61 +224,76 @@ class AttentionBlock(nn.Module):
         """x (B, C, F, H, W) -> the same shape."""
         frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
         q, kv = self.to_qkv(self.norm(frames)).split((x.shape[1], 2 * x.shape[1]), dim=1)
-        k, v = state.whole(kv.unsqueeze(0)).squeeze(0).chunk(2, dim=1)
-        out = attend(*(part.flatten(2).transpose(1, 2) for part in (q, k, v)))  # (B F, H W, C)
-        out = self.proj(out.transpose(1, 2).unflatten(2, frames.shape[2:]))
-        return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+        k, v = state.gather_whole(kv.unsqueeze(0)).squeeze(0).chunk(2, dim=1)
+        attended = attend_single_head(
+            *(tensor.flatten(2).transpose(1, 2) for tensor in (q, k, v))
+        )  # (B F, H W, C)
+        attended = self.proj(attended.transpose(1, 2).unflatten(2, frames.shape[2:]))
+        return x + attended.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend_single_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attention with one head, q (N, L, C), k and v (N, M, C) -> (N, L, C).
 
     The fast kernels take heads of 256 channels at most, this one has 384 or more, and what PyTorch falls back on keeps several L x M
     arrays. On a GPU some rows at a time are computed here; the softmax is float32.
     """
-    if not vae_elementwise.on_gpu(q):
-        return F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)).squeeze(1)
-    rows = max(1, _MAX_SCORES // (k.shape[0] * k.shape[1]))
-    out = []
-    for part in (q * q.shape[2] ** -0.5).split(rows, dim=1):
-        scores = torch.bmm(part, k.transpose(1, 2), out_dtype=torch.float32)
-        out.append(torch.bmm(scores.softmax(dim=2).to(v.dtype), v))
-    return torch.cat(out, dim=1)
+    if not vae_elementwise.is_on_gpu(q):
+        return F.scaled_dot_product_attention(
+            q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+        ).squeeze(1)
+    rows_per_part = max(1, _MAX_ATTENTION_SCORES // (k.shape[0] * k.shape[1]))
+    attended_parts = []
+    for query_part in (q * q.shape[2] ** -0.5).split(rows_per_part, dim=1):
+        scores = torch.bmm(query_part, k.transpose(1, 2), out_dtype=torch.float32)
+        attended_parts.append(torch.bmm(scores.softmax(dim=2).to(v.dtype), v))
+    return torch.cat(attended_parts, dim=1)
 
 
 class Upsample(nn.Module):
     """Double rows and columns, and frames too where ``temporal``."""
 
-    def __init__(self, dim: int, out_dim: int, *, temporal: bool, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, dim: int, out_dim: int, *, temporal: bool, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.resample = nn.Sequential(
-            nn.Upsample(scale_factor=2.0, mode="nearest-exact"), nn.Conv2d(dim, out_dim, 3, padding=1, dtype=dtype)
+            nn.Upsample(scale_factor=2.0, mode="nearest-exact"),
+            nn.Conv2d(dim, out_dim, 3, padding=1, dtype=dtype),
         )
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), dtype) if temporal else None
-        self.phases: Tensor | None = None
+        self.phase_weight: Tensor | None = None
         """The convolution's weights for frames that have not been doubled yet, where that is how it is done; see `phases_of`."""
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C_out, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
         if self.time_conv is not None:
-            if self in state.past:
+            if self in state.past_frames:
                 x = self.time_conv(x, state).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
                 x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
             else:
-                state.past[self] = None  # the first frame was seen; time_conv starts after it
-        frames = state.extend(x, 1).transpose(1, 2).flatten(0, 1)
-        if self.phases is None:
-            return state.trim(self.resample(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2), 2)
-        phases = F.conv2d(frames, self.phases, padding=1).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+                state.past_frames[self] = (
+                    None  # the first frame was seen; time_conv starts after it
+                )
+        frames = state.attach_halos(x, 1).transpose(1, 2).flatten(0, 1)
+        if self.phase_weight is None:
+            return state.trim_halos(
+                self.resample(frames).unflatten(0, (x.shape[0], -1)).transpose(1, 2), 2
+            )
+        phases = (
+            F.conv2d(frames, self.phase_weight, padding=1)
+            .unflatten(0, (x.shape[0], -1))
+            .transpose(1, 2)
+        )
         bias = self.resample[1].bias
         assert isinstance(bias, Tensor)
-        return state.trim(interleave(phases, bias), 2)
+        return state.trim_halos(interleave_phases(phases, bias), 2)
 
-    def lay_out(self) -> None:
+    def prepare_phase_weight(self) -> None:
         """Prepare to convolve frames before they are doubled; called when the weights are there."""
         weight = self.resample[1].weight
         assert isinstance(weight, Tensor)
-        self.phases = phases_of(weight).contiguous(memory_format=torch.channels_last)
+        self.phase_weight = fold_phase_weights(weight).contiguous(memory_format=torch.channels_last)
 
 
 class Downsample(nn.Module):
@@ -241,25 +301,31 @@ class Downsample(nn.Module):
 
     def __init__(self, dim: int, *, temporal: bool, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2, dtype=dtype))
-        self.time_conv = nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), dtype=dtype) if temporal else None
+        self.resample = nn.Sequential(
+            nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2, dtype=dtype)
+        )
+        self.time_conv = (
+            nn.Conv3d(dim, dim, (3, 1, 1), stride=(2, 1, 1), dtype=dtype) if temporal else None
+        )
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C, F or F / 2, H / 2, W / 2); the video's first frame stays one."""
         batch = x.shape[0]
-        frames = self.resample(state.extend(x, 2).transpose(1, 2).flatten(0, 1))
-        x = state.trim(frames.unflatten(0, (batch, -1)).transpose(1, 2), 1)
+        frames = self.resample(state.attach_halos(x, 2).transpose(1, 2).flatten(0, 1))
+        x = state.trim_halos(frames.unflatten(0, (batch, -1)).transpose(1, 2), 1)
         if self.time_conv is None:
             return x
-        past = state.past.get(self)
-        state.past[self] = x[:, :, -1:].clone()
-        return x if past is None else self.time_conv(torch.cat([past, x], dim=2))
+        last_frame = state.past_frames.get(self)
+        state.past_frames[self] = x[:, :, -1:].clone()
+        return x if last_frame is None else self.time_conv(torch.cat([last_frame, x], dim=2))
 
 
 class DownStage(nn.Module):
     """Residual blocks and a downsampling beside a shortcut that averages (VAE 2.2)."""
 
-    def __init__(self, layers: list[nn.Module], out_dim: int, *, temporal: int, spatial: int) -> None:
+    def __init__(
+        self, layers: list[nn.Module], out_dim: int, *, temporal: int, spatial: int
+    ) -> None:
         super().__init__()
         self.downsamples = nn.ModuleList(layers)
         self.out_dim, self.temporal, self.spatial = out_dim, temporal, spatial
@@ -269,7 +335,9 @@ class DownStage(nn.Module):
         out = x
         for layer in self.downsamples:
             out = layer(out, state)
-        return out + average_down(x, self.out_dim, temporal=self.temporal, spatial=self.spatial)
+        return out + downsample_by_averaging(
+            x, self.out_dim, temporal=self.temporal, spatial=self.spatial
+        )
 
 
 class UpStage(nn.Module):
@@ -282,16 +350,18 @@ class UpStage(nn.Module):
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C_out, F * temporal, 2 H, 2 W); the video's first frame stays one."""
-        is_first = self not in state.past
-        state.past[self] = None
+        is_first = self not in state.past_frames
+        state.past_frames[self] = None
         out = x
         for layer in self.upsamples:
             out = layer(out, state)
-        x = state.inner(x, 2 * (len(self.upsamples) - 1) + 1)  # what the blocks and the upsampling see
-        return add_repeated_(out, x, temporal=self.temporal, is_first=is_first)
+        x = state.crop_to_interior(
+            x, 2 * (len(self.upsamples) - 1) + 1
+        )  # what the blocks and the upsampling see
+        return add_repeated_channels_(out, x, temporal=self.temporal, is_first=is_first)
 
 
-def average_down(x: Tensor, out_dim: int, *, temporal: int, spatial: int) -> Tensor:
+def downsample_by_averaging(x: Tensor, out_dim: int, *, temporal: int, spatial: int) -> Tensor:
     """Move blocks of (temporal, spatial, spatial) neighbours into channels and average groups of those down to ``out_dim``.
 
     x (B, C, F, H, W); frames that do not fill a block are preceded by zeros.
@@ -303,27 +373,31 @@ def average_down(x: Tensor, out_dim: int, *, temporal: int, spatial: int) -> Ten
     return x.unflatten(1, (out_dim, -1)).mean(dim=2)
 
 
-def add_repeated_(out: Tensor, x: Tensor, *, temporal: int, is_first: bool) -> Tensor:
+def add_repeated_channels_(out: Tensor, x: Tensor, *, temporal: int, is_first: bool) -> Tensor:
     """Add to ``out`` the channels of x, repeated and moved into blocks of (temporal, 2, 2) neighbours; returns ``out``.
 
     x (B, C, F, H, W), out (B, C_out, F * temporal, 2 H, 2 W); of the video's first frame only the last of a block is there.
     """
-    step = x.shape[1] // out.shape[1]
-    repeats = 4 * temporal // step
-    frames = range(temporal - 1 if is_first else 0, temporal)
-    for number, (frame, row, column) in enumerate(itertools.product(frames, range(2), range(2)), start=4 * frames.start):
-        neighbours = out[:, :, frame - frames.start :: len(frames), row::2, column::2]
-        neighbours += x[:, number // repeats :: step]
+    channel_step = x.shape[1] // out.shape[1]
+    num_repeats = 4 * temporal // channel_step
+    frame_offsets = range(temporal - 1 if is_first else 0, temporal)
+    for channel_index, (frame, row, column) in enumerate(
+        itertools.product(frame_offsets, range(2), range(2)), start=4 * frame_offsets.start
+    ):
+        block_pixels = out[
+            :, :, frame - frame_offsets.start :: len(frame_offsets), row::2, column::2
+        ]
+        block_pixels += x[:, channel_index // num_repeats :: channel_step]
     return out
 
 
-def pixels_to_channels(video: Tensor) -> Tensor:
+def patchify_pixels(video: Tensor) -> Tensor:
     """video (B, 3, F, H, W) -> (B, 12, F, H / 2, W / 2): each 2 x 2 block of pixels becomes channels, columns before rows."""
     x = video.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # (B, C, F, h, row, w, column)
     return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
 
-def channels_to_pixels(x: Tensor) -> Tensor:
+def unpatchify_pixels(x: Tensor) -> Tensor:
     """Undo `pixels_to_channels`."""
     x = x.unflatten(1, (-1, 2, 2))  # (B, C, column, row, F, h, w)
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)

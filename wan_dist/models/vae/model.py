@@ -21,9 +21,9 @@ from wan_dist.models.vae.layers import (
     Upsample,
     UpStage,
     VideoState,
-    activated,
-    channels_to_pixels,
-    pixels_to_channels,
+    patchify_pixels,
+    prepare_conv_input,
+    unpatchify_pixels,
 )
 
 # Mean and standard deviation of each latent channel over the training data, by the number of channels, from the published
@@ -34,10 +34,62 @@ LATENT_MEAN = {
         *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
     ),
     48: (
-        *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
-        *(0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
-        *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723),
-        *(-0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+        *(
+            -0.2289,
+            -0.0052,
+            -0.1323,
+            -0.2339,
+            -0.2799,
+            0.0174,
+            0.1838,
+            0.1557,
+            -0.1382,
+            0.0542,
+            0.2813,
+            0.0891,
+        ),
+        *(
+            0.1570,
+            -0.0098,
+            0.0375,
+            -0.1825,
+            -0.2246,
+            -0.1207,
+            -0.0698,
+            0.5109,
+            0.2665,
+            -0.2108,
+            -0.2158,
+            0.2502,
+        ),
+        *(
+            -0.2055,
+            -0.0322,
+            0.1109,
+            0.1567,
+            -0.0729,
+            0.0899,
+            -0.2799,
+            -0.1230,
+            -0.0313,
+            -0.1649,
+            0.0117,
+            0.0723,
+        ),
+        *(
+            -0.2839,
+            -0.2083,
+            -0.0520,
+            0.3748,
+            0.0152,
+            0.1957,
+            0.1433,
+            -0.2944,
+            0.3573,
+            -0.0548,
+            -0.1681,
+            -0.0667,
+        ),
     ),
 }
 LATENT_STD = {
@@ -46,10 +98,62 @@ LATENT_STD = {
         *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
     ),
     48: (
-        *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901),
-        *(0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
-        *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
-        *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+        *(
+            0.4765,
+            1.0364,
+            0.4514,
+            1.1677,
+            0.5313,
+            0.4990,
+            0.4818,
+            0.5013,
+            0.8158,
+            1.0344,
+            0.5894,
+            1.0901,
+        ),
+        *(
+            0.6885,
+            0.6165,
+            0.8454,
+            0.4978,
+            0.5759,
+            0.3523,
+            0.7135,
+            0.6804,
+            0.5833,
+            1.4146,
+            0.8986,
+            0.5659,
+        ),
+        *(
+            0.7069,
+            0.5338,
+            0.4889,
+            0.4917,
+            0.4069,
+            0.4999,
+            0.6866,
+            0.4093,
+            0.5709,
+            0.6065,
+            0.6415,
+            0.4944,
+        ),
+        *(
+            0.5726,
+            1.2042,
+            0.5458,
+            1.6887,
+            0.3971,
+            1.0600,
+            0.3943,
+            0.5537,
+            0.5444,
+            0.4089,
+            0.7468,
+            0.7744,
+        ),
     ),
 }
 
@@ -63,33 +167,38 @@ class Encoder(nn.Module):
         self.conv1 = CausalConv3d(dims.pixel_channels, stages[0][0], 3, dtype)
         layers: list[nn.Module] = []
         for stage, (in_dim, out_dim) in enumerate(stages):
-            blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim, dtype) for i in range(dims.num_blocks)]
-            is_down = stage < len(dims.temporal)
-            temporal = is_down and dims.temporal[stage]
-            if is_down:
+            blocks: list[nn.Module] = [
+                ResidualBlock(in_dim if block_index == 0 else out_dim, out_dim, dtype)
+                for block_index in range(dims.num_blocks)
+            ]
+            has_downsample = stage < len(dims.temporal)
+            temporal = has_downsample and dims.temporal[stage]
+            if has_downsample:
                 blocks.append(Downsample(out_dim, temporal=temporal, dtype=dtype))
             if dims.residual:
-                blocks = [DownStage(blocks, out_dim, temporal=1 + temporal, spatial=1 + is_down)]
+                blocks = [
+                    DownStage(blocks, out_dim, temporal=1 + temporal, spatial=1 + has_downsample)
+                ]
             layers += blocks
         self.downsamples = nn.ModuleList(layers)
-        self.middle = _middle(stages[-1][1], dtype)
-        self.head = _head(stages[-1][1], 2 * dims.latent_dim, dtype)
+        self.middle = _build_middle(stages[-1][1], dtype)
+        self.head = _build_head(stages[-1][1], 2 * dims.latent_dim, dtype)
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """Encode a chunk (B, pixel channels, F, H, W) -> (B, 2 C, f, H / 8, W / 8).
 
         f is 1 for the video's first frame, which is a chunk of its own, F / 4 afterwards.
         """
-        return self.finish(self.begin(x, state), state)
+        return self.compute_moments(self.compute_features(x, state), state)
 
-    def begin(self, x: Tensor, state: VideoState) -> Tensor:
+    def compute_features(self, x: Tensor, state: VideoState) -> Tensor:
         """Do the part that sees no further than a few pixels: (B, pixel channels, F, H, W) -> (B, D, f, H / 8, W / 8)."""
-        x = state.trim(self.conv1(state.extend(x, 1), state), 1)
+        x = state.trim_halos(self.conv1(state.attach_halos(x, 1), state), 1)
         for layer in self.downsamples:
             x = layer(x, state)
         return x
 
-    def finish(self, x: Tensor, state: VideoState) -> Tensor:
+    def compute_moments(self, x: Tensor, state: VideoState) -> Tensor:
         """Do the rest, with the attention over a whole frame: (B, D, f, h, w) -> (B, 2 C, f, h, w)."""
         for layer in self.middle:
             x = layer(x, state)
@@ -103,43 +212,53 @@ class Decoder(nn.Module):
         super().__init__()
         stages = dims.decoder_stages
         self.conv1 = CausalConv3d(dims.latent_dim, stages[0][0], 3, dtype)
-        self.middle = _middle(stages[0][0], dtype)
+        self.middle = _build_middle(stages[0][0], dtype)
         layers: list[nn.Module] = []
         for stage, (in_dim, out_dim) in enumerate(stages):
-            blocks: list[nn.Module] = [ResidualBlock(in_dim if i == 0 else out_dim, out_dim, dtype) for i in range(dims.num_blocks + 1)]
+            blocks: list[nn.Module] = [
+                ResidualBlock(in_dim if block_index == 0 else out_dim, out_dim, dtype)
+                for block_index in range(dims.num_blocks + 1)
+            ]
             if stage < len(dims.temporal):
                 temporal = dims.temporal[::-1][stage]
-                blocks.append(Upsample(out_dim, out_dim if dims.residual else out_dim // 2, temporal=temporal, dtype=dtype))
+                blocks.append(
+                    Upsample(
+                        out_dim,
+                        out_dim if dims.residual else out_dim // 2,
+                        temporal=temporal,
+                        dtype=dtype,
+                    )
+                )
                 if dims.residual:
                     blocks = [UpStage(blocks, out_dim, temporal=1 + temporal)]
             elif dims.residual:
-                blocks = [_Stage(blocks)]
+                blocks = [_LastStage(blocks)]
             layers += blocks
         self.upsamples = nn.ModuleList(layers)
-        self.head = _head(stages[-1][1], dims.pixel_channels, dtype)
+        self.head = _build_head(stages[-1][1], dims.pixel_channels, dtype)
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """Decode a chunk (B, C, f, h, w) -> (B, pixel channels, F, 8 h, 8 w).
 
         F is 1 for the video's first latent frame, which is a chunk of its own, 4 f afterwards.
         """
-        return self.finish(self.begin(x, state), state)
+        return self.compute_frames(self.compute_features(x, state), state)
 
-    def begin(self, x: Tensor, state: VideoState) -> Tensor:
+    def compute_features(self, x: Tensor, state: VideoState) -> Tensor:
         """Do the part at the latents' own size, with the attention over a whole frame: (B, C, f, h, w) -> (B, D, f, h, w)."""
-        x = state.trim(self.conv1(state.extend(x, 1), state), 1)
+        x = state.trim_halos(self.conv1(state.attach_halos(x, 1), state), 1)
         for layer in self.middle:
             x = layer(x, state)
         return x
 
-    def finish(self, x: Tensor, state: VideoState) -> Tensor:
+    def compute_frames(self, x: Tensor, state: VideoState) -> Tensor:
         """Do the rest, which sees no further than ``VaeDims.reach`` latent pixels: (B, D, f, h, w) -> (B, channels, F, 8 h, 8 w)."""
         for layer in self.upsamples:
             x = layer(x, state)
         return _apply_head(self.head, x, state)
 
 
-class _Stage(nn.Module):
+class _LastStage(nn.Module):
     """The decoder's last stage in VAE 2.2, which has no shortcut; there for its name in the checkpoint."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
@@ -152,21 +271,25 @@ class _Stage(nn.Module):
         return x
 
 
-def _middle(dim: int, dtype: torch.dtype) -> nn.ModuleList:
-    return nn.ModuleList([ResidualBlock(dim, dim, dtype), AttentionBlock(dim, dtype), ResidualBlock(dim, dim, dtype)])
+def _build_middle(dim: int, dtype: torch.dtype) -> nn.ModuleList:
+    return nn.ModuleList(
+        [ResidualBlock(dim, dim, dtype), AttentionBlock(dim, dtype), ResidualBlock(dim, dim, dtype)]
+    )
 
 
-def _head(in_dim: int, out_dim: int, dtype: torch.dtype) -> nn.ModuleList:
+def _build_head(in_dim: int, out_dim: int, dtype: torch.dtype) -> nn.ModuleList:
     return nn.ModuleList([RMSNorm(in_dim), nn.SiLU(), CausalConv3d(in_dim, out_dim, 3, dtype)])
 
 
 def _apply_head(head: nn.ModuleList, x: Tensor, state: VideoState) -> Tensor:
     norm, _, conv = head
     assert isinstance(conv, CausalConv3d)
-    return state.trim(conv.convolve(activated(norm, conv, x, state, sees=1), state), 1)
+    return state.trim_halos(
+        conv.convolve_buffer(prepare_conv_input(norm, conv, x, state, num_halo_pixels=1), state), 1
+    )
 
 
-def in_chunks(video: Tensor) -> Iterator[Tensor]:
+def split_frames_into_chunks(video: Tensor) -> Iterator[Tensor]:
     """Yield a video's (B, 3, F, H, W) frames as the encoder takes them: the first alone, then four at a time."""
     yield video[:, :, :1]
     if video.shape[2] > 1:
@@ -180,29 +303,33 @@ class WanVae(nn.Module):
         super().__init__()
         self.dims = dims
         self.dtype = dtype
-        self.latents_at_once = 1
+        self.latents_per_chunk = 1
         """Latent frames that are decoded at once, after the first: more are faster and take more memory."""
         self.encoder = Encoder(dims, dtype)
         self.conv1 = CausalConv3d(2 * dims.latent_dim, 2 * dims.latent_dim, 1, dtype)
         self.conv2 = CausalConv3d(dims.latent_dim, dims.latent_dim, 1, dtype)
         self.decoder = Decoder(dims, dtype)
 
-    def latent_moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def get_latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of each latent channel, (1, C, 1, 1, 1), where and as ``like`` is."""
-        mean, std = (like.new_tensor(table[self.dims.latent_dim]) for table in (LATENT_MEAN, LATENT_STD))
+        mean, std = (
+            like.new_tensor(table[self.dims.latent_dim]) for table in (LATENT_MEAN, LATENT_STD)
+        )
         return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
 
-    def lay_out(self) -> "WanVae":
+    def optimize_memory_format(self) -> "WanVae":
         """Arrange the weights as is fastest on a GPU in half precision, elsewhere leave them; returns itself."""
-        if self.dtype == torch.float32 or not vae_elementwise.on_gpu(self.conv1.weight):
+        if self.dtype == torch.float32 or not vae_elementwise.is_on_gpu(self.conv1.weight):
             return self
         for parameter in self.parameters():
             if parameter.dim() in (4, 5):
-                form = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
-                parameter.data = parameter.data.contiguous(memory_format=form)
+                memory_format = (
+                    torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
+                )
+                parameter.data = parameter.data.contiguous(memory_format=memory_format)
         for layer in self.modules():
             if isinstance(layer, Upsample):
-                layer.lay_out()
+                layer.prepare_phase_weight()
         return self
 
     def encode(self, chunks: Iterable[Tensor], state: VideoState | None = None) -> Tensor:
@@ -212,18 +339,27 @@ class WanVae(nn.Module):
         the frames.
         """
         state = state or VideoState()
-        features = (self.encoder.begin(self.pixels_in(chunk), state) for chunk in chunks)
-        return self.latents_of(features, state)
+        features = (
+            self.encoder.compute_features(self.prepare_frames(chunk), state) for chunk in chunks
+        )
+        return self.compute_latents(features, state)
 
-    def pixels_in(self, chunk: Tensor) -> Tensor:
+    def prepare_frames(self, chunk: Tensor) -> Tensor:
         """Return the encoder's input for frames (B, 3, n, H, W) in [-1, 1]."""
-        return (pixels_to_channels(chunk) if self.dims.residual else chunk).to(self.dtype, memory_format=self._format(chunk))
+        return (patchify_pixels(chunk) if self.dims.residual else chunk).to(
+            self.dtype, memory_format=self._choose_memory_format(chunk)
+        )
 
-    def latents_of(self, features: Iterable[Tensor], state: VideoState) -> Tensor:
+    def compute_latents(self, features: Iterable[Tensor], state: VideoState) -> Tensor:
         """Return the normalised mean latents (B, C, T, h, w), float32, of what `Encoder.begin` made of each chunk."""
-        moments = (self.conv1(self.encoder.finish(feature, state), state) for feature in features)
-        latents = torch.cat([pair.float().chunk(2, dim=1)[0] for pair in moments], dim=2)
-        mean, std = self.latent_moments(latents)
+        moments_by_chunk = (
+            self.conv1(self.encoder.compute_moments(chunk_features, state), state)
+            for chunk_features in features
+        )
+        latents = torch.cat(
+            [chunk_moments.float().chunk(2, dim=1)[0] for chunk_moments in moments_by_chunk], dim=2
+        )
+        mean, std = self.get_latent_statistics(latents)
         return (latents - mean) / std
 
     def decode(self, latents: Tensor, state: VideoState | None = None) -> Iterator[Tensor]:
@@ -232,19 +368,31 @@ class WanVae(nn.Module):
         latents (B, C, T, h, w), normalised. Memory does not grow with T.
         """
         state = state or VideoState()
-        for latent in self.denormalised(latents):
-            yield self.pixels(self.decoder(latent, state))
+        for latent in self.denormalize_latents(latents):
+            yield self.restore_frames(self.decoder(latent, state))
 
-    def denormalised(self, latents: Tensor) -> Iterator[Tensor]:
+    def denormalize_latents(self, latents: Tensor) -> Iterator[Tensor]:
         """Yield the decoder's input for normalised latents (B, C, T, h, w): the first latent frame, then as many at once as is set."""
-        mean, std = self.latent_moments(latents.float())
-        first, rest = latents[:, :, :1], latents[:, :, 1:]
-        for latent in (first, *(rest.split(self.latents_at_once, dim=2) if rest.shape[2] else ())):
-            yield self.conv2((latent * std + mean).to(self.dtype, memory_format=self._format(latent)), VideoState())
+        mean, std = self.get_latent_statistics(latents.float())
+        first_latent, later_latents = latents[:, :, :1], latents[:, :, 1:]
+        for latent in (
+            first_latent,
+            *(later_latents.split(self.latents_per_chunk, dim=2) if later_latents.shape[2] else ()),
+        ):
+            yield self.conv2(
+                (latent * std + mean).to(
+                    self.dtype, memory_format=self._choose_memory_format(latent)
+                ),
+                VideoState(),
+            )
 
-    def pixels(self, decoded: Tensor) -> Tensor:
+    def restore_frames(self, decoded: Tensor) -> Tensor:
         """Return the decoder's output as frames (B, 3, n, H, W), float32 in [-1, 1]."""
-        return (channels_to_pixels(decoded) if self.dims.residual else decoded).float().clamp(-1, 1)
+        return (unpatchify_pixels(decoded) if self.dims.residual else decoded).float().clamp(-1, 1)
 
-    def _format(self, x: Tensor) -> torch.memory_format:
-        return torch.channels_last_3d if vae_elementwise.on_gpu(x) and self.dtype != torch.float32 else torch.contiguous_format
+    def _choose_memory_format(self, x: Tensor) -> torch.memory_format:
+        return (
+            torch.channels_last_3d
+            if vae_elementwise.is_on_gpu(x) and self.dtype != torch.float32
+            else torch.contiguous_format
+        )

@@ -12,24 +12,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_dist.models.kernels.dispatch import block_of, tried
+from wan_dist.models.kernels.dispatch import compute_block_size, load_verified_kernels
 
 
 @cache
-def _kernels(device: torch.device) -> ModuleType | None:
-    video = torch.linspace(-1, 2, 96 * 12, device=device).view(1, 96, 2, 2, 3).bfloat16().contiguous(memory_format=torch.channels_last_3d)
+def _load_kernels(device: torch.device) -> ModuleType | None:
+    video = (
+        torch.linspace(-1, 2, 96 * 12, device=device)
+        .view(1, 96, 2, 2, 3)
+        .bfloat16()
+        .contiguous(memory_format=torch.channels_last_3d)
+    )
     bias, gamma = video[0, :, 0, 0, 0].contiguous(), video[0, :, 1, 1, 1].float().view(-1, 1, 1, 1)
 
-    def trial(kernels: ModuleType | None) -> Tensor:
+    def run_trial(kernels: ModuleType | None) -> Tensor:
         out = torch.empty_like(video)
-        _activate(kernels, video, bias, gamma, out)
-        _add_(kernels, out, video, bias)
-        return torch.cat([out.flatten(), _interleave(kernels, video.expand(-1, -1, 2, 2, 3), bias[:24]).flatten()])
+        _run_norm_silu(kernels, video, bias, gamma, out)
+        _run_add_residual_(kernels, out, video, bias)
+        return torch.cat(
+            [
+                out.flatten(),
+                _run_interleave(kernels, video.expand(-1, -1, 2, 2, 3), bias[:24]).flatten(),
+            ]
+        )
 
-    return tried("vae_kernels", trial)
+    return load_verified_kernels("vae_kernels", run_trial)
 
 
-def on_gpu(x: Tensor) -> bool:
+def is_on_gpu(x: Tensor) -> bool:
     """Whether x is where things are done in the GPU's way."""
     return x.is_cuda
 
@@ -39,17 +49,17 @@ def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=1) * gamma.shape[0] ** 0.5 * gamma
 
 
-def activate(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
+def write_norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
     """Write silu(rms_norm(x + bias)) into ``out``; x and out (B, C, F, H, W), bias of C elements, gamma (C, 1, 1, 1)."""
-    _activate(_kernels_for(x, out), x, bias, gamma, out)
+    _run_norm_silu(_select_kernels(x, out), x, bias, gamma, out)
 
 
-def add_(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
+def add_residual_(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
     """Add y and bias to x and return it; x and y (B, C, F, H, W), bias of C elements."""
-    return _add_(_kernels_for(x, y), x, y, bias)
+    return _run_add_residual_(_select_kernels(x, y), x, y, bias)
 
 
-def phases_of(weight: Tensor) -> Tensor:
+def fold_phase_weights(weight: Tensor) -> Tensor:
     """Return 2 x 2 kernels (4 C_out, C_in, 2, 2) that do on x what a 3 x 3 kernel (C_out, C_in, 3, 3) does on x doubled in size.
 
     Doubling repeats pixels, so of the three rows that the kernel meets two are the same, and their weights add up: an even row of the
@@ -57,64 +67,89 @@ def phases_of(weight: Tensor) -> Tensor:
     Exact, at 4 / 9 of the arithmetic. Phases are (even, even), (even, odd), (odd, even), (odd, odd) rows and columns.
     """
 
-    def folded(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        before, own, after = kernel.unbind(dim)
-        return torch.stack([before, own + after], dim), torch.stack([before + own, after], dim)
+    def fold_rows(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        before, middle, after = kernel.unbind(dim)
+        return torch.stack([before, middle + after], dim), torch.stack(
+            [before + middle, after], dim
+        )
 
-    return torch.cat([phase for rows in folded(weight.float(), 2) for phase in folded(rows, 3)]).to(weight.dtype)
+    return torch.cat(
+        [
+            phase_kernel
+            for row_kernel in fold_rows(weight.float(), 2)
+            for phase_kernel in fold_rows(row_kernel, 3)
+        ]
+    ).to(weight.dtype)
 
 
-def interleave(phases: Tensor, bias: Tensor) -> Tensor:
+def interleave_phases(phases: Tensor, bias: Tensor) -> Tensor:
     """Return the doubled frames (1, C, F, 2 H, 2 W) of what `phases_of` kernels make with padding 1, (1, 4 C, F, H + 1, W + 1)."""
-    return _interleave(_kernels_for(phases), phases, bias)
+    return _run_interleave(_select_kernels(phases), phases, bias)
 
 
-def _activate(kernels: ModuleType | None, x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
+def _run_norm_silu(
+    kernels: ModuleType | None, x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor
+) -> None:
     if kernels is not None:
-        _launch(kernels.activate_kernel, (x, out), bias, gamma.flatten() * gamma.numel() ** 0.5)
+        _launch_pixel_kernel(
+            kernels.activate_kernel, (x, out), bias, gamma.flatten() * gamma.numel() ** 0.5
+        )
     else:
-        out.copy_(F.silu(rms_norm(x if bias is None else x.float() + bias.float().view(-1, 1, 1, 1), gamma)))
+        out.copy_(
+            F.silu(
+                rms_norm(x if bias is None else x.float() + bias.float().view(-1, 1, 1, 1), gamma)
+            )
+        )
 
 
-def _add_(kernels: ModuleType | None, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+def _run_add_residual_(
+    kernels: ModuleType | None, x: Tensor, y: Tensor, bias: Tensor | None
+) -> Tensor:
     if kernels is not None:
-        _launch(kernels.add_kernel, (x, y), bias)
+        _launch_pixel_kernel(kernels.add_kernel, (x, y), bias)
         return x
-    value = x.float() + y.float()
-    return x.copy_(value if bias is None else value + bias.float().view(-1, 1, 1, 1))
+    total = x.float() + y.float()
+    return x.copy_(total if bias is None else total + bias.float().view(-1, 1, 1, 1))
 
 
-def _interleave(kernels: ModuleType | None, phases: Tensor, bias: Tensor) -> Tensor:
+def _run_interleave(kernels: ModuleType | None, phases: Tensor, bias: Tensor) -> Tensor:
     _, channels, frames, height, width = phases.shape
     shape = (1, channels // 4, frames, 2 * (height - 1), 2 * (width - 1))
-    out = torch.empty(shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last_3d)
+    out = torch.empty(
+        shape, dtype=phases.dtype, device=phases.device, memory_format=torch.channels_last_3d
+    )
     if kernels is not None:
-        _launch(kernels.interleave_kernel, (out, phases), bias)
+        _launch_pixel_kernel(kernels.interleave_kernel, (out, phases), bias)
         return out
-    for number, phase in enumerate(phases.chunk(4, dim=1)):
-        row, column = divmod(number, 2)
+    for phase_index, phase in enumerate(phases.chunk(4, dim=1)):
+        row, column = divmod(phase_index, 2)
         shifted = phase[:, :, :, row : height - 1 + row, column : width - 1 + column]
         out[:, :, :, row::2, column::2] = shifted + bias.view(-1, 1, 1, 1)
     return out
 
 
-def _kernels_for(*videos: Tensor) -> ModuleType | None:
+def _select_kernels(*videos: Tensor) -> ModuleType | None:
     """Return the kernels if they can take these: on a GPU, in half precision, one video, channels innermost."""
-    if all(on_gpu(x) and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(1) == 1 for x in videos):
-        return _kernels(videos[0].device)
+    if all(
+        is_on_gpu(x) and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(1) == 1
+        for x in videos
+    ):
+        return _load_kernels(videos[0].device)
     return None
 
 
-def _launch(kernel: Any, videos: tuple[Tensor, ...], bias: Tensor | None, *rest: Tensor) -> None:
+def _launch_pixel_kernel(
+    kernel: Any, videos: tuple[Tensor, ...], bias: Tensor | None, *extra_tensors: Tensor
+) -> None:
     """Start a kernel over the pixels and channels of the first video."""
     _, channels, frames, height, width = videos[0].shape
     num_pixels = frames * height * width
-    block_c = block_of(channels)
+    block_c = compute_block_size(channels)
     block_p = max(1, 4096 // block_c)
     kernel[(-(-num_pixels // block_p),)](
         *videos,
         videos[0] if bias is None else bias,
-        *rest,
+        *extra_tensors,
         *(stride for video in videos for stride in video.stride()[2:]),
         num_pixels,
         height,

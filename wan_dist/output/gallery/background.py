@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from wan_dist.output.gallery.page import write_page
-from wan_dist.output.gallery.records import Record, Seen, read_records
+from wan_dist.output.gallery.records import RecordCache, VideoRecord, read_records
 from wan_dist.output.gallery.table import write_table
-from wan_dist.runtime.atomic_write import written_aside
+from wan_dist.runtime.atomic_write import atomic_write
 
-_NICE = 19
+_NICENESS = 19
 
 
 class PageWriter:
@@ -27,7 +27,7 @@ class PageWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._seen: Seen = {}
+        self._record_cache: RecordCache = {}
 
     def write(self, run: Mapping[str, Any], stages: Mapping[str, Mapping[str, float]]) -> Path:
         """Write ``runs/RUN.json``, a table of the run's videos, and the page, and return the page.
@@ -35,32 +35,38 @@ class PageWriter:
         ``run`` is all that the run's record says but its spans, ``stages`` are those of the run itself, such as that of the texts.
         Raises InputError where there is no such folder, and OSError where it cannot be written to.
         """
-        records = read_records(self.folder, self._seen)
-        own = [record for record in records if record.run == run["run"]]
-        path = self.folder / "runs" / f"{run['run']}.json"
-        path.parent.mkdir(exist_ok=True)
-        with written_aside(path) as aside:
-            told = {**run, "spans": _spans_of_run(stages, own)}
-            aside.write_text(json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
-        if own:
-            write_table(path, own)
+        records = read_records(self.folder, self._record_cache)
+        run_records = [record for record in records if record.run == run["run"]]
+        run_path = self.folder / "runs" / f"{run['run']}.json"
+        run_path.parent.mkdir(exist_ok=True)
+        with atomic_write(run_path) as temporary_path:
+            run_entry = {**run, "spans": _list_run_spans(stages, run_records)}
+            temporary_path.write_text(
+                json.dumps(run_entry, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+        if run_records:
+            write_table(run_path, run_records)
         return write_page(self.folder, records)
 
 
-def _spans_of_run(stages: Mapping[str, Mapping[str, float]], records: Iterable[Record]) -> list[dict[str, Any]]:
-    spans = _spans(0, None, stages)
+def _list_run_spans(
+    stages: Mapping[str, Mapping[str, float]], records: Iterable[VideoRecord]
+) -> list[dict[str, Any]]:
+    spans = _build_spans(0, None, stages)
     for record in records:
-        for place, own in enumerate(record.stages):
-            spans += _spans((record.rank or 0) + place, record.name, own)
+        for rank_offset, rank_stages in enumerate(record.stages_by_rank):
+            spans += _build_spans((record.rank or 0) + rank_offset, record.name, rank_stages)
     return spans
 
 
-def _spans(rank: int, job: str | None, stages: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+def _build_spans(
+    rank: int, job_name: str | None, stages: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
     return [
         {
             "rank": rank,
             "stage": stage,
-            "job": job,
+            "job": job_name,
             "began": entry["began"],
             "seconds": entry["seconds"],
             "gpu_gib": entry.get("peak_gpu_gib"),
@@ -73,18 +79,25 @@ def _spans(rank: int, job: str | None, stages: Mapping[str, Mapping[str, float]]
 
 def main(folder: str) -> None:
     """Answer lines until there are no more."""
-    os.nice(_NICE)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):  # they are meant for the run
-        signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICENESS)
+    for signal_number in (
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGUSR1,
+    ):  # they are meant for the run
+        signal.signal(signal_number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     writer = PageWriter(Path(folder))
     for line in sys.stdin:
-        began, fault = time.monotonic(), None
+        start_seconds, error_text = time.monotonic(), None
         try:
             writer.write(**json.loads(line))
         except Exception as error:
-            fault = f"{type(error).__name__}: {error}"
-        sys.stdout.write(json.dumps({"seconds": round(time.monotonic() - began, 3), "fault": fault}) + "\n")
+            error_text = f"{type(error).__name__}: {error}"
+        sys.stdout.write(
+            json.dumps({"seconds": round(time.monotonic() - start_seconds, 3), "fault": error_text})
+            + "\n"
+        )
         sys.stdout.flush()
 
 

@@ -3,16 +3,20 @@
 import math
 from collections.abc import Mapping
 
-_LONGEST_TEXT = 20_000
+_MAX_TEXT_LENGTH = 20_000
 
 
-def text(entry: Mapping[str, object], key: str) -> str:
+def get_text(entry: Mapping[str, object], key: str) -> str:
     """Return a text, empty where there is none; what UTF-8 cannot hold is replaced."""
     value = entry.get(key)
-    return value[:_LONGEST_TEXT].encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+    return (
+        value[:_MAX_TEXT_LENGTH].encode("utf-8", "replace").decode()
+        if isinstance(value, str)
+        else ""
+    )
 
 
-def number(entry: Mapping[str, object], key: str) -> float | None:
+def get_number(entry: Mapping[str, object], key: str) -> float | None:
     """Return a finite number, or None."""
     value = entry.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e18:
@@ -20,31 +24,35 @@ def number(entry: Mapping[str, object], key: str) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def moment(entry: Mapping[str, object], key: str) -> float | None:
+def get_timestamp(entry: Mapping[str, object], key: str) -> float | None:
     """Return seconds since the epoch that a calendar has a date for, or None."""
-    value = number(entry, key)
+    value = get_number(entry, key)
     return value if value is not None and 0 <= value < 2.5e11 else None
 
 
-def whole(entry: Mapping[str, object], key: str) -> int | None:
+def get_integer(entry: Mapping[str, object], key: str) -> int | None:
     """Return a whole number of up to 64 bits, or None."""
     value = entry.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64 else None
+    return (
+        value
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
+        else None
+    )
 
 
-def table(entry: Mapping[str, object], key: str) -> dict[str, object]:
+def get_object(entry: Mapping[str, object], key: str) -> dict[str, object]:
     """Return an object, empty where there is none."""
     value = entry.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def listed(entry: Mapping[str, object], key: str) -> list[object]:
+def get_list(entry: Mapping[str, object], key: str) -> list[object]:
     """Return a list, empty where there is none."""
     value = entry.get(key)
     return value if isinstance(value, list) else []
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def make_natural_key(name: str) -> list[tuple[int, int, str]]:
     """Return what sorts a name as people do: job-2 before job-10."""
     parts: list[tuple[int, int, str]] = []
     digits = ""

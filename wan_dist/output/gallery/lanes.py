@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from wan_dist.output.gallery.runs import Span
 
-_MOST_NAMED = 2
-_BESIDE = 0.4
+_MAX_NAMED_JOBS = 2
+_SIDE_BAR_HEIGHT = 0.4
 """Of a lane's height."""
-_LEAST_SHARE = 0.08
+_MIN_VISIBLE_FRACTION = 0.08
 """Of a bar's time, to be seen in it."""
 
 
@@ -27,81 +27,139 @@ class Bar:
     height: float = 1.0
 
 
-def bars_of(spans: Iterable[Span], start: float, length: float, least: float, css_of: Callable[[str], str]) -> list[Bar]:
+def build_bars(
+    spans: Iterable[Span],
+    start_seconds: float,
+    length_seconds: float,
+    min_percent: float,
+    choose_css_class: Callable[[str], str],
+) -> list[Bar]:
     """Return a rank's bars in the order they are painted: what is nested in a stage over it, what another job does beside it below it.
 
     Spans of less than ``least`` percent of the axis (from ``start``, ``length`` seconds long) that begin within so much of each other
     are bars one above the other, as high as their stages' shares of that time.
     """
     bars: list[Bar] = []
-    thin: list[Span] = []
-    percent = 100 / length
+    thin_spans: list[Span] = []
+    percent_per_second = 100 / length_seconds
 
-    def flush() -> None:
-        if thin:
-            bars.extend(_merged(thin, start, percent, least, css_of))
-            thin.clear()
+    def flush_thin_spans() -> None:
+        if thin_spans:
+            bars.extend(
+                _merge_thin_spans(
+                    thin_spans, start_seconds, percent_per_second, min_percent, choose_css_class
+                )
+            )
+            thin_spans.clear()
 
-    in_order = sorted(spans, key=lambda span: (span.began, -span.seconds))
-    beside = _beside(in_order)
-    for span in sorted(in_order, key=lambda span: span in beside):
-        if span.seconds * percent >= least:
-            flush()
-            place = (1 - _BESIDE, _BESIDE) if span in beside else (0.0, 1.0)
-            x, width = round((span.began - start) * percent, 3), round(span.seconds * percent, 3)
-            bars.append(Bar(x, width, css_of(span.stage), _tip(span), *place))
+    sorted_spans = sorted(spans, key=lambda span: (span.began, -span.seconds))
+    side_spans = _find_side_spans(sorted_spans)
+    for span in sorted(sorted_spans, key=lambda span: span in side_spans):
+        if span.seconds * percent_per_second >= min_percent:
+            flush_thin_spans()
+            top_and_height = (
+                (1 - _SIDE_BAR_HEIGHT, _SIDE_BAR_HEIGHT) if span in side_spans else (0.0, 1.0)
+            )
+            x, width = (
+                round((span.began - start_seconds) * percent_per_second, 3),
+                round(span.seconds * percent_per_second, 3),
+            )
+            bars.append(
+                Bar(x, width, choose_css_class(span.stage), _format_tip(span), *top_and_height)
+            )
             continue
-        if thin and (span.began + span.seconds - thin[0].began) * percent > least:
-            flush()
-        thin.append(span)
-    flush()
+        if (
+            thin_spans
+            and (span.began + span.seconds - thin_spans[0].began) * percent_per_second > min_percent
+        ):
+            flush_thin_spans()
+        thin_spans.append(span)
+    flush_thin_spans()
     return bars
 
 
-def _beside(spans: Sequence[Span]) -> set[Span]:
+def _find_side_spans(spans: Sequence[Span]) -> set[Span]:
     """Return those, of spans by their beginning, that go on while a longer one of another job does."""
-    found: set[Span] = set()
-    for number, span in enumerate(spans):
-        for place in range(number + 1, len(spans)):
-            later = spans[place]
-            if later.began >= span.began + span.seconds:
+    side_spans: set[Span] = set()
+    for index, span in enumerate(spans):
+        for later_index in range(index + 1, len(spans)):
+            later_span = spans[later_index]
+            if later_span.began >= span.began + span.seconds:
                 break
-            if span.job and later.job and later.job != span.job:
-                found.add(min(span, later, key=lambda each: each.seconds))
-    return found
+            if span.job and later_span.job and later_span.job != span.job:
+                side_spans.add(min(span, later_span, key=lambda each: each.seconds))
+    return side_spans
 
 
-def _merged(spans: list[Span], start: float, percent: float, least: float, css_of: Callable[[str], str]) -> Iterator[Bar]:
+def _merge_thin_spans(
+    spans: list[Span],
+    start_seconds: float,
+    percent_per_second: float,
+    min_percent: float,
+    choose_css_class: Callable[[str], str],
+) -> Iterator[Bar]:
     """Yield what stands for thin spans: the stages' shares, one above the other."""
-    x, tip = spans[0].began, _tip(spans[0]) if len(spans) == 1 else _tip_of_several(spans)
-    width = max(least, (max(span.began + span.seconds for span in spans) - x) * percent)
-    seconds: dict[str, float] = defaultdict(float)
+    x, tip = spans[0].began, _format_tip(spans[0]) if len(spans) == 1 else _format_merged_tip(spans)
+    width = max(
+        min_percent, (max(span.began + span.seconds for span in spans) - x) * percent_per_second
+    )
+    seconds_by_class: dict[str, float] = defaultdict(float)
     for span in spans:
-        seconds[css_of(span.stage)] += span.seconds
-    whole = sum(seconds.values())
-    shares = (
-        {css: took / whole for css, took in seconds.items() if took >= _LEAST_SHARE * whole}
-        if whole
-        else dict.fromkeys([*seconds][:1], 1.0)
+        seconds_by_class[choose_css_class(span.stage)] += span.seconds
+    total_seconds = sum(seconds_by_class.values())
+    fraction_by_class = (
+        {
+            css: class_seconds / total_seconds
+            for css, class_seconds in seconds_by_class.items()
+            if class_seconds >= _MIN_VISIBLE_FRACTION * total_seconds
+        }
+        if total_seconds
+        else dict.fromkeys([*seconds_by_class][:1], 1.0)
     )
     top = 0.0
-    for css in sorted(shares):
-        height = shares[css] / sum(shares.values())
-        yield Bar(round((x - start) * percent, 3), round(width, 3), css, tip, round(top, 3), round(height, 3))
+    for css in sorted(fraction_by_class):
+        height = fraction_by_class[css] / sum(fraction_by_class.values())
+        yield Bar(
+            round((x - start_seconds) * percent_per_second, 3),
+            round(width, 3),
+            css,
+            tip,
+            round(top, 3),
+            round(height, 3),
+        )
         top += height
 
 
-def _tip(span: Span) -> str:
-    memory = [f"{value:.1f} GiB {of}" for value, of in ((span.gpu_gib, "GPU"), (span.host_gib, "host")) if value is not None]
-    return " · ".join([f"{span.stage}, {span.seconds:.3g} s", *memory, *([span.job] if span.job else [])])
+def _format_tip(span: Span) -> str:
+    memory_texts = [
+        f"{value:.1f} GiB {memory_kind}"
+        for value, memory_kind in ((span.gpu_gib, "GPU"), (span.host_gib, "host"))
+        if value is not None
+    ]
+    return " · ".join(
+        [f"{span.stage}, {span.seconds:.3g} s", *memory_texts, *([span.job] if span.job else [])]
+    )
 
 
-def _tip_of_several(spans: list[Span]) -> str:
-    stages: dict[str, float] = defaultdict(float)
+def _format_merged_tip(spans: list[Span]) -> str:
+    seconds_by_stage: dict[str, float] = defaultdict(float)
     for span in spans:
-        stages[span.stage] += span.seconds
-    parts = [f"{stage} {seconds:.3g} s" for stage, seconds in sorted(stages.items(), key=lambda item: -item[1])]
-    jobs = list(dict.fromkeys(span.job for span in spans if span.job))
-    named = ", ".join(jobs) if len(jobs) <= _MOST_NAMED else f"{len(jobs)} jobs, {jobs[0]} to {jobs[-1]}"
-    gpu = [span.gpu_gib for span in spans if span.gpu_gib is not None]
-    return " · ".join([", ".join(parts), *([f"{max(gpu):.1f} GiB GPU"] if gpu else []), *([named] if named else [])])
+        seconds_by_stage[span.stage] += span.seconds
+    stage_texts = [
+        f"{stage} {seconds:.3g} s"
+        for stage, seconds in sorted(seconds_by_stage.items(), key=lambda item: -item[1])
+    ]
+    job_names = list(dict.fromkeys(span.job for span in spans if span.job))
+    jobs_text = (
+        ", ".join(job_names)
+        if len(job_names) <= _MAX_NAMED_JOBS
+        else f"{len(job_names)} jobs, {job_names[0]} to {job_names[-1]}"
+    )
+    gpu_peaks = [span.gpu_gib for span in spans if span.gpu_gib is not None]
+    return " · ".join(
+        [
+            ", ".join(stage_texts),
+            *([f"{max(gpu_peaks):.1f} GiB GPU"] if gpu_peaks else []),
+            *([jobs_text] if jobs_text else []),
+        ]
+    )

@@ -14,138 +14,211 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from wan_dist.output.gallery.again import command
-from wan_dist.output.gallery.records import Record, read_records
-from wan_dist.output.gallery.runs import Run, read_runs
-from wan_dist.output.gallery.sheet import COLUMNS, ROWS, SheetError, is_current, sheet_of, write_sheet
+from wan_dist.output.gallery.again import build_rerun_command
+from wan_dist.output.gallery.records import VideoRecord, read_records
+from wan_dist.output.gallery.runs import RunRecord, read_runs
+from wan_dist.output.gallery.sheet import (
+    SHEET_COLUMNS,
+    SHEET_ROWS,
+    SheetError,
+    get_sheet_path,
+    has_current_sheet,
+    write_sheet,
+)
 from wan_dist.output.gallery.sweeps import Sweep, find_sweeps
-from wan_dist.output.gallery.timeline import timeline_of
-from wan_dist.runtime.atomic_write import written_aside
-from wan_dist.runtime.durations import duration
+from wan_dist.output.gallery.timeline import build_timeline
+from wan_dist.runtime.atomic_write import atomic_write
+from wan_dist.runtime.durations import format_duration
 
-_TEMPLATES = Path(__file__).parent / "templates"
-_STYLES = ("base", "cards", "compare", "runs")
-_SCRIPTS = ("core", "cards", "filters", "compare", "runs", "start")
-_MOST_BARS, _FEWEST_BARS = 6_000, 200
+_TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+_STYLE_NAMES = ("base", "cards", "compare", "runs")
+_SCRIPT_NAMES = ("core", "cards", "filters", "compare", "runs", "start")
+_MAX_TOTAL_BARS, _MIN_BARS_PER_RUN = 6_000, 200
 """Of all timelines together, and of one."""
 
 
-def write_page(folder: Path, records: Sequence[Record] | None = None) -> Path:
+def write_page(folder: Path, records: Sequence[VideoRecord] | None = None) -> Path:
     """Write FOLDER/index.html, after the contact sheets that are missing, and return it; it appears when it is whole.
 
     ``records`` are the folder's, if they have been read. A video that cannot be read is shown without a sheet. Raises InputError where
     there is no such folder, and OSError where it cannot be written to.
     """
     records, runs = read_records(folder) if records is None else records, read_runs(folder)
-    _write_sheets(records)
-    to = folder / "index.html"
-    with written_aside(to) as aside:
-        aside.write_text(_page(folder.resolve().name or "Videos", records, runs), encoding="utf-8", errors="replace")
-    return to
+    _write_missing_sheets(records)
+    page_path = folder / "index.html"
+    with atomic_write(page_path) as temporary_path:
+        temporary_path.write_text(
+            _render_page(folder.resolve().name or "Videos", records, runs),
+            encoding="utf-8",
+            errors="replace",
+        )
+    return page_path
 
 
-def _write_sheets(records: Sequence[Record]) -> None:
-    missing = [record for record in records if record.video is not None and not is_current(record.video)]
-    if missing:
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as workers:
-            list(workers.map(_write_sheet, missing))
+def _write_missing_sheets(records: Sequence[VideoRecord]) -> None:
+    records_without_sheet = [
+        record
+        for record in records
+        if record.video is not None and not has_current_sheet(record.video)
+    ]
+    if records_without_sheet:
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as executor:
+            list(executor.map(_write_sheet, records_without_sheet))
 
 
-def _write_sheet(record: Record) -> None:
+def _write_sheet(record: VideoRecord) -> None:
     assert record.video is not None
     try:
-        write_sheet(record.video, sheet_of(record.video), num_frames=record.num_frames)
+        write_sheet(record.video, get_sheet_path(record.video), num_frames=record.num_frames)
     except SheetError:
         return  # the page does without
 
 
-def _page(title: str, records: Sequence[Record], runs: Sequence[Run]) -> str:
+def _render_page(title: str, records: Sequence[VideoRecord], runs: Sequence[RunRecord]) -> str:
     environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_TEMPLATE_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     style, script = (
-        "\n".join((_TEMPLATES / f"{name}.{kind}.j2").read_text(encoding="utf-8") for name in names)
-        for names, kind in ((_STYLES, "css"), (_SCRIPTS, "js"))
+        "\n".join(
+            (_TEMPLATE_FOLDER / f"{name}.{suffix}.j2").read_text(encoding="utf-8") for name in names
+        )
+        for names, suffix in ((_STYLE_NAMES, "css"), (_SCRIPT_NAMES, "js"))
     )
-    most = max(_FEWEST_BARS, _MOST_BARS // max(1, len(runs)))
+    max_bars = max(_MIN_BARS_PER_RUN, _MAX_TOTAL_BARS // max(1, len(runs)))
     return environment.get_template("page.html.j2").render(
         title=title,
-        summary=_summary(records),
-        policy=_policy(style, script),
+        summary=_format_summary(records),
+        policy=_build_security_policy(style, script),
         style=Markup(style),
         script=Markup(script),
-        data=Markup(_embedded(data_of(records, find_sweeps(records)))),
-        timelines=[timeline_of(run, most) for run in reversed(runs)],
+        data=Markup(_serialize_for_script(build_page_data(records, find_sweeps(records)))),
+        timelines=[build_timeline(run, max_bars) for run in reversed(runs)],
         num_videos=len(records),
     )
 
 
-def data_of(records: Sequence[Record], sweeps: Sequence[Sweep]) -> dict[str, object]:
+def build_page_data(records: Sequence[VideoRecord], sweeps: Sequence[Sweep]) -> dict[str, object]:
     """Return what the page's script reads: videos, and grids of their numbers."""
-    grids = [
-        {"rows": sweep.rows, "columns": sweep.columns, "across": sweep.column_values, "down": sweep.row_values, "cells": sweep.cells}
+    sweep_grids = [
+        {
+            "rows": sweep.row_setting,
+            "columns": sweep.column_setting,
+            "across": sweep.column_values,
+            "down": sweep.row_values,
+            "cells": sweep.cells,
+        }
         for sweep in sweeps
     ]
-    return {"videos": [_video(record) for record in records], "sweeps": grids, "sheet": [COLUMNS, ROWS]}
+    return {
+        "videos": [_describe_video(record) for record in records],
+        "sweeps": sweep_grids,
+        "sheet": [SHEET_COLUMNS, SHEET_ROWS],
+    }
 
 
-def _video(record: Record) -> dict[str, object]:
-    sheet = sheet_of(record.video) if record.video is not None else None
-    has_sheet = sheet is not None and sheet.is_file() and not sheet.is_symlink()
-    shift, guide = record.settings.get("sample.shift"), record.settings.get("sample.guide_scale")
-    shape = (record.width, record.height)
-    if sheet is not None and has_sheet and None in shape:
-        shape = _shape_of(sheet, record)
+def _describe_video(record: VideoRecord) -> dict[str, object]:
+    sheet_path = get_sheet_path(record.video) if record.video is not None else None
+    has_sheet = sheet_path is not None and sheet_path.is_file() and not sheet_path.is_symlink()
+    shift, guide_scale = (
+        record.settings.get("sample.shift"),
+        record.settings.get("sample.guide_scale"),
+    )
+    frame_size = (record.width, record.height)
+    if sheet_path is not None and has_sheet and None in frame_size:
+        frame_size = _read_frame_size(sheet_path, record)
     return {
         "name": record.name,
-        "source": _address(record.video),
-        "sheet": _address(sheet) if has_sheet else None,
+        "source": _build_relative_url(record.video),
+        "sheet": _build_relative_url(sheet_path) if has_sheet else None,
         "picture": record.video is not None and record.video.suffix == ".png",
-        "status": record.status if record.video is not None or record.status == "failed" else "gone",
+        "status": record.status
+        if record.video is not None or record.status == "failed"
+        else "gone",
         "error": record.error,
-        "width": shape[0],
-        "height": shape[1],
+        "width": frame_size[0],
+        "height": frame_size[1],
         "frames": record.num_frames,
-        "seed": None if record.seed is None else str(record.seed),  # of 64 bits, which a script's numbers do not hold
+        "seed": None
+        if record.seed is None
+        else str(record.seed),  # of 64 bits, which a script's numbers do not hold
         "solver": str(record.settings.get("sample.solver") or ""),
-        "guide": None if guide is None else json.dumps(guide),
+        "guide": None if guide_scale is None else json.dumps(guide_scale),
         "shift": None if shift is None else json.dumps(shift),
-        "lossy": record.distance,
-        "peak": record.peak,
-        "command": command(record),
-    } | {key: getattr(record, key) for key in ("prompt", "task", "fps", "steps", "seconds", "step_seconds", "tflops", "began", "run")}
+        "lossy": record.lossy_options,
+        "peak": record.peak_memory,
+        "command": build_rerun_command(record),
+    } | {
+        key: getattr(record, key)
+        for key in (
+            "prompt",
+            "task",
+            "fps",
+            "steps",
+            "seconds",
+            "step_seconds",
+            "tflops",
+            "began",
+            "run",
+        )
+    }
 
 
-def _address(file: Path | None) -> str | None:
+def _build_relative_url(path: Path | None) -> str | None:
     """Return a file's address from the page, which lies beside it."""
-    return None if file is None else "./" + quote_from_bytes(os.fsencode(file.name), safe="")
+    return None if path is None else "./" + quote_from_bytes(os.fsencode(path.name), safe="")
 
 
-def _shape_of(sheet: Path, record: Record) -> tuple[int | None, int | None]:
+def _read_frame_size(sheet_path: Path, record: VideoRecord) -> tuple[int | None, int | None]:
     try:
-        with Image.open(sheet) as image:
+        with Image.open(sheet_path) as image:
             width, height = image.size
     except (OSError, ValueError):
         return None, None
-    return (width, height) if record.video is not None and record.video.suffix == ".png" else (width // COLUMNS, height // ROWS)
+    return (
+        (width, height)
+        if record.video is not None and record.video.suffix == ".png"
+        else (width // SHEET_COLUMNS, height // SHEET_ROWS)
+    )
 
 
-def _summary(records: Sequence[Record]) -> str:
-    failed = sum(record.status == "failed" for record in records)
+def _format_summary(records: Sequence[VideoRecord]) -> str:
+    num_failed = sum(record.status == "failed" for record in records)
     seconds = sum(record.seconds or 0 for record in records)
-    count = f"{len(records) - failed} video{'' if len(records) - failed == 1 else 's'}"
-    return ", ".join([count, *([f"{failed} failed"] if failed else []), f"{duration(seconds)} of work", time.strftime("%d %b %Y, %H:%M")])
+    count_text = f"{len(records) - num_failed} video{'' if len(records) - num_failed == 1 else 's'}"
+    return ", ".join(
+        [
+            count_text,
+            *([f"{num_failed} failed"] if num_failed else []),
+            f"{format_duration(seconds)} of work",
+            time.strftime("%d %b %Y, %H:%M"),
+        ]
+    )
 
 
-def _embedded(data: object) -> str:
+def _serialize_for_script(data: object) -> str:
     """Return JSON that can neither end the element it is in nor begin a comment there."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))  # only ASCII: also no U+2028
+    text = json.dumps(
+        data, ensure_ascii=True, allow_nan=False, separators=(",", ":")
+    )  # only ASCII: also no U+2028
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _policy(style: str, script: str) -> str:
+def _build_security_policy(style: str, script: str) -> str:
     """Return a Content-Security-Policy: this style, this script, pictures and videos from beside the page, and nothing else."""
-    own = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (style, script)]
-    here = "'self' file:"
-    rules = ["default-src 'none'", f"style-src {own[0]}", f"script-src {own[1]}", f"img-src {here}", f"media-src {here}"]
-    return "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
+    content_hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for text in (style, script)
+    ]
+    local_sources = "'self' file:"
+    directives = [
+        "default-src 'none'",
+        f"style-src {content_hashes[0]}",
+        f"script-src {content_hashes[1]}",
+        f"img-src {local_sources}",
+        f"media-src {local_sources}",
+    ]
+    return "; ".join([*directives, "base-uri 'none'", "form-action 'none'"])

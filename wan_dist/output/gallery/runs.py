@@ -5,8 +5,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from wan_dist.output.gallery.fields import listed, moment, natural, number, table, text, whole
-from wan_dist.output.gallery.records import files_in, is_record_name, read_object
+from wan_dist.output.gallery.fields import (
+    get_integer,
+    get_list,
+    get_number,
+    get_object,
+    get_text,
+    get_timestamp,
+    make_natural_key,
+)
+from wan_dist.output.gallery.records import is_record_name, list_file_names, read_json_object
 
 
 class Span(NamedTuple):
@@ -22,13 +30,13 @@ class Span(NamedTuple):
     host_gib: float | None
 
     @property
-    def kind(self) -> str:
+    def stage_kind(self) -> str:
         """The stage's first word, which the plan knows it by."""
         return self.stage.split()[0]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class RunRecord:
     """One run of a batch. Numbers are None and texts empty where its record does not say."""
 
     name: str
@@ -41,50 +49,89 @@ class Run:
     done: int | None
     failed: int | None
     spans: tuple[Span, ...] = field(repr=False)
-    plan: Mapping[str, Mapping[str, float]]
+    plan_by_stage: Mapping[str, Mapping[str, float]]
     """By stage, planned seconds, gpu_gib and host_gib."""
-    budget: Mapping[str, float]
+    memory_budget: Mapping[str, float]
     """gpu_gib and host_gib."""
 
     @property
     def seconds(self) -> float | None:
         """From its beginning to its end."""
-        return self.ended - self.began if self.began is not None and self.ended is not None else None
+        return (
+            self.ended - self.began if self.began is not None and self.ended is not None else None
+        )
 
 
-def read_runs(folder: Path) -> list[Run]:
+def read_runs(folder: Path) -> list[RunRecord]:
     """Return the runs that FOLDER/runs tells of, by name, which begins with the date; what is no record of one is passed over."""
     try:
-        paths = [folder / "runs" / name for name in files_in(folder / "runs") if is_record_name(name)]
+        paths = [
+            folder / "runs" / name
+            for name in list_file_names(folder / "runs")
+            if is_record_name(name)
+        ]
     except OSError:
         return []
-    paths.sort(key=lambda path: natural(path.stem))
-    return [_run(path, entry) for path in paths if (entry := read_object(path)) is not None and "run" in entry]
+    paths.sort(key=lambda path: make_natural_key(path.stem))
+    return [
+        _parse_run(path, entry)
+        for path in paths
+        if (entry := read_json_object(path)) is not None and "run" in entry
+    ]
 
 
-def _run(path: Path, entry: dict[str, object]) -> Run:
-    return Run(
+def _parse_run(path: Path, entry: dict[str, object]) -> RunRecord:
+    return RunRecord(
         name=path.stem,
-        began=moment(entry, "began"),
-        ended=moment(entry, "ended"),
-        command=tuple(text({"": word}, "") for word in listed(entry, "command") if isinstance(word, str)),
-        ranks=whole(entry, "ranks"),
-        jobs=whole(entry, "jobs"),
-        done=whole(entry, "done"),
-        failed=whole(entry, "failed"),
-        spans=tuple(span for item in listed(entry, "spans") if isinstance(item, dict) and (span := _span(item)) is not None),
-        plan={stage: _numbers(table(entry, "plan"), stage) for stage in table(entry, "plan")},
-        budget=_numbers(entry, "budget"),
+        began=get_timestamp(entry, "began"),
+        ended=get_timestamp(entry, "ended"),
+        command=tuple(
+            get_text({"": word}, "") for word in get_list(entry, "command") if isinstance(word, str)
+        ),
+        ranks=get_integer(entry, "ranks"),
+        jobs=get_integer(entry, "jobs"),
+        done=get_integer(entry, "done"),
+        failed=get_integer(entry, "failed"),
+        spans=tuple(
+            span
+            for item in get_list(entry, "spans")
+            if isinstance(item, dict) and (span := _parse_span(item)) is not None
+        ),
+        plan_by_stage={
+            stage: _get_numbers(get_object(entry, "plan"), stage)
+            for stage in get_object(entry, "plan")
+        },
+        memory_budget=_get_numbers(entry, "budget"),
     )
 
 
-def _span(item: dict[str, object]) -> Span | None:
-    rank, began, seconds, stage = whole(item, "rank"), moment(item, "began"), number(item, "seconds"), text(item, "stage").strip()
-    if rank is None or not 0 <= rank < 4096 or began is None or seconds is None or seconds < 0 or not stage:
+def _parse_span(entry: dict[str, object]) -> Span | None:
+    rank, began, seconds, stage = (
+        get_integer(entry, "rank"),
+        get_timestamp(entry, "began"),
+        get_number(entry, "seconds"),
+        get_text(entry, "stage").strip(),
+    )
+    if (
+        rank is None
+        or not 0 <= rank < 4096
+        or began is None
+        or seconds is None
+        or seconds < 0
+        or not stage
+    ):
         return None
-    return Span(rank, stage, text(item, "job"), began, seconds, number(item, "gpu_gib"), number(item, "host_gib"))
+    return Span(
+        rank,
+        stage,
+        get_text(entry, "job"),
+        began,
+        seconds,
+        get_number(entry, "gpu_gib"),
+        get_number(entry, "host_gib"),
+    )
 
 
-def _numbers(entry: Mapping[str, object], key: str) -> dict[str, float]:
-    inner = table(entry, key)
-    return {name: value for name in inner if (value := number(inner, name)) is not None}
+def _get_numbers(entry: Mapping[str, object], key: str) -> dict[str, float]:
+    numbers = get_object(entry, key)
+    return {name: value for name in numbers if (value := get_number(numbers, name)) is not None}

@@ -7,13 +7,13 @@ from pathlib import Path
 import imageio_ffmpeg
 from PIL import Image, UnidentifiedImageError
 
-from wan_dist.runtime.atomic_write import written_aside
+from wan_dist.runtime.atomic_write import atomic_write
 
-COLUMNS, ROWS = 4, 2
-_CELL = 320
+SHEET_COLUMNS, SHEET_ROWS = 4, 2
+_MAX_FRAME_PIXELS = 320
 """The most pixels of a frame's longer side."""
-_OURS = b"wan-dist contact sheet"
-_LIMIT = 300
+_SHEET_COMMENT = b"wan-dist contact sheet"
+_FFMPEG_TIMEOUT_SECONDS = 300
 """Seconds that ffmpeg may take."""
 
 
@@ -21,65 +21,99 @@ class SheetError(RuntimeError):
     """The contact sheet could not be made."""
 
 
-def sheet_of(video: Path) -> Path:
+def get_sheet_path(video: Path) -> Path:
     """Return where a video's sheet lies: beside it."""
     return video.with_name(f"{video.name.removesuffix(video.suffix)}.jpg")
 
 
-def is_current(video: Path) -> bool:
+def has_current_sheet(video: Path) -> bool:
     """Whether a video has a sheet that is no older than it, or a picture of that name which is not ours to write."""
-    sheet = sheet_of(video)
+    sheet_path = get_sheet_path(video)
     try:
-        if sheet.stat().st_mtime_ns >= video.stat().st_mtime_ns:
+        if sheet_path.stat().st_mtime_ns >= video.stat().st_mtime_ns:
             return True
-        with Image.open(sheet) as image:
-            return image.info.get("comment") != _OURS
+        with Image.open(sheet_path) as image:
+            return image.info.get("comment") != _SHEET_COMMENT
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
         return True
 
 
-def write_sheet(video: Path, to: Path, *, num_frames: int | None = None) -> None:
+def write_sheet(video: Path, sheet_path: Path, *, num_frames: int | None = None) -> None:
     """Write 8 frames, evenly spaced from the first to the last, as a JPEG of 4 x 2 of at most 1280 pixels across.
 
     A video of fewer frames fills fewer places; a PNG gives a picture of at most 640 pixels. ``num_frames`` are counted where they are
     not given. ``to`` appears when it is whole. Raises SheetError.
     """
     try:
-        sheet = _thumbnail(video) if video.suffix.lower() == ".png" else _tiled(video, num_frames)
-        with written_aside(to) as aside:
-            sheet.save(aside, "JPEG", quality=82, optimize=True, comment=_OURS)
+        sheet_image = (
+            _make_thumbnail(video)
+            if video.suffix.lower() == ".png"
+            else _tile_frames(video, num_frames)
+        )
+        with atomic_write(sheet_path) as temporary_path:
+            sheet_image.save(
+                temporary_path, "JPEG", quality=82, optimize=True, comment=_SHEET_COMMENT
+            )
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as fault:
-        raise SheetError(f"cannot make {to}: {fault}") from fault
+        raise SheetError(f"cannot make {sheet_path}: {fault}") from fault
 
 
-def _thumbnail(picture: Path) -> Image.Image:
-    with Image.open(picture) as image:
-        image.thumbnail((2 * _CELL, 2 * _CELL))
+def _make_thumbnail(picture_path: Path) -> Image.Image:
+    with Image.open(picture_path) as image:
+        image.thumbnail((2 * _MAX_FRAME_PIXELS, 2 * _MAX_FRAME_PIXELS))
         return image.convert("RGB")
 
 
-def _tiled(video: Path, num_frames: int | None) -> Image.Image:
+def _tile_frames(video: Path, num_frames: int | None) -> Image.Image:
     try:
         num_frames = num_frames or imageio_ffmpeg.count_frames_and_secs(str(video.absolute()))[0]
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as fault:
         raise SheetError(f"cannot make a sheet of {video}: it cannot be read as a video") from fault
-    places = COLUMNS * ROWS
-    chosen = sorted({round(place * (num_frames - 1) / (places - 1)) for place in range(places)}) if num_frames > 1 else [0]
-    columns = min(COLUMNS, len(chosen))
-    picked = "+".join(rf"eq(n\,{frame})" for frame in chosen)
-    scaled = f"scale='min({_CELL},iw)':'min({_CELL},ih)':force_original_aspect_ratio=decrease:force_divisible_by=2"
-    tiled = f"select={picked},{scaled},tile={columns}x{-(-len(chosen) // columns)}"
-    command = [ffmpeg, "-nostdin", "-loglevel", "error", "-i", f"file:{video.absolute()}", "-vf", tiled, "-frames:v", "1"]
+    num_cells = SHEET_COLUMNS * SHEET_ROWS
+    frame_indices = (
+        sorted(
+            {
+                round(cell_index * (num_frames - 1) / (num_cells - 1))
+                for cell_index in range(num_cells)
+            }
+        )
+        if num_frames > 1
+        else [0]
+    )
+    columns = min(SHEET_COLUMNS, len(frame_indices))
+    select_expression = "+".join(rf"eq(n\,{frame_index})" for frame_index in frame_indices)
+    scale_filter = f"scale='min({_MAX_FRAME_PIXELS},iw)':'min({_MAX_FRAME_PIXELS},ih)':force_original_aspect_ratio=decrease:force_divisible_by=2"
+    filter_chain = f"select={select_expression},{scale_filter},tile={columns}x{-(-len(frame_indices) // columns)}"
+    command = [
+        ffmpeg,
+        "-nostdin",
+        "-loglevel",
+        "error",
+        "-i",
+        f"file:{video.absolute()}",
+        "-vf",
+        filter_chain,
+        "-frames:v",
+        "1",
+    ]
     try:
-        done = subprocess.run(
-            [*command, "-f", "image2pipe", "-c:v", "ppm", "-"], capture_output=True, timeout=_LIMIT, check=False, process_group=0
+        result = subprocess.run(
+            [*command, "-f", "image2pipe", "-c:v", "ppm", "-"],
+            capture_output=True,
+            timeout=_FFMPEG_TIMEOUT_SECONDS,
+            check=False,
+            process_group=0,
         )
     except subprocess.TimeoutExpired as fault:
-        raise SheetError(f"cannot make a sheet of {video}: ffmpeg took more than {_LIMIT} s") from fault
-    if done.returncode or not done.stdout:
-        last_words = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise SheetError(f"cannot make a sheet of {video}: ffmpeg says {' '.join(last_words) or 'nothing'} (exit code {done.returncode})")
-    return Image.open(io.BytesIO(done.stdout))
+        raise SheetError(
+            f"cannot make a sheet of {video}: ffmpeg took more than {_FFMPEG_TIMEOUT_SECONDS} s"
+        ) from fault
+    if result.returncode or not result.stdout:
+        last_words = result.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise SheetError(
+            f"cannot make a sheet of {video}: ffmpeg says {' '.join(last_words) or 'nothing'} (exit code {result.returncode})"
+        )
+    return Image.open(io.BytesIO(result.stdout))

@@ -6,110 +6,206 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from wan_dist.output.gallery.fields import natural
-from wan_dist.output.gallery.records import Record
+from wan_dist.output.gallery.fields import make_natural_key
+from wan_dist.output.gallery.records import VideoRecord
 
-_MOST_CELLS = 64
-_MOST_SETTINGS = 8
+_MAX_CELLS = 64
+_MAX_PAIRED_SETTINGS = 8
 """That are tried in pairs."""
-_MOST_SWEEPS = 300
-_LEAST_FILLED = 0.8
+_MAX_SWEEPS = 300
+_MIN_FILLED_FRACTION = 0.8
 
 
 @dataclass(frozen=True)
 class Sweep:
     """A grid of videos that differ in nothing but the settings ``rows`` and ``columns``."""
 
-    rows: str
+    row_setting: str
     """Empty where one setting varies."""
-    columns: str
+    column_setting: str
     row_values: tuple[str, ...]
     column_values: tuple[str, ...]
     cells: tuple[tuple[int | None, ...], ...]
     """Numbers of records, by row and column."""
 
     @property
-    def numbers(self) -> frozenset[int]:
+    def record_indices(self) -> frozenset[int]:
         """All of them."""
-        return frozenset(number for row in self.cells for number in row if number is not None)
+        return frozenset(
+            record_index for row in self.cells for record_index in row if record_index is not None
+        )
 
 
-def find_sweeps(records: Sequence[Record]) -> list[Sweep]:
+def find_sweeps(records: Sequence[VideoRecord]) -> list[Sweep]:
     """Return the sweeps among the videos that are there, the largest first; none is a part of another."""
-    recipes = {number: {key: shown(value) for key, value in record.recipe.items()} for number, record in enumerate(records) if record.video}
-    keys = list(dict.fromkeys(key for recipe in recipes.values() for key in recipe))
-    varying = [key for key in keys if len({recipe.get(key, "") for recipe in recipes.values()}) > 1]
-    values = {number: [recipe.get(key, "") for key in varying] for number, recipe in recipes.items()}
-    singles = {place: list(_groups(values, (place,))) for place in range(len(varying))}
-    tried = sorted((place for place in singles if singles[place]), key=lambda place: -sum(map(len, singles[place])))[:_MOST_SETTINGS]
-    found = [_sweep(varying, values, pair, group) for pair in itertools.combinations(sorted(tried), 2) for group in _groups(values, pair)]
-    found += [_sweep(varying, values, (place,), group) for place in tried for group in singles[place]]
-    return _largest(sweep for sweep in found if sweep is not None)
+    settings_by_record = {
+        record_index: {
+            key: format_setting_value(value) for key, value in record.result_settings.items()
+        }
+        for record_index, record in enumerate(records)
+        if record.video
+    }
+    keys = list(
+        dict.fromkeys(
+            key for record_settings in settings_by_record.values() for key in record_settings
+        )
+    )
+    varying_keys = [
+        key
+        for key in keys
+        if len({record_settings.get(key, "") for record_settings in settings_by_record.values()})
+        > 1
+    ]
+    values_by_record = {
+        record_index: [record_settings.get(key, "") for key in varying_keys]
+        for record_index, record_settings in settings_by_record.items()
+    }
+    groups_by_setting = {
+        setting_index: list(_group_similar_records(values_by_record, (setting_index,)))
+        for setting_index in range(len(varying_keys))
+    }
+    paired_settings = sorted(
+        (setting_index for setting_index in groups_by_setting if groups_by_setting[setting_index]),
+        key=lambda setting_index: -sum(map(len, groups_by_setting[setting_index])),
+    )[:_MAX_PAIRED_SETTINGS]
+    candidate_sweeps = [
+        _build_sweep(varying_keys, values_by_record, setting_pair, group)
+        for setting_pair in itertools.combinations(sorted(paired_settings), 2)
+        for group in _group_similar_records(values_by_record, setting_pair)
+    ]
+    candidate_sweeps += [
+        _build_sweep(varying_keys, values_by_record, (setting_index,), group)
+        for setting_index in paired_settings
+        for group in groups_by_setting[setting_index]
+    ]
+    return _select_maximal_sweeps(sweep for sweep in candidate_sweeps if sweep is not None)
 
 
-def shown(value: object) -> str:
+def format_setting_value(value: object) -> str:
     """Return a setting's value as on the command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _groups(values: dict[int, list[str]], places: tuple[int, ...]) -> Iterable[list[int]]:
+def _group_similar_records(
+    values_by_record: dict[int, list[str]], setting_indices: tuple[int, ...]
+) -> Iterable[list[int]]:
     """Yield the videos that are equal but for what is in these places, and are not all equal there."""
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for number, own in values.items():
-        groups[tuple("" if place in places else value for place, value in enumerate(own))].append(number)
+    for record_index, record_values in values_by_record.items():
+        groups[
+            tuple(
+                "" if setting_index in setting_indices else value
+                for setting_index, value in enumerate(record_values)
+            )
+        ].append(record_index)
     for group in groups.values():
-        if all(len({values[number][place] for number in group}) > 1 for place in places):
+        if all(
+            len({values_by_record[record_index][setting_index] for record_index in group}) > 1
+            for setting_index in setting_indices
+        ):
             yield group
 
 
-def _sweep(varying: list[str], values: dict[int, list[str]], places: tuple[int, ...], group: list[int]) -> Sweep | None:
+def _build_sweep(
+    varying_keys: list[str],
+    values_by_record: dict[int, list[str]],
+    setting_indices: tuple[int, ...],
+    record_group: list[int],
+) -> Sweep | None:
     """Return a group as a grid, of one row where one setting varies; None where it would have too many cells or too many gaps."""
-    ordered = {place: _ordered(values[number][place] for number in group) for place in places}
-    *downs, across = sorted(places, key=lambda place: (varying[place] != "prompt", -len(ordered[place])))  # prompts beside the rows
-    down = downs[0] if downs else None
-    at = {("" if down is None else values[number][down], values[number][across]): number for number in group}  # the last counts
-    if down is not None:
-        at = _dense(at)
-    in_rows, in_columns = {row for row, _ in at}, {column for _, column in at}
-    rows = [""] if down is None else [value for value in ordered[down] if value in in_rows]
-    columns = [value for value in ordered[across] if value in in_columns][:_MOST_CELLS]
-    num_cells = len(rows) * len(columns)
-    if down is None and varying[across] == "prompt":
+    sorted_values = {
+        setting_index: _sort_setting_values(
+            values_by_record[record_index][setting_index] for record_index in record_group
+        )
+        for setting_index in setting_indices
+    }
+    *row_indices, column_index = sorted(
+        setting_indices,
+        key=lambda setting_index: (
+            varying_keys[setting_index] != "prompt",
+            -len(sorted_values[setting_index]),
+        ),
+    )  # prompts beside the rows
+    row_index = row_indices[0] if row_indices else None
+    record_by_cell = {
+        (
+            "" if row_index is None else values_by_record[record_index][row_index],
+            values_by_record[record_index][column_index],
+        ): record_index
+        for record_index in record_group
+    }  # the last counts
+    if row_index is not None:
+        record_by_cell = _drop_single_lines(record_by_cell)
+    used_rows, used_columns = (
+        {row for row, _ in record_by_cell},
+        {column for _, column in record_by_cell},
+    )
+    row_values = (
+        [""]
+        if row_index is None
+        else [value for value in sorted_values[row_index] if value in used_rows]
+    )
+    column_values = [value for value in sorted_values[column_index] if value in used_columns][
+        :_MAX_CELLS
+    ]
+    num_cells = len(row_values) * len(column_values)
+    if row_index is None and varying_keys[column_index] == "prompt":
         return None  # they show something else each
-    if not at or num_cells > _MOST_CELLS or (down is not None and len(at) < _LEAST_FILLED * num_cells):
+    if (
+        not record_by_cell
+        or num_cells > _MAX_CELLS
+        or (row_index is not None and len(record_by_cell) < _MIN_FILLED_FRACTION * num_cells)
+    ):
         return None
-    cells = tuple(tuple(at.get((row, column)) for column in columns) for row in rows)
-    return Sweep("" if down is None else varying[down], varying[across], tuple(rows), tuple(columns), cells)
+    cells = tuple(
+        tuple(record_by_cell.get((row, column)) for column in column_values) for row in row_values
+    )
+    return Sweep(
+        "" if row_index is None else varying_keys[row_index],
+        varying_keys[column_index],
+        tuple(row_values),
+        tuple(column_values),
+        cells,
+    )
 
 
-def _dense(at: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+def _drop_single_lines(record_by_cell: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
     """Return the grid without rows and columns of a single video."""
     while True:
-        in_row, in_column = Counter(row for row, _ in at), Counter(column for _, column in at)
-        kept = {place: number for place, number in at.items() if in_row[place[0]] > 1 and in_column[place[1]] > 1}
-        if len(kept) == len(at):
-            return kept
-        at = kept
+        row_counts, column_counts = (
+            Counter(row for row, _ in record_by_cell),
+            Counter(column for _, column in record_by_cell),
+        )
+        dense_cells = {
+            cell: record_index
+            for cell, record_index in record_by_cell.items()
+            if row_counts[cell[0]] > 1 and column_counts[cell[1]] > 1
+        }
+        if len(dense_cells) == len(record_by_cell):
+            return dense_cells
+        record_by_cell = dense_cells
 
 
-def _ordered(values: Iterable[str]) -> list[str]:
-    def order(value: str) -> tuple[int, float, list[tuple[int, int, str]]]:
+def _sort_setting_values(values: Iterable[str]) -> list[str]:
+    def make_sort_key(value: str) -> tuple[int, float, list[tuple[int, int, str]]]:
         try:
             return 0, float(value), []
         except ValueError:
-            return 1, 0.0, natural(value)
+            return 1, 0.0, make_natural_key(value)
 
-    return sorted(set(values), key=order)
+    return sorted(set(values), key=make_sort_key)
 
 
-def _largest(sweeps: Iterable[Sweep]) -> list[Sweep]:
-    kept: list[Sweep] = []
-    seen: dict[int, list[frozenset[int]]] = defaultdict(list)
-    for sweep in sorted(sweeps, key=lambda sweep: -len(sweep.numbers)):
-        numbers = sweep.numbers
-        if len(numbers) < 2 or any(numbers <= other for other in seen[min(numbers)]):
+def _select_maximal_sweeps(sweeps: Iterable[Sweep]) -> list[Sweep]:
+    maximal_sweeps: list[Sweep] = []
+    groups_by_record: dict[int, list[frozenset[int]]] = defaultdict(list)
+    for sweep in sorted(sweeps, key=lambda sweep: -len(sweep.record_indices)):
+        record_indices = sweep.record_indices
+        if len(record_indices) < 2 or any(
+            record_indices <= larger_group for larger_group in groups_by_record[min(record_indices)]
+        ):
             continue
-        kept.append(sweep)
-        for number in numbers:
-            seen[number].append(numbers)
-    return kept[:_MOST_SWEEPS]
+        maximal_sweeps.append(sweep)
+        for record_index in record_indices:
+            groups_by_record[record_index].append(record_indices)
+    return maximal_sweeps[:_MAX_SWEEPS]

@@ -6,22 +6,33 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from wan_dist.output.gallery.lanes import Bar, bars_of
-from wan_dist.output.gallery.runs import Run, Span
-from wan_dist.runtime.durations import duration
+from wan_dist.output.gallery.lanes import Bar, build_bars
+from wan_dist.output.gallery.runs import RunRecord, Span
+from wan_dist.runtime.durations import format_duration
 
-STAGES = ("check", "text", "look", "image", "context", "load", "denoise", "decode", "save", "wait")
+COLORED_STAGES = (
+    "check",
+    "text",
+    "look",
+    "image",
+    "context",
+    "load",
+    "denoise",
+    "decode",
+    "save",
+    "wait",
+)
 """That have a colour of their own."""
-_BINS = 400
+_NUM_BINS = 400
 """Places along the memory charts."""
-_STACKED = 2
+_STAGES_PER_STACK = 2
 """Stages that stand one above the other where bars are thin, about."""
-_HEIGHTS = ((8, 26), (16, 18), (40, 11), (4096, 6))
+_LANE_HEIGHTS = ((8, 26), (16, 18), (40, 11), (4096, 6))
 """Pixels of a lane, for up to so many ranks."""
 
 
 @dataclass(frozen=True)
-class Tick:
+class AxisTick:
     """A mark at so many percent of the axis."""
 
     at: float
@@ -29,7 +40,7 @@ class Tick:
 
 
 @dataclass(frozen=True)
-class Lane:
+class RankLane:
     """One rank's stages."""
 
     label: str
@@ -39,7 +50,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Curve:
+class MemoryCurve:
     """A rank's memory: the outline in a box of 400 x 100, and the most in GiB."""
 
     rank: int
@@ -48,22 +59,22 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Chart:
+class MemoryChart:
     """Memory of one kind over time."""
 
     title: str
     summary: str
-    curves: list[Curve]
+    curves: list[MemoryCurve]
     plan: str
     """The plan's outline, empty where there is none."""
     budget: float | None
     """Percent from above, None where it is beyond the chart."""
     budget_gib: float | None
-    ticks: list[Tick]
+    ticks: list[AxisTick]
 
 
 @dataclass(frozen=True)
-class Share:
+class StageShare:
     """A stage's part in all ranks' time."""
 
     stage: str
@@ -78,135 +89,223 @@ class Share:
 class Timeline:
     """All that is drawn of a run."""
 
-    run: Run
+    run: RunRecord
     began: str
     duration: str
     height: int
     """Pixels of all lanes."""
     lane_height: int
-    lanes: list[Lane]
-    ticks: list[Tick]
-    charts: list[Chart]
-    shares: list[Share]
+    lanes: list[RankLane]
+    ticks: list[AxisTick]
+    charts: list[MemoryChart]
+    shares: list[StageShare]
 
 
-def timeline_of(run: Run, most_bars: int = 4000) -> Timeline:
+def build_timeline(run: RunRecord, max_bars: int = 4000) -> Timeline:
     """Return what to draw of a run; with more bars than ``most_bars``, thin neighbours are drawn as one."""
-    start = min((span.began for span in run.spans), default=run.began or 0.0)
-    end = max((span.began + span.seconds for span in run.spans), default=run.ended or start)
-    length = max(end - start, 1e-3)
-    ranks: dict[int, list[Span]] = defaultdict(list)
+    start_seconds = min((span.began for span in run.spans), default=run.began or 0.0)
+    end_seconds = max(
+        (span.began + span.seconds for span in run.spans), default=run.ended or start_seconds
+    )
+    length_seconds = max(end_seconds - start_seconds, 1e-3)
+    spans_by_rank: dict[int, list[Span]] = defaultdict(list)
     for span in run.spans:
-        ranks[span.rank].append(span)
-    height = next(pixels for count, pixels in _HEIGHTS if len(ranks) <= count)
-    least = max(0.1, 100 * _STACKED * len(ranks) / most_bars)
-    every = max(1, -(-15 // height))
+        spans_by_rank[span.rank].append(span)
+    lane_height = next(
+        pixels for max_ranks, pixels in _LANE_HEIGHTS if len(spans_by_rank) <= max_ranks
+    )
+    min_percent = max(0.1, 100 * _STAGES_PER_STACK * len(spans_by_rank) / max_bars)
+    label_interval = max(1, -(-15 // lane_height))
     lanes = [
-        Lane(f"rank {rank}" if place % every == 0 else "", place * height, bars_of(ranks[rank], start, length, least, css_of))
-        for place, rank in enumerate(sorted(ranks))
+        RankLane(
+            f"rank {rank}" if lane_index % label_interval == 0 else "",
+            lane_index * lane_height,
+            build_bars(
+                spans_by_rank[rank], start_seconds, length_seconds, min_percent, choose_css_class
+            ),
+        )
+        for lane_index, rank in enumerate(sorted(spans_by_rank))
     ]
-    charts = [_chart(run, ranks, start, length, kind) for kind in ("gpu_gib", "host_gib")]
+    charts = [
+        _build_memory_chart(run, spans_by_rank, start_seconds, length_seconds, memory_key)
+        for memory_key in ("gpu_gib", "host_gib")
+    ]
     return Timeline(
         run=run,
-        began="" if run.began is None else time.strftime("%d %b %Y, %H:%M", time.localtime(run.began)),
-        duration=duration(run.seconds if run.seconds is not None else length),
-        height=height * len(ranks),
-        lane_height=height,
+        began=""
+        if run.began is None
+        else time.strftime("%d %b %Y, %H:%M", time.localtime(run.began)),
+        duration=format_duration(run.seconds if run.seconds is not None else length_seconds),
+        height=lane_height * len(spans_by_rank),
+        lane_height=lane_height,
         lanes=lanes,
-        ticks=_time_ticks(length),
+        ticks=_build_time_ticks(length_seconds),
         charts=[chart for chart in charts if chart is not None],
-        shares=_shares(run),
+        shares=_compute_stage_shares(run),
     )
 
 
-def css_of(stage: str) -> str:
+def choose_css_class(stage: str) -> str:
     """Return the class of a stage's colour."""
-    first = stage.split()[0]
-    return f"s-{first}" if first in STAGES else f"s-other{sum(map(ord, first)) % 3}"
+    stage_kind = stage.split()[0]
+    return (
+        f"s-{stage_kind}"
+        if stage_kind in COLORED_STAGES
+        else f"s-other{sum(map(ord, stage_kind)) % 3}"
+    )
 
 
-def _time_ticks(length: float) -> list[Tick]:
-    steps = [unit * count for unit in (1, 60, 3600, 86400) for count in (1, 2, 5, 10, 15, 30)]
-    step: float = next((step for step in sorted(steps) if length / step <= 5), math.ceil(length / 5))
-    step = step if length > 3 else length / 2
-    unit, name = (1, "s") if step < 60 else (60, "min") if step < 3600 else (3600, "h")
+def _build_time_ticks(length_seconds: float) -> list[AxisTick]:
+    candidate_steps = [
+        unit * count for unit in (1, 60, 3600, 86400) for count in (1, 2, 5, 10, 15, 30)
+    ]
+    step: float = next(
+        (step for step in sorted(candidate_steps) if length_seconds / step <= 5),
+        math.ceil(length_seconds / 5),
+    )
+    step = step if length_seconds > 3 else length_seconds / 2
+    unit, unit_name = (1, "s") if step < 60 else (60, "min") if step < 3600 else (3600, "h")
     return [
-        Tick(round(100 * place * step / length, 2), f"{place * step / unit:.3g} {name}")
-        for place in range(1, int(0.97 * length / step) + 1)
+        AxisTick(
+            round(100 * tick_index * step / length_seconds, 2),
+            f"{tick_index * step / unit:.3g} {unit_name}",
+        )
+        for tick_index in range(1, int(0.97 * length_seconds / step) + 1)
     ]
 
 
-def _chart(run: Run, ranks: Mapping[int, Sequence[Span]], start: float, length: float, kind: str) -> Chart | None:
+def _build_memory_chart(
+    run: RunRecord,
+    spans_by_rank: Mapping[int, Sequence[Span]],
+    start_seconds: float,
+    length_seconds: float,
+    memory_key: str,
+) -> MemoryChart | None:
     """Return the memory of a kind, gpu_gib or host_gib; None where nothing was measured."""
-    binned = {rank: _highest(spans, start, length, lambda span: getattr(span, kind)) for rank, spans in sorted(ranks.items())}
-    peaks = {rank: max(bins) for rank, bins in binned.items()}
-    if not any(peak > 0 for peak in peaks.values()):
+    bins_by_rank = {
+        rank: _compute_bin_peaks(
+            spans, start_seconds, length_seconds, lambda span: getattr(span, memory_key)
+        )
+        for rank, spans in sorted(spans_by_rank.items())
+    }
+    peak_by_rank = {rank: max(bins) for rank, bins in bins_by_rank.items()}
+    if not any(peak > 0 for peak in peak_by_rank.values()):
         return None
-    planned = _highest(run.spans, start, length, lambda span: run.plan.get(span.kind, {}).get(kind))
-    budget = run.budget.get(kind)
-    seen = max(*peaks.values(), *planned)
-    top = _nice(1.08 * (max(seen, budget) if budget is not None and budget < 1.8 * seen else seen))
-    curves = [Curve(rank, _outline(bins, top), peaks[rank]) for rank, bins in binned.items() if peaks[rank] > 0]
-    highest = max(peaks, key=lambda rank: peaks[rank])
-    return Chart(
-        title="GPU memory" if kind == "gpu_gib" else "Host memory",
-        summary=f"at most {peaks[highest]:.1f} GiB" + (f", on rank {highest}" if len(ranks) > 1 else ""),
+    planned_bins = _compute_bin_peaks(
+        run.spans,
+        start_seconds,
+        length_seconds,
+        lambda span: run.plan_by_stage.get(span.stage_kind, {}).get(memory_key),
+    )
+    budget_gib = run.memory_budget.get(memory_key)
+    highest_gib = max(*peak_by_rank.values(), *planned_bins)
+    axis_top = _round_up(
+        1.08
+        * (
+            max(highest_gib, budget_gib)
+            if budget_gib is not None and budget_gib < 1.8 * highest_gib
+            else highest_gib
+        )
+    )
+    curves = [
+        MemoryCurve(rank, _build_outline(bins, axis_top), peak_by_rank[rank])
+        for rank, bins in bins_by_rank.items()
+        if peak_by_rank[rank] > 0
+    ]
+    peak_rank = max(peak_by_rank, key=lambda rank: peak_by_rank[rank])
+    return MemoryChart(
+        title="GPU memory" if memory_key == "gpu_gib" else "Host memory",
+        summary=f"at most {peak_by_rank[peak_rank]:.1f} GiB"
+        + (f", on rank {peak_rank}" if len(spans_by_rank) > 1 else ""),
         curves=curves,
-        plan=_outline(planned, top) if any(planned) else "",
-        budget=round(100 - 100 * budget / top, 2) if budget is not None and budget <= top else None,
-        budget_gib=budget,
-        ticks=[Tick(round(100 - 100 * share, 2), f"{share * top:.3g}") for share in (0.5, 1.0)],
+        plan=_build_outline(planned_bins, axis_top) if any(planned_bins) else "",
+        budget=round(100 - 100 * budget_gib / axis_top, 2)
+        if budget_gib is not None and budget_gib <= axis_top
+        else None,
+        budget_gib=budget_gib,
+        ticks=[
+            AxisTick(round(100 - 100 * fraction, 2), f"{fraction * axis_top:.3g}")
+            for fraction in (0.5, 1.0)
+        ],
     )
 
 
-def _highest(spans: Sequence[Span], start: float, length: float, of: Callable[[Span], float | None]) -> list[float]:
+def _compute_bin_peaks(
+    spans: Sequence[Span],
+    start_seconds: float,
+    length_seconds: float,
+    get_gib: Callable[[Span], float | None],
+) -> list[float]:
     """Return the largest value in each place along the axis, 0 where there is none."""
-    bins = [0.0] * _BINS
+    bins = [0.0] * _NUM_BINS
     for span in spans:
-        value = of(span)
-        if value is None or value <= 0:
+        gib = get_gib(span)
+        if gib is None or gib <= 0:
             continue
-        first = min(_BINS - 1, int(_BINS * (span.began - start) / length))
-        last = max(first + 1, min(_BINS, round(_BINS * (span.began + span.seconds - start) / length)))
-        for place in range(first, last):
-            if bins[place] < value:
-                bins[place] = value
+        first_bin = min(
+            _NUM_BINS - 1, int(_NUM_BINS * (span.began - start_seconds) / length_seconds)
+        )
+        last_bin = max(
+            first_bin + 1,
+            min(
+                _NUM_BINS,
+                round(_NUM_BINS * (span.began + span.seconds - start_seconds) / length_seconds),
+            ),
+        )
+        for bin_index in range(first_bin, last_bin):
+            if bins[bin_index] < gib:
+                bins[bin_index] = gib
     return bins
 
 
-def _outline(bins: Sequence[float], top: float) -> str:
+def _build_outline(bins: Sequence[float], axis_top: float) -> str:
     """Return the steps as the path of an SVG, 400 wide and 100 high; gaps where nothing was measured."""
     parts: list[str] = []
-    before = 0.0
-    for place, value in enumerate([*bins, 0.0]):
-        if value == before:
+    previous_gib = 0.0
+    for bin_index, gib in enumerate([*bins, 0.0]):
+        if gib == previous_gib:
             continue
-        if before:
-            parts.append(f"H{place}")
-        if value:
-            parts.append(f"V{100 - 100 * value / top:.1f}" if before else f"M{place} {100 - 100 * value / top:.1f}")
-        before = value
+        if previous_gib:
+            parts.append(f"H{bin_index}")
+        if gib:
+            parts.append(
+                f"V{100 - 100 * gib / axis_top:.1f}"
+                if previous_gib
+                else f"M{bin_index} {100 - 100 * gib / axis_top:.1f}"
+            )
+        previous_gib = gib
     return "".join(parts)
 
 
-def _nice(value: float) -> float:
+def _round_up(value: float) -> float:
     """Return the next larger round number."""
     unit = 10.0 ** math.floor(math.log10(value))
-    return next(unit * count for count in (1, 1.2, 1.6, 2, 2.4, 3, 4, 5, 6, 8, 10) if unit * count >= value)
+    return next(
+        unit * count for count in (1, 1.2, 1.6, 2, 2.4, 3, 4, 5, 6, 8, 10) if unit * count >= value
+    )
 
 
-def _shares(run: Run) -> list[Share]:
-    seconds: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
+def _compute_stage_shares(run: RunRecord) -> list[StageShare]:
+    seconds_by_stage: dict[str, float] = defaultdict(float)
+    count_by_stage: dict[str, int] = defaultdict(int)
     for span in run.spans:
-        seconds[span.kind] += span.seconds
-        counts[span.kind] += 1
-    whole = max(sum(seconds.values()), 1e-9)
+        seconds_by_stage[span.stage_kind] += span.seconds
+        count_by_stage[span.stage_kind] += 1
+    total_seconds = max(sum(seconds_by_stage.values()), 1e-9)
     shares = []
-    for stage in sorted(seconds, key=lambda stage: -seconds[stage]):
-        planned = run.plan.get(stage, {}).get("seconds")
-        percent = 100 * seconds[stage] / whole
-        average = duration(seconds[stage] / counts[stage])
-        text = f"{percent:.0f} %" if percent >= 1 else "under 1 %"
-        shares.append(Share(stage, css_of(stage), duration(seconds[stage]), text, average, "" if planned is None else duration(planned)))
+    for stage in sorted(seconds_by_stage, key=lambda stage: -seconds_by_stage[stage]):
+        planned_seconds = run.plan_by_stage.get(stage, {}).get("seconds")
+        percent = 100 * seconds_by_stage[stage] / total_seconds
+        average_text = format_duration(seconds_by_stage[stage] / count_by_stage[stage])
+        percent_text = f"{percent:.0f} %" if percent >= 1 else "under 1 %"
+        shares.append(
+            StageShare(
+                stage,
+                choose_css_class(stage),
+                format_duration(seconds_by_stage[stage]),
+                percent_text,
+                average_text,
+                "" if planned_seconds is None else format_duration(planned_seconds),
+            )
+        )
     return shares
