@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 
 from tests.gallery_folder import RUN, write_record
+from wan_dist.jobs.planned_job import plan_jobs
 from wan_dist.output.gallery.background import PageWriter
 from wan_dist.pipeline.prompt_cache import PromptCache
 from wan_dist.pipeline.resume import ResumeState
 from wan_dist.planning.digests import WeightsDigests
-from wan_dist.run import plan_jobs
 from wan_dist.tasks.run_config import read_config
 
 
@@ -78,15 +78,16 @@ def main() -> None:
             pickle.loads(sent)
         print(f"{'':48} {len(sent) / 1e6:7.2f} MB")
         with timed("find their digests and kept states"):
-            for _, own, plan in checked:
-                ResumeState(folder, own, plan, WeightsDigests("", ""), is_job=True)._find_file()
+            for job in checked:
+                weights = WeightsDigests("", "")
+                ResumeState(folder, job.config, job.plan, weights, is_job=True)._find_file()
         cache, context = PromptCache(folder / "cache", "", 2**30), torch.zeros(1, 8)
         with timed("keep a text of each"):
-            for _, _, plan in checked:
-                cache.put(plan.prompt, context)
+            for job in checked:
+                cache.put(job.plan.prompt, context)
         (folder / "videos").mkdir()
-        for place, (_, _, plan) in enumerate(checked):
-            write_record(folder / "videos", plan.name, prompt=plan.prompt, seed=place)
+        for seed, job in enumerate(checked):
+            write_record(folder / "videos", job.name, prompt=job.plan.prompt, seed=seed)
         writer = PageWriter(folder / "videos")
         for when in ("write the page", "write it again"):
             with timed(when):

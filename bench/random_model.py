@@ -7,7 +7,8 @@ from torch.distributed.tensor import DTensor
 
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks, quantize_rows
-from wan_dist.models.transformer import ContextKV, WanTransformer
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.transformer_block import ContextKV
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.tasks.registry import Task
 

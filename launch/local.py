@@ -15,9 +15,9 @@ import signal
 import sys
 
 from launch.arguments import parse_count, split_arguments
+from wan_dist.jobs.planned_job import plan_jobs
 from wan_dist.planning.hardware import find_gpus
 from wan_dist.planning.plan import make_plan
-from wan_dist.run import plan_jobs
 from wan_dist.runtime.environment import ADDRESS_VARIABLES, RANK_VARIABLES
 from wan_dist.tasks.run_config import read_config
 

@@ -26,9 +26,9 @@ from launch.slurm.run_time import estimate_run_seconds, estimate_step_seconds
 from launch.slurm.sbatch import SlurmRequest, build_fetch_script, build_run_script, format_minutes
 from wan_dist.config.schema import RunConfig
 from wan_dist.jobs.job_file import compose_job_configs, read_jobs
+from wan_dist.jobs.planned_job import plan_jobs
 from wan_dist.planning.hardware import Hardware, parse_bytes
 from wan_dist.planning.plan import Plan, make_plan, plan_memory
-from wan_dist.run import plan_jobs
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.image_sizes import read_image_size
 from wan_dist.tasks.registry import get_task
@@ -116,15 +116,15 @@ def _build_request(
     elif (config := read_config(settings)) is None:
         return None
     elif config.jobs is not None:
-        checked_jobs = plan_jobs(
+        planned_jobs = plan_jobs(
             config,
             settings,
             ranks=(num_nodes * gpus_per_node, gpus_per_node),
             gpu_bytes=_build_hardware(config, cluster).gpu_bytes,
         )
         planned_videos = [
-            (_arrange_plan(plan, job_config, cluster, f"{job.location}: "), job_config)
-            for job, job_config, plan in checked_jobs
+            (_arrange_plan(job.plan, job.config, cluster, f"{job.source.location}: "), job.config)
+            for job in planned_jobs
         ]
     else:
         planned_videos = [(_plan_video(config, cluster, num_nodes, gpus_per_node), config)]

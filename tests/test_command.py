@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder
 from tests.unit.output.test_video_file import read_video
-from wan_dist.models.vae.layers import VideoState
+from wan_dist.models.vae.video_state import VideoState
 from wan_dist.output.video_file import SaveError
 from wan_dist.pipeline import generate as generate_module
 from wan_dist.run import main
@@ -302,7 +302,7 @@ def test_a_gpu_without_memory_denoises_with_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The step that ran out is repeated, once a rung, and the video is the same."""
-    from wan_dist.models.transformer import TransformerBlock
+    from wan_dist.models.transformer_block import TransformerBlock
 
     attend, calls = TransformerBlock._add_self_attention, []
 
@@ -342,7 +342,7 @@ def test_guessed_steps_are_said_and_recorded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from wan_dist.models.transformer import TransformerBlock
+    from wan_dist.models.transformer_block import TransformerBlock
 
     forward, calls = TransformerBlock.forward, []
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from wan_dist.models.attention.rotary import apply_rotary
 from wan_dist.models.context import ContextBlock, ContextProjection
 from wan_dist.models.kernels.transformer_ops import rms_norm
-from wan_dist.models.transformer import TransformerBlock, WanTransformer
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.transformer_block import TransformerBlock
 
 
 def project(projection: ContextProjection, texts: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -17,16 +17,14 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_dist.config.schema import RunConfig, list_settings
-from wan_dist.jobs.job_file import Job, compose_job_configs, read_jobs
+from wan_dist.jobs.planned_job import PlannedJob, plan_jobs
 from wan_dist.planning.plan import Plan, make_plan
 from wan_dist.planning.rank_facts import check_ranks_match, collect_rank_facts
-from wan_dist.planning.replicas import assign_degrees
 from wan_dist.runtime.cache_folders import configure_library_caches, is_writable
 from wan_dist.runtime.environment import (
     RankLayout,
@@ -43,7 +41,6 @@ from wan_dist.runtime.launcher import (
 )
 from wan_dist.runtime.log import configure_logging, logger, protect_streams
 from wan_dist.runtime.network import choose_network_interface
-from wan_dist.tasks.image_sizes import read_image_size
 from wan_dist.tasks.registry import TASKS
 from wan_dist.tasks.run_config import read_config
 
@@ -225,7 +222,7 @@ def _plan_work(
     arguments: list[str],
     ranks: RankLayout,
     find_gpu_bytes: Callable[[RunConfig], int | None],
-) -> Plan | list[tuple[Job, RunConfig, Plan]]:
+) -> Plan | list[PlannedJob]:
     """Return what is to be made; raises InputError for what cannot be."""
     rank_counts = (ranks.num_ranks, ranks.ranks_per_node)
     if config.jobs is None:
@@ -235,7 +232,7 @@ def _plan_work(
 
 def _start_run(
     config: RunConfig,
-    planned_work: "Plan | list[tuple[Job, RunConfig, Plan]]",
+    planned_work: "Plan | list[PlannedJob]",
     arguments: list[str],
     coordinator: "Coordinator",
 ) -> int:
@@ -244,62 +241,9 @@ def _start_run(
 
         generate_video(config, planned_work, coordinator)
         return 0
-    from wan_dist.jobs.worker import PlannedJob, run_jobs
+    from wan_dist.jobs.worker import run_jobs
 
-    return run_jobs(
-        config,
-        [PlannedJob(job, job_config, plan) for job, job_config, plan in planned_work],
-        arguments,
-        coordinator,
-    )
-
-
-def plan_jobs(
-    config: RunConfig, arguments: list[str], *, ranks: tuple[int, int], gpu_bytes: int | None
-) -> list[tuple[Job, RunConfig, Plan]]:
-    """Return each job of a run's file with its configuration and plan; raises InputError with the line of one that cannot be made.
-
-    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU. It is
-    enough to call it on one rank: what it returns can be pickled, in about 1 kB a job, of which most is the prompt. Images are not
-    decoded, and those that jobs share are looked at once.
-    """
-    assert config.jobs is not None
-    jobs = read_jobs(Path(config.jobs).expanduser())
-    for job in jobs:
-        job.check_keys()
-    shared_arguments = [
-        argument
-        for argument in arguments
-        if argument.partition("=")[0] not in ("jobs", "output.name")
-    ]
-    job_configs = [
-        job_config
-        for _, job_config in compose_job_configs(jobs, shared_arguments, _read_job_config)
-    ]
-    planned_jobs = []
-    image_size_reader = cache(read_image_size)
-    for job, job_config in zip(
-        jobs, assign_degrees(job_configs, *ranks, gpu_bytes, image_size_reader), strict=True
-    ):
-        try:
-            planned_jobs.append(
-                (
-                    job,
-                    job_config,
-                    make_plan(
-                        job_config, ranks=ranks, is_job=True, image_size_reader=image_size_reader
-                    ),
-                )
-            )
-        except InputError as error:
-            raise InputError(f"{job.location}: {error}") from None
-    return planned_jobs
-
-
-def _read_job_config(arguments: Sequence[str]) -> RunConfig:
-    config = read_config(arguments)
-    assert config is not None
-    return config
+    return run_jobs(config, planned_work, arguments, coordinator)
 
 
 def _find_gpu_bytes(config: RunConfig) -> int | None:

@@ -13,7 +13,7 @@ from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels import transformer_ops as elementwise
 from wan_dist.models.kernels.transformer_ops import Scaling
-from wan_dist.models.transformer import TransformerBlock
+from wan_dist.models.transformer_block import TransformerBlock
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import golden_folder, has_golden
 from wan_dist.models.dims import VaeDims
-from wan_dist.models.vae.layers import VideoState
 from wan_dist.models.vae.model import Decoder, WanVae, split_frames_into_chunks
+from wan_dist.models.vae.video_state import VideoState
 from wan_dist.parallel.mesh import Axis, open_process_groups
 from wan_dist.parallel.vae_split import encode_split_video
 from wan_dist.pipeline import decode as vae_work

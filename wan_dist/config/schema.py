@@ -3,8 +3,6 @@
 Errors that cross fields belong to ``plan.py``. Strings such as ``size`` are parsed here, once.
 """
 
-import math
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,8 +15,15 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from wan_dist.config.checks import (
+    check_choice,
+    check_file_name,
+    check_path,
+    check_positive,
+    check_prompt_length,
+)
 from wan_dist.config.paths import find_user_cache
-from wan_dist.runtime.errors import InputError, escape_unprintable, suggest_nearest
+from wan_dist.runtime.errors import InputError
 
 SOLVERS = ("unipc", "dpm++", "euler")
 DTYPES = ("bfloat16", "float32")
@@ -44,13 +49,8 @@ GUIDANCE_PASSES = ("together", "apart")
 DEVICES = ("auto", "cuda", "cpu")
 NOISE_DEVICES = ("cpu", "cuda")
 MAX_STEPS = 1000
-MAX_PROMPT_CHARACTERS = 2**20
 _MAX_TIMEOUT_SECONDS = 365 * 86400
 _MAX_FPS = 1000
-_MAX_NAME_BYTES = 200
-"""Of the 255 that file systems allow: files have suffixes, the longest where a run was ended, and are written under other names."""
-_RESERVED_SUFFIXES = (".latents", ".state")
-"""Of files beside a video: another job's could not be told apart from those."""
 _PROMPT_KEYS = ("prompt", "negative_prompt")
 _PATH_KEYS = (
     "ckpt_dir",
@@ -70,53 +70,6 @@ def _key(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _check_path(key: str, value: str) -> None:
-    if not value.strip():
-        raise InputError(
-            f"{key} is empty; leave it out, or say which {'folder' if key.endswith('dir') else 'file'}"
-        )
-    try:
-        if key == "dit_file":
-            split_file_list(value)
-        else:
-            Path(value.strip()).expanduser()
-    except RuntimeError:
-        raise InputError(
-            f"{key}={value}: no home folder of this user is known; ./~ begins a name with ~"
-        ) from None
-
-
-def split_file_list(value: str) -> list[Path]:
-    """Return the files of a setting, one or two with a comma between; where such a file exists, a comma is part of its name."""
-    comma_indices = [index for index, character in enumerate(value) if character == ","]
-    candidate_names = [
-        [value],
-        *([value[:comma_index], value[comma_index + 1 :]] for comma_index in comma_indices),
-        value.split(","),
-    ]
-    candidate_names = [
-        [name.strip() for name in names if name.strip()] for names in candidate_names
-    ]
-    candidate_paths = [[Path(name).expanduser() for name in names] for names in candidate_names]
-    return next(
-        (paths for paths in candidate_paths if paths and all(map(os.path.exists, paths))),
-        candidate_paths[-1] or candidate_paths[0],
-    )
-
-
-def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InputError(
-            f"{key}={value} is not one of {', '.join(choices)}{suggest_nearest(value, choices)}"
-        )
-
-
-def _check_positive(key: str, value: float | None, unit: str = "", hint: str = "") -> None:
-    if value is not None and not 0 < value < math.inf:
-        requirement = "above 0" if value <= 0 else "finite"
-        raise InputError(f"{key}={value}: it must be {requirement}{unit and ', in '}{unit}{hint}")
-
-
 @dataclass(kw_only=True)
 class SampleConfig:
     """How the latents are denoised."""
@@ -133,14 +86,14 @@ class SampleConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("sample.solver", self.solver, SOLVERS)
+        check_choice("sample.solver", self.solver, SOLVERS)
         if self.steps < 1:
             raise InputError(f"sample.steps={self.steps}: at least 1 step is needed")
         if self.steps > MAX_STEPS:
             raise InputError(
                 f"sample.steps={self.steps}: the models know {MAX_STEPS} noise levels, so more steps do nothing"
             )
-        _check_positive("sample.shift", self.shift, hint=" (published defaults are 3.0 to 16.0)")
+        check_positive("sample.shift", self.shift, hint=" (published defaults are 3.0 to 16.0)")
         self.parse_guide_scales()
 
     def parse_guide_scales(self) -> tuple[float, float]:
@@ -181,9 +134,9 @@ class ParallelConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choice("parallel.usp", self.usp, USP_IMPLEMENTATIONS)
+        check_choice("parallel.usp", self.usp, USP_IMPLEMENTATIONS)
         for key in ("timeout", "load_timeout"):
-            _check_positive(f"parallel.{key}", timeout_seconds := getattr(self, key), "seconds")
+            check_positive(f"parallel.{key}", timeout_seconds := getattr(self, key), "seconds")
             if timeout_seconds > _MAX_TIMEOUT_SECONDS:
                 raise InputError(
                     f"parallel.{key}={timeout_seconds}: more than {_MAX_TIMEOUT_SECONDS} s, a year, cannot be waited"
@@ -243,11 +196,11 @@ class MemoryConfig:
         }
         for key, allowed_choices in choices_by_key.items():
             if (value := getattr(self, key)) is not None:
-                _check_choice(f"memory.{key}", value, allowed_choices)
+                check_choice(f"memory.{key}", value, allowed_choices)
         if self.slice_tokens is not None and self.slice_tokens < 1:
             raise InputError(f"memory.slice_tokens={self.slice_tokens}: at least 1 token is needed")
         for key in ("budget_gib", "host_budget_gib"):
-            _check_positive(f"memory.{key}", getattr(self, key), "GiB")
+            check_positive(f"memory.{key}", getattr(self, key), "GiB")
 
 
 @dataclass(kw_only=True)
@@ -271,10 +224,10 @@ class CacheConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_positive("cache.size_gib", self.size_gib, "GiB", "; cache.dir=null keeps nothing")
+        check_positive("cache.size_gib", self.size_gib, "GiB", "; cache.dir=null keeps nothing")
         if self.steps is not None:
-            _check_choice("cache.steps", self.steps, STEP_CACHES)
-        _check_positive(
+            check_choice("cache.steps", self.steps, STEP_CACHES)
+        check_positive(
             "cache.threshold",
             self.threshold,
             hint=", e.g. 0.05; cache.steps=null computes every step",
@@ -288,31 +241,6 @@ class CacheConfig:
             cache_folder = find_user_cache()
             return None if cache_folder is None else cache_folder / "prompts"
         return Path(self.dir).expanduser()
-
-
-def check_prompt_length(key: str, text: str) -> None:
-    """Raise InputError for a prompt that is longer than any model reads, by far."""
-    if len(text) > MAX_PROMPT_CHARACTERS:
-        raise InputError(
-            f"{key} has {len(text)} characters; models read the first 500 words, and {MAX_PROMPT_CHARACTERS} are taken"
-        )
-
-
-def check_file_name(key: str, name: str) -> None:
-    """Raise InputError unless files can be called ``name``, with the suffixes that they get, and a terminal shows it as it is."""
-    if not name.strip() or "/" in name or name.startswith(".") or escape_unprintable(name) != name:
-        raise InputError(
-            f"{key}={name!r} must be a plain file name without control characters; folders go into output.dir"
-        )
-    stem = name.removesuffix(".mp4").removesuffix(".png").casefold()
-    if suffix := next((suffix for suffix in _RESERVED_SUFFIXES if stem.endswith(suffix)), None):
-        raise InputError(
-            f"{key}={name}: names that end in {suffix} are those of files kept beside another video; give it another name"
-        )
-    if (num_bytes := len(name.encode())) > _MAX_NAME_BYTES:
-        raise InputError(
-            f"{key}={name[:40]}... has {num_bytes} bytes; with suffixes there is room for {_MAX_NAME_BYTES}"
-        )
 
 
 @dataclass(kw_only=True)
@@ -396,11 +324,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._check_text_settings()
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("quant", self.quant, QUANTIZATIONS)
-        _check_choice("attention", self.attention, ATTENTION_BACKENDS)
-        _check_choice("device", self.device, DEVICES)
-        _check_choice("noise_device", self.noise_device, NOISE_DEVICES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("quant", self.quant, QUANTIZATIONS)
+        check_choice("attention", self.attention, ATTENTION_BACKENDS)
+        check_choice("device", self.device, DEVICES)
+        check_choice("noise_device", self.noise_device, NOISE_DEVICES)
         self.parse_size()
         if self.fps < 1:
             raise InputError(f"fps={self.fps}: at least 1 frame a second is needed")
@@ -431,7 +359,7 @@ class RunConfig:
             elif "\0" in value:
                 raise InputError(f"{key}={value!r} has a NUL in it, which no name has")
             if key in _PATH_KEYS:
-                _check_path(key, value)
+                check_path(key, value)
 
     def parse_size(self) -> tuple[int, int]:
         """Return ``size`` as (width, height) in pixels."""

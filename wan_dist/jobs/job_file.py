@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wan_dist.config.arguments import check_setting_key, is_text_key
+from wan_dist.config.checks import check_prompt_length
 from wan_dist.config.hydra_quoting import quote_if_needed, quote_text
 from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
-from wan_dist.config.schema import RunConfig, check_prompt_length
+from wan_dist.config.schema import RunConfig
 from wan_dist.jobs.job_entries import KEY_ALIASES, read_entries
 from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError

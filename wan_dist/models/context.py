@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels.transformer_ops import rms_norm
-from wan_dist.models.transformer import ContextKV, NormParameters
+from wan_dist.models.transformer_block import ContextKV, NormParameters
 
 
 class ImageEmbedding(nn.Module):

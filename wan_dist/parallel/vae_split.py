@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from wan_dist.models.vae.layers import VideoState, get_memory_format
+from wan_dist.models.vae.layers import get_memory_format
 from wan_dist.models.vae.model import WanVae
+from wan_dist.models.vae.video_state import VideoState
 from wan_dist.parallel.collectives import all_gather, exchange_halos
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.sequence import pad_end

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
 from wan_dist.models.dims import VaeDims
-from wan_dist.models.vae.layers import VideoState
 from wan_dist.models.vae.model import WanVae
+from wan_dist.models.vae.video_state import VideoState
 from wan_dist.output.video_file import convert_to_uint8
 from wan_dist.parallel.collectives import gather_on_first_rank
 from wan_dist.parallel.mesh import Axis

@@ -10,8 +10,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from wan_dist.config.checks import split_file_list
 from wan_dist.config.paths import find_packaged_folder
-from wan_dist.config.schema import RunConfig, split_file_list
+from wan_dist.config.schema import RunConfig
 from wan_dist.models.attention import cross as cross_attention
 from wan_dist.models.attention.inner import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.dims import TransformerDims

@@ -6,7 +6,8 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
-from wan_dist.config.schema import RunConfig, check_file_name
+from wan_dist.config.checks import check_file_name
+from wan_dist.config.schema import RunConfig
 
 _SETTINGS_WITHOUT_EFFECT = (
     "device",

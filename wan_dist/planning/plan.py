@@ -1,13 +1,13 @@
 """RunConfig + task -> Plan: every derived number and every error that crosses fields. No torch, so that it answers at once."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
 
-from wan_dist.config.schema import MAX_PROMPT_CHARACTERS, RunConfig
+from wan_dist.config.schema import RunConfig
 from wan_dist.models.dims import ModelDims
 from wan_dist.planning.degrees import MIN_STRIP_PIXELS, Degrees, check_attention_split, plan_degrees
 from wan_dist.planning.file_names import name_result
@@ -19,17 +19,25 @@ from wan_dist.planning.memory_planner import (
     choose_vae_strategies,
     compute_budget,
 )
-from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE, read_latents_size
+from wan_dist.planning.saved_latents import read_latents_size
 from wan_dist.planning.vae_memory import VaeStrategy
+from wan_dist.planning.video_settings import (
+    check_frame_num,
+    check_size,
+    choose_shift,
+    choose_tea_fit,
+    choose_video_size,
+    get_guide_scales,
+    read_images,
+    read_or_blank_images,
+    read_text_setting,
+)
 from wan_dist.planning.workload import Arrangement, Workload
 from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.text_files import UnreadableFileError, read_checkpoint_json, read_text_file
+from wan_dist.runtime.text_files import read_checkpoint_json
 from wan_dist.tasks.image_sizes import ImageSizeReader, find_image_files, read_image_sizes
-from wan_dist.tasks.images import crop_to_cover, fit_best_size_to_area, fit_size_to_area, read_image
-from wan_dist.tasks.registry import AREA_480P, TASKS, ImageInput, Task, TeaCacheFit, get_task
-
-_MAX_FRAMES = 10**6 + 1
+from wan_dist.tasks.registry import Task, TeaCacheFit, get_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,24 +125,22 @@ def make_plan(
         width, height, frame_num = read_latents_size(config.latents, task)
     else:
         if image_size_reader is None:
-            images = (
-                _read_or_blank_images(config, task) if is_dry_run else _read_images(config, task)
-            )
+            images = read_or_blank_images(config, task) if is_dry_run else read_images(config, task)
         source_sizes = (
             [image.size for image in images]
             if image_size_reader is None
             else read_image_sizes(find_image_files(config, task), image_size_reader)
         )
-        width, height, size_note = _choose_video_size(config, task, source_sizes)
-    _check_size(width, height, task)
-    _check_frame_num(frame_num, task)
-    prompt = _read_text_setting("prompt", config.prompt)
+        width, height, size_note = choose_video_size(config, task, source_sizes)
+    check_size(width, height, task)
+    check_frame_num(frame_num, task)
+    prompt = read_text_setting("prompt", config.prompt)
     if prompt is None and config.latents is None and not is_dry_run:
         raise InputError(
             'prompt is missing; say what to show, e.g. prompt="two cats boxing on a stage", or prompt=@file.txt'
         )
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
-    guide_scales = _get_guide_scales(config, task)
+    guide_scales = get_guide_scales(config, task)
     num_ranks, ranks_per_node = ranks or read_started_ranks()
     degrees = _choose_degrees(
         config, task, num_ranks, ranks_per_node, is_guided=guide_scales != (1, 1)
@@ -154,7 +160,7 @@ def make_plan(
     negative_prompt = (
         None
         if guide_scales == (1, 1)
-        else _read_text_setting("negative_prompt", config.negative_prompt) or ""
+        else read_text_setting("negative_prompt", config.negative_prompt) or ""
     )
     return Plan(
         task=task,
@@ -168,11 +174,11 @@ def make_plan(
         frame_num=frame_num,
         fps=config.fps,
         seed=seed,
-        shift=_choose_shift(
+        shift=choose_shift(
             config, task, width * height if config.max_area is None else config.max_area
         ),
         guide_scales=guide_scales,
-        tea_fit=_choose_tea_fit(config, task, width * height),
+        tea_fit=choose_tea_fit(config, task, width * height),
         latent_shape=(task.latent_channels, latent_frames, rows, columns),
         num_tokens=num_tokens,
         degrees=degrees,
@@ -369,135 +375,3 @@ def _choose_vae_strategy(config: RunConfig, degrees: Degrees, latent_side: int) 
         )
         raise InputError(f"memory.vae=parallel: {reason}; memory.vae=whole works")
     return VaeStrategy(config.memory.vae or ("parallel" if can_split else "whole"))
-
-
-def _read_or_blank_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
-    """Return the images that were given, or as many blank ones of the video's size as the task must have."""
-    has_images = any(
-        getattr(config, key) is not None for key in ("image", "first_frame", "last_frame")
-    )
-    if has_images or task.image_input in (ImageInput.NONE, ImageInput.OPTIONAL):
-        return _read_images(config, task)
-    return tuple(Image.new("RGB", config.parse_size()) for _ in task.image_input.setting_keys)
-
-
-def _read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
-    """Return the images the task starts from; raises InputError if one is missing, unreadable or not wanted."""
-    images = tuple(read_image(file, key) for key, file in find_image_files(config, task).items())
-    if len(images) == 2:
-        images = (images[0], crop_to_cover(images[1], images[0].size))
-    return images
-
-
-def _choose_video_size(
-    config: RunConfig, task: Task, source_sizes: Sequence[tuple[int, int]]
-) -> tuple[int, int, str]:
-    """Return width, height and how they came about: with an image, the size is an area and the image gives the aspect."""
-    width, height = config.parse_size()
-    if not source_sizes:
-        if config.max_area is not None:
-            raise InputError(
-                f"max_area={config.max_area} is for tasks with an image; {task.name} without one takes size=width*height"
-            )
-        return width, height, ""
-    area = config.max_area or width * height
-    fit_size = fit_best_size_to_area if task.has_fixed_first_frame else fit_size_to_area
-    image_width, image_height = source_sizes[0]
-    fitted_size = fit_size(image_width, image_height, area, task.size_multiple)
-    requested_size = f"max_area={config.max_area}" if config.max_area else f"size={width}*{height}"
-    size_note = (
-        ""
-        if fitted_size == (width, height)
-        else f" ({requested_size} is an area, the image of {image_width}x{image_height} gives the aspect)"
-    )
-    return *fitted_size, size_note
-
-
-def _get_guide_scales(config: RunConfig, task: Task) -> tuple[float, float]:
-    scales = config.sample.parse_guide_scales()
-    if task.expert_boundary is None and scales[0] != scales[1]:
-        raise InputError(
-            f"sample.guide_scale={config.sample.guide_scale}: {task.name} has one transformer and takes one number"
-        )
-    return scales
-
-
-def _choose_shift(config: RunConfig, task: Task, area: int) -> float:
-    if config.sample.shift is not None:
-        return config.sample.shift
-    if task.default_shifts is None:
-        raise InputError(
-            f"sample.shift is null, but {task.name} has no default by size; published defaults are 3.0 to 16.0"
-        )
-    return task.default_shifts[0] if area <= AREA_480P else task.default_shifts[1]
-
-
-def _choose_tea_fit(config: RunConfig, task: Task, area: int) -> TeaCacheFit | None:
-    if config.cache.steps != "tea":
-        return None
-    if not task.tea_fits:
-        supported_names = ", ".join(
-            name for name, other_task in TASKS.items() if other_task.tea_fits
-        )
-        raise InputError(
-            f"cache.steps=tea has been fitted to the models of {supported_names}, not to that of {task.name}; cache.steps=easy works"
-        )
-    tea_fit = task.tea_fits[0 if area <= AREA_480P else -1]
-    return (
-        tea_fit
-        if config.cache.threshold is None
-        else tea_fit._replace(threshold=config.cache.threshold)
-    )
-
-
-def _check_frame_num(frame_num: int, task: Task) -> None:
-    if task.is_still and frame_num != 1:
-        raise InputError(f"frame_num={frame_num}: {task.name} makes one image, frame_num=1")
-    stride = task.vae_stride[0]
-    if frame_num < 1 or (frame_num - 1) % stride:
-        nearest_below = max(frame_num - 1, 0) // stride * stride + 1
-        raise InputError(
-            f"frame_num={frame_num} is not {stride}n + 1; the nearest that work are {nearest_below} and {nearest_below + stride}"
-        )
-    if frame_num > _MAX_FRAMES:
-        raise InputError(
-            f"frame_num={frame_num}: more than {_MAX_FRAMES} frames are not made in one video"
-        )
-    if task.image_input is ImageInput.FIRST_AND_LAST and frame_num == 1:
-        raise InputError(
-            f"frame_num=1: a first and a last frame need at least frame_num={stride + 1}"
-        )
-
-
-def _check_size(width: int, height: int, task: Task) -> None:
-    width_multiple, height_multiple = task.size_multiple
-    if max(width, height) > MAX_VIDEO_SIDE:
-        raise InputError(f"size={width}*{height}: H.264 has {MAX_VIDEO_SIDE} pixels a side at most")
-    if width % width_multiple == 0 and height % height_multiple == 0:
-        return
-    smaller_size = f"{max(width // width_multiple, 1) * width_multiple}*{max(height // height_multiple, 1) * height_multiple}"
-    larger_size = f"{-(-width // width_multiple) * width_multiple}*{-(-height // height_multiple) * height_multiple}"
-    raise InputError(
-        f"size={width}*{height}: the width must be a multiple of {width_multiple} and the height of {height_multiple}; "
-        f"the nearest that work are {smaller_size} and {larger_size}"
-    )
-
-
-def _read_text_setting(key: str, value: str | None) -> str | None:
-    """Return the text, or the contents of the file after ``@``; ``@@`` begins a text with ``@``."""
-    if value is None or not value.startswith("@"):
-        return value
-    if value.startswith("@@"):
-        return value[1:]
-    try:
-        path = Path(value[1:]).expanduser()
-        text = read_text_file(path, max_bytes=MAX_PROMPT_CHARACTERS).strip()
-    except UnreadableFileError as error:
-        raise InputError(
-            f"{key}={value}: cannot read {path} ({error}); a text that begins with @ is written with @@"
-        ) from None
-    except RuntimeError as error:
-        raise InputError(f"{key}={value}: {error}") from None
-    if not text and key == "prompt":
-        raise InputError(f"{key}={value}: the file is empty")
-    return text

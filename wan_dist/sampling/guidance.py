@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from wan_dist.models.transformer import ContextKV, ResidualCache, WanTransformer
+from wan_dist.models.transformer import ResidualCache, WanTransformer
+from wan_dist.models.transformer_block import ContextKV
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.step_cache import TeaCache, VelocityFunction
 

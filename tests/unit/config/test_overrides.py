@@ -16,7 +16,7 @@ from wan_dist.config.arguments import is_text_key
 from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
 from wan_dist.config.schema import RunConfig, list_settings
 from wan_dist.jobs.job_file import Job, compose_job_configs
-from wan_dist.run import plan_jobs
+from wan_dist.jobs.planned_job import plan_jobs
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.image_sizes import read_image_size
 from wan_dist.tasks.images import read_image
@@ -255,8 +255,8 @@ def test_many_jobs_are_checked_soon_and_sent_small(tmp_path: Path) -> None:
     sent = pickle.dumps(checked)
     assert len(sent) < 2000 * number_of_jobs
     assert pickle.loads(sent) == checked
-    assert checked[999][1].sample.guide_scale == [3.0, 1.999]
-    assert {plan.num_images for _, _, plan in checked} == {1}
+    assert checked[999].config.sample.guide_scale == [3.0, 1.999]
+    assert {job.plan.num_images for job in checked} == {1}
 
 
 def picture(path: Path, **options: Any) -> Path:

@@ -12,7 +12,8 @@ from tests.live_bytes import LiveBytes
 from wan_dist.models.attention import eight_bit as attention_8bit
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.kernels import quantized_linear as quantized
-from wan_dist.models.transformer import ContextKV, ResidualCache, WanTransformer
+from wan_dist.models.transformer import ResidualCache, WanTransformer
+from wan_dist.models.transformer_block import ContextKV
 from wan_dist.models.vae import ops as vae_elementwise
 from wan_dist.models.vae.model import WanVae
 from wan_dist.parallel import ring, sequence, ulysses

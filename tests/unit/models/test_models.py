@@ -11,9 +11,11 @@ from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims, VaeDims
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
-from wan_dist.models.transformer import ContextKV, PatchEmbedding, WanTransformer
-from wan_dist.models.vae.layers import Upsample, VideoState, patchify_pixels, unpatchify_pixels
+from wan_dist.models.transformer import PatchEmbedding, WanTransformer
+from wan_dist.models.transformer_block import ContextKV
+from wan_dist.models.vae.layers import Upsample, patchify_pixels, unpatchify_pixels
 from wan_dist.models.vae.model import WanVae, split_frames_into_chunks
+from wan_dist.models.vae.video_state import VideoState
 from wan_dist.pipeline.image_conditioning import (
     convert_image_to_tensor,
     make_image_chunks,

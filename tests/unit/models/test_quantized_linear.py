@@ -16,7 +16,8 @@ from wan_dist.models.kernels.quantized_linear import (
     quantize_blocks,
     quantize_rows,
 )
-from wan_dist.models.transformer import ContextKV, WanTransformer
+from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.transformer_block import ContextKV
 from wan_dist.planning import memory_estimate as footprint
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.conftest import FIXTURES
-from wan_dist.config.schema import split_file_list
+from wan_dist.config.checks import split_file_list
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.image_encoder import build_image_encoder

@@ -20,11 +20,11 @@ from wan_dist.models.vae.layers import (
     RMSNorm,
     Upsample,
     UpStage,
-    VideoState,
     patchify_pixels,
     prepare_conv_input,
     unpatchify_pixels,
 )
+from wan_dist.models.vae.video_state import VideoState
 
 # Mean and standard deviation of each latent channel over the training data, by the number of channels, from the published
 # Diffusers-layout vae/config.json.
