@@ -1,7 +1,10 @@
-"""Write a full-size checkpoint with random bfloat16 weights in the published layout, to try a whole run without a download.
+"""Random checkpoint at full size: bfloat16 weights in the published layout, for runs without a download.
 
-python bench/checkpoint.py --task t2v-1.3B FOLDER        # 15 GB; t2v-14B and A14B (both experts are one file): 41 GB; ti2v-5B: 25 GB
-python bench/checkpoint.py --task ti2v-5B OTHER --text-encoder-of FOLDER        # without a second text encoder, 11 GB less
+    python bench/checkpoint.py --task t2v-1.3B FOLDER
+    python bench/checkpoint.py --task ti2v-5B OTHER --text-encoder-of FOLDER    # links to a text encoder
+
+It takes 15 GB of disk for t2v-1.3B, 25 GB for ti2v-5B, and 41 GB for t2v-14B and A14B, both experts of which
+are one file; with the text encoder of another folder 11 GB less.
 """
 
 import argparse
@@ -15,11 +18,12 @@ from bench.random_checkpoint import make_checkpoint
 from wan_dist.tasks.registry import TASKS
 
 _HEADER_BYTES = 2**20
+"""Bytes reserved for the header, whose size is not known before the tensors are drawn."""
 _NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def save_in_turn(tensors: Iterable[tuple[str, torch.Tensor]], file: Path) -> None:
-    """Write a safetensors file holding one tensor at a time; the header, padded with blanks, is written last."""
+    """Write a safetensors file with one tensor at a time in memory; the header, padded, is written last."""
     header: dict[str, object] = {}
     end = 0
     with file.open("wb") as stream:
@@ -39,7 +43,7 @@ def save_in_turn(tensors: Iterable[tuple[str, torch.Tensor]], file: Path) -> Non
 
 
 def main() -> None:
-    """Make the checkpoint."""
+    """Write the checkpoint."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,7 +60,7 @@ def main() -> None:
         "transformer_folder": place,
         "text_encoder_of": options.text_encoder_of,
     }
-    torch.serialization.set_crc32_options(False)  # which take as long as the rest
+    torch.serialization.set_crc32_options(False)  # they take as long as the rest
     make_checkpoint(options.folder, task.model_dims, save=save_in_turn, **settings)
     if task.expert_boundary:
         (options.folder / "low_noise_model").symlink_to(place)

@@ -1,14 +1,17 @@
-"""Inject faults into a run with jobs until it is done, and compare it with one that was left alone.
+"""Fault-injection drill: a run with jobs under faults, compared with an undisturbed run.
 
-    python -m bench.drill                                       # 1000 jobs, 4 ranks on CPUs, 60 faults: about an hour on 2 cores
+    python -m bench.drill     # 1000 jobs, 4 ranks on CPUs, 60 faults: about an hour on 2 cores
     python -m bench.drill --jobs 12 --ranks 2 --faults 4
-    python -m bench.drill --jobs 12 --ranks 2 --steps 10 --kinds SIGINT "power cut"    # each once, in this order
+    python -m bench.drill --jobs 12 --ranks 2 --steps 10 --kinds SIGINT "power cut"    # each once, in order
 
-The faults are in bench/faults.py: a rank or the launcher is killed, stopped or gets a signal, the disk is full, other runs begin in the
-same folder, files are damaged, an image vanishes, the file of jobs is edited, fsync fails or has no effect before a power cut. After each
-the same command is given again. In the end every job, as the file has it then, has one whole video, equal to that of the undisturbed run,
-and none was made twice unless its line was edited or its files were lost. The disk is a small tmpfs, which only root can make; faults that
-need that, or a C compiler, are left out where there is none.
+The faults are in bench/faults.py: a rank or the launcher is killed, stopped or gets a signal, the disk is
+full, other runs start in the same folder, files are damaged, an image vanishes, the file of jobs is edited,
+fsync fails or has no effect before a power cut. After each the same command is started again, and resumes.
+
+In the end every job of the file, as it is then, must have one complete video, equal to that of the
+undisturbed run, and no job may have been made twice unless its line was edited or its files were lost. The
+disk is a small tmpfs, which only root can mount; faults that need that, or a C compiler, are left out where
+there is none.
 """
 
 import argparse
@@ -39,44 +42,50 @@ _ROOT = Path(__file__).parents[1]
 _COMMON = ["task=toy", "dtype=float32", "size=64*48", "frame_num=9", "parallel.timeout=15"]
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ENDS = {0, 1, 75, *(-number for number in _SIGNALS), *(128 + number for number in _SIGNALS)}
-"""Exit codes that a run under faults may have."""
+"""Exit codes that a run under faults may have: done, failed, preempted, or a signal's."""
 _EACH_IMAGE = 4
-"""Every how manyth job has an image."""
+"""One in this many jobs has an image."""
 _MOST_RUNS = 5
-"""In which what the last fault has left is to be made."""
+"""Runs after the last fault within which the remaining jobs have to be made."""
 
 Line = dict[str, Any]
 
 
 @dataclass
 class Drill:
-    """One drill in a folder; ``disk`` is where the results go."""
+    """A drill in ``folder``, which has the file of jobs, events and the log; results go to ``disk``."""
 
     folder: Path
     disk: Path
     num_jobs: int
     num_ranks: int
     plan: Sequence[str]
-    """The faults, by name, in order."""
+    """Names of the faults, in order."""
     chance: random.Random
     fsync: Fsync | None = None
     codes: Counter[str] = field(default_factory=Counter)
-    """How runs ended."""
+    """Number of runs by exit code."""
     found: list[str] = field(default_factory=list)
-    """What is not as it should be."""
+    """Violations that were found."""
     notes: list[str] = field(default_factory=list)
+    """Faults that were left out, and why."""
     runs: list[Run] = field(default_factory=list)
     pairs: list[str] = field(default_factory=list)
-    """Prompts of which two single runs have made a video each."""
+    """Prompts for each of which two single runs have made a video."""
     made_again: Counter[str] = field(default_factory=Counter)
-    """How often a job may be made more than once."""
+    """Number of times that a job may be made again."""
     edited: set[str] = field(default_factory=set)
+    """Names of the jobs whose line was edited."""
     num_cuts: int = 0
+    """Power cuts so far."""
     num_begun: int = 0
-    """Jobs that were begun before the last run was started."""
+    """Jobs that were started before the last run was."""
     num_steps: int = 30
     num_replicas: int | None = None
-    """Into which the ranks are divided; None: each is one, so that a run without torchrun makes the same videos bit by bit."""
+    """Number of replicas that the ranks are divided into.
+
+    None: each rank is one, so that a run without torchrun makes the same videos, bit-identical.
+    """
 
     def __post_init__(self) -> None:
         self.lines = [self._line(number) for number in range(self.num_jobs)]
@@ -95,7 +104,7 @@ class Drill:
         )
 
     def edit(self) -> list[str]:
-        """Change the fps of a line whose video is there, if one is, and another line's prompt, and add a line.
+        """Change the fps of a line whose video is done, if one is, and another line's prompt, and add a line.
 
         Returns the names of the changed lines.
         """
@@ -114,7 +123,7 @@ class Drill:
         return names
 
     def run_alone(self, folder: Path) -> None:
-        """Make the jobs, as the file has them in the end, without faults."""
+        """Run the jobs of the file, as it is in the end, without faults."""
         if code := self.start(folder).wait():
             raise SystemExit(f"the run without faults ended with code {code}")
 
@@ -140,7 +149,7 @@ class Drill:
         return self._start([*(torchrun if launched else []), "-m", "wan_dist.run", *settings])
 
     def start_single(self, prompt: str, *, num_steps: int) -> Run:
-        """Start a run of one video, whose name is made up."""
+        """Start a run of one video, whose name is generated."""
         settings = [
             *_COMMON,
             f"sample.steps={num_steps}",
@@ -167,7 +176,7 @@ class Drill:
         return run
 
     def events(self, out: Path, kind: str) -> list[str]:
-        """Return the jobs of events of a kind."""
+        """Return the job names of the events of a kind, in the order of the file."""
         try:
             lines = (self.folder / f"{out.name}.jsonl").read_text().splitlines()
         except FileNotFoundError:
@@ -175,12 +184,12 @@ class Drill:
         return [entry["job"] for line in lines if (entry := json.loads(line))["event"] == kind]
 
     def allow_again(self, name: str) -> None:
-        """Let a job be made once more than it was."""
+        """Allow a job that is done to be made once more."""
         if name in self.events(self.disk, "done"):
             self.made_again[name] += 1
 
     def inject(self) -> None:
-        """Inject the faults, then let a run end."""
+        """Inject the faults, then run until all jobs are done, for at most five runs."""
         run = self.start(self.disk)
         for number, (kind, after) in enumerate(itertools.zip_longest(self.plan, self.plan[1:])):
             num_done = len(set(self.events(self.disk, "done")))
@@ -188,21 +197,20 @@ class Drill:
             self._await(run, num_done + round(self.chance.uniform(0, 1.5 * share)))
             if run.poll() is not None and kind not in BETWEEN_RUNS:
                 run = self._again(run)
-                time.sleep(self.chance.uniform(0, 8))  # also while it begins
+                time.sleep(self.chance.uniform(0, 8))  # also while it starts
             with (self.folder / "log.txt").open("a") as log:
                 log.write(f"---- {time.strftime('%H:%M:%S')} fault: {kind}\n")
             FAULTS[kind](self, run)
             if run.poll() is not None and after not in BETWEEN_RUNS:
                 run = self._again(run)
-        is_done = (
-            self._end_of(run) == 0 and "a second run" not in self.plan
-        )  # which may have had jobs
+        # The second run of that fault may have taken jobs, which this run left to it.
+        is_done = self._end_of(run) == 0 and "a second run" not in self.plan
         for _ in range(0 if is_done else _MOST_RUNS):
             if self._end_of(self.start(self.disk, "retry_failed=true")) == 0:
                 break
 
     def _again(self, run: Run) -> Run:
-        """Give the command again after a run that has ended."""
+        """Start the same command again after a run has ended."""
         self._end_of(run)
         return self.start(self.disk)
 
@@ -218,7 +226,7 @@ class Drill:
         return code
 
     def compare(self, alone: Path) -> None:
-        """Note what is not as it should be, compared with the results of the undisturbed run."""
+        """Record the violations, compared with the results of the undisturbed run."""
         for job, count in Counter(self.events(self.disk, "done")).items():
             if count > 1 + self.made_again[job]:
                 self.found.append(
@@ -250,7 +258,7 @@ class Drill:
         self.found += [f"{name} should not be there" for name in sorted([*unknown, *leftovers])]
 
     def _compare_pairs(self) -> set[str]:
-        """Return the videos of single runs, and note where there are not two of a prompt."""
+        """Return the videos of single runs, and record the prompts that have not two."""
         records = [json.loads(file.read_text()) for file in self.disk.glob("toy_*.json")]
         videos = {record["prompt"]: set() for record in records}
         for record in records:
@@ -265,7 +273,7 @@ class Drill:
         return {name for names in videos.values() for name in names}
 
     def close(self) -> None:
-        """End what is still running."""
+        """Kill the runs that have not ended."""
         for run in self.runs:
             if run.poll() is None:
                 kill_all(run)
@@ -273,7 +281,7 @@ class Drill:
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """Yield a file system of so many bytes, or the folder where it cannot be made."""
+    """Yield a folder on a tmpfs of ``size`` bytes, or a plain folder where it cannot be mounted."""
     place = folder / "disk"
     place.mkdir()
     mounted = subprocess.run(
@@ -292,14 +300,14 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 
 def choose_faults(number: int, kinds: Sequence[str], chance: random.Random) -> list[str]:
-    """Return so many faults, of all kinds alike, in any order."""
+    """Return ``number`` faults in random order, as many of each kind."""
     plan = [kinds[place % len(kinds)] for place in range(number)]
     chance.shuffle(plan)
     return plan
 
 
-def main() -> None:
-    """Run with faults, run alone, compare, print what was found; code 1 if anything is not as it should be."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -323,48 +331,69 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of a job")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file of what was found")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def make_drill(
+    options: argparse.Namespace, folder: Path, disk: Path, chance: random.Random
+) -> Drill:
+    """Return the drill of these options, with a note for each fault that this machine cannot inject."""
+    fsync = build_fsync(folder)
+    missing = set(NEED_FSYNC if fsync is None else ())
+    if disk.parent == folder:
+        missing.add("full disk")
+    kinds = [kind for kind in options.kinds or FAULTS if kind not in missing]
+    if options.kinds and options.faults is None:
+        plan = kinds
+    else:
+        plan = choose_faults(options.faults or 60, kinds, chance)
+    drill = Drill(
+        *(folder, disk, options.jobs, options.ranks, plan, chance, fsync),
+        num_steps=options.steps,
+        num_replicas=options.replicas,
+    )
+    drill.notes += [
+        f"no {kind}: it needs {'a C compiler' if kind in NEED_FSYNC else 'root'}"
+        for kind in sorted(missing)
+    ]
+    return drill
+
+
+def run_drill(drill: Drill) -> tuple[float, float]:
+    """Run with faults, run alone, compare; returns the seconds under faults, and alone.
+
+    The log is copied to drill-log.txt if there are violations or an exception is raised.
+    """
+    folder = drill.folder
+    started = time.perf_counter()
+    try:
+        drill.inject()
+        under_faults = time.perf_counter() - started
+        drill.run_alone(folder / "alone")
+        alone = time.perf_counter() - started - under_faults
+        drill.compare(folder / "alone")
+    finally:
+        drill.close()
+        if drill.found or sys.exc_info()[0] is not None:
+            shutil.copy(folder / "log.txt", "drill-log.txt")
+    return under_faults, alone
+
+
+def main() -> None:
+    """Run the drill and print what was found; exit code 1 if there are violations."""
+    options = parse_arguments()
     with (
         tempfile.TemporaryDirectory() as name,
         small_disk(Path(name), options.jobs * 2**18 + 2**24) as disk,
     ):
-        folder, chance, fsync = Path(name), random.Random(options.seed), build_fsync(Path(name))
-        missing = {
-            *(NEED_FSYNC if fsync is None else ()),
-            *(("full disk",) if disk.parent == folder else ()),
-        }
-        kinds = [kind for kind in options.kinds or FAULTS if kind not in missing]
-        plan = (
-            kinds
-            if options.kinds and options.faults is None
-            else choose_faults(options.faults or 60, kinds, chance)
-        )
-        drill = Drill(
-            *(folder, disk, options.jobs, options.ranks, plan, chance, fsync),
-            num_steps=options.steps,
-            num_replicas=options.replicas,
-        )
-        drill.notes += [
-            f"no {kind}: it needs {'a C compiler' if kind in NEED_FSYNC else 'root'}"
-            for kind in sorted(missing)
-        ]
-        started = time.perf_counter()
-        try:
-            drill.inject()
-            under_faults = time.perf_counter() - started
-            drill.run_alone(folder / "alone")
-            alone = time.perf_counter() - started - under_faults
-            drill.compare(folder / "alone")
-        finally:
-            drill.close()
-            if drill.found or sys.exc_info()[0] is not None:
-                shutil.copy(folder / "log.txt", "drill-log.txt")
-        failures = fsync.num_failures if fsync else 0
+        drill = make_drill(options, Path(name), disk, random.Random(options.seed))
+        under_faults, alone = run_drill(drill)
+        failures = drill.fsync.num_failures if drill.fsync else 0
     found = {
         "jobs": options.jobs,
         "ranks": options.ranks,
         "replicas": options.replicas,
-        "faults": dict(Counter(plan)),
+        "faults": dict(Counter(drill.plan)),
     }
     found |= {
         "ends": dict(drill.codes),

@@ -1,11 +1,11 @@
-"""Time a whole run by stage, from the command to the video, with a full-size random checkpoint.
+"""End-to-end time of a run by stage, from command to video, with a random checkpoint at full size.
 
     python bench/checkpoint.py --task i2v-14B CHECKPOINTS/i2v-14B
     python -m bench.end_to_end CHECKPOINTS --task i2v-14B size=832*480 sample.steps=4
     torchrun --nproc_per_node=2 -m bench.end_to_end CHECKPOINTS --task i2v-14B size=832*480 sample.steps=4
 
-Prints each stage's seconds, and what the run would take with the task's own number of steps, from its second step on; writes
-bench/results/end-to-end-TASK-SIZE-GPUS.json.
+Prints each stage's seconds, and an estimate for the task's own number of steps from the fastest step after
+the first; writes bench/results/end-to-end-TASK-SIZE-GPUS.json.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from wan_dist.config.compose import compose_config
 from wan_dist.tasks.registry import TASKS, ImageInput
 
 
-def main() -> None:
-    """Run once and print where the time went."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,12 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("/tmp/wan-dist-end-to-end"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    options = parser.parse_intermixed_args()
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    """Run once; print the seconds of each stage and write them."""
+    options = parse_arguments()
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     options.work.mkdir(parents=True, exist_ok=True)
     settings = [

@@ -1,4 +1,4 @@
-"""The faults of bench/drill.py: each is injected into a run that is going on, which is to survive it or to end."""
+"""Fault injection of bench/drill.py: the faults, each injected into a run in progress."""
 
 import os
 import shutil
@@ -18,33 +18,36 @@ if TYPE_CHECKING:
 Run = subprocess.Popen[bytes]
 _FILL_BYTES = 2**16
 _LIMIT = 120.0
-"""Seconds in which a run has to end once it is to."""
+"""Seconds within which a run has to end after a fault that ends it."""
 
 
 @dataclass(frozen=True)
 class Fsync:
-    """A library for LD_PRELOAD whose fsync fails, or has no effect, as the file ``control`` says; see failing_fsync.c."""
+    """A library for LD_PRELOAD whose fsync fails, or has no effect, as the file ``control`` says.
+
+    Its source is failing_fsync.c.
+    """
 
     library: Path
     control: Path
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a run needs in its environment to have it."""
+        """Environment variables that load the library into a run."""
         return {"LD_PRELOAD": str(self.library), "FSYNC_CONTROL": str(self.control)}
 
     def set_mode(self, mode: str) -> None:
-        """Let every second call fail (f), or all have no effect (l), or work again (empty)."""
+        """Set ``mode``: every second call fails (f), no call has an effect (l), all calls work (empty)."""
         self.control.write_text(mode)
 
     @property
     def num_failures(self) -> int:
-        """Calls that failed so far."""
+        """Number of calls that failed so far."""
         return len(self._notes("failed"))
 
     @property
     def synced(self) -> set[int]:
-        """Inodes of the files that have reached the disk."""
+        """Inodes of the files that were synchronized to disk."""
         return set(self._notes("synced"))
 
     def _notes(self, kind: str) -> list[int]:
@@ -53,7 +56,7 @@ class Fsync:
 
 
 def build_fsync(folder: Path) -> Fsync | None:
-    """Return the library, compiled into the folder; None where that cannot be done."""
+    """Return the library, compiled into ``folder``; None where there is no C compiler or it fails."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         return None
@@ -68,7 +71,7 @@ def build_fsync(folder: Path) -> Fsync | None:
 
 
 def ranks_of(run: Run) -> list[int]:
-    """Return the process ids of a launcher's ranks."""
+    """Return the process ids of a launcher's ranks, which are its children."""
     told = subprocess.run(
         ["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True, check=False
     ).stdout
@@ -91,7 +94,7 @@ def await_end(run: Run, ranks: list[int]) -> None:
 
 
 def kill_all(run: Run) -> None:
-    """End launcher and ranks at once."""
+    """Kill the launcher and its ranks (SIGKILL)."""
     ranks = ranks_of(run)
     for process in (run.pid, *ranks):
         send_signal(process, signal.SIGKILL)
@@ -99,7 +102,7 @@ def kill_all(run: Run) -> None:
 
 
 def kill_rank(drill: "Drill", run: Run) -> None:
-    """End a rank at once."""
+    """Kill a rank (SIGKILL)."""
     ranks = ranks_of(run)
     if ranks:
         send_signal(drill.chance.choice(ranks), signal.SIGKILL)
@@ -107,14 +110,14 @@ def kill_rank(drill: "Drill", run: Run) -> None:
 
 
 def kill_launcher(drill: "Drill", run: Run) -> None:
-    """End torchrun at once; its ranks end by themselves."""
+    """Kill torchrun (SIGKILL); its ranks end by themselves."""
     ranks = ranks_of(run)
     send_signal(run.pid, signal.SIGKILL)
     await_end(run, ranks)
 
 
 def terminate(drill: "Drill", run: Run) -> None:
-    """Ask the launcher to end, as Slurm does, unless it has ended."""
+    """Terminate the launcher (SIGTERM), as Slurm does, unless it has ended."""
     if run.poll() is None:
         ranks = ranks_of(run)
         send_signal(run.pid, signal.SIGTERM)
@@ -122,7 +125,7 @@ def terminate(drill: "Drill", run: Run) -> None:
 
 
 def interrupt(number: signal.Signals) -> Callable[["Drill", Run], None]:
-    """Return the fault of this signal to the launcher or to a rank."""
+    """Return the fault of sending this signal to the launcher or to a rank."""
 
     def inject(drill: "Drill", run: Run) -> None:
         ranks = ranks_of(run)
@@ -133,7 +136,7 @@ def interrupt(number: signal.Signals) -> Callable[["Drill", Run], None]:
 
 
 def stop_rank(drill: "Drill", run: Run) -> None:
-    """Stop a rank for a few seconds."""
+    """Stop a rank for a few seconds (SIGSTOP, SIGCONT)."""
     if ranks := ranks_of(run):
         rank = drill.chance.choice(ranks)
         send_signal(rank, signal.SIGSTOP)
@@ -142,7 +145,7 @@ def stop_rank(drill: "Drill", run: Run) -> None:
 
 
 def fill_disk(drill: "Drill", run: Run) -> None:
-    """Leave no space until the run has ended."""
+    """Fill the disk until the run has ended."""
     filler = drill.disk / ".filler"
     with filler.open("wb", buffering=0) as file:
         while run.poll() is None:  # it writes as well, and files of its own may go meanwhile
@@ -153,7 +156,7 @@ def fill_disk(drill: "Drill", run: Run) -> None:
 
 
 def run_beside(drill: "Drill", run: Run) -> None:
-    """Give the same command in another terminal, and end that one."""
+    """Start the same command a second time beside the run, and end the second one."""
     other = drill.start(drill.disk, launched=drill.num_replicas is not None)
     time.sleep(drill.chance.uniform(6, 12))
     ranks = ranks_of(other)
@@ -162,7 +165,7 @@ def run_beside(drill: "Drill", run: Run) -> None:
 
 
 def run_pair(drill: "Drill", run: Run) -> None:
-    """Make two single videos beside the run whose names, which are made up, would be the same."""
+    """Make two single videos beside the run, whose generated names would be the same."""
     prompt = f"two at once, {len(drill.pairs)}"
     drill.pairs.append(prompt)
     singles = [drill.start_single(prompt, num_steps=steps) for steps in (3, 4)]
@@ -173,7 +176,7 @@ def run_pair(drill: "Drill", run: Run) -> None:
 
 
 def damage_files(drill: "Drill", run: Run) -> None:
-    """Damage a kept state, if there is one, a video's latents and a record between two runs."""
+    """Damage a saved state, if there is one, a video's latents and a record between two runs."""
     terminate(drill, run)
     for pattern in ("*.state.safetensors", "*.latents.safetensors", "job-*.json"):
         if files := sorted(drill.disk.glob(pattern)):
@@ -184,7 +187,7 @@ def damage_files(drill: "Drill", run: Run) -> None:
 
 
 def damage(file: Path, chance: Random) -> None:
-    """Empty a file, cut it short, or overwrite its beginning."""
+    """Empty a file, truncate it to half, or overwrite its first bytes."""
     size = file.stat().st_size
     with file.open("r+b") as opened:
         manner = chance.choice(("empty", "short", "overwritten"))
@@ -195,9 +198,9 @@ def damage(file: Path, chance: Random) -> None:
 
 
 def vanish_image(drill: "Drill", run: Run) -> None:
-    """Let the image of a job that is to come vanish until the run has come to it, or has ended.
+    """Move the image of a pending job away until the run has come to that job, or has ended.
 
-    Not while the run checks its jobs, when an image that is missing is bad input.
+    Only after the run has checked its jobs, since before that a missing image is invalid input.
     """
     while run.poll() is None and len(drill.events(drill.disk, "begun")) == drill.num_begun:
         time.sleep(0.1)
@@ -222,14 +225,17 @@ def vanish_image(drill: "Drill", run: Run) -> None:
 
 
 def edit_jobs(drill: "Drill", run: Run) -> None:
-    """Change the file of jobs between two runs: the fps of a line that is done, another's prompt, and a line more."""
+    """Edit the file of jobs between two runs.
+
+    The fps of a line that is done and the prompt of another are changed, and a line is added.
+    """
     terminate(drill, run)
     for name in drill.edit():
         drill.allow_again(name)
 
 
 def fail_fsync(drill: "Drill", run: Run) -> None:
-    """Let every second fsync fail, until some have."""
+    """Let every second fsync fail, until three have failed."""
     assert drill.fsync is not None
     before, until = drill.fsync.num_failures, time.monotonic() + _LIMIT
     drill.fsync.set_mode("f")
@@ -239,9 +245,10 @@ def fail_fsync(drill: "Drill", run: Run) -> None:
 
 
 def cut_power(drill: "Drill", run: Run) -> None:
-    """End all at once, and lose what was written in the last seconds and has not reached the disk.
+    """Kill all processes, and empty the files of the last seconds that were not synchronized to disk.
 
-    Every other time that is all, since fsync had no effect; else what is told to be done must be there.
+    Every other time all of those files, since fsync had no effect; else every job reported as done must be
+    there.
     """
     assert drill.fsync is not None
     is_lying = drill.num_cuts % 2 == 1
@@ -279,6 +286,6 @@ FAULTS: dict[str, Callable[["Drill", Run], None]] = {
     "power cut": cut_power,
 }
 BETWEEN_RUNS = ("damaged files", "edited jobs")
-"""What is done when a run has ended, so that several are done at once where they follow each other."""
+"""Faults that are injected after a run has ended; several in a row without a run between them."""
 NEED_FSYNC = ("failing fsync", "power cut")
-"""What needs a C compiler."""
+"""Faults that need a C compiler."""

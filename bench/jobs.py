@@ -1,8 +1,9 @@
-"""Time what a run with many jobs does besides making videos: the check of its file, what ranks send each other of it, texts, the page.
+"""CPU time of a run with many jobs besides making videos: planning, sending, prompt cache, gallery page.
 
     python -m bench.jobs --jobs 10000
 
-Each line has an image and settings of its own. Prints seconds of CPU of each part; no GPU and no checkpoint are needed.
+Each line has an image and settings of its own. Prints the CPU seconds of each part; needs no GPU and no
+checkpoint.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from wan_dist.tasks.run_config import read_config
 
 
 def write_jobs(folder: Path, number: int) -> Path:
-    """Write a file of jobs, and an image for each."""
+    """Write a file of ``number`` jobs with an image for each; returns the file."""
     Image.effect_noise((1280, 720), 40).convert("RGB").save(folder / "image.jpg")
     lines = []
     for place in range(number):
@@ -53,7 +54,7 @@ def write_jobs(folder: Path, number: int) -> Path:
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Print the seconds of CPU, and of the clock, that something takes."""
+    """Print the CPU seconds, and the elapsed ones, of a block."""
     cpu, clock = time.process_time(), time.perf_counter()
     yield
     print(
@@ -62,7 +63,7 @@ def timed(what: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the parts one after the other."""
+    """Time the parts one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=10_000)
     number = parser.parse_args().jobs

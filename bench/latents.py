@@ -1,4 +1,4 @@
-"""Say how far kept latents are from those of a first file: relative distance, largest difference, and whether bit-identical.
+"""Compare saved latents with those of a first file: relative and largest difference, bit-identity.
 
 python bench/latents.py FIRST.latents.safetensors OTHER.latents.safetensors ...
 """
@@ -12,5 +12,6 @@ for name in sys.argv[2:]:
     other = load_file(name)["latents"].double()
     distance = ((other - first).norm() / first.norm()).item()
     print(
-        f"{name}: relative {distance:.2e}, largest {(other - first).abs().max():.2e}, identical {bool((other == first).all())}"
+        f"{name}: relative {distance:.2e}, largest {(other - first).abs().max():.2e}, "
+        f"identical {bool((other == first).all())}"
     )

@@ -1,12 +1,13 @@
-"""Compare planned with measured memory over arrangements, in whole runs with full-size random checkpoints, and time their steps.
+"""Memory of whole runs, planned against measured, over arrangements; with the time of their steps.
 
     python bench/checkpoint.py --task t2v-1.3B CHECKPOINTS/t2v-1.3B
     python bench/checkpoint.py --task i2v-14B CHECKPOINTS/i2v-14B --text-encoder-of CHECKPOINTS/t2v-1.3B
     python bench/memory.py CHECKPOINTS
     python bench/memory.py CHECKPOINTS --only ranks --ranks 4
 
-Each row is a run in a process of its own, or in one for each rank. Prints planned and measured GPU and host peaks (GiB) of each stage, with
-the difference, and seconds a step; writes bench/results/memory-NAME.json.
+The checkpoints have random weights at full size. Each row is a run in a process of its own, or in one for
+each rank. Prints planned and measured GPU and host peaks (GiB) of each stage, with the difference, and
+seconds a step; writes bench/results/memory-NAME.json.
 """
 
 import argparse
@@ -41,7 +42,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The row in a line."""
+        """Name of the row: task and settings."""
         return f"{self.task} {self.settings}".strip()
 
 
@@ -81,7 +82,7 @@ ROWS = (
 
 @contextlib.contextmanager
 def timed_steps() -> Iterator[list[float]]:
-    """Collect the seconds of each forward pass of the transformer, of both branches of guidance."""
+    """Yield a list that gets the seconds of each call of VelocityPredictor: all guidance passes of a step."""
     seconds: list[float] = []
     call = VelocityPredictor.__call__
 
@@ -106,14 +107,18 @@ def _wait() -> None:
 
 
 def noise_image(size: tuple[int, int], folder: Path) -> Path:
-    """Return a file of noise of this size, one for each rank."""
+    """Write an image of noise of this size, one for each rank; returns the file."""
     image = folder / f"{size[0]}x{size[1]}-{os.environ.get('RANK', '0')}.png"
     Image.effect_noise(size, 80).convert("RGB").save(image)
     return image
 
 
 def timed_run(settings: list[str], folder: Path) -> tuple[int, list[float], dict[str, Any]]:
-    """Run the command with nothing kept from earlier; returns its exit code, the seconds of its steps and its record, if it succeeded."""
+    """Run the command without cached prompts.
+
+    Returns its exit code, the seconds of its steps, and its record: empty on failure, and on ranks other than
+    the first.
+    """
     with timed_steps() as seconds:
         code = run(
             [
@@ -124,22 +129,17 @@ def timed_run(settings: list[str], folder: Path) -> tuple[int, list[float], dict
                 "output.save_latents=false",
             ]
         )
-    return (
-        code,
-        seconds,
-        json.loads((folder / "run.json").read_text())
-        if code == 0 and os.environ.get("RANK", "0") == "0"
-        else {},
-    )
+    record = {}
+    if code == 0 and os.environ.get("RANK", "0") == "0":
+        record = json.loads((folder / "run.json").read_text())
+    return code, seconds, record
 
 
 def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[str, object]:
-    """Run a row; returns its record's comparison and its steps' seconds."""
-    width, height = (
-        re.findall(r"size=(\d+)\*(\d+)", row.settings)[-1]
-        if "size=" in row.settings
-        else (1280, 704)
-    )
+    """Run a row; returns the seconds of its steps and the memory in its record."""
+    width, height = 1280, 704
+    if "size=" in row.settings:
+        width, height = re.findall(r"size=(\d+)\*(\d+)", row.settings)[-1]
     image = noise_image((int(width), int(height)), out)
     settings = [
         f"task={row.task}",
@@ -171,30 +171,27 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
 
 
 def describe(found: dict[str, object]) -> str:
-    """Return a row's table."""
+    """Return a row's table: planned and measured peaks of each stage."""
     memory = found.get("memory")
     lines = [f"{found['row']}: code {found['code']}, steps {found.get('seconds')}"]
     for stage, entry in memory.items() if isinstance(memory, dict) else ():
         columns = []
         for kind, key in (("gpu", "peak_gpu_gib"), ("host", "host_gib")):
             planned, seen = entry[f"planned_{kind}_gib"], entry.get(key)
-            columns.append(
-                f"{kind} {planned:6.2f} {seen:6.2f} {100 * (planned / seen - 1):+5.0f} %"
-                if seen
-                else ""
-            )
+            column = ""
+            if seen:
+                column = f"{kind} {planned:6.2f} {seen:6.2f} {100 * (planned / seen - 1):+5.0f} %"
+            columns.append(column)
         columns.append(f"reserved {entry.get('reserved_gpu_gib')}")
         lines.append(f"    {stage:8} {'   '.join(columns)}")
     return "\n".join(lines)
 
 
 def in_a_process(row: int, options: argparse.Namespace) -> dict[str, object]:
-    """Measure a row in a process of its own, or in one for each rank; its log goes on."""
-    torchrun = (
-        ["-m", "torch.distributed.run", f"--nproc_per_node={options.ranks}"]
-        if options.ranks > 1
-        else []
-    )
+    """Measure a row in a process of its own, or in one for each rank, which log to this terminal."""
+    torchrun = []
+    if options.ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={options.ranks}"]
     result = options.work / "result.json"
     result.unlink(missing_ok=True)
     given = [
@@ -206,9 +203,8 @@ def in_a_process(row: int, options: argparse.Namespace) -> dict[str, object]:
         "--settings",
         *options.settings,
     ]
-    environment = {
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True"
-    } | os.environ  # as the command has it, before torch is there
+    # As `launch local` sets it; it has no effect once torch is imported.
+    environment = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} | os.environ
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(
             [sys.executable, *torchrun, __file__, *given],
@@ -216,15 +212,13 @@ def in_a_process(row: int, options: argparse.Namespace) -> dict[str, object]:
             env=environment,
             timeout=options.timeout,
         )
-    return (
-        json.loads(result.read_text())
-        if result.exists()
-        else {"row": ROWS[row].name, "ranks": options.ranks, "code": "none"}
-    )
+    if result.exists():
+        return json.loads(result.read_text())
+    return {"row": ROWS[row].name, "ranks": options.ranks, "code": "none"}
 
 
 def main() -> None:
-    """Measure every row that was asked for."""
+    """Measure the requested rows."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

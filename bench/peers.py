@@ -1,4 +1,4 @@
-"""Other systems' transformers with the same shapes and random weights, to be timed beside ours."""
+"""Transformers of other systems with the same shapes and random weights, for comparison."""
 
 from collections.abc import Callable
 
@@ -33,7 +33,7 @@ def diffusers_transformer(task: Task, device: torch.device) -> torch.nn.Module:
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
-    for module in model.modules():  # rotary tables are buffers, which to_empty left without values
+    for module in model.modules():  # rotary tables are buffers, which to_empty leaves uninitialized
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(
                 module,
@@ -47,7 +47,7 @@ def diffusers_transformer(task: Task, device: torch.device) -> torch.nn.Module:
 def diffusers_step(
     model: torch.nn.Module, task: Task, size: tuple[int, int], frames: int, device: torch.device
 ) -> Callable[[], torch.Tensor]:
-    """Return a step of both guidance passes."""
+    """Return a function that computes a denoising step: both guidance passes, one after the other."""
     latents, _, conditioning = random_inputs(task, size, frames, device)
     if conditioning.extra_channels is not None:
         latents = torch.cat([latents, conditioning.extra_channels], dim=1)

@@ -1,4 +1,7 @@
-"""Checkpoints in the published layout with random weights: for tests, and full-size ones to try a whole run without a download."""
+"""Random checkpoints in the published layout.
+
+Small ones for tests, and full-size ones for whole runs without a download.
+"""
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -45,10 +48,11 @@ def make_checkpoint(
         dict(tensors), file
     ),
 ) -> None:
-    """Write a checkpoint with random weights into ``folder``; drawn on the CPU they are the same on every machine.
+    """Write a checkpoint with random weights into ``folder``.
 
-    ``dtype`` is that of the transformer's linears and of the text encoder, which may be another folder's. ``save`` writes the
-    transformer's tensors into a safetensors file.
+    Weights that are drawn on the CPU are the same on every machine. ``dtype`` is that of the transformer's
+    linears and of the text encoder, which may be a link to that of the folder ``text_encoder_of``. ``save``
+    writes the transformer's tensors into a safetensors file.
     """
     place = folder / transformer_folder
     place.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,8 @@ def make_checkpoint(
     else:
         (folder / TEXT_ENCODER_FILE).symlink_to((text_encoder_of / TEXT_ENCODER_FILE).resolve())
     if image_encoder is not None and dims.image_encoder is not None:
-        last = f"visual.transformer.{dims.image_encoder.num_layers - 1}.norm1.weight"  # of the layer that is not read
+        # The last layer of the published image encoder is not read; one tensor stands for it.
+        last = f"visual.transformer.{dims.image_encoder.num_layers - 1}.norm1.weight"
         stored = dict(
             _stored_tensors(image_encoder, map_original_image_encoder([last]), generator)
         ) | {last: torch.ones(1)}
@@ -90,7 +95,7 @@ def make_checkpoint(
 def _stored_tensors(
     model: nn.Module, keys: KeyMap, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield random values for every parameter under the checkpoint's keys, scaled to keep activations near 1."""
+    """Yield random parameters under the checkpoint's keys, scaled to keep activations near 1."""
 
     def drawn() -> Iterator[tuple[str, Tensor]]:
         for name, parameter in model.named_parameters():
@@ -107,7 +112,7 @@ def _stored_tensors(
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are the bytes of the text, with an end mark, so that any text has one."""
+    """Return a tokenizer of bytes, so that it takes any text, with an end mark."""
     alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(
         models.BPE(

@@ -1,4 +1,4 @@
-"""A published transformer at full size with random weights, and inputs for it: what the timings run on."""
+"""Random transformer at full size, of a published model's shapes, and inputs for it; for timings."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.tasks.registry import Task
 
 PROMPT_TOKENS = (60, 126)
-"""Of a prompt and of the published negative prompt."""
+"""Number of tokens of a prompt, and of the published negative prompt."""
 
 
 def random_transformer(
@@ -23,7 +23,10 @@ def random_transformer(
     spread: Callable[[WanTransformer], None] | None = None,
     quant: str = "none",
 ) -> WanTransformer:
-    """Return the task's transformer in bfloat16 with random weights that keep activations near 1; ``spread`` may shard it first."""
+    """Return the task's transformer in bfloat16 with random weights that keep activations near 1.
+
+    ``spread`` may parallelize it, while it is on the meta device.
+    """
     with torch.device("meta"):
         model = WanTransformer(task.transformer_dims, torch.bfloat16, attention)
         if quant != "none":
@@ -60,7 +63,10 @@ def latent_shape(task: Task, size: tuple[int, int], frames: int) -> tuple[int, i
 def random_inputs(
     task: Task, size: tuple[int, int], frames: int, device: torch.device
 ) -> tuple[torch.Tensor, list[ContextKV], Conditioning]:
-    """Return latents, the contexts of both guidance branches, and the other conditioning; the same on all ranks."""
+    """Return latents, the contexts of both guidance passes, and the other conditioning.
+
+    All of them are the same on all ranks.
+    """
     torch.manual_seed(0)
     dims = task.transformer_dims
     shape = latent_shape(task, size, frames)
@@ -79,13 +85,16 @@ def random_inputs(
 
     image = keys_values(257 * (1 + bool(dims.image_positions))) if task.has_image_encoder else None
     extra = dims.in_dim - dims.out_dim
+    extra_channels, known_latents = None, None
+    if extra:
+        extra_channels = torch.randn(1, extra, *shape[1:], device=device)
+    if task.has_fixed_first_frame:
+        known_latents = torch.randn(1, shape[0], 1, *shape[2:], device=device)
     conditioning = Conditioning(
         context=torch.empty(0),
         negative_context=None,
-        extra_channels=torch.randn(1, extra, *shape[1:], device=device) if extra else None,
-        known_latents=torch.randn(1, shape[0], 1, *shape[2:], device=device)
-        if task.has_fixed_first_frame
-        else None,
+        extra_channels=extra_channels,
+        known_latents=known_latents,
     )
     return (
         torch.randn(1, *shape, device=device),

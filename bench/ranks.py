@@ -1,8 +1,9 @@
-"""Time one denoising step of a published transformer on several GPUs, for each way to spread it, beside diffusers.
+"""Step time of a published transformer on several GPUs, for each parallel layout, beside diffusers.
 
     torchrun --nproc_per_node=4 -m bench.ranks --task i2v-14B --size 832*480 --frames 81 --peer
 
-Random weights at full size, bfloat16, both guidance passes in a step. Prints a table and writes bench/results/NAME.json.
+Random weights at full size, bfloat16, both guidance passes in a step. Prints a table and writes
+bench/results/NAME.json.
 """
 
 import argparse
@@ -32,7 +33,11 @@ GIB = 2**30
 
 
 def spreads(num_ranks: int) -> dict[str, tuple[Degrees, bool, str]]:
-    """Return what can be measured, by name: the degrees, whether weights are sharded, and who does Ulysses and ring."""
+    """Return the parallel layouts by name.
+
+    Of each: the degrees, whether weights are sharded, and the implementation of Ulysses and ring
+    (``parallel.usp``).
+    """
     half = num_ranks // 2
     return {
         "ulysses": (Degrees(ulysses=num_ranks), False, "plain"),
@@ -59,7 +64,7 @@ def timed(predict: Callable[[], torch.Tensor], steps: int) -> tuple[list[float],
 
 
 def row(name: str, seconds: list[float], weights: int) -> dict[str, object]:
-    """Return a line of the table; memory is the largest of all ranks'."""
+    """Return a row of the table; memory is the maximum over all ranks."""
     peak = torch.tensor(
         [weights, torch.cuda.max_memory_allocated()], device="cuda", dtype=torch.float64
     )
@@ -79,7 +84,7 @@ def measure(
     size: tuple[int, int],
     spread: tuple[Degrees, bool, str],
 ) -> dict[str, object]:
-    """Time our transformer under one spread."""
+    """Time our transformer in one parallel layout."""
     device = torch.device("cuda", torch.cuda.current_device())
     degrees, shard, usp = spread
     with open_process_groups(degrees, device, timeout_seconds=600) as groups:
@@ -97,11 +102,9 @@ def measure(
         latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
         own = [contexts[groups.cfg.rank]] if degrees.cfg == 2 else contexts
         velocities = VelocityPredictor(model, own, conditioning, latents)
-        predict = (
-            ParallelGuidance(velocities, scale=5.0, axis=groups.cfg)
-            if degrees.cfg == 2
-            else Guidance(velocities, scale=5.0)
-        )
+        predict: Callable[[torch.Tensor, int], torch.Tensor] = Guidance(velocities, scale=5.0)
+        if degrees.cfg == 2:
+            predict = ParallelGuidance(velocities, scale=5.0, axis=groups.cfg)
         del contexts, own
         seconds, velocity = timed(lambda: predict(latents, 700), options.steps)
         assert torch.isfinite(velocity).all()
@@ -113,11 +116,16 @@ def measure(
 def measure_diffusers(
     task: Task, options: argparse.Namespace, size: tuple[int, int]
 ) -> dict[str, object]:
-    """Time diffusers' transformer with its own context parallelism (Ulysses) and cuDNN attention, compiled with --compile."""
+    """Time diffusers' transformer with its own context parallelism (Ulysses) and cuDNN attention.
+
+    Its blocks are compiled with --compile.
+    """
     from diffusers import ContextParallelConfig
 
     device = torch.device("cuda", torch.cuda.current_device())
-    dist.init_process_group("nccl", device_id=device)  # the last that is measured
+    dist.init_process_group(
+        "nccl", device_id=device
+    )  # process groups are free: this is measured last
     model = diffusers_transformer(task, device)
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=dist.get_world_size()))
     if options.compile:
@@ -135,7 +143,7 @@ def measure_diffusers(
 
 @torch.no_grad()
 def main() -> None:
-    """Measure every spread, and the peer if asked."""
+    """Measure the requested layouts, and diffusers with --peer."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -170,8 +178,8 @@ def main() -> None:
     for run in runs:
         try:
             found = run()
-        except Exception as fault:  # one spread's failure must not hide the others' figures
-            found = {"spread": "failed", "error": f"{type(fault).__name__}: {str(fault)[:300]}"}
+        except Exception as error:  # one layout's failure must not hide the others' figures
+            found = {"spread": "failed", "error": f"{type(error).__name__}: {str(error)[:300]}"}
         if int(os.environ["RANK"]) == 0:
             print(found, flush=True)
             record.add(found)

@@ -1,6 +1,7 @@
-"""Results that are kept: rows, each with the run in which it was measured, and of each run the machine, versions, commit and day.
+"""Benchmark results: rows, each with its run, and of each run the machine, versions, commit and date.
 
-Rows of one run were measured on one machine, one after the other. A row that is measured again replaces the older one.
+Rows of one run were measured on one machine, one after the other. A row that is measured again replaces the
+older one.
 """
 
 import importlib.metadata
@@ -17,7 +18,7 @@ PACKAGES = ("triton", "flash-attn-4", "diffusers", "torchao", "xfuser")
 
 
 def this_run() -> dict[str, object]:
-    """Return what the rows that are measured now were measured on, and with."""
+    """Return the GPU, number of GPUs, versions, commit and date of this process."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     versions = {
         "torch": torch.__version__,
@@ -47,7 +48,7 @@ def this_run() -> dict[str, object]:
 
 
 class Record:
-    """A file of rows, of which those whose values for ``keys`` are measured again are replaced."""
+    """A file of rows; a row replaces an earlier one with the same values for ``keys``."""
 
     def __init__(self, file: Path, keys: Sequence[str]) -> None:
         self.file = file

@@ -1,8 +1,10 @@
-"""Time one denoising step of a published transformer at full size with random weights, and its peak memory, beside diffusers.
+"""Step time and peak memory of a published transformer on one GPU, beside diffusers.
 
-    python -m bench.step --task i2v-14B --size 832*480 --frames 81 --attention fa4 cudnn --quant none fp8 --peer compiled
+    python -m bench.step --task i2v-14B --size 832*480 --frames 81
+    python -m bench.step --task i2v-14B --attention fa4 cudnn --quant none fp8 --peer compiled
 
-A step is both guidance passes, with an image where the task takes one. Prints a table and writes bench/results/NAME.json.
+Random weights at full size, bfloat16. A step is both guidance passes, with an image where the task takes one.
+Prints a table and writes bench/results/NAME.json.
 """
 
 import argparse
@@ -27,7 +29,7 @@ GIB = 2**30
 
 
 def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
-    """Return seconds a step (median), each step's, the first one included, and GiB of what was there and at peak."""
+    """Return the median seconds of a step after the first, those of each step, and GiB before and at peak."""
     weights = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     seconds = []
@@ -46,7 +48,7 @@ def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
 def measure(
     task: Task, size: tuple[int, int], options: argparse.Namespace, backend: str, quant: str
 ) -> dict[str, object]:
-    """Time ours."""
+    """Time our transformer with an attention backend and a quantization."""
     device = torch.device("cuda")
     attention = choose_attention(backend, device=device, dtype=torch.bfloat16, head_dim=128)
     model = random_transformer(task, attention, device, quant=quant)
@@ -84,7 +86,7 @@ def measure_diffusers(
 
 @torch.no_grad()
 def main() -> None:
-    """Measure every backend that was asked for and works here."""
+    """Measure the requested backends; one that does not work on this machine is reported and skipped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -117,17 +119,22 @@ def main() -> None:
         for how in options.peer
     ]
     print(
-        f"{options.task} {options.size}*{options.frames} on {torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16",
+        f"{options.task} {options.size}*{options.frames} on {torch.cuda.get_device_name()}, "
+        f"torch {torch.__version__}, bfloat16",
         flush=True,
     )
     for run in runs:
         try:
             row = run()
-        except InputError as fault:
-            print(fault)
+        except InputError as error:
+            print(error)
             continue
-        print(f"  {row['what']:32} {row['seconds_per_step']:7.3f} s/it   first {row['all_seconds'][0]:6.2f} s"
-              f"   weights {row['weights_gib']:6.2f}   peak {row['peak_gib']:6.2f} GiB", flush=True)  # fmt: skip
+        print(
+            f"  {row['what']:32} {row['seconds_per_step']:7.3f} s/it   "
+            f"first {row['all_seconds'][0]:6.2f} s   weights {row['weights_gib']:6.2f}   "
+            f"peak {row['peak_gib']:6.2f} GiB",
+            flush=True,
+        )
         record.add(row)
         gc.collect()
         torch.cuda.empty_cache()

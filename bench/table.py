@@ -1,4 +1,4 @@
-"""Print the README's table of steps from bench/results/step-*.json.
+"""Markdown table of step times for the README, from bench/results/step-*.json.
 
 python -m bench.table
 """
@@ -36,19 +36,17 @@ def lines() -> list[str]:
         before = ""
         for what in (what for what in ORDER if what in rows):
             whose, attention, kind = what.split(", ")
-            title = (
-                "diffusers 0.42, compiled"
-                if whose == "diffusers"
-                else model
-                if kind == "none"
-                else f"with `quant={kind}`"
-            )
+            if whose == "diffusers":
+                title = "diffusers 0.42, compiled"
+            else:
+                title = model if kind == "none" else f"with `quant={kind}`"
             label, before = "" if title == before else title, title
             each = [row["seconds_per_step"] for row in rows[what]]  # of several machines
             seconds = ", ".join(f"{second:.{1 if second >= 10 else 2}f}" for second in each)
             first = rows[what][0]
             table.append(
-                f"| {label} | {ATTENTION[attention]} | {seconds} | {first['all_seconds'][0]:.1f} s | {first['peak_gib']:.1f} |"
+                f"| {label} | {ATTENTION[attention]} | {seconds} "
+                f"| {first['all_seconds'][0]:.1f} s | {first['peak_gib']:.1f} |"
             )
     return table
 

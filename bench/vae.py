@@ -1,10 +1,11 @@
-"""Time the VAE at full size with random weights, its peak memory and its distance from float32, beside diffusers.
+"""VAE time, peak memory and distance from float32 at full size with random weights, beside diffusers.
 
     python bench/vae.py --sizes 832*480*81 1280*720*81 --peer
     torchrun --nproc_per_node=4 bench/vae.py --sizes 832*480*81
 
-Prints a line for each way and writes bench/results/vae-NAME.json. A time is the best of several runs, after the first ("ready"), from
-latents on the GPU to uint8 frames on the GPU of the first rank, or from frames on the GPU to latents.
+Prints a line for each strategy and writes bench/results/vae-NAME.json. A time is the best of several runs,
+after the first ("ready"), from latents on the GPU to uint8 frames on the GPU of the first rank, or from
+frames on the GPU to latents.
 """
 
 import argparse
@@ -38,7 +39,10 @@ GIB = 2**30
 
 
 def random_vae(dims: VaeDims, dtype: torch.dtype, device: torch.device) -> WanVae:
-    """Return a VAE whose random weights, the same for every dtype, keep activations near 1 and frames inside [-1, 1]."""
+    """Return a VAE with random weights, the same for every dtype.
+
+    They are scaled to keep activations near 1 and frames inside [-1, 1].
+    """
     torch.manual_seed(0)
     vae = WanVae(dims).to(device).eval().requires_grad_(False)
     for name, parameter in vae.named_parameters():
@@ -102,7 +106,7 @@ def timed(work: Callable[[], object], runs: int) -> dict[str, float]:
 
 
 def distance(frames: torch.Tensor, exact: torch.Tensor) -> dict[str, float]:
-    """Return the largest difference and the PSNR for a range of 2."""
+    """Return the largest difference, and the PSNR in dB for a range of 2."""
     difference = frames.float() - exact.float()
     return {
         "max": round(difference.abs().max().item(), 4),
@@ -148,52 +152,54 @@ class Bench:
             )
 
     def note(self, what: str, facts: dict[str, float]) -> None:
-        """Print and keep a line."""
+        """Print and record a row, on the first rank."""
         if self.axis.rank == 0:
             self.save(self.facts | {"way": what} | facts)
 
     def ours(self, dtype: str) -> None:
-        """Measure ours: whole and tiled on one GPU, in strips on several."""
+        """Measure our VAE: whole and tiled on one GPU, split in strips on several."""
         vae = random_vae(self.dims, getattr(torch, dtype), self.device)
-        ways = ["parallel"] if self.axis.size > 1 else ["whole"]
-        for way in (
-            VaeStrategy(name, at_once=number) for name in ways for number in self.options.at_once
+        strategies = ["parallel"] if self.axis.size > 1 else ["whole"]
+        for strategy in (
+            VaeStrategy(name, at_once=number)
+            for name in strategies
+            for number in self.options.at_once
         ):
-            self.decoding(vae, way, dtype)
-            self.encoding(vae, way, dtype)
+            self.decoding(vae, strategy, dtype)
+            self.encoding(vae, strategy, dtype)
         for num_tiles in self.options.tiles if self.axis.size == 1 else ():
             self.decoding(vae, VaeStrategy("tiled", num_tiles), dtype)
             self.encoding(vae, VaeStrategy("tiled", num_tiles), dtype)
 
-    def decoding(self, vae: WanVae, way: VaeStrategy, dtype: str) -> None:
-        """Measure decoding in one way."""
-        with cudnn_autotuning(self.dims, way):
+    def decoding(self, vae: WanVae, strategy: VaeStrategy, dtype: str) -> None:
+        """Measure decoding with one strategy."""
+        with cudnn_autotuning(self.dims, strategy):
             facts = timed(
                 lambda: deque(
-                    decode_latents(vae, self.latents, convert_to_uint8_frames, way, self.axis),
+                    decode_latents(vae, self.latents, convert_to_uint8_frames, strategy, self.axis),
                     maxlen=1,
                 ),
                 self.options.runs,
             )
         if self.exact is not None:
             frames = torch.cat(
-                list(decode_latents(vae, self.few, convert_to_float32_frames, way, self.axis))
+                list(decode_latents(vae, self.few, convert_to_float32_frames, strategy, self.axis))
             )
             facts |= distance(frames.to(self.device), self.exact)
-        self.note(f"decode {way}, {dtype}, {way.at_once} at once", facts)
+        self.note(f"decode {strategy}, {dtype}, {strategy.at_once} at once", facts)
 
-    def encoding(self, vae: WanVae, way: VaeStrategy, dtype: str) -> None:
-        """Measure encoding in one way."""
+    def encoding(self, vae: WanVae, strategy: VaeStrategy, dtype: str) -> None:
+        """Measure encoding with one strategy."""
         if self.options.encode:
             facts = self.timed_on_video(
                 lambda video: encode_video(
-                    vae, lambda: split_frames_into_chunks(video), way, self.axis
+                    vae, lambda: split_frames_into_chunks(video), strategy, self.axis
                 )
             )
-            self.note(f"encode {way}, {dtype}, {way.at_once} at once", facts)
+            self.note(f"encode {strategy}, {dtype}, {strategy.at_once} at once", facts)
 
     def timed_on_video(self, work: Callable[[torch.Tensor], object]) -> dict[str, float]:
-        """Time work on a video that lies on the GPU, and leave it out of the memory."""
+        """Time work on a random video on the GPU; its bytes are subtracted from the peak memory."""
         video = torch.rand(self.video_shape, device=self.device) * 2 - 1
         facts = timed(lambda: work(video), self.options.runs)
         return facts | {"peak_gib": round(facts["peak_gib"] - video.nbytes / GIB, 2)}

@@ -1,1 +1,1 @@
-"""What is done before and around a run, on a machine that need not have a GPU: ``python -m launch --help``."""
+"""Commands before and around a run, for machines with or without a GPU: ``python -m launch --help``."""

@@ -1,4 +1,7 @@
-"""The command ``wan-dist``, or ``python -m launch``. Exit codes: 0 done, 1 something is wrong, 2 bad input."""
+"""Command-line entry point ``wan-dist``, or ``python -m launch``.
+
+Exit codes: 0 done, 1 something is wrong, 2 bad input.
+"""
 
 import sys
 

@@ -1,10 +1,11 @@
-"""Download what a task needs, and nothing else, for machines without internet; what was interrupted goes on where it stopped.
+"""Download the checkpoint of a task, and nothing else; an interrupted download resumes.
 
     python -m launch fetch t2v-14B /shared/Wan2.1-T2V-14B
-    python -m launch fetch i2v-14B /shared/Wan2.1-I2V-14B-720P size=1280*720     # the checkpoint for this size
-    python -m launch fetch t2v-1.3B                                              # into the Hugging Face cache
+    python -m launch fetch i2v-14B /shared/Wan2.1-I2V-14B-720P size=1280*720   # the one for this size
+    python -m launch fetch t2v-1.3B                                            # into Hugging Face's cache
 
-Files are complete when it ends: sizes are compared with the repository's, and the headers of the weights are read.
+For machines whose nodes have no internet. Files are complete when it ends: sizes are compared with the
+repository's, and the headers of the weights are read.
 """
 
 import sys
@@ -17,7 +18,7 @@ from wan_dist.tasks.run_config import read_config
 
 
 def main(arguments: list[str]) -> None:
-    """Download and say how to use it; raises InputError for what cannot be."""
+    """Download the checkpoint and print how to use it; raises InputError for invalid arguments."""
     options, positionals = split_arguments(arguments, ("size",))
     if not 1 <= len(positionals) <= 2 or any("=" in positional for positional in positionals):
         raise InputError(
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> None:
     from wan_dist.weights.hub import (
         check_checkpoint_complete,
         download_checkpoint,
-    )  # they import torch, which takes seconds
+    )  # imports torch, which takes seconds
 
     with handle_signals():
         checkpoint_folder = download_checkpoint(task, area=width * height, folder=folder)
@@ -47,6 +48,7 @@ def main(arguments: list[str]) -> None:
     )
     checkpoint_setting = f"ckpt_dir={checkpoint_folder} " if folder is not None else ""
     sys.stdout.write(
-        f"{checkpoint_folder} is whole: {num_bytes / 1e9:.1f} GB of {task.choose_repository(width * height)}\n"
+        f"{checkpoint_folder} is whole: {num_bytes / 1e9:.1f} GB of "
+        f"{task.choose_repository(width * height)}\n"
         f'python -m wan_dist.run task={task.name} {checkpoint_setting}size={width}*{height} prompt="..."\n'
     )

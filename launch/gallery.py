@@ -1,9 +1,10 @@
-"""Make the page that shows a folder's videos: contact sheets that are missing, then index.html; prints where it is.
+"""Write the gallery page of a results folder: missing contact sheets, then index.html; prints its path.
 
     python -m launch gallery outputs
 
-The page opens from disk, in any browser, and needs no network: videos with their prompts and settings, search and filters, sweeps side by
-side, and what each rank of a run did when. Copy the whole folder to show it elsewhere.
+The page opens from disk, in any browser, and needs no network: videos with their prompts and settings,
+search and filters, sweeps side by side, and a timeline of each rank of a run. Copy the whole folder to show
+it elsewhere.
 """
 
 import sys
@@ -13,11 +14,11 @@ from wan_dist.runtime.errors import InputError
 
 
 def main(arguments: list[str]) -> None:
-    """Write the page and print its path; raises InputError for a folder that is none or has no records."""
+    """Write the page and print its path; raises InputError for a missing folder, or one without records."""
     folder, _, _ = read_results_folder(arguments, "gallery")
     from wan_dist.output.gallery.page import (
         write_page,
-    )  # it brings Jinja2 and Pillow, which other commands need not wait for
+    )  # imports Jinja2 and Pillow, which other commands need not wait for
 
     try:
         page_path = write_page(folder)

@@ -1,11 +1,11 @@
-"""Make a video with all GPUs of this machine: checks the settings, then starts torchrun.
+"""Run on all GPUs of this machine: checks the settings, then starts torchrun.
 
     python -m launch local task=i2v-14B image=cat.jpg prompt="A cat on a surfboard"
     python -m launch local ranks=4 task=t2v-14B prompt=@prompt.txt size=832*480
-    python -m launch local ranks=2 task=toy                  # two processes on the CPU, where there is no GPU
+    python -m launch local ranks=2 task=toy              # two processes on the CPU, where there is no GPU
 
-Keys are those of a run, and: ranks=COUNT, by default one for each GPU. The command and the variables that it sets are printed; what is
-set in the environment already stays.
+Keys are those of a run, and: ranks=COUNT, by default one for each GPU. The command and the variables that it
+sets are printed; variables that are set in the environment already are not changed.
 """
 
 import os
@@ -22,22 +22,26 @@ from wan_dist.runtime.environment import ADDRESS_VARIABLES, RANK_VARIABLES
 from wan_dist.tasks.run_config import read_config
 
 _NO_PEER_ACCESS = re.compile(r"GeForce RTX [45]0\d\d")
-"""Cards that do not reach each other's memory, though some drivers say they do: NCCL then hangs, or what it sends arrives wrong."""
+"""GPUs without peer-to-peer access to each other's memory, though some drivers report it.
+
+NCCL then hangs, or the data that it sends arrives wrong.
+"""
 _FORWARDED_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
-"""What torchrun passes on to its ranks."""
+"""Signals that torchrun forwards to its ranks."""
 _LAUNCHER_STEP_KEYS = ("SLURM_STEP_NUM_TASKS", "TORCHELASTIC_RUN_ID")
-"""Of a launcher that this process is a part of: what it starts is a run of its own."""
+"""Variables of a launcher that this process is part of; removed, since the new run is one of its own."""
 
 
 def main(arguments: list[str]) -> None:
-    """Become the command that makes the video; raises InputError for what cannot be, before anything heavy starts."""
+    """Replace this process by the run's command (execve).
+
+    Raises InputError for invalid settings, before anything heavy starts.
+    """
     options, settings = split_arguments(arguments, ("ranks",))
     gpus = find_gpus()
-    num_ranks = (
-        parse_count("ranks", options["ranks"], "processes")
-        if "ranks" in options
-        else len(gpus) or 1
-    )
+    num_ranks = len(gpus) or 1
+    if "ranks" in options:
+        num_ranks = parse_count("ranks", options["ranks"], "processes")
     config = read_config(settings)
     if config is None:
         return
@@ -62,17 +66,14 @@ def main(arguments: list[str]) -> None:
         key: value for key, value in choose_variables(num_ranks).items() if key not in environment
     }
     command_words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
-    command_words = (
-        ["env", *(f"-u {key}" for key in removed_keys), *command_words]
-        if removed_keys
-        else command_words
-    )
+    if removed_keys:
+        command_words = ["env", *(f"-u {key}" for key in removed_keys), *command_words]
     sys.stderr.write("$ " + " ".join([*command_words, shlex.join(command)]) + "\n")
     os.execve(command[0], command, environment | variables)
 
 
 def build_run_command(num_ranks: int, settings: list[str]) -> list[str]:
-    """Return the command that makes the video on so many ranks; one needs no torchrun."""
+    """Return the command of a run on ``num_ranks`` ranks; one rank needs no torchrun."""
     run_arguments = ["-m", "wan_dist.run", *settings]
     if num_ranks == 1:
         return [sys.executable, *run_arguments]
@@ -93,7 +94,7 @@ def build_run_command(num_ranks: int, settings: list[str]) -> list[str]:
 
 
 def choose_variables(num_ranks: int) -> dict[str, str]:
-    """Return what should be set for so many ranks on this machine."""
+    """Return the environment variables to set for ``num_ranks`` ranks on this machine."""
     num_threads = max(1, (os.cpu_count() or 1) // num_ranks)
     variables = {
         "OMP_NUM_THREADS": str(num_threads),
@@ -101,9 +102,9 @@ def choose_variables(num_ranks: int) -> dict[str, str]:
     }
     if num_ranks > 1 and any(_NO_PEER_ACCESS.search(name) for name, _, _ in find_gpus()):
         variables["NCCL_P2P_DISABLE"] = "1"
-    if (
-        num_ranks > 1
-    ):  # torchrun heeds what nohup and shells have it ignore, and would die of SIGUSR1 and leave its ranks behind
+    if num_ranks > 1:
+        # By default torchrun handles signals that nohup and shells have it ignore, and is killed by SIGUSR1,
+        # leaving its ranks behind.
         variables["PET_SIGNALS_TO_HANDLE"] = ",".join(
             name
             for name in _FORWARDED_SIGNALS

@@ -1,10 +1,11 @@
-"""Say what a run would do and how much memory each of its stages would take, without running it.
+"""Plan a run without running it: its arrangement, and the memory of each of its stages.
 
     python -m launch plan task=i2v-14B size=1280*720 gpus=8x80GB host=512GB
     python -m launch plan task=t2v-1.3B gpus=8GB host=16GB
     python -m launch plan task=t2v-14B                      # for this machine
 
-Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT. Prompt and image may be left out.
+Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT. Prompt and image may be left
+out.
 """
 
 import sys
@@ -27,7 +28,7 @@ _HARDWARE_KEYS = ("gpus", "host", "nodes")
 
 
 def main(arguments: list[str]) -> None:
-    """Print the plan; raises InputError for what cannot be."""
+    """Print the plan; raises InputError for invalid settings."""
     options, settings = split_arguments(arguments, _HARDWARE_KEYS)
     config = read_config(settings)
     if config is None:
@@ -46,7 +47,10 @@ def main(arguments: list[str]) -> None:
 
 
 def plan_dry_run(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) -> Plan:
-    """Return the plan for this hardware and so many ranks, in all and on a node; prompt and images may be missing."""
+    """Return the plan of a dry run on this hardware; prompt and images may be missing.
+
+    ``ranks``: their number in all, and on a node.
+    """
     return plan_memory(
         make_plan(config, ranks=ranks, is_dry_run=True),
         config,
@@ -56,7 +60,10 @@ def plan_dry_run(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) 
 
 
 def resolve_hardware(options: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
-    """Return what these settings describe, and how many ranks there are, in all and on a node; what they leave out is this machine's."""
+    """Return the hardware that ``options`` describe, and the number of ranks in all and on a node.
+
+    Keys that are left out have this machine's values.
+    """
     gpus_per_node, gpu_bytes = 1, None
     if "gpus" in options:
         gpus_per_node, gpu_bytes = parse_gpus(options["gpus"])

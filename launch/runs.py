@@ -1,9 +1,9 @@
-"""List the videos that runs have left in a folder: settings, time, speed, memory, and what failed.
+"""List the videos of a results folder: settings, time, speed, memory and errors.
 
     python -m launch runs outputs
 
-A line for each video, by run and name, under one that failed why, and at the end each run and all in all. Seconds are a video's own, s/it
-and TFLOP/s those of its steps and of one rank.
+A line for each video, by run and name, with the error under one that failed; at the end the totals of each
+run and of all. Seconds are a video's own, s/it and TFLOP/s those of its steps and of one rank.
 """
 
 import shutil
@@ -32,13 +32,13 @@ _COLUMN_TITLES = (
     "status",
 )
 _LEFT_ALIGNED_COLUMNS = (0, 1, 9)
-"""Columns of text."""
+"""Columns of text; numbers are right-aligned."""
 _DEFAULT_WIDTH = 140
-"""Columns of what is no terminal."""
+"""Characters in a line where standard output is no terminal."""
 
 
 def main(arguments: list[str]) -> None:
-    """Print the table; raises InputError for a folder that is none or has no records."""
+    """Print the table; raises InputError for a missing folder, or one without records."""
     _, records, runs = read_results_folder(arguments, "runs")
     sys.stdout.write(
         "\n".join(
@@ -51,16 +51,15 @@ def main(arguments: list[str]) -> None:
 def read_results_folder(
     arguments: Sequence[str], command: str
 ) -> tuple[Path, list[VideoRecord], list[RunRecord]]:
-    """Return the folder that a command was given and what is in it; raises InputError."""
+    """Return the folder given to ``command``, its video records and its runs; raises InputError."""
     if len(arguments) != 1:
         raise InputError(
             f"{command} takes the folder that the videos are in, e.g. python -m launch {command} outputs"
         )
     folder = expand_user_path("folder", arguments[0])
     if not folder.is_dir():
-        raise InputError(
-            f"{folder} is {'not a folder' if folder.exists() else 'not there'}; give the folder that the videos are in"
-        )
+        problem = "not a folder" if folder.exists() else "not there"
+        raise InputError(f"{folder} is {problem}; give the folder that the videos are in")
     records = read_records(folder)
     if not records:
         raise InputError(
@@ -72,7 +71,7 @@ def read_results_folder(
 def format_table(
     records: Sequence[VideoRecord], runs: Sequence[RunRecord], max_width: int
 ) -> list[str]:
-    """Return the table as lines of at most so many columns."""
+    """Return the table as lines of at most ``max_width`` characters."""
     rows = [_COLUMN_TITLES, *(_format_row(record) for record in records)]
     widths = [
         max(_measure_width(row[column]) for row in rows) for column in range(len(_COLUMN_TITLES))
@@ -128,14 +127,11 @@ def _format_totals(records: Sequence[VideoRecord], runs: Sequence[RunRecord]) ->
     for run_name in run_names:
         run_records = [record for record in records if record.run == run_name]
         run = run_by_name.get(run_name)
-        time_text = (
-            "" if run is None or run.seconds is None else f" in {format_duration(run.seconds)}"
-        )
-        ranks_text = (
-            f" on {run.ranks} rank{'' if run.ranks == 1 else 's'}"
-            if run is not None and run.ranks
-            else ""
-        )
+        time_text, ranks_text = "", ""
+        if run is not None and run.seconds is not None:
+            time_text = f" in {format_duration(run.seconds)}"
+        if run is not None and run.ranks:
+            ranks_text = f" on {run.ranks} rank{'' if run.ranks == 1 else 's'}"
         yield f"run {escape_unprintable(run_name)}: {_format_counts(run_records)}{time_text}{ranks_text}"
     seconds = sum(record.seconds or 0.0 for record in records)
     peak_texts = [
@@ -157,9 +153,8 @@ def _list_peaks(records: Sequence[VideoRecord], memory_kind: str) -> list[float]
 def _format_counts(records: Sequence[VideoRecord]) -> str:
     num_failed = sum(record.status == "failed" for record in records)
     num_done = len(records) - num_failed
-    return f"{num_done} video{'' if num_done == 1 else 's'}" + (
-        f", {num_failed} failed" if num_failed else ""
-    )
+    failed_text = f", {num_failed} failed" if num_failed else ""
+    return f"{num_done} video{'' if num_done == 1 else 's'}{failed_text}"
 
 
 def _format_number(value: float | None, number_format: str = "") -> str:
@@ -176,6 +171,7 @@ def _format_line(row: Sequence[str], widths: Sequence[int], max_width: int) -> s
 
 
 def _measure_width(text: str) -> int:
+    """Return the columns that a text takes in a terminal: 2 a wide character, 0 a combining one."""
     return sum(
         2
         if unicodedata.east_asian_width(character) in "WF"

@@ -1,16 +1,19 @@
-"""Submit a video, or a file of them, to Slurm: the plan says what memory and time it takes.
+"""Submit a video, or a file of them, to Slurm, with the memory and time that the plan says.
 
-    python -m launch submit cluster=h100 task=t2v-14B ckpt_dir=/shared/Wan2.1-T2V-14B prompt="Two cats, boxing on a stage"
-    python -m launch submit cluster=h100 nodes=2 cluster.partition=gpu task=i2v-14B image=cat.jpg prompt="A cat on a surfboard" --dry-run
-    python -m launch submit cluster=h100 nodes=2 jobs=prompts.txt output.dir=videos task=t2v-14B ckpt_dir=/shared/Wan2.1-T2V-14B
-    python -m launch submit cluster=mine.yaml gpus=1 array=prompts.txt at_once=8 task=t2v-1.3B     # a job of Slurm's for each line
-    python -m launch submit cluster=a100 fetch=/shared/Wan2.1-T2V-14B task=t2v-14B prompt=@prompt.txt     # a job before downloads
+    python -m launch submit cluster=h100 task=t2v-14B ckpt_dir=/shared/T2V-14B prompt="Two cats, boxing"
+    python -m launch submit cluster=h100 nodes=2 cluster.partition=gpu task=i2v-14B image=cat.jpg --dry-run
+    python -m launch submit cluster=h100 nodes=2 jobs=prompts.txt output.dir=videos task=t2v-14B
+    python -m launch submit cluster=mine.yaml gpus=1 array=prompts.txt at_once=8 task=t2v-1.3B
+    python -m launch submit cluster=a100 fetch=/shared/T2V-14B task=t2v-14B prompt=@prompt.txt
 
-Keys are those of a run, and: cluster=NAME of conf/cluster/ or a YAML file, cluster.KEY=value for one of its settings, nodes=COUNT,
-gpus=COUNT of a node, time=HH:MM:SS and mem=SIZE instead of what is computed, array=FILE of prompts (in .jsonl or .csv any settings),
-at_once=COUNT of its jobs, fetch=FOLDER, after=JOB. --dry-run prints the script. Jobs are told to keep their state before their time is
-up, go back into the queue, and go on. jobs=FILE makes all videos of a file in one job of Slurm's, whose ranks take the next one each and
-load the models once; an array loads them for each, and begins as soon as one of its elements has a place.
+Keys are those of a run, and: cluster=NAME of conf/cluster/ or a YAML file, cluster.KEY=value for one of its
+settings, nodes=COUNT, gpus=COUNT of a node, time=HH:MM:SS and mem=SIZE instead of what is computed,
+array=FILE of prompts (in .jsonl or .csv any settings) for a job of Slurm's for each line, at_once=COUNT of
+them, fetch=FOLDER for a job before that downloads the checkpoint, after=JOB. --dry-run prints the script.
+
+Jobs are told to save their state before their time limit, are requeued, and resume. jobs=FILE makes all
+videos of a file in one job of Slurm's, whose ranks take the next one each and load the models once; an array
+loads them for each video, and starts as soon as one of its elements can be placed.
 """
 
 import math
@@ -37,9 +40,11 @@ from wan_dist.tasks.run_config import read_config
 _SUBMIT_KEYS = ("cluster", "nodes", "gpus", "time", "mem", "array", "at_once", "fetch", "after")
 _GIB = 2**30
 
+_PlannedVideo = tuple[Plan, RunConfig]
+
 
 def main(arguments: list[str]) -> None:
-    """Submit; raises InputError for what cannot be, before anything is submitted."""
+    """Submit the job; raises InputError for invalid settings before anything is submitted."""
     is_dry_run = "--dry-run" in arguments
     options, settings = split_arguments(
         [argument for argument in arguments if argument != "--dry-run"], _SUBMIT_KEYS
@@ -64,128 +69,148 @@ def main(arguments: list[str]) -> None:
     if request is None:
         return
     if is_dry_run:
-        script = build_run_script(
-            replace(request, required_job="FETCH") if fetch_job_script else request, cluster, python
-        )
-        sys.stdout.write(
-            f"{fetch_job_script}\n# and, once it is submitted as job FETCH:\n\n{script}"
-            if fetch_job_script
-            else script
-        )
+        if fetch_job_script:
+            request = replace(request, required_job="FETCH")
+            sys.stdout.write(f"{fetch_job_script}\n# and, once it is submitted as job FETCH:\n\n")
+        sys.stdout.write(build_run_script(request, cluster, python))
         return
     if fetch_job_script:
-        _submit_script(
-            build_run_script(request, cluster, python), "--test-only"
-        )  # it should not be refused once the download is on its way
+        # A job that Slurm refuses should be refused before the download is on its way.
+        _submit_script(build_run_script(request, cluster, python), "--test-only")
         fetch_job = _submit_script(fetch_job_script)
-        request = replace(
-            request,
-            required_job=f"{request.required_job}:{fetch_job}"
-            if request.required_job
-            else fetch_job,
-        )
+        required_jobs = [job for job in (request.required_job, fetch_job) if job]
+        request = replace(request, required_job=":".join(required_jobs))
         sys.stdout.write(
             f"job {fetch_job} downloads to {options['fetch']}: wan-fetch-{fetch_job}.log\n"
         )
     run_job = _submit_script(build_run_script(request, cluster, python))
     sys.stdout.write("".join(f"{note}\n" for note in request.notes))
-    sys.stdout.write(
-        f"job {run_job}: wan-{run_job}{'-N' if request.is_array else ''}.log; squeue --job {run_job}\n"
-    )
+    log_suffix = "-N" if request.is_array else ""
+    sys.stdout.write(f"job {run_job}: wan-{run_job}{log_suffix}.log; squeue --job {run_job}\n")
 
 
 def _build_request(
     options: dict[str, str], settings: list[str], cluster: ClusterConfig, *, is_fetched: bool
 ) -> SlurmRequest | None:
-    """Return what to ask Slurm for; None after a flag that only prints."""
-    num_nodes = parse_count("nodes", options.get("nodes", "1"), "machines")
-    gpus_per_node = parse_count("gpus", options.get("gpus", str(cluster.gpus_per_node)), "GPUs")
-    if gpus_per_node > cluster.gpus_per_node:
-        raise InputError(
-            f"gpus={gpus_per_node}: a node of cluster={options['cluster']} has {cluster.gpus_per_node}; nodes=COUNT takes several"
-        )
+    """Return what to request of Slurm; None after a flag that only prints."""
+    num_nodes, gpus_per_node = _parse_node_counts(options, cluster)
+    is_array = "array" in options
     settings_by_element = [settings]
-    if "array" in options:
-        jobs = read_jobs(expand_user_path("array", options["array"]))
-        settings_by_element = [[*settings, *job.overrides] for job in jobs]
-        configs = compose_job_configs(jobs, settings, _read_job_config)
-        planned_videos = [
-            (_plan_video(config, cluster, num_nodes, gpus_per_node, f"{job.location}: "), config)
-            for job, config in configs
-        ]
-    elif (config := read_config(settings)) is None:
-        return None
-    elif config.jobs is not None:
-        planned_jobs = plan_jobs(
-            config,
-            settings,
-            ranks=(num_nodes * gpus_per_node, gpus_per_node),
-            gpu_bytes=_build_hardware(config, cluster).gpu_bytes,
+    videos: list[_PlannedVideo] | None
+    if is_array:
+        settings_by_element, videos = _plan_array(
+            options["array"], settings, cluster, num_nodes, gpus_per_node
         )
-        planned_videos = [
-            (_arrange_plan(job.plan, job.config, cluster, f"{job.source.location}: "), job.config)
-            for job in planned_jobs
-        ]
     else:
-        planned_videos = [(_plan_video(config, cluster, num_nodes, gpus_per_node), config)]
-    plans = [plan for plan, _ in planned_videos]
-    first_plan, config = planned_videos[0]
-    if (
-        config.ckpt_dir is not None
-        and not is_fetched
-        and not Path(config.ckpt_dir).expanduser().is_dir()
-    ):
-        folder = config.ckpt_dir
-        sys.stderr.write(
-            f"note: ckpt_dir={folder} is not a folder here; the nodes must see one, or fetch={folder} makes it\n"
-        )
-    videos_by_run = (
-        [[planned_video] for planned_video in planned_videos]
-        if "array" in options
-        else [planned_videos]
-    )
-    minutes = (
-        parse_minutes(options["time"], "time")
-        if "time" in options
-        else max(_estimate_requested_minutes(run_videos, cluster) for run_videos in videos_by_run)
-    )
-    memory_bytes = (
-        parse_bytes(options["mem"], "mem")
-        if "mem" in options
-        else max(_estimate_requested_bytes(plan, cluster) for plan in plans)
-    )
+        videos = _plan_run(settings, cluster, num_nodes, gpus_per_node)
+    if videos is None:
+        return None
+    plans = [plan for plan, _ in videos]
+    first_plan, first_config = videos[0]
+    if not is_fetched:
+        _warn_missing_checkpoint(first_config)
+    videos_by_job = [[video] for video in videos] if is_array else [videos]
+    if "time" in options:
+        minutes = parse_minutes(options["time"], "time")
+    else:
+        minutes = max(_estimate_requested_minutes(job, cluster) for job in videos_by_job)
+    if "mem" in options:
+        memory_bytes = parse_bytes(options["mem"], "mem")
+    else:
+        memory_bytes = max(_estimate_requested_bytes(plan, cluster) for plan in plans)
+    memory_gib = -(-memory_bytes // _GIB)
+    max_running_jobs = None
+    if "at_once" in options:
+        max_running_jobs = parse_count("at_once", options["at_once"], "jobs")
     step_seconds = max(estimate_step_seconds(plan, cluster.tflops) for plan in plans)
-    ranks_text = (
-        f"{first_plan.degrees.num_ranks} ranks, {first_plan.degrees}; "
-        if first_plan.degrees.num_ranks > 1
-        else ""
-    )
-    notes = [first_plan.summary, ranks_text + first_plan.arrangement.description]
-    count_text = (
-        f"{len(plans)} jobs, each: "
-        if "array" in options
-        else f"{len(plans)} videos: "
-        if len(plans) > 1
-        else ""
-    )
-    notes.append(
-        count_text + f"{-(-memory_bytes // _GIB)} GiB of a node, up to {format_minutes(minutes)}"
-    )
     return SlurmRequest(
         name=f"wan-{first_plan.task.name}",
-        notes=notes,
+        notes=_format_notes(plans, memory_gib, minutes, is_array=is_array),
         settings=settings_by_element,
-        is_array="array" in options,
-        max_running_jobs=parse_count("at_once", options["at_once"], "jobs")
-        if "at_once" in options
-        else None,
+        is_array=is_array,
+        max_running_jobs=max_running_jobs,
         num_nodes=num_nodes,
         gpus_per_node=gpus_per_node,
-        memory_gib=-(-memory_bytes // _GIB),
+        memory_gib=memory_gib,
         time_limit_minutes=minutes,
         signal_seconds=max(cluster.signal_seconds, 30 + int(1.5 * step_seconds)),
         required_job=options.get("after"),
     )
+
+
+def _parse_node_counts(options: dict[str, str], cluster: ClusterConfig) -> tuple[int, int]:
+    """Return the number of nodes, and of GPUs of each."""
+    num_nodes = parse_count("nodes", options.get("nodes", "1"), "machines")
+    gpus_per_node = parse_count("gpus", options.get("gpus", str(cluster.gpus_per_node)), "GPUs")
+    if gpus_per_node > cluster.gpus_per_node:
+        raise InputError(
+            f"gpus={gpus_per_node}: a node of cluster={options['cluster']} has "
+            f"{cluster.gpus_per_node}; nodes=COUNT takes several"
+        )
+    return num_nodes, gpus_per_node
+
+
+def _plan_array(
+    file_text: str, settings: list[str], cluster: ClusterConfig, num_nodes: int, gpus_per_node: int
+) -> tuple[list[list[str]], list[_PlannedVideo]]:
+    """Return the settings and the plan of each element of array=FILE."""
+    jobs = read_jobs(expand_user_path("array", file_text))
+    configs = compose_job_configs(jobs, settings, _read_job_config)
+    videos = [
+        (_plan_video(config, cluster, num_nodes, gpus_per_node, f"{job.location}: "), config)
+        for job, config in configs
+    ]
+    return [[*settings, *job.overrides] for job in jobs], videos
+
+
+def _plan_run(
+    settings: list[str], cluster: ClusterConfig, num_nodes: int, gpus_per_node: int
+) -> list[_PlannedVideo] | None:
+    """Return the plans of one run, of several videos with jobs=FILE; None after a flag that only prints."""
+    config = read_config(settings)
+    if config is None:
+        return None
+    if config.jobs is None:
+        return [(_plan_video(config, cluster, num_nodes, gpus_per_node), config)]
+    planned_jobs = plan_jobs(
+        config,
+        settings,
+        ranks=(num_nodes * gpus_per_node, gpus_per_node),
+        gpu_bytes=_build_hardware(config, cluster).gpu_bytes,
+    )
+    return [
+        (_arrange_plan(job.plan, job.config, cluster, f"{job.source.location}: "), job.config)
+        for job in planned_jobs
+    ]
+
+
+def _warn_missing_checkpoint(config: RunConfig) -> None:
+    """Print a note if the checkpoint's folder is not on this machine; the nodes may see it."""
+    folder = config.ckpt_dir
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        sys.stderr.write(
+            f"note: ckpt_dir={folder} is not a folder here; "
+            f"the nodes must see one, or fetch={folder} makes it\n"
+        )
+
+
+def _format_notes(
+    plans: Sequence[Plan], memory_gib: int, minutes: int, *, is_array: bool
+) -> list[str]:
+    """Return lines that say what is made, how, and what is requested."""
+    first_plan = plans[0]
+    ranks_text, count_text = "", ""
+    if first_plan.degrees.num_ranks > 1:
+        ranks_text = f"{first_plan.degrees.num_ranks} ranks, {first_plan.degrees}; "
+    if is_array:
+        count_text = f"{len(plans)} jobs, each: "
+    elif len(plans) > 1:
+        count_text = f"{len(plans)} videos: "
+    return [
+        first_plan.summary,
+        ranks_text + first_plan.arrangement.description,
+        f"{count_text}{memory_gib} GiB of a node, up to {format_minutes(minutes)}",
+    ]
 
 
 def _read_job_config(settings: list[str]) -> RunConfig:
@@ -198,12 +223,11 @@ def _read_job_config(settings: list[str]) -> RunConfig:
 
 
 def _build_hardware(config: RunConfig, cluster: ClusterConfig) -> Hardware:
-    gpu_bytes = (
-        parse_bytes(cluster.gpu_memory, "cluster.gpu_memory") if config.device != "cpu" else None
-    )
-    return Hardware(
-        gpu_bytes, parse_bytes(cluster.host_memory, "cluster.host_memory"), "cluster.host_memory"
-    )
+    gpu_bytes = None
+    if config.device != "cpu":
+        gpu_bytes = parse_bytes(cluster.gpu_memory, "cluster.gpu_memory")
+    host_bytes = parse_bytes(cluster.host_memory, "cluster.host_memory")
+    return Hardware(gpu_bytes, host_bytes, "cluster.host_memory")
 
 
 def _plan_video(
@@ -234,40 +258,37 @@ def _arrange_plan(plan: Plan, config: RunConfig, cluster: ClusterConfig, error_p
 
 
 def _estimate_requested_bytes(plan: Plan, cluster: ClusterConfig) -> int:
-    """Return the bytes to ask for: a fifth and 4 GiB more than planned, if nodes have them."""
+    """Return the bytes to request: a fifth and 4 GiB more than planned, if nodes have them."""
     planned_bytes = max(stage_memory.host_bytes for stage_memory in plan.stage_memories)
     return min(
         int(1.2 * planned_bytes) + 4 * _GIB, parse_bytes(cluster.host_memory, "cluster.host_memory")
     )
 
 
-def _estimate_requested_minutes(
-    videos: Sequence[tuple[Plan, RunConfig]], cluster: ClusterConfig
-) -> int:
-    """Return the minutes to ask for: half as much again as they should take, and five, in steps of five."""
+def _estimate_requested_minutes(videos: Sequence[_PlannedVideo], cluster: ClusterConfig) -> int:
+    """Return the minutes to request: 1.5 times the estimate and five, rounded up to a multiple of five."""
     seconds = estimate_run_seconds(
         [(plan, config.sample.steps) for plan, config in videos], cluster.tflops
     )
     minutes = 5 * math.ceil((1.5 * seconds / 60 + 5) / 5)
-    return (
-        minutes
-        if cluster.max_time is None
-        else min(minutes, parse_minutes(cluster.max_time, "cluster.max_time"))
-    )
+    if cluster.max_time is None:
+        return minutes
+    return min(minutes, parse_minutes(cluster.max_time, "cluster.max_time"))
 
 
 def _build_fetch_arguments(folder: str, settings: list[str]) -> list[str]:
     values_by_key = dict(setting.partition("=")[::2] for setting in settings)
     if "ckpt_dir" in values_by_key:
         raise InputError(
-            f"fetch={folder} is where the checkpoint comes to be; leave ckpt_dir={values_by_key['ckpt_dir']} out"
+            f"fetch={folder} is where the checkpoint comes to be; "
+            f"leave ckpt_dir={values_by_key['ckpt_dir']} out"
         )
     size_arguments = [f"size={values_by_key['size']}"] if "size" in values_by_key else []
     return [get_task(values_by_key.get("task", "")).name, folder, *size_arguments]
 
 
 def _submit_script(script: str, *options: str) -> str:
-    """Submit a script and return the job's number."""
+    """Submit a script with sbatch and return the job's number; raises InputError."""
     try:
         result = subprocess.run(
             ["sbatch", "--parsable", *options],
@@ -278,7 +299,8 @@ def _submit_script(script: str, *options: str) -> str:
         )
     except FileNotFoundError:
         raise InputError(
-            "there is no sbatch on this machine; --dry-run prints the script, to be submitted where there is one"
+            "there is no sbatch on this machine; "
+            "--dry-run prints the script, to be submitted where there is one"
         ) from None
     if result.returncode:
         raise InputError(f"Slurm refuses it: {result.stderr.strip() or result.returncode}")

@@ -14,7 +14,9 @@ def has_golden(name: str) -> bool:
 
 
 def golden_folder(name: str) -> Path:
-    """Return a golden checkpoint's folder: the one that travels with the code, or one of the larger set beside the checkout."""
+    """Return a golden checkpoint's folder: the one that travels with the code, or one of the larger
+    set beside the checkout.
+    """
     if not has_golden(name):
         pytest.skip(f"the golden {name} is not beside this checkout")
     here = FIXTURES / name

@@ -1,4 +1,6 @@
-"""Runs ``launch doctor`` where what the second rank receives is wrong in one bit: ``torchrun -m tests.corrupted``."""
+"""Runs ``launch doctor`` where what the second rank receives is wrong in one bit:
+``torchrun -m tests.corrupted``.
+"""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""Counts the bytes of tensors that exist, as operations make them and let them go: a GPU's peak, found on meta without one."""
+"""Counts the bytes of tensors that exist, as operations make them and let them go: a GPU's peak,
+found on meta without one.
+"""
 
 import weakref
 from collections.abc import Iterable
@@ -11,7 +13,9 @@ from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
-    """While it is on: ``now`` and ``peak`` of all storages on meta that were made since, without those of ``others``."""
+    """While it is on: ``now`` and ``peak`` of all storages on meta that were made since, without
+    those of ``others``.
+    """
 
     def __init__(self, others: Iterable[Tensor] = ()) -> None:
         super().__init__()

@@ -1,4 +1,5 @@
-"""Runs the command and asks it to end: ``python -m tests.preempted MOMENT RANK key=value ...``; MOMENT is a step, encode or decode.
+"""Runs the command and asks it to end: ``python -m tests.preempted MOMENT RANK key=value ...``;
+MOMENT is a step, encode or decode.
 
 The rank with this number sends itself SIGUSR1 there, as Slurm would before a job's time is up.
 """

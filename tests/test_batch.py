@@ -1,4 +1,6 @@
-"""Runs with a file of jobs: equal to single runs, made once, gone on with after anything, on one rank and on several."""
+"""Runs with a file of jobs: equal to single runs, made once, gone on with after anything, on one
+rank and on several.
+"""
 
 import json
 import subprocess
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import golden_folder
 from tests.test_command import reference_arguments
 from tests.torchrun import torchrun
-from wan_dist.jobs import worker as batch
+from wan_dist.jobs import worker
 from wan_dist.pipeline.denoise import VideoInProgress
 from wan_dist.run import main
 from wan_dist.weights.checkpoint import Component
@@ -264,13 +266,13 @@ def test_an_image_that_vanishes_fails_its_job_alone(
     jobs: list[dict[str, object]] = [
         {"name": name, "prompt": "a red ball", "image": f"{name}.png"} for name in "abc"
     ]
-    make = batch.make_latents
+    make = worker.make_latents
 
     def make_and_lose(video: VideoInProgress) -> torch.Tensor:
         (tmp_path / "b.png").unlink(missing_ok=True)
         return make(video)
 
-    monkeypatch.setattr(batch, "make_latents", make_and_lose)
+    monkeypatch.setattr(worker, "make_latents", make_and_lose)
     assert (
         main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path / 'out'}"])
         == 1

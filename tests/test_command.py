@@ -35,7 +35,9 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def reference_arguments(
     folder: Path, case: str, task: str, checkpoint: Path | None = None
 ) -> list[str]:
-    """Return the command's arguments for a run of the reference implementation, with its checkpoint or another copy of that."""
+    """Return the command's arguments for a run of the reference implementation, with its checkpoint
+    or another copy of that.
+    """
     run = json.loads((folder / f"expected/{case}.json").read_text(encoding="utf-8"))
     scale = (
         run["guide_scale"]
@@ -227,7 +229,9 @@ def test_a_decoder_without_memory_goes_on_with_less(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Whole, in more and more tiles, on the CPU: the video is the same, and nothing is left of the tries before."""
+    """Whole, in more and more tiles, on the CPU: the video is the same, and nothing is left of the
+    tries before.
+    """
     from wan_dist.models.vae.model import Decoder
 
     finish, tries = Decoder.compute_frames, []
@@ -404,7 +408,10 @@ def test_a_gpu_that_is_too_small_is_told_what_would_help(
     assert (
         main([*TINY, "memory.dit=stream", "memory.slice_tokens=2048", "memory.passes=apart"]) == 1
     )
-    words = "with the transformer streamed, 2048 tokens at a time, passes apart; memory.slice_tokens=512 would take less"
+    words = (
+        "with the transformer streamed, 2048 tokens at a time, passes apart; "
+        "memory.slice_tokens=512 would take less"
+    )
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -439,7 +446,8 @@ def test_a_black_video_is_never_written(
         ([*TINY, "cache.steps=mag"], "cache.steps=mag is not one of easy, tea"),
         (
             ["task=t2v-A14B", "prompt=a", "cache.steps=tea"],
-            "cache.steps=tea has been fitted to the models of t2v-1.3B, t2v-14B, t2i-14B, i2v-14B, toy, not to that of t2v-A14B",
+            "cache.steps=tea has been fitted to the models of t2v-1.3B, t2v-14B, t2i-14B, i2v-14B, toy, "
+            "not to that of t2v-A14B",
         ),
         ([*TINY, "cache.threshold=0"], "cache.threshold=0.0: it must be above 0, e.g. 0.05"),
         (["task=s2v-14B"], "task s2v-14B is not supported yet"),
@@ -511,7 +519,9 @@ def test_help_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:
-    """In a process of its own: the installed entry, its exit codes, and nothing left in the folder but the outputs."""
+    """In a process of its own: the installed entry, its exit codes, and nothing left in the folder
+    but the outputs.
+    """
     command = [sys.executable, "-m", "wan_dist.run"]
     done = subprocess.run(
         [*command, *TINY, "prompt=it's one, two"],

@@ -1,4 +1,6 @@
-"""The gallery's page in a browser, from disk: what people do with it, and that what they write does nothing."""
+"""The gallery's page in a browser, from disk: what people do with it, and that what they write does
+nothing.
+"""
 
 import os
 import shutil
@@ -261,7 +263,9 @@ CONTRAST = """element => {
     const [red, green, blue] = colour.match(/\\d+/g).map(linear);
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05;
   };
-  const [one, other] = [getComputedStyle(element).color, getComputedStyle(document.body).backgroundColor].map(bright);
+  const [one, other] = [
+    getComputedStyle(element).color, getComputedStyle(document.body).backgroundColor
+  ].map(bright);
   return Math.max(one, other) / Math.min(one, other);
 }"""
 

@@ -1,4 +1,6 @@
-"""A run that is asked to end goes on where it stopped when the same command is given again, and makes the same video to the bit."""
+"""A run that is asked to end goes on where it stopped when the same command is given again, and
+makes the same video to the bit.
+"""
 
 import json
 import os

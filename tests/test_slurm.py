@@ -199,7 +199,8 @@ def test_jobs_that_are_submitted_from_a_plan(slurm: Slurm) -> None:
     )
     small = ["mem=2GB", "sample.steps=2", *RUN[1:]]
     (slurm.folder / "jobs.jsonl").write_text(
-        '{"name": "ball", "prompt": "a red ball, \\"$HOME\\""}\n{"name": "cat", "prompt": "一只猫", "seed": 7}\n'
+        '{"name": "ball", "prompt": "a red ball, \\"$HOME\\""}\n'
+        '{"name": "cat", "prompt": "一只猫", "seed": 7}\n'
     )
     path = f"{slurm.folder / 'stand-in'}:{ROOT}"
     fetched = launch(

@@ -1,4 +1,6 @@
-"""The toy model shows what it is asked for, on one rank and on two: told from the pixels, for captions that it was not trained on."""
+"""The toy model shows what it is asked for, on one rank and on two: told from the pixels, for
+captions that it was not trained on.
+"""
 
 import os
 

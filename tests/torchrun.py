@@ -9,7 +9,9 @@ from pathlib import Path
 def torchrun(
     num_ranks: int, module: str, *arguments: str, timeout: float = 240, code: int = 0
 ) -> str:
-    """Run a module on this many ranks of this machine and return what it printed; fails, with the end of what it said, at another code."""
+    """Run a module on this many ranks of this machine and return what it printed; fails, with the
+    end of what it said, at another code.
+    """
     command = [
         sys.executable,
         "-W",

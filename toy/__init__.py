@@ -1,1 +1,1 @@
-"""The toy model: what it was trained on, how, and how good it is."""
+"""Toy model: training data, training and evaluation."""

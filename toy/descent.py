@@ -1,4 +1,4 @@
-"""How the toy's parameters go down their loss: matrices by Muon, everything else by AdamW, a step recorded as a CUDA graph."""
+"""Optimizer of the toy model: Muon for matrices, AdamW for the rest; a step is captured as a CUDA graph."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 _MOMENTUM = 0.95
 _DECAY = 0.01
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-"""Of the Newton-Schulz iteration that drives singular values towards 1."""
+"""Coefficients of the Newton-Schulz iteration, which drives singular values towards 1."""
 
 
 def orthogonal(matrices: Tensor, num_steps: int = 5) -> Tensor:
-    """Return the nearest matrices (N, A, B), about, whose singular values are all 1.
+    """Return approximations of the nearest matrices (N, A, B) whose singular values are all 1.
 
     Newton-Schulz in bfloat16, as in https://kellerjordan.github.io/posts/muon.
     """
@@ -28,9 +28,10 @@ def orthogonal(matrices: Tensor, num_steps: int = 5) -> Tensor:
 
 
 class Descent:
-    """Muon with Nesterov's momentum for the matrices (N, M) named by ``is_matrix``, AdamW for the rest.
+    """Muon with Nesterov momentum for the matrices (N, M) chosen by ``is_matrix``, AdamW for the rest.
 
-    All matrices of one shape are made orthogonal at once. ``rate`` is a tensor, so that a recorded step reads what is written there.
+    All matrices of one shape are orthogonalized at once. ``rate``, the learning rate, is a tensor, so that a
+    captured step reads its current value.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Descent:
         )
 
     def step(self, loss: Tensor) -> None:
-        """Change the parameters along the loss's gradient, cut to a norm of 1."""
+        """Update the parameters by the loss's gradient, clipped to a norm of 1."""
         for parameter in self._parameters:
             parameter.grad = None
         loss.backward()
@@ -74,16 +75,14 @@ class Descent:
         torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
         ahead = torch._foreach_lerp(gradients, momenta, _MOMENTUM)
         rows, columns = matrices[0].shape
-        scale = (
-            0.2 * max(rows, columns) ** 0.5
-        )  # the root mean square of AdamW's steps, arXiv:2502.16982
+        scale = 0.2 * max(rows, columns) ** 0.5  # the RMS of AdamW's steps, arXiv:2502.16982
         changes = orthogonal(torch.stack(ahead)).float() * (scale * self.rate)
         torch._foreach_mul_(matrices, 1 - _DECAY * self.rate)
         torch._foreach_sub_(matrices, list(changes))
 
 
 def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """Return what does ``step``, without Python in between on a GPU: a CUDA graph, recorded after three steps."""
+    """Return a function that does ``step``: on a GPU a CUDA graph, captured after three steps."""
     if device.type != "cuda":
         return step
     aside = torch.cuda.Stream()

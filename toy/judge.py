@@ -1,4 +1,4 @@
-"""What a video shows, told from its pixels alone: background, colours, and how each thing moves."""
+"""Evaluation of a toy video from its pixels: background, colours, and the motion of each shape."""
 
 from dataclasses import dataclass
 
@@ -9,33 +9,33 @@ from toy.scenes import COLORS, Scene
 
 _PALETTE = np.array(list(COLORS.values()), dtype=np.float32)
 _LEAST = 0.004
-"""Of the frame, that a thing must cover."""
+"""Least fraction of the frame that a shape covers."""
 _LARGEST = 0.25
-"""How far a thing's pixels may be from its middle."""
+"""Largest distance of a shape's pixels from its centre; the frame is 1 wide."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What of a scene a video shows rightly."""
+    """Which parts of a scene a video shows correctly."""
 
     background: bool
     colors: bool
     motions: bool
     seen: str
-    """What it was taken for."""
+    """Description of the scene that was recognized."""
 
     @property
     def right(self) -> bool:
-        """Whether all is."""
+        """Whether all parts are correct."""
         return self.background and self.colors and self.motions
 
 
 def judge(frames: NDArray[np.uint8], scene: Scene) -> Verdict:
-    """Compare a video (F, H, W, 3) with the scene that was asked for."""
+    """Compare a video (F, H, W, 3), uint8, with the requested scene."""
     names = list(COLORS)
-    nearest = (np.square(_PALETTE).sum(-1) - 2 * (frames.astype(np.float32) @ _PALETTE.T)).argmin(
-        -1
-    )  # (F, H, W)
+    # Squared distances to the palette's colours, less the pixel's own square.
+    distances = np.square(_PALETTE).sum(-1) - 2 * (frames.astype(np.float32) @ _PALETTE.T)
+    nearest = distances.argmin(-1)  # (F, H, W)
     shares = np.bincount(nearest.flatten(), minlength=len(names)) / nearest.size
     background = int(shares.argmax())
     shares[background] = 0
@@ -55,13 +55,15 @@ def judge(frames: NDArray[np.uint8], scene: Scene) -> Verdict:
 
 
 def motion_of(mask: NDArray[np.bool_]) -> str:
-    """Return how what the mask (F, H, W) shows moves: one of `toy.scenes.MOTIONS`, still, or nothing."""
+    """Return how the shape in a mask (F, H, W) moves.
+
+    One of `toy.scenes.MOTIONS`, or still, nothing, something else.
+    """
     areas = mask.sum((1, 2)).astype(float)
     if (areas < _LEAST / 2 * mask[0].size).sum() > 2:
         return "nothing"
-    places = np.array(
-        [_center(frame) for frame, area in zip(mask, areas, strict=True) if area]
-    )  # (F, 2): x, y
+    # (F, 2): x, y
+    places = np.array([_center(frame) for frame, area in zip(mask, areas, strict=True) if area])
     span = places.max(0) - places.min(0)
     way = places[-1] - places[0]
     far = max(span)
@@ -83,14 +85,17 @@ def motion_of(mask: NDArray[np.bool_]) -> str:
 
 
 def _center(frame: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return x and y (down) of what covers the frame, which is 1 wide; a few pixels elsewhere, such as edges of others, do not count."""
+    """Return the centre of a shape in a frame (H, W): x, and y from the top; the frame is 1 wide.
+
+    A few pixels elsewhere, such as the edges of another shape, are ignored.
+    """
     rows, columns = (places / frame.shape[1] for places in np.nonzero(frame))
     near = np.hypot(rows - np.median(rows), columns - np.median(columns)) < _LARGEST
     return float(columns[near].mean()), float(rows[near].mean())
 
 
 def _turns(mask: NDArray[np.bool_]) -> bool:
-    """Whether the outline changes, though what it is of stays where it is."""
+    """Whether the outline of a shape that stays in place changes, by comparison with three frames later."""
     changes = [
         np.logical_xor(one, other).sum() / one.sum()
         for one, other in zip(mask, mask[3:], strict=False)

@@ -1,4 +1,4 @@
-"""The transformer computed plainly, with nothing changed in place, so that it can be trained; the parameters are `WanTransformer`'s."""
+"""Differentiable forward pass of `WanTransformer`, without in-place operations, for training."""
 
 from collections.abc import Sequence
 from typing import cast
@@ -15,7 +15,7 @@ from wan_dist.models.transformer_block import TransformerBlock
 
 
 def project(projection: ContextProjection, texts: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return every block's k and v (B, H, n, D) of embedded texts (B, n, text_dim), n all of the padded length."""
+    """Return every block's k and v (B, H, n, D) of text embeddings (B, n, text_dim), n with padding."""
     embedded = projection.text_embedding(texts)
     found = []
     for index in projection.block_indices:
@@ -33,7 +33,10 @@ def velocity(
     contexts: Sequence[tuple[Tensor, Tensor]],
     rotary: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """Return the velocity (B, C, T, h, w) of latents (B, C, T, h, w); timesteps (B, 2): of the first latent frame, and of the others."""
+    """Return the velocity (B, C, T, h, w) of latents (B, C, T, h, w).
+
+    ``timesteps`` (B, 2): that of the first latent frame, and that of the others.
+    """
     time, block_time = model.embed_timesteps(timesteps)
     num_first = latents.shape[3] * latents.shape[4] // 4
     x = model.patch_embedding(latents)

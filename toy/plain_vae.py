@@ -1,4 +1,4 @@
-"""The VAE computed plainly, a whole video at once, nothing changed in place, so that it can be trained; the parameters are `WanVae`'s."""
+"""Differentiable forward pass of `WanVae`, of a whole video without in-place operations, for training."""
 
 from typing import cast
 
@@ -19,7 +19,10 @@ from wan_dist.models.vae.ops import rms_norm
 
 
 def moments(vae: WanVae, video: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and log variance (B, C, T, h, w), float32 and not normalised, of the latents of videos (B, 3, 4 T - 3, H, W)."""
+    """Return mean and log variance (B, C, T, h, w) of the latents of videos (B, 3, 4 T - 3, H, W).
+
+    Both are float32 and not normalised.
+    """
     encoder = vae.encoder
     x = _through([*encoder.downsamples, *encoder.middle], _conv(encoder.conv1, video))
     mean, log_variance = _conv(vae.conv1, _head(encoder.head, x)).float().chunk(2, dim=1)
@@ -27,7 +30,7 @@ def moments(vae: WanVae, video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decode(vae: WanVae, latents: Tensor) -> Tensor:
-    """Return the frames (B, 3, 4 T - 3, H, W), float32, of latents (B, C, T, h, w) that are not normalised."""
+    """Return the frames (B, 3, 4 T - 3, H, W), float32, of unnormalised latents (B, C, T, h, w)."""
     decoder = vae.decoder
     x = _through(
         [*decoder.middle, *decoder.upsamples], _conv(decoder.conv1, _conv(vae.conv2, latents))
@@ -98,9 +101,10 @@ def _each_frame(module: nn.Module, x: Tensor) -> Tensor:
 
 def _down(layer: Downsample, x: Tensor) -> Tensor:
     x = _each_frame(layer.resample, x)
-    return (
-        x if layer.time_conv is None else torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
-    )  # the first frame stays one
+    if layer.time_conv is None:
+        return x
+    # The first frame is not merged with others.
+    return torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
 
 
 def _up(layer: Upsample, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Scenes -> videos, drawn on the fly, and the videos' frames where a thing is."""
+"""Rendering of scenes as videos, on the fly, on any device."""
 
 import math
 import random
@@ -12,9 +12,9 @@ from toy.scenes import COLORS, SHAPES, Scene, Thing
 SIZE, NUM_FRAMES = 128, 33
 _CORNERS = {"circle": 3, "square": 4, "triangle": 3, "star": 5}
 _INNER = {"circle": 1.0, "square": math.cos(math.pi / 4), "triangle": 0.5, "star": 0.45}
-"""Radius of the middles between corners, over that of the corners."""
+"""Radius of the points midway between corners, relative to that of the corners."""
 _REACH = {"circle": 1.0, "square": 1.2, "triangle": 1.35, "star": 1.35}
-"""Radius of the corners where the shapes look equally large."""
+"""Radius of the corners at which the shapes look equally large, relative to that of the circle."""
 
 
 def render(
@@ -25,7 +25,7 @@ def render(
     size: int = SIZE,
     num_frames: int = NUM_FRAMES,
 ) -> Tensor:
-    """Return a video of each scene: (B, 3, F, H, W), float32 in [-1, 1]; where things are and how fast is left to chance."""
+    """Return a video of each scene: (B, 3, F, H, W), float32 in [-1, 1]; positions and speeds are random."""
     axis = (torch.arange(size, device=device) + 0.5) / size
     video = torch.stack([_color(scene.background, device) for scene in scenes])[
         :, :, None, None, None
@@ -53,26 +53,24 @@ def _color(name: str, device: torch.device) -> Tensor:
 def _path(
     scene: Scene, number: int, chance: random.Random, num_frames: int
 ) -> list[tuple[float, float, float, float]]:
-    """Return x, y (down), radius and angle of a thing in each frame; the frame is 1 wide."""
+    """Return x, y (from the top), radius and angle of a thing in each frame; the frame is 1 wide."""
     if number >= len(scene.things):
         return [(-1.0, -1.0, 0.01, 0.0)] * num_frames  # outside
     thing, is_alone = scene.things[number], len(scene.things) == 1
     radius = chance.uniform(0.15, 0.18) if is_alone else chance.uniform(0.1, 0.115)
     beside = _is_beside(scene)
-    half_x, half_y = (0.48, 0.48) if is_alone else (0.24, 0.48) if beside else (0.48, 0.24)
+    if is_alone:
+        half_x, half_y = 0.48, 0.48
+    else:
+        half_x, half_y = (0.24, 0.48) if beside else (0.48, 0.24)
     center_x = 0.5 if is_alone or not beside else 0.26 + 0.48 * number
     center_y = 0.5 if is_alone or beside else 0.26 + 0.48 * number
     room_x, room_y = half_x - 1.35 * radius, half_y - 1.35 * radius
-    along_x = (
-        chance.uniform(0.75, 1) * min(room_x, 0.33)
-        if thing.motion in ("right", "left", "circling")
-        else 0.0
-    )
-    along_y = (
-        chance.uniform(0.75, 1) * min(room_y, 0.33)
-        if thing.motion in ("up", "down", "bouncing")
-        else 0.0
-    )
+    along_x, along_y = 0.0, 0.0
+    if thing.motion in ("right", "left", "circling"):
+        along_x = chance.uniform(0.75, 1) * min(room_x, 0.33)
+    if thing.motion in ("up", "down", "bouncing"):
+        along_y = chance.uniform(0.75, 1) * min(room_y, 0.33)
     if thing.motion == "circling":
         along_x = along_y = min(along_x, chance.uniform(0.75, 1) * min(room_x, room_y, 0.27))
     if thing.motion == "growing":
@@ -87,7 +85,7 @@ def _path(
 
 
 def _is_beside(scene: Scene) -> bool:
-    """Whether two things are side by side, not one above the other: by what they need room for."""
+    """Whether two things are side by side, not one above the other: if one of them moves vertically."""
     return any(thing.motion in ("up", "down", "bouncing") for thing in scene.things)
 
 
@@ -101,6 +99,7 @@ def _at(
     radius: float,
     turn: float,
 ) -> tuple[float, float, float, float]:
+    """Return x, y, radius and angle at time ``t`` in [0, 1]; ``along_x`` and ``along_y`` are amplitudes."""
     angle = -math.pi / 2 if thing.shape in ("triangle", "star") else math.pi / 4
     match thing.motion:
         case "right" | "left":
@@ -120,7 +119,7 @@ def _at(
 
 
 def _cover(shown: Sequence[Thing | None], path: Tensor, axis: Tensor, size: int) -> Tensor:
-    """Return how much of each pixel the things cover, (B, F, H, W), for paths (B, F, 4)."""
+    """Return the fraction of each pixel that the things cover, (B, F, H, W), for paths (B, F, 4)."""
     x, y, radius, angle = (part[:, :, None, None] for part in path.unbind(-1))
     names = [thing.shape if thing else "circle" for thing in shown]
     corners, inner = (

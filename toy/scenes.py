@@ -1,4 +1,4 @@
-"""What the toy model knows: coloured shapes that move on a coloured background, and how people say so, in English and Chinese."""
+"""Scenes of the toy model: coloured shapes that move on a background, with English and Chinese captions."""
 
 import random
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ COLORS = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
 }
-"""Red, green and blue in 0 ... 255; of shapes and of backgrounds."""
+"""RGB colours, 0 to 255, of shapes and of backgrounds."""
 SHAPES = ("circle", "square", "triangle", "star")
 MOTIONS = ("right", "left", "up", "down", "circling", "bouncing", "growing", "spinning")
 
@@ -80,7 +80,7 @@ class Scene:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether it is kept from training: one in eleven of all combinations of a thing and a background."""
+        """Whether it is held out of training: one in eleven combinations of a thing and a background."""
         return any(_is_held_out(thing, self.background) for thing in self.things)
 
 
@@ -92,7 +92,7 @@ def _is_held_out(thing: Thing, background: str) -> bool:
 
 
 def all_scenes() -> Iterator[Scene]:
-    """Yield every scene of one thing; a circle that spins cannot be seen to, and there is none."""
+    """Yield every scene of one thing; none has a spinning circle, whose motion is invisible."""
     for background in COLORS:
         for color in COLORS:
             for shape in SHAPES:
@@ -102,7 +102,7 @@ def all_scenes() -> Iterator[Scene]:
 
 
 def draw_scene(chance: random.Random) -> Scene:
-    """Return a scene that may be trained on; three in ten have two things, of different colours."""
+    """Return a random scene for training; three in ten have two things, of different colours."""
     while True:
         background, *colors = chance.sample(list(COLORS), 3)
         things = tuple(
@@ -117,7 +117,7 @@ def draw_scene(chance: random.Random) -> Scene:
 
 
 def caption(scene: Scene, chance: random.Random) -> str:
-    """Return one of the ways to say what a scene shows; a third of them are Chinese."""
+    """Return a random caption of a scene; a third of them are Chinese."""
     if chance.random() < 1 / 3:
         return _chinese(scene, chance)
     things = []

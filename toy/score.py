@@ -1,10 +1,11 @@
-"""Score the toy model as it is run: how many of the held-out captions it shows rightly, and how far frames are from the float32 run's.
+"""Score of the toy model in each configuration: held-out captions shown correctly, PSNR against float32.
 
-    python -m toy.score --at-once 8 --out scores.json            # every way to run it: the table of toy/README.md
+    python -m toy.score --at-once 8 --out scores.json         # all configurations: the table of toy/README.md
     python -m toy.score --only float32 --ranks 2
     python -m toy.score --only "4 steps" --captions 16 --checkpoint FOLDER
 
-Ways that need a GPU are left out where there is none, and `attention=8bit` everywhere: its heads have 128 channels, the toy's 32.
+Configurations that need a GPU are left out where there is none, and `attention=8bit` everywhere: its heads
+have 128 channels, the toy's 32.
 """
 
 import argparse
@@ -37,14 +38,14 @@ _ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Way:
-    """A way to run the model."""
+    """A configuration of the run."""
 
     name: str
     settings: tuple[str, ...] = ()
     gpu: bool = False
-    """Whether it needs one."""
+    """Whether it needs a GPU."""
     image: bool = False
-    """Whether it is given a first frame."""
+    """Whether a first frame is given."""
 
 
 WAYS = (
@@ -82,16 +83,16 @@ WAYS = (
 
 @dataclass(frozen=True)
 class Made:
-    """A video that was made."""
+    """A video that a run has made."""
 
     frames: NDArray[np.uint8]
-    """(F, H, W, 3)."""
+    """Frames (F, H, W, 3)."""
     num_steps: int
-    """That were computed, not guessed."""
+    """Steps that were computed, not taken from the step cache."""
 
 
 def held_out(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
-    """Return scenes that were never trained on, with a caption each."""
+    """Return ``count`` scenes that were held out of training, with a caption each."""
     chance = random.Random(seed)
     scenes = [scene for scene in all_scenes() if scene.is_held_out]
     return [(scene, caption(scene, chance)) for scene in chance.sample(scenes, count)]
@@ -105,9 +106,10 @@ def videos_of(
     threads: int = 1,
     image: bool = False,
 ) -> list[Made]:
-    """Make a video of each caption by one run of the command.
+    """Make a video of each caption in one run of the command.
 
-    Several ranks share each video. With ``image`` each is given the first frame of a video that was drawn of its scene.
+    Several ranks compute each video together. With ``image`` each is given the first frame of a rendered
+    video of its scene. Raises RuntimeError if the run fails.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -156,7 +158,7 @@ def psnr(video: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
 
 
 def main() -> None:
-    """Score each way."""
+    """Score each configuration."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -199,7 +201,8 @@ def main() -> None:
             return []
 
     print(
-        "| | steps computed | right | background | colours | motions | PSNR |\n|---|---|---|---|---|---|---|",
+        "| | steps computed | right | background | colours | motions | PSNR |\n"
+        "|---|---|---|---|---|---|---|",
         flush=True,
     )
     references: list[Made] = []
@@ -229,11 +232,11 @@ def _score(
     }
     steps = float(np.mean([made.num_steps for made in videos]))
     pairs = [(one.frames, other.frames) for one, other in zip(videos, references, strict=True)]
-    distance, is_same = (
-        float(np.mean([psnr(*pair) for pair in pairs])),
-        all(np.array_equal(*pair) for pair in pairs),
-    )
-    far = "" if way is WAYS[0] or way.image else "the same" if is_same else f"{distance:.1f} dB"
+    distance = float(np.mean([psnr(*pair) for pair in pairs]))
+    far = ""
+    if way is not WAYS[0] and not way.image:
+        is_same = all(np.array_equal(*pair) for pair in pairs)
+        far = "the same" if is_same else f"{distance:.1f} dB"
     print(
         f"| {way.name} | {steps:.1f} | "
         + " | ".join(f"{100 * share:.0f} %" for share in shares.values())

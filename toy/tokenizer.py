@@ -1,4 +1,4 @@
-"""Tokenizers that end a text as umT5's does."""
+"""Tokenizers with an end mark after each text, as umT5's."""
 
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 
 
 def with_end_mark(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that begins with ``SPECIAL_TOKENS`` as umT5's is: an end mark after each text."""
+    """Return a tokenizer, whose first tokens are ``SPECIAL_TOKENS``, with umT5's end mark after texts."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", 1)]
     )

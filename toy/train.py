@@ -1,7 +1,9 @@
-"""Train the toy model from nothing on one GPU and write its checkpoint: first the VAE, then text encoder and transformer together.
+"""Training of the toy model from scratch: first the VAE, then text encoder and transformer together.
 
 python -m toy.train toy/checkpoint
 python -m toy.train FOLDER --vae-steps 4 --clips 8 --steps 4 --batch 4      # a try on a CPU
+
+Runs on one GPU and writes the checkpoint.
 """
 
 import argparse
@@ -40,19 +42,26 @@ from wan_dist.weights.write import export_tensors, write_transformer_config
 
 DIMS = TASKS["toy"].model_dims
 _DIVERGENCE = 3e-4
+"""Weight of the KL divergence in the VAE's loss."""
 _EMPHASIS = 5.0
-"""Of the pixels where things are, which are few, against those of the background."""
+"""Weight in the VAE's loss of the pixels of things, which are few, relative to those of the background."""
 _VAE_RATE, _RATE = 1e-3, 1.5e-3
+"""Peak learning rates of the VAE, and of text encoder and transformer."""
 _STEPS_AN_AVERAGE = 10
+"""Steps between two updates of the averaged weights."""
 _SHIFT = 3.0
-"""Of the noise levels that are trained on: more of them are high."""
+"""Shift of the noise levels in training: above 1, more of them are high."""
 
 Clips = tuple[Tensor, Tensor, Tensor]
-"""Normalised latents (N, C, T, h, w) in bfloat16, the tokens of two captions of each (N, 2, n) and those of no caption (n)."""
+"""Training data of the transformer.
+
+Normalised latents (N, C, T, h, w) in bfloat16, the tokens of two captions of each (N, 2, n), and those of the
+empty caption (n,).
+"""
 
 
 def main() -> None:
-    """Train and write."""
+    """Train the model and write its checkpoint."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -118,7 +127,10 @@ def _rate(step: int, steps: int, peak: float) -> float:
 
 
 def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.device) -> None:
-    """Train the VAE to make what it was shown: absolute and squared error, and a little of the divergence from a normal distribution."""
+    """Train the VAE to reconstruct videos.
+
+    The loss is absolute and squared error, and a small KL divergence from a normal distribution.
+    """
     for module in vae.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -130,14 +142,12 @@ def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.devi
         mean, log_variance = plain_vae.moments(vae, video)
         difference = plain_vae.decode(vae, mean + (log_variance / 2).exp() * noise) - video
         divergence = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
-        is_thing = (video - video[..., :1, :1]).abs().amax(
-            1, keepdim=True
-        ) > 0.1  # the corner shows the background
+        background = video[..., :1, :1]  # the corner shows it
+        is_thing = (video - background).abs().amax(1, keepdim=True) > 0.1
         weight = 1 + (_EMPHASIS - 1) * is_thing
         squared = difference.square()
-        return (
-            weight * (difference.abs() + squared)
-        ).mean() + _DIVERGENCE * divergence, squared.mean()
+        error = (weight * (difference.abs() + squared)).mean()
+        return error + _DIVERGENCE * divergence, squared.mean()
 
     compiled = torch.compile(loss_of, dynamic=False) if device.type == "cuda" else loss_of
     batch = 8 if device.type == "cuda" else 2
@@ -160,7 +170,10 @@ def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.devi
 
 @torch.no_grad()
 def normalise(vae: WanVae, chance: random.Random, device: torch.device) -> None:
-    """Scale the latents, inside the convolutions beside them, to the mean and deviation that the published VAE has and pipelines expect."""
+    """Normalise the latents to the mean and deviation of the published VAE, which pipelines expect.
+
+    The scale is folded into the convolutions before and after the latents.
+    """
     scenes = [draw_scene(chance) for _ in range(64 if device.type == "cuda" else 4)]
     with _autocast(device):
         mean, _ = plain_vae.moments(vae, render(scenes, chance, device))
@@ -176,7 +189,7 @@ def normalise(vae: WanVae, chance: random.Random, device: torch.device) -> None:
 
 
 def make_tokenizer(chance: random.Random, num_captions: int = 20000) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of pieces of captions, down to bytes, so that any text has one."""
+    """Return a byte-level BPE tokenizer trained on captions; it takes any text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -226,7 +239,7 @@ def make_clips(
 def train_transformer(
     clips: Clips, steps: int, batch: int, device: torch.device, folder: Path
 ) -> None:
-    """Train and write text encoder and transformer; what is written is an average of the last steps' weights."""
+    """Train text encoder and transformer, and write an average of the last steps' weights."""
     text_encoder = build_text_encoder(DIMS.text_encoder, torch.float32).to(device).eval()
     projection, transformer = (
         kind(DIMS.transformer, torch.float32).to(device)
@@ -234,9 +247,8 @@ def train_transformer(
     )
     _initialise(projection, transformer)
     for name, parameter in text_encoder.named_parameters():
-        if (
-            "relative_attention_bias" in name
-        ):  # from the usual 0.09 it takes long to learn which noun a colour stands before
+        if "relative_attention_bias" in name:
+            # With the usual 0.09 it takes long to learn which noun a colour stands before.
             nn.init.normal_(parameter, std=1.5)
     everything = nn.ModuleDict(
         {"text_encoder": text_encoder, "projection": projection, "transformer": transformer}
@@ -259,9 +271,8 @@ def train_transformer(
     begun = time.perf_counter()
     one_step = recorded(descend, device)
     for step in range(steps):
-        descent.rate.fill_(
-            _rate(step, steps * 5 // 4, _RATE)
-        )  # the average does what the cosine's last fifth would
+        # The cosine's last fifth is left out: the average does the same.
+        descent.rate.fill_(_rate(step, steps * 5 // 4, _RATE))
         loss = one_step()
         if step % _STEPS_AN_AVERAGE == 0:
             times = step // _STEPS_AN_AVERAGE
@@ -282,9 +293,10 @@ def train_transformer(
 
 
 def _draw(clips: Clips, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return latents (B, C, T, h, w), noise, its level (B), whether the first frame is given (B), and a caption's tokens (B, n).
+    """Return a random batch of clips for `_flow_matching`.
 
-    One caption in ten is left out, for guidance; one clip in four is given its first frame.
+    Latents (B, C, T, h, w), noise, its level (B), whether the first frame is given (B), and a caption's
+    tokens (B, n). One caption in ten is empty, for guidance; one clip in four is given its first frame.
     """
     latents, texts, nothing = clips
     device = latents.device
@@ -302,9 +314,9 @@ def _flow_matching(
     transformer: WanTransformer,
     rotary: tuple[Tensor, Tensor],
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return the loss of what `_draw` returns, arXiv:2210.02747: the velocity is noise minus latents.
+    """Return the flow matching loss (arXiv:2210.02747) of a `_draw`; the velocity is noise minus latents.
 
-    A first frame that is given has a timestep of 0 of its own, and its error does not count.
+    A first frame that is given has a timestep of 0, and its error does not count.
     """
 
     def loss_of(x: Tensor, noise: Tensor, level: Tensor, given: Tensor, ids: Tensor) -> Tensor:
@@ -332,7 +344,7 @@ def _flow_matching(
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon moves it: the matrices of all blocks."""
+    """Whether a parameter is updated by Muon: the matrices of all blocks."""
     return (
         parameter.dim() == 2
         and (".blocks." in name or ".block." in name)
@@ -346,7 +358,7 @@ def write_transformer(
     transformer: WanTransformer,
     folder: Path,
 ) -> None:
-    """Write them in bfloat16."""
+    """Write the models in bfloat16, with the transformer's configuration."""
     keys = map_original_transformer([])
     save(
         [*export_tensors(halved(transformer), keys), *export_tensors(halved(projection), keys)],
@@ -361,7 +373,7 @@ def write_transformer(
 
 @torch.no_grad()
 def _initialise(*trained: nn.Module) -> None:
-    """Draw the linears' weights; what a block adds, and the head, begin near zero."""
+    """Initialize the linears' weights; the output layers of the blocks, and the head, start near zero."""
     for model in trained:
         for name, parameter in model.named_parameters():
             if parameter.dim() < 2 or "norm" in name:

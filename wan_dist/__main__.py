@@ -1,7 +1,8 @@
-"""The command ``wan-dist COMMAND``, also ``python -m wan_dist COMMAND``: run, and what ``python -m launch`` has.
+"""Command-line entry point ``wan-dist COMMAND``, also ``python -m wan_dist COMMAND``.
 
-It finds the package ``launch`` that belongs to this one where another stands first: a launch.py in the working folder, as web UIs have it,
-or a package of that name on PYTHONPATH, as ROS 2 puts it there.
+Commands are run and those of ``python -m launch``. The package ``launch`` is loaded from beside this one,
+also if another comes first on the path: a launch.py in the working folder, as web UIs have it, or a package
+of that name on PYTHONPATH, as ROS 2 puts it there.
 """
 
 import importlib.util

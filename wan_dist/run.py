@@ -1,4 +1,7 @@
-"""The command: ``python -m wan_dist.run task=... prompt=...``. Exit codes: 0 done, 1 the run failed, 2 bad input, 75 asked to end early."""
+"""Command-line entry point of a run: ``python -m wan_dist.run task=... prompt=...``.
+
+Exit codes: 0 done, 1 the run failed, 2 invalid input, 75 requested to end early.
+"""
 
 from wan_dist.runtime.signals import (
     EXIT_PREEMPTED,
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wan_dist.config.schema import RunConfig, list_settings
-from wan_dist.jobs.planned_job import PlannedJob, plan_jobs
+from wan_dist.jobs.planned_job import PlannedJob, has_jobs, plan_jobs
 from wan_dist.planning.plan import Plan, make_plan
 from wan_dist.planning.rank_facts import check_ranks_match, collect_rank_facts
 from wan_dist.runtime.cache_folders import configure_library_caches, is_writable
@@ -48,19 +51,26 @@ if TYPE_CHECKING:
     from wan_dist.parallel.team import Coordinator
 
 _JOIN_TIMEOUT_SECONDS = 600.0
-"""In which all ranks have to come, where the settings do not say."""
+"""Seconds in which all ranks must join, if the settings do not say."""
 
-USAGE_EXAMPLES = """\
-  python -m wan_dist.run task=toy
-  python -m wan_dist.run task=t2v-1.3B prompt="Two cats, boxing on a stage" seed=7
-  python -m wan_dist.run task=t2v-14B ckpt_dir=/models/Wan2.1-T2V-14B prompt=@prompt.txt size=832*480 sample.steps=30
-  python -m wan_dist.run task=t2v-1.3B latents=outputs/NAME.latents.safetensors     # decode again, without denoising
-  torchrun --nproc_per_node=8 -m wan_dist.run task=t2v-14B jobs=prompts.txt output.dir=videos     # a video for each line
-  python -m wan_dist.run task=t2v-1.3B --cfg job                                    # print all settings, run nothing"""
+USAGE_EXAMPLES = (
+    "  python -m wan_dist.run task=toy\n"
+    '  python -m wan_dist.run task=t2v-1.3B prompt="Two cats, boxing on a stage" seed=7\n'
+    "  python -m wan_dist.run task=t2v-14B ckpt_dir=/models/Wan2.1-T2V-14B prompt=@prompt.txt"
+    " size=832*480 sample.steps=30\n"
+    "  python -m wan_dist.run task=t2v-1.3B latents=outputs/NAME.latents.safetensors"
+    "     # decode again, without denoising\n"
+    "  torchrun --nproc_per_node=8 -m wan_dist.run task=t2v-14B jobs=prompts.txt output.dir=videos"
+    "     # a video for each line\n"
+    '  python -m wan_dist.run task=t2v-1.3B prompt="A cat" --multirun seed=1,2,3 sample.guide_scale=3,5'
+    "     # six videos\n"
+    "  python -m wan_dist.run task=t2v-1.3B --cfg job"
+    "                                    # print all settings, run nothing"
+)
 
 
 def build_help_text() -> str:
-    """Return what ``--help`` prints."""
+    """Return the text that ``--help`` prints."""
     key_lines = [
         f"  {key:22} {setting.metadata['help']}" for key, setting in list_settings().items()
     ]
@@ -69,7 +79,8 @@ def build_help_text() -> str:
             "Make a video with the Wan models: python -m wan_dist.run task=NAME [key=value ...]",
             f"\nTasks: {', '.join(TASKS)}\n\nKeys (a task sets its own defaults in conf/task/NAME.yaml):",
             *key_lines,
-            f"\nExamples:\n{USAGE_EXAMPLES}\n\n--hydra-help lists the flags of Hydra, which reads the configuration.",
+            f"\nExamples:\n{USAGE_EXAMPLES}\n\n"
+            "--hydra-help lists the flags of Hydra, which reads the configuration.",
         ]
     )
 
@@ -82,9 +93,8 @@ def main(arguments: list[str]) -> int:
         return 0
     ranks = RankLayout()
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
-        os.environ["PYTORCH_ALLOC_CONF"] = (
-            "expandable_segments:True"  # what one stage leaves is of use to the next
-        )
+        # memory that one stage frees can be used by the next, whatever the sizes of its tensors
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     with handle_signals():
         try:
             with preemption.interruptible():
@@ -99,11 +109,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _report_failure(error: Exception | PreemptionInterrupt, ranks: RankLayout) -> int:
-    """Say what ended the run, unless another rank does, and return the exit code."""
+    """Print what ended the run, unless another rank does, and return the exit code."""
     is_first_rank = ranks.rank == 0
     if isinstance(error, PreemptionInterrupt):
         return _fail_with_message(EXIT_PREEMPTED, str(error), "", is_printed=is_first_rank)
-    rank_failure = getattr(error, "fault", None)  # of an error that another rank has met and says
+    rank_failure = getattr(error, "fault", None)  # set if another rank has failed and prints it
     if rank_failure is not None and (
         rank_failure.kind == "signal" or preemption.requested_by is not None
     ):
@@ -128,14 +138,18 @@ def _report_failure(error: Exception | PreemptionInterrupt, ranks: RankLayout) -
 
 
 def _prepare_rank() -> RankLayout:
-    """Find this rank's place among all, its log and its network; raises InputError for an environment that contradicts itself."""
+    """Read this rank's layout, and set up its log, cache folders and network.
+
+    Raises InputError for an environment that contradicts itself.
+    """
     sanitize_environment()
     translate_slurm_variables()
     ranks = read_rank_layout()
     configure_logging()
     if is_srun_pty_shell():
         logger.info(
-            "ranks     one: srun's other tasks ended as this shell was opened; `python -m launch local` takes all GPUs"
+            "ranks     one: srun's other tasks ended as this shell was opened; "
+            "`python -m launch local` takes all GPUs"
         )
     if note := configure_library_caches():
         logger.info("note      %s", note)
@@ -145,7 +159,7 @@ def _prepare_rank() -> RankLayout:
 
 
 def _run_on_one_rank(arguments: list[str]) -> int:
-    """Run on one rank, whose settings are checked before torch is imported, which takes seconds."""
+    """Run on one rank; the settings are checked before torch is imported, which takes seconds."""
     config = read_config(arguments)
     if config is None:
         return 0
@@ -159,7 +173,7 @@ def _run_on_one_rank(arguments: list[str]) -> int:
 
 
 def _run_on_several_ranks(arguments: list[str], ranks: RankLayout) -> int:
-    """Run as one of several ranks: they meet before they plan, and the first one plans for all."""
+    """Run as one of several ranks: all join before planning, and the first one plans for all."""
     from wan_dist.parallel.shared_work import classify_error, describe_error
     from wan_dist.parallel.team import Coordinator, RankFailure
 
@@ -169,9 +183,8 @@ def _run_on_several_ranks(arguments: list[str], ranks: RankLayout) -> int:
         config = read_config(arguments)
     except InputError as error:
         config_error = error
-    coordinator = Coordinator(
-        ranks, _JOIN_TIMEOUT_SECONDS if config is None else config.parallel.timeout
-    )
+    join_timeout = _JOIN_TIMEOUT_SECONDS if config is None else config.parallel.timeout
+    coordinator = Coordinator(ranks, join_timeout)
     try:
         if config_error is not None:
             raise config_error
@@ -184,25 +197,21 @@ def _run_on_several_ranks(arguments: list[str], ranks: RankLayout) -> int:
             lambda: _plan_work(config, arguments, ranks, lambda _: min_gpu_bytes),
             "check the settings",
         )
-        with (
-            preemption.deferred()
-        ):  # and heeded where ranks work together: between, others would not learn of it
+        # the run acts on signals where ranks work together: elsewhere, the others would not learn of it
+        with preemption.deferred():
             return _start_run(config, planned_work, arguments, coordinator)
     except BaseException as error:  # whatever it is, the others wait for this rank
         error_kind, error_text = classify_error(error), describe_error(error)
-        with (
-            preemption.deferred(),
-            contextlib.suppress(RuntimeError),
-        ):  # of a store that is gone, with who would have to know
+        # RuntimeError: the store is gone, and with it the ranks that would have to know
+        with preemption.deferred(), contextlib.suppress(RuntimeError):
             coordinator.announce_failure(error_kind, error_text)
             if getattr(error, "fault", None) is None and coordinator.is_reported_by_lower_rank(
                 error_text
             ):
                 vars(error)["fault"] = RankFailure(coordinator.rank, "", error_kind, error_text)
             if isinstance(error, Exception | PreemptionInterrupt):
-                return _report_failure(
-                    error, ranks
-                )  # before a rank leaves: then torchrun asks the others to end, as if nothing had failed
+                # before this rank leaves: torchrun then ends the others, as if nothing had failed
+                return _report_failure(error, ranks)
         raise
     finally:
         with preemption.deferred():
@@ -223,9 +232,9 @@ def _plan_work(
     ranks: RankLayout,
     find_gpu_bytes: Callable[[RunConfig], int | None],
 ) -> Plan | list[PlannedJob]:
-    """Return what is to be made; raises InputError for what cannot be."""
+    """Return the plan of the video, or those of the jobs; raises InputError for what cannot be made."""
     rank_counts = (ranks.num_ranks, ranks.ranks_per_node)
-    if config.jobs is None:
+    if not has_jobs(config, arguments):
         return make_plan(config, ranks=rank_counts)
     return plan_jobs(config, arguments, ranks=rank_counts, gpu_bytes=find_gpu_bytes(config))
 
@@ -247,7 +256,7 @@ def _start_run(
 
 
 def _find_gpu_bytes(config: RunConfig) -> int | None:
-    """Return the memory of this rank's GPU, None where the run is on the CPU."""
+    """Return the memory of this rank's GPU in bytes, None if the run is on the CPU."""
     if config.device == "cpu":
         return None
     import torch
@@ -262,7 +271,7 @@ def _find_gpu_bytes(config: RunConfig) -> int | None:
 
 
 def _find_gpu_id(config: RunConfig) -> str | None:
-    """Return what tells this rank's GPU from others of its host, None where the run is on the CPU."""
+    """Return the identifier of this rank's GPU on its host, None if the run is on the CPU."""
     if config.device == "cpu":
         return None
     import torch
@@ -280,7 +289,7 @@ def _find_gpu_id(config: RunConfig) -> str | None:
 
 
 def _describe_error(error: Exception) -> str:
-    """Return an error in a line: what, where, and on which rank of which host."""
+    """Return an error as one line: its type, message and place, and the rank and host."""
     first_line = next(iter(str(error).splitlines()), "")
     location = "; ".join(getattr(error, "__notes__", [])[:2])
     if (ranks := read_rank_layout()).num_ranks > 1:
@@ -291,14 +300,15 @@ def _describe_error(error: Exception) -> str:
 
 
 def _fail_silently(error_kind: str, message: str) -> int:
-    """End without a word: another rank has said what is wrong."""
+    """Return the exit code and print nothing: another rank has reported the error."""
     logger.debug("another rank has failed: %s", message)
     schedule_launcher_kill()
+    # torchrun reports the earliest error: the delay leaves that to the rank that has failed
     return _write_torchrun_error(
         {"input": 2, "signal": EXIT_PREEMPTED}.get(error_kind, 1),
         format_message(message),
         delay_seconds=1,
-    )  # torchrun names the first
+    )
 
 
 def _fail_with_message(
@@ -311,9 +321,8 @@ def _fail_with_message(
 
 
 def _write_torchrun_error(exit_code: int, message: str, *, delay_seconds: int = 0) -> int:
-    if error_file := os.environ.get(
-        "TORCHELASTIC_ERROR_FILE"
-    ):  # torchrun ends with the first failing rank's message
+    # torchrun ends with the message of the first rank that failed
+    if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error_entry = {
             "message": message,
             "extraInfo": {

@@ -1,1 +1,1 @@
-"""What `doctor` looks at."""
+"""Checks of the command ``doctor``."""

@@ -1,9 +1,9 @@
 """Check this machine for all that a run needs, with advice for what is wrong.
 
     python -m launch doctor
-    python -m launch doctor task=i2v-14B ckpt_dir=/models/Wan2.1-I2V-14B-480P    # also the checkpoint, and whether it fits
-    torchrun --nproc_per_node=8 -m launch doctor                                 # also what GPUs send to each other, and how fast
-    srun python -m launch doctor                                                 # the same, on all nodes of a job
+    python -m launch doctor task=i2v-14B ckpt_dir=/models/I2V-14B   # also the checkpoint, and its memory
+    torchrun --nproc_per_node=8 -m launch doctor                    # also all-to-all between the GPUs
+    srun python -m launch doctor                                    # the same, on all nodes of a job
 
 Keys are those of a run. Exit code 1 says that something would make runs fail.
 """
@@ -20,7 +20,7 @@ from wan_dist.tasks.run_config import read_config
 
 
 def main(arguments: list[str]) -> int:
-    """Print what was found and return the exit code; raises InputError for settings that are wrong."""
+    """Print the findings and return the exit code; raises InputError for invalid settings."""
     translate_slurm_variables()
     ranks = read_rank_layout()
     config = read_config(arguments) if arguments else None
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> int:
             _print_finding(finding)
     if not has_several_ranks:
         return _print_totals(findings)
-    from launch.doctor.exchange import check_exchange  # it imports torch, which takes seconds
+    from launch.doctor.exchange import check_exchange  # imports torch, which takes seconds
 
     choose_network_interface()
     findings_by_host = check_exchange(findings)
@@ -62,7 +62,8 @@ def main(arguments: list[str]) -> int:
         return _print_totals(
             [finding for _, host_findings in findings_by_host for finding in host_findings]
         )
-    return 0  # the first rank's code says it: torchrun would end that one as soon as another has failed
+    # The first rank's code says it: torchrun would end that rank as soon as another has failed.
+    return 0
 
 
 def _print_finding(finding: Finding, host: str = "") -> None:
@@ -75,6 +76,7 @@ def _print_totals(findings: list[Finding]) -> int:
         sum(finding.verdict == verdict for finding in findings) for verdict in (FAULT, NOTE)
     )
     sys.stdout.write(
-        f"\n{num_faults or 'no'} fault{'' if num_faults == 1 else 's'}, {num_notes or 'no'} note{'' if num_notes == 1 else 's'}\n"
+        f"\n{num_faults or 'no'} fault{'' if num_faults == 1 else 's'}, "
+        f"{num_notes or 'no'} note{'' if num_notes == 1 else 's'}\n"
     )
     return int(num_faults > 0)

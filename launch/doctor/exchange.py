@@ -1,4 +1,4 @@
-"""What ranks send to each other, checked value by value, and how fast; started by torchrun or srun."""
+"""All-to-all between ranks, checked value by value and timed; started by torchrun or srun."""
 
 import os
 import socket
@@ -19,21 +19,28 @@ from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.runtime.errors import get_first_line
 
 _LIMIT = 60.0
+"""Seconds after which a rank that still waits ends."""
 _MESSAGE_SIZES = {"cuda": (2**10, 2**18, 2**24), "cpu": (2**10, 2**18)}
-"""Numbers of 4 bytes that a rank sends in all."""
+"""Numbers of 4 bytes that a rank sends in one all-to-all, by device type."""
 _NUM_REPEATS = 5
 _SLOW_GB_PER_SECOND = 20.0
-"""GB/s on one node, below which GPUs trade heads so slowly that two passes of guidance side by side are the better half."""
+"""GB/s of a rank on one node.
+
+Below it Ulysses' all-to-all is so slow that a rank for each guidance pass (``parallel.cfg=2``) is
+faster.
+"""
 _HANG_ADVICE = (
-    "GPUs that cannot reach each other's memory may wait for ever (consumer cards, PCIe, ACS or IOMMU switched on): "
-    "try again with NCCL_P2P_DISABLE=1; between nodes, name the interface: NCCL_SOCKET_IFNAME=... GLOO_SOCKET_IFNAME=..."
+    "GPUs that cannot reach each other's memory may wait for ever (consumer cards, PCIe, ACS or IOMMU "
+    "switched on): try again with NCCL_P2P_DISABLE=1; between nodes, name the interface: "
+    "NCCL_SOCKET_IFNAME=... GLOO_SOCKET_IFNAME=..."
 )
 
 
 def check_exchange(findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
-    """Check the exchange and return what all hosts found, each host once, by its name; ``found``: what this one found by itself.
+    """Check the all-to-all of all ranks and return all hosts' findings, with each host's name.
 
-    A rank that waits for more than a minute says so and ends with code 1.
+    ``findings`` are those of this host. A further entry of a host has the faults of a rank other than its
+    first. A rank that waits for more than a minute says so and ends with code 1.
     """
     ranks = read_rank_layout()
     num_ranks, rank = ranks.num_ranks, ranks.rank
@@ -51,20 +58,8 @@ def check_exchange(findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
                 (host, groups.local_rank, own_findings), groups.replica
             )
     except RuntimeError as error:
-        return [
-            (
-                host,
-                [
-                    *findings,
-                    Finding(
-                        "exchange",
-                        f"rank {rank} on {host}: {get_first_line(error)}",
-                        FAULT,
-                        _HANG_ADVICE,
-                    ),
-                ],
-            )
-        ]
+        message = f"rank {rank} on {host}: {get_first_line(error)}"
+        return [(host, [*findings, Finding("exchange", message, FAULT, _HANG_ADVICE)])]
     finally:
         watchdog.cancel()
     faults_by_host = [
@@ -94,17 +89,24 @@ def _examine_exchange(axis: Axis, device: torch.device) -> Iterator[Finding]:
         for _ in range(_NUM_REPEATS)
     )
     if num_wrong:
-        advice = "the GPUs' direct path corrupts what is sent: run with NCCL_P2P_DISABLE=1, and update the driver"
+        advice = (
+            "the GPUs' direct path corrupts what is sent: "
+            "run with NCCL_P2P_DISABLE=1, and update the driver"
+        )
         yield Finding(
             "exchange",
-            f"{num_wrong} of {_NUM_REPEATS * sum(_MESSAGE_SIZES[device.type])} numbers arrived wrong on rank {axis.rank}",
+            f"{num_wrong} of {_NUM_REPEATS * sum(_MESSAGE_SIZES[device.type])} numbers "
+            f"arrived wrong on rank {axis.rank}",
             FAULT,
             advice,
         )
     if any(gather_objects(num_wrong, axis)):
         return
     gb_per_second = min(gather_objects(_measure_rate(axis, device), axis))
-    message = f"{axis.size} ranks by {dist.get_backend()}: all values right, {gb_per_second:.1f} GB/s a rank"
+    message = (
+        f"{axis.size} ranks by {dist.get_backend()}: "
+        f"all values right, {gb_per_second:.1f} GB/s a rank"
+    )
     is_one_node = (ranks := read_rank_layout()).ranks_per_node == ranks.num_ranks
     if device.type == "cuda" and is_one_node and gb_per_second < _SLOW_GB_PER_SECOND:
         yield Finding(
@@ -118,7 +120,7 @@ def _examine_exchange(axis: Axis, device: torch.device) -> Iterator[Finding]:
 
 
 def make_pattern(size: int, source_rank: int, target_rank: int, device: torch.device) -> Tensor:
-    """Return the numbers (size,), int32, that one rank sends to another, different for each pair and place."""
+    """Return the numbers (size,), int32, that one rank sends to another; each pair and place has its own."""
     return (
         torch.arange(size, device=device, dtype=torch.int64) * 2654435761
         + source_rank * 1000003
@@ -144,7 +146,7 @@ def _count_wrong_numbers(size: int, axis: Axis, device: torch.device) -> int:
 
 
 def _measure_rate(axis: Axis, device: torch.device) -> float:
-    """Return how many GB a second this rank sends to the others, and receives."""
+    """Return the GB/s that this rank sends to the others, and receives, in an all-to-all."""
     x = torch.zeros(axis.size, _MESSAGE_SIZES[device.type][-1] // axis.size, device=device)
     durations = []
     for _ in range(_NUM_REPEATS):

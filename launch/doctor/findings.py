@@ -1,4 +1,4 @@
-"""What `doctor` says of a thing that it looked at: a line, and advice where something should be done."""
+"""Findings of ``doctor``: a line each, with advice where something should be done."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ OK, NOTE, FAULT = "ok", "note", "FAULT"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at; a note can be lived with, a fault makes runs fail."""
+    """Result of a check: OK, a NOTE that runs can live with, or a FAULT that makes runs fail."""
 
     subject: str
     message: str
@@ -18,7 +18,7 @@ class Finding:
     advice: str = ""
 
     def format_lines(self, host: str = "") -> Iterator[str]:
-        """Return it as printed; ``where``: the host, if it is another one."""
+        """Yield the lines to print; ``host``: the host's name, if it is another one."""
         prefix = f"{host}: " if host else ""
         yield f"{self.verdict:6} {self.subject:12} {prefix}{self.message}"
         if self.advice:
@@ -29,11 +29,11 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def run_checks(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
-    """Return what the checks, each with its subject, find; one that cannot be made is a finding too."""
+    """Yield the findings of checks, given with their subjects; an exception in a check is a FAULT."""
     for subject, check in checks:
         try:
             yield from check()
-        except Exception as error:  # of whatever is broken here
+        except Exception as error:  # whatever is broken on this machine
             yield Finding(
                 subject,
                 f"could not be looked at: {type(error).__name__}: {get_first_line(error)}",

@@ -1,4 +1,4 @@
-"""The GPUs, their driver and who uses them, by nvidia-smi; no torch."""
+"""GPU checks by nvidia-smi, without torch: driver, free memory, memory errors and other processes."""
 
 import os
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ _DEVICE_FOLDER = Path("/dev")
 _PROCESS_FOLDER = Path("/proc")
 _ECC_ERRORS_FIELD = "ecc.errors.uncorrected.volatile.total"
 _MAX_USED_FRACTION = 0.1
-"""Of a GPU's memory by others, above which runs are in trouble."""
+"""Fraction of a GPU's memory used by other processes, above which runs may fail."""
 
 
 def check_gpus() -> Iterator[Finding]:
-    """Look at the GPUs that runs would use."""
+    """Check the GPUs that runs would use."""
     try:
         rows = query_nvidia_smi(
             "gpu",
@@ -34,7 +34,10 @@ def check_gpus() -> Iterator[Finding]:
         return
     except SubprocessError as error:
         output = getattr(error, "stdout", None) or getattr(error, "stderr", None) or error
-        advice = "restart the machine if its driver was updated (version mismatch), else ask its administrator; nvidia-smi must work first"
+        advice = (
+            "restart the machine if its driver was updated (version mismatch), "
+            "else ask its administrator; nvidia-smi must work first"
+        )
         yield Finding("GPUs", f"nvidia-smi fails: {get_first_line(output)}", FAULT, advice)
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES") is not None and not filter_visible_gpus(
@@ -48,7 +51,7 @@ def check_gpus() -> Iterator[Finding]:
     for index, _, name, driver, total, free, num_errors in filter_visible_gpus(
         _index_by_name(rows)
     ):
-        if not total.isdigit() or not free.isdigit():  # of GPUs that share the host's memory
+        if not total.isdigit() or not free.isdigit():  # GPUs that share the host's memory
             yield Finding(
                 f"GPU {index}",
                 f"{name}, driver {driver}; nvidia-smi does not say how much memory it has",
@@ -85,7 +88,7 @@ def _report_missing_driver() -> Finding:
 
 
 def check_processes() -> Iterator[Finding]:
-    """Look at who else uses the GPUs' memory."""
+    """Check which other processes use the GPUs' memory."""
     try:
         gpu_rows = {
             row[1]: row
@@ -107,7 +110,10 @@ def check_processes() -> Iterator[Finding]:
     for uuid, (index, _, total, used) in gpu_rows.items():
         hidden_mib = int(used) - visible_mib[uuid] if used.isdigit() and total.isdigit() else 0
         if hidden_mib > _MAX_USED_FRACTION * int(total):
-            message = f"GPU {index}: {hidden_mib / 1024:.1f} GiB are used by processes that cannot be seen from here (another container, or user)"
+            message = (
+                f"GPU {index}: {hidden_mib / 1024:.1f} GiB are used by processes "
+                "that cannot be seen from here (another container, or user)"
+            )
             yield Finding(
                 "processes",
                 message,

@@ -1,4 +1,4 @@
-"""What of a machine matters to runs besides its GPUs: memory, limits, variables, networks; no torch."""
+"""Machine checks besides the GPUs, without torch: memory, limits, environment variables, networks."""
 
 import os
 import platform
@@ -25,8 +25,11 @@ _MIN_OPEN_FILES = 1024
 
 
 def check_system() -> Iterator[Finding]:
-    """Look at the operating system."""
-    message = f"{socket.gethostname()}, {platform.system()} {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} CPUs"
+    """Check the operating system."""
+    message = (
+        f"{socket.gethostname()}, {platform.system()} {platform.release()}, "
+        f"Python {platform.python_version()}, {os.cpu_count()} CPUs"
+    )
     if sys.platform != "linux":
         yield Finding("system", message, FAULT, "several ranks need Linux; on Windows use WSL2")
     else:
@@ -34,14 +37,14 @@ def check_system() -> Iterator[Finding]:
 
 
 def check_host_memory() -> Iterator[Finding]:
-    """Look at how much memory a run may take of the host, and of what ranks share."""
+    """Check the host memory that a run may take, and the shared memory of the ranks (/dev/shm)."""
     host_bytes, host_limit = find_host_memory()
     num_gpus = len(find_gpus())
     message = f"{host_bytes / GIB:.1f} GiB may be taken: {host_limit}"
     if host_bytes < _MIN_HOST_BYTES and num_gpus:
-        advice = "python -m launch plan task=... says what a run takes" + (
-            "; ask for more with --mem" if "Slurm" in host_limit else ""
-        )
+        advice = "python -m launch plan task=... says what a run takes"
+        if "Slurm" in host_limit:
+            advice += "; ask for more with --mem"
         yield Finding("host memory", message, NOTE, advice)
     else:
         yield Finding("host memory", message)
@@ -50,14 +53,17 @@ def check_host_memory() -> Iterator[Finding]:
     usage = shutil.disk_usage(_SHARED_MEMORY_FOLDER)
     message = f"{usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free"
     if usage.free < _MIN_SHARED_BYTES and num_gpus != 1:
-        advice = "several ranks may end with a bus error: start the container with --shm-size=16g or --ipc=host, or clear out /dev/shm"
+        advice = (
+            "several ranks may end with a bus error: "
+            "start the container with --shm-size=16g or --ipc=host, or clear out /dev/shm"
+        )
         yield Finding("/dev/shm", message, FAULT if num_gpus else NOTE, advice)
     else:
         yield Finding("/dev/shm", message)
 
 
 def check_limits() -> Iterator[Finding]:
-    """Look at the process's limits."""
+    """Check the process's limits on open files and on locked memory."""
     max_open_files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if max_open_files < _MIN_OPEN_FILES:
         yield Finding(
@@ -75,10 +81,13 @@ def check_limits() -> Iterator[Finding]:
 
 
 def check_variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Look at what is set in the environment and changes how runs go."""
+    """Check the environment variables that slow runs down or make them fail."""
     for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "cudaMallocAsync" in environment.get(key, ""):
-            advice = f"unset {key}: with this allocator several ranks run out of memory in their exchanges"
+            advice = (
+                f"unset {key}: "
+                "with this allocator several ranks run out of memory in their exchanges"
+            )
             yield Finding("variables", f"{key}={environment[key]}", FAULT, advice)
     cost_by_variable = {
         "CUDA_LAUNCH_BLOCKING": "every kernel is waited for: slow",
@@ -98,16 +107,17 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> Iterator[Fin
     if ffmpeg_path := environment.get("IMAGEIO_FFMPEG_EXE"):
         yield Finding(
             "variables",
-            f"IMAGEIO_FFMPEG_EXE={ffmpeg_path} is used instead of the ffmpeg that the package imageio-ffmpeg brings",
+            f"IMAGEIO_FFMPEG_EXE={ffmpeg_path} is used "
+            "instead of the ffmpeg that the package imageio-ffmpeg brings",
             NOTE,
         )
 
 
 def check_network() -> Iterator[Finding]:
-    """Look at what leads to other nodes."""
+    """Check the network interfaces to other nodes."""
     addresses = [f"{name} {get_ipv4_address(name)}" for name in list_network_interfaces()]
     infiniband_text = ", ".join(list_infiniband_devices())
-    message = (", ".join(addresses) or "no network to other machines") + (
-        f"; InfiniBand or RoCE: {infiniband_text}" if infiniband_text else ""
-    )
+    message = ", ".join(addresses) or "no network to other machines"
+    if infiniband_text:
+        message += f"; InfiniBand or RoCE: {infiniband_text}"
     yield Finding("network", message)

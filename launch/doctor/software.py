@@ -1,4 +1,7 @@
-"""What is installed, tried out: torch and its arithmetic on each GPU, NCCL, attention kernels, ffmpeg, a task's checkpoint and plan."""
+"""Software checks, by trying it out.
+
+Torch and its arithmetic on each GPU, NCCL, attention kernels, ffmpeg, a task's checkpoint and plan.
+"""
 
 import importlib
 import importlib.metadata
@@ -23,7 +26,7 @@ _INSTALL_ADVICE = (
 
 
 def check_torch() -> Iterator[Finding]:
-    """Look at torch, and let each GPU that it sees multiply."""
+    """Check torch's version and build, and a matrix product on each GPU that it sees."""
     import torch
 
     cuda_text = f"CUDA {torch.version.cuda}" if torch.version.cuda else "for CPUs"
@@ -97,7 +100,10 @@ def _check_gpu(gpu_index: int) -> Iterator[Finding]:
             .cpu()
         )
     except RuntimeError as error:
-        advice = "another process may hold the GPU (exclusive mode), or it fell off the bus: nvidia-smi, then restart the machine"
+        advice = (
+            "another process may hold the GPU (exclusive mode), or it fell off the bus: "
+            "nvidia-smi, then restart the machine"
+        )
         yield Finding(
             subject, f"{capability_text}, cannot compute: {get_first_line(error)}", FAULT, advice
         )
@@ -118,7 +124,10 @@ def _check_gpu(gpu_index: int) -> Iterator[Finding]:
 
 
 def is_built_for(capability: tuple[int, int], architectures: list[str]) -> bool:
-    """Whether code for one of these architectures, e.g. sm_90 or compute_120, runs on a GPU: the same major, or what can be translated."""
+    """Whether code for one of these architectures, e.g. sm_90 or compute_120, runs on a GPU.
+
+    Binary code (sm) runs on the same major version, PTX (compute) on any later one.
+    """
     for architecture in architectures:
         kind, _, digits = architecture.partition("_")
         digits = digits.rstrip("af")
@@ -143,7 +152,11 @@ def _check_peer_access() -> Iterator[Finding]:
     nccl_version = ".".join(map(str, torch.cuda.nccl.version()))
     measure_advice = f"torchrun --nproc_per_node={num_gpus} -m launch doctor measures it"
     if unreachable_pairs:
-        message = f"NCCL {nccl_version}; GPUs {unreachable_pairs[0][0]} and {unreachable_pairs[0][1]} cannot reach each other's memory and send through the host's"
+        first_gpu, second_gpu = unreachable_pairs[0]
+        message = (
+            f"NCCL {nccl_version}; GPUs {first_gpu} and {second_gpu} "
+            "cannot reach each other's memory and send through the host's"
+        )
         yield Finding("exchange", message, NOTE, f"{measure_advice}; parallel.cfg=2 sends least")
     else:
         yield Finding(
@@ -152,20 +165,21 @@ def _check_peer_access() -> Iterator[Finding]:
 
 
 def check_packages() -> Iterator[Finding]:
-    """Import all that a run imports, and list what may be there."""
+    """Import all packages of a run, and list the versions of the optional ones."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("wan_dist.pipeline.generate")
     except Exception as error:  # a package may raise anything as it is imported
         missing_package = getattr(error, "name", "") or ""
-        advice = "pip install --upgrade wan-dist in an environment of its own; packages of different years do not go together"
-        yield Finding(
-            "packages",
-            f"a run cannot start: {type(error).__name__}: {get_first_line(error)} {missing_package}".strip(),
-            FAULT,
-            advice,
+        message = (
+            f"a run cannot start: {type(error).__name__}: {get_first_line(error)} {missing_package}"
         )
+        advice = (
+            "pip install --upgrade wan-dist in an environment of its own; "
+            "packages of different years do not go together"
+        )
+        yield Finding("packages", message.strip(), FAULT, advice)
         return
     versions = [f"transformers {importlib.metadata.version('transformers')}"]
     for package in _OPTIONAL_PACKAGES:
@@ -177,7 +191,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_attention() -> Iterator[Finding]:
-    """Try the attention kernels on a tiny tensor each."""
+    """Check which attention kernels work, on a tiny tensor each."""
     import torch
 
     from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_BACKENDS
@@ -200,15 +214,17 @@ def check_attention() -> Iterator[Finding]:
             working_backends.append(
                 f"{name}, which changes the result" if name in EIGHT_BIT_BACKENDS else name
             )
-    message = f"auto takes {chosen_backend}; {', '.join(working_backends)} work too; not {', '.join(failures) or 'one does not'}"
-    is_slow = torch.cuda.get_device_capability() >= (9, 0) and chosen_backend not in ("fa4", "fa3")
-    yield Finding(
-        "attention", message, NOTE if is_slow else OK, _ATTENTION_ADVICE if is_slow else ""
+    message = (
+        f"auto takes {chosen_backend}; {', '.join(working_backends)} work too; "
+        f"not {', '.join(failures) or 'one does not'}"
     )
+    is_slow = torch.cuda.get_device_capability() >= (9, 0) and chosen_backend not in ("fa4", "fa3")
+    verdict, advice = (NOTE, _ATTENTION_ADVICE) if is_slow else (OK, "")
+    yield Finding("attention", message, verdict, advice)
 
 
 def check_ffmpeg() -> Iterator[Finding]:
-    """Encode two frames."""
+    """Check that ffmpeg encodes a short video."""
     from wan_dist.output.output_check import OutputEstimate, check_output_folder
 
     with tempfile.TemporaryDirectory() as folder:
@@ -221,7 +237,7 @@ def check_ffmpeg() -> Iterator[Finding]:
 
 
 def check_task(config: RunConfig) -> Iterator[Finding]:
-    """Look at a task's checkpoint, if its folder is given, and whether it fits this machine."""
+    """Check a task's checkpoint, if its folder is given, and whether the task fits this machine."""
     task = get_task(config.task)
     if config.ckpt_dir is not None:
         from wan_dist.weights.hub import check_checkpoint_complete
@@ -229,7 +245,10 @@ def check_task(config: RunConfig) -> Iterator[Finding]:
         try:
             check_checkpoint_complete(Path(config.ckpt_dir).expanduser(), task)
         except InputError as error:
-            advice = f"python -m launch fetch {task.name} {config.ckpt_dir} completes it, where there is internet"
+            advice = (
+                f"python -m launch fetch {task.name} {config.ckpt_dir} completes it, "
+                "where there is internet"
+            )
             yield Finding("checkpoint", str(error), FAULT, advice)
             return
         yield Finding("checkpoint", f"{config.ckpt_dir} is whole")
@@ -240,9 +259,7 @@ def check_task(config: RunConfig) -> Iterator[Finding]:
         yield Finding("plan", str(error), FAULT)
         return
     gpu_gib = max(stage_memory.gpu_bytes for stage_memory in plan.stage_memories) / 2**30
-    yield Finding(
-        "plan",
-        f"{plan.arrangement.description}; at most {gpu_gib:.1f} GiB of a GPU"
-        if hardware.gpu_bytes
-        else plan.arrangement.description,
-    )
+    message = plan.arrangement.description
+    if hardware.gpu_bytes:
+        message += f"; at most {gpu_gib:.1f} GiB of a GPU"
+    yield Finding("plan", message)

@@ -1,4 +1,7 @@
-"""What a cluster's nodes are like, and what Slurm wants to be told there: conf/cluster/NAME.yaml, or a file of your own."""
+"""Cluster configuration: hardware of the nodes, and options of Slurm.
+
+Read from conf/cluster/NAME.yaml, or from a file of your own.
+"""
 
 import re
 from collections.abc import Sequence
@@ -19,34 +22,37 @@ _CLUSTER_FOLDER = CONFIG_FOLDER / "cluster"
 
 @dataclass
 class ClusterConfig:
-    """A kind of nodes. Of a cluster's own things, such as its partition, ``null`` leaves them to Slurm's defaults."""
+    """Configuration of a cluster; ``null``, as for its partition, leaves an option to Slurm's default."""
 
     gpus_per_node: int = 8
     gpu_memory: str = "80GB"
     gpu_type: str | None = None
-    """Slurm's name of it, as in --gpus-per-node=h100:8."""
+    """Slurm's name of the GPUs, as in --gpus-per-node=h100:8."""
     host_memory: str = "512GB"
-    """Of a node, that jobs may ask for."""
+    """Memory of a node that jobs may request."""
     cpus_per_gpu: int = 8
     tflops: float = 150.0
-    """What a GPU computes a second in these models, cautiously; for the time that is asked for."""
+    """TFLOP/s of a GPU in these models, a cautious value; for the time limit that is requested."""
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
     fetch_partition: str | None = None
-    """Where there is internet, for downloads."""
+    """Partition with internet, for downloads."""
     fetch_time: str = "04:00:00"
     max_time: str | None = None
-    """The longest that jobs may ask for; what takes longer is kept before it is up, and goes on in the queue."""
+    """Longest time limit of a job; a run that takes longer saves its state, is requeued and resumes."""
     signal_seconds: int = 120
-    """How long before its end a job is told to keep its state, at least; more where a step takes longer."""
+    """Seconds before its time limit at which a job is told to save its state; more if steps take longer."""
     setup: list[str] = field(default_factory=list)
-    """Lines of shell that make ``python`` the one with wan_dist, such as module load; none: the Python that submits."""
+    """Shell lines, such as module load, after which ``python`` has wan_dist.
+
+    None: the Python that submits is used.
+    """
     environment: dict[str, str] = field(default_factory=dict)
-    """Variables of the run, such as NCCL_SOCKET_IFNAME."""
+    """Environment variables of the run, such as NCCL_SOCKET_IFNAME."""
     options: list[str] = field(default_factory=list)
-    """More options of sbatch, such as --exclusive."""
+    """Further options of sbatch, such as --exclusive."""
 
     def __post_init__(self) -> None:
         for key in ("gpu_memory", "host_memory"):
@@ -67,7 +73,7 @@ class ClusterConfig:
 
 
 def parse_minutes(text: str, key: str) -> int:
-    """Return the minutes of a time as Slurm reads it: minutes, HH:MM:SS, or D-HH:MM:SS; raises InputError."""
+    """Return the minutes of a time as Slurm writes it: minutes, HH:MM:SS or D-HH:MM:SS; raises InputError."""
     match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+)(?::(\d\d))?", text)
     if not match or (":" in text and text.count(":") != 2):
         raise InputError(f"{key}={text} is not a time, e.g. {key}=02:30:00")
@@ -76,16 +82,15 @@ def parse_minutes(text: str, key: str) -> int:
 
 
 def load_cluster(name: str, changes: Sequence[str]) -> ClusterConfig:
-    """Return the cluster of this name, or in this file, with changes such as ``partition=gpu``; raises InputError."""
-    file = (
-        expand_user_path("cluster", name)
-        if name.endswith((".yaml", ".yml"))
-        else _CLUSTER_FOLDER / f"{name}.yaml"
-    )
+    """Return the cluster of this name or file, with changes such as ``partition=gpu``; raises InputError."""
+    file = _CLUSTER_FOLDER / f"{name}.yaml"
+    if name.endswith((".yaml", ".yml")):
+        file = expand_user_path("cluster", name)
     if not file.is_file():
         known_names = sorted(path.stem for path in _CLUSTER_FOLDER.glob("*.yaml"))
         raise InputError(
-            f"cluster={name}: there is {', '.join(known_names)}, or a file of your own, cluster=mine.yaml{suggest_nearest(name, known_names)}"
+            f"cluster={name}: there is {', '.join(known_names)}, "
+            f"or a file of your own, cluster=mine.yaml{suggest_nearest(name, known_names)}"
         )
     try:
         merged = OmegaConf.merge(

@@ -1,4 +1,4 @@
-"""How long a run would take, on the safe side; no torch."""
+"""Run time estimates, cautious ones, from arithmetic and bytes read; without torch."""
 
 from collections.abc import Sequence
 
@@ -12,18 +12,19 @@ from wan_dist.planning.plan import Plan
 from wan_dist.planning.workload import Workload
 
 _START_SECONDS = 60.0
+"""Seconds from the start of the processes until weights are read."""
 _DISK_BYTES_PER_SECOND = 0.3e9
-"""Bytes a second at which weights are read."""
+"""Rate at which weights are read."""
 _OVERHEAD_SECONDS = 120.0
 """Seconds of one GPU before and after the steps of a video of 75600 tokens."""
 _MULTI_GPU_EFFICIENCY = 0.85
-"""How much of its speed a GPU keeps among several."""
+"""Speed of a GPU among several, relative to one alone."""
 
 
 def estimate_run_seconds(videos: Sequence[tuple[Plan, int]], tflops: float) -> float:
-    """Return the seconds of a run on GPUs of this speed, from its arithmetic and the bytes that it reads.
+    """Return the seconds of a run on GPUs of ``tflops`` TFLOP/s, from its arithmetic and the bytes it reads.
 
-    ``videos``: plans, and their steps; weights are read once, and replicas share the videos.
+    ``videos``: plan and number of steps of each; weights are read once, and replicas divide the videos.
     """
     compute_seconds, read_seconds = 0.0, 0.0
     for plan, num_steps in videos:
@@ -34,22 +35,18 @@ def estimate_run_seconds(videos: Sequence[tuple[Plan, int]], tflops: float) -> f
             + _OVERHEAD_SECONDS * workload.num_tokens / 75600 / workload.num_ranks
         )
         read_seconds = max(read_seconds, _estimate_weight_bytes(workload) / _DISK_BYTES_PER_SECOND)
-    round_factor = (
-        -(-len(videos) // (num_replicas := videos[0][0].degrees.dp)) * num_replicas / len(videos)
-    )  # the last round may not be full
+    num_replicas = videos[0][0].degrees.dp
+    num_rounds = -(-len(videos) // num_replicas)  # the last one may not be full
+    round_factor = num_rounds * num_replicas / len(videos)
     return _START_SECONDS + read_seconds + compute_seconds * round_factor / num_replicas
 
 
 def estimate_step_seconds(plan: Plan, tflops: float) -> float:
-    """Return the seconds of one of its steps."""
+    """Return the seconds of one denoising step of a plan, with its guidance passes."""
     workload = plan.workload
     assert workload is not None
-    operations_per_second = (
-        tflops
-        * 1e12
-        * workload.num_ranks
-        * (1.0 if workload.num_ranks == 1 else _MULTI_GPU_EFFICIENCY)
-    )
+    efficiency = 1.0 if workload.num_ranks == 1 else _MULTI_GPU_EFFICIENCY
+    operations_per_second = tflops * 1e12 * workload.num_ranks * efficiency
     return (
         len(workload.text_lengths)
         * count_forward_flops(workload.model_dims.transformer, workload.num_tokens)

@@ -1,4 +1,4 @@
-"""Scripts for sbatch, from what a job asks for."""
+"""Batch scripts for sbatch, from what a job requests."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -40,19 +40,22 @@ if ((code == 75)); then          # asked to end early: the same job goes on from
 fi
 rm -f "$mark"
 exit "$code"
+"""  # noqa: E501 as in slurm/requeue.sbatch, whose end it is
+"""Shell code after the run: requeues a preempted job, unless two requeues in a row made no progress.
+
+It reads the run's arguments from the array ``settings``.
 """
-"""What follows the run: a job that was asked to end goes on, unless that has led nowhere twice. ``settings`` are the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmRequest:
-    """What one job of Slurm's is to do, and what it needs."""
+    """A job of Slurm's: the run's settings, and the resources that it needs."""
 
     name: str
     notes: Sequence[str]
-    """Comments, a line each."""
+    """Comments in the script, a line each."""
     settings: Sequence[Sequence[str]]
-    """Of the run; of an array, those of each element."""
+    """Settings of the run; of an array, those of each element."""
     is_array: bool = False
     max_running_jobs: int | None = None
     num_nodes: int
@@ -60,13 +63,13 @@ class SlurmRequest:
     memory_gib: int
     time_limit_minutes: int
     signal_seconds: int
-    """How long before its end it is told to keep its state."""
+    """Seconds before its time limit at which it is told to save its state."""
     required_job: str | None = None
-    """The job that must have succeeded before."""
+    """Number of the job that must have succeeded before."""
 
 
 def build_run_script(request: SlurmRequest, cluster: ClusterConfig, python: str) -> str:
-    """Return the script that makes a video, or one for each element of an array."""
+    """Return the script of a run, or of an array with a run for each element."""
     gpus_option = (
         f"{cluster.gpu_type}:{request.gpus_per_node}" if cluster.gpu_type else request.gpus_per_node
     )
@@ -84,16 +87,13 @@ def build_run_script(request: SlurmRequest, cluster: ClusterConfig, python: str)
         "output": "wan-%A-%a.log" if request.is_array else "wan-%j.log",
     }
     if request.is_array:
-        options["array"] = f"0-{len(request.settings) - 1}" + (
-            f"%{request.max_running_jobs}" if request.max_running_jobs else ""
-        )
+        limit_text = f"%{request.max_running_jobs}" if request.max_running_jobs else ""
+        options["array"] = f"0-{len(request.settings) - 1}{limit_text}"
     if request.required_job:
         options |= {"dependency": f"afterok:{request.required_job}", "kill-on-invalid-dep": "yes"}
-    run_body = (
-        _format_array_settings(request.settings)
-        if request.is_array
-        else f"settings=({shlex.join(request.settings[0])})\n"
-    )
+    run_body = f"settings=({shlex.join(request.settings[0])})\n"
+    if request.is_array:
+        run_body = _format_array_settings(request.settings)
     return _assemble_script(
         request.notes,
         options,
@@ -104,7 +104,7 @@ def build_run_script(request: SlurmRequest, cluster: ClusterConfig, python: str)
 
 
 def build_fetch_script(arguments: Sequence[str], cluster: ClusterConfig, python: str) -> str:
-    """Return the script that downloads what a task needs."""
+    """Return the script that downloads a task's checkpoint; ``arguments`` are those of ``launch fetch``."""
     options = {
         "job-name": "wan-fetch",
         **_list_placement_options(cluster, cluster.fetch_partition or cluster.partition),
@@ -126,9 +126,8 @@ def build_fetch_script(arguments: Sequence[str], cluster: ClusterConfig, python:
 def format_minutes(minutes: int) -> str:
     """Return minutes as Slurm writes them, e.g. 1-02:30:00."""
     days, remaining_minutes = divmod(minutes, 24 * 60)
-    return (
-        f"{days}-" if days else ""
-    ) + f"{remaining_minutes // 60:02}:{remaining_minutes % 60:02}:00"
+    days_text = f"{days}-" if days else ""
+    return f"{days_text}{remaining_minutes // 60:02}:{remaining_minutes % 60:02}:00"
 
 
 def _list_placement_options(cluster: ClusterConfig, partition: str | None) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""One rank of the check that attention spread over GPUs is attention: Ulysses, ring, and both, on token counts that do not divide.
+"""One rank of the check that attention spread over GPUs is attention: Ulysses, ring, and both, on
+token counts that do not divide.
 
 Runs on CPUs too: torchrun --standalone --nproc_per_node=4 -m tests.gpu.nccl_worker sdpa
 """
@@ -22,7 +23,9 @@ HEADS, WIDTH = 8, 128
 def spread_attention(
     groups: ProcessGroups, attention: InnerAttention, whole: list[torch.Tensor], usp: str
 ) -> torch.Tensor:
-    """Return attention of whole q, k, v (1, L, H, D) as (1, L, H D), computed from this rank's shares and the others'."""
+    """Return attention of whole q, k, v (1, L, H, D) as (1, L, H D), computed from this rank's
+    shares and the others'.
+    """
     sequence = SplitSequence(groups.sp)
     num_tokens = whole[0].shape[1]
     table = torch.zeros(num_tokens, 1, 1)

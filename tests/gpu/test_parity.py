@@ -89,7 +89,9 @@ def test_vae(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["fa4", "cudnn"])
 def test_partial_attention_is_exact_when_merged(name: str) -> None:
-    """Ring attention merges parts by their log-sum-exp: result and log-sum-exp of each part against float64."""
+    """Ring attention merges parts by their log-sum-exp: result and log-sum-exp of each part against
+    float64.
+    """
     if name == "fa4":
         pytest.importorskip("flash_attn.cute")
     q, k, v = (

@@ -1,4 +1,6 @@
-"""On a GPU: the transformer's Triton kernels against the same arithmetic in PyTorch, and how far a block is from float32 with each."""
+"""On a GPU: the transformer's Triton kernels against the same arithmetic in PyTorch, and how far a
+block is from float32 with each.
+"""
 
 import copy
 

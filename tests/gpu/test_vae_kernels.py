@@ -1,4 +1,6 @@
-"""On a GPU: the VAE's Triton kernels against the same arithmetic in PyTorch, and the whole VAE in bfloat16 against float32."""
+"""On a GPU: the VAE's Triton kernels against the same arithmetic in PyTorch, and the whole VAE in
+bfloat16 against float32.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""What a malformed input is: files made in a folder, what is asked of the program, and what it must answer."""
+"""What a malformed input is: files made in a folder, what is asked of the program, and what it must
+answer.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,9 +42,13 @@ class Case:
     says: tuple[str, ...] = ()
     """What the error must contain; nothing: there is none."""
     check: Callable[[Any, Path], None] | None = None
-    """Looks at a correct result: the record of a run, or what ``read`` returned, and the folder of results."""
+    """Looks at a correct result: the record of a run, or what ``read`` returned, and the folder of
+    results.
+    """
     read: Callable[[Sequence[str]], Any] | None = None
-    """What is done with the arguments; None: the command runs with them, where they do not name one with a checkpoint that is whole."""
+    """What is done with the arguments; None: the command runs with them, where they do not name one
+    with a checkpoint that is whole.
+    """
 
 
 def setting(*arguments: str, says: str | tuple[str, ...], name: str = "") -> Case:

@@ -57,7 +57,9 @@ def _file(name: str, file: str, content: bytes | str, *says: str) -> Case:
 
 
 def _config(name: str, *says: str, **entries: object) -> Case:
-    """Return the case of a config.json with other entries; a run looks for the heads before it opens the rest."""
+    """Return the case of a config.json with other entries; a run looks for the heads before it
+    opens the rest.
+    """
 
     def change(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text()) | entries

@@ -72,7 +72,8 @@ CASES = [
     _in_file("a file of megabytes", b"cat " * 1_000_000, "4000000 bytes"),
     _right(
         "HTML, a shell's commands and escape codes",
-        "<b>'&lt;&amp;amp;</b> $(touch ran) `touch ran`; ${oc.env:HOME} \x1b[31mred\x1b[0m \x07\x1b]0;owned\x07",
+        "<b>'&lt;&amp;amp;</b> $(touch ran) `touch ran`; ${oc.env:HOME} "
+        "\x1b[31mred\x1b[0m \x07\x1b]0;owned\x07",
         "b-lt-amp-amp-b-touch-ran-touch-ran-oc-en",
     ),
     _right(

@@ -1,4 +1,6 @@
-"""Malformed inputs, all of them: each ends in one clear error before weights are read, or in a correct result."""
+"""Malformed inputs, all of them: each ends in one clear error before weights are read, or in a
+correct result.
+"""
 
 import gc
 import json

@@ -1,4 +1,6 @@
-"""One rank of the check that what ranks exchange may have any layout, dtype and size; the layouts differ between the ranks too."""
+"""One rank of the check that what ranks exchange may have any layout, dtype and size; the layouts
+differ between the ranks too.
+"""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -59,7 +61,9 @@ def same(found: Tensor | None, expected: Tensor | None) -> bool:
 
 
 def wrong(x: Tensor, other: Tensor, axis: Axis) -> Iterator[str]:
-    """Yield the functions that bring something wrong to this rank, which has x, of two ranks; the other has ``other``."""
+    """Yield the functions that bring something wrong to this rank, which has x, of two ranks; the
+    other has ``other``.
+    """
     first, second = (x, other) if axis.rank == 0 else (other, x)
     yield from ["all_to_all"] * (
         not same(all_to_all(x, axis)(), torch.stack([first[axis.rank], second[axis.rank]]))

@@ -1,4 +1,6 @@
-"""The command, with one rank that breaks in the middle of denoising: what torchrun is given to see what becomes of the others."""
+"""The command, with one rank that breaks in the middle of denoising: what torchrun is given to see
+what becomes of the others.
+"""
 
 import os
 import sys

@@ -1,6 +1,8 @@
-"""One rank of a table of runs in which something goes wrong on one rank: ``python -m tests.ranks.faulty_worker TABLE RANK RANKS``.
+"""One rank of a table of runs in which something goes wrong on one rank:
+``python -m tests.ranks.faulty_worker TABLE RANK RANKS``.
 
-A row: a port, arguments, and what fails: on which rank, in which method, at which of its calls, with what error.
+A row: a port, arguments, and what fails: on which rank, in which method, at which of its calls,
+with what error.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""One rank that loads its shard of a transformer and notes the most host memory of its own (mapped files do not count) it held."""
+"""One rank that loads its shard of a transformer and notes the most host memory of its own (mapped
+files do not count) it held.
+"""
 
 import json
 import sys

@@ -1,4 +1,6 @@
-"""What becomes of a run when one of its ranks fails: all end within seconds, and what is said last names the cause."""
+"""What becomes of a run when one of its ranks fails: all end within seconds, and what is said last
+names the cause.
+"""
 
 import json
 import os

@@ -1,4 +1,6 @@
-"""What goes wrong on one rank alone while all work together: the run goes on or ends, on all ranks, within seconds."""
+"""What goes wrong on one rank alone while all work together: the run goes on or ends, on all ranks,
+within seconds.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,9 @@ from safetensors.torch import load_file
 from tests.ranks.test_runs import run_workers
 
 SECONDS = 25.0
-"""From a fault to the end of a run that has little left to do; a collective would wait for parallel.timeout."""
+"""From a fault to the end of a run that has little left to do; a collective would wait for
+parallel.timeout.
+"""
 TOY = [
     "task=toy",
     "dtype=float32",
@@ -36,7 +40,9 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], str]:
-    """Run all rows, with gloo or NCCL; returns their folder, each rank's exit code and seconds after the fault, and what was said."""
+    """Run all rows, with gloo or NCCL; returns their folder, each rank's exit code and seconds
+    after the fault, and what was said.
+    """
     folder = tmp_path_factory.mktemp(f"faults-{request.param}")
     Image.new("RGB", (64, 64), "blue").save(folder / "image.png")
     (folder / "jobs.txt").write_text("a red circle\na blue star\na green square\n")

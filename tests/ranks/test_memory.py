@@ -1,4 +1,6 @@
-"""Loading a checkpoint of gigabytes on several ranks: each reads its own share, and holds little more than it."""
+"""Loading a checkpoint of gigabytes on several ranks: each reads its own share, and holds little
+more than it.
+"""
 
 import json
 from itertools import chain
@@ -25,7 +27,9 @@ DIMS = TransformerDims(
 
 
 def big_checkpoint(folder: Path) -> int:
-    """Make a whole checkpoint whose transformer is large; every row of a matrix holds its number. Returns the transformer's bytes."""
+    """Make a whole checkpoint whose transformer is large; every row of a matrix holds its number.
+    Returns the transformer's bytes.
+    """
     text_encoder = TextEncoderDims(
         num_layers=1, dim=4096, ffn_dim=8, num_heads=2, head_dim=4, vocab_size=259
     )

@@ -1,4 +1,6 @@
-"""Whole runs on several ranks (gloo, CPU) against the reference implementation's videos, at one rank's tolerance."""
+"""Whole runs on several ranks (gloo, CPU) against the reference implementation's videos, at one
+rank's tolerance.
+"""
 
 import json
 import os
@@ -38,7 +40,8 @@ I2V, A14B, TI2V = (
 )
 FLF2V, I2V_A14B = ("flf2v-14B", "wan2.1-flf2v", "unipc"), ("i2v-A14B", "wan2.2-i2v-a14b", "unipc")
 
-# The models have 4 heads; token counts are 45 (t2v), 84 (odd), 72 (i2v), 84 (flf2v), 54 (i2v-A14B) and 36 (ti2v).
+# The models have 4 heads; token counts are 45 (t2v), 84 (odd), 72 (i2v), 84 (flf2v), 54 (i2v-A14B) and
+# 36 (ti2v).
 CASES = {
     2: [
         Case(*T2V, "parallel.ulysses=2"),
@@ -88,9 +91,11 @@ def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[lis
 
 
 def run_workers(module: str, table: list[list[object]], num_ranks: int, folder: Path) -> str:
-    """Run a module on this many ranks, which do the rows of a table one after the other; returns what they printed.
+    """Run a module on this many ranks, which do the rows of a table one after the other; returns
+    what they printed.
 
-    Each row has a store of its own, held open here as torchrun's agent does, so that no row can find its port taken.
+    Each row has a store of its own, held open here as torchrun's agent does, so that no row can
+    find its port taken.
     """
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in table]
     file = folder / "table.json"

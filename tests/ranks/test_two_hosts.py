@@ -1,4 +1,6 @@
-"""Two hosts as network namespaces on this machine: two ranks on each, and the link between them cut in mid-run."""
+"""Two hosts as network namespaces on this machine: two ranks on each, and the link between them cut
+in mid-run.
+"""
 
 import os
 import subprocess

@@ -1,4 +1,6 @@
-"""The VAE over several ranks: strips with traded edges make the same video, and the same latents, as one rank."""
+"""The VAE over several ranks: strips with traded edges make the same video, and the same latents,
+as one rank.
+"""
 
 import json
 from pathlib import Path

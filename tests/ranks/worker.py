@@ -1,4 +1,6 @@
-"""One rank of a table of cases: runs each through the command and writes what came of it, so that processes start once."""
+"""One rank of a table of cases: runs each through the command and writes what came of it, so that
+processes start once.
+"""
 
 import json
 import os

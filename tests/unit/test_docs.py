@@ -46,7 +46,9 @@ RUN = (
 
 
 def _found(pattern: str) -> list[str]:
-    """Return the rest of each line, or of the text between backticks, after what the pattern finds, without a comment."""
+    """Return the rest of each line, or of the text between backticks, after what the pattern finds,
+    without a comment.
+    """
     lines = [line for text in DOCS for line in text.splitlines()]
     rests = [
         match[1]

@@ -83,7 +83,10 @@ def test_what_answers_at_once_imports_no_torch(package: str) -> None:
         ".".join(("wan_dist", *path.relative_to(PACKAGE).with_suffix("").parts))
         for path in (PACKAGE / package).rglob("*.py")
     ]
-    code = f"import sys, {', '.join(modules)}; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    code = (
+        f"import sys, {', '.join(modules)}; "
+        "sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -113,10 +116,12 @@ def test_sizes() -> None:
     for path in _files():
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= 400, path
+        if path.stem.endswith("_kernels"):  # a kernel is one function
+            continue
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno is not None
-                assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
+                assert node.end_lineno - node.lineno < 70, f"{path}: {node.name}"
 
 
 PURE_CALLS = {"isinstance", "len", "all", "any", "set"}

@@ -20,9 +20,11 @@ from wan_dist.runtime.signals import PreemptionInterrupt
 def test_the_others_learn_of_a_rank_that_ends_whatever_ends_it(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that leaves without a word is waited for, while it waits for the others: Ctrl-C on one of several ranks hung the run.
+    """One that leaves without a word is waited for, while it waits for the others: Ctrl-C on one of
+    several ranks hung the run.
 
-    It says what it met before it leaves: the others end then, and torchrun, which sees one of them go, asks this one to end as well.
+    It says what it met before it leaves: the others end then, and torchrun, which sees one of them
+    go, asks this one to end as well.
     """
     told: list[str] = []
 

@@ -1,1 +1,1 @@
-"""The settings of a run: their schema, how arguments and YAML files become it."""
+"""Run configuration: the schema of the settings, and its composition from arguments and YAML files."""

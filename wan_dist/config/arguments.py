@@ -1,7 +1,8 @@
-"""Command-line arguments as people write them -> arguments that Hydra reads as they were meant.
+"""Command-line arguments: keys are checked and text values quoted, so that Hydra reads them as meant.
 
-Hydra's grammar gives commas, quotes, brackets and ``$`` a meaning (``prompt=two cats, boxing`` is a sweep to it), so values of
-text keys are quoted here, before Hydra parses them. Unknown keys and the reference's flags get an answer that helps.
+Hydra's grammar gives commas, quotes, brackets and ``$`` a meaning (``prompt=two cats, boxing`` is a sweep to
+it), so values of text keys are quoted here, before Hydra parses them. For unknown keys and the flags of the
+reference implementation, the error names the key to use.
 """
 
 from wan_dist.config.hydra_quoting import quote_if_needed
@@ -21,7 +22,7 @@ REFERENCE_FLAG_KEYS = {
     "--sample_guide_scale": "sample.guide_scale",
     "--save_file": "output.dir=FOLDER output.name",
 }
-"""Flags of the reference implementation's ``generate.py`` and the key that does the same here."""
+"""Flags of the reference implementation's ``generate.py``, and the equivalent key here."""
 
 _HYDRA_FLAGS_WITH_VALUE = {
     "--cfg",
@@ -48,11 +49,14 @@ _HYDRA_FLAGS = {
 } | _HYDRA_FLAGS_WITH_VALUE
 
 _MAX_VALUE_CHARACTERS = 1000
-"""Of what is not text."""
+"""Limit of values that are not text."""
 
 
 def prepare_arguments(arguments: list[str]) -> list[str]:
-    """Check the arguments' keys and quote the text values; raises InputError for what Hydra could only reject or misread."""
+    """Check the arguments' keys, and quote the text values.
+
+    Raises InputError for what Hydra could only reject or misread.
+    """
     overrides: list[str] = []
     flags: list[str] = []
     awaits_value = False
@@ -65,7 +69,7 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
         else:
             overrides.append(_prepare_override(argument))
         awaits_value = not awaits_value and argument in _HYDRA_FLAGS_WITH_VALUE
-    return overrides + flags  # Hydra wants them apart
+    return overrides + flags  # Hydra does not take them mixed
 
 
 def _check_flag(argument: str) -> None:
@@ -82,25 +86,29 @@ def _prepare_override(argument: str) -> str:
     key, equals_sign, value = argument.partition("=")
     if not equals_sign:
         raise InputError(
-            f"{argument!r} is not key=value; a value with spaces needs the shell's quotes around it, as in 'prompt=two cats boxing'"
+            f"{argument!r} is not key=value; a value with spaces needs the shell's quotes around it, "
+            "as in 'prompt=two cats boxing'"
         )
     plain_key = key.lstrip("+")
     check_setting_key(plain_key)
     if len(value) > _MAX_VALUE_CHARACTERS and not is_text_key(plain_key):
         raise InputError(
-            f"{key}={value[:40]}... has {len(value)} characters, and a value of its kind {_MAX_VALUE_CHARACTERS} at most"
+            f"{key}={value[:40]}... has {len(value)} characters, "
+            f"and a value of its kind {_MAX_VALUE_CHARACTERS} at most"
         )
     return f"{key}={quote_if_needed(value)}" if is_text_key(plain_key) else argument
 
 
 def check_setting_key(name: str) -> None:
-    """Raise InputError unless a run has a setting, or a section of them, of this name. Hydra's own keys are none: they can run code."""
+    """Raise InputError unless ``name`` is a setting of a run, or a section of them.
+
+    Hydra's own keys are not: they can run code.
+    """
     keys = list_settings()
     if name in keys or name in {key.rpartition(".")[0] for key in keys} - {""}:
         return
-    keys_by_short_name = {
-        key.rpartition(".")[2]: key for key in keys
-    }  # people drop the section: steps for sample.steps
+    # people drop the section: steps for sample.steps
+    keys_by_short_name = {key.rpartition(".")[2]: key for key in keys}
     hint = (
         f"; did you mean {keys_by_short_name[name]!r}?"
         if name in keys_by_short_name
@@ -110,6 +118,6 @@ def check_setting_key(name: str) -> None:
 
 
 def is_text_key(key: str) -> bool:
-    """Whether a key's values are text, which is taken as it stands."""
+    """Return whether a key's values are text, which is taken literally."""
     setting = list_settings().get(key)
     return setting is not None and setting.type in (str, str | None) and key != "task"

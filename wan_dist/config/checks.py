@@ -1,20 +1,52 @@
-"""Checks of single settings."""
+"""Validation of single settings; each check raises InputError."""
 
 import math
 import os
+import re
 from pathlib import Path
 
 from wan_dist.runtime.errors import InputError, escape_unprintable, suggest_nearest
 
 MAX_PROMPT_CHARACTERS = 2**20
 _MAX_NAME_BYTES = 200
-"""Of the 255 that file systems allow: files have suffixes, the longest where a run was ended, and are written under other names."""
+"""Limit of a file's name, of the 255 bytes that file systems allow.
+
+Suffixes, of which the longest is that of a run that was ended, and temporary names need the rest.
+"""
 _RESERVED_SUFFIXES = (".latents", ".state")
-"""Of files beside a video: another job's could not be told apart from those."""
+"""Suffixes of the files beside a video; a job of such a name could not be told apart from those."""
+PROMPT_KEYS = ("prompt", "negative_prompt")
+PATH_KEYS = (
+    "ckpt_dir",
+    "dit_file",
+    "image",
+    "first_frame",
+    "last_frame",
+    "latents",
+    "jobs",
+    "cache.dir",
+    "output.dir",
+    "output.events",
+)
+
+
+def check_text(key: str, value: str) -> None:
+    """Raise InputError for text that is not UTF-8, a prompt that is too long, and what cannot be a path."""
+    if re.search("[\ud800-\udfff]", value):  # what Python makes of bytes that are not UTF-8
+        raise InputError(
+            f"{key}={value!r} is not UTF-8 text; "
+            "the shell, or the file that it is from, has another encoding"
+        )
+    if key in PROMPT_KEYS:
+        check_prompt_length(key, value)
+    elif "\0" in value:
+        raise InputError(f"{key}={value!r} has a NUL in it, which no name has")
+    if key in PATH_KEYS:
+        check_path(key, value)
 
 
 def check_path(key: str, value: str) -> None:
-    """Raise InputError unless ``value`` can be a file or folder, for `dit_file` one or two."""
+    """Raise InputError unless ``value`` can be a path, for ``dit_file`` one or two."""
     if not value.strip():
         raise InputError(
             f"{key} is empty; leave it out, or say which {'folder' if key.endswith('dir') else 'file'}"
@@ -31,7 +63,10 @@ def check_path(key: str, value: str) -> None:
 
 
 def split_file_list(value: str) -> list[Path]:
-    """Return the files of a setting, one or two with a comma between; where such a file exists, a comma is part of its name."""
+    """Return the files of a setting, one or two with a comma between.
+
+    Where a file with a comma in its name exists, the comma is part of the name.
+    """
     comma_indices = [index for index, character in enumerate(value) if character == ","]
     candidate_names = [
         [value],
@@ -64,15 +99,16 @@ def check_positive(key: str, value: float | None, unit: str = "", hint: str = ""
 
 
 def check_prompt_length(key: str, text: str) -> None:
-    """Raise InputError for a prompt that is longer than any model reads, by far."""
+    """Raise InputError for a prompt that is far longer than any model reads."""
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InputError(
-            f"{key} has {len(text)} characters; models read the first 500 words, and {MAX_PROMPT_CHARACTERS} are taken"
+            f"{key} has {len(text)} characters; models read the first 500 words, "
+            f"and {MAX_PROMPT_CHARACTERS} are taken"
         )
 
 
 def check_file_name(key: str, name: str) -> None:
-    """Raise InputError unless files can be called ``name``, with the suffixes that they get, and a terminal shows it as it is."""
+    """Raise InputError unless ``name`` can be a file's name, with suffixes, and a terminal shows it as is."""
     if not name.strip() or "/" in name or name.startswith(".") or escape_unprintable(name) != name:
         raise InputError(
             f"{key}={name!r} must be a plain file name without control characters; folders go into output.dir"
@@ -80,7 +116,8 @@ def check_file_name(key: str, name: str) -> None:
     stem = name.removesuffix(".mp4").removesuffix(".png").casefold()
     if suffix := next((suffix for suffix in _RESERVED_SUFFIXES if stem.endswith(suffix)), None):
         raise InputError(
-            f"{key}={name}: names that end in {suffix} are those of files kept beside another video; give it another name"
+            f"{key}={name}: names that end in {suffix} are those of files kept beside another video; "
+            "give it another name"
         )
     if (num_bytes := len(name.encode())) > _MAX_NAME_BYTES:
         raise InputError(

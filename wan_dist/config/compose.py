@@ -1,4 +1,4 @@
-"""Arguments -> `RunConfig`, by Hydra: ``conf/config.yaml``, its groups, and the settings given."""
+"""Configuration composition by Hydra: ``conf/config.yaml``, its groups and arguments give a `RunConfig`."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ CONFIG_FOLDER = find_packaged_folder("conf", "conf")
 
 
 def compose_config(arguments: list[str]) -> RunConfig | None:
-    """Return the configuration of these arguments, or None after a flag that only prints, such as ``--cfg job``.
+    """Return the configuration of these arguments, None after a flag that only prints, such as ``--cfg job``.
 
     Raises InputError for what Hydra, OmegaConf or the schema refuse.
     """
@@ -41,18 +41,16 @@ def compose_config(arguments: list[str]) -> RunConfig | None:
 
 
 def explain_config_error(error: Exception) -> str:
-    """Return what Hydra or OmegaConf found wrong, in a line."""
-    cause = (
-        error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    )  # Hydra's own says less
+    """Return in one line what Hydra or OmegaConf found wrong."""
+    # Hydra's own error says less than its cause
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     key = next(
         (line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), ""
     )
     message = f"{key}: {lines[0]}" if key else lines[0]
-    is_sweep = message.startswith(
-        ("Ambiguous value", "Sweep parameters")
-    )  # Hydra's advice is for what is not done here
+    # Hydra's advice for these is about sweeps, which are not supported here
+    is_sweep = message.startswith(("Ambiguous value", "Sweep parameters"))
     return (
         f"{message.partition(' requires')[0]}: a setting takes one value" if is_sweep else message
     )

@@ -1,4 +1,4 @@
-"""Folders of the program: what is installed with it, and its place in the user's cache."""
+"""Folder paths: files installed with the package, and the program's folder in the user's cache."""
 
 from pathlib import Path
 
@@ -6,7 +6,10 @@ from wan_dist.runtime.environment import read_text_variable
 
 
 def find_packaged_folder(name: str, checkout_name: str) -> Path:
-    """Return the folder ``name`` that is in the package once it is installed; in a checkout it is ``checkout``, beside the package."""
+    """Return the folder ``name`` in the installed package.
+
+    In a checkout it is ``checkout_name``, beside the package.
+    """
     package_folder = Path(__file__).parents[1]
     return (
         package_folder / name
@@ -16,7 +19,7 @@ def find_packaged_folder(name: str, checkout_name: str) -> Path:
 
 
 def find_user_cache() -> Path | None:
-    """Return the folder in the user's cache that is ours, None for a user without a home."""
+    """Return the program's folder in the user's cache, None for a user without a home folder."""
     try:
         return Path(read_text_variable("XDG_CACHE_HOME") or "~/.cache").expanduser() / "wan-dist"
     except RuntimeError:

@@ -1,6 +1,6 @@
-"""The schema of a run: what can be set on the command line and in ``conf/``, with types and single-field checks.
+"""Configuration schema: settings of the command line and ``conf/``, with types and single-field checks.
 
-Errors that cross fields belong to ``plan.py``. Strings such as ``size`` are parsed here, once.
+Checks across fields belong to ``planning/plan.py``. Strings such as ``size`` are parsed here, once.
 """
 
 import re
@@ -15,13 +15,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-from wan_dist.config.checks import (
-    check_choice,
-    check_file_name,
-    check_path,
-    check_positive,
-    check_prompt_length,
-)
+from wan_dist.config.checks import check_choice, check_file_name, check_positive, check_text
 from wan_dist.config.paths import find_user_cache
 from wan_dist.runtime.errors import InputError
 
@@ -51,19 +45,6 @@ NOISE_DEVICES = ("cpu", "cuda")
 MAX_STEPS = 1000
 _MAX_TIMEOUT_SECONDS = 365 * 86400
 _MAX_FPS = 1000
-_PROMPT_KEYS = ("prompt", "negative_prompt")
-_PATH_KEYS = (
-    "ckpt_dir",
-    "dit_file",
-    "image",
-    "first_frame",
-    "last_frame",
-    "latents",
-    "jobs",
-    "cache.dir",
-    "output.dir",
-    "output.events",
-)
 
 
 def _key(default: Any, text: str) -> Any:
@@ -91,19 +72,21 @@ class SampleConfig:
             raise InputError(f"sample.steps={self.steps}: at least 1 step is needed")
         if self.steps > MAX_STEPS:
             raise InputError(
-                f"sample.steps={self.steps}: the models know {MAX_STEPS} noise levels, so more steps do nothing"
+                f"sample.steps={self.steps}: the models know {MAX_STEPS} noise levels, "
+                "so more steps do nothing"
             )
         check_positive("sample.shift", self.shift, hint=" (published defaults are 3.0 to 16.0)")
         self.parse_guide_scales()
 
     def parse_guide_scales(self) -> tuple[float, float]:
-        """Return the scales for (low, high) noise."""
+        """Return the guidance scales for (low, high) noise; raises InputError."""
         scales = self.guide_scale if isinstance(self.guide_scale, list) else [self.guide_scale] * 2
         if len(scales) != 2 or any(
             isinstance(scale, bool) or not isinstance(scale, int | float) for scale in scales
         ):
             raise InputError(
-                f"sample.guide_scale={self.guide_scale} is neither a number nor [low, high], e.g. 5.0 or [3.0,4.0]"
+                f"sample.guide_scale={self.guide_scale} is neither a number nor [low, high], "
+                "e.g. 5.0 or [3.0,4.0]"
             )
         if not all(abs(scale) <= sys.float_info.max for scale in scales):
             raise InputError(f"sample.guide_scale={self.guide_scale}: it must be finite, e.g. 5.0")
@@ -126,7 +109,8 @@ class ParallelConfig:
     )
     timeout: float = _key(
         600.0,
-        "seconds without a sign of life, or in an exchange while denoising, after which ranks give each other up",
+        "seconds without a sign of life, or in an exchange while denoising, "
+        "after which ranks give each other up",
     )
     load_timeout: float = _key(
         3600.0,
@@ -139,7 +123,8 @@ class ParallelConfig:
             check_positive(f"parallel.{key}", timeout_seconds := getattr(self, key), "seconds")
             if timeout_seconds > _MAX_TIMEOUT_SECONDS:
                 raise InputError(
-                    f"parallel.{key}={timeout_seconds}: more than {_MAX_TIMEOUT_SECONDS} s, a year, cannot be waited"
+                    f"parallel.{key}={timeout_seconds}: more than {_MAX_TIMEOUT_SECONDS} s, a year, "
+                    "cannot be waited"
                 )
 
 
@@ -159,11 +144,13 @@ class MemoryConfig:
 
     dit: str | None = _key(
         None,
-        "the transformer's weights: resident, stream (from host memory) or disk (read each step); null: planned",
+        "the transformer's weights: resident, stream (from host memory) or disk (read each step); "
+        "null: planned",
     )
     t5: str | None = _key(
         None,
-        "where the text encoder works: gpu, stream (on the GPU, block by block from disk) or cpu; null: planned",
+        "where the text encoder works: gpu, stream (on the GPU, block by block from disk) or cpu; "
+        "null: planned",
     )
     slice_tokens: int | None = _key(
         None, "tokens that go through the transformer's linears at once; null: planned"
@@ -174,7 +161,8 @@ class MemoryConfig:
     )
     vae: str | None = _key(
         None,
-        "where the VAE works: parallel (a strip a rank), whole, tiled or cpu; null: parallel if there are ranks",
+        "where the VAE works: parallel (a strip a rank), whole, tiled or cpu; "
+        "null: parallel if there are ranks",
     )
     vae_dtype: str | None = _key(
         None, "bfloat16 or float32; null: the run's dtype on a GPU, float32 on a CPU"
@@ -205,7 +193,10 @@ class MemoryConfig:
 
 @dataclass(kw_only=True)
 class CacheConfig:
-    """What is kept of earlier work: prompt embeddings, so that a prompt seen before needs no text encoder, and velocities of steps."""
+    """Caches of earlier results.
+
+    Prompt embeddings, so that a prompt seen before needs no text encoder, and velocities of steps.
+    """
 
     dir: str | None = _key(
         "auto",
@@ -216,7 +207,8 @@ class CacheConfig:
     )
     steps: str | None = _key(
         None,
-        "easy or tea: guess steps that hardly change anything (EasyCache, TeaCache), which changes the result",
+        "easy or tea: guess steps that hardly change anything (EasyCache, TeaCache), "
+        "which changes the result",
     )
     threshold: float | None = _key(
         None,
@@ -234,7 +226,7 @@ class CacheConfig:
         )
 
     def resolve_folder(self) -> Path | None:
-        """Return the folder, None if nothing is kept."""
+        """Return the folder of cached prompt embeddings, None if none are cached."""
         if self.dir is None:
             return None
         if self.dir == "auto":
@@ -265,7 +257,7 @@ class OutputConfig:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """One run. ``null`` means: the task's default, or chosen by the program."""
+    """Settings of a run. ``null`` means: the task's default, or chosen by the program."""
 
     task: str = _key(MISSING, "what to generate (required)")
     ckpt_dir: str | None = _key(
@@ -289,7 +281,8 @@ class RunConfig:
     )
     size: str = _key(
         MISSING,
-        "width*height in pixels, as 832*480 or 832x480; with an image an area, which keeps the image's aspect",
+        "width*height in pixels, as 832*480 or 832x480; "
+        "with an image an area, which keeps the image's aspect",
     )
     max_area: int | None = _key(None, "area in pixels, instead of size where there is an image")
     frame_num: int = _key(MISSING, "frames, 4n + 1")
@@ -303,11 +296,13 @@ class RunConfig:
     dtype: str = _key("bfloat16", "bfloat16, or float32 for comparisons")
     quant: str = _key(
         "none",
-        "none, fp8, int8 or int4: the transformer's linears in fewer bits, but for the first and last block's",
+        "none, fp8, int8 or int4: the transformer's linears in fewer bits, "
+        "but for the first and last block's",
     )
     attention: str = _key(
         "auto",
-        "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), sdpa16 (in float16), 8bit or sage (in 8 bits)",
+        "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), "
+        "sdpa16 (in float16), 8bit or sage (in 8 bits)",
     )
     latents: str | None = _key(None, "make the video from these kept latents instead of denoising")
     jobs: str | None = _key(
@@ -346,23 +341,13 @@ class RunConfig:
             )
 
     def _check_text_settings(self) -> None:
-        """Raise InputError for texts that cannot be written or be names of files."""
-        for key, value in ((key, getter(self)) for key, getter in _list_text_getters().items()):
-            if value is None:
-                continue
-            if re.search("[\ud800-\udfff]", value):  # what Python makes of bytes that are no UTF-8
-                raise InputError(
-                    f"{key}={value!r} is not UTF-8 text; the shell, or the file that it is from, has another encoding"
-                )
-            if key in _PROMPT_KEYS:
-                check_prompt_length(key, value)
-            elif "\0" in value:
-                raise InputError(f"{key}={value!r} has a NUL in it, which no name has")
-            if key in _PATH_KEYS:
-                check_path(key, value)
+        """Raise InputError for texts that are not UTF-8, or cannot be the path that they are to be."""
+        for key, getter in _list_text_getters().items():
+            if (value := getter(self)) is not None:
+                check_text(key, value)
 
     def parse_size(self) -> tuple[int, int]:
-        """Return ``size`` as (width, height) in pixels."""
+        """Return ``size`` as (width, height) in pixels; raises InputError."""
         match = re.fullmatch(r"([1-9][0-9]{0,9})[*xX×]([1-9][0-9]{0,9})", self.size.strip())
         if not match:
             raise InputError(f"size={self.size} is not width*height, e.g. size=832*480")
@@ -391,5 +376,5 @@ def list_settings(schema: type = RunConfig, prefix: str = "") -> dict[str, Field
 
 
 def register_schema() -> None:
-    """Make the schema known to Hydra, as the base of ``conf/config.yaml``."""
+    """Register the schema with Hydra, as the base of ``conf/config.yaml``."""
     ConfigStore.instance().store(name="base_config", node=RunConfig)

@@ -1,1 +1,1 @@
-"""Many videos from a file of jobs."""
+"""Batch runs of a job file: planning, queue, worker, events and run log."""

@@ -1,4 +1,4 @@
-"""What happens in a run with jobs, for people (a line each) and for machines (a line of JSON each)."""
+"""Events of a batch run: log lines for people, and lines of JSON for programs."""
 
 import errno
 import json
@@ -16,14 +16,16 @@ from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import ANNOUNCEMENT_LEVEL, logger
 
 _PIPE_TIMEOUT_SECONDS = 1.0
-"""Seconds for a pipe's reader to make room."""
+"""Seconds to wait for a pipe's reader to take data out of a full pipe."""
 
 
 class JobEvents:
-    """``target``: the file that lines of JSON are added to, - for standard output, None for none; ``total``: the jobs that are to be made.
+    """Reports the events of jobs, with the progress of the run.
 
-    Counts are of all ranks: each tells of its own jobs. Raises InputError for a file that cannot be written at the start; what happens to
-    it later, a full disk or a reader that is gone, is logged once and the run goes on.
+    ``target`` is the file that lines of JSON are appended to, - for standard output, None for none;
+    ``num_jobs`` is the number of jobs to make. ``counters`` are of all ranks: each reports its own jobs.
+    Raises InputError for a file that cannot be written at the start; what happens to it later, a full disk
+    or a reader that is gone, is logged once and the run continues.
     """
 
     def __init__(self, target: str | None, num_jobs: int, counters: SharedCounters) -> None:
@@ -36,11 +38,12 @@ class JobEvents:
                 self._append_line("")
             except OSError as error:
                 raise InputError(
-                    f"output.events={self.target} cannot be written: {error.strerror}; name another file, or - for the output"
+                    f"output.events={self.target} cannot be written: {error.strerror}; "
+                    "name another file, or - for the output"
                 ) from None
 
     def write_event(self, event: str, **fields: Any) -> None:
-        """Write a line of JSON: its time, the event, facts, and how many jobs are done, failed and left."""
+        """Write a line of JSON: time, event, ``fields``, and the progress (see `compute_progress`)."""
         if self.target is None:
             return
         line = (
@@ -71,7 +74,11 @@ class JobEvents:
             self._has_warned = True
 
     def _append_line(self, line: str) -> None:
-        """Add a line to the file, which is created; to a pipe only while somebody reads it: opening it would else wait for ever."""
+        """Append a line to the file, which is created where it is missing.
+
+        A named pipe takes it only while somebody reads it; opening one without a reader would block forever,
+        hence O_NONBLOCK.
+        """
         path = Path(self.target or "").expanduser()
         if (descriptor := self._pipe_descriptor) is None:
             try:
@@ -84,9 +91,9 @@ class JobEvents:
                 if not line and error.errno == errno.ENXIO and path.is_fifo():
                     return  # a reader may come later
                 raise
-            self._pipe_descriptor = (
-                descriptor if stat.S_ISFIFO(os.fstat(descriptor).st_mode) else None
-            )  # closing it would be the end to its reader
+            # a pipe stays open: closing it would be the end of file to its reader
+            is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+            self._pipe_descriptor = descriptor if is_pipe else None
         try:
             self._write_bytes(descriptor, line)
         except BlockingIOError:
@@ -99,6 +106,7 @@ class JobEvents:
                 os.close(descriptor)
 
     def _write_bytes(self, descriptor: int, line: str) -> None:
+        """Write a line; where an earlier one was written in part, end that one first."""
         unsent_bytes = (b"\n" if self._has_partial_line and line else b"") + line.encode(
             "utf-8", "backslashreplace"
         )
@@ -110,7 +118,7 @@ class JobEvents:
             self._has_partial_line = bool(unsent_bytes)
 
     def compute_progress(self) -> dict[str, float | None]:
-        """Return jobs done, failed and left, and the seconds that those are likely to take."""
+        """Return the numbers of jobs done, failed and left, and the estimated seconds for those left."""
         num_done, num_failed, num_elsewhere = (
             self.counters[name] for name in ("done", "failed", "elsewhere")
         )
@@ -124,7 +132,7 @@ class JobEvents:
         }
 
     def announce_job(self, text: str) -> None:
-        """Log a line about a job, with how many are left."""
+        """Log a line about a job, with the progress of the run."""
         progress = self.compute_progress()
         remaining_text = f"{progress['left']} left" + (
             f", about {format_duration(progress['seconds_left'] or 0)}" if progress["left"] else ""

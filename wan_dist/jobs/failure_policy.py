@@ -1,25 +1,25 @@
-"""Policy for failures of jobs: which of them ends the whole run."""
+"""Failure policy of a batch run: which job failures end the whole run."""
 
 from wan_dist.parallel.shared_work import classify_error
 from wan_dist.parallel.team import RankError
 from wan_dist.runtime.errors import InputError
 
 _MAX_CONSECUTIVE_FAILURES = 10
-"""In a row, until a run is given up: something is wrong with more than the jobs."""
+"""Failures in a row that end the run: something is wrong with more than the jobs."""
 
 
 class FailurePolicy:
-    """Counts failures in a row."""
+    """Counts failures in a row; an InputError is about one job alone and does not count."""
 
     def __init__(self) -> None:
         self._num_consecutive = 0
 
     def record_success(self) -> None:
-        """Begin to count anew."""
+        """Reset the count."""
         self._num_consecutive = 0
 
     def record_failure(self, error: Exception) -> None:
-        """Count a job's failure; raises its error if the other jobs would meet it too."""
+        """Count a job's failure; raise its error if the other jobs would meet it too."""
         if not isinstance(error, InputError):
             self._num_consecutive += 1
         is_last = self._num_consecutive == _MAX_CONSECUTIVE_FAILURES

@@ -1,4 +1,7 @@
-"""Text of a job file -> its entries, each with its line: a prompt a line, JSON objects, or the rows of a table; no torch."""
+"""Job file parser: entries with their lines, from one prompt a line, JSON objects, or the rows of a table.
+
+Imports no torch.
+"""
 
 import csv
 import io
@@ -20,13 +23,16 @@ KEY_ALIASES = {
     "guide_scale": "sample.guide_scale",
     "frames": "frame_num",
 }
-"""Short names that keys have in a file of jobs."""
+"""Short names of settings in job files."""
 
 JobEntry = tuple[int, dict[str, object]]
-"""A line, from 1, and what it sets."""
+"""Line number, from 1, and the settings there by key."""
 
 _MAX_FILE_BYTES = 64 * 2**20
-_SUPPORTED_FORMATS = "a prompt a line (.txt, .prompts or no suffix), JSON objects (.jsonl, .ndjson or .json) or a table (.csv or .tsv)"
+_SUPPORTED_FORMATS = (
+    "a prompt a line (.txt, .prompts or no suffix), "
+    "JSON objects (.jsonl, .ndjson or .json) or a table (.csv or .tsv)"
+)
 _CONVERSION_HINTS = {
     "save it as .csv": (".xlsx", ".xls", ".xlsm", ".ods", ".numbers", ".parquet", ".feather"),
     "save it as plain text, .txt": (".docx", ".doc", ".odt", ".rtf", ".pages", ".pdf"),
@@ -41,15 +47,18 @@ _FOREIGN_FORMATS = {
     "%pdf-": "a PDF: save it as plain text",
 }
 _JSON_START_PATTERN = re.compile(r'\[?\s*\{\s*"[^"]*"\s*:|[\[{]\s*\Z|\[\s*"[^"]*"\s*[,\]]\s*("|\Z)')
-"""How the first line of JSON begins, which few prompts do."""
+"""Beginning of the first line of JSON, which few prompts have."""
 _NULL_CELLS = ("NaN", "nan", "<NA>", "#N/A", "NaT")
 """What programs write for an empty cell."""
 _MAX_FLOAT_DIGITS = 15
-"""Of a whole number that was written as a float: more are not kept exactly."""
+"""Digits of a whole number that was written as a float: a float does not hold more exactly."""
 
 
 def read_entries(file: Path) -> Iterator[JobEntry]:
-    """Return the entries of a file; raises InputError, with the line, for what cannot be read, and for kinds that are not known."""
+    """Return the entries of a file, whose suffix says the format.
+
+    Raises InputError, with the line, for what cannot be read, and for unknown suffixes.
+    """
     reader_by_suffix = {
         "": _parse_prompts,
         ".txt": _parse_prompts,
@@ -65,12 +74,14 @@ def read_entries(file: Path) -> Iterator[JobEntry]:
             "save it as one of these, or rename it if it is one",
         )
         raise InputError(
-            f"{file} cannot be read as a file of jobs: it is {suffix}, and taken are {_SUPPORTED_FORMATS}; {hint}"
+            f"{file} cannot be read as a file of jobs: it is {suffix}, "
+            f"and taken are {_SUPPORTED_FORMATS}; {hint}"
         )
     try:
+        # byte order marks also inside the text, where files were concatenated
         text = re.sub(
             "^\ufeff", "", read_text_file(file, max_bytes=_MAX_FILE_BYTES), flags=re.MULTILINE
-        )  # also of files put one after the other
+        )
     except UnreadableFileError as error:
         raise InputError(f"{file} cannot be read as a file of jobs: {error}") from None
     text_start = text[:100].lstrip().lower()
@@ -87,18 +98,13 @@ def read_entries(file: Path) -> Iterator[JobEntry]:
 
 
 def _parse_prompts(text: str, file: Path) -> Iterator[JobEntry]:
-    """Yield each line as a prompt as it stands; one that is ``@FILE.txt`` names the file that has it."""
+    """Yield each line as a prompt, unchanged; ``@FILE.txt`` names a file that contains the prompt."""
     first_line = next((line.strip() for line in text.split("\n") if line.strip()), "")
-    if (
-        detected_format := ".jsonl or .json"
-        if _JSON_START_PATTERN.match(first_line)
-        else ".csv"
-        if _is_table_header(first_line)
-        else None
-    ):
+    if detected_format := _detect_other_format(first_line):
         hint = 'a prompt that looks so can be written in .jsonl, as {"prompt": "..."}'
         raise InputError(
-            f"{file} is named as a prompt a line, but begins as a {detected_format} file does: {first_line[:60]}; rename it ({hint})"
+            f"{file} is named as a prompt a line, but begins as a {detected_format} file does: "
+            f"{first_line[:60]}; rename it ({hint})"
         )
     for line_number, line in enumerate(text.split("\n"), 1):
         if prompt := line.strip():
@@ -108,8 +114,15 @@ def _parse_prompts(text: str, file: Path) -> Iterator[JobEntry]:
             yield line_number, {"prompt": f"@{prompt}" if is_plain_at else prompt}
 
 
+def _detect_other_format(first_line: str) -> str | None:
+    """Return the suffix of the format that a file of prompts seems to be of instead, None for prompts."""
+    if _JSON_START_PATTERN.match(first_line):
+        return ".jsonl or .json"
+    return ".csv" if _is_table_header(first_line) else None
+
+
 def _is_table_header(line: str) -> bool:
-    """Whether a line is the first of a table: two keys or more."""
+    """Whether a line is the header of a table: two or more keys of settings."""
     keys = [key.strip(' "') for key in line.split(_detect_delimiter(line))]
     return len(keys) > 1 and all(key in KEY_ALIASES or key in list_settings() for key in keys)
 
@@ -133,7 +146,7 @@ def _parse_json_lines(text: str, file: Path) -> Iterator[JobEntry]:
 
 
 def _parse_json(text: str, file: Path) -> Iterator[JobEntry]:
-    """Yield the objects of an array, or one object, or objects a line, as people also call .json."""
+    """Yield the objects of an array, one object, or one object a line, as some .json files are."""
     decoder = json.JSONDecoder(
         object_pairs_hook=_reject_duplicate_keys, parse_constant=_reject_constant
     )
@@ -167,7 +180,8 @@ def _parse_json(text: str, file: Path) -> Iterator[JobEntry]:
 def _convert_object(entry: object, file: Path, line_number: int) -> dict[str, object]:
     if not isinstance(entry, dict):
         raise InputError(
-            f'{file}, line {line_number}: not an object of settings, such as {{"prompt": "two cats boxing", "seed": 7}}'
+            f"{file}, line {line_number}: not an object of settings, "
+            'such as {"prompt": "two cats boxing", "seed": 7}'
         )
     return {
         key: _convert_whole_number(key, value)
@@ -189,12 +203,16 @@ def _reject_constant(constant: str) -> None:
 
 
 def _parse_table(text: str, file: Path) -> Iterator[JobEntry]:
-    """Yield the rows of a table as settings by the keys in its first one. The separator is the one found between the keys."""
+    """Yield the rows of a table as settings by the keys of its first row.
+
+    The delimiter is the one found between those keys, unless a line ``sep=`` before them gives it.
+    """
     first_line = next((line for line in text.split("\n") if line.strip()), "")
     delimiter = _detect_delimiter(first_line, is_tabbed=file.suffix.lower() == ".tsv")
+    # Excel writes a line such as "sep=;" before the keys
     if separator_match := re.fullmatch(
         r"""\s*"?sep=([^\w\s"']|\t)"?\s*""", first_line, re.IGNORECASE
-    ):  # Excel writes it before the keys
+    ):
         delimiter, text = separator_match[1], text.replace(first_line, "", 1)
     keys: list[str] = []
     for line_number, row in _split_table_rows(text, file, delimiter):
@@ -208,7 +226,8 @@ def _parse_table(text: str, file: Path) -> Iterator[JobEntry]:
         row += [""] * sum(not key for key in keys[len(row) :])
         if len(row) != len(keys):
             raise InputError(
-                f"{file}, line {line_number}: {len(row)} values for the {len(keys)} keys of the first line"
+                f"{file}, line {line_number}: {len(row)} values "
+                f"for the {len(keys)} keys of the first line"
             )
         value_by_key = {
             key: value
@@ -225,7 +244,7 @@ def _parse_table(text: str, file: Path) -> Iterator[JobEntry]:
 
 
 def _split_table_rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows with the lines that they begin in."""
+    """Yield the rows with the numbers of the lines that they begin in."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         while True:
@@ -239,12 +258,12 @@ def _split_table_rows(text: str, file: Path, delimiter: str) -> Iterator[tuple[i
 
 
 def _detect_delimiter(header: str, *, is_tabbed: bool = False) -> str:
-    """Return what stands between the keys, which have none of these themselves."""
+    """Return the delimiter of the keys, none of which contains a possible delimiter itself."""
     return max("\t,;|" if is_tabbed else ",;\t|", key=header.count)
 
 
 def _read_table_keys(row: list[str], file: Path, line_number: int) -> list[str]:
-    """Return the keys of a table; empty columns have none."""
+    """Return the keys of a table, empty for columns without one; raises InputError for duplicates."""
     keys = [key.strip() for key in row]
     if duplicate_keys := [key for key in keys if key and keys.count(key) > 1]:
         raise InputError(f"{file}, line {line_number}: the key {duplicate_keys[0]} is given twice")
@@ -257,9 +276,8 @@ def _convert_cell(key: str, cell: str, delimiter: str) -> object:
         and not _is_text_setting(key)
         and re.fullmatch(r"\s*[+-]?[0-9]+,[0-9]+\s*", cell)
     ):
-        cell = cell.replace(
-            ",", "."
-        )  # tables with other separators are from where numbers are written so
+        # locales with a decimal comma write tables with other delimiters
+        cell = cell.replace(",", ".")
     value = _convert_whole_number(key, cell)
     return (
         int(value)
@@ -269,7 +287,11 @@ def _convert_cell(key: str, cell: str, delimiter: str) -> object:
 
 
 def _convert_whole_number(key: str, value: object) -> object:
-    """Return 42 for 42.0, as tables with empty cells have whole numbers; a digit that was lost is not made up."""
+    """Return 42 for 42.0 where the setting is an int; other values are returned unchanged.
+
+    Programs turn a column of whole numbers with empty cells into floats. Numbers of more digits than a float
+    holds exactly stay as they are: the lost digits are not invented.
+    """
     if _find_setting_type(key) not in (int, int | None):
         return value
     if isinstance(value, float) and value.is_integer() and abs(value) < 10**_MAX_FLOAT_DIGITS:
@@ -291,5 +313,5 @@ def _is_text_setting(key: str) -> bool:
 
 
 def _allows_null(key: str) -> bool:
-    """Whether null is a value of a key, or an error that is said elsewhere; of others it is an empty cell."""
+    """Whether null is passed on as a value, to be used or reported; for other keys it is an empty cell."""
     return key == "task" or _find_setting_type(key) not in (int, float, str, bool, Any)

@@ -1,4 +1,4 @@
-"""A file of jobs -> the settings of each, checked and named; no torch."""
+"""Job file reader: the settings of each job, checked and named; imports no torch."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 
-_RUN_ONLY_KEYS = (
+RUN_ONLY_KEYS = (
     "jobs",
     "retry_failed",
     "device",
@@ -31,40 +31,41 @@ _FILE_KEYS = ("image", "first_frame", "last_frame", "latents")
 
 @dataclass(frozen=True)
 class Job:
-    """One line of a file of jobs."""
+    """One entry of a job file."""
 
     file: Path
     line: int
-    """From 1."""
+    """Line number, from 1."""
     values: dict[str, object]
-    """Settings of a run by key."""
+    """Settings by key."""
 
     @property
     def location(self) -> str:
-        """Where it is from."""
+        """File and line, for messages."""
         return f"{self.file}, line {self.line}"
 
     def check_keys(self) -> None:
-        """Raise InputError if it sets what jobs of one run share."""
+        """Raise InputError if the job has a setting that all jobs of a run share."""
         for key in self.values:
-            if any(key == name or key.startswith(f"{name}.") for name in _RUN_ONLY_KEYS):
+            if any(key == name or key.startswith(f"{name}.") for name in RUN_ONLY_KEYS):
                 raise InputError(
                     f"{self.location}: {key} is of the whole run; give it on the command line"
                 )
 
     @property
     def overrides(self) -> list[str]:
-        """What it sets, as on the command line."""
+        """The settings, as on the command line."""
         return [_format_override(key, value) for key, value in self.values.items()]
 
 
 def read_jobs(file: Path) -> list[Job]:
-    """Return the jobs of a file, told apart by its suffix: a prompt a line, JSON objects, or a table with keys in its first row.
+    """Return the jobs of a file: one prompt a line, JSON objects, or a table with keys in its first row.
 
-    Empty lines are left out, and those that are the same as others. Images and ``@file.txt`` are sought beside the file. Where a job
-    gives no name, its results are named after its prompt and a digest of its settings, so that lines may be added before it. Raises
-    InputError, with the line, for what cannot be read, and for names that are one where case or Unicode's forms do not count; keys and
-    values are checked as they are used.
+    The suffix says which. Empty lines and duplicate lines are left out. Paths of images and ``@file.txt`` are
+    relative to the file. A job without a name is named after its prompt and a digest of its settings, so that
+    lines may be added before it. Raises InputError, with the line, for what cannot be read, and for names
+    that are equal where a file system ignores case or Unicode forms; keys and values are checked as they are
+    used.
     """
     jobs = [
         Job(file, line, _resolve_entry(entry, file, line)) for line, entry in read_entries(file)
@@ -77,15 +78,7 @@ def read_jobs(file: Path) -> list[Job]:
     for job in jobs:
         same_name_job = jobs_by_result_name.setdefault(_normalize_result_name(job), job)
         if same_name_job.values != job.values:
-            similar_name_text = f" ({_get_result_name(same_name_job)}) where a file system ignores case or Unicode forms; give it another name"
-            raise InputError(
-                f"{job.location}: output.name={_get_result_name(job)} is that of line {same_name_job.line}"
-                + (
-                    " too"
-                    if _get_result_name(same_name_job) == _get_result_name(job)
-                    else similar_name_text
-                )
-            )
+            raise InputError(_format_name_conflict(job, same_name_job))
     if len(jobs_by_result_name) < len(jobs):
         logger.info(
             "note      %s: lines that are the same as others, %d, are made once",
@@ -95,13 +88,28 @@ def read_jobs(file: Path) -> list[Job]:
     return list(jobs_by_result_name.values())
 
 
+def _format_name_conflict(job: Job, other_job: Job) -> str:
+    """Return the error message for two different jobs whose results would have the same name."""
+    name, other_name = _get_result_name(job), _get_result_name(other_job)
+    message = f"{job.location}: output.name={name} is that of line {other_job.line}"
+    if name == other_name:
+        return f"{message} too"
+    return (
+        f"{message} ({other_name}) where a file system ignores case or Unicode forms; "
+        "give it another name"
+    )
+
+
 def _get_result_name(job: Job) -> str:
-    """Return a job's name as its results have it."""
+    """Return the name of a job's results, without suffix."""
     return str(job.values["output.name"]).removesuffix(".mp4").removesuffix(".png")
 
 
 def _normalize_result_name(job: Job) -> str:
-    """Return the same for all names that are one file somewhere: macOS and Windows ignore case, macOS how accents are encoded."""
+    """Return a key that is equal for names that are the same file on some file system.
+
+    macOS and Windows ignore case, and macOS also how accents are encoded.
+    """
     return unicodedata.normalize(
         "NFD", unicodedata.normalize("NFD", _get_result_name(job)).casefold()
     )
@@ -110,9 +118,10 @@ def _normalize_result_name(job: Job) -> str:
 def compose_job_configs(
     jobs: Iterable[Job], overrides: Sequence[str], compose: Callable[[list[str]], RunConfig]
 ) -> Iterator[tuple[Job, RunConfig]]:
-    """Return each job with its configuration: ``settings``, and over them its own. Raises InputError with the line.
+    """Yield each job with its configuration: ``overrides``, and over them its own settings.
 
-    What jobs share is composed once, and for each choice of files of defaults (``task=``, ``memory=``) that jobs make.
+    Composing takes Hydra about 100 ms, so the shared part is composed once for each combination of config
+    groups (``task=``, ``memory=``) that jobs choose. Raises InputError with the line.
     """
     config_by_choices: dict[tuple[str, ...], RunConfig | None] = {}
     for job in jobs:
@@ -137,7 +146,7 @@ def compose_job_configs(
 def _try_compose_config(
     compose: Callable[[list[str]], RunConfig], overrides: list[str]
 ) -> RunConfig | None:
-    """Return the configuration of these settings; None where something is wrong with it, which a job's own settings may mend."""
+    """Return the configuration of these settings; None for an invalid one, which a job's own may correct."""
     try:
         return compose(overrides)
     except InputError:
@@ -145,7 +154,7 @@ def _try_compose_config(
 
 
 def _try_override_config(config: RunConfig | None, job: Job) -> RunConfig | None:
-    """Return the configuration with a job's plain settings; None where only Hydra can say what comes of them."""
+    """Return the configuration with a job's plain settings; None where it takes Hydra to compose them."""
     if config is None:
         return None
     try:
@@ -162,7 +171,7 @@ def _try_override_config(config: RunConfig | None, job: Job) -> RunConfig | None
 
 
 def _resolve_entry(entry: dict[str, object], file: Path, line: int) -> dict[str, object]:
-    """Return the entry with a name, and with files where they are."""
+    """Return the entry with full keys, a name, and file paths relative to the job file's folder resolved."""
     entry = {KEY_ALIASES.get(key, key): value for key, value in entry.items()}
     resolved_entry = dict(entry)
     for key, value in entry.items():
@@ -192,7 +201,10 @@ def _resolve_path(file: Path, name: str) -> str:
 
 
 def _check_setting(key: str, value: object) -> None:
-    """Raise InputError for what is no setting, or no value of one. A file of jobs holds data: nothing in it is computed."""
+    """Raise InputError for an unknown setting, or a value that it cannot have.
+
+    A job file is data: nothing in it is evaluated, hence no ``${...}``.
+    """
     if isinstance(value, dict):
         raise InputError(f"{key} is an object; write its keys with dots, as sample.steps")
     check_setting_key(key)
@@ -206,12 +218,11 @@ def _check_setting(key: str, value: object) -> None:
 
 
 def _format_override(key: str, value: object) -> str:
-    """Return a setting as on the command line; text comes to be what it is here."""
+    """Return a setting as on the command line, quoted such that Hydra reads the same value."""
     if value is None:
         return f"{key}=null"
     if not isinstance(value, str):
         return f"{key}={json.dumps(value)}"
-    needs_quotes = (
-        is_text_key(key) and quote_if_needed(value) == value
-    )  # such as text in quotes, and null
+    # text in quotes, or null, that Hydra would read as something else
+    needs_quotes = is_text_key(key) and quote_if_needed(value) == value
     return f"{key}={quote_text(value) if needs_quotes else value}"

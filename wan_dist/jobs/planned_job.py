@@ -1,4 +1,4 @@
-"""Jobs of a file, checked and planned, in the order in which they are made; no torch."""
+"""Planned jobs of a job file: checked, with plans, and sorted by model; imports no torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 
 from wan_dist.config.schema import RunConfig
+from wan_dist.config.sweep import is_sweep
 from wan_dist.jobs.job_file import Job, compose_job_configs, read_jobs
+from wan_dist.jobs.sweep_jobs import make_sweep_jobs
 from wan_dist.planning.plan import Plan, make_plan
 from wan_dist.planning.replicas import assign_degrees
 from wan_dist.runtime.errors import InputError
@@ -16,21 +18,21 @@ from wan_dist.tasks.run_config import read_config
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job that has been checked."""
+    """A job with its checked configuration and its plan."""
 
     source: Job
     config: RunConfig
     plan: Plan
-    """Without the images, which are read again when it is made."""
+    """Without the images, which are read again when the job is made."""
 
     @property
     def name(self) -> str:
-        """Of its files, without suffix."""
+        """File name of the results, without suffix."""
         return self.plan.name
 
     @property
     def model_key(self) -> str:
-        """What the models depend on that are loaded for it."""
+        """Key of the models that the job needs: equal for jobs that can use the same loaded ones."""
         config = self.config
         return repr(
             (
@@ -47,11 +49,11 @@ class PlannedJob:
 
     @property
     def video_shape(self) -> tuple[int, ...]:
-        """What kernels may be compiled for."""
+        """Width, height and number of frames, which kernels may be compiled for."""
         return (self.plan.width, self.plan.height, self.plan.frame_num)
 
     def make_plan_with_images(self) -> Plan:
-        """Return the plan with its images."""
+        """Return the plan with its images, which are read here."""
         has_images = any(
             file is not None
             for file in (self.config.image, self.config.first_frame, self.config.last_frame)
@@ -60,7 +62,7 @@ class PlannedJob:
 
 
 def sort_by_model(jobs: Iterable[PlannedJob]) -> list[PlannedJob]:
-    """Return jobs of the same models together, and among them those of the same shape, each in the order they are in."""
+    """Group jobs by model, and within a model by video shape; the sort is stable."""
     jobs_by_model: dict[str, dict[tuple[int, ...], list[PlannedJob]]] = {}
     for job in jobs:
         jobs_by_model.setdefault(job.model_key, {}).setdefault(job.video_shape, []).append(job)
@@ -72,22 +74,30 @@ def sort_by_model(jobs: Iterable[PlannedJob]) -> list[PlannedJob]:
     ]
 
 
+def has_jobs(config: RunConfig, arguments: Sequence[str]) -> bool:
+    """Whether a run is of several videos: those of a job file, or of a sweep."""
+    return config.jobs is not None or is_sweep(arguments)
+
+
 def plan_jobs(
     config: RunConfig, arguments: list[str], *, ranks: tuple[int, int], gpu_bytes: int | None
 ) -> list[PlannedJob]:
-    """Return the jobs of a run's file; raises InputError with the line of one that cannot be made.
+    """Return the jobs of a run's file or sweep; raises InputError with the line of one that cannot be made.
 
-    ``arguments`` are those of the run, ``ranks`` how many it has, and on a node, ``gpu_bytes`` the memory of each one's GPU. It is
-    enough to call it on one rank: what it returns can be pickled, in about 1 kB a job, of which most is the prompt. Images are not
-    decoded, and those that jobs share are looked at once.
+    ``arguments`` are those of the run, ``ranks`` the numbers of ranks in all and on a node, ``gpu_bytes`` the
+    memory of each rank's GPU. It is enough to call it on one rank: the result can be pickled, in about 1 kB a
+    job, of which most is the prompt. Images are not decoded, and the size of one that jobs share is read
+    once.
     """
-    assert config.jobs is not None
-    jobs = read_jobs(Path(config.jobs).expanduser())
-    for job in jobs:
-        job.check_keys()
+    if config.jobs is None:
+        jobs, shared_arguments = make_sweep_jobs(arguments)
+    else:
+        jobs, shared_arguments = read_jobs(Path(config.jobs).expanduser()), arguments
+        for job in jobs:
+            job.check_keys()
     shared_arguments = [
         argument
-        for argument in arguments
+        for argument in shared_arguments
         if argument.partition("=")[0] not in ("jobs", "output.name")
     ]
     job_configs = [

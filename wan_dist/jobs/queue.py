@@ -1,4 +1,7 @@
-"""Queue of a run's jobs: which are done, and which one a replica takes next, over all runs of one output folder."""
+"""Job queue of a batch run: which jobs are done, and which one a replica takes next.
+
+Several runs may share one output folder: each job is locked in it while it is made.
+"""
 
 import socket
 from collections.abc import Callable, Sequence
@@ -13,7 +16,10 @@ from wan_dist.runtime.log import logger
 
 
 class JobQueue:
-    """The jobs of a run, on one rank; ``compute_digest`` gives the digest of all that a job's result depends on."""
+    """The jobs of a run, on one rank.
+
+    ``compute_digest`` returns the digest of all that a job's result depends on.
+    """
 
     def __init__(
         self,
@@ -31,7 +37,10 @@ class JobQueue:
         self._compute_digest = compute_digest
 
     def check_shared_folder(self) -> None:
-        """Raise InputError if a replica does not see the first rank's folder: its jobs would all fail, or be made twice."""
+        """Raise InputError if a replica does not see the first rank's output folder.
+
+        Its jobs would all fail, or be made twice.
+        """
         groups, coordinator = self.groups, self.groups.coordinator
         if groups.rank == 0:
             self.locks.acquire_probe()
@@ -51,7 +60,7 @@ class JobQueue:
         self.locks.release_probe()
 
     def find_remaining_jobs(self, *, retry_failed: bool) -> int:
-        """Find the jobs that are to be made, and return how many failed before and are left so."""
+        """Find the jobs to make, and return how many failed in earlier runs and are not retried."""
         outcomes = self.groups.coordinator.run_on_first_rank(
             self._read_outcomes, "look for what is done"
         )
@@ -63,7 +72,10 @@ class JobQueue:
         return 0 if retry_failed else int(outcomes.count(FAILED))
 
     def take_next_job(self) -> PlannedJob | None:
-        """Return the next job that nobody is at, None after the last; the same on all ranks of the replica."""
+        """Lock and return the next job that no other run has, None after the last.
+
+        The same on all ranks of the replica.
+        """
         index = self.groups.run_on_first_rank(self._lock_next_job, "take the next job")
         return None if index is None else self.remaining_jobs[index]
 
@@ -74,16 +86,16 @@ class JobQueue:
                 if self._read_outcome(job) != DONE:
                     return index
                 self.locks.release(job.name)
-            self.counters.add("elsewhere")  # another run is at it, or has made it meanwhile
+            self.counters.add("elsewhere")  # another run is making it, or has made it meanwhile
         return None
 
     def finish_job(self, job: PlannedJob, outcome: str) -> None:
-        """Release a job, which is done or failed."""
+        """Release and count a job; ``outcome`` is done or failed."""
         self.locks.release(job.name)
         self.counters.add(outcome)
 
     def wait_for_replicas(self) -> None:
-        """Have the first rank wait for all replicas: it says how the run went."""
+        """Have the first rank wait for all replicas, as it logs the summary of the run."""
         coordinator = self.groups.coordinator
         if self.groups.replica.rank == 0:
             self.counters.add("ended")
@@ -95,10 +107,10 @@ class JobQueue:
             )
 
     def _read_outcome(self, job: PlannedJob) -> str | None:
-        """Return what has become of a job in earlier runs."""
+        """Return the outcome of a job in earlier runs: done, failed, or None."""
         try:
             return self.locks.read_outcome(job.name, self._compute_digest(job))
-        except InputError:  # an image is gone: it fails when it is to be made
+        except InputError:  # an image is missing: the job fails when it is made
             return None
 
     def _read_outcomes(self) -> list[str | None]:

@@ -1,4 +1,7 @@
-"""What a run with jobs leaves for people: what each rank did when (``runs/RUN.json``), a table of its videos, the page that shows all."""
+"""Run log of a batch run: timeline record (``runs/RUN.json``), table of videos, and gallery page.
+
+A process of its own writes them again and again during the run (see `wan_dist.output.gallery.background`).
+"""
 
 import contextlib
 import json
@@ -21,19 +24,19 @@ from wan_dist.runtime.signals import preemption
 
 _GIB = 2**30
 _MIN_PAGE_INTERVAL_SECONDS = 60.0
-"""At least, between two times that the page is written, and before the first."""
+"""Least time between two writes of the page, and before the first."""
 _MAX_PAGE_TIME_FRACTION = 1 / 20
-"""Of the time, at the most, in which the page is being written."""
+"""Largest part of the time that may be spent on writing the page."""
 _MAX_QUICK_RECORDS = 1000
-"""Records, of which a page is written within a second or two."""
+"""Number of records whose page is written within a second or two."""
 _CLOSE_TIMEOUT_SECONDS = 120.0
-"""Seconds that the run's end waits for a page that is being written."""
+"""Seconds for which the end of the run waits for a page that is being written."""
 _TERMINATE_TIMEOUT_SECONDS = 5.0
 
 
 @dataclass
 class RunLog:
-    """Of one run in a folder; ``own`` are stages of the run itself, such as that of the texts."""
+    """Log of one run in an output folder; ``run_stages`` are of no job, such as text encoding for all."""
 
     folder: Path
     run_id: str
@@ -49,9 +52,9 @@ class RunLog:
     _page_process: "_PageProcess | None" = None
 
     def write_page(self, progress: Mapping[str, Any], *, has_ended: bool = False) -> None:
-        """Write all of it; without ``ended`` only if the last time is a while ago, and in the background.
+        """Write record, table and page; without ``has_ended`` in the background, and only if they are due.
 
-        A disk that is full does not end the run here.
+        A failure, such as a full disk, is logged and does not end the run.
         """
         if not has_ended:
             self._write_in_background(progress)
@@ -63,7 +66,7 @@ class RunLog:
                 preemption.requested_by is not None
                 and _count_records(self.folder) > _MAX_QUICK_RECORDS
             ):
-                return  # there is little time; who asked for the end may start it again
+                return  # there is little time, and the run may be started again
             page_path = PageWriter(self.folder).write(
                 self._build_record(progress, has_ended=True), self.run_stages
             )
@@ -107,7 +110,7 @@ class RunLog:
         )
 
     def _build_record(self, progress: Mapping[str, Any], *, has_ended: bool) -> dict[str, Any]:
-        """Return what the run's record says, but for the spans."""
+        """Return the run's record without the spans."""
         record = {
             "run": self.run_id,
             "began": round(self.start_time, 3),
@@ -118,13 +121,13 @@ class RunLog:
             "done": progress["done"],
             "failed": progress["failed"],
         }
-        return record | (
-            _summarize_plan(max(self.plans, key=lambda plan: plan.num_tokens)) if self.plans else {}
-        )
+        if not self.plans:
+            return record
+        return record | _summarize_plan(max(self.plans, key=lambda plan: plan.num_tokens))
 
 
 class _PageProcess:
-    """A process that writes the page: one time after the other, with low priority, for as long as this one lives."""
+    """A child process that writes the page on request, with low priority; it ends with this process."""
 
     def __init__(self, folder: Path) -> None:
         self._command = [sys.executable, "-m", "wan_dist.output.gallery.background", str(folder)]
@@ -132,7 +135,7 @@ class _PageProcess:
         self.is_busy = False
 
     def start_writing(self, request: Mapping[str, Any]) -> None:
-        """Have it written; raises OSError where no process can be started."""
+        """Request a write of the page; raises OSError where no process can be started."""
         if self._process is None:
             python_path = os.pathsep.join(
                 [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -143,7 +146,7 @@ class _PageProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": python_path},
-                process_group=0,  # signals that a terminal sends to the run are not for it
+                process_group=0,  # not reached by signals that a terminal sends to the run
             )
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
@@ -151,7 +154,10 @@ class _PageProcess:
         self.is_busy = True
 
     def poll_write_seconds(self) -> float | None:
-        """Return how long it took, None while it is at it; raises OSError or ValueError if it has failed."""
+        """Return the seconds of the last write, None while it lasts.
+
+        Raises OSError if the process has ended, and ValueError if the write failed.
+        """
         assert self._process is not None
         assert self._process.stdout is not None
         poller = select.poll()
@@ -169,7 +175,7 @@ class _PageProcess:
         return float(response["seconds"])
 
     def close(self, *, wait: bool) -> None:
-        """Let it end after what it is at, and wait for that; or end it."""
+        """End the process, with ``wait`` after it has finished a write that has started."""
         if self._process is None:
             return
         assert self._process.stdin is not None
@@ -179,10 +185,10 @@ class _PageProcess:
         self._stop_process()
 
     def _stop_process(self) -> None:
-        """Leave nothing running and nothing open."""
+        """Terminate the process, kill it if that takes too long, and close its pipes."""
         if self._process is None:
             return
-        self._process.terminate()  # it takes away what is half written
+        self._process.terminate()  # its handler removes partial files
         try:
             self._process.wait(_TERMINATE_TIMEOUT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -190,7 +196,7 @@ class _PageProcess:
             self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what was not received
+                with contextlib.suppress(OSError):  # unsent data cannot be flushed
                     pipe.close()
         self._process, self.is_busy = None, False
 
@@ -201,7 +207,7 @@ def _count_records(folder: Path) -> int:
 
 
 def _summarize_plan(plan: Plan) -> dict[str, Any]:
-    """Return what a rank was to take, and may: the host's memory shared evenly."""
+    """Return the planned memory and the budget of one rank, with host memory divided among a node's ranks."""
     ranks_per_node = plan.ranks_per_node
     memory_by_stage = {
         stage_memory.name: {
@@ -212,7 +218,7 @@ def _summarize_plan(plan: Plan) -> dict[str, Any]:
         for stage_memory in plan.stage_memories
     }
     assert plan.budget is not None
-    if plan.budget.gpu_bytes is None:  # tensors are on the host
+    if plan.budget.gpu_bytes is None:  # on a CPU, tensors are in host memory
         for stage_memory in plan.stage_memories:
             memory_by_stage[stage_memory.name] |= {
                 "gpu_gib": None,
@@ -231,7 +237,10 @@ def _summarize_plan(plan: Plan) -> dict[str, Any]:
 
 
 def add_contact_sheet(video: Path, num_frames: int) -> None:
-    """Write a video's contact sheet beside it, unless somebody else's picture is there; the page does without one that cannot be made."""
+    """Write a video's contact sheet beside it, unless a picture of another origin has that name.
+
+    A sheet that cannot be made is logged, and the page does without it.
+    """
     if has_current_sheet(video):
         return
     try:

@@ -1,4 +1,7 @@
-"""Many videos from a file of jobs: models are loaded once, replicas take the next job each, what is done stays done."""
+"""Job worker of a batch run: loads the models once and makes one job of the queue after the other.
+
+Each replica takes the next job that is not done. Jobs that an earlier run has done are not made again.
+"""
 
 import os
 import time
@@ -49,7 +52,7 @@ from wan_dist.runtime.log import add_log_file, logger, show_announcements
 from wan_dist.sampling.solvers import make_solver
 
 _EMBEDDINGS_FOLDER = ".texts"
-"""Folder of prompts' embeddings, in the output folder, which all replicas see."""
+"""Folder of prompt embeddings, in the output folder, which all replicas see."""
 
 
 @torch.no_grad()
@@ -61,8 +64,8 @@ def run_jobs(
 ) -> int:
     """Make all jobs that are not done, and return the exit code: 1 if some have failed.
 
-    ``config`` is the run's own, without a job's, ``arguments`` are those of its command. Raises InputError for what is wrong with a
-    checkpoint or the output folder, before weights are read.
+    ``config`` is the run's, without settings of a job; ``arguments`` are those of its command line. Raises
+    InputError for an invalid checkpoint or output folder, before weights are read.
     """
     device = find_device(config)
     groups = make_process_groups(jobs[0].plan.degrees, coordinator, device, config.parallel.timeout)
@@ -78,7 +81,7 @@ def run_jobs(
 
 @dataclass
 class JobWorker:
-    """A run of jobs, on one rank."""
+    """Makes the jobs of a run, on one rank."""
 
     config: RunConfig
     jobs: list[PlannedJob]
@@ -173,7 +176,7 @@ class JobWorker:
         )
 
     def _prepare_sessions(self) -> None:
-        """Find out what models may stay, and embed all texts: each replica its share."""
+        """Decide which models stay in memory, and embed all prompts: each replica a shard of them."""
         for model_key, session in self.sessions.items():
             jobs = [
                 job
@@ -189,9 +192,9 @@ class JobWorker:
             session.model_cache.is_persistent = can_keep_models(plan)
             plan = session.plan_memory(largest_job.plan, largest_job.config)
             self.run_log.plans.append(plan)
-            session.has_memory_for_frames = can_buffer_frames(
-                plan, FLOAT_BYTES if any(job.config.output.save_tensor for job in jobs) else 1
-            )
+            saves_tensor = any(job.config.output.save_tensor for job in jobs)
+            bytes_per_value = FLOAT_BYTES if saves_tensor else 1
+            session.has_memory_for_frames = can_buffer_frames(plan, bytes_per_value)
             session.possible_timesteps = tuple(
                 dict.fromkeys(timestep for job in jobs for timestep in _list_timesteps(job))
             )
@@ -211,7 +214,7 @@ class JobWorker:
             share_prompt_embeddings(session, texts, self.folder / _EMBEDDINGS_FOLDER)
 
     def _make_video(self, job: PlannedJob) -> None:
-        """Make one job; what goes wrong with it alone ends in its record, the same on all ranks of the replica."""
+        """Make one job; an error that concerns it alone ends in its record, on all ranks of the replica."""
         session = self.sessions[job.model_key]
         for model_key, other_session in self.sessions.items():
             if model_key != job.model_key:
@@ -264,7 +267,7 @@ class JobWorker:
         )
 
     def _wait_for_write(self) -> None:
-        """Wait for the video that is being written; raises what should end the run."""
+        """Wait for the video that is being written; raises an error that ends the run."""
         if self.pending_write is not None:
             pending_write, self.pending_write = self.pending_write, None
             pending_write.result()
@@ -272,7 +275,10 @@ class JobWorker:
     def _write_video(
         self, job: PlannedJob, video: VideoInProgress, latents: Tensor, frames: Sequence[Tensor]
     ) -> None:
-        """Write a video that is decoded, in a thread of its own: encoding it may take longer than decoding, and no GPU."""
+        """Write a decoded video, in a thread of its own.
+
+        Encoding may take longer than decoding, and needs no GPU.
+        """
         try:
             write_decoded_frames(video, latents, frames)
         except Exception as error:
@@ -282,6 +288,7 @@ class JobWorker:
             self._finish_job(job, video)
 
     def _finish_job(self, job: PlannedJob, video: VideoInProgress) -> None:
+        """Release, count and announce a job that is done, and update the page."""
         add_contact_sheet(video.result_file, video.plan.frame_num)
         self.queue.finish_job(job, "done")
         metadata = video.report.metadata
@@ -295,7 +302,7 @@ class JobWorker:
             self.run_log.write_page(self.events.compute_progress())
 
     def _record_failure(self, job: PlannedJob, report: StageReport, error: Exception) -> None:
-        """Write the error into the job's record; raises it if the other jobs would meet it too."""
+        """Write the error into the job's record; raise it if the other jobs would meet it too."""
         self.failure_policy.record_failure(error)
         if not self.is_first:
             free_memory()
@@ -310,7 +317,7 @@ class JobWorker:
         free_memory()
 
     def _summarize_run(self, num_failed_before: int) -> int:
-        """Say how it went."""
+        """Log the summary of the run, and return the exit code."""
         progress = self.events.compute_progress()
         num_failed, num_elsewhere = (
             (progress["failed"] or 0) + num_failed_before,
@@ -329,7 +336,7 @@ class JobWorker:
 
 
 def _list_timesteps(job: PlannedJob) -> list[tuple[int, bool]]:
-    """Return a job's timesteps, and whether with a known first frame."""
+    """Return a job's timesteps, each with whether the first frame is known (image to video)."""
     has_known_frame = job.plan.task.has_fixed_first_frame and job.config.image is not None
     solver = make_solver(job.config.sample.solver, job.config.sample.steps, job.plan.shift)
     return [(timestep, has_known_frame) for timestep in solver.timesteps]

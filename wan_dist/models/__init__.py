@@ -1,1 +1,1 @@
-"""Plain single-device models; they know nothing of ranks, configuration or files."""
+"""Single-device models, independent of ranks, configuration and files."""

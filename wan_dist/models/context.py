@@ -1,7 +1,8 @@
-"""What the transformer looks at: text and image features, projected once to every block's cross-attention keys and values.
+"""Context projection: text and image features to every block's cross-attention keys and values, once a video.
 
-These layers are a quarter of an image-to-video transformer's weights and are not needed in the denoising steps, so they are a model
-of their own, gone before the transformer comes. Names as in the published checkpoints, except that k and v are one linear.
+These layers are a quarter of an image-to-video transformer's weights and are not needed in the denoising
+steps, so they are a model of their own, which is freed before the transformer is loaded. Layer names are
+those of the published checkpoints, except that k and v are one linear.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,10 @@ from wan_dist.models.transformer_block import ContextKV, NormParameters
 
 
 class ImageEmbedding(nn.Module):
-    """Image features to cross-attention's width, in float32; several images get a position embedding where the model has one."""
+    """Projection of image features to the transformer's width, in float32.
+
+    The features of several images get a position embedding where the model has one.
+    """
 
     def __init__(self, dims: TransformerDims) -> None:
         super().__init__()
@@ -42,7 +46,7 @@ class ImageEmbedding(nn.Module):
 
 
 class KeyValueProjection(nn.Module):
-    """One block's projections to k and v, with RMSNorm over the whole width of k."""
+    """Key and value projections of one block, with RMSNorm over the whole width of k."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
         super().__init__()
@@ -59,9 +63,9 @@ class KeyValueProjection(nn.Module):
     ) -> tuple[list[Tensor], Tensor | None]:
         """Return k and v (2, B, n, H, D / H) of each embedded text (B, n, D), and of the embedded images."""
         keys_values = [self._normalize_keys_values(self.kv(text), self.norm_k) for text in texts]
-        return keys_values, None if image is None else self._normalize_keys_values(
-            self.kv_img(image), self.norm_k_img
-        )
+        if image is None:
+            return keys_values, None
+        return keys_values, self._normalize_keys_values(self.kv_img(image), self.norm_k_img)
 
     def _normalize_keys_values(self, kv: Tensor, norm: NormParameters) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
@@ -70,7 +74,7 @@ class KeyValueProjection(nn.Module):
 
 
 class ContextBlock(nn.Module):
-    """A block of which nothing but this is there; for its name in the checkpoint."""
+    """The key and value projections of one block, nested as their names in the checkpoint need it."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
         super().__init__()
@@ -79,13 +83,13 @@ class ContextBlock(nn.Module):
     def forward(
         self, texts: Sequence[Tensor], image: Tensor | None
     ) -> tuple[list[Tensor], Tensor | None]:
-        """See `KeyValues.forward`."""
+        """See `KeyValueProjection.forward`."""
         keys_values: tuple[list[Tensor], Tensor | None] = self.cross_attn(texts, image)
         return keys_values
 
 
 class ContextProjection(nn.Module):
-    """Prompts and images -> `ContextKV`."""
+    """Projection of embedded prompts and image features to `ContextKV`."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
         super().__init__()
@@ -104,7 +108,7 @@ class ContextProjection(nn.Module):
         )
 
     def select_blocks(self, indices: Iterable[int]) -> None:
-        """Drop all blocks but these, which may be named twice; the result is then of these, in this order."""
+        """Drop all blocks but these, which may repeat; `forward` then returns these, in this order."""
         self.block_indices = list(indices)
         self.blocks = nn.ModuleDict(
             {str(index): self.blocks[str(index)] for index in self.block_indices}
@@ -115,8 +119,9 @@ class ContextProjection(nn.Module):
     ) -> list[ContextKV]:
         """Return every block's k and v of each prompt, and those of the images, which all prompts share.
 
-        prompts (tokens, text_dim), at most 512 tokens each; image_features (n, 257, image_dim) of n images where the model looks at
-        images. Rows of zeros follow a text up to 512, and ARE attended to: the published weights were trained so.
+        prompts (tokens, text_dim), at most 512 tokens each; image_features (n, 257, image_dim) of n images
+        for a model with an image branch. Rows of zeros pad a text to 512 tokens and ARE attended to: the
+        published weights were trained so. One such row is computed and stands for all of them.
         """
         image = None if image_features is None else self.img_emb(image_features).to(self.dtype)
         embedded_texts = []

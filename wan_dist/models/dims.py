@@ -1,4 +1,4 @@
-"""Hyperparameters of the models, as read off a checkpoint."""
+"""Hyperparameters of the models, as read from a checkpoint."""
 
 import itertools
 from dataclasses import dataclass
@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class VaeDims:
-    """The VAE."""
+    """Hyperparameters of the VAE."""
 
     dim: int
     decoder_dim: int
     latent_dim: int = 16
     residual: bool = False
-    """VAE 2.2: shortcuts around the stages, and pixels in 2 x 2 blocks."""
+    """Whether this is VAE 2.2: shortcuts around the stages, and pixels in 2 x 2 blocks."""
     multipliers: tuple[int, ...] = (1, 2, 4, 4)
     num_blocks: int = 2
     temporal: tuple[bool, ...] = (False, True, True)
-    """Which of the encoder's downsamplings halve the frames too; the decoder's doublings mirror it."""
+    """Which of the encoder's downsamplings halve the frames too; the decoder's upsamplings mirror it."""
 
     @property
     def encoder_stages(self) -> list[tuple[int, int]]:
@@ -27,7 +27,10 @@ class VaeDims:
 
     @property
     def decoder_stages(self) -> list[tuple[int, int]]:
-        """Channels before and after each of the decoder's stages; in VAE 2.1 the doubling between two of them halves the channels."""
+        """Channels before and after each of the decoder's stages.
+
+        In VAE 2.1 the upsampling between two stages halves the channels.
+        """
         widths = (
             self.decoder_dim * multiplier
             for multiplier in (self.multipliers[-1], *reversed(self.multipliers))
@@ -39,19 +42,17 @@ class VaeDims:
 
     @property
     def tile_overlap(self) -> int:
-        """How many latent pixels more a tile needs, on each side inside the frame, than it makes frames of."""
+        """Latent pixels around a tile that the decoder needs as input, on each side inside the frame."""
         pixels = 0
         for _ in self.temporal:
-            pixels = 2 * (
-                pixels + 2 * (self.num_blocks + 1) + 1
-            )  # a stage's blocks, and the upsampling after it
-        return -(
-            -(pixels + 2 * (self.num_blocks + 1) + 1) // 2 ** len(self.temporal)
-        )  # the last stage's, and the head
+            # A stage's blocks, and the upsampling after it.
+            pixels = 2 * (pixels + 2 * (self.num_blocks + 1) + 1)
+        # The last stage's blocks, and the head.
+        return -(-(pixels + 2 * (self.num_blocks + 1) + 1) // 2 ** len(self.temporal))
 
     @property
     def spatial_scale(self) -> int:
-        """Pixels of a video for a latent pixel, on a side."""
+        """Pixels of a video to one latent pixel, along a side."""
         return 2 ** len(self.temporal) * (2 if self.residual else 1)
 
     @property
@@ -62,7 +63,7 @@ class VaeDims:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerDims:
-    """A diffusion transformer."""
+    """Hyperparameters of a diffusion transformer."""
 
     num_layers: int
     dim: int
@@ -76,9 +77,9 @@ class TransformerDims:
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     image_dim: int = 0
-    """Width of the image features that cross-attention looks at; 0: it has no image branch."""
+    """Width of the image features; 0: cross-attention has no image branch."""
     image_positions: int = 0
-    """Length of the position embedding over the features of several images; 0: there is none."""
+    """Length of the position embedding over the features of several images; 0: none."""
 
     @property
     def head_dim(self) -> int:
@@ -87,13 +88,13 @@ class TransformerDims:
 
     @property
     def blocks_gib(self) -> float:
-        """Size in bfloat16 of the blocks, which are nearly all of what denoises."""
+        """Size of the blocks in bfloat16, GiB; they are nearly all of the transformer."""
         return self.num_layers * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim) * 2 / 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderDims:
-    """The umT5 text encoder."""
+    """Hyperparameters of the umT5 text encoder."""
 
     num_layers: int
     dim: int
@@ -106,7 +107,7 @@ class TextEncoderDims:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoderDims:
-    """Hyperparameters, as read off a checkpoint; ``num_layers`` counts all layers, of which the last is not used."""
+    """Hyperparameters of the CLIP image encoder; ``num_layers`` counts the unused last layer too."""
 
     num_layers: int
     dim: int
@@ -118,7 +119,7 @@ class ImageEncoderDims:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelDims:
-    """All models of a checkpoint."""
+    """Hyperparameters of all models of a checkpoint."""
 
     transformer: TransformerDims
     text_encoder: TextEncoderDims

@@ -1,4 +1,4 @@
-"""The CLIP vision tower that Wan2.1's image tasks look through (transformers' modules)."""
+"""CLIP image encoder of Wan2.1's image tasks (transformers' modules)."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build_image_encoder(dims: ImageEncoderDims) -> nn.Module:
-    """Return the tower in float32 up to the penultimate layer, which is the one Wan reads."""
+    """Return the vision tower in float32 up to the penultimate layer, whose output Wan uses."""
     config = CLIPVisionConfig(
         hidden_size=dims.dim,
         intermediate_size=dims.ffn_dim,
@@ -24,11 +24,12 @@ def build_image_encoder(dims: ImageEncoderDims) -> nn.Module:
         hidden_act="gelu",
     )
     model = CLIPVisionModel(config)
-    tower = getattr(
-        model, "vision_model", model
-    )  # releases of transformers differ in whether it is wrapped
-    tower.post_layernorm = nn.Identity()  # only the pooled output goes through it
-    # A buffer that no checkpoint has: it must hold its values though the rest may be built on meta.
+    # Releases of transformers differ in whether the tower is wrapped.
+    tower = getattr(model, "vision_model", model)
+    tower.post_layernorm = (
+        nn.Identity()
+    )  # only the pooled output, which is not used, goes through it
+    # No checkpoint has this buffer, so it must hold its values even if the rest is built on meta.
     num_positions = (dims.image_size // dims.patch) ** 2 + 1
     tower.embeddings.position_ids = torch.arange(num_positions, device="cpu").unsqueeze(0)
     return tower
@@ -37,7 +38,8 @@ def build_image_encoder(dims: ImageEncoderDims) -> nn.Module:
 def encode_images(encoder: nn.Module, images: list[Tensor], *, image_size: int) -> Tensor:
     """Return the features (n, 257, dim), class token first, of images (3, H, W) in [-1, 1] of any size.
 
-    Each is resized, bicubic and without antialiasing, to ``image_size`` squared: its aspect is not kept, as in the reference.
+    Each is resized, bicubic and without antialiasing, to ``image_size`` squared: as in the reference, its
+    aspect ratio is not preserved.
     """
     device = next(encoder.parameters()).device
     resized_images = torch.cat(

@@ -1,4 +1,4 @@
-"""The umT5 text encoder (transformers' modules), prompt cleaning and tokenizer."""
+"""umT5 text encoder (transformers' modules), prompt cleaning and tokenizer."""
 
 import html
 import re
@@ -13,19 +13,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT
 from wan_dist.models.dims import TextEncoderDims
 
 _MAX_CHUNK_TOKENS = 2**15
-"""Whose states are held on the host at once: 256 MiB of umT5-XXL in bfloat16."""
+"""Tokens whose states are on the host at once: 256 MiB of umT5-XXL in bfloat16."""
 _MAX_CHUNK_PROMPTS_ON_CPU = 8
-"""Prompts of a chunk: a CPU takes seconds for each, and what is not done is lost when the run is ended; reading is a small part then."""
+"""Maximum prompts of a chunk on a CPU, which takes seconds for each.
+
+An unfinished chunk is lost when the run ends, and reading the weights is a small part of its time.
+"""
 
 
 def clean_prompt(text: str) -> str:
-    """Repair encoding damage, undo HTML escapes (twice) and fold white space, as the models' training captions were."""
+    """Repair encoding errors, undo HTML escapes (twice) and collapse white space, as in training."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text).strip()
 
 
 def build_text_encoder(dims: TextEncoderDims, dtype: torch.dtype) -> nn.Module:
-    """Return umT5's encoder stack in ``dtype``; parameters are uninitialised where the default device is meta."""
+    """Return umT5's encoder stack in ``dtype``, without values where the default device is meta."""
     config = UMT5Config(
         vocab_size=dims.vocab_size,
         d_model=dims.dim,
@@ -41,12 +44,15 @@ def build_text_encoder(dims: TextEncoderDims, dtype: torch.dtype) -> nn.Module:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a local folder; code that the folder may hold is not run, nor is it asked whether it should be."""
+    """Return the tokenizer in a local folder.
+
+    Code that the folder may contain is never run, and the user is not prompted to allow it.
+    """
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: int) -> list[int]:
-    """Return the token ids of the cleaned prompt with its end mark, ``text_len`` at most."""
+    """Return the token ids of the cleaned prompt with its end-of-text token, at most ``text_len``."""
     ids: list[int] = tokenizer(clean_prompt(prompt), truncation=True, max_length=text_len).input_ids
     return ids
 
@@ -54,7 +60,11 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: i
 def split_prompts_into_chunks(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], text_len: int, device: torch.device
 ) -> list[list[str]]:
-    """Return the prompts in order, as many together as it pays to encode block by block; see `TextEncoder.encode_by_block`."""
+    """Return the prompts in order, in chunks that are each encoded by `TextEncoder.encode_by_block`.
+
+    ``device`` is the one that encodes; chunks are limited by the memory of their states and, on a CPU, in
+    prompts.
+    """
     max_prompts = _MAX_CHUNK_PROMPTS_ON_CPU if device.type == "cpu" else len(prompts)
     chunks: list[list[str]] = [[]]
     num_chunk_tokens = 0
@@ -72,10 +82,10 @@ def split_prompts_into_chunks(
 
 
 class TextEncoder:
-    """Prompts to embeddings.
+    """Text encoder with its tokenizer: prompts to embeddings.
 
-    Only the prompt's own tokens are computed: attention to padding is masked in the published pipeline, so leaving the padding out
-    gives the same rows.
+    Only the prompt's own tokens are computed: the published pipeline masks attention to padding, so
+    omitting the padding gives the same rows.
     """
 
     def __init__(
@@ -89,7 +99,7 @@ class TextEncoder:
     ) -> None:
         self.encoder = encoder
         self.read_embedding_rows = read_embedding_rows
-        """Rows of the token embedding, for an encoder that does not hold it, which is two fifths of its memory."""
+        """Reads rows of the token embedding for an encoder without it: two fifths of its memory."""
         self.device = device
         self.tokenizer = tokenizer
         self.text_len = text_len
@@ -102,9 +112,10 @@ class TextEncoder:
         return self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
 
     def encode_by_block(self, prompts: Sequence[str]) -> list[Tensor]:
-        """Return the prompts' embeddings (n, text_dim), on the host, as `__call__` makes them, one after the other in each block.
+        """Return the prompts' embeddings (n, text_dim) on the host; same values as `__call__`.
 
-        A block whose weights are streamed so is read once for all of them. In between their states are on the host.
+        Each block encodes all prompts, one after the other, before the next block does, so a block whose
+        weights are streamed is read once for all of them. Between blocks, the states are on the host.
         """
         assert self.read_embedding_rows is not None
         dtype = next(self.encoder.parameters()).dtype
@@ -122,7 +133,10 @@ class TextEncoder:
 
 
 def _run_block(block: nn.Module, states: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return what a block makes of each state (1, n, dim), in one call: after that its weights may leave."""
+    """Return a block's output for each state (1, n, dim).
+
+    The block is called once, since its weights may be freed after that.
+    """
 
     def extract_state(output: Tensor | tuple[Tensor, ...]) -> Tensor:
         return (output[0] if isinstance(output, tuple) else output).cpu()
@@ -131,9 +145,8 @@ def _run_block(block: nn.Module, states: Sequence[Tensor], device: torch.device)
         other_states.extend(extract_state(block.forward(state.to(device))) for state in states[1:])
 
     other_states: list[Tensor] = []
-    hook = block.register_forward_hook(
-        compute_others, prepend=True
-    )  # before those by which the weights leave
+    # Before the hooks that free the weights.
+    hook = block.register_forward_hook(compute_others, prepend=True)
     try:
         first_state = extract_state(block(states[0].to(device)))
     finally:

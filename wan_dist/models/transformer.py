@@ -1,9 +1,10 @@
-"""The Wan diffusion transformer, for one device. What it looks at, the prompt and images, is prepared in context.py.
+"""Wan diffusion transformer for one device; its context, the prompt and images, is prepared in context.py.
 
-Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, R rows of timestep modulation (one for each
-run of tokens that share a timestep, never one for each token). The residual stream and the linears are in the run's dtype; norms,
-modulation, gates, rotary, the timestep branch and the head are float32.
-Layer names are those of the published checkpoints, except that q, k, v are one linear.
+Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, R rows of timestep
+modulation (one for each segment of tokens that share a timestep, never one for each token). The residual
+stream and the linears are in the run's dtype; norms, modulation, gates, rotary embedding, the timestep
+branch and the head are float32. Layer names are those of the published checkpoints, except that q, k and v
+are one linear.
 """
 
 import math
@@ -28,29 +29,29 @@ from wan_dist.models.transformer_block import ContextKV, SelfAttention, Transfor
 
 @dataclass
 class ResidualCache:
-    """What all blocks together add to the tokens, for each context."""
+    """Cache of what all blocks together add to the tokens, for each context."""
 
     can_reuse: Callable[[Tensor], bool]
-    """Whether a step, by its timestep's embedding (B, R, 6, D), takes what is kept."""
+    """Whether a step, by its timestep embedding (B, R, 6, D), reuses the cached residuals."""
     residuals: list[Tensor] = field(default_factory=list)
 
 
 class WholeSequence(nn.Module):
-    """The sequence on one device: nothing to split. The seam that sequence parallelism replaces."""
+    """Sequence on one device, which is not split; sequence parallelism replaces this module."""
 
     def split(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[int, ...]]:
-        """Return this device's share of the tokens x (B, L, D), of their rotary tables (L, 1, D / 2) and of the segments."""
+        """Return this device's shard of tokens x (B, L, D), rotary tables (L, 1, D / 2) and segments."""
         return x, rotary, segments
 
     def gather(self, x: Tensor) -> Tensor:
-        """Return all tokens (B, L, C) of this device's share."""
+        """Return all tokens (B, L, C) from this device's shard of them."""
         return x
 
 
 class PatchEmbedding(nn.Module):
-    """Latents to tokens: a convolution whose stride is its kernel, computed as one matrix product."""
+    """Patch embedding of latents: a convolution whose stride is its kernel, as one matrix product."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,14 +63,13 @@ class PatchEmbedding(nn.Module):
         """latents (B, C, T, h, w) -> tokens (B, L, D)."""
         for dim, size in zip((2, 4, 6), self.patch, strict=True):
             latents = latents.unflatten(dim, (-1, size))
-        patches = (
-            latents.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-        )  # (B, L, C * patch volume)
+        # (B, L, C * patch volume)
+        patches = latents.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
         return F.linear(patches.to(self.weight.dtype), self.weight.flatten(1), self.bias)
 
 
 class OutputHead(nn.Module):
-    """The last norm and linear, in float32: its rounding would land in the latents as it is."""
+    """Output norm and linear, in float32, since their rounding errors go directly into the latents."""
 
     def __init__(self, dims: TransformerDims) -> None:
         super().__init__()
@@ -78,7 +78,10 @@ class OutputHead(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, dims.dim))
 
     def forward(self, x: Tensor, time: Tensor, segments: tuple[int, ...]) -> Tensor:
-        """x (B, L, D); time (B, R, D) float32, a row for each segment of tokens -> (B, L, patch volume * C) float32."""
+        """Return (B, L, patch volume * C), float32, of x (B, L, D).
+
+        time (B, R, D) float32 has a row for each segment of tokens.
+        """
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
 
         def norm_slice(row: int, token_slice: slice) -> Tensor:
@@ -98,7 +101,10 @@ class OutputHead(nn.Module):
 
 
 class WanTransformer(nn.Module):
-    """Predicts the velocity of noisy video latents for a prompt and images (Wan technical report, arXiv:2503.20314)."""
+    """Diffusion transformer: predicts the velocity of noisy video latents for a prompt and images.
+
+    Source: Wan technical report (arXiv:2503.20314).
+    """
 
     def __init__(
         self,
@@ -124,10 +130,10 @@ class WanTransformer(nn.Module):
         self.head = OutputHead(dims)
         self.sequence = WholeSequence()
         self.time_embeddings: dict[str, tuple[Tensor, Tensor]] = {}
-        """What `embed_time` returns for the timesteps of `keep_times`."""
+        """What `embed_timesteps` returns for the timesteps of `precompute_time_embeddings`."""
 
     def set_slice_tokens(self, max_tokens: int | None) -> None:
-        """Let at most so many tokens through the blocks' linears at once; None: all."""
+        """Limit how many tokens go through the blocks' linears at once; None: all."""
         for block in self.blocks:
             cast(TransformerBlock, block).slice_tokens = max_tokens
 
@@ -137,14 +143,17 @@ class WanTransformer(nn.Module):
         return (cast(TransformerBlock, block).self_attn for block in self.blocks)
 
     def compute_rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rotary tables for latents of this shape, to be kept for all steps; latents (B, C, T, h, w)."""
+        """Return the rotary tables for latents (B, C, T, h, w), which are the same in all steps."""
         t, h, w = (
             size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True)
         )
         return compute_rotary_tables((t, h, w), self.dims.head_dim, device=latents.device)
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (B, R, D) for the head and (B, R, 6, D) for the blocks, float32, of timesteps (B, R) in [0, 1000], on the CPU."""
+        """Return the embeddings (B, R, D) for the head and (B, R, 6, D) for the blocks, float32.
+
+        timesteps (B, R) in [0, 1000], on the CPU.
+        """
         if self.time_embeddings:
             return self.time_embeddings[str(timesteps.tolist())]
         num_frequencies = self.dims.freq_dim // 2
@@ -162,7 +171,10 @@ class WanTransformer(nn.Module):
         )
 
     def precompute_time_embeddings(self, timesteps: Iterable[Tensor]) -> None:
-        """Embed these timesteps (B, R) now, and let go of the layers that do it: in float32 they are a block's size. No others then."""
+        """Embed these timesteps (B, R) now, then delete the timestep layers.
+
+        In float32 they are as large as a block. No other timesteps can be embedded after that.
+        """
         self.time_embeddings = {
             str(timestep_rows.tolist()): self.embed_timesteps(timestep_rows)
             for timestep_rows in timesteps
@@ -179,10 +191,11 @@ class WanTransformer(nn.Module):
     ) -> list[Tensor]:
         """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
-        timesteps (B, 1) on the CPU, or (B, 2) where the first latent frame has a timestep of its own, the first of the two. T, h, w must be
-        multiples of the patch. ``contexts`` come from `ContextProjection`, ``rotary`` from `rotary`. All contexts go through a block
-        before the next one's turn, so that weights which are gathered or fetched for it are so once. ``added`` lets a step take
-        what the blocks added in an earlier one.
+        timesteps (B, 1) on the CPU, or (B, 2) where the first latent frame has a timestep of its own, the
+        first of the two. T, h, w must be multiples of the patch. ``contexts`` come from `ContextProjection`,
+        ``rotary`` from `compute_rotary`. All contexts go through a block before the next block runs, so
+        that its weights are gathered or fetched only once. With a ``residual_cache``, a step may reuse
+        what the blocks added in an earlier step.
         """
         time, block_time = self.embed_timesteps(timesteps)
         x = self.patch_embedding(latents)
@@ -228,7 +241,6 @@ class WanTransformer(nn.Module):
     def unpatchify_tokens(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""
         token_grid = [length // patch for length, patch in zip(size, self.dims.patch, strict=True)]
-        x = x.unflatten(1, token_grid).unflatten(
-            -1, (*self.dims.patch, -1)
-        )  # (B, t, y, x, pt, py, px, C)
+        # (B, t, y, x, pt, py, px, C)
+        x = x.unflatten(1, token_grid).unflatten(-1, (*self.dims.patch, -1))
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape[0], -1, *size)

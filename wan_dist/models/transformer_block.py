@@ -1,7 +1,8 @@
-"""A block of the Wan diffusion transformer, computed in place and in slices of tokens."""
+"""Transformer block of the Wan diffusion transformer, computed in place and in slices of tokens."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -24,13 +25,18 @@ from wan_dist.models.kernels.transformer_ops import (
     split_by_length,
 )
 
+TokenSlice = tuple[slice, tuple[int, ...]]
+"""A run of tokens, and how many of them lie in each segment."""
+NormedSlice = tuple[slice, tuple[int, ...], Tensor | Fp8Tokens]
+"""A `TokenSlice` and its tokens, normed for cross-attention."""
+
 
 @dataclass(frozen=True)
 class ContextKV:
-    """Cross-attention's k and v of one prompt in all blocks, which stay the same for all steps."""
+    """Cross-attention keys and values of one prompt in all blocks, the same in all steps."""
 
     text: Tensor
-    """(blocks, 2, B, n + 1, H, D): of the text's n tokens and of the padding, whose rows are all the same."""
+    """(blocks, 2, B, n + 1, H, D): of the text's n tokens and of one padding row, since all are the same."""
     image: Tensor | None = None
     """(blocks, 2, B, 257 m, H, D): of m images."""
 
@@ -41,7 +47,7 @@ class ContextKV:
 
 
 class NormParameters(nn.Module):
-    """The weight (and bias) of a norm, kept in float32."""
+    """Weight (and bias) of a norm, always float32."""
 
     def __init__(self, dim: int, *, bias: bool) -> None:
         super().__init__()
@@ -50,18 +56,18 @@ class NormParameters(nn.Module):
 
 
 class RowSliceLinear(nn.Linear):
-    """A linear of which some outputs can be computed alone."""
+    """Linear of which a range of outputs can be computed alone."""
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """x (..., in) -> (..., out), or those outputs whose rows of the weight these are."""
+        """x (..., in) -> (..., out), or only the outputs of these rows of the weight."""
         return F.linear(x, self.weight[rows], self.bias[rows])
 
     def prepare_input(self, x: Tensor | Fp8Tokens) -> Tensor | Fp8Tokens:
-        """Return x as `forward` takes it; once for several calls."""
+        """Return x as `forward` takes it, prepared once for several calls."""
         return x
 
     accepts_fp8_tokens = False
-    """Whether x may be rounded to fp8; see models/quantized.py."""
+    """Whether x may be rounded to fp8; see kernels/quantized_linear.py."""
 
 
 class SelfAttention(nn.Module):
@@ -82,9 +88,10 @@ class SelfAttention(nn.Module):
     def project_qkv(
         self, x: Tensor | Fp8Tokens, rotary: tuple[Tensor, Tensor], qkv_indices: Sequence[int]
     ) -> Tensor:
-        """Return some of q, k and v (B, L, n, H, D / H) of x (B, L, D), ready for attention; rotary tables of the same tokens.
+        """Return some of q, k and v (B, L, n, H, D / H) of x (B, L, D), ready for attention.
 
-        ``which``: n neighbours of 0 for q, 1 for k, 2 for v.
+        ``rotary`` has the tables of the same tokens. ``qkv_indices``: n consecutive ones of 0 for q, 1 for
+        k, 2 for v.
         """
         width = self.norm_q.weight.shape[0]
         projected: Tensor = self.qkv(
@@ -99,37 +106,38 @@ class SelfAttention(nn.Module):
     def start_qkv_exchange(
         self, x: Tensor | Fp8Tokens, rotary: tuple[Tensor, Tensor]
     ) -> list[Callable[[], Tensor]]:
-        """Begin to bring q, k and v of x (B, L, D) to where they are attended to: each is on its way while the next one is computed."""
-        x, inner_attention, width, pending_qkv = (
-            self.qkv.prepare_input(x),
-            self.inner_attention,
-            self.norm_q.weight.shape[0],
-            [],
-        )
+        """Project x (B, L, D) to q, k and v and start their exchange; return the calls that wait for them.
+
+        The exchange of each overlaps with the computation of the next: v, then k, then q.
+        """
+        x = self.qkv.prepare_input(x)
+        width = self.norm_q.weight.shape[0]
+        pending_qkv = []
         for qkv_index, norm in ((2, None), (1, self.norm_k), (0, self.norm_q)):
             projection = self.qkv(x, slice(qkv_index * width, (qkv_index + 1) * width)).unflatten(
                 -1, (self.num_heads, -1)
             )
             if norm is not None:
-                norm_and_rotate(
-                    projection,
-                    norm.weight,
-                    self.eps,
-                    rotary,
-                    buffer := inner_attention.make_send_buffer(projection),
-                )
+                buffer = self.inner_attention.make_send_buffer(projection)
+                norm_and_rotate(projection, norm.weight, self.eps, rotary, buffer)
                 projection = buffer
-            pending_qkv.append(inner_attention.start_exchange(projection))
+            pending_qkv.append(self.inner_attention.start_exchange(projection))
         return pending_qkv[::-1]
 
     def attend_exchanged(self, pending_qkv: list[Callable[[], Tensor]]) -> Tensor:
-        """Attention of q, k and v of all tokens, from `begin`, which are let go: (B, L, D), before the linear ``o``."""
+        """Return attention of the exchanged q, k and v, (B, L, D), before the linear ``o``.
+
+        ``pending_qkv`` is the list from `start_qkv_exchange`; it is emptied, so that q, k and v are freed.
+        """
         q, k, v = (pending_qkv.pop(0)() for _ in range(3))
         return self.inner_attention(q, k, v).flatten(2)
 
 
 class CrossAttention(nn.Module):
-    """Attention from the video's tokens to the text's and the image's, whose k and v come from `ContextProjection`."""
+    """Cross-attention from the video's tokens to those of the text and images.
+
+    Their k and v come from `ContextProjection`.
+    """
 
     def __init__(
         self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention
@@ -144,34 +152,32 @@ class CrossAttention(nn.Module):
         self.inner_attention = inner_attention
 
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
-        """x (B, L, D) -> (B, L, D); kv: see `ContextKV.of_block`."""
+        """x (B, L, D) -> (B, L, D); kv: see `ContextKV.select_block`."""
         q = self.q(x).unflatten(-1, (self.num_heads, -1))
         norm_and_rotate(q, self.norm_q.weight, self.eps, None, q)
         return self.o(cross_attend(self.inner_attention, q, kv, self.text_len).flatten(2))
 
 
 class FeedForward(nn.Sequential):
-    """Two linears with a GELU between them."""
+    """Feed-forward: two linears with a GELU between them."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
         up, down = (
             nn.Linear(*widths, dtype=dtype)
             for widths in ((dims.dim, dims.ffn_dim), (dims.ffn_dim, dims.dim))
         )
-        super().__init__(up, nn.Identity(), down)  # the checkpoints count the GELU
+        super().__init__(up, nn.Identity(), down)  # the checkpoints' numbering counts the GELU
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D) -> the same shape."""
         up, _, down = self
-        return (
-            down(apply_linear_gelu(up, x))
-            if isinstance(down, nn.Linear)
-            else down(up(x), gelu=True)
-        )  # what is quantised may do it itself
+        if isinstance(down, nn.Linear):
+            return down(apply_linear_gelu(up, x))
+        return down(up(x), gelu=True)  # a quantised linear may fuse the GELU with its rounding
 
 
 class TransformerBlock(nn.Module):
-    """One transformer block: self-attention, cross-attention, feed-forward."""
+    """Transformer block: self-attention, cross-attention, feed-forward."""
 
     def __init__(
         self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention
@@ -179,7 +185,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.eps = dims.eps
         self.self_attn = SelfAttention(dims, dtype, inner_attention)
-        # Sequence-parallel attention wraps the self-attention's seam only: every rank holds the whole text.
+        # Sequence parallelism wraps self-attention only: every rank holds the whole text.
         self.cross_attn = CrossAttention(
             dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)
         )
@@ -187,7 +193,7 @@ class TransformerBlock(nn.Module):
         self.ffn = FeedForward(dims, dtype)
         self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
         self.slice_tokens: int | None = None
-        """How many tokens go through the linears at once; None: all. Fewer take less memory."""
+        """Maximum tokens that go through the linears at once; None: all. Fewer take less memory."""
 
     def forward(
         self,
@@ -197,15 +203,15 @@ class TransformerBlock(nn.Module):
         rotary: tuple[Tensor, Tensor],
         segments: tuple[int, ...],
     ) -> list[Tensor]:
-        """Return the residual streams x (B, L, D), one for each context, from as many, changed in place, or from one that all share.
+        """Return the residual streams x (B, L, D), one for each context.
 
-        time (B, R, 6, D) float32: row r modulates the ``segments[r]`` tokens after those of row r - 1. contexts: k and v, see
-        `ContextKV.of_block`.
+        ``streams`` has one for each context, or a single one that all contexts share; they are changed in
+        place. time (B, R, 6, D) float32: row r modulates the ``segments[r]`` tokens after those of row r - 1.
+        contexts: k and v, see `ContextKV.select_block`.
         """
         modulation = (self.modulation + time).unsqueeze(3).unbind(2)  # each (B, R, 1, D)
-        copies = [
-            torch.empty_like(streams[0]) for _ in range(len(contexts) - len(streams))
-        ]  # streams differ from cross-attention on
+        # A shared stream is copied after self-attention: streams differ from cross-attention on.
+        copies = [torch.empty_like(streams[0]) for _ in range(len(contexts) - len(streams))]
         for stream_index, x in enumerate(streams):
             for token_slice, slice_segments, normed in self._add_self_attention(
                 x, modulation, rotary, segments
@@ -222,11 +228,11 @@ class TransformerBlock(nn.Module):
                     self._add_cross_attention_and_ffn(
                         copy[:, token_slice], normed, modulation, context, slice_segments
                     )
-                del normed  # it would be there during the next attention
+                del normed  # else it stays in memory during the next attention
         return [*streams, *copies]
 
     def _make_norm_buffer(self, x: Tensor) -> Tensor | Fp8Tokens:
-        """Return room for what the linears take in x's place."""
+        """Return a buffer like x for the normed tokens that the linears take."""
         return make_output_buffer(x, as_fp8=self.self_attn.qkv.accepts_fp8_tokens)
 
     @property
@@ -243,69 +249,112 @@ class TransformerBlock(nn.Module):
         modulation: tuple[Tensor, ...],
         rotary: tuple[Tensor, Tensor],
         segments: tuple[int, ...],
-    ) -> Iterator[tuple[slice, tuple[int, ...], Tensor | Fp8Tokens]]:
-        """Add self-attention to x part by part; yields each part, its segments, and its tokens normed for cross-attention."""
+    ) -> Iterator[NormedSlice]:
+        """Add self-attention to x slice by slice; yield each slice normed for cross-attention."""
         shift, scale, gate = modulation[:3]
+        scaling = Scaling(scale, shift)
         token_slices = list(split_by_length(segments, self.slice_tokens))
-        attention, scaling = self.self_attn, Scaling(scale, shift)
+        if len(token_slices) > 1 and self.self_attn.inner_attention.accepts_partial_queries:
+            return self._add_attention_of_query_slices(x, scaling, gate, rotary, token_slices)
+        return self._add_attention_of_all_queries(x, scaling, gate, rotary, token_slices)
 
-        def project(part: slice, inside: tuple[int, ...], qkv_indices: Sequence[int]) -> Tensor:
-            normed = layer_norm(
-                x[:, part], scaling, inside, self.eps, self._make_norm_buffer(x[:, part])
+    def _add_attention_of_query_slices(
+        self,
+        x: Tensor,
+        scaling: Scaling,
+        gate: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        token_slices: Sequence[TokenSlice],
+    ) -> Iterator[NormedSlice]:
+        """Compute k and v of all tokens, then attend from the queries of one slice at a time."""
+        attention = self.self_attn
+        project_kv = partial(self._project_slice, x, scaling, rotary, (1, 2))
+        project_q = partial(self._project_slice, x, scaling, rotary, (0,))
+        k, v = compute_in_slices(token_slices, x, project_kv).unbind(2)
+        for token_slice, slice_segments in token_slices:
+            # Nested, so that q is freed before the linear.
+            attention_output = attention.o(
+                attention.inner_attention(
+                    project_q(token_slice, slice_segments).squeeze(2), k, v
+                ).flatten(2)
             )
-            return attention.project_qkv(normed, (rotary[0][part], rotary[1][part]), qkv_indices)
+            normed = self._add_and_norm(x[:, token_slice], attention_output, gate, slice_segments)
+            del attention_output
+            yield token_slice, slice_segments, normed
+            del normed
 
-        if len(token_slices) > 1 and attention.inner_attention.accepts_partial_queries:
-            k, v = compute_in_slices(
-                token_slices, x, lambda part, inside: project(part, inside, (1, 2))
-            ).unbind(2)
-            for part, inside in token_slices:
-                out = attention.o(
-                    attention.inner_attention(project(part, inside, (0,)).squeeze(2), k, v).flatten(
-                        2
-                    )
-                )
-                normed = add_gated_layer_norm_(
-                    x[:, part],
-                    out,
-                    gate,
-                    self._norm3_scaling,
-                    inside,
-                    self.eps,
-                    self._make_norm_buffer(x[:, part]),
-                )
-                del out
-                yield part, inside, normed
-                del normed
-            return
+    def _add_attention_of_all_queries(
+        self,
+        x: Tensor,
+        scaling: Scaling,
+        gate: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        token_slices: Sequence[TokenSlice],
+    ) -> Iterator[NormedSlice]:
+        """Attend from all tokens at once; only the linears and norms run slice by slice."""
+        attention = self.self_attn
+        pending_qkv = self._start_qkv_exchange(x, scaling, rotary, token_slices)
+        out = attention.attend_exchanged(pending_qkv)
+        for token_slice, slice_segments in token_slices:
+            attention_output = attention.o(out[:, token_slice])
+            if (token_slice, slice_segments) == token_slices[-1]:
+                del out  # else it stays in memory during the feed-forward
+            normed = self._add_and_norm(x[:, token_slice], attention_output, gate, slice_segments)
+            del attention_output
+            yield token_slice, slice_segments, normed
+
+    def _start_qkv_exchange(
+        self,
+        x: Tensor,
+        scaling: Scaling,
+        rotary: tuple[Tensor, Tensor],
+        token_slices: Sequence[TokenSlice],
+    ) -> list[Callable[[], Tensor]]:
+        """Norm x, project it to q, k and v and start their exchange.
+
+        Of a single slice, the exchange of each overlaps with the projection of the next; of several, q, k
+        and v are complete only with the last slice.
+        """
+        attention = self.self_attn
         if len(token_slices) == 1:
-            pending_qkv = attention.start_qkv_exchange(
+            [(_, segments)] = token_slices
+            return attention.start_qkv_exchange(
                 layer_norm(x, scaling, segments, self.eps, self._make_norm_buffer(x)), rotary
             )
-        else:
-            qkv = compute_in_slices(
-                token_slices, x, lambda part, inside: project(part, inside, (0, 1, 2))
-            )
-            pending_qkv = [
-                attention.inner_attention.start_exchange(projection) for projection in qkv.unbind(2)
-            ]
-            del qkv
-        out = attention.attend_exchanged(pending_qkv)
-        for part, inside in token_slices:
-            attention_output = attention.o(out[:, part])
-            if (part, inside) == token_slices[-1]:
-                del out  # it would be there during the feed-forward, as what is added
-            normed = add_gated_layer_norm_(
-                x[:, part],
-                attention_output,
-                gate,
-                self._norm3_scaling,
-                inside,
-                self.eps,
-                self._make_norm_buffer(x[:, part]),
-            )
-            del attention_output
-            yield part, inside, normed
+        project_qkv = partial(self._project_slice, x, scaling, rotary, (0, 1, 2))
+        qkv = compute_in_slices(token_slices, x, project_qkv)
+        return [
+            attention.inner_attention.start_exchange(projection) for projection in qkv.unbind(2)
+        ]
+
+    def _project_slice(
+        self,
+        x: Tensor,
+        scaling: Scaling,
+        rotary: tuple[Tensor, Tensor],
+        qkv_indices: Sequence[int],
+        token_slice: slice,
+        slice_segments: tuple[int, ...],
+    ) -> Tensor:
+        """Return q, k or v of a slice of x (see `SelfAttention.project_qkv`), which is normed first."""
+        cos, sin = rotary
+        x = x[:, token_slice]
+        normed = layer_norm(x, scaling, slice_segments, self.eps, self._make_norm_buffer(x))
+        return self.self_attn.project_qkv(normed, (cos[token_slice], sin[token_slice]), qkv_indices)
+
+    def _add_and_norm(
+        self, x: Tensor, attention_output: Tensor, gate: Tensor, segments: tuple[int, ...]
+    ) -> Tensor | Fp8Tokens:
+        """Add the gated output of self-attention to x; return x normed for cross-attention."""
+        return add_gated_layer_norm_(
+            x,
+            attention_output,
+            gate,
+            self._norm3_scaling,
+            segments,
+            self.eps,
+            self._make_norm_buffer(x),
+        )
 
     def _add_cross_attention_and_ffn(
         self,
@@ -315,7 +364,7 @@ class TransformerBlock(nn.Module):
         context: tuple[Tensor, ...],
         segments: tuple[int, ...],
     ) -> None:
-        """Add cross-attention of what was normed for it, which is lost, then the feed-forward, to x."""
+        """Add to x cross-attention of ``normed``, which is overwritten, then the feed-forward."""
         shift, scale, gate = modulation[3:]
         add_gated_layer_norm_(
             x,

@@ -1,1 +1,1 @@
-"""Files of results: videos, records, locks of their names, and the gallery that shows them."""
+"""Result files: videos, records, locks of result names, and the gallery."""

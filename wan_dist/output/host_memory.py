@@ -1,4 +1,4 @@
-"""The host memory of this process, watched while a run goes on."""
+"""Host memory of this process, sampled during a run."""
 
 import resource
 import threading
@@ -9,18 +9,22 @@ from pathlib import Path
 
 
 class HostMemoryWatch:
-    """Notes the memory that this process has for itself (not files'), ten times a second, while it exists."""
+    """Samples the private memory of this process (without mapped files) ten times a second."""
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
+        # the thread has a weak reference only, and ends when the watch is collected
         thread = threading.Thread(
             target=_sample_periodically, args=(weakref.ref(self),), daemon=True
         )
         thread.start()
 
     def record_sample(self) -> None:
-        """Look now; of moments between two larger ones nothing is kept."""
+        """Take a sample; earlier samples that are not larger are dropped.
+
+        They cannot be the peak since any time, so the samples that stay are in descending order.
+        """
         with self._lock:
             now, host_bytes = time.perf_counter(), read_own_host_bytes()
             while self._samples and self._samples[-1][1] <= host_bytes:
@@ -28,7 +32,7 @@ class HostMemoryWatch:
             self._samples.append((now, host_bytes))
 
     def get_peak_since(self, start: float) -> int:
-        """Return the most bytes seen since ``start``, in seconds of the performance counter."""
+        """Return the most bytes since ``start``, in seconds of `time.perf_counter`."""
         self.record_sample()
         with self._lock:
             return max(
@@ -44,7 +48,7 @@ def _sample_periodically(watch_reference: "weakref.ref[HostMemoryWatch]") -> Non
 
 
 def read_own_host_bytes() -> int:
-    """Return the bytes that this process has for itself, in memory or swapped out, not those of mapped files."""
+    """Return this process's resident anonymous and shared bytes, without mapped files; 0 if unknown."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -55,5 +59,5 @@ def read_own_host_bytes() -> int:
 
 
 def read_peak_host_bytes() -> int:
-    """Return the largest resident set that this process has had, in bytes."""
+    """Return the peak resident set size of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

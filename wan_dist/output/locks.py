@@ -1,4 +1,4 @@
-"""What is done in an output folder, and what somebody is at: several runs may share one."""
+"""Result locks of an output folder, which runs may share: results that are done, and that a run makes."""
 
 import fcntl
 import hashlib
@@ -22,27 +22,27 @@ from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
 DONE, FAILED = "done", "failed"
 _LOCK_FILE_NAME = ".jobs.lock"
 _PROBE_NAME = "/"
-"""No result can have this name."""
+"""Name of the probe lock, which no result can have."""
 _VISIBILITY_TIMEOUT_SECONDS = 15.0
-"""Seconds in which nodes see what one of them has written."""
+"""Seconds within which all nodes should see a file that one of them has written."""
 _RESULT_FILE_PATTERN = re.compile(
     r"(.+?)((\.[0-9a-f]{12}\.state|\.latents)?\.safetensors|\.mp4|\.png|\.json|\.jpg)"
 )
 
 
 class ResultLocks:
-    """The records of a folder, and a lock for each name in it, which ends with the process that has it."""
+    """Records of a folder, and a lock for each result name, which ends with the process that holds it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._descriptor: int | None = None
         self._has_warned = False
         self.num_older_records = 0
-        """Records of an earlier format that `outcome` has met: what they say of their digest means nothing here."""
+        """Records of an earlier format that `read_outcome` has met; their digests cannot be compared."""
 
     @cached_property
     def _partial_files(self) -> dict[str, list[Path]]:
-        """Return files that were being written when the folder was opened, by the name of the job they are of, looked for once."""
+        """Files that were being written when they were looked for, once, by the name of their result."""
         files_by_job = defaultdict(list)
         for file in self.folder.glob(".*.partial*"):
             if (result_name := parse_final_name(file.name)) is not None and (
@@ -52,13 +52,17 @@ class ResultLocks:
         return files_by_job
 
     def open(self) -> None:
-        """Make the file of locks, if it is new: a lock is of the byte whose place the name says."""
+        """Open or create the lock file: a lock is on the byte whose offset is a hash of the name."""
         if self._descriptor is None:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._descriptor = os.open(self.folder / _LOCK_FILE_NAME, flags, 0o666)
 
     def acquire(self, name: str) -> bool:
-        """Return whether this ledger has the name now, and no other one; files that one before it has not finished go then."""
+        """Lock a name, and return whether no other process or `ResultLocks` holds it.
+
+        Partial files of the result, which a process that has ended left, are removed then. True also where
+        the folder cannot be locked at all, after a warning.
+        """
         try:
             self.open()
             self._set_lock(fcntl.F_WRLCK, name)
@@ -83,26 +87,36 @@ class ResultLocks:
         return True
 
     def release(self, name: str) -> None:
-        """Leave it to others."""
+        """Unlock a name."""
         if self._descriptor is not None and not self._has_warned:
             self._set_lock(fcntl.F_UNLCK, name)
 
     def _set_lock(self, lock_type: int, name: str) -> None:
-        """Set a lock of this open file, not of the process: two ledgers of one process are two, and closing one leaves the other's."""
+        """Set an open file description lock (F_OFD_SETLK).
+
+        Unlike a lock of the process it excludes two `ResultLocks` in one process, and closing one leaves the
+        other's locks in place.
+        """
         flock = struct.pack("hhqqi0q", lock_type, os.SEEK_SET, _compute_lock_offset(name), 1, 0)
         assert self._descriptor is not None
         fcntl.fcntl(self._descriptor, fcntl.F_OFD_SETLK, flock)
 
     def acquire_probe(self) -> bool:
-        """Take a lock that no result needs; whether nobody else had it. Two hosts that both have it do not see each other's locks."""
+        """Take a lock that no result needs, and return whether nobody else holds it.
+
+        Two hosts that both hold it do not see each other's locks.
+        """
         return self.acquire(_PROBE_NAME)
 
     def release_probe(self) -> None:
-        """Give it back."""
+        """Release the probe lock."""
         self.release(_PROBE_NAME)
 
     def is_visible(self) -> bool:
-        """Whether this process sees the folder in which another one has opened the ledger; network file systems may take a moment."""
+        """Whether this process sees the lock file that another one has opened.
+
+        Waits for it, as network file systems may take a moment.
+        """
         deadline = time.monotonic() + _VISIBILITY_TIMEOUT_SECONDS
         while not (self.folder / _LOCK_FILE_NAME).exists():
             if time.monotonic() > deadline:
@@ -111,13 +125,16 @@ class ResultLocks:
         return True
 
     def close(self) -> None:
-        """Leave all names to others."""
+        """Release all locks."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def read_record(self, name: str) -> dict[str, Any]:
-        """Return the record of a name, empty if there is none that can be read; one that is damaged is set aside."""
+        """Return the record of a name, empty if there is none that can be read.
+
+        A damaged one is quarantined.
+        """
         file = self.folder / f"{name}.json"
         try:
             if file.exists():
@@ -140,7 +157,11 @@ class ResultLocks:
         return content if isinstance(content, dict) else {}
 
     def read_outcome(self, name: str, digest: str) -> str | None:
-        """Return what has become of the job with this name and digest: done, which its files must bear out, failed, or None."""
+        """Return the outcome of the job with this name and digest: done, failed, or None.
+
+        It is done only if the result file is there with the recorded hash, and so is the tensor of frames if
+        it was to be saved.
+        """
         record = self.read_record(name)
         if record.get("status") in (DONE, FAILED) and record.get("format") != FORMAT_VERSION:
             self.num_older_records += 1
@@ -161,12 +182,12 @@ class ResultLocks:
             KeyError,
             TypeError,
             ValueError,
-        ):  # the last for a name with a NUL, and for a pipe
+        ):  # ValueError: a name with a NUL, or a pipe
             return None
         return DONE if is_whole and has_tensor else None
 
 
 def _compute_lock_offset(name: str) -> int:
-    """Return the byte of a name; names that some file systems take for the same have the same."""
+    """Return the byte offset of a name's lock, equal for names that some file system takes for the same."""
     normalized_name = unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
     return int.from_bytes(hashlib.sha256(normalized_name.encode()).digest()[:7], "big")

@@ -1,4 +1,7 @@
-"""What a run will write is tried in its output folder before weights are read, so that it does not fail there after hours."""
+"""Output folder check: a trial of what a run will write, before weights are read.
+
+A run should not fail there after hours: permissions, free space, quota, name lengths and encoding are tested.
+"""
 
 import errno
 import os
@@ -17,14 +20,14 @@ from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 
 _VIDEO_BYTES_PER_PIXEL = 0.03
-"""Of a pixel of a frame, at least, at the rate factor that videos are encoded with; busy scenes take ten times as much."""
+"""Bytes per pixel of a frame, at least, at the encoder's rate factor; busy scenes take ten times as much."""
 _LONGEST_FILE_NAME = ".{}.0123456789ab.state.01234567.partial.safetensors"
-"""The longest name that a result's files have while they are written."""
+"""Longest name that a file of a result has while it is written."""
 
 
 @dataclass(frozen=True)
 class OutputEstimate:
-    """What is written for one video; sizes in bytes."""
+    """Estimate of the files of one video; sizes in bytes."""
 
     name: str
     width: int
@@ -32,11 +35,11 @@ class OutputEstimate:
     fps: int
     latents_bytes: int = 0
     frames_bytes: int = 0
-    """Of the video, estimated from below, and of the tensor of frames if there is one."""
+    """The video, a lower estimate, and the tensor of frames if it is saved."""
 
 
 def estimate_output(plan: Plan, *, saves_tensor: bool) -> OutputEstimate:
-    """Return what a plan's video will take on the disk."""
+    """Return the disk space that a plan's video will take."""
     num_pixels = plan.width * plan.height * plan.frame_num
     frames_bytes = int(num_pixels * _VIDEO_BYTES_PER_PIXEL) + (
         3 * 4 * num_pixels if saves_tensor else 0
@@ -47,10 +50,9 @@ def estimate_output(plan: Plan, *, saves_tensor: bool) -> OutputEstimate:
 
 
 def check_output_folder(folder: Path, estimates: Sequence[OutputEstimate]) -> None:
-    """Make the folder, encode two frames into it, and see that the largest of the results has room; raises InputError."""
-    probe_file = (
-        folder / f".wan-dist-probe-{secrets.token_hex(4)}.mp4"
-    )  # runs may begin at once in one folder
+    """Create the folder, check that the largest result fits, and encode two frames; raises InputError."""
+    # a random name, as several runs may start in one folder at once
+    probe_file = folder / f".wan-dist-probe-{secrets.token_hex(4)}.mp4"
     largest = max(estimates, key=lambda estimate: estimate.latents_bytes + estimate.frames_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,8 +72,8 @@ def check_output_folder(folder: Path, estimates: Sequence[OutputEstimate]) -> No
         save_video(probe_file, [frames], fps=largest.fps, num_frames=2)
     except SaveError as error:
         raise InputError(
-            f"a test video could not be encoded to output.dir={folder}: {error}. If ffmpeg lacks libx264, "
-            "unset IMAGEIO_FFMPEG_EXE (the package imageio-ffmpeg brings a full one)"
+            f"a test video could not be encoded to output.dir={folder}: {error}. "
+            "If ffmpeg lacks libx264, unset IMAGEIO_FFMPEG_EXE (the package imageio-ffmpeg brings a full one)"
         ) from None
     finally:
         probe_file.unlink(missing_ok=True)
@@ -86,9 +88,8 @@ def _check_free_space(folder: Path, largest: OutputEstimate, probe_descriptor: i
     if not largest.latents_bytes:
         return
     try:
-        os.posix_fallocate(
-            probe_descriptor, 0, largest.latents_bytes
-        )  # a quota is known to this alone
+        # statvfs does not know of a quota; only allocating shows it
+        os.posix_fallocate(probe_descriptor, 0, largest.latents_bytes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _raise_no_space(
@@ -99,7 +100,8 @@ def _check_free_space(folder: Path, largest: OutputEstimate, probe_descriptor: i
 
 def _raise_no_space(folder: Path, required_bytes: int, reason: str) -> None:
     raise InputError(
-        f"output.dir={folder} has no room for the result: latents and video take {_format_megabytes(required_bytes)} MB or more, and {reason}; "
+        f"output.dir={folder} has no room for the result: latents and video take "
+        f"{_format_megabytes(required_bytes)} MB or more, and {reason}; "
         "make room, or choose another output.dir"
     )
 
@@ -119,6 +121,7 @@ def _check_name_lengths(folder: Path, estimates: Sequence[OutputEstimate]) -> No
     max_name_bytes = max_file_name_bytes - len(os.fsencode(_LONGEST_FILE_NAME.format("")))
     if len(os.fsencode(longest_name)) > max_name_bytes:
         raise InputError(
-            f"output.name={longest_name} has {len(os.fsencode(longest_name))} bytes; in output.dir={folder} names may have {max_name_bytes}, "
+            f"output.name={longest_name} has {len(os.fsencode(longest_name))} bytes; "
+            f"in output.dir={folder} names may have {max_name_bytes}, "
             "as files have suffixes: give a shorter output.name"
         )

@@ -1,4 +1,4 @@
-"""What is said of a video in its record, besides what it cost."""
+"""Record fields of a video: what it is, lossy settings, and speed."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from wan_dist.planning.plan import Plan
 
 
 def describe_video(config: RunConfig, plan: Plan) -> dict[str, Any]:
-    """Return what a video is, or was to be."""
+    """Return the fields that identify a video, made or not: name, prompt, seed, size and lossy settings."""
     size_fields = {
         "width": plan.width,
         "height": plan.height,
@@ -25,7 +25,7 @@ def describe_video(config: RunConfig, plan: Plan) -> dict[str, Any]:
 
 
 def list_lossy_settings(config: RunConfig) -> list[str]:
-    """Return the settings that take a result away from the model's own, beyond rounding."""
+    """Return the settings that change a result beyond rounding errors."""
     lossy_settings = {
         "quant": config.quant if config.quant != "none" else None,
         "attention": config.attention if config.attention in EIGHT_BIT_BACKENDS else None,
@@ -37,7 +37,10 @@ def list_lossy_settings(config: RunConfig) -> list[str]:
 def compute_speed(
     plan: Plan, seconds: float, num_steps: int, num_guessed_steps: int
 ) -> dict[str, float]:
-    """Return seconds of a step, and of a rank 10^12 operations a second in the steps that were not guessed."""
+    """Return seconds per step, and TFLOP/s of one rank in the steps that the cache did not guess.
+
+    Empty where there is nothing to measure. ``seconds`` are those of all ``num_steps`` steps.
+    """
     if num_steps == 0 or seconds == 0 or plan.workload is None:
         return {}
     operations_per_step = len(plan.workload.text_lengths) * count_forward_flops(

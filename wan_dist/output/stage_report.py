@@ -1,4 +1,4 @@
-"""What a run cost: seconds and peak memory of each stage, logged as it goes and kept in a JSON record beside the video."""
+"""Stage report: seconds and peak memory of each stage, logged and saved in a JSON record beside the video."""
 
 import json
 import logging
@@ -27,10 +27,13 @@ _GIB = 2**30
 
 
 class StageReport:
-    """Collects the stages of one video. ``facts`` are further entries of the record; a quiet one logs nothing.
+    """Collects the stages of one video.
 
-    ``host_gib`` is the most of the host's memory that the process had for itself during a stage; ``peak_host_gib`` is its largest
-    resident set so far, which counts mapped pages of the weight files too, which the system takes back when it needs the memory.
+    ``metadata`` are further entries of the record; a ``quiet`` report logs at level DEBUG only.
+
+    ``host_gib`` of a stage is the peak of the process's private host memory during it. ``peak_host_gib`` is
+    the peak resident set of the process so far. It includes mapped pages of the weight files, which the
+    system reclaims when it needs the memory.
     """
 
     def __init__(self, config: RunConfig, device: torch.device, *, quiet: bool = False) -> None:
@@ -41,7 +44,7 @@ class StageReport:
         self._open_stage_peak_bytes: list[int] = []
         self.stages: dict[str, dict[str, float]] = {}
         self.other_rank_stages: list[dict[str, dict[str, float]]] = []
-        """The stages of the video's other ranks, before it is decoded."""
+        """Stages of the video's other ranks, before it is decoded."""
         self.metadata: dict[str, Any] = {
             "config": asdict(config),
             "versions": {
@@ -62,17 +65,12 @@ class StageReport:
     ) -> Iterator[None]:
         """Time a stage and log one line when it is done; stages may nest.
 
-        Of one that goes on ``beside`` another video's, the GPU's memory is not noted: it counts as that of the other.
+        A stage that fails is not recorded, and its GPU peak counts for the stages around it. Of one that is
+        ``is_concurrent`` with another video's stages, GPU memory is not recorded: it counts as theirs.
         """
         measures_gpu = self.device.type == "cuda" and not is_concurrent
         if measures_gpu:
-            peak_bytes = torch.cuda.max_memory_allocated(
-                self.device
-            )  # the counter starts anew; an open stage keeps what it saw
-            self._open_stage_peak_bytes = [
-                max(peak_bytes, open_peak_bytes) for open_peak_bytes in self._open_stage_peak_bytes
-            ]
-            torch.cuda.reset_peak_memory_stats(self.device)
+            self._restart_gpu_peak()
         self._open_stage_peak_bytes.append(0)
         start, wall_start_time = time.perf_counter(), time.time()
         try:
@@ -80,26 +78,18 @@ class StageReport:
         except BaseException as error:
             error.add_note(f"in stage {name}, after {time.perf_counter() - start:.0f} s")
             raise
+        finally:
+            earlier_peak_bytes = self._open_stage_peak_bytes.pop()
         if measures_gpu:
             torch.cuda.synchronize(self.device)
-        stage_peak_bytes = self._open_stage_peak_bytes.pop()
         measurements = {
             "began": round(wall_start_time, 3),
             "seconds": round(time.perf_counter() - start, 3),
+            "peak_host_gib": round(read_peak_host_bytes() / _GIB, 3),
+            "host_gib": round(self._memory_watch.get_peak_since(start) / _GIB, 3),
         }
-        measurements["peak_host_gib"] = round(read_peak_host_bytes() / _GIB, 3)
-        measurements["host_gib"] = round(self._memory_watch.get_peak_since(start) / _GIB, 3)
         if measures_gpu:
-            measurements["peak_gpu_gib"] = round(
-                max(stage_peak_bytes, torch.cuda.max_memory_allocated(self.device)) / _GIB, 3
-            )
-            measurements["reserved_gpu_gib"] = round(
-                torch.cuda.max_memory_reserved(self.device) / _GIB, 3
-            )  # since the last stage began
-            free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
-            measurements["outside_gpu_gib"] = round(
-                (total_bytes - free_bytes - torch.cuda.memory_reserved(self.device)) / _GIB, 3
-            )  # driver, others
+            measurements |= self._measure_gpu_memory(earlier_peak_bytes)
         self.stages[name] = measurements
         memory_text = f", GPU peak {measurements['peak_gpu_gib']:.1f} GiB" if measures_gpu else ""
         logger.log(
@@ -111,12 +101,37 @@ class StageReport:
             f"  {detail}" if detail else "",
         )
 
+    def _restart_gpu_peak(self) -> None:
+        """Reset CUDA's peak counter for a new stage; the stages that are open keep the peak so far."""
+        peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        self._open_stage_peak_bytes = [
+            max(peak_bytes, open_peak_bytes) for open_peak_bytes in self._open_stage_peak_bytes
+        ]
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _measure_gpu_memory(self, earlier_peak_bytes: int) -> dict[str, float]:
+        """Return the GPU memory of a stage, in GiB.
+
+        ``earlier_peak_bytes`` is the stage's peak before its last inner stage started.
+        """
+        peak_bytes = max(earlier_peak_bytes, torch.cuda.max_memory_allocated(self.device))
+        # reserved since the last stage began, as the counter has been reset then
+        reserved_bytes = torch.cuda.max_memory_reserved(self.device)
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+        # outside PyTorch's allocator: the driver, NCCL, other processes
+        outside_bytes = total_bytes - free_bytes - torch.cuda.memory_reserved(self.device)
+        return {
+            "peak_gpu_gib": round(peak_bytes / _GIB, 3),
+            "reserved_gpu_gib": round(reserved_bytes / _GIB, 3),
+            "outside_gpu_gib": round(outside_bytes / _GIB, 3),
+        }
+
     def record_out_of_memory(self, name: str) -> None:
-        """Note that a stage ran out of memory and was done in another way than planned."""
+        """Record that a stage ran out of memory and used a fallback."""
         self.metadata.setdefault("ran_out", []).append(name)
 
     def record_read_speed(self, name: str, num_bytes: int) -> None:
-        """Note and log how fast a stage that is done has read this rank's share of a file."""
+        """Record and log how fast a finished stage has read this rank's shard of a file."""
         gb_per_second = num_bytes / 1e9 / max(self.stages[name]["seconds"], 1e-3)
         self.stages[name] |= {
             "read_gb": round(num_bytes / 1e9, 3),
@@ -125,7 +140,11 @@ class StageReport:
         logger.log(self.log_level, "read      %.1f GB at %.1f GB/s", num_bytes / 1e9, gb_per_second)
 
     def compare_memory(self, stage_memories: Sequence[StageMemory], ranks_per_node: int) -> None:
-        """Put the plan's GiB for one rank beside the measured peaks, of all ranks, in the record, and log the largest."""
+        """Record a rank's planned GiB beside the measured peaks over all ranks, and log the largest.
+
+        A planned stage is compared with all measured ones whose name begins with its name: two experts are
+        loaded in two stages.
+        """
         comparison_by_stage = {}
         for stage_memory in stage_memories:
             stages_by_rank = [self.stages, *self.other_rank_stages]
@@ -134,7 +153,7 @@ class StageReport:
                 for stages in stages_by_rank
                 for name, stage in stages.items()
                 if name.split()[0] == stage_memory.name
-            ]  # two experts load each
+            ]
             if not measured_stages:
                 continue
             planned_host_bytes = stage_memory.host_bytes / ranks_per_node + (

@@ -1,4 +1,7 @@
-"""Frames -> files: H.264 video streamed to ffmpeg as frames arrive, or a PNG; written aside and renamed when whole."""
+"""Video writer: H.264 through ffmpeg as frames arrive, or PNG, and safetensors.
+
+Files are written under a temporary name and renamed when they are complete.
+"""
 
 import contextlib
 import itertools
@@ -20,29 +23,15 @@ from torch import Tensor
 from wan_dist.runtime.atomic_write import atomic_write
 
 _ENCODING_OPTIONS = [
-    *(
-        "-c:v",
-        "libx264",
-        "-crf",
-        "10",
-        "-pix_fmt",
-        "yuv420p",
-    ),  # the rate factor is what the reference's quality=8 means
+    # the rate factor is what quality=8 of the reference implementation means
+    *("-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p"),
     *("-vf", "scale=out_color_matrix=bt709:out_range=tv"),
-    *(
-        "-colorspace",
-        "bt709",
-        "-color_primaries",
-        "bt709",
-        "-color_trc",
-        "bt709",
-    ),  # untagged, players guess by the size
+    # of untagged videos, players guess the colour space from the size
+    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
     *("-movflags", "+faststart"),
 ]
-
-
 _MAX_WAITING_CHUNKS = 2
-"""Chunks that may wait to be encoded."""
+"""Chunks that may wait to be encoded, which bounds the host memory."""
 
 
 class SaveError(RuntimeError):
@@ -50,7 +39,10 @@ class SaveError(RuntimeError):
 
 
 def convert_to_uint8(frames: Tensor) -> Tensor:
-    """Return frames in [-1, 1] as uint8 in 0 ... 255, rounded to nearest, on the same device; those that are uint8 as they are."""
+    """Return frames in [-1, 1] as uint8 in 0 ... 255, rounded to nearest, on the same device.
+
+    Frames that are uint8 are returned unchanged.
+    """
     return (
         frames
         if frames.dtype == torch.uint8
@@ -61,7 +53,8 @@ def convert_to_uint8(frames: Tensor) -> Tensor:
 def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: int) -> None:
     """Write uint8 chunks (n, H, W, 3) as they arrive to an mp4 (H.264, yuv420p).
 
-    ``path`` appears only when the file holds all ``num_frames`` frames. Raises SaveError otherwise; an error from ``chunks`` passes.
+    ``path`` appears only when the file has all ``num_frames`` frames. Raises SaveError otherwise; an error
+    from ``chunks`` is passed on.
     """
     try:
         with atomic_write(path) as temporary_file:
@@ -76,18 +69,12 @@ def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: in
 
 
 def _count_frames(path: Path) -> int:
-    """Decode a video and return how many frames it has; in a process group of its own, which Ctrl-C does not reach. Raises SaveError."""
-    command = [
-        _find_ffmpeg(),
-        "-nostdin",
-        "-i",
-        str(path.absolute()),
-        "-map",
-        "0:v:0",
-        "-f",
-        "null",
-        "-",
-    ]
+    """Decode a video and return its number of frames; raises SaveError.
+
+    ffmpeg runs in a process group of its own, which Ctrl-C does not reach.
+    """
+    input_options = ["-nostdin", "-i", str(path.absolute())]
+    command = [_find_ffmpeg(), *input_options, "-map", "0:v:0", "-f", "null", "-"]
     completed_process = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
     )
@@ -95,7 +82,8 @@ def _count_frames(path: Path) -> int:
     if completed_process.returncode or not frame_counts:
         last_lines = completed_process.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise SaveError(
-            f"cannot read {path} again: ffmpeg says {' '.join(last_lines) or 'nothing'} (exit code {completed_process.returncode})"
+            f"cannot read {path} again: ffmpeg says {' '.join(last_lines) or 'nothing'} "
+            f"(exit code {completed_process.returncode})"
         )
     return int(frame_counts[-1])
 
@@ -110,31 +98,10 @@ def _find_ffmpeg() -> str:
 def _encode_video(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
     first_chunk = next(chunks)
     height, width = first_chunk.shape[1:3]
-    input_options = [
-        "-f",
-        "rawvideo",
-        "-pix_fmt",
-        "rgb24",
-        "-s",
-        f"{width}x{height}",
-        "-r",
-        str(fps),
-        "-i",
-        "-",
-    ]
-    command = [
-        _find_ffmpeg(),
-        "-y",
-        "-loglevel",
-        "error",
-        *input_options,
-        *_ENCODING_OPTIONS,
-        str(path.absolute()),
-    ]
     with (
         tempfile.TemporaryFile() as error_file,
         subprocess.Popen(
-            command,
+            _build_encoding_command(path, width, height, fps),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=error_file,
@@ -143,19 +110,10 @@ def _encode_video(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
         ThreadPoolExecutor(1) as sender,  # while a chunk is sent and encoded, the next one is made
     ):
         assert ffmpeg.stdin is not None
-        pending_sends: deque[Future[None]] = deque()
         try:
-            with contextlib.suppress(
-                BrokenPipeError
-            ):  # ffmpeg gave up; its exit code and last words follow
-                for chunk in itertools.chain([first_chunk], chunks):
-                    pending_sends.append(
-                        sender.submit(_send_frames, *_copy_to_host(chunk), ffmpeg.stdin)
-                    )
-                    if len(pending_sends) > _MAX_WAITING_CHUNKS:
-                        pending_sends.popleft().result()
-                while pending_sends:
-                    pending_sends.popleft().result()
+            # a broken pipe: ffmpeg has ended; its exit code and last lines are read below
+            with contextlib.suppress(BrokenPipeError):
+                _send_chunks(itertools.chain([first_chunk], chunks), ffmpeg.stdin, sender)
         except BaseException:
             ffmpeg.kill()
             raise
@@ -167,12 +125,33 @@ def _encode_video(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
             error_file.seek(0)
             last_lines = error_file.read().decode(errors="replace").strip().splitlines()[-1:]
             raise SaveError(
-                f"cannot write {path}: ffmpeg says {' '.join(last_lines) or 'nothing'} (exit code {ffmpeg.returncode})"
+                f"cannot write {path}: ffmpeg says {' '.join(last_lines) or 'nothing'} "
+                f"(exit code {ffmpeg.returncode})"
             )
 
 
+def _build_encoding_command(path: Path, width: int, height: int, fps: int) -> list[str]:
+    """Return the ffmpeg command that encodes raw RGB frames from standard input."""
+    frame_format = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+    input_options = [*frame_format, "-r", str(fps), "-i", "-"]
+    log_options = ["-y", "-loglevel", "error"]
+    output_options = [*_ENCODING_OPTIONS, str(path.absolute())]
+    return [_find_ffmpeg(), *log_options, *input_options, *output_options]
+
+
+def _send_chunks(chunks: Iterable[Tensor], pipe: IO[bytes], sender: ThreadPoolExecutor) -> None:
+    """Write chunks to a pipe in the sender's thread; at most ``_MAX_WAITING_CHUNKS`` wait for it."""
+    pending_sends: deque[Future[None]] = deque()
+    for chunk in chunks:
+        pending_sends.append(sender.submit(_send_frames, *_copy_to_host(chunk), pipe))
+        if len(pending_sends) > _MAX_WAITING_CHUNKS:
+            pending_sends.popleft().result()
+    while pending_sends:
+        pending_sends.popleft().result()
+
+
 def _copy_to_host(chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Begin to copy a chunk to the host; returns the copy and what to wait for before it is read."""
+    """Start to copy a chunk to the host; return the copy, and the event to wait for before it is read."""
     if not chunk.is_cuda:
         return chunk, None
     host_chunk = torch.empty(chunk.shape, dtype=chunk.dtype, pin_memory=True).copy_(
@@ -201,7 +180,10 @@ def save_image(path: Path, frame: Tensor) -> None:
 def save_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write tensors as safetensors, with ``facts`` in its header; ``path`` appears when the file is whole. Raises SaveError."""
+    """Write tensors as safetensors, with ``metadata`` in the header.
+
+    ``path`` appears when the file is complete. Raises SaveError.
+    """
     try:
         with atomic_write(path) as temporary_file:
             temporary_file.write_bytes(save(tensors, metadata))

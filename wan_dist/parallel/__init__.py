@@ -1,1 +1,1 @@
-"""Everything that knows there is more than one rank: groups, and one file for each way to use them."""
+"""Distributed execution: process groups, collectives, and one file per parallelism strategy."""

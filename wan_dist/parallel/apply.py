@@ -1,4 +1,4 @@
-"""The order in which parallelism is applied, and nothing else."""
+"""Parallelism strategies, applied to a transformer in the order that they need."""
 
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.fsdp import apply_fsdp
@@ -12,7 +12,11 @@ from wan_dist.parallel.usp import apply_usp
 def parallelize_transformer(
     model: WanTransformer, groups: ProcessGroups, *, is_sharded: bool, usp: str = "plain"
 ) -> None:
-    """Spread a transformer, still on meta, over the ranks: sequence, attention (``usp``: plain or xfuser), then weights."""
+    """Parallelize a transformer that is still on the meta device.
+
+    The order is sequence split, attention, then weight sharding (``is_sharded``). ``usp`` is the
+    implementation of sequence-parallel attention: plain or xfuser.
+    """
     if groups.sp.size > 1:
         sequence = apply_sequence_split(model, groups.sp)
         if usp == "xfuser":

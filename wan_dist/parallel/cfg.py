@@ -1,4 +1,4 @@
-"""Guidance-parallel: each branch of classifier-free guidance on ranks of its own."""
+"""CFG parallelism: each branch of classifier-free guidance is computed on ranks of its own."""
 
 from torch import Tensor
 
@@ -8,9 +8,10 @@ from wan_dist.sampling.guidance import VelocityPredictor, apply_guidance
 
 
 class ParallelGuidance:
-    """Classifier-free guidance, where the first rank of the axis has the prompt and the second the negative one; one small exchange a step.
+    """Classifier-free guidance over the two ranks of an axis, with one small all-gather per step.
 
-    Both are computed whatever the scale, so that all ranks make the same number of forward calls, as sharded weights need.
+    The first rank computes the prompt's velocity, the second the negative prompt's. Both are computed
+    whatever the scale, so that all ranks make the same number of forward calls, as sharded weights need.
     """
 
     def __init__(self, velocities: VelocityPredictor, *, scale: float, axis: Axis) -> None:

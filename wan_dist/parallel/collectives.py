@@ -1,6 +1,7 @@
-"""The only place that sends tensors between ranks. On an axis of size 1 every function returns its input.
+"""Collectives and point-to-point transfers of tensors over an axis; no other module sends tensors.
 
-Tensors may have any strides, dtype and device: what a group exchanges are contiguous bytes on its own device, see `_bytes_of`.
+On an axis of size 1 nothing is sent: every function returns what it was given. Tensors may have any strides,
+dtype and device: a group exchanges contiguous bytes on its own device, see `_pack_bytes`.
 """
 
 import math
@@ -15,14 +16,13 @@ from torch import Tensor
 from wan_dist.parallel.mesh import Axis
 
 T = TypeVar("T")
-_ALL_GATHER = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)  # renamed in torch 2.13
+# renamed in torch 2.13
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @contextmanager
 def note_awaited_ranks(axis: Axis) -> Iterator[None]:
-    """Say in an error of a connection for which other ranks this one was waiting."""
+    """Add a note to connection errors that names the ranks that this rank was waiting for."""
     try:
         yield
     except RuntimeError as error:
@@ -32,33 +32,33 @@ def note_awaited_ranks(axis: Axis) -> Iterator[None]:
                 rank for rank in dist.get_process_group_ranks(axis.group) if rank != dist.get_rank()
             ]
             error.add_note(
-                f"waiting for rank{'s' if len(awaited_ranks) > 1 else ''} {', '.join(map(str, awaited_ranks))}"
+                f"waiting for rank{'s' if len(awaited_ranks) > 1 else ''} "
+                f"{', '.join(map(str, awaited_ranks))}"
             )
         raise
 
 
 def _choose_exchange_device(axis: Axis, device: torch.device) -> torch.device:
-    """Return the device on which the axis exchanges tensors: the one given where its group can, else the group's own."""
+    """Return the device for exchanges on the axis: ``device`` if its group can use it, else the group's."""
     assert axis.group is not None
     device_types = {group_device.type for group_device in axis.group._device_types}
-    return (
-        device
-        if device.type in device_types
-        else torch.device("cpu" if "cpu" in device_types else device_types.pop())
-    )
+    if device.type in device_types:
+        return device
+    return torch.device("cpu" if "cpu" in device_types else device_types.pop())
 
 
 def _pack_bytes(x: Tensor, axis: Axis) -> Tensor:
-    """Return x as it is sent, its bytes (n,) in the order of its dims; a copy only where x is not so in memory already.
+    """Return the bytes (n,) of x, uint8, in the order of its dims, as they are sent.
 
-    Backends want contiguous tensors on their own device, and each lacks some dtypes.
+    Backends want contiguous tensors on their own device, and each lacks some dtypes. The data is copied
+    only if x is not contiguous or is on another device.
     """
     x = x.to(_choose_exchange_device(axis, x.device)).contiguous()
     return x.as_strided((x.numel(),), (1,)).view(torch.uint8)  # dims of size 1 may have any stride
 
 
 def _allocate_bytes(like: Tensor, axis: Axis, shape: Sequence[int]) -> Tensor:
-    """Return room for the bytes of a tensor like x, but for its shape."""
+    """Return a byte buffer on the exchange device for a tensor of this shape and the dtype of ``like``."""
     return torch.empty(
         math.prod(shape) * like.element_size(),
         dtype=torch.uint8,
@@ -67,12 +67,15 @@ def _allocate_bytes(like: Tensor, axis: Axis, shape: Sequence[int]) -> Tensor:
 
 
 def _unpack_bytes(received: Tensor, like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return the tensor like x, but for its shape, whose bytes were received; contiguous."""
+    """Return received bytes as a contiguous tensor of this shape, with the dtype and device of ``like``."""
     return received.view(like.dtype).view(tuple(shape)).to(like.device)
 
 
 def all_to_all(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
-    """x (N, ...): share i goes to rank i of the axis; begun now, the call returns (N, ...), share j from rank j."""
+    """Start an all-to-all of x (N, ...), whose slice i goes to rank i of the axis.
+
+    The returned function waits for it and returns (N, ...), whose slice j came from rank j.
+    """
     if axis.size == 1:
         return lambda: x
     send_buffer, receive_buffer = _pack_bytes(x, axis), _allocate_bytes(x, axis, x.shape)
@@ -88,7 +91,7 @@ def all_to_all(x: Tensor, axis: Axis) -> Callable[[], Tensor]:
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:
-    """Return (N, ...): every rank's x, in the order of ranks."""
+    """Return every rank's x (...), in the order of ranks: (N, ...)."""
     if axis.size == 1:
         return x.unsqueeze(0)
     shape = (axis.size, *x.shape)
@@ -101,7 +104,10 @@ def all_gather(x: Tensor, axis: Axis) -> Tensor:
 def _start_transfers(
     sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], axis: Axis
 ) -> Callable[[], None]:
-    """Start to send and receive bytes, each to or from a rank of the world; the call that comes back waits for all of them."""
+    """Start sending and receiving byte buffers, each to or from a global rank.
+
+    The returned function waits for all of them.
+    """
     operations = [
         dist.P2POp(dist.isend, send_buffer, rank, axis.group) for send_buffer, rank in sends
     ]
@@ -116,15 +122,15 @@ def _start_transfers(
         with note_awaited_ranks(axis):
             for work in works:
                 work.wait()
-        operations.clear()  # until now they have held what is sent
+        operations.clear()  # they keep the send buffers alive until here
 
     return wait
 
 
 def send_to_next(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]]:
-    """Begin to send tensors to the next rank of the axis; the call that comes back waits for those of the one before.
+    """Start sending tensors to the next rank of the axis, and receiving those of the previous one.
 
-    All ranks' shapes are equal.
+    The returned function waits and returns the received tensors. Shapes must be equal on all ranks.
     """
     if axis.size == 1:
         return lambda: tensors
@@ -153,9 +159,10 @@ def send_to_next(tensors: list[Tensor], axis: Axis) -> Callable[[], list[Tensor]
 def exchange_halos(
     to_previous: Tensor, to_next: Tensor, axis: Axis
 ) -> Callable[[], tuple[Tensor | None, Tensor | None]]:
-    """Begin to give ``first`` to the rank before and ``last`` to the one after; the call waits for theirs.
+    """Start sending ``to_previous`` and ``to_next`` to the neighbouring ranks, and receiving their halos.
 
-    None at the ends of the axis. All ranks' shapes are equal.
+    The returned function waits and returns the halos from the previous and from the next rank; None at the
+    ends of the axis. Shapes must be equal on all ranks.
     """
     ranks = [0] if axis.size == 1 else dist.get_process_group_ranks(axis.group)
     has_previous, has_next = axis.rank > 0, axis.rank < axis.size - 1
@@ -190,9 +197,9 @@ def exchange_halos(
 
 
 def gather_on_first_rank(x: Tensor, lengths: list[int], dim: int, axis: Axis) -> Tensor | None:
-    """Return every rank's x, put together along ``dim``, on the first rank of the axis; None on the others.
+    """Return every rank's x, concatenated along ``dim``, on the first rank of the axis; None on the others.
 
-    Shapes differ in that dim only, where they are ``lengths``.
+    Shapes differ in ``dim`` only, where the ranks' sizes are ``lengths``.
     """
     if axis.size == 1:
         return x
@@ -211,7 +218,7 @@ def gather_on_first_rank(x: Tensor, lengths: list[int], dim: int, axis: Axis) ->
 
 
 def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | None:
-    """Return the first rank's tensor, or None if that has none, on ``device`` of all ranks of the axis."""
+    """Return the first rank's tensor, or None if it has none, on ``device`` on all ranks of the axis."""
     if axis.size == 1:
         return None if x is None else x.to(device)
     header = broadcast_object(None if x is None else (tuple(x.shape), x.dtype), axis)
@@ -230,7 +237,7 @@ def broadcast(x: Tensor | None, axis: Axis, device: torch.device) -> Tensor | No
 
 
 def broadcast_object(value: T, axis: Axis) -> T:
-    """Return the first rank's value, any that can be pickled, on all ranks of the axis."""
+    """Return the first rank's value, which must be picklable, on all ranks of the axis."""
     if axis.size == 1:
         return value
     object_list = [value]
@@ -240,7 +247,7 @@ def broadcast_object(value: T, axis: Axis) -> T:
 
 
 def gather_objects(value: T, axis: Axis) -> list[T]:
-    """Return every rank's value, any that can be pickled, in the order of ranks, on all ranks of the axis."""
+    """Return every rank's value, which must be picklable, in the order of ranks, on all ranks of the axis."""
     if axis.size == 1:
         return [value]
     objects: list[T | None] = [None] * axis.size

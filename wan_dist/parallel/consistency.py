@@ -1,4 +1,7 @@
-"""A check that all ranks of a replica work on the same latents: half-noise videos come from ranks that do not."""
+"""Consistency checks across ranks: all ranks of a replica must hold the same latents.
+
+If they do not, the video is partly noise.
+"""
 
 import torch
 from torch import Tensor
@@ -8,7 +11,7 @@ from wan_dist.parallel.mesh import Axis
 from wan_dist.sampling.step_cache import VelocityFunction
 
 _INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers, by bytes."""
+"""Integer dtypes by element size in bytes."""
 
 
 def is_set_on_any_rank(flag: bool, axis: Axis, device: torch.device) -> bool:
@@ -21,17 +24,21 @@ def is_set_on_any_rank(flag: bool, axis: Axis, device: torch.device) -> bool:
 
 
 def compute_checksum(x: Tensor) -> Tensor:
-    """Return a checksum (1,), int64, of the bits of x, which any device and number of threads computes alike.
+    """Return a checksum (1,), int64, of the bits of x, the same on any device and with any number of threads.
 
-    Each value's bits count times an odd number that goes by its place, modulo 2^64: integers sum up to the same in any order, which
-    floats do not, and tensors that differ in one value never have the same sum.
+    It is the sum of each value's bits times an odd number given by the value's position, modulo 2^64.
+    Integer sums do not depend on the order of summation, as float sums do, and tensors that differ in
+    exactly one value never have the same checksum.
     """
     bits = x.flatten().contiguous().view(_INTEGER_DTYPES[x.element_size()]).long()
     return (bits * (2 * torch.arange(x.numel(), device=x.device) + 1)).sum().view(1)
 
 
 class ConsistencyCheck:
-    """A prediction that first compares a checksum of the latents over the ranks of an axis, in the first two steps."""
+    """A velocity prediction preceded by a check that the ranks of an axis hold the same latents.
+
+    In the first two steps the ranks compare checksums of their latents.
+    """
 
     def __init__(self, predict: VelocityFunction, axis: Axis) -> None:
         self.predict = predict
@@ -39,7 +46,7 @@ class ConsistencyCheck:
         self.num_checks_left = 2
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
-        """Return the prediction; raises RuntimeError, naming the ranks, if they disagree."""
+        """Return the prediction; raises RuntimeError, which names the ranks, if their latents differ."""
         if self.axis.size > 1 and self.num_checks_left:
             self.num_checks_left -= 1
             checksums = all_gather(compute_checksum(latents), self.axis).flatten().tolist()
@@ -48,7 +55,7 @@ class ConsistencyCheck:
             ]
             if mismatched_ranks:
                 raise RuntimeError(
-                    f"ranks {mismatched_ranks} of the replica hold other latents than its first rank at timestep {timestep}: the video would "
-                    f"be noise (checksums {checksums})"
+                    f"ranks {mismatched_ranks} of the replica hold other latents than its first rank "
+                    f"at timestep {timestep}: the video would be noise (checksums {checksums})"
                 )
         return self.predict(latents, timestep)

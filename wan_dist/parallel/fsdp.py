@@ -1,4 +1,4 @@
-"""Weights sharded over the ranks of a replica, block by block (PyTorch's FSDP2, fully_shard)."""
+"""Fully sharded weights (PyTorch's FSDP2, `fully_shard`) over the ranks of a replica, block by block."""
 
 import itertools
 from collections.abc import Iterable
@@ -9,19 +9,20 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Shard every block, and each of the model's other parts; while a block computes, the next one is gathered, and no other.
+    """Shard every block and each of the model's other parts over the ranks of ``mesh``.
 
-    Vectors of a block (norms, modulation) stay whole on every rank: they are small, and of another dtype than the matrices, which
-    would slow each gathering down.
+    While a block computes, the weights of the next one are all-gathered, and of no other. Vectors of a
+    block (norms, modulation) are replicated: they are small, and of another dtype than the matrices, which
+    would slow down every all-gather.
     """
-    model.requires_grad_(False)  # parameters of several dtypes may then share a part
+    model.requires_grad_(False)  # then one FSDP unit may hold parameters of several dtypes
     sharded_blocks = []
     for block in blocks:
         vectors = {
             parameter
             for name, parameter in block.named_parameters()
             if parameter.numel() <= 8 * max(parameter.shape)
-            and not name.endswith((".scale", ".offset"))  # their rows are the weight's
+            and not name.endswith((".scale", ".offset"))  # sharded like the rows of their weight
         }
         sharded_blocks.append(
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=vectors)
@@ -35,10 +36,10 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) 
 
 
 def _prefetch_weights(module: FSDPModule, next_module: FSDPModule) -> None:
-    """Begin to gather ``after`` when ``now`` begins to compute.
+    """Start to all-gather the weights of ``next_module`` when the forward pass of ``module`` starts.
 
-    Unlike `set_modules_to_forward_prefetch`, this lets the buffer of a block's gathering go as soon as the block has been copied out
-    of it, so that two blocks are in memory at a time instead of three.
+    Unlike `set_modules_to_forward_prefetch`, this frees the buffer of a block's all-gather as soon as the
+    block's weights have been copied out of it, so that two blocks are in memory at a time instead of three.
     """
 
     def start_unshard(*_: object) -> None:

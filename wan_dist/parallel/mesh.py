@@ -1,4 +1,7 @@
-"""Degrees -> process groups. All four axes always exist; on an axis of size 1 nothing is sent."""
+"""Device mesh and process groups of a run, made from the degrees of parallelism.
+
+All four axes (dp, cfg, ring, ulysses) always exist; on an axis of size 1 nothing is sent.
+"""
 
 import contextlib
 import gc
@@ -30,24 +33,31 @@ T = TypeVar("T")
 
 @dataclass
 class Axis:
-    """Where this rank is on one axis of the mesh, or on several taken together."""
+    """Position of this rank on one axis of the mesh, or on several axes flattened into one."""
 
     rank: int = 0
     size: int = 1
     group: dist.ProcessGroup | None = None
-    """None where the size is 1; another one once the groups have been opened anew. Replicas have none in common: see `Team`."""
+    """None where the size is 1, and between replicas, which communicate through the store: see `Coordinator`.
+
+    Replaced when the groups are reopened after an error.
+    """
 
 
 @dataclass
 class ProcessGroups:
-    """The axes of a run. ``sp``: ring and ulysses together; ``replica``: everything that works on one video; ``dp``: the replicas."""
+    """The axes of a run's mesh, and their process groups.
+
+    ``sp`` is ring and ulysses flattened into one axis; ``replica`` holds all ranks that work on one video;
+    ``dp`` is the axis of the replicas.
+    """
 
     degrees: Degrees = field(default_factory=Degrees)
     coordinator: Coordinator = field(default_factory=lambda: Coordinator(RankLayout(), 60))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     timeout_seconds: float = 600.0
     rank: int = 0
-    """Among all ranks."""
+    """Rank in the whole run."""
     local_rank: int = 0
     dp: Axis = field(default_factory=Axis)
     cfg: Axis = field(default_factory=Axis)
@@ -56,34 +66,36 @@ class ProcessGroups:
     sp: Axis = field(default_factory=Axis)
     replica: Axis = field(default_factory=Axis)
     replica_mesh: DeviceMesh | None = None
-    """Over which weights are sharded; None for one rank."""
+    """Mesh over which weights are sharded; None for one rank."""
     gloo_sockets: dict[int, str] = field(default_factory=dict)
-    """Connections of gloo's groups: descriptors, and what they are."""
+    """Sockets of the gloo groups: file descriptors and their targets, see `find_sockets`."""
     is_aborted: bool = False
-    """What has been sent or computed since then may be anything: on a GPU, aborted collectives end without an error."""
+    """Once set, results may be undefined: on a GPU, aborted collectives end without an error."""
     num_openings: int = 0
+    """How many times the process groups were opened."""
     num_keys_used: int = 0
-    """Times that the ranks of the replica have met, for what they do together; the same on all of them."""
+    """Store keys used for joint work so far; the same on all ranks of the replica."""
 
     @property
     def replica_ranks(self) -> range:
-        """The ranks of this replica, among all."""
+        """The ranks of this replica, as numbered in the whole run."""
         size = self.degrees.ranks_per_replica
         return range(self.dp.rank * size, (self.dp.rank + 1) * size)
 
     @property
     def distinct_groups(self) -> list[dist.ProcessGroup]:
-        """Each of the axes' process groups, once."""
+        """The axes' process groups, each once."""
         axes = (self.cfg, self.ring, self.ulysses, self.sp, self.replica)
         return list(
             {id(axis.group): axis.group for axis in axes if axis.group is not None}.values()
         )
 
     def open(self) -> None:
-        """Make process groups for all axes, anew if there were any, and none for one rank; called by all ranks of the replica.
+        """Create the process groups of all axes, or recreate them; called by all ranks of the replica.
 
-        Axes with the same ranks share a process group: each takes memory of a GPU. Those inside attention have groups of their own, since
-        what is sent in a group waits for what was sent before, and weights are gathered ahead.
+        One rank has none. Axes with the same ranks share a process group, since each takes GPU memory. The
+        axes used inside attention have groups of their own: operations of a group run in order, and weights
+        are all-gathered ahead of time.
         """
         if self.replica.size == 1:
             return
@@ -96,32 +108,37 @@ class ProcessGroups:
         self.num_openings += 1
         sockets_before = find_sockets()
         is_cuda = self.device.type == "cuda"
+        backend = "nccl" if is_cuda else "gloo"
+        bound_device = self.device if is_cuda else None
         dist.init_process_group(
-            "nccl" if is_cuda else "gloo",
+            backend,
             store=self.coordinator.make_prefix_store(f"groups/{self.dp.rank}/{self.num_openings}"),
             rank=self.coordinator.rank - self.replica_ranks.start,
             world_size=self.degrees.ranks_per_replica,
             timeout=timedelta(seconds=self.timeout_seconds),
-            device_id=self.device if is_cuda else None,
+            device_id=bound_device,
         )
         self.create_axis_groups()
         if self.replica.group is not None:
             self.replica_mesh = DeviceMesh.from_group(
                 self.replica.group, self.device.type, mesh_dim_names=("replica",)
             )
-        set_group_timeout(self, self.timeout_seconds)  # new groups do not take it over
+        set_group_timeout(self, self.timeout_seconds)  # new groups do not inherit it
         self.gloo_sockets = dict(find_sockets().items() - sockets_before.items())
 
     def _check_can_reopen(self) -> None:
-        """Raise RankError where groups cannot be made anew: after two of NCCL's communicators were aborted, new ones failed."""
+        """Raise RankError where the groups cannot be recreated.
+
+        After two NCCL communicators were aborted, creating new ones failed.
+        """
         if self.device.type == "cuda" and len(self.distinct_groups) > 1:
             raise RankError(
-                "after an error of one rank the run ends, as its ranks have several NCCL communicators (parallel.ulysses, parallel.ring), "
-                "which are not made anew; the same command goes on"
+                "after an error of one rank the run ends, as its ranks have several NCCL communicators "
+                "(parallel.ulysses, parallel.ring), which are not made anew; the same command goes on"
             )
 
     def create_axis_groups(self) -> None:
-        """Cut the ranks of the default process group, which are the replica's, into the axes."""
+        """Create the axes' groups from the default process group, whose ranks are the replica's."""
         degrees = self.degrees
         rank_grid = torch.arange(degrees.ranks_per_replica).view(
             1, degrees.cfg, degrees.ring, degrees.ulysses
@@ -150,25 +167,33 @@ class ProcessGroups:
             axis.group = group_by_rows[key]
 
     def abort(self) -> None:
-        """Break off whatever is sent in the groups, on this rank, and with gloo on those that it was to be sent to; from any thread."""
+        """Abort the pending operations of all groups on this rank; with gloo, on its peers as well.
+
+        May be called from any thread.
+        """
         self.is_aborted = True
         if self.device.type != "cuda":
             _shut_down_sockets(self.gloo_sockets)
             return
         groups = self.distinct_groups
         backend: Any = groups[0]._get_backend(self.device)  # NCCL's
-        backend._group_start()  # aborts of several communicators else wait for each other
-        for group in groups:
-            group.abort()
-        backend._group_end()
+        backend._group_start()  # otherwise aborts of several communicators wait for each other
+        try:
+            for group in groups:
+                group.abort()
+        finally:
+            backend._group_end()
 
     def raise_if_aborted(self) -> None:
-        """Raise RankError where the groups have been aborted, before something is kept that may be anything."""
+        """Raise RankError if the groups were aborted; called before results, then undefined, are saved."""
         if self.is_aborted:
             raise RankError("another rank has failed in what is done together", is_final=False)
 
     def run_on_first_rank(self, make: Callable[[], T], purpose: str) -> T:
-        """Return what the replica's first rank makes, on all its ranks, however long it takes to ``what``."""
+        """Return the result of ``make()``, called on the replica's first rank, on all its ranks.
+
+        The others wait however long it takes. ``purpose`` names it in messages.
+        """
         key = self.make_next_key("shared")
         if self.replica.rank == 0:
             value = make()
@@ -181,12 +206,16 @@ class ProcessGroups:
         return cast(tuple[T], self.coordinator.get(key))[0]
 
     def make_next_key(self, kind: str) -> str:
-        """Return a key in the team's store that all ranks of the replica come to together, and nobody else."""
+        """Return a new key for the run's store, the same on all ranks of the replica and on no others."""
         self.num_keys_used += 1
         return f"{kind}/{self.dp.rank}/{self.num_keys_used}"
 
     def close(self, *, is_collective: bool) -> None:
-        """End all process groups; NCCL waits for the other ranks to do the same, so after an error it is told to give up instead."""
+        """Destroy all process groups, or abort them.
+
+        NCCL waits until the other ranks destroy theirs too, so after an error (``is_collective=False``, or
+        when the groups were aborted) the groups are aborted instead.
+        """
         if not dist.is_initialized():
             return
         if not is_collective or self.is_aborted:
@@ -194,32 +223,34 @@ class ProcessGroups:
             return
         dist.destroy_process_group()
         if self.device.type != "cuda":
-            # Gloo's threads let go of the last collectives' tensors, for which they need the interpreter; one that is ending aborts them.
+            # Gloo's threads release the tensors of the last collectives, for which they need the interpreter;
+            # an interpreter that is shutting down would abort the process.
             time.sleep(0.1)
 
 
 def _shut_down_sockets(sockets: dict[int, str]) -> None:
-    """End connections, so that both ends return from what they wait for; gloo's own abort leaves them open."""
+    """Shut down connections, so that both ends stop waiting; gloo's own abort leaves them open."""
     for descriptor in dict(sockets.items() & find_sockets().items()):
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
-            if not connection.getsockopt(
-                socket.SOL_SOCKET, socket.SO_ACCEPTCONN
-            ):  # gloo ends the process without its listener
+            # gloo ends the process if its listening socket is shut down
+            if not connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
 def select_local_device(name: str) -> torch.device:
-    """Return this rank's device of the kind ``name``: on a node, ranks take the GPUs in order of LOCAL_RANK, or the only one they see.
+    """Return this rank's device of the type ``name``, and make it the current one if it is a GPU.
 
-    Raises InputError where there are GPUs, but not for this rank.
+    The ranks of a node take the visible GPUs in the order of LOCAL_RANK; where a rank sees one GPU, it
+    takes that one. Raises InputError if several GPUs are visible, but none for this rank.
     """
     if name != "cuda":
         return torch.device(name)
     ranks, num_gpus = read_rank_layout(), torch.cuda.device_count()
     if 1 < num_gpus <= ranks.local_rank:
         raise InputError(
-            f"LOCAL_RANK={ranks.local_rank}: rank {ranks.rank} sees {num_gpus} GPUs, and each rank takes its own; start at most {num_gpus} "
-            "ranks on this node (torchrun --nproc_per_node, srun --ntasks-per-node), or let it see more (CUDA_VISIBLE_DEVICES)"
+            f"LOCAL_RANK={ranks.local_rank}: rank {ranks.rank} sees {num_gpus} GPUs, and each rank takes "
+            f"its own; start at most {num_gpus} ranks on this node (torchrun --nproc_per_node, "
+            "srun --ntasks-per-node), or let it see more (CUDA_VISIBLE_DEVICES)"
         )
     device = torch.device("cuda", ranks.local_rank if num_gpus > 1 else 0)
     torch.cuda.set_device(device)
@@ -230,13 +261,13 @@ def select_local_device(name: str) -> torch.device:
 def open_process_groups(
     degrees: Degrees, device: torch.device, *, timeout_seconds: float
 ) -> Iterator[ProcessGroups]:
-    """Make the process groups of all ranks that were started, and end them on any exit; for one rank there are none.
+    """Open the process groups of a run, and close them on any exit; a run of one rank has none.
 
-    Ranks that wait for each other longer than ``timeout`` seconds give up with an error; see `limit_waiting`.
+    Ranks that wait for each other longer than ``timeout_seconds`` fail with an error; see
+    `set_group_timeout`.
     """
-    coordinator = Coordinator(
-        read_rank_layout() if degrees.num_ranks > 1 else RankLayout(), timeout_seconds
-    )
+    ranks = read_rank_layout() if degrees.num_ranks > 1 else RankLayout()
+    coordinator = Coordinator(ranks, timeout_seconds)
     try:
         with process_group_session(
             groups := make_process_groups(degrees, coordinator, device, timeout_seconds)
@@ -248,7 +279,7 @@ def open_process_groups(
 
 @contextmanager
 def process_group_session(groups: ProcessGroups) -> Iterator[None]:
-    """Open the process groups, and end them on any exit."""
+    """Open the process groups, and close them on any exit."""
     try:
         groups.open()
         yield
@@ -259,7 +290,7 @@ def process_group_session(groups: ProcessGroups) -> Iterator[None]:
 
 
 def set_group_timeout(groups: ProcessGroups, timeout_seconds: float) -> None:
-    """From now on, ranks that wait for each other longer than ``timeout`` seconds give up with an error."""
+    """Set the timeout of all groups: ranks that wait for each other longer fail with an error."""
     for group in groups.distinct_groups:
         _set_pg_timeout(timedelta(seconds=timeout_seconds), group)
 
@@ -267,7 +298,7 @@ def set_group_timeout(groups: ProcessGroups, timeout_seconds: float) -> None:
 def make_process_groups(
     degrees: Degrees, coordinator: Coordinator, device: torch.device, timeout_seconds: float
 ) -> ProcessGroups:
-    """Return where this rank is on the axes of a run, before there is any process group: see `Groups.open`."""
+    """Return this rank's position on the axes of a run, without process groups: see `ProcessGroups.open`."""
     replica_size = degrees.ranks_per_replica
     replica_rank, sp_size = coordinator.rank % replica_size, degrees.ring * degrees.ulysses
     return ProcessGroups(

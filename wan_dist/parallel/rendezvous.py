@@ -1,4 +1,7 @@
-"""The store that all ranks of a run share from their start on: torchrun's agent has it, else the first rank."""
+"""Rendezvous store that all ranks of a run share from their start on.
+
+The torchrun agent hosts it, or rank 0 where there is no agent.
+"""
 
 import contextlib
 import os
@@ -21,19 +24,20 @@ from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger
 
 _PATIENCE_SECONDS = 8.0
-"""Seconds after which a rank that waits for others says so."""
+"""Seconds after which a rank that waits for others logs it."""
 _MAX_SILENCE_SECONDS = 30.0
-"""Seconds that the network may take to acknowledge what is sent to the store."""
+"""Seconds within which the network must acknowledge data that is sent to the store."""
 
 
 def open_stores(
     ranks: RankLayout, timeout_seconds: float, *, coordinator_number: int = 1
 ) -> tuple[Store, Store]:
-    """Return two connections to the store of a run, since a blocking call keeps one to itself; one rank has a store of its own.
+    """Return two connections to the store of a run; a run of one rank has a store in memory.
 
-    ``timeout``: seconds to wait for the rank that has the store; ``number``: of the team among this process's.
-    Raises InputError for an address that is not to be had, RuntimeError for
-    one that does not answer.
+    Two, since a blocking call occupies its connection. ``timeout_seconds`` is how long to wait for the rank
+    that hosts the store; ``coordinator_number`` is the number of this `Coordinator` among those of the
+    process. Raises InputError if rank 0 cannot listen on the address, RuntimeError if the address does not
+    answer.
     """
     if ranks.num_ranks == 1:
         store = HashStore()
@@ -61,7 +65,8 @@ def open_stores(
     except RuntimeError as error:
         if ranks.rank == 0 and not is_agent_store:
             raise InputError(
-                f"MASTER_ADDR={host} MASTER_PORT={port} cannot be listened on: {get_first_line(error)}; set another port"
+                f"MASTER_ADDR={host} MASTER_PORT={port} cannot be listened on: "
+                f"{get_first_line(error)}; set another port"
             ) from None
         error.add_note(f"waiting for rank 0 at {host}:{port}")
         raise
@@ -74,7 +79,7 @@ def open_stores(
 
 
 def find_sockets() -> dict[int, str]:
-    """Return the descriptors of this process's sockets, and what they are."""
+    """Return the file descriptors of this process's sockets -> their targets, as ``socket:[inode]``."""
     target_by_descriptor = {}
     for file in Path("/proc/self/fd").glob("*"):
         with contextlib.suppress(OSError):  # closed meanwhile
@@ -84,7 +89,10 @@ def find_sockets() -> dict[int, str]:
 
 
 def _set_ack_timeout(sockets: dict[int, str], timeout_seconds: float) -> None:
-    """Have connections fail where what is sent is not acknowledged for so long: a link that is cut else blocks for a quarter of an hour."""
+    """Make connections fail if sent data is not acknowledged within ``timeout_seconds``.
+
+    Otherwise a link that is cut blocks for a quarter of an hour.
+    """
     for descriptor in sockets:
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as connection:
             connection.setsockopt(
@@ -93,17 +101,20 @@ def _set_ack_timeout(sockets: dict[int, str], timeout_seconds: float) -> None:
 
 
 def describe_address() -> str:
-    """Return where the ranks meet, and what to do where the others never come."""
+    """Return the address of the rendezvous, with advice if srun started this rank."""
     address = f"{read_text_variable('MASTER_ADDR')}:{read_text_variable('MASTER_PORT')}"
     num_tasks = read_text_variable("SLURM_STEP_NUM_TASKS")
     if detect_launcher() != "srun":
         return address
-    return f"{address}; srun gave this step {num_tasks} tasks: start the command itself with srun, or take --ntasks=1"
+    return (
+        f"{address}; srun gave this step {num_tasks} tasks: start the command itself with srun, "
+        "or take --ntasks=1"
+    )
 
 
 @contextmanager
 def _log_long_wait(awaited: str) -> Iterator[None]:
-    """Say once for whom this rank waits, if that takes a while."""
+    """Log once what this rank waits for, if that takes longer than `_PATIENCE_SECONDS`."""
     timer = threading.Timer(
         _PATIENCE_SECONDS, logger.warning, ("waiting for %s; %s", awaited, describe_address())
     )

@@ -1,4 +1,4 @@
-"""Ring attention: every rank keeps its queries while keys and values go around (arXiv:2310.01889).
+"""Ring attention: queries stay on their rank, keys and values are passed around (arXiv:2310.01889).
 
 Partial results are merged by their log-sum-exp, which is exact.
 """
@@ -18,7 +18,8 @@ from wan_dist.parallel.sequence import SplitSequence, pad_end
 class RingAttention(InnerAttention):
     """Attention of this rank's queries to the keys of all ranks of an axis.
 
-    Each rank of the axis stands for ``num_inside`` neighbouring shares of the sequence, those that Ulysses has brought together.
+    Each rank of the axis holds ``ulysses_size`` neighbouring shards of the sequence: the Ulysses all-to-all
+    has brought them together.
     """
 
     accepts_partial_queries = False
@@ -32,20 +33,20 @@ class RingAttention(InnerAttention):
         self.ulysses_size = ulysses_size
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, L', H, D) of this rank's tokens, without or with padding -> (B, L', H, D)."""
+        """Return attention (B, L', H, D) of this rank's q, k, v (B, L', H, D), with or without padding."""
         num_padding = self.ulysses_size * self.sequence.tokens_per_rank - k.shape[1]
-        key_value = [
-            pad_end(part, num_padding, dim=1) for part in (k, v)
-        ]  # equal shapes on all ranks
+        # equal shapes on all ranks
+        key_value = [pad_end(part, num_padding, dim=1) for part in (k, v)]
         merged: tuple[Tensor, Tensor] | None = None
         for step in range(self.axis.size):
             source_rank = (self.axis.rank - step) % self.axis.size
             num_valid_tokens = self.sequence.count_valid_tokens(
                 source_rank * self.ulysses_size, self.ulysses_size
             )
+            # the transfer overlaps with attention to this part
             wait_for_next = (
                 send_to_next(key_value, self.axis) if step < self.axis.size - 1 else None
-            )  # while this part is attended to
+            )
             if num_valid_tokens and q.shape[1]:
                 part = attend_with_lse(
                     self.name, q, *(tensor[:, :num_valid_tokens] for tensor in key_value)
@@ -54,14 +55,18 @@ class RingAttention(InnerAttention):
                     merged = part[0].float(), part[1].contiguous()
                 else:
                     merge_attention_(*merged, *part)
-                del part  # it would be there beside the next
+                del part  # else it is in memory beside the next one
             if wait_for_next is not None:
                 key_value = wait_for_next()
-        return q if merged is None else merged[0].to(q.dtype)  # a rank without tokens returns none
+        return q if merged is None else merged[0].to(q.dtype)  # this rank has no tokens
 
 
 def merge_attention_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Merge attention to other keys into ``out`` (B, L, H, D) and its log-sum-exp (B, L, H), float32, in place and a piece at a time."""
+    """Merge attention to other keys into ``out`` (B, L, H, D) and ``lse`` (B, L, H), in place.
+
+    Both are float32; ``lse`` is the log-sum-exp. The outputs are merged in chunks of tokens, which bounds the
+    memory of float32 intermediates.
+    """
     for start in range(0, out.shape[1], FLOAT32_CHUNK_TOKENS):
         rows = slice(start, start + FLOAT32_CHUNK_TOKENS)
         other_weight = torch.sigmoid(other_lse[:, rows] - lse[:, rows]).unsqueeze(-1)
@@ -72,7 +77,10 @@ def merge_attention_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Ten
 def apply_ring(
     model: WanTransformer, sequence: SplitSequence, axis: Axis, *, ulysses_size: int
 ) -> None:
-    """Wrap every block's self-attention; before `apply_ulysses`, which goes around it. On an axis of size 1 nothing changes."""
+    """Wrap every block's self-attention in `RingAttention`; on an axis of size 1 nothing changes.
+
+    Call it before `apply_ulysses`, which wraps the result.
+    """
     if axis.size == 1:
         return
     for attention in model.self_attentions:

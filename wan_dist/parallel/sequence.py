@@ -1,4 +1,7 @@
-"""Where the sequence is split over ranks and gathered again. Padding is known by number and never attended to."""
+"""Sequence split of a transformer's tokens over ranks, and the all-gather of its output.
+
+Padding is known by its number of tokens and is never attended to.
+"""
 
 import itertools
 
@@ -12,26 +15,26 @@ from wan_dist.parallel.mesh import Axis
 
 
 def pad_end(x: Tensor, num_zeros: int, dim: int) -> Tensor:
-    """Return x with zeros after it in ``dim``; x itself, not a copy, if there are to be none."""
+    """Return x padded with ``num_zeros`` zeros at the end of ``dim``; x itself, not a copy, if that is 0."""
     return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, num_zeros)) if num_zeros else x
 
 
 class SplitSequence(WholeSequence):
-    """Each rank of ``axis`` has an equal share of the tokens, in order; the last ones may be padding."""
+    """A sequence split evenly over the ranks of ``axis``, in order; the last tokens may be padding."""
 
     def __init__(self, axis: Axis) -> None:
         super().__init__()
         self.axis = axis
         self.num_tokens = 0
-        """Of the whole sequence, without padding; known after the first split."""
+        """Tokens of the whole sequence, without padding; set by `split`."""
 
     @property
     def tokens_per_rank(self) -> int:
-        """Tokens of a rank, padding counted."""
+        """Tokens per rank, including padding."""
         return -(-self.num_tokens // self.axis.size)
 
     def count_valid_tokens(self, first_rank: int, num_ranks: int) -> int:
-        """Return how many tokens of ``num_ranks`` neighbouring ranks' shares are no padding."""
+        """Return the number of tokens, without padding, of ``num_ranks`` ranks from ``first_rank`` on."""
         start = first_rank * self.tokens_per_rank
         return min(max(self.num_tokens - start, 0), num_ranks * self.tokens_per_rank)
 
@@ -52,7 +55,7 @@ class SplitSequence(WholeSequence):
             for table in rotary
         )
         segment_ends = torch.tensor(segments).cumsum(0).tolist()
-        segment_ends[-1] += num_padding  # padding is modulated as the last token's segment is
+        segment_ends[-1] += num_padding  # padding is modulated like the last segment
         shard_ends = [min(max(end - start, 0), self.tokens_per_rank) for end in [0, *segment_ends]]
         return (
             x,
@@ -68,6 +71,9 @@ class SplitSequence(WholeSequence):
 
 
 def apply_sequence_split(model: WanTransformer, axis: Axis) -> SplitSequence:
-    """Split the sequence over the ranks of an axis; attention must be told (`apply_ulysses`, `apply_ring`)."""
+    """Split the sequence over the ranks of an axis, and return the split.
+
+    Attention must be parallelized to match it, see `apply_ulysses`, `apply_ring` and `apply_usp`.
+    """
     model.sequence = SplitSequence(axis)
     return model.sequence

@@ -1,7 +1,8 @@
-"""Work that the ranks of a replica do together: where one fails, all fail, within seconds, with its error, and can go on after it.
+"""Joint work of a replica's ranks: if one rank fails, all fail with its error within seconds.
 
-After an error a rank enters no collective. It tells the store; there the others, or a thread of theirs where they are in a collective,
-see it and break off what they do; when all have, the process groups are made anew.
+After an error a rank enters no collective, but publishes the error in the store. The other ranks see it
+there, or a thread of theirs does while they are in a collective, and abort their work. When all have ended,
+the ranks can continue: the process groups are recreated before the next work that needs them.
 """
 
 import errno
@@ -20,23 +21,25 @@ from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 
 T = TypeVar("T")
 _LOST_RANK_SECONDS = 20.0
-"""Without a sign of life, once something has failed."""
+"""Seconds without a heartbeat after which a rank counts as lost, once another has failed."""
 _LOST_CONNECTION_SECONDS = 6.0
-"""The same, where a connection has failed: the rank at its other end is gone, most likely."""
+"""The same after a failure of the machine or a connection: the peer is most likely gone."""
 
 
 class OutOfMemoryOnRankError(torch.OutOfMemoryError):
-    """A rank has too little memory, and all ranks know."""
+    """Another rank has run out of memory; raised on the ranks that have not."""
 
 
 def run_together(
     groups: ProcessGroups, work: Callable[[], T], purpose: str, *, uses_collectives: bool = True
 ) -> T:
-    """Do ``work`` on every rank of the replica, and return what it returns on this one when all have done it.
+    """Call ``work`` on every rank of the replica, and return its result on this rank once all have finished.
 
-    Where one fails all raise: that one its own error, the others one that says the same, of the same kind where memory ran out, where the
-    input is bad, and after a signal; else RankError. ``what`` they do is for messages. The process groups may be aborted then, and
-    models that are sharded over them are of no use any more; they are made anew before the next work that ``exchanges``.
+    If one rank fails, all raise: that rank its own error, the others an error with the same text. Theirs is
+    of the same kind if memory ran out, if the input is invalid, and after a signal; otherwise it is a
+    RankError. ``purpose`` names the work in messages. After a failure the process groups may be aborted,
+    and models sharded over them are unusable; the groups are recreated before the next work that
+    ``uses_collectives``.
     """
     if groups.replica.size == 1:
         with preemption.interruptible():
@@ -54,7 +57,7 @@ def run_together(
             own_error = error
         try:
             first_failure = _wait_for_outcome(groups, key, purpose, own_error)
-        except RuntimeError as error:  # others have left the run, or are gone, or the store is
+        except RuntimeError as error:  # other ranks have left the run or are lost, or the store is
             if (
                 own_error is None
                 or isinstance(own_error, RankError)
@@ -74,7 +77,7 @@ def run_together(
 
 
 def _publish_failure(groups: ProcessGroups, key: str, error: BaseException) -> None:
-    """Put down what went wrong here; the first rank that does so speaks for all."""
+    """Publish this rank's error in the store; the first rank that does so is the one that all report."""
     coordinator = groups.coordinator
     coordinator.put(
         f"{key}/fault/{coordinator.rank}",
@@ -87,7 +90,7 @@ def _publish_failure(groups: ProcessGroups, key: str, error: BaseException) -> N
 
 
 def _abort_groups(groups: ProcessGroups, key: str) -> None:
-    """Abort the process groups, unless it has been decided that every rank has met the same error."""
+    """Abort the process groups, unless the ranks decided that all have failed with the same error."""
     if groups.coordinator.decide_once(key, "anew") == "anew":
         groups.abort()
 
@@ -95,7 +98,11 @@ def _abort_groups(groups: ProcessGroups, key: str) -> None:
 def _wait_for_outcome(
     groups: ProcessGroups, key: str, purpose: str, own_error: BaseException | None
 ) -> RankFailure | None:
-    """Wait until all ranks have ended the work; returns what the first of those that failed said, None where none did."""
+    """Wait until all ranks have ended the work; returns the first failure, None if there was none.
+
+    Ranks that do not end by themselves after a failure are woken by aborting the process groups. Raises
+    RankError for a rank that is lost.
+    """
     coordinator, ranks = groups.coordinator, groups.replica_ranks
     coordinator.stop_watching()
     if own_error is not None:
@@ -133,7 +140,7 @@ def _wait_for_outcome(
 def _have_all_failed_alike(
     groups: ProcessGroups, key: str, have_all_ended: Callable[[], bool]
 ) -> bool:
-    """Whether every rank has met the same error by itself, and soon, so that none was left waiting in a collective."""
+    """Whether all ranks soon failed with the same error by themselves, so that none waits in a collective."""
     coordinator, num_ranks = groups.coordinator, groups.replica.size
     deadline = time.monotonic() + GRACE_SECONDS / 2
     while not have_all_ended():
@@ -147,7 +154,10 @@ def _have_all_failed_alike(
 
 
 def classify_error(error: BaseException) -> str:
-    """Return what an error means for others: signal, input, memory, machine (all that is done there would meet it), or error."""
+    """Return the kind of an error, which tells the other ranks what to make of it.
+
+    One of signal, input, memory, machine (any work on that machine would fail with it), or error.
+    """
     if isinstance(error, RankError) and error.fault is not None:
         return error.fault.kind
     if isinstance(error, torch.OutOfMemoryError):
@@ -164,7 +174,7 @@ def classify_error(error: BaseException) -> str:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return an error's type and first line, of one that is meant for users the line alone."""
+    """Return an error's type and first line; the line alone for errors that are written for users."""
     if not isinstance(error, RankError) and (failure := getattr(error, "fault", None)) is not None:
         return str(failure.text)
     line = get_first_line(error)
@@ -176,7 +186,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def is_machine_error(error: BaseException) -> bool:
-    """Whether an error is of the disk or the GPU, not of what was done."""
+    """Whether an error is caused by the disk, the GPU or a connection, rather than by the work itself."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (
@@ -186,9 +196,8 @@ def is_machine_error(error: BaseException) -> bool:
             errno.EIO,
         ):
             return True
-        if any(
-            note.startswith("waiting for rank") for note in getattr(cause, "__notes__", [])
-        ):  # of a connection
+        # a connection error, see `note_awaited_ranks`
+        if any(note.startswith("waiting for rank") for note in getattr(cause, "__notes__", [])):
             return True
         if "No space left" in str(cause) or (
             "CUDA error" in str(cause) and not isinstance(cause, torch.OutOfMemoryError)
@@ -199,7 +208,7 @@ def is_machine_error(error: BaseException) -> bool:
 
 
 def _make_error(failure: RankFailure) -> BaseException:
-    """Return what a rank raises where another has failed; it has that one's fault."""
+    """Return the error that a rank raises for another rank's failure, which is its attribute ``fault``."""
     error: BaseException
     if failure.kind == "memory":
         error = OutOfMemoryOnRankError(str(failure))

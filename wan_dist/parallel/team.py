@@ -1,7 +1,7 @@
-"""All ranks of a run, reached without a collective: shared values and numbers, signs of life, and waits that end where a rank is gone.
+"""Coordination of all ranks without collectives: shared values, counters, heartbeats, failure detection.
 
-A collective waits for its peers up to a fixed time, and fails if one of them is merely slow. Here a rank waits as long as those it waits
-for show signs of life, and learns at once of one that has failed.
+A collective waits for its peers up to a fixed timeout, and fails if one of them is merely slow. Here a rank
+waits as long as its peers send heartbeats, and learns at once of a peer that has failed.
 """
 
 import pickle
@@ -17,25 +17,31 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from wan_dist.parallel.rendezvous import describe_address, open_stores
 from wan_dist.runtime.environment import RankLayout
+from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import preemption
 
+GRACE_SECONDS = 1.0
+"""Seconds in which the other ranks may meet the same error by themselves, before joint work is aborted."""
 _BEAT_SECONDS = 1.0
+"""Seconds between two heartbeats of a rank."""
 _WATCH_SECONDS = 0.2
+"""Seconds between two rounds of the watcher thread."""
 _LEAVING_SECONDS = 12.0
-"""Without a sign of life, for a rank that others wait for before they end."""
+"""Seconds without a heartbeat after which the others no longer wait for a rank before they end."""
 _GONE_SECONDS = 60.0
-"""The same, for one that others wait for in a collective."""
+"""Seconds without a heartbeat after which a rank that others wait for in a collective counts as lost."""
 _BEAT_CHECK_SECONDS = 5.0
-"""Between two looks for signs of life of a rank."""
+"""Seconds, at most, between two checks of a rank's heartbeat."""
 _PIECE_BYTES = 2**21
-"""Of a value in the store, which takes 8 MiB at most."""
+"""Bytes per piece of a value in the store, which takes at most 8 MiB at once."""
 _PATIENCE_SECONDS = 8.0
+"""Seconds after which a rank that waits for others logs it."""
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """What went wrong on a rank; ``kind``: what others make of it, see `shared_work`."""
+    """A failure of one rank; ``kind`` says what it means for others, see `shared_work.classify_error`."""
 
     rank: int
     host: str
@@ -48,7 +54,7 @@ class RankFailure:
 
 @dataclass(frozen=True)
 class _WatchedWork:
-    """What ranks do together, and how one that waits in it is woken."""
+    """Joint work of ``ranks``; ``on_failure`` wakes a rank that waits in it after another has failed."""
 
     key: str
     ranks: Sequence[int]
@@ -56,9 +62,10 @@ class _WatchedWork:
 
 
 class RankError(RuntimeError):
-    """Another rank has failed, or is gone; that one says more.
+    """Another rank has failed or is lost; that rank's own output says more.
 
-    ``fault``: what it told, None for one that is gone. ``is_final``: it does nothing more in this run, so that nobody else can.
+    ``failure``, as the attribute ``fault``, is what the rank published; None if it is lost. ``is_final``: the
+    rank does no more work in this run, so that no other rank can.
     """
 
     def __init__(
@@ -69,13 +76,16 @@ class RankError(RuntimeError):
 
 
 _num_coordinators: Counter[int] = Counter()
-"""That a process has formed, by rank: they may share one store, of torchrun's agent, and must not read each other's values."""
+"""Coordinators that this process has created, by rank.
+
+They may share one store, the torchrun agent's, and must not read each other's values.
+"""
 
 
 class Coordinator:
-    """The ranks of a run, from before they plan until the last one has ended.
+    """Coordination of the ranks of a run, from before they plan until the last one has ended.
 
-    ``timeout``: seconds without a sign of life after which a rank that is waited for counts as gone.
+    ``timeout_seconds``: without a heartbeat for so long, a rank that others wait for counts as lost.
     """
 
     def __init__(self, ranks: RankLayout, timeout_seconds: float) -> None:
@@ -92,7 +102,7 @@ class Coordinator:
         self._watched_work: _WatchedWork | None = None
         self._work_lock = threading.Lock()
         self._heartbeats: dict[int, tuple[int, float, float]] = {}
-        """Of other ranks: how many signs of life there were, when the last was seen, and when they were last looked for."""
+        """By rank: the number of heartbeats, when it last changed, and when it was last read."""
         self._heartbeats_lock = threading.Lock()
         self._stop_event = threading.Event()
         self._watcher_thread: threading.Thread | None = None
@@ -102,19 +112,19 @@ class Coordinator:
             self._watcher_thread.start()
 
     def make_prefix_store(self, name: str) -> Store:
-        """Return a part of the store for process groups, which is never used twice."""
+        """Return the store under a prefix, for process groups; each ``name`` must be used once only."""
         return PrefixStore(name, self._group_store)
 
     def add_to_counter(self, key: str, amount: int = 1) -> int:
-        """Raise a number that all ranks share, from 0 at first, and return it as it is then."""
+        """Add ``amount`` to a counter that all ranks share, which starts at 0, and return its new value."""
         return int(self._store.add(f"number/{key}", amount))
 
     def decide_once(self, key: str, proposal: str) -> str:
-        """Return what the first of the ranks that call this has proposed."""
+        """Return the proposal of the first rank that called this with ``key``."""
         return bytes(self._store.compare_set(f"decided/{key}", "", proposal)).decode()
 
     def put(self, key: str, value: object) -> None:
-        """Set a value, any that can be pickled, once."""
+        """Set a value, which must be picklable; once per key."""
         serialized = pickle.dumps(value)
         pieces = [
             serialized[start : start + _PIECE_BYTES]
@@ -129,14 +139,18 @@ class Coordinator:
         return bool(self._store.check([f"value/{key}"]))
 
     def get(self, key: str) -> Any:
-        """Return a value, None if it has not been set."""
+        """Return a value, or None if it has not been set."""
         if not self.has(key):
             return None
         pieces = range(int(self._store.get(f"value/{key}")))
         return pickle.loads(b"".join(self._store.get(f"value/{key}/{index}") for index in pieces))
 
     def gather(self, value: object, purpose: str) -> list[Any]:
-        """Return every rank's value, in the order of ranks; all ranks call it in the same order. ``what`` they come to do, in words."""
+        """Return every rank's value, in the order of ranks.
+
+        All ranks must make their calls in the same order. ``purpose`` says in messages what the ranks wait
+        to do.
+        """
         self._num_exchanges += 1
         key = f"gathered/{self._num_exchanges}"
         self.put(f"{key}/{self.rank}", value)
@@ -145,7 +159,10 @@ class Coordinator:
         return [self.get(f"{key}/{rank}") for rank in range(self.num_ranks)]
 
     def run_on_first_rank(self, make: Callable[[], Any], purpose: str) -> Any:
-        """Return what the first rank makes, on all ranks; an error of ``make`` is raised there, see `fail`."""
+        """Return the result of ``make()``, called on the first rank, on all ranks.
+
+        An error of ``make`` is raised on the first rank only; the others learn of it by `announce_failure`.
+        """
         self._num_exchanges += 1
         key = f"shared/{self._num_exchanges}"
         if self.rank == 0:
@@ -167,9 +184,11 @@ class Coordinator:
     ) -> None:
         """Wait until ``is_done()``.
 
-        Raises RankError where one of ``ranks`` has failed, or shows no sign of life for ``patience`` seconds, by default the timeout;
-        Preempted where this process is asked to end, unless that is to be seen to later.
+        Raises RankError if one of ``ranks`` has failed, or has sent no heartbeat for ``patience_seconds``, by
+        default `timeout_seconds`; PreemptionInterrupt if this process is requested to end, unless
+        ``is_interruptible`` is false.
         """
+        silence_seconds = self.timeout_seconds if patience_seconds is None else patience_seconds
         pause_seconds, start_time, log_after_seconds = 0.001, time.monotonic(), _PATIENCE_SECONDS
         awaited_ranks = [rank for rank in ranks if rank != self.rank]
         while not is_done():
@@ -179,10 +198,7 @@ class Coordinator:
             if time.monotonic() - start_time > log_after_seconds:
                 log_after_seconds *= 4
                 self._log_waiting(purpose, awaited_ranks)
-            if lost_ranks := self.find_lost_ranks(
-                awaited_ranks,
-                self.timeout_seconds if patience_seconds is None else patience_seconds,
-            ):
+            if lost_ranks := self.find_lost_ranks(awaited_ranks, silence_seconds):
                 lost_text = ", ".join(
                     f"{rank} on {self.get(f'host/{rank}') or 'an unknown host'}"
                     for rank in lost_ranks
@@ -208,7 +224,7 @@ class Coordinator:
             logger.debug("waiting for rank %s to %s", ", ".join(map(str, awaited_ranks)), purpose)
 
     def find_lost_ranks(self, ranks: Iterable[int], silence_seconds: float) -> list[int]:
-        """Return those of the ranks that have shown no sign of life for so many seconds, and have not left as they should."""
+        """Return the ranks that have sent no heartbeat for ``silence_seconds`` and have not left properly."""
         lost_ranks = []
         with self._heartbeats_lock:
             for rank in ranks:
@@ -227,7 +243,10 @@ class Coordinator:
         return lost_ranks
 
     def is_reported_by_lower_rank(self, text: str) -> bool:
-        """Whether a lower rank has failed with the same text, or does so in a moment: then that one says it."""
+        """Whether a lower rank has failed with the same text, which then reports it.
+
+        Waits a moment for lower ranks that are about to fail.
+        """
         deadline = time.monotonic() + 2 * GRACE_SECONDS
         while True:
             failures = [self.get(f"fault/{rank}") for rank in range(self.rank)]
@@ -238,7 +257,7 @@ class Coordinator:
             time.sleep(0.02)
 
     def announce_failure(self, kind: str, text: str) -> None:
-        """Tell the others that this rank will do nothing more, and why."""
+        """Tell the other ranks that this rank does no more work, and why."""
         self.put(f"fault/{self.rank}", RankFailure(self.rank, socket.gethostname(), kind, text))
         self.add_to_counter("faults")
 
@@ -256,19 +275,21 @@ class Coordinator:
     def start_watching(
         self, key: str, ranks: Sequence[int], on_failure: Callable[[], object]
     ) -> None:
-        """From now on look, in a thread, for a fault of ``ranks`` in the work ``key``, or in the run, and for those that are lost.
+        """Start watching, in a thread, for ranks of the work ``key`` that fail or are lost.
 
-        A second after one, while the work goes on, ``wake`` is called: the main thread may be in a collective.
+        A rank among ``ranks`` that has failed in the run as a whole counts too. `GRACE_SECONDS` after a
+        failure, if the work is still running, ``on_failure`` is called: the main thread may be in a
+        collective.
         """
         self._watched_work = _WatchedWork(key, ranks, on_failure)
 
     def stop_watching(self) -> None:
-        """Look for them no more; a waking that has begun has ended then."""
+        """Stop watching; a call of ``on_failure`` that has started has returned by then."""
         with self._work_lock:
             self._watched_work = None
 
     def _run_watcher(self) -> None:
-        """Give signs of life, and look after the work that goes on."""
+        """Send heartbeats, relay signals, and check the watched work for failures."""
         last_beat_at, failed_since, handled_key = 0.0, 0.0, ""
         while not self._stop_event.wait(_WATCH_SECONDS):
             now, work = time.monotonic(), self._watched_work
@@ -280,7 +301,7 @@ class Coordinator:
                 if work is None or work.key == handled_key or not self._has_work_failed(work):
                     failed_since = 0.0
                     continue
-            except RuntimeError:  # the store is gone, and the rank that has it
+            except RuntimeError:  # the store is gone, and the rank that hosts it
                 self._call_on_failure(work)
                 return
             failed_since = failed_since or now
@@ -289,15 +310,18 @@ class Coordinator:
                 self._call_on_failure(work)
 
     def _relay_signal(self) -> None:
-        """Have a signal to one rank ask all of them to end: the others would go on with their videos, and it wait for them."""
+        """Relay a signal that one rank received to all ranks, which are then requested to end.
+
+        Otherwise the others would continue with their videos, and that rank would wait for them.
+        """
         if preemption.requested_by is not None:
             if not self.has("asked"):
                 self.put("asked", int(preemption.requested_by))
         elif (signal_number := self.get("asked")) is not None:
             preemption.relay(signal_number)
 
-    def _has_work_failed(self, work: "_WatchedWork") -> bool:
-        """Whether one of the ranks has failed, or is gone without a word."""
+    def _has_work_failed(self, work: _WatchedWork) -> bool:
+        """Whether one of the other ranks has failed, or is lost without having published a failure."""
         if self.add_to_counter(f"{work.key}/faults", 0):
             return True
         other_ranks = [rank for rank in work.ranks if rank != self.rank]
@@ -307,13 +331,20 @@ class Coordinator:
             return True
         return bool(self.find_lost_ranks(other_ranks, min(self.timeout_seconds, _GONE_SECONDS)))
 
-    def _call_on_failure(self, work: "_WatchedWork | None") -> None:
+    def _call_on_failure(self, work: _WatchedWork | None) -> None:
         with self._work_lock:
-            if work is not None and self._watched_work is work:
+            if work is None or self._watched_work is not work:
+                return
+            try:
                 work.on_failure()
+            except Exception as error:  # the heartbeats go on: the others would take this rank for lost
+                logger.warning("the process groups could not be aborted: %s", get_first_line(error))
 
     def leave(self) -> None:
-        """End, when all ranks are about to, or are gone: a rank that ends early may have others ended, or take the store with it."""
+        """Leave the run, once all other ranks are leaving as well or are lost.
+
+        A rank that exits early may cause its launcher to end the others, or take the store with it.
+        """
         if self._watcher_thread is None:
             return
         try:
@@ -326,7 +357,7 @@ class Coordinator:
                 time.sleep(pause_seconds)
                 pause_seconds = min(1.5 * pause_seconds, 0.5)
             self.add_to_counter("ended")
-            if self.rank == 0:  # it may have the store, which the others ask a last time
+            if self.rank == 0:  # it may host the store, which the others access a last time
                 deadline = time.monotonic() + 2
                 while (
                     self.add_to_counter("ended", 0) < self.num_ranks and time.monotonic() < deadline
@@ -339,13 +370,12 @@ class Coordinator:
             self._watcher_thread.join()
 
     def _is_rank_staying(self, rank: int) -> bool:
-        """Whether a rank has not left, nor is lost, nor has never come to a run that was asked to end meanwhile."""
+        """Whether a rank is still in the run: it has neither left nor is lost.
+
+        A rank that never joined is not waited for if the run was requested to end meanwhile.
+        """
         if self.add_to_counter(f"left/{rank}", 0) or (
             preemption.requested_by is not None and self.get(f"host/{rank}") is None
         ):
             return False
         return not self.find_lost_ranks([rank], _LEAVING_SECONDS)
-
-
-GRACE_SECONDS = 1.0
-"""In which the other ranks may meet the same error, before what they do together is broken off."""

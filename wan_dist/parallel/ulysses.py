@@ -1,4 +1,8 @@
-"""Ulysses: around attention, ranks trade their share of the tokens for a share of the heads (arXiv:2309.14509)."""
+"""Ulysses sequence parallelism: all-to-all between a sequence split and a head split (arXiv:2309.14509).
+
+Before attention, an all-to-all turns the sequence split into a head split; after it, another one turns it
+back.
+"""
 
 from collections.abc import Callable
 
@@ -33,14 +37,18 @@ class UlyssesAttention(InnerAttention):
         )
 
     def make_send_buffer(self, x: Tensor) -> Tensor:
-        """Return room for x (B, l, H, D) as it is sent, each rank's heads together: (B, l, N, H / N, D)."""
+        """Return a send buffer for x (B, l, H, D) with each rank's heads contiguous: (B, l, N, H / N, D)."""
         batch, num_tokens, num_heads, head_dim = x.shape
         return x.new_empty(
             self.axis.size, num_tokens, batch, num_heads // self.axis.size, head_dim
         ).permute(2, 1, 0, 3, 4)
 
     def start_exchange(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin to trade tokens for heads: see `InnerAttention.begin`; the call returns (B, L, H / N, D) of all tokens."""
+        """Start the all-to-all from sequence to head split: see `InnerAttention.start_exchange`.
+
+        x is (B, l, H, D), or a filled buffer of `make_send_buffer`. The returned function waits and returns
+        (B, L, H / N, D) of all tokens, without padding.
+        """
         if x.dim() == 4:
             packed = self.make_send_buffer(x)
             copy_vectorized_(packed, x.view(packed.shape))
@@ -49,26 +57,31 @@ class UlyssesAttention(InnerAttention):
         return lambda: wait_for_tokens().flatten(0, 1)[: self._num_valid_tokens].transpose(0, 1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, L, H / N, D) of all tokens, from `begin` -> (B, l, H, D) of this rank's tokens."""
+        """Return attention (B, l, H, D) of this rank's tokens.
+
+        q, k, v (B, L, H / N, D) are of all tokens, from `start_exchange`.
+        """
         out = self.inner(q, k, v)
         out = pad_end(out, self.axis.size * self.sequence.tokens_per_rank - out.shape[1], dim=1)
-        parts = all_to_all(
-            out.transpose(0, 1).unflatten(0, (self.axis.size, -1)), self.axis
-        )()  # (N, l, B, h, D)
+        # (N, l, B, h, D)
+        parts = all_to_all(out.transpose(0, 1).unflatten(0, (self.axis.size, -1)), self.axis)()
         out = parts.new_empty([parts.shape[dim] for dim in (2, 1, 0, 3, 4)])
         copy_vectorized_(out, parts.permute(2, 1, 0, 3, 4))
         return out.flatten(2, 3)
 
 
 def copy_vectorized_(out: Tensor, x: Tensor) -> None:
-    """Copy x to ``out``, of the same shape, in words of 16 bytes if their last dims are of some: a GPU copies those faster."""
+    """Copy x to ``out``, of the same shape, in words of 16 bytes, which a GPU copies faster.
+
+    On the CPU, or where the last dim is not a multiple of 16 bytes, it is an ordinary copy.
+    """
     if x.shape[-1] * x.element_size() % 16 == 0 and x.is_cuda:
         out, x = out.view(torch.complex128), x.view(torch.complex128)
     out.copy_(x)
 
 
 def apply_ulysses(model: WanTransformer, sequence: SplitSequence, axis: Axis) -> None:
-    """Wrap every block's self-attention; on an axis of size 1 nothing changes."""
+    """Wrap every block's self-attention in `UlyssesAttention`; on an axis of size 1 nothing changes."""
     if axis.size == 1:
         return
     for attention in model.self_attentions:

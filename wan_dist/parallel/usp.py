@@ -1,6 +1,7 @@
-"""Ulysses, ring and both through xfuser's USP (arXiv:2405.07719), for those who ask for it: `parallel.usp=xfuser`.
+"""Unified sequence parallelism (USP) of xfuser: Ulysses, ring, or both (arXiv:2405.07719).
 
-It attends to padding and takes PyTorch's private context-parallel code, so it is not the default. xfuser is imported here only.
+Used with `parallel.usp=xfuser` only. It attends to padding and relies on PyTorch's private context-parallel
+code, so it is not the default. xfuser is imported in this module only.
 """
 
 import importlib.util
@@ -17,30 +18,33 @@ from wan_dist.parallel.mesh import ProcessGroups
 from wan_dist.runtime.errors import InputError
 
 _XFUSER_BACKENDS = {"fa4": "FLASH_4", "cudnn": "CUDNN", "flash": "SDPA_FLASH", "sdpa": "SDPA_FLASH"}
-"""Our attention kernels' names -> xfuser's."""
+"""Names of our attention kernels -> names of xfuser's."""
 
 
 def check_usp(device: torch.device, attention: str) -> None:
-    """Raise InputError if xfuser cannot be used here, or not with this attention kernel."""
+    """Raise InputError if xfuser's USP cannot run on this device, or not with this attention kernel."""
     if device.type != "cuda":
         raise InputError("parallel.usp=xfuser needs GPUs; parallel.usp=plain runs anywhere")
     for package in ("xfuser", "yunchang"):
         if importlib.util.find_spec(package) is None:
             raise InputError(
-                f"parallel.usp=xfuser: package {package} is not installed (pip install wan-dist[usp]); or parallel.usp=plain"
+                f"parallel.usp=xfuser: package {package} is not installed "
+                "(pip install wan-dist[usp]); or parallel.usp=plain"
             )
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise InputError(
-            "parallel.usp=xfuser: its ring and Ulysses need a GPU of Ampere or later; parallel.usp=plain runs on any"
+            "parallel.usp=xfuser: its ring and Ulysses need a GPU of Ampere or later; "
+            "parallel.usp=plain runs on any"
         )
     if attention not in _XFUSER_BACKENDS:
         raise InputError(
-            f"parallel.usp=xfuser takes attention={', '.join(_XFUSER_BACKENDS)}, not {attention}; parallel.usp=plain takes any"
+            f"parallel.usp=xfuser takes attention={', '.join(_XFUSER_BACKENDS)}, not {attention}; "
+            "parallel.usp=plain takes any"
         )
 
 
 class UspAttention(InnerAttention):
-    """Attention of the tokens of all ranks; every rank has the same number of them, none of it padding."""
+    """Attention over the tokens of all ranks by xfuser; all ranks have equally many, and none is padding."""
 
     accepts_partial_queries = False
 
@@ -52,7 +56,7 @@ class UspAttention(InnerAttention):
         self.backend = backend
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, l, H, D) of this rank's tokens -> (B, l, H, D)."""
+        """Return attention (B, l, H, D) of q, k, v (B, l, H, D) of this rank's tokens."""
         out = self.attend_with_usp(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -64,7 +68,10 @@ class UspAttention(InnerAttention):
 
 
 def open_usp_attention(inner: InnerAttention, groups: ProcessGroups) -> UspAttention:
-    """Make xfuser's groups, which have our axes in our order, if that has not been done; returns the attention that uses them."""
+    """Return the attention that uses xfuser's process groups, which are created on the first call.
+
+    They have our axes in our order.
+    """
     from xfuser import xFuserArgs
     from xfuser.core.distributed import (
         init_distributed_environment,
@@ -80,20 +87,19 @@ def open_usp_attention(inner: InnerAttention, groups: ProcessGroups) -> UspAtten
         )
         config, _ = xFuserArgs(
             model="Wan",
-            data_parallel_degree=groups.dp.size,
+            data_parallel_degree=1,  # the default process group is one replica's
             use_cfg_parallel=groups.cfg.size == 2,
             ring_degree=groups.ring.size,
             ulysses_degree=groups.ulysses.size,
             attention_backend=_XFUSER_BACKENDS[inner.name],
         ).create_config()
-        runtime_state._RUNTIME = runtime_state.RuntimeState(
-            config
-        )  # `initialize_runtime_state` wants a diffusers pipeline
+        # `initialize_runtime_state` wants a diffusers pipeline
+        runtime_state._RUNTIME = runtime_state.RuntimeState(config)
     return UspAttention(inner, USP, AttentionBackendType[_XFUSER_BACKENDS[inner.name]])
 
 
 def apply_usp(model: WanTransformer, groups: ProcessGroups) -> None:
-    """Wrap every block's self-attention; in place of `apply_ring` and `apply_ulysses`."""
+    """Replace every block's self-attention by xfuser's; used instead of `apply_ring` and `apply_ulysses`."""
     usp_attention: UspAttention | None = None
     for block_attention in model.self_attentions:
         usp_attention = usp_attention or open_usp_attention(block_attention.inner_attention, groups)

@@ -1,7 +1,8 @@
-"""A video split over ranks by rows or columns while it is encoded or decoded: neighbours trade the pixels at their edges.
+"""Spatially parallel VAE: frames are split by rows or columns, and neighbouring ranks exchange halos.
 
-A residual block asks for two pixels on each side and computes them too, so that there is one exchange for its two convolutions; only
-the attention of the middle block looks at whole frames. Equal to one rank's result, whatever the shares.
+A residual block takes a halo of two pixels on each side and computes those too, so that there is one
+exchange for its two convolutions; only the attention of the middle block needs whole frames. The result
+equals that of one rank, however the shards are sized.
 """
 
 import itertools
@@ -20,18 +21,21 @@ from wan_dist.planning.degrees import MIN_STRIP_PIXELS
 
 
 def choose_split_dim(num_rows: int, num_columns: int) -> int:
-    """Return the dim of (B, C, F, H, W) along which frames are split: the larger side, the columns if they are equal."""
+    """Return the dim of (B, C, F, H, W) along which to split frames: the larger side, W if they are equal."""
     return 4 if num_columns >= num_rows else 3
 
 
 def split_length_evenly(length: int, num_parts: int) -> list[int]:
-    """Return how many of ``length`` latent pixels each rank has, which differ by one at most."""
+    """Return the sizes of ``num_parts`` shards of ``length`` latent pixels, which differ by at most one."""
     bounds = [length * rank // num_parts for rank in range(num_parts + 1)]
     return [end - start for start, end in itertools.pairwise(bounds)]
 
 
 class SplitVideoState(VideoState):
-    """A pass of this rank's share of a video; ``dim`` is the one that is split, ``lengths`` the ranks' shares of the latents."""
+    """State of encoding or decoding this rank's shard of a video.
+
+    ``dim`` is the dim that is split, ``shard_lengths`` are the sizes of all ranks' shards in latent pixels.
+    """
 
     has_neighbours = True
 
@@ -47,9 +51,10 @@ class SplitVideoState(VideoState):
         if not num_pixels:
             return super().exchange_halos(x, 0)
         layout, start = get_memory_format(x), x.shape[self.dim] - num_pixels
+        # channels last, as they are in memory on a GPU
         to_previous, to_next = (
             x.narrow(self.dim, offset, num_pixels).movedim(1, -1) for offset in (0, start)
-        )  # as they are on a GPU
+        )
         wait_for_halos = exchange_halos(to_previous, to_next, self.axis)
 
         def wait_and_convert() -> tuple[Tensor | None, Tensor | None]:
@@ -62,10 +67,9 @@ class SplitVideoState(VideoState):
         return wait_and_convert
 
     def gather_whole(self, x: Tensor) -> Tensor:
-        """See `VideoState.gather_whole`; x is of the latents' size."""
-        padded = pad_end(
-            x, max(self.shard_lengths) - x.shape[self.dim], self.dim
-        )  # equal shapes on all ranks
+        """See `VideoState.gather_whole`; x is in latent resolution."""
+        # equal shapes on all ranks
+        padded = pad_end(x, max(self.shard_lengths) - x.shape[self.dim], self.dim)
         parts = all_gather(padded, self.axis).unbind()
         return torch.cat(
             [
@@ -76,7 +80,7 @@ class SplitVideoState(VideoState):
         )
 
     def narrow_to_shard(self, x: Tensor, scale: int) -> Tensor:
-        """Return this rank's share of a whole x (B, C, F, H, W), which is ``scale`` times the latents' size."""
+        """Return this rank's shard of a whole x (B, C, F, H, W), in ``scale`` times the latent resolution."""
         start, length = (
             sum(self.shard_lengths[: self.axis.rank]),
             self.shard_lengths[self.axis.rank],
@@ -85,9 +89,9 @@ class SplitVideoState(VideoState):
 
 
 def make_split_video_state(axis: Axis, num_rows: int, num_columns: int) -> SplitVideoState:
-    """Return the state of a video whose latents have ``rows`` and ``columns``, before its first chunk.
+    """Return the state, before the first chunk, of a video with ``num_rows`` x ``num_columns`` latent pixels.
 
-    Raises ValueError if a rank's share would be smaller than `MIN_STRIP`.
+    Raises ValueError if a rank's shard would be smaller than `MIN_STRIP_PIXELS`.
     """
     dim = choose_split_dim(num_rows, num_columns)
     shard_lengths = split_length_evenly((num_rows, num_columns)[dim - 3], axis.size)
@@ -99,7 +103,7 @@ def make_split_video_state(axis: Axis, num_rows: int, num_columns: int) -> Split
 
 
 def encode_split_video(vae: WanVae, chunks: Iterable[Tensor], axis: Axis) -> Tensor:
-    """Return what `WanVae.encode` returns for these chunks of whole frames, on every rank of the axis."""
+    """Return the result of `WanVae.encode` for these chunks of whole frames, on every rank of the axis."""
     scale = vae.dims.spatial_scale
     chunk_iterator = iter(chunks)
     first_chunk = next(chunk_iterator)
@@ -120,6 +124,6 @@ def encode_split_video(vae: WanVae, chunks: Iterable[Tensor], axis: Axis) -> Ten
 def decode_split_video(
     vae: WanVae, latents: Tensor, axis: Axis
 ) -> tuple[SplitVideoState, Iterator[Tensor]]:
-    """Return the state and this rank's share of what `WanVae.decode` yields for whole latents."""
+    """Return the state, and an iterator over this rank's shard of `WanVae.decode` of whole latents."""
     state = make_split_video_state(axis, *latents.shape[3:])
     return state, vae.decode(state.narrow_to_shard(latents, 1), state)

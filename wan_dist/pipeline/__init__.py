@@ -1,1 +1,1 @@
-"""One video, from its settings to its file: encode, denoise, decode."""
+"""Generation pipeline of one video, from its settings to its file: encode, denoise, decode."""

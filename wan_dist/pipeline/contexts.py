@@ -1,4 +1,4 @@
-"""Cross-attention's keys and values of a video's contexts, projected once before the steps."""
+"""Cross-attention keys and values of a video's contexts, projected once before the first step."""
 
 from wan_dist.models.transformer_block import ContextKV
 from wan_dist.output.stage_report import StageReport
@@ -19,18 +19,19 @@ def project_context_kv(
     *,
     is_streamed: bool = False,
 ) -> list[ContextKV]:
-    """Return a transformer's cross-attention k and v of the prompt, and of the negative one if there is one, on every rank.
+    """Return a transformer's cross-attention keys and values of the prompt (and negative one) on every rank.
 
-    Every rank of the replica reads and computes its share of the blocks. Where weights are streamed, or the shelf does not keep them,
-    they are gone from the device then.
+    Each rank of the replica reads and computes its shard of the blocks, and the shards are all-gathered.
+    Where weights are streamed, or the model cache does not keep them, they are off the device on return.
     """
     component, axis = session.checkpoint.context_projections[expert_index], session.groups.replica
     num_blocks = component.dims.num_layers
     blocks_per_rank = -(-num_blocks // axis.size)
+    # Shards are of one size, as the all-gather needs: the last ones are filled up with the last block.
     block_indices = [
         min(index, num_blocks - 1)
         for index in range(axis.rank * blocks_per_rank, (axis.rank + 1) * blocks_per_rank)
-    ]  # shares are of one size
+    ]
     with report.measure_stage(
         stage_name,
         f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}",

@@ -1,4 +1,4 @@
-"""Video -> latents and latents -> frames, in one of the ways: shared by the ranks, whole, in tiles, on the CPU."""
+"""VAE encoding and decoding of a video by one strategy: parallel over ranks, whole, tiled or on the CPU."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,7 +36,7 @@ from wan_dist.runtime.log import logger
 from wan_dist.weights.checkpoint import Checkpoint
 
 FrameConverter = Callable[[Tensor], Tensor]
-"""Frames (3, n, H, W) in [-1, 1] -> what leaves the device, (n, H, W, 3)."""
+"""Converts frames (3, n, H, W) in [-1, 1] to what leaves the device, (n, H, W, 3)."""
 
 
 def convert_to_uint8_frames(frames: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def convert_to_float32_frames(frames: Tensor) -> Tensor:
 
 
 def choose_vae_dtype(device: torch.device, config: RunConfig) -> torch.dtype:
-    """Return what the VAE computes in: bfloat16 on a GPU in a run that is bfloat16 as well, unless the user chose."""
+    """Return the VAE's dtype: bfloat16 on a GPU in a bfloat16 run, else float32, unless it is set."""
     if config.memory.vae_dtype is not None:
         return getattr(torch, config.memory.vae_dtype)
     is_half = (
@@ -70,7 +70,10 @@ def find_vae_strategies(
     *,
     is_encoding: bool = False,
 ) -> list[VaeStrategy]:
-    """Return the ways for which there seems to be memory, the same on all ranks of the axis; says so if it is not the planned one."""
+    """Return the strategies that are predicted to fit into free memory, the same on all ranks of the axis.
+
+    Logs a warning if the first is not the planned one. One that the user requested comes first in any case.
+    """
     planned_strategy = plan.arrangement.image if is_encoding else plan.arrangement.vae
     itemsize = choose_vae_dtype(device, config).itemsize
     available_bytes = measure_free_bytes(
@@ -88,10 +91,8 @@ def find_vae_strategies(
         encode=is_encoding,
     )
     if strategies[0].name != planned_strategy.name and config.memory.vae is not None:
-        return [
-            replace(planned_strategy, is_tight=True),
-            *strategies,
-        ]  # it was asked for, and what is predicted may be too much
+        # It was requested, and the prediction may be too high.
+        return [replace(planned_strategy, is_tight=True), *strategies]
     if strategies[0].name != planned_strategy.name:
         operation = "encode" if is_encoding else "decode"
         logger.warning(
@@ -103,12 +104,31 @@ def find_vae_strategies(
     return strategies
 
 
+def choose_vae_strategies(
+    config: RunConfig,
+    plan: Plan,
+    dims: VaeDims,
+    device: torch.device,
+    axis: Axis,
+    model_cache: ModelCache,
+    *,
+    is_encoding: bool = False,
+) -> list[VaeStrategy]:
+    """Return `find_vae_strategies`, after evicting the cached models if only the CPU were left otherwise."""
+    strategies = find_vae_strategies(config, plan, dims, device, axis, is_encoding=is_encoding)
+    # Loading the transformer again takes less time than the VAE on the CPU.
+    if strategies[0].name == "cpu" and config.memory.vae is None:
+        model_cache.clear()
+        strategies = find_vae_strategies(config, plan, dims, device, axis, is_encoding=is_encoding)
+    return strategies
+
+
 @contextmanager
 def cudnn_autotuning(dims: VaeDims, strategy: VaeStrategy) -> Iterator[None]:
-    """Let cuDNN try a few kernels for each shape of convolution where that pays: it takes memory, and a second.
+    """Let cuDNN benchmark a few kernels for each convolution shape where that pays.
 
-    Its first choice is a fifth slower where channels are not in multiples of 64 (VAE 2.1), and as fast as any where they are
-    (bench/NOTES.md).
+    That takes memory, and a second. Its default choice is a fifth slower where channels are not in
+    multiples of 64 (VAE 2.1), and as fast as any where they are (bench/NOTES.md).
     """
     previous_settings = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit
     torch.backends.cudnn.benchmark = dims.decoder_dim % 64 != 0 and not strategy.is_tight
@@ -126,7 +146,7 @@ def load_vae(
     device: torch.device,
     model_cache: ModelCache,
 ) -> WanVae:
-    """Return the VAE where it works in this way."""
+    """Return the VAE on this strategy's device, from the model cache if it is there."""
     device = torch.device("cpu") if strategy.name == "cpu" else device
     dtype = choose_vae_dtype(device, config)
     return model_cache.get_or_load(
@@ -139,9 +159,10 @@ def load_vae(
 def encode_video(
     vae: WanVae, make_chunks: Callable[[], Iterable[Tensor]], strategy: VaeStrategy, axis: Axis
 ) -> Tensor:
-    """Return the normalised latents (1, C, T, h, w), float32, of a video in chunks, as `WanVae.encode` takes them.
+    """Return the normalised latents (1, C, T, h, w), float32, of a video in chunks.
 
-    ``chunks()`` may be called several times. Raises torch.OutOfMemoryError, on every rank of the axis if they share the work.
+    ``make_chunks()`` returns them as `WanVae.encode` takes them, and may be called several times. Raises
+    torch.OutOfMemoryError; with the parallel strategy, on every rank of the axis.
     """
     if strategy.name == "tiled":
         return encode_tiles(vae, make_chunks, strategy.num_tiles)
@@ -166,7 +187,7 @@ def encode_video(
 
 
 def _merge_chunks(chunks: Iterable[Tensor], chunks_per_batch: int) -> Iterator[Tensor]:
-    """Yield the first chunk, then up to ``at_once`` of the others together."""
+    """Yield the first chunk, then up to ``chunks_per_batch`` of the others concatenated."""
     iterator = iter(chunks)
     yield next(iterator)
     while chunk_batch := list(itertools.islice(iterator, chunks_per_batch)):
@@ -178,7 +199,8 @@ def decode_latents(
 ) -> Iterator[Tensor]:
     """Yield the frames (n, H, W, 3) of latents (C, T, h, w) as they are ready, on the first rank of the axis.
 
-    Raises torch.OutOfMemoryError, on every rank of the axis if they share the work, and before the first frame then.
+    Raises torch.OutOfMemoryError; with the parallel strategy, on every rank of the axis and before the
+    first frame.
     """
     vae.latents_per_chunk = strategy.at_once
     latents = latents.unsqueeze(0)
@@ -204,7 +226,7 @@ def decode_latents(
 
 
 def _compute_largest_shard(size: Sequence[int], axis: Axis, scale: int = 1) -> list[int]:
-    """Return the largest part of rows and columns that a rank works on, its neighbours' pixels with it."""
+    """Return the rows and columns of the largest shard that a rank works on, with its halo."""
     shard_size = list(size)
     split_index = choose_split_dim(*size) - 3
     shard_size[split_index] = (
@@ -220,7 +242,10 @@ def _make_zeros(vae: WanVae, num_channels: int, num_frames: int, size: Sequence[
 def decode_in_parallel(
     vae: WanVae, latents: Tensor, convert: FrameConverter, axis: Axis
 ) -> Iterator[Tensor]:
-    """Yield the same for latents (1, C, T, h, w) on the first rank of the axis, and nothing on the others; each decodes its share."""
+    """Yield the frames of `decode_latents` for latents (1, C, T, h, w), of which each rank decodes its shard.
+
+    The first rank of the axis gathers and yields them; the others yield nothing.
+    """
     state, chunks = decode_split_video(vae, latents, axis)
     pixel_lengths = [length * vae.dims.spatial_scale for length in state.shard_lengths]
     for frames in chunks:
@@ -232,10 +257,11 @@ def decode_in_parallel(
 def can_all_ranks_run(
     process_chunk: Callable[[VideoState], Tensor], vae: WanVae, axis: Axis
 ) -> bool:
-    """Whether every rank of the axis can do ``work`` on two chunks of its share."""
+    """Whether every rank of the axis has memory for ``process_chunk`` on two chunks of its shard."""
 
     def process_two_chunks() -> None:
         state = VideoState()
+        # The second chunk also needs the frames of the first that the causal layers hold.
         for _ in range(2):
             process_chunk(state)
 

@@ -1,4 +1,4 @@
-"""A video in the making, up to its latents: progress is held after each step, and nothing of it is lost."""
+"""Denoising of one video to its latents, with progress recorded after each step to resume from."""
 
 import sys
 import time
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wan_dist.config.schema import RunConfig
+from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.output.stage_report import StageReport
 from wan_dist.output.video_file import save_tensors
 from wan_dist.parallel.collectives import broadcast, gather_objects, note_awaited_ranks
@@ -31,15 +32,15 @@ from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import denoise_latents
 from wan_dist.sampling.noise import draw_initial_noise
-from wan_dist.sampling.solvers import make_solver
+from wan_dist.sampling.solvers import Solver, make_solver
 
 _SAVE_INTERVAL_SECONDS = 120.0
-"""Between two times that progress is kept, for the case that a run is ended without being asked."""
+"""Interval between two saves of the progress, for a run that is killed without a request to stop."""
 
 
 @dataclass(frozen=True)
 class VideoInProgress:
-    """One in the making."""
+    """A video that is being generated, with its session, settings, plan and files."""
 
     session: Session
     config: RunConfig
@@ -57,7 +58,7 @@ class VideoInProgress:
 
 @torch.no_grad()
 def make_latents(video: VideoInProgress) -> Tensor:
-    """Return the latents (C, T, h, w), float32, on every rank, when the first one has them on disk."""
+    """Return the latents (C, T, h, w), float32, on every rank, once the first one has saved them."""
     session, resume_state = video.session, video.resume_state
     if video.config.latents is not None:
         return session.run_together(
@@ -78,7 +79,7 @@ def _save_latents(video: VideoInProgress, latents: Tensor) -> None:
 
 
 def read_latents(file: Path) -> Tensor:
-    """Return latents (C, T, h, w), float32, that a run has kept; raises InputError for those of which no video can be made."""
+    """Return saved latents (C, T, h, w), float32; raises InputError if they are not finite."""
     latents = load_file(file)["latents"].float()
     if not torch.isfinite(latents).all():
         raise InputError(f"latents={file} are not finite: the video would be black")
@@ -86,10 +87,11 @@ def read_latents(file: Path) -> Tensor:
 
 
 def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
-    """Return the latents (C, T, h, w), float32, on every rank; models that are not to stay are gone from the device then.
+    """Return the latents (C, T, h, w), float32, on every rank; models not cached are off the device then.
 
-    Goes on from the progress that was kept, and where memory ran out on one of several ranks from the step before, with an arrangement
-    that takes less. Raises Preempted when this or another rank was asked to end, after a step.
+    Resumes from saved progress and, where memory ran out on one of several ranks, from the last completed
+    step, with an arrangement that takes less. Raises PreemptionInterrupt after a step when this or another
+    rank was requested to stop.
     """
     session, config, plan = video.session, video.config, video.plan
     set_group_timeout(session.groups, config.parallel.load_timeout)
@@ -110,7 +112,10 @@ def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
 
 
 def _apply_next_fallback(video: VideoInProgress, error: torch.OutOfMemoryError) -> bool:
-    """Take the next arrangement that takes less, on all ranks; one rank alone has tried them all by itself."""
+    """Apply the next fallback arrangement on all ranks; returns whether there is one.
+
+    There is none for a single rank, which has tried them all by itself (`FallbackPredictor`).
+    """
     session, plan = video.session, video.plan
     current_arrangement = (
         plan.arrangement
@@ -134,39 +139,16 @@ def _apply_next_fallback(video: VideoInProgress, error: torch.OutOfMemoryError) 
 
 
 def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor:
-    """Return the latents (1, C, T, h, w); see `_denoised`."""
-    session, config, plan, report, resume_state = (
-        video.session,
-        video.config,
-        video.plan,
-        video.report,
-        video.resume_state,
-    )
-    groups = session.groups
-    initial_latents, num_done = resume_state.progress.latents, resume_state.progress.num_done
-    solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
-    if initial_latents is None:
-        noise = draw_initial_noise(
-            plan.latent_shape,
-            seed=plan.seed,
-            noise_device=config.noise_device,
-            device=report.device,
-        )
-        initial_latents = broadcast(noise, groups.replica, report.device)
-        assert initial_latents is not None
-    else:
-        solver.restore(num_done, resume_state.progress.solver_state)
-    initial_latents = initial_latents.unsqueeze(0)
+    """Return the latents (1, C, T, h, w) after the steps that are left; see `_denoise_with_fallback`."""
+    session, report, resume_state = video.session, video.report, video.resume_state
+    groups, num_done = session.groups, resume_state.progress.num_done
+    solver, initial_latents = _prepare_sampling(video)
     attention = session.get_attention()
-    report.metadata["attention"] = attention.name
-    logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)
-    if plan.degrees.num_ranks > 1:
-        placement_text = "sharded" if plan.arrangement.shard_dit else "on every rank"
-        logger.log(report.log_level, "ranks     %s, transformer %s", plan.degrees, placement_text)
+    _report_setup(video, attention)
     expert_predictor = ExpertPredictor(
         session,
-        config,
-        plan,
+        video.config,
+        video.plan,
         attention,
         report,
         conditioning,
@@ -177,45 +159,72 @@ def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor
     )
     predict = ConsistencyCheck(expert_predictor.build_predictor(), groups.replica)
     progress_saver = ProgressSaver(video, expert_predictor)
+    stage_detail = f"{len(solver) - num_done} steps of {video.config.sample.solver}"
     with (
-        report.measure_stage(
-            "denoise", f"{len(solver) - num_done} steps of {config.sample.solver}"
-        ),
+        report.measure_stage("denoise", stage_detail),
         preemption.deferred_after_check(),
         logging_redirect_tqdm([logger]),
-        note_awaited_ranks(
-            groups.replica
-        ),  # where sharded weights are gathered, which is not done in our collectives
+        # Where sharded weights are gathered, which our own collectives do not do.
+        note_awaited_ranks(groups.replica),
         progress_saver,
     ):
         wrap_steps = _make_progress_bar if groups.rank == 0 else iter
-        known_latents = conditioning.known_latents
         latents = denoise_latents(
             predict,
             initial_latents,
             solver,
             first_step=num_done,
-            known_latents=known_latents,
+            known_latents=conditioning.known_latents,
             progress=wrap_steps,
             after_step=progress_saver.record_step,
         )
-        if config.cache.steps is not None:
-            report.metadata["guessed_steps"] = expert_predictor.step_counts["guessed"]
-            logger.log(
-                report.log_level,
-                "cache     %d of %d steps were guessed",
-                expert_predictor.step_counts["guessed"],
-                len(solver),
-            )
-        del predict
+        if video.config.cache.steps is not None:
+            _report_guessed_steps(report, expert_predictor.step_counts["guessed"], len(solver))
+        del predict  # it holds the transformer
         if not session.model_cache.is_persistent:
             free_memory()
     report.other_rank_stages = gather_objects(report.stages, groups.replica)[1:]
     return latents
 
 
+def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
+    """Return the solver and latents (1, C, T, h, w) to start from: of saved progress, or initial noise."""
+    config, plan, device = video.config, video.plan, video.report.device
+    progress = video.resume_state.progress
+    initial_latents = progress.latents
+    solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
+    if initial_latents is None:
+        noise = draw_initial_noise(
+            plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=device
+        )
+        initial_latents = broadcast(noise, video.session.groups.replica, device)
+        assert initial_latents is not None
+    else:
+        solver.restore(progress.num_done, progress.solver_state)
+    return solver, initial_latents.unsqueeze(0)
+
+
+def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
+    """Record and log the attention kernel, and how several ranks are arranged."""
+    plan, report = video.plan, video.report
+    report.metadata["attention"] = attention.name
+    logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)
+    if plan.degrees.num_ranks > 1:
+        placement_text = "sharded" if plan.arrangement.shard_dit else "on every rank"
+        logger.log(report.log_level, "ranks     %s, transformer %s", plan.degrees, placement_text)
+
+
+def _report_guessed_steps(report: StageReport, num_guessed: int, num_steps: int) -> None:
+    """Record and log how many steps the step cache guessed."""
+    report.metadata["guessed_steps"] = num_guessed
+    logger.log(report.log_level, "cache     %d of %d steps were guessed", num_guessed, num_steps)
+
+
 class ProgressSaver:
-    """Holds a video's progress after each step, and keeps it on disk: from time to time, when the run is asked to end, and on an error."""
+    """Records a video's progress after each step, and saves it to disk.
+
+    It is saved at intervals, when the run is requested to stop, and on an error.
+    """
 
     def __init__(self, video: VideoInProgress, expert_predictor: ExpertPredictor) -> None:
         self.video, self.expert_predictor = video, expert_predictor
@@ -223,15 +232,14 @@ class ProgressSaver:
         self.num_saved_steps = video.resume_state.progress.num_done
 
     def record_step(self, num_done: int, latents: Tensor) -> None:
-        """Note a step; raises Preempted where this or another rank was asked to end."""
+        """Record a step; raises PreemptionInterrupt where this or another rank was requested to stop."""
         video, solver = self.video, self.expert_predictor.solver
         axis = video.session.groups.replica
         progress = DenoisingProgress(
             num_done, latents.squeeze(0), solver.state(), self.expert_predictor.state()
         )
-        is_requested = is_set_on_any_rank(
-            preemption.requested_by is not None, axis, latents.device
-        )  # which waits for the step
+        # This also waits for the step.
+        is_requested = is_set_on_any_rank(preemption.requested_by is not None, axis, latents.device)
         video.session.groups.raise_if_aborted()
         video.resume_state.progress = progress
         if num_done == len(solver):
@@ -240,11 +248,12 @@ class ProgressSaver:
             self.save_progress()
         if is_requested:
             raise PreemptionInterrupt(
-                f"asked to end: stopped after step {num_done} of {len(solver)}; the same command goes on from there"
+                f"asked to end: stopped after step {num_done} of {len(solver)}; "
+                "the same command goes on from there"
             )
 
     def save_progress(self) -> None:
-        """Write what there is on the first rank."""
+        """Save the progress on the first rank, if it has steps that are not saved yet."""
         progress = self.video.resume_state.progress
         self.last_saved_seconds = time.monotonic()
         if (
@@ -255,16 +264,19 @@ class ProgressSaver:
             self.num_saved_steps = progress.num_done
 
     def __enter__(self) -> None:
-        """Nothing is to be done."""
+        """Nothing to do."""
 
     def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:
-        """Keep the steps that are done where the next one fails."""
+        """Save the completed steps where the next one fails."""
         if error_type is not None and not issubclass(error_type, FloatingPointError):
             self.save_progress()
 
 
 def _make_progress_bar(steps: range) -> Iterable[int]:
-    bar_format = "denoise   {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps, {rate_inv_fmt}, {remaining} left"
+    bar_format = (
+        "denoise   {percentage:3.0f}%|{bar:24}| {n_fmt}/{total_fmt} steps, "
+        "{rate_inv_fmt}, {remaining} left"
+    )
     return tqdm(
         steps,
         bar_format=bar_format,

@@ -1,4 +1,4 @@
-"""Text and images -> `Conditioning`: once in a replica, on its first rank, and sent to the others."""
+"""Conditioning from text and images: encoded once in a replica, and broadcast from its first rank."""
 
 from dataclasses import fields
 
@@ -17,7 +17,7 @@ from wan_dist.sampling.conditioning import Conditioning
 def encode_conditioning(
     session: Session, config: RunConfig, plan: Plan, report: StageReport
 ) -> Conditioning:
-    """Return what stays the same for all steps, on every rank; the encoders are gone from the device then."""
+    """Return what is the same for all steps, on every rank; encoders not cached are off the device then."""
     axis = session.groups.replica
     optional_prompts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
     prompts = {name: text for name, text in optional_prompts.items() if text is not None}

@@ -1,4 +1,4 @@
-"""One video, in call order: encode text and images, denoise, keep the latents, decode, write, record."""
+"""Generation of one video: encode text and images, denoise, save the latents, decode, write, record."""
 
 import shlex
 from collections import deque
@@ -22,7 +22,7 @@ from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.consistency import is_set_on_any_rank
 from wan_dist.parallel.mesh import ProcessGroups, make_process_groups, process_group_session
 from wan_dist.parallel.team import Coordinator
-from wan_dist.pipeline import decode as vae
+from wan_dist.pipeline import decode
 from wan_dist.pipeline.decode import convert_to_float32_frames, convert_to_uint8_frames
 from wan_dist.pipeline.denoise import VideoInProgress, make_latents, read_latents
 from wan_dist.pipeline.out_of_memory import run_with_fallback
@@ -39,7 +39,7 @@ from wan_dist.weights.checkpoint import Checkpoint
 
 @torch.no_grad()
 def generate_video(config: RunConfig, plan: Plan, coordinator: Coordinator) -> Path | None:
-    """Make one video on all ranks of the team; the first rank returns its path.
+    """Generate one video on all ranks of the team; the first rank returns its path, the others None.
 
     Raises InputError for what is wrong with checkpoint or output folder, before weights are read.
     """
@@ -75,7 +75,7 @@ def prepare_video(
     *,
     quiet: bool = False,
 ) -> VideoInProgress:
-    """Read what was kept of this video, arrange it, and reserve its name; all ranks of the replica."""
+    """Restore saved progress, plan memory and reserve the result's name, on all ranks of the replica."""
 
     def restore_and_plan() -> tuple[Plan, Path]:
         resumed_plan = (
@@ -84,9 +84,8 @@ def prepare_video(
             else plan
         )
         if config.latents is not None:
-            read_latents(
-                Path(config.latents).expanduser()
-            )  # what is wrong with them is said before anything is there
+            # Latents that cannot be used raise here, before anything is written.
+            read_latents(Path(config.latents).expanduser())
         resumed_plan = session.plan_memory(resumed_plan, config, quiet=quiet)
         result_path = (
             resume_state.reserve_path(is_name_fixed=config.output.name is not None)
@@ -110,7 +109,7 @@ def prepare_video(
 def decode_and_write(video: VideoInProgress, latents: Tensor) -> None:
     """Decode and write the result and its record.
 
-    If decoding or writing fails, the latents are on disk and the error says how to go on from them.
+    If decoding or writing fails, the latents are on disk and the log says how to resume from them.
     """
     with _recoverable_latents(video, latents):
         _decode_with_fallback(video, latents, partial(_write_result, video))
@@ -123,7 +122,10 @@ def decode_and_write(video: VideoInProgress, latents: Tensor) -> None:
 
 @torch.no_grad()
 def decode_to_host(video: VideoInProgress, latents: Tensor) -> list[Tensor]:
-    """Return the result's frames, chunks (n, H, W, 3) on the host of the first rank, for `complete_later`; fails as `complete` does."""
+    """Return the frames, chunks (n, H, W, 3), on the host of the first rank; the others return none.
+
+    They are for `write_decoded_frames`. Fails as `decode_and_write` does.
+    """
     frame_chunks: list[Tensor] = []
 
     def collect_frames(chunks: Iterator[Tensor]) -> None:
@@ -137,7 +139,10 @@ def decode_to_host(video: VideoInProgress, latents: Tensor) -> list[Tensor]:
 def write_decoded_frames(
     video: VideoInProgress, latents: Tensor, frame_chunks: Iterable[Tensor]
 ) -> None:
-    """Write the result from what `decode_first` returned, and its record, on the first rank, while the next video is denoised."""
+    """Write the result from the frames of `decode_to_host`, and its record.
+
+    Runs on the first rank, while the next video is denoised.
+    """
     with _recoverable_latents(video, latents):
         with video.report.measure_stage("save", is_concurrent=True):
             _write_result(video, iter(frame_chunks))
@@ -146,20 +151,23 @@ def write_decoded_frames(
 
 @contextmanager
 def _recoverable_latents(video: VideoInProgress, latents: Tensor) -> Iterator[None]:
-    """Say how to go on from the latents if what is done inside fails; keep them as progress if it fails since the run was asked to end."""
+    """Log how to resume from the latents if the work inside fails.
+
+    Saves the latents as progress if it fails because the run was requested to stop.
+    """
     config = video.config
     try:
         yield
     except (Exception, PreemptionInterrupt) as error:
-        if (
-            isinstance(error, PreemptionInterrupt) or preemption.wait_for_request()
-        ):  # ffmpeg may have been asked as well
+        # The signal may have ended ffmpeg first, whose error then comes before this process's request.
+        if isinstance(error, PreemptionInterrupt) or preemption.wait_for_request():
             if video.is_first and config.latents is None:
                 video.resume_state.save_progress(DenoisingProgress(config.sample.steps, latents))
             if isinstance(error, PreemptionInterrupt):
                 raise
             raise PreemptionInterrupt(
-                f"asked to end: stopped while decoding ({get_first_line(error)}); the same command goes on from there"
+                f"asked to end: stopped while decoding ({get_first_line(error)}); "
+                "the same command goes on from there"
             ) from error
         if video.is_first:
             command = _format_resume_command(
@@ -170,7 +178,7 @@ def _recoverable_latents(video: VideoInProgress, latents: Tensor) -> Iterator[No
 
 
 def _finalize_video(video: VideoInProgress) -> None:
-    """Write the record; what was kept for the case of a failure goes. A signal waits until that is done."""
+    """Write the record, and remove what was saved for a failure; a signal is deferred until that is done."""
     with preemption.deferred():
         _write_record(video)
 
@@ -197,7 +205,7 @@ def _write_record(video: VideoInProgress) -> None:
     report.metadata |= digests
     report.compare_memory(plan.stage_memories, plan.ranks_per_node)
     report.save(video.result_file.with_suffix(".json"))
-    if config.latents is None:  # others' latents say nothing of what was kept
+    if config.latents is None:  # latents given by the user have no saved progress
         video.resume_state.remove_file()
         if not config.output.save_latents:
             video.latents_file.unlink(missing_ok=True)
@@ -207,61 +215,20 @@ def _write_record(video: VideoInProgress) -> None:
 def _decode_with_fallback(
     video: VideoInProgress, latents: Tensor, consume_frames: Callable[[Iterator[Tensor]], None]
 ) -> None:
-    """Decode latents (C, T, h, w); the first rank takes frames as they are ready; where memory runs out, again in a way that needs less."""
-    session, config, plan = video.session, video.config, video.plan
-    axis, checkpoint = session.groups.replica, session.checkpoint
+    """Decode latents (C, T, h, w), and again with the next strategy where memory runs out.
 
-    def choose_strategies() -> list[VaeStrategy]:
-        if is_set_on_any_rank(preemption.requested_by is not None, axis, latents.device):
-            raise PreemptionInterrupt(
-                "asked to end: stopped before decoding; the same command goes on from there"
-            )
-        if not torch.isfinite(latents).all():
-            raise FloatingPointError("the latents are not finite: the video would be black")
-        fitting_strategies = vae.find_vae_strategies(
-            config, plan, checkpoint.vae.dims, latents.device, axis
-        )
-        if (
-            fitting_strategies[0].name == "cpu" and config.memory.vae is None
-        ):  # sooner read the transformer again
-            session.model_cache.clear()
-            fitting_strategies = vae.find_vae_strategies(
-                config, plan, checkpoint.vae.dims, latents.device, axis
-            )
-        return fitting_strategies
-
-    def run_strategy(strategy: VaeStrategy) -> None:
-        if axis.rank != 0 and strategy.name != "parallel":
-            return  # the first rank goes on alone
-        stage_detail = f"VAE {strategy}, {plan.frame_num} frame{'' if plan.frame_num == 1 else 's'}"
-        with (
-            video.report.measure_stage("decode", stage_detail),
-            vae.cudnn_autotuning(checkpoint.vae.dims, strategy),
-        ):
-            vae_model = vae.load_vae(
-                checkpoint, config, strategy, latents.device, session.model_cache
-            )
-            chunks = vae.decode_latents(
-                vae_model,
-                latents,
-                convert_to_float32_frames if config.output.save_tensor else convert_to_uint8_frames,
-                strategy,
-                axis,
-            )
-            if axis.rank == 0:
-                consume_frames(
-                    _yield_verified_chunks(chunks, session.groups)
-                    if strategy.name == "parallel"
-                    else chunks
-                )
-            else:
-                deque(chunks, maxlen=0)  # its share of each is sent to the first rank
-
-    strategies = session.run_together(choose_strategies, "choose how to decode")
+    ``consume_frames`` is called on the first rank with an iterator of the frames as they are ready.
+    """
+    session = video.session
+    strategies = session.run_together(
+        lambda: _choose_strategies(video, latents), "choose how to decode"
+    )
     if run_with_fallback(
         strategies,
         lambda strategy: session.run_together(
-            lambda: run_strategy(strategy), "decode", uses_collectives=strategy.name == "parallel"
+            lambda: _decode_with_strategy(video, latents, strategy, consume_frames),
+            "decode",
+            uses_collectives=strategy.name == "parallel",
         ),
         "decoding",
         "the latents are safe, ",
@@ -269,8 +236,65 @@ def _decode_with_fallback(
         video.report.record_out_of_memory("decode")
 
 
+def _choose_strategies(video: VideoInProgress, latents: Tensor) -> list[VaeStrategy]:
+    """Return the strategies to decode with, in order.
+
+    Raises PreemptionInterrupt where a rank was requested to stop, FloatingPointError for latents that are
+    not finite.
+    """
+    session = video.session
+    axis = session.groups.replica
+    if is_set_on_any_rank(preemption.requested_by is not None, axis, latents.device):
+        raise PreemptionInterrupt(
+            "asked to end: stopped before decoding; the same command goes on from there"
+        )
+    if not torch.isfinite(latents).all():
+        raise FloatingPointError("the latents are not finite: the video would be black")
+    return decode.choose_vae_strategies(
+        video.config,
+        video.plan,
+        session.checkpoint.vae.dims,
+        latents.device,
+        axis,
+        session.model_cache,
+    )
+
+
+def _decode_with_strategy(
+    video: VideoInProgress,
+    latents: Tensor,
+    strategy: VaeStrategy,
+    consume_frames: Callable[[Iterator[Tensor]], None],
+) -> None:
+    """Decode latents (C, T, h, w) with one strategy; see `_decode_with_fallback`."""
+    session, config, checkpoint = video.session, video.config, video.session.checkpoint
+    axis, frame_num = session.groups.replica, video.plan.frame_num
+    is_parallel = strategy.name == "parallel"
+    if axis.rank != 0 and not is_parallel:
+        return  # the first rank decodes alone
+    convert_frames = (
+        convert_to_float32_frames if config.output.save_tensor else convert_to_uint8_frames
+    )
+    stage_detail = f"VAE {strategy}, {frame_num} frame{'' if frame_num == 1 else 's'}"
+    with (
+        video.report.measure_stage("decode", stage_detail),
+        decode.cudnn_autotuning(checkpoint.vae.dims, strategy),
+    ):
+        vae_model = decode.load_vae(
+            checkpoint, config, strategy, latents.device, session.model_cache
+        )
+        chunks = decode.decode_latents(vae_model, latents, convert_frames, strategy, axis)
+        if axis.rank != 0:
+            deque(chunks, maxlen=0)  # its shard of each chunk is sent to the first rank
+            return
+        consume_frames(_yield_verified_chunks(chunks, session.groups) if is_parallel else chunks)
+
+
 def _yield_verified_chunks(chunks: Iterator[Tensor], groups: ProcessGroups) -> Iterator[Tensor]:
-    """Yield frames while those of other ranks are what they sent; raises RankError."""
+    """Yield frames while the process groups are intact; raises RankError.
+
+    After an abort, what was gathered from other ranks may not be what they sent.
+    """
     for chunk in chunks:
         groups.raise_if_aborted()
         yield chunk
@@ -278,7 +302,7 @@ def _yield_verified_chunks(chunks: Iterator[Tensor], groups: ProcessGroups) -> I
 
 
 def _write_result(video: VideoInProgress, frame_chunks: Iterator[Tensor]) -> None:
-    """Write frames (n, H, W, 3), uint8, or float32 in [-1, 1] which are kept too."""
+    """Write frames (n, H, W, 3): uint8, or float32 in [-1, 1], which are saved as a tensor too."""
     config, plan, result_file = video.config, video.plan, video.result_file
     float_chunks: list[Tensor] = []
 

@@ -1,4 +1,4 @@
-"""Images -> what the transformer is given of them: CLIP features, a mask, latents."""
+"""Image conditioning of the transformer: CLIP features, a mask and VAE latents."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.models.dims import ImageEncoderDims
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.output.stage_report import StageReport
-from wan_dist.pipeline import decode as vae
+from wan_dist.pipeline.decode import choose_vae_strategies, encode_video, load_vae
 from wan_dist.pipeline.model_cache import ModelCache
 from wan_dist.pipeline.out_of_memory import free_memory, run_with_fallback
 from wan_dist.pipeline.session import Session
@@ -28,7 +28,7 @@ def encode_image_features(
     report: StageReport,
     model_cache: ModelCache,
 ) -> Tensor:
-    """Return CLIP's features (n, 257, image_dim) of the plan's n images."""
+    """Return the CLIP features (n, 257, image_dim) of the plan's n images."""
     device = report.device if plan.arrangement.clip == "gpu" else torch.device("cpu")
     with report.measure_stage(
         "look",
@@ -48,79 +48,75 @@ def encode_image_features(
 def encode_image_latents(
     session: Session, config: RunConfig, plan: Plan, report: StageReport
 ) -> dict[str, Tensor]:
-    """Return what the VAE makes of the images; in strips, one for each rank, where the ranks share that."""
-    checkpoint, axis = session.checkpoint, session.groups.replica
+    """Return the VAE's conditioning of the images: ``known_latents``, or ``extra_channels``.
+
+    With the parallel strategy each rank encodes a strip; otherwise the first rank encodes, and the others
+    return an empty dict.
+    """
     conditioning_tensors: dict[str, Tensor] = {}
 
-    def make_chunks() -> Iterator[Tensor]:
-        if plan.task.has_fixed_first_frame:
-            return iter(
-                [
-                    convert_image_to_tensor(
-                        crop_to_cover(plan.images[0], (plan.width, plan.height))
-                    )
-                    .unsqueeze(1)
-                    .unsqueeze(0)
-                ]
-            )
-        first_image, *last_images = (convert_image_to_tensor(image) for image in plan.images)
-        return make_image_chunks(
-            first_image,
-            last_images[0] if last_images else None,
-            frame_num=plan.frame_num,
-            width=plan.width,
-            height=plan.height,
-        )
-
     def run_strategy(strategy: VaeStrategy) -> None:
-        if axis.rank != 0 and strategy.name != "parallel":
-            return  # the first rank goes on alone
-        with report.measure_stage(
-            "image",
-            f"VAE {strategy}, "
-            + ", ".join(f"{image.width}x{image.height}" for image in plan.images),
-        ):
-            vae_model = vae.load_vae(
-                checkpoint, config, strategy, report.device, session.model_cache
+        conditioning_tensors.update(
+            session.run_together(
+                lambda: _encode_with_strategy(session, config, plan, report, strategy),
+                "encode the image",
+                uses_collectives=strategy.name == "parallel",
             )
-            device = next(vae_model.parameters()).device
-            latents = vae.encode_video(
-                vae_model, lambda: (chunk.to(device) for chunk in make_chunks()), strategy, axis
-            ).to(report.device)
-            if plan.task.has_fixed_first_frame:
-                conditioning_tensors["known_latents"] = latents
-            else:
-                mask = make_image_mask(plan.latent_shape, has_last_image=len(plan.images) == 2).to(
-                    report.device
-                )
-                conditioning_tensors["extra_channels"] = torch.cat([mask, latents], dim=1)
-
-    def choose_strategies() -> list[VaeStrategy]:
-        fitting_strategies = vae.find_vae_strategies(
-            config, plan, checkpoint.vae.dims, report.device, axis, is_encoding=True
         )
-        if (
-            fitting_strategies[0].name == "cpu" and config.memory.vae is None
-        ):  # sooner read the transformer again
-            session.model_cache.clear()
-            fitting_strategies = vae.find_vae_strategies(
-                config, plan, checkpoint.vae.dims, report.device, axis, is_encoding=True
-            )
-        return fitting_strategies
 
-    strategies = session.run_together(choose_strategies, "choose how to encode the image")
-    if run_with_fallback(
-        strategies,
-        lambda strategy: session.run_together(
-            lambda: run_strategy(strategy),
-            "encode the image",
-            uses_collectives=strategy.name == "parallel",
+    strategies = session.run_together(
+        lambda: choose_vae_strategies(
+            config,
+            plan,
+            session.checkpoint.vae.dims,
+            report.device,
+            session.groups.replica,
+            session.model_cache,
+            is_encoding=True,
         ),
-        "encoding the image",
-    ):
+        "choose how to encode the image",
+    )
+    if run_with_fallback(strategies, run_strategy, "encoding the image"):
         report.record_out_of_memory("image")
     free_memory()
     return conditioning_tensors
+
+
+def _encode_with_strategy(
+    session: Session, config: RunConfig, plan: Plan, report: StageReport, strategy: VaeStrategy
+) -> dict[str, Tensor]:
+    """Return the conditioning tensors of `encode_image_latents`, encoded with one strategy."""
+    axis = session.groups.replica
+    if axis.rank != 0 and strategy.name != "parallel":
+        return {}  # the first rank encodes alone
+    image_sizes = ", ".join(f"{image.width}x{image.height}" for image in plan.images)
+    with report.measure_stage("image", f"VAE {strategy}, {image_sizes}"):
+        vae_model = load_vae(
+            session.checkpoint, config, strategy, report.device, session.model_cache
+        )
+        device = next(vae_model.parameters()).device
+        latents = encode_video(
+            vae_model, lambda: (chunk.to(device) for chunk in _make_chunks(plan)), strategy, axis
+        ).to(report.device)
+        if plan.task.has_fixed_first_frame:
+            return {"known_latents": latents}
+        mask = make_image_mask(plan.latent_shape, has_last_image=len(plan.images) == 2)
+        return {"extra_channels": torch.cat([mask.to(report.device), latents], dim=1)}
+
+
+def _make_chunks(plan: Plan) -> Iterator[Tensor]:
+    """Return the chunks (1, 3, n, H, W) to encode: a fixed first frame alone, or a video of the images."""
+    if plan.task.has_fixed_first_frame:
+        first_frame = crop_to_cover(plan.images[0], (plan.width, plan.height))
+        return iter([convert_image_to_tensor(first_frame).unsqueeze(1).unsqueeze(0)])
+    first_image, *last_images = (convert_image_to_tensor(image) for image in plan.images)
+    return make_image_chunks(
+        first_image,
+        last_images[0] if last_images else None,
+        frame_num=plan.frame_num,
+        width=plan.width,
+        height=plan.height,
+    )
 
 
 def convert_image_to_tensor(image: Image.Image) -> Tensor:
@@ -131,10 +127,11 @@ def convert_image_to_tensor(image: Image.Image) -> Tensor:
 def make_image_chunks(
     first_image: Tensor, last_image: Tensor | None, *, frame_num: int, height: int, width: int
 ) -> Iterator[Tensor]:
-    """Yield a video of the images (3, any, any) in [-1, 1] at its ends and zeros, mid-grey, between, in the encoder's chunks.
+    """Yield a video, in the VAE encoder's chunks, of the images at its ends and zeros (mid-grey) between.
 
-    Chunks are (1, 3, n, H, W): the first frame, then four at a time, of which only one chunk exists at once. Images are scaled to the
-    video's size, bicubic and without antialiasing, as in the reference.
+    Images are (3, any, any) in [-1, 1]; they are scaled to the video's size, bicubic and without
+    antialiasing, as in the reference. Chunks are (1, 3, n, H, W): the first frame, then four at a time;
+    only one chunk exists at once.
     """
 
     def resize_image(image: Tensor) -> Tensor:
@@ -152,7 +149,10 @@ def make_image_chunks(
 
 
 def make_image_mask(latent_shape: tuple[int, int, int, int], *, has_last_image: bool) -> Tensor:
-    """Return (1, 4, T, h, w): 1 where a frame is given. Channels are the frames of a latent frame; the first has one, four times."""
+    """Return the mask (1, 4, T, h, w), which is 1 where a frame is given and 0 elsewhere.
+
+    Channels are the frames of a latent frame; the first latent frame has a single one, four times.
+    """
     _, num_latent_frames, rows, columns = latent_shape
     mask = torch.zeros(1, 4, num_latent_frames, rows, columns)
     mask[:, :, 0] = 1

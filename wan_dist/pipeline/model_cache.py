@@ -1,4 +1,4 @@
-"""Loaded models that stay from one video to the next."""
+"""Cache of loaded models, from one video to the next."""
 
 from collections.abc import Callable, Hashable
 from typing import TypeVar, cast
@@ -11,14 +11,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class ModelCache:
-    """A place for each model; what stands there goes when another model is to stand there. One that does not keep loads anew each time."""
+    """Cache with one slot for each kind of model; another variant in a slot evicts the one before.
+
+    A cache that is not persistent holds nothing, and loads the model anew each time.
+    """
 
     def __init__(self, *, is_persistent: bool = False) -> None:
         self.is_persistent = is_persistent
         self._models_by_slot: dict[str, tuple[Hashable, nn.Module]] = {}
 
     def get_or_load(self, slot: str, variant: Hashable, load_model: Callable[[], Model]) -> Model:
-        """Return the model of this kind from its place, loaded if it is not there."""
+        """Return this variant of a slot's model, loaded if it is not cached."""
         if not self.is_persistent:
             return load_model()
         self.evict_others(slot, variant)
@@ -27,13 +30,13 @@ class ModelCache:
         return cast(Model, self._models_by_slot[slot][1])
 
     def evict_others(self, slot: str, variant: Hashable) -> None:
-        """Let go of what stands there, unless it is of this kind."""
+        """Evict the slot's model unless it is the requested variant."""
         if slot in self._models_by_slot and self._models_by_slot[slot][0] != variant:
             del self._models_by_slot[slot]
             free_memory()
 
     def clear(self) -> bool:
-        """Let go of all; returns whether there was any."""
+        """Evict all models; returns whether there was any."""
         if not self._models_by_slot:
             return False
         self._models_by_slot.clear()

@@ -1,4 +1,4 @@
-"""What memory a device has left, and what is done when it runs out."""
+"""Free GPU memory: measured and probed on all ranks, and the fallback where it runs out."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -13,14 +13,14 @@ from wan_dist.runtime.log import logger
 
 
 def free_memory() -> None:
-    """Give back to the device what is no longer referred to."""
+    """Collect garbage, and release the allocator's unused GPU memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def measure_free_bytes(device: torch.device, axis: Axis, *, budget_gib: float | None = None) -> int:
-    """Return how much memory is left on the device, on the rank of the axis that has the least; a great deal on a CPU."""
+    """Return the free bytes on the device, of the rank of the axis that has the fewest; 2**62 on a CPU."""
     if device.type != "cuda":
         return 2**62
     available_bytes = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -31,22 +31,23 @@ def measure_free_bytes(device: torch.device, axis: Axis, *, budget_gib: float | 
 
 
 def ensure_ranks_can_allocate(num_bytes: int, device: torch.device, axis: Axis) -> None:
-    """Raise NoRoomError on every rank of the axis if one of them could not allocate so much now; nothing on a CPU."""
+    """Raise OutOfMemoryOnRankError on all ranks of the axis if one cannot allocate so much; not on a CPU."""
     has_memory_by_rank = probe_memory_by_rank(
         lambda: _allocate_bytes(num_bytes, device), device, axis
     )
     if not all(has_memory_by_rank):
         raise OutOfMemoryOnRankError(
-            f"rank {has_memory_by_rank.index(False)} of the replica has no {num_bytes / 2**30:.1f} GiB left on its GPU"
+            f"rank {has_memory_by_rank.index(False)} of the replica "
+            f"has no {num_bytes / 2**30:.1f} GiB left on its GPU"
         )
 
 
 def probe_memory_by_rank(
     work: Callable[[], object], device: torch.device, axis: Axis
 ) -> list[bool]:
-    """Return for each rank of the axis whether it has memory to do ``work``, which each tries alone.
+    """Return for each rank of the axis whether it has memory for ``work``, which each runs alone.
 
-    A rank that ran out of memory in the middle of what they do together would leave the others waiting.
+    A rank that ran out of memory between two collectives would leave the others waiting.
     """
     try:
         work()
@@ -69,9 +70,9 @@ def run_with_fallback(
     purpose: str,
     warning_note: str = "",
 ) -> int:
-    """Do ``work`` in the first of the ways, and in the next one where memory ran out; returns how often it did.
+    """Run ``work`` with the first strategy, and with the next where memory ran out; returns how often it did.
 
-    Raises torch.OutOfMemoryError after the last. ``what`` and ``note`` are for the warning.
+    Raises torch.OutOfMemoryError after the last one. ``purpose`` and ``warning_note`` are for the warning.
     """
     for index, strategy in enumerate(strategies):
         try:

@@ -1,4 +1,4 @@
-"""The transformers of a run: each loaded when its first timestep comes, as a prediction of the velocity."""
+"""Velocity prediction by a run's transformers, each loaded when its first timestep comes."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ from wan_dist.config.schema import MemoryConfig, RunConfig
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
 from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.transformer_block import ContextKV
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
@@ -39,7 +40,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ExpertPredictor:
-    """What opening a transformer takes; ``noise`` has the latents' shape."""
+    """Loads the transformers of a run as predictions of the velocity; ``noise`` has the latents' shape."""
 
     session: Session
     config: RunConfig
@@ -50,21 +51,21 @@ class ExpertPredictor:
     noise: Tensor
     solver: Solver
     num_done: int = 0
-    """Steps that were done before, by a run that this one goes on with."""
+    """Steps that the resumed run had completed."""
     step_cache_state: dict[str, Tensor] = field(default_factory=dict)
-    """What that run's step cache left; see `EasyCache.state`."""
+    """State of the resumed run's step cache; see `EasyCache.state`."""
     step_caches: list[ReferenceType[EasyCache]] = field(default_factory=list)
-    """Of the transformers that were opened; those that are let go are not held."""
+    """Step caches of the loaded transformers; weak, so as not to hold an evicted transformer."""
     step_counts: Counter[str] = field(default_factory=Counter)
     """How many steps were ``guessed``."""
 
     @property
     def groups(self) -> ProcessGroups:
-        """The ranks."""
+        """The session's process groups."""
         return self.session.groups
 
     def build_predictor(self) -> VelocityFunction:
-        """Return the run's prediction: by one transformer, or by that for high noise and then that for low."""
+        """Return the run's prediction: of one transformer, or the high-noise, then the low-noise expert."""
         low_scale, high_scale = self.plan.guide_scales
         if self.plan.task.expert_boundary is None:
             return self.open_expert(0, "", high_scale, len(self.solver), self.num_done)
@@ -96,43 +97,25 @@ class ExpertPredictor:
         num_steps: int,
         num_done: int,
     ) -> VelocityFunction:
-        """Load a transformer as it is planned, for ``num_steps`` steps of which some are done; ``suffix`` goes to its stages' names.
+        """Load a transformer as planned, for ``num_steps`` steps of which ``num_done`` are completed.
 
-        Where a GPU runs out of memory it is loaded, or the step is repeated, with an arrangement that needs less. Several ranks look
-        for room before the first step instead: one that ran out in the middle of it would leave the others waiting.
+        ``stage_suffix`` is appended to its stages' names. Where a GPU runs out of memory, the transformer
+        is loaded, or the step is repeated, with an arrangement that needs less. Several ranks allocate the
+        memory on trial before the first step instead: one that ran out in the middle of it would leave the
+        others waiting.
         """
         can_split_passes = guide_scale != 1 and self.conditioning.negative_context is not None
-        planned_arrangement, lowered_arrangement = (
-            self.plan.arrangement,
-            self.session.fallback_arrangement,
+        # What one of several ranks meets alone ends the run.
+        error_type = (
+            torch.OutOfMemoryError if self.groups.replica.size == 1 else OutOfMemoryOnRankError
         )
-        arrangements = [
-            planned_arrangement,
-            *list_fallbacks(
-                planned_arrangement, self.config.memory, can_split_passes=can_split_passes
-            ),
-        ]
-        if (
-            lowered_arrangement is not None
-            and (
-                current_arrangement := replace_transformer_part(
-                    planned_arrangement, lowered_arrangement
-                )
-            )
-            in arrangements
-        ):
-            arrangements = arrangements[
-                arrangements.index(current_arrangement) :
-            ]  # the video before this one found that those above take too much
         fallback_predictor = FallbackPredictor(
             lambda arrangement: self._open_with_arrangement(
                 expert_index, stage_suffix, guide_scale, num_done, arrangement
             ),
-            arrangements,
+            self._list_arrangements(can_split_passes=can_split_passes),
             can_split_passes=can_split_passes,
-            error_type=torch.OutOfMemoryError
-            if self.groups.replica.size == 1
-            else OutOfMemoryOnRankError,  # what one rank meets alone ends the run
+            error_type=error_type,
             on_fallback=self._record_fallback,
         )
         if self.config.cache.steps != "easy":
@@ -151,11 +134,29 @@ class ExpertPredictor:
         self.step_caches.append(ReferenceType(easy_cache))
         return easy_cache
 
+    def _list_arrangements(self, *, can_split_passes: bool) -> list[Arrangement]:
+        """Return the arrangements to try, in order.
+
+        They start at the planned one, or at the fallback that the session has come to.
+        """
+        planned, session_fallback = self.plan.arrangement, self.session.fallback_arrangement
+        arrangements = [
+            planned,
+            *list_fallbacks(planned, self.config.memory, can_split_passes=can_split_passes),
+        ]
+        if session_fallback is None:
+            return arrangements
+        current = replace_transformer_part(planned, session_fallback)
+        # The video before this one found that those before the current one take too much.
+        return (
+            arrangements[arrangements.index(current) :] if current in arrangements else arrangements
+        )
+
     def _record_fallback(self, arrangement: Arrangement) -> None:
         self.session.apply_fallback(arrangement, self.report)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what the step cache of the transformer that is at work leaves for a run that goes on."""
+        """Return the state of the step cache in use, for a run that resumes."""
         caches = [
             cache for reference in reversed(self.step_caches) if (cache := reference()) is not None
         ]
@@ -169,15 +170,31 @@ class ExpertPredictor:
         num_done: int,
         arrangement: Arrangement,
     ) -> VelocityFunction:
+        """Load a transformer with one arrangement, and return its guided prediction."""
         groups = self.groups
         set_group_timeout(groups, self.config.parallel.load_timeout)
         if not self.session.model_cache.is_persistent:
-            free_memory()  # what was there before
-        model_cache, slot = (
-            self.session.model_cache,
-            self.session.get_cache_slot("transformer", expert_index),
-        )
-        model_cache.evict_others(slot, (expert_index, arrangement))
+            free_memory()  # of the transformer before
+        model, contexts = self._load_model_and_contexts(expert_index, stage_suffix, arrangement)
+        model.set_slice_tokens(arrangement.slice_tokens)
+        if groups.replica.size > 1 and self.plan.workload is not None:
+            ensure_ranks_can_allocate(
+                estimate_activation_bytes(self.plan.workload, arrangement),
+                self.report.device,
+                groups.replica,
+            )
+        set_group_timeout(groups, self.config.parallel.timeout)
+        return self._build_guidance(model, contexts, guide_scale, num_done, arrangement)
+
+    def _load_model_and_contexts(
+        self, expert_index: int, stage_suffix: str, arrangement: Arrangement
+    ) -> tuple[WanTransformer, list[ContextKV]]:
+        """Return a transformer, and its cross-attention keys and values of the contexts."""
+        model_cache = self.session.model_cache
+        slot = self.session.get_cache_slot("transformer", expert_index)
+        variant = (expert_index, arrangement)
+        # Before the projection is loaded, which needs the memory.
+        model_cache.evict_others(slot, variant)
         contexts = project_context_kv(
             self.session,
             expert_index,
@@ -188,47 +205,50 @@ class ExpertPredictor:
         )
         model = model_cache.get_or_load(
             slot,
-            (expert_index, arrangement),
+            variant,
             lambda: self._load_transformer(expert_index, f"load{stage_suffix}", arrangement),
         )
-        model.set_slice_tokens(arrangement.slice_tokens)
-        if groups.replica.size > 1 and self.plan.workload is not None:
-            ensure_ranks_can_allocate(
-                estimate_activation_bytes(self.plan.workload, arrangement),
-                self.report.device,
-                groups.replica,
-            )
-        set_group_timeout(groups, self.config.parallel.timeout)
-        tea_cache = (
-            None
-            if self.plan.tea_fit is None
-            else TeaCache(
-                self.plan.tea_fit,
-                num_done=num_done,
-                agree=self._broadcast_decision,
-                on_guess=self._count_guessed_step,
-            )
-        )
-        is_guidance_parallel = groups.cfg.size == 2
-        own_contexts = (
-            [contexts[groups.cfg.rank]]
-            if is_guidance_parallel
-            else contexts[:1]
-            if guide_scale == 1
-            else contexts
-        )
+        return model, contexts
+
+    def _build_guidance(
+        self,
+        model: WanTransformer,
+        contexts: list[ContextKV],
+        guide_scale: float,
+        num_done: int,
+        arrangement: Arrangement,
+    ) -> VelocityFunction:
+        """Return the guided prediction.
+
+        Each rank of the cfg axis predicts for one of the contexts, a single rank for both.
+        """
+        cfg_axis, is_guidance_parallel = self.groups.cfg, self.groups.cfg.size == 2
+        if is_guidance_parallel:
+            contexts = [contexts[cfg_axis.rank]]
+        elif guide_scale == 1:
+            contexts = contexts[:1]
         velocities = VelocityPredictor(
             model,
-            own_contexts,
+            contexts,
             self.conditioning,
             self.noise,
             separate_contexts=arrangement.passes == "apart",
-            tea_cache=tea_cache,
+            tea_cache=self._make_tea_cache(num_done),
         )
         return (
-            ParallelGuidance(velocities, scale=guide_scale, axis=groups.cfg)
+            ParallelGuidance(velocities, scale=guide_scale, axis=cfg_axis)
             if is_guidance_parallel
             else Guidance(velocities, scale=guide_scale)
+        )
+
+    def _make_tea_cache(self, num_done: int) -> TeaCache | None:
+        if self.plan.tea_fit is None:
+            return None
+        return TeaCache(
+            self.plan.tea_fit,
+            num_done=num_done,
+            agree=self._broadcast_decision,
+            on_guess=self._count_guessed_step,
         )
 
     def _broadcast_decision(self, decision: bool) -> bool:
@@ -270,7 +290,8 @@ class ExpertPredictor:
         }[arrangement.dit]
         with self.report.measure_stage(
             stage_name,
-            f"transformer {component.dims.num_layers} x {component.dims.dim}, {self._precision_text}{source_text}",
+            f"transformer {component.dims.num_layers} x {component.dims.dim}, "
+            f"{self._precision_text}{source_text}",
         ):
             bytes_before = component.files.bytes_read
             model = component.load(
@@ -294,10 +315,11 @@ class ExpertPredictor:
 
 
 class FallbackPredictor:
-    """A prediction that is made with the next of the arrangements ``rungs`` where the GPU's memory runs out, from loading on.
+    """Prediction with the next of ``arrangements`` where the GPU's memory runs out, in loading too.
 
-    Raises torch.OutOfMemoryError after the last, with what else would take less; ``at`` is the error to step down at. ``note`` is told
-    each arrangement after the first.
+    Raises torch.OutOfMemoryError after the last one, with a note on what else would take less.
+    ``error_type`` is the error to fall back at. ``on_fallback`` is called with each arrangement after the
+    first.
     """
 
     def __init__(
@@ -340,9 +362,11 @@ class FallbackPredictor:
                 return work()
             except torch.OutOfMemoryError as error:
                 if len(self._arrangements) == 1 or not isinstance(error, self._error_type):
-                    error.add_note(
-                        f"with the {_describe_transformer(self._arrangements[0])}; {_suggest_smaller_setting(self._arrangements[0], can_split_passes=self._can_split_passes)}"
+                    current = self._arrangements[0]
+                    suggestion = _suggest_smaller_setting(
+                        current, can_split_passes=self._can_split_passes
                     )
+                    error.add_note(f"with the {_describe_transformer(current)}; {suggestion}")
                     raise
             self._predictor = None
             del self._arrangements[0]
@@ -358,7 +382,7 @@ def _describe_transformer(arrangement: Arrangement) -> str:
 
 
 def _suggest_smaller_setting(arrangement: Arrangement, *, can_split_passes: bool) -> str:
-    """Return the settings with which the transformer would take less than it has, in words."""
+    """Return, in words, a setting with which the transformer would take less memory."""
     fallbacks = list_fallbacks(arrangement, MemoryConfig(), can_split_passes=can_split_passes)[:1]
     settings = [
         f"memory.{key}={getattr(fallback, key)}"

@@ -1,4 +1,4 @@
-"""Prompt embeddings kept on disk, so that a prompt seen before does not need the text encoder."""
+"""Prompt embeddings cached on disk, so that a prompt seen before does not need the text encoder."""
 
 import contextlib
 import hashlib
@@ -16,26 +16,26 @@ from wan_dist.output.video_file import SaveError, save_tensors
 from wan_dist.runtime.log import logger
 
 _HEADER_BYTES = 80
-"""Of a file, besides the values."""
+"""Bytes of a file besides its values."""
 _MAX_FOLDER_SCANS = 64
-"""At the folder, at the most, while it is filled."""
+"""Upper limit of the folder's scans while the cache is filled once."""
 _CLOCK_SKEW_NANOSECONDS = 5 * 10**9
 """Nanoseconds by which a file system's clock may be behind."""
 
 
 class PromptCache:
-    """Embeddings by prompt, for one text encoder; several ranks and runs may use one folder at once.
+    """Embeddings by prompt, of one text encoder; several ranks and runs may use one folder at once.
 
-    ``identity`` tells the encoder apart from others: whatever changes embeddings must be in it. Where files take more than ``limit``
-    bytes, the longest unused are deleted, but none that was used since this process began: a batch embeds all its prompts first, and
-    the first ones should still be there for their jobs.
+    ``identity`` identifies the encoder: whatever changes embeddings must be in it. Where files take more
+    than ``limit_bytes``, the least recently used are evicted, but none that was used since this process
+    started: a batch embeds all its prompts first, and the first ones should still be there for their jobs.
     """
 
     def __init__(self, folder: Path, identity: str, limit_bytes: int) -> None:
         self.folder, self.identity, self.limit_bytes = folder, identity, limit_bytes
         self._opened_nanoseconds = time.time_ns() - _CLOCK_SKEW_NANOSECONDS
         self._free_bytes = 0
-        """Bytes that may be put before the folder is looked through again."""
+        """Bytes that may be stored before the folder is scanned again."""
         self._is_full = False
 
     def _get_file(self, prompt: str) -> Path:
@@ -43,7 +43,7 @@ class PromptCache:
         return self.folder / f"{key}.safetensors"
 
     def has(self, prompt: str) -> bool:
-        """Whether there is an embedding of a prompt, which counts as used just now."""
+        """Whether the embedding of a prompt is cached, which then counts as used just now."""
         try:
             os.utime(self._get_file(prompt))
         except OSError:
@@ -51,22 +51,18 @@ class PromptCache:
         return True
 
     def get(self, prompt: str) -> Tensor | None:
-        """Return the embedding (n, text_dim) of a prompt, None if it is not here."""
+        """Return the embedding (n, text_dim) of a prompt, None if it is not cached."""
         file = self._get_file(prompt)
         try:
             context = load_file(file)["context"]
-        except (
-            OSError,
-            SafetensorError,
-            KeyError,
-        ):  # not there, or being deleted, or damaged: it is made again
-            return None
-        with contextlib.suppress(OSError):  # of a cache that others keep and this user reads
+        except (OSError, SafetensorError, KeyError):
+            return None  # not there, or being deleted, or damaged: it is encoded again
+        with contextlib.suppress(OSError):  # another user's cache, which this one may only read
             os.utime(file)  # used just now
         return context
 
     def put(self, prompt: str, context: Tensor) -> bool:
-        """Keep the embedding of a prompt; returns whether there is room for it, in a folder that can be written."""
+        """Store the embedding of a prompt; returns whether it fits and the folder can be written."""
         num_bytes = context.nbytes + _HEADER_BYTES
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +77,7 @@ class PromptCache:
         return True
 
     def _evict_unused(self, num_bytes: int) -> None:
-        """Delete what is longest unused until so many bytes fit, and a few more, so that the folder is not looked through each time."""
+        """Delete the least recently used files until so many bytes fit, and a few more, to scan rarely."""
         if self._is_full:
             return
         files = []
@@ -104,7 +100,7 @@ class PromptCache:
         self._is_full = self._free_bytes < num_bytes
         if self._is_full:
             logger.warning(
-                "cache.size_gib=%.3g holds no more texts of this run: the others are held in memory, and are encoded again if the run "
-                "is interrupted; a larger cache.size_gib keeps them",
+                "cache.size_gib=%.3g holds no more texts of this run: the others are held in memory, "
+                "and are encoded again if the run is interrupted; a larger cache.size_gib keeps them",
                 self.limit_bytes / 2**30,
             )

@@ -1,4 +1,4 @@
-"""What a run that was ended early keeps in its output folder, to go on from when the same command is given again."""
+"""Resume state of a run: its progress, saved in the output folder, from which the same command resumes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -31,10 +31,10 @@ _STEP_CACHE_PREFIX = "guesses."
 
 @dataclass(frozen=True)
 class DenoisingProgress:
-    """How far denoising has come."""
+    """Completed denoising steps, and the state after them."""
 
     num_done: int = 0
-    """Steps."""
+    """Completed steps."""
     latents: Tensor | None = None
     """(C, T, h, w), float32, after that many steps."""
     solver_state: dict[str, Tensor] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class DenoisingProgress:
 
 
 class ResumeState:
-    """The file of a run's progress. Its name has a digest of all that the latents depend on, so it is found by that alone.
+    """File of a run's progress, found by the digest in its name, of all that the latents depend on.
 
     Raises InputError for an image or latents that cannot be read.
     """
@@ -69,7 +69,7 @@ class ResumeState:
         self.locks = locks or ResultLocks(folder)
         self.progress = DenoisingProgress()
         self.num_resumed_steps = 0
-        """Steps that an earlier run had done."""
+        """Steps that the resumed run had completed."""
         self._is_resumed = False
 
     @cached_property
@@ -91,12 +91,15 @@ class ResumeState:
         return f".{self.latents_digest}.state.safetensors"
 
     def _find_file(self) -> Path | None:
-        """Return the file; where a seed was drawn, or a number put to the name, that is known from it alone.
+        """Return the file, None if there is none.
 
-        One of a single run is taken with its name: another run of the same settings may be at it.
+        A seed that was drawn, or a number in the name, is known from it alone. A single run takes it only
+        with the lock on its name: another run of the same settings may be using it.
         """
         file = self.folder / f"{self.plan.name}{self._file_suffix}"
-        if self.is_job:
+        if (
+            self.is_job
+        ):  # has a fixed name; a scan of the folder for each of many jobs would be quadratic
             return file if file.exists() else None
         candidates = sorted(
             self.folder.glob(f"*{self._file_suffix}"), key=lambda candidate: candidate != file
@@ -111,7 +114,7 @@ class ResumeState:
         )
 
     def _read_file(self, file: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
-        """Return what a file of ours has in its header and its tensors, None for another's; one that is damaged is set aside."""
+        """Return a file's header and tensors, None if its digest is another; a damaged one is quarantined."""
         try:
             with safe_open(file, "pt") as reader:
                 metadata = reader.metadata() or {}
@@ -130,7 +133,11 @@ class ResumeState:
             return None
 
     def _read_saved_progress(self) -> tuple[dict[str, str], dict[str, Tensor]] | None:
-        """Return the kept progress, or whole latents: of a video that was not finished, or of one of which only the frames change."""
+        """Return the header and tensors of saved progress, else of saved latents after all steps, else None.
+
+        Saved latents are those of a video that was not finished, or of one of which only the decoding
+        changes.
+        """
         state_file = self._find_file()
         contents = None if state_file is None else self._read_file(state_file)
         if contents is not None and _is_valid_progress(*contents):
@@ -154,7 +161,10 @@ class ResumeState:
         }, contents[1]
 
     def synchronize_progress(self, axis: Axis, device: torch.device) -> None:
-        """Give all ranks of the axis the first one's progress: another may have come a step further before it learnt of an error."""
+        """Broadcast the first rank's progress to all ranks of the axis.
+
+        Another rank may have completed one more step before it learned of an error.
+        """
         self._broadcast_progress(
             self.progress.num_done, self._collect_tensors(self.progress), axis, device
         )
@@ -187,7 +197,10 @@ class ResumeState:
         return {"latents": progress.latents, **progress.solver_state, **step_cache_tensors}
 
     def restore(self, axis: Axis, device: torch.device) -> Plan:
-        """Read the progress that was kept, if any, on the first rank of the axis, for all; returns the plan with its seed and name."""
+        """Restore saved progress, if any, on all ranks of the axis; returns the plan with its seed and name.
+
+        The first rank reads it and broadcasts it.
+        """
         metadata = {"num_done": "0", "seed": str(self.plan.seed), "name": self.plan.name}
         metadata, tensors = (self._read_saved_progress() if axis.rank == 0 else None) or (
             metadata,
@@ -200,10 +213,11 @@ class ResumeState:
         return self.plan
 
     def reserve_path(self, *, is_name_fixed: bool) -> Path:
-        """Return the result's path, which is nobody else's until this process ends.
+        """Return the result's path, reserved for this process until it ends.
 
-        A job's name is taken already. A name the user chose is replaced, one we made up gets a number rather than overwrite. Raises
-        InputError where another run is at the name that was chosen.
+        A job's name is reserved already. A result whose name the user chose is replaced; a generated name
+        gets a number rather than replace one. Raises InputError where another run holds the name that was
+        chosen.
         """
         suffix = ".png" if self.plan.task.is_still else ".mp4"
         path, number = self.folder / f"{self.plan.name}{suffix}", 1
@@ -214,7 +228,8 @@ class ResumeState:
         ):
             if is_name_fixed:
                 raise InputError(
-                    f"output.name={path.stem}: another run is making it in {self.folder}; wait for that one, or take another output.name"
+                    f"output.name={path.stem}: another run is making it in {self.folder}; "
+                    "wait for that one, or take another output.name"
                 )
             number += 1
             path = self.folder / f"{self.plan.name}_{number}{suffix}"
@@ -227,7 +242,7 @@ class ResumeState:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the headers of latents and of progress say of them."""
+        """Header of the files of latents and of progress."""
         return {
             "digest": self.latents_digest,
             "format": str(FORMAT_VERSION),
@@ -236,10 +251,10 @@ class ResumeState:
         }
 
     def save_progress(self, progress: DenoisingProgress) -> bool:
-        """Keep this progress, in place of what was kept before; returns whether it could be, and warns if not."""
+        """Save this progress in place of the one before; returns whether it did, and warns of an error."""
         try:
             if not torch.isfinite(cast(Tensor, progress.latents)).all():
-                return False  # who goes on from them would fail for ever
+                return False  # a run that resumes from them would fail each time
             tensors, metadata = (
                 self._collect_tensors(progress),
                 self.metadata | {"num_done": str(progress.num_done)},
@@ -249,10 +264,8 @@ class ResumeState:
                 {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
                 metadata,
             )
-        except (
-            RuntimeError,
-            InputError,
-        ) as error:  # a disk that is full, a GPU that is in error, an image that is gone
+        # A disk that is full, a GPU that is in error, an image that is gone.
+        except (RuntimeError, InputError) as error:
             logger.warning("progress cannot be kept: %s", get_first_line(error))
             return False
         return True
@@ -263,7 +276,7 @@ class ResumeState:
 
 
 def _is_valid_progress(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file that can be read holds what a run goes on from."""
+    """Whether a file that can be read holds progress to resume from."""
     has_numbers = metadata.get("num_done", "").isdigit() and metadata.get("seed", "").isdigit()
     return (
         has_numbers
@@ -274,15 +287,16 @@ def _is_valid_progress(metadata: Mapping[str, str], tensors: Mapping[str, Tensor
 
 
 def warn_about_old_states(folder: Path) -> None:
-    """Name states in a folder that an earlier version has kept, which this one does not read."""
+    """Warn of progress files in a folder that an earlier version saved, which this one does not read."""
     for file in folder.glob("*.state.safetensors"):
         try:
             with safe_open(file, "pt") as reader:
                 metadata = reader.metadata() or {}
         except (OSError, SafetensorError):
-            continue  # damaged: said by the run whose it is
+            continue  # damaged: the run that it belongs to warns of it
         if metadata.get("format") != str(FORMAT_VERSION):
             logger.warning(
-                "%s is of an earlier version of wan-dist and is not gone on from; remove it, or use that version",
+                "%s is of an earlier version of wan-dist and is not gone on from; "
+                "remove it, or use that version",
                 file,
             )

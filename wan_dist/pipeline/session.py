@@ -1,4 +1,4 @@
-"""What videos made one after the other share: the ranks' groups, an open checkpoint, the attention kernel, loaded models, texts."""
+"""Session shared by consecutive videos: process groups, checkpoint, attention, models, prompt embeddings."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.models.attention import cross as cross_attention
 from wan_dist.models.attention.inner import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.dims import TransformerDims
-from wan_dist.models.kernels import transformer_ops as transformer_elementwise
+from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import tokenize_prompt
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.mesh import Axis, ProcessGroups, select_local_device
@@ -43,35 +43,39 @@ T = TypeVar("T")
 
 @dataclass
 class Session:
-    """Videos of one checkpoint, one after the other."""
+    """What consecutive videos of one checkpoint share."""
 
     groups: ProcessGroups
     device: torch.device
     checkpoint: Checkpoint
     get_attention: Callable[[], InnerAttention]
-    """Returns the attention kernel; it may have to wait for one that is being compiled."""
+    """Returns the attention kernel, and waits for it where it is still being compiled."""
     hardware: Hardware
-    """As it was before a model was loaded."""
+    """Memory before any model was loaded."""
     model_cache: ModelCache = field(default_factory=ModelCache)
     prompt_embeddings: dict[str, Tensor] = field(default_factory=dict)
-    """Embeddings (n, text_dim) of prompts on the CPU, on the replica's first rank: those that no prompt cache has."""
+    """Embeddings (n, text_dim) of prompts in no prompt cache, on the CPU of the replica's first rank."""
     prompt_cache: PromptCache | None = None
-    """Where a batch's other embeddings are, there too."""
+    """Cache of a batch's other embeddings, on that rank too."""
     shared_prompt_cache: PromptCache | None = None
-    """Where those are that other replicas have made, and their ranks' prompt cache does not show here."""
+    """Cache of embeddings that other replicas have made, in prompt caches that this rank does not see."""
     possible_timesteps: tuple[tuple[int, bool], ...] = ()
-    """Timesteps that may come, and whether with a known first frame; of one video its own are enough."""
+    """Timesteps of all videos, and whether a first frame is known; a single video needs only its own."""
     fallback_arrangement: Arrangement | None = None
-    """What was stepped down to, where memory ran out."""
+    """The fallback in use, where memory ran out."""
     keeps_both_experts: bool = False
-    """Both transformers of a task that has two may stay, not just the one at work."""
+    """Both transformers of a task that has two may stay loaded, not only the one in use."""
     has_memory_for_frames: bool = False
     """A video that is decoded may be written while the next one is denoised."""
 
     def run_together(
         self, work: Callable[[], T], purpose: str, *, uses_collectives: bool = True
     ) -> T:
-        """Do ``work`` on all ranks of the replica, see `work_together`; where they could not end it, models go that cannot be trusted."""
+        """Run ``work`` on all ranks of the replica; see `parallel.shared_work.run_together`.
+
+        Where the process groups were aborted, the cached models are evicted: their shards are of no use any
+        more.
+        """
         try:
             return run_together(self.groups, work, purpose, uses_collectives=uses_collectives)
         except BaseException:
@@ -80,7 +84,7 @@ class Session:
             raise
 
     def apply_fallback(self, arrangement: Arrangement, report: StageReport) -> None:
-        """Take an arrangement from now on, since memory ran out with the one before; all ranks of the replica."""
+        """Use an arrangement from now on, on all ranks of the replica: memory ran out with the one before."""
         report.metadata["stepped_down_to"] = asdict(arrangement)
         self.fallback_arrangement = arrangement
         self.keeps_both_experts = False
@@ -88,7 +92,7 @@ class Session:
 
     @property
     def weights_digests(self) -> WeightsDigests:
-        """Of what its results depend on."""
+        """Digests of the weights that its results depend on."""
         return WeightsDigests(self.checkpoint.digest, self.checkpoint.vae_digest)
 
     @cached_property
@@ -101,13 +105,13 @@ class Session:
         )
 
     def get_cache_slot(self, model_name: str, expert_index: int) -> str:
-        """Return an expert's place on the shelf, which the experts share where both cannot stay."""
+        """Return an expert's slot in the model cache; the experts share one where both cannot stay."""
         return f"{model_name} {expert_index}" if self.keeps_both_experts else model_name
 
     def plan_memory(self, plan: Plan, config: RunConfig, *, quiet: bool = False) -> Plan:
-        """Return the plan with the arrangement for the memory that is there, the same on all ranks, and say so.
+        """Return the plan with the arrangement for the available memory, the same on all ranks, and log it.
 
-        Where models stay, they are in what each stage takes.
+        Where models stay loaded, each stage's memory includes them.
         """
         text_len = self.checkpoint.transformers[0].dims.text_len
         models, tokenizer = self.checkpoint.model_dims, self.checkpoint.tokenizer
@@ -133,9 +137,9 @@ class Session:
 def open_session(
     config: RunConfig, plan: Plan, groups: ProcessGroups, device: torch.device
 ) -> Session:
-    """Open the plan's checkpoint, choose its attention; raises InputError for what is wrong with them, before weights are read.
+    """Open the plan's checkpoint and choose its attention kernel, the same on all ranks of the run.
 
-    All ranks of the run come to the same, or to an error.
+    Raises InputError for what is wrong with them, before weights are read.
     """
     checkpoint = _open_checkpoint(config, plan, groups)
     get_attention = _prepare_attention(
@@ -152,7 +156,8 @@ def open_session(
         rank for rank, (digest, *_) in enumerate(facts_by_rank) if digest != facts_by_rank[0][0]
     ]:
         raise InputError(
-            f"{checkpoint.folder} holds other weights on rank {mismatched_ranks[0]} than on rank 0; give all nodes the same files"
+            f"{checkpoint.folder} holds other weights on rank {mismatched_ranks[0]} than on rank 0; "
+            "give all nodes the same files"
         )
     replica_facts = [facts_by_rank[rank] for rank in groups.replica_ranks]
     lowest_host_facts = min(replica_facts, key=lambda facts: facts[2])
@@ -179,13 +184,13 @@ def find_device(config: RunConfig) -> torch.device:
         raise InputError(
             f"{key}=cuda, but PyTorch {torch.__version__} sees no GPU here; {key}=cpu works"
         )
-    device = select_local_device(
-        "cuda" if config.device == "cuda" or (config.device == "auto" and has_gpu) else "cpu"
-    )
+    uses_gpu = config.device == "cuda" or (config.device == "auto" and has_gpu)
+    device = select_local_device("cuda" if uses_gpu else "cpu")
     if (budget_gib := config.memory.budget_gib) is not None:
         if device.type != "cuda":
             raise InputError(
-                f"memory.budget_gib={budget_gib} limits GPU memory, and this run is on the CPU; leave it out"
+                f"memory.budget_gib={budget_gib} limits GPU memory, and this run is on the CPU; "
+                "leave it out"
             )
         total_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
         if budget_gib > total_gib:
@@ -193,13 +198,13 @@ def find_device(config: RunConfig) -> torch.device:
                 f"memory.budget_gib={budget_gib} is more than the GPU's {total_gib:.1f} GiB"
             )
         torch.cuda.set_per_process_memory_fraction(budget_gib / total_gib, device)
-    # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 was asked for.
+    # TensorFloat-32 keeps 10 bits of a float32 product: fine beside bfloat16, not where float32 is requested.
     torch.backends.cudnn.allow_tf32 = config.dtype != "float32"
     return device
 
 
 def _open_checkpoint(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Checkpoint:
-    """Open the checkpoint; what must be fetched is so by the first rank of each node."""
+    """Open the checkpoint; the first rank of each node downloads what is missing."""
 
     def find_folder() -> Path:
         return (
@@ -223,9 +228,10 @@ def _open_checkpoint(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Ch
 def _prepare_attention(
     requested_kernel: str, device: torch.device, dtype: torch.dtype, dims: TransformerDims
 ) -> Callable[[], InnerAttention]:
-    """Return what chooses the attention kernel; what has to be compiled for it begins to be, and is while texts are encoded.
+    """Return a function that chooses the attention kernel, and start to compile kernels in a thread.
 
-    Raises InputError at once if a kernel asked for by name does not work here.
+    The compilation runs while texts are encoded; the function waits for it. Raises InputError at once if a
+    kernel requested by name does not work here.
     """
 
     def choose_kernel() -> InnerAttention:
@@ -239,7 +245,7 @@ def _prepare_attention(
 
     def compile_kernels() -> None:
         torch.cuda.set_device(device)  # a thread's own is the first GPU
-        transformer_elementwise.compile_kernels(device, dims.dim)
+        transformer_ops.compile_kernels(device, dims.dim)
         cross_attention.compile_kernels(device, dims.head_dim)
         if kernel is None:
             compile_attention(device=device, dtype=dtype, head_dim=dims.head_dim)

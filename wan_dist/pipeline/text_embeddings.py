@@ -1,4 +1,4 @@
-"""Embeddings of prompts: from the cache on disk, from another replica, or from umT5."""
+"""Prompt embeddings: from the cache on disk, from another replica, or from the umT5 text encoder."""
 
 import json
 import time
@@ -22,15 +22,15 @@ from wan_dist.runtime.log import logger
 from wan_dist.weights.streaming import StreamingOptions
 
 _LOG_INTERVAL_SECONDS = 60.0
-"""Between two lines that say how far a batch's texts have come."""
+"""Interval between two log lines of a batch's progress in encoding its prompts."""
 
 
 def embed_prompts(
     session: Session, config: RunConfig, plan: Plan, prompts: Iterable[str], report: StageReport
 ) -> dict[str, Tensor]:
-    """Return the prompts' embeddings on the host of the replica's first rank, by prompt, and make those that are nowhere yet.
+    """Return the embeddings by prompt on the host of the replica's first rank; encode those not found.
 
-    The other ranks return an empty dict, while the first one may be at it for long.
+    The other ranks return an empty dict, at once, while the first one may encode for long.
     """
     cache = _open_prompt_cache(session, config, report.device)
     cached_embeddings = {
@@ -60,10 +60,11 @@ def embed_prompts(
 def embed_prompts_ahead(
     session: Session, config: RunConfig, plan: Plan, prompts: Iterable[str], report: StageReport
 ) -> None:
-    """Make the embeddings of a batch's prompts that are nowhere yet; each is kept at once, so that a run that is ended goes on.
+    """Encode a batch's prompts that have no embedding yet.
 
-    Those that the prompt cache does not take are put into ``session.texts``, on the host. Ranks but the replica's first one return
-    while that may be at it for hours: let them wait without a limit before they meet.
+    Each is stored at once, so that a run that is stopped resumes. Those that the prompt cache does not take
+    are put into ``session.prompt_embeddings``, on the host. The replica's other ranks return while its
+    first one may encode for hours: let them wait without a timeout before they meet.
     """
     cache = session.prompt_cache = _open_prompt_cache(session, config, report.device)
 
@@ -77,9 +78,10 @@ def embed_prompts_ahead(
 
 
 def share_prompt_embeddings(session: Session, prompts: Iterable[str], folder: Path) -> None:
-    """After `embed_ahead`, give each replica the embeddings that others have made and it does not see; called by all ranks of the run.
+    """After `embed_prompts_ahead`, give each replica the embeddings that it lacks.
 
-    They go through ``folder``, which all see, and not where all see one prompt cache that holds them.
+    Called by all ranks of the run. The embeddings are stored in ``folder``, which all replicas see, unless
+    all see one prompt cache that holds them.
     """
     groups, cache = session.groups, session.prompt_cache
     if groups.dp.size == 1:
@@ -112,7 +114,7 @@ def _list_missing_prompts(
 
 
 def _find_embedding(session: Session, cache: PromptCache | None, prompt: str) -> Tensor | None:
-    """Return an embedding that was made before, by this batch or an earlier run."""
+    """Return an embedding that this batch or an earlier run has made, None if there is none."""
     if prompt in session.prompt_embeddings:
         return session.prompt_embeddings[prompt]
     caches = [
@@ -128,7 +130,7 @@ def _find_embedding(session: Session, cache: PromptCache | None, prompt: str) ->
 def _open_prompt_cache(
     session: Session, config: RunConfig, device: torch.device
 ) -> PromptCache | None:
-    """Return the cache, on the replica's first rank."""
+    """Return the cache on the replica's first rank, None on the others or if there is no folder."""
     folder = config.cache.resolve_folder()
     if folder is None or session.groups.replica.rank != 0:
         return None
@@ -143,7 +145,7 @@ def _open_prompt_cache(
 
 @lru_cache
 def _open_prompt_cache_once(folder: Path, identity: str, limit_bytes: int) -> PromptCache:
-    """Return a cache that knows, for as long as the process lives, what was used."""
+    """Return a cache that records, for as long as the process lives, what was used."""
     return PromptCache(folder, identity, limit_bytes)
 
 
@@ -154,7 +156,11 @@ def _encode_missing_prompts(
     report: StageReport,
     store_embedding: Callable[[str, Tensor], None],
 ) -> None:
-    """Encode the prompts that the replica's first rank lacks; ``hold`` is called there for each as soon as it is made, on the host."""
+    """Encode the prompts that the replica's first rank lacks.
+
+    ``store_embedding`` is called there with each prompt and its embedding, on the host, as soon as it is
+    encoded.
+    """
     axis = session.groups.replica
     missing_prompts = broadcast_object(prompts, axis)
     if not missing_prompts or not (axis.rank == 0 or plan.arrangement.shard_t5):
@@ -180,7 +186,10 @@ def _encode_prompts(
     report: StageReport,
     handle_embedding: Callable[[str, Tensor], None],
 ) -> None:
-    """Encode prompts; ``take`` is given each with its embedding (n, text_dim), on the host, as soon as it is made."""
+    """Encode prompts; ``handle_embedding`` is called with each and its embedding.
+
+    The embedding (n, text_dim) is on the host, and handed over as soon as it is encoded.
+    """
     checkpoint = session.checkpoint
     shard_encoder: Callable[[nn.Module], None] | None = None
     if plan.arrangement.shard_t5 and (mesh := session.groups.replica_mesh) is not None:
@@ -203,8 +212,11 @@ def _encode_prompts(
         if is_streamed
         else None
     )
-    placement_text = (
-        ", sharded" if plan.arrangement.shard_t5 else ", from disk" if is_streamed else ""
+    placement_text = ", from disk" if is_streamed else ""
+    if plan.arrangement.shard_t5:
+        placement_text = ", sharded"
+    read_embedding_rows = (
+        partial(component.read_parameter_rows, "embed_tokens.weight") if is_streamed else None
     )
     with report.measure_stage("text", f"umT5 on {device.type}{placement_text}"):
         encode_text = TextEncoder(
@@ -212,9 +224,7 @@ def _encode_prompts(
             checkpoint.tokenizer,
             text_len=text_len,
             device=device,
-            read_embedding_rows=partial(component.read_parameter_rows, "embed_tokens.weight")
-            if is_streamed
-            else None,
+            read_embedding_rows=read_embedding_rows,
         )
         for chunk in chunks:
             for prompt, context in zip(chunk, encode_text.encode_by_block(chunk), strict=True):

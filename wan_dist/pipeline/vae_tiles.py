@@ -1,6 +1,8 @@
-"""A video through the VAE in tiles, one after the other, so that less of it is in memory: exact, because tiles overlap enough.
+"""Tiled VAE encoding and decoding, one tile after the other, so that less of a video is in memory at once.
 
-A tile is a part of the frames' larger side, through all of the video. What looks at whole frames is small and done for whole frames.
+The result is exact, because tiles overlap enough. A tile is a part of the frames' larger side, through all
+of the video. What looks at whole frames, the middle block's attention, is at the latents' size, so small,
+and is computed for whole frames.
 """
 
 import itertools
@@ -18,9 +20,9 @@ from wan_dist.parallel.vae_split import choose_split_dim, split_length_evenly
 def decode_tiles(
     vae: WanVae, latents: Tensor, num_tiles: int, convert: Callable[[Tensor], Tensor]
 ) -> Iterator[Tensor]:
-    """Yield what `WanVae.decode` yields for latents (1, C, T, h, w), converted; frames are whole with the last tile.
+    """Yield what `WanVae.decode` yields for latents (1, C, T, h, w), converted, with the last tile.
 
-    ``convert``: frames (3, n, H, W) in [-1, 1] -> (n, H, W, 3).
+    ``convert``: frames (3, n, H, W) in [-1, 1] -> (n, H, W, 3). Earlier tiles' frames wait on the host.
     """
     dim, scale = choose_split_dim(*latents.shape[3:]), vae.dims.spatial_scale
     pieces_by_tile: list[list[Tensor]] = []
@@ -37,9 +39,8 @@ def decode_tiles(
                 memory_format=get_memory_format(features)
             )
             frames = vae.restore_frames(vae.decoder.compute_frames(features, tile_state))
-            num_lost = (input_end - input_start) * scale - frames.shape[
-                dim
-            ]  # the layers cut it off, half at each end inside the frame
+            # The layers cut it off, half at each end inside the frame.
+            num_lost = (input_end - input_start) * scale - frames.shape[dim]
             num_lost_before = (
                 num_lost // (tile_state.has_before + tile_state.has_after)
                 if tile_state.has_before
@@ -63,7 +64,7 @@ def decode_tiles(
 def encode_tiles(
     vae: WanVae, make_chunks: Callable[[], Iterable[Tensor]], num_tiles: int
 ) -> Tensor:
-    """Return what `WanVae.encode` returns for ``chunks()``, which is called for each tile."""
+    """Return what `WanVae.encode` returns for ``make_chunks()``, which is called once for each tile."""
     scale, features_by_tile = vae.dims.spatial_scale, list[list[Tensor]]()
     dim, tile_bounds = 0, list[tuple[int, int, int, int]]()
     for tile_index in range(num_tiles):
@@ -94,14 +95,14 @@ def encode_tiles(
 
 
 def _copy_to_host(x: Tensor) -> Tensor:
-    """Begin to copy x to the host; whatever its device does later comes after that."""
+    """Start to copy x to the host; whatever its device does later comes after that."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
 
 
 def _compute_tile_bounds(
     num_pixels: int, num_tiles: int, reach: int
 ) -> Iterator[tuple[int, int, int, int]]:
-    """Yield for each tile (start, end, first, last): its latent pixels, and those it is made from."""
+    """Yield (start, end, input_start, input_end) of each tile: its latent pixels, and those it needs."""
     ends = itertools.accumulate(split_length_evenly(num_pixels, num_tiles), initial=0)
     for start, end in itertools.pairwise(ends):
         yield start, end, max(start - reach, 0), min(end + reach, num_pixels)

@@ -1,1 +1,1 @@
-"""What a run will do and how much memory it will take, from sizes alone; no torch."""
+"""Run planning: what a run will do and how much memory it takes, from sizes alone; no torch."""

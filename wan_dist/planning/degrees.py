@@ -1,4 +1,4 @@
-"""How many ranks on which axis: planned from the number of ranks, or checked where it was asked for. No torch."""
+"""Parallel degrees: the number of ranks on each mesh axis, planned or checked if requested; no torch."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from wan_dist.config.schema import EIGHT_BIT_BACKENDS
 from wan_dist.runtime.errors import InputError
 
 MIN_STRIP_PIXELS = 2
-"""Latent pixels that a rank needs of a video that the ranks share: the most that a neighbour asks for."""
+"""Least latent pixels of a rank's strip of a video that is split: the widest halo that a neighbour needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,17 +14,17 @@ class Degrees:
     """Sizes of the mesh's axes, outermost first; ulysses is innermost, so that its ranks share a node."""
 
     dp: int = 1
-    """Replicas, each for videos of its own."""
+    """Data-parallel replicas, each for videos of its own."""
     cfg: int = 1
-    """2: the two branches of guidance each on their own ranks."""
+    """2: each of the two branches of classifier-free guidance on its own ranks; else 1."""
     ring: int = 1
-    """Parts of the sequence that keep their queries and pass keys and values around."""
+    """Sequence parts of ring attention: each keeps its queries, and keys and values pass around the ring."""
     ulysses: int = 1
-    """Parts of the sequence that trade tokens for heads around attention."""
+    """Sequence parts of Ulysses: all-to-all from tokens to heads before attention, and back after it."""
 
     @property
     def num_ranks(self) -> int:
-        """Product of all."""
+        """Product of all degrees."""
         return self.dp * self.cfg * self.ring * self.ulysses
 
     @property
@@ -34,7 +34,7 @@ class Degrees:
 
     @property
     def settings_text(self) -> str:
-        """The same as command-line settings."""
+        """The degrees above 1 as command-line settings."""
         parallel_degrees = {name: degree for name, degree in vars(self).items() if degree > 1}
         return (
             " ".join(f"parallel.{name}={degree}" for name, degree in parallel_degrees.items())
@@ -56,10 +56,11 @@ def plan_degrees(
     ring: int | None = None,
     ulysses: int | None = None,
 ) -> Degrees:
-    """Return degrees whose product is ``num_ranks``: those given as they are, the others by rule.
+    """Return degrees whose product is ``num_ranks``: requested ones as they are, others by rule.
 
-    The two branches of guidance first, then Ulysses inside a node, then a ring for what is left; any number of ranks works for any
-    number of heads. Raises InputError, with the arithmetic and what would fit, if the given ones cannot be met.
+    The rule: the two branches of guidance first, then Ulysses inside a node, then a ring for what is left;
+    any number of ranks works for any number of heads. Raises InputError, with the arithmetic and what would
+    fit, if the requested degrees cannot be met.
     """
     requested = {"dp": dp, "cfg": cfg, "ring": ring, "ulysses": ulysses}
     requested_settings = " x ".join(
@@ -84,7 +85,8 @@ def plan_degrees(
             str(degree) for degree in range(1, num_heads + 1) if num_heads % degree == 0
         )
         raise InputError(
-            f"parallel.ulysses={ulysses} does not divide the {num_heads} heads (it may be {legal_degrees}); on {num_ranks} ranks use {suggestion}"
+            f"parallel.ulysses={ulysses} does not divide the {num_heads} heads "
+            f"(it may be {legal_degrees}); on {num_ranks} ranks use {suggestion}"
         )
     degrees = _find_degrees(
         num_ranks,
@@ -95,7 +97,8 @@ def plan_degrees(
     )
     if degrees is None:
         raise InputError(
-            f"{requested_settings} does not fit {num_ranks} rank{'s' if num_ranks > 1 else ''}, whose number their product must divide; use {suggestion}"
+            f"{requested_settings} does not fit {num_ranks} rank{'s' if num_ranks > 1 else ''}, "
+            f"whose number their product must divide; use {suggestion}"
         )
     return degrees
 
@@ -103,29 +106,34 @@ def plan_degrees(
 def check_attention_split(
     degrees: Degrees, num_tokens: int, attention: str, dtype: str, usp: str
 ) -> None:
-    """Raise InputError if attention as the settings of these names ask for it cannot be spread by these degrees."""
+    """Raise InputError if attention with these settings cannot be split by these degrees."""
     if degrees.ring > 1 and attention in EIGHT_BIT_BACKENDS:
         raise InputError(
-            f"attention={attention} does not say by what the parts of a ring are merged; parallel.ring=1, or another attention"
+            f"attention={attention} does not say by what the parts of a ring are merged; "
+            "parallel.ring=1, or another attention"
         )
     if usp != "xfuser":
         return
     if dtype == "float32":
         raise InputError(
-            "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; parallel.usp=plain takes both"
+            "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; "
+            "parallel.usp=plain takes both"
         )
     if num_tokens % (num_sequence_parts := degrees.ring * degrees.ulysses):
         raise InputError(
-            f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_sequence_parts} ranks and would attend to padding; "
-            "parallel.usp=plain takes any number"
+            f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_sequence_parts} ranks "
+            "and would attend to padding; parallel.usp=plain takes any number"
         )
 
 
 def _find_degrees(
     num_ranks: int, ranks_per_node: int, num_heads: int, is_guided: bool, requested: dict[str, int]
 ) -> Degrees | None:
-    """Return the best degrees with these given, or None."""
-    for cfg in (requested["cfg"],) if "cfg" in requested else (2, 1) if is_guided else (1,):
+    """Return the preferred degrees among those with the ``requested`` ones; None if none fit."""
+    cfg_candidates: tuple[int, ...] = (2, 1) if is_guided else (1,)
+    if "cfg" in requested:
+        cfg_candidates = (requested["cfg"],)
+    for cfg in cfg_candidates:
         num_fixed_ranks = cfg * requested.get("dp", 1) * requested.get("ring", 1)
         if num_ranks % num_fixed_ranks:
             continue

@@ -1,4 +1,4 @@
-"""What latents depend on, and what a result depends on besides, as digests: equal digests, equal results. No torch."""
+"""Digests of what latents and results depend on: equal digests mean equal results; no torch."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
 
 FORMAT_VERSION = 2
-"""Of digests, kept states and records; raised when one of another version would be misread."""
+"""Format of digests, resume states and records; raised when one of another version would be misread."""
 NUMERICS_VERSION = 1
-"""Raised when the same settings come to give other latents or frames, beyond rounding."""
+"""Version of the numerics; raised when the same settings give other latents or frames, beyond rounding."""
 _IMAGE_KEYS = ("image", "first_frame", "last_frame")
 
 
 @dataclass(frozen=True)
 class WeightsDigests:
-    """Of a checkpoint: of all its models, and of the VAE alone."""
+    """Digests of a checkpoint's weights: of all its models, and of the VAE alone."""
 
     checkpoint_digest: str
     vae_digest: str
@@ -34,8 +34,8 @@ def compute_latents_digest(
 ) -> str:
     """Return the digest of all that a video's latents depend on.
 
-    It has the name too, so that two runs of the same settings have a state each. Raises InputError for an image or latents that cannot be
-    read.
+    The name is part of it, so that two runs of the same settings each have a resume state of their own.
+    Raises InputError for an image or latents that cannot be read.
     """
     if config.latents is not None:
         return _compute_digest(
@@ -62,9 +62,9 @@ def compute_latents_digest(
         "cache": (config.cache.steps, config.cache.threshold if config.cache.steps else None),
         "name": config.output.name,
     }
-    if (
-        config.seed == -1 and not is_job
-    ):  # drawn anew by each submission, but not when it is requeued; once for a line of a file
+    # A random seed is drawn anew by each submission, but not when Slurm requeues it; for a job, once for its
+    # line of the file of jobs.
+    if config.seed == -1 and not is_job:
         depends_on["job"] = (
             read_text_variable("SLURM_JOB_ID"),
             read_text_variable("SLURM_ARRAY_TASK_ID"),
@@ -75,7 +75,7 @@ def compute_latents_digest(
 def compute_result_digest(
     config: RunConfig, plan: Plan, latents: str, weights_digests: WeightsDigests
 ) -> str:
-    """Return the digest of all that the files of a result depend on, besides the digest of its ``latents``."""
+    """Return the digest of all that a result's files depend on; ``latents`` is the digest of its latents."""
     file_type = "png" if plan.task.is_still else "mp4"
     vae_settings = (weights_digests.vae_digest, config.dtype, config.memory.vae_dtype)
     return _compute_digest(
@@ -110,5 +110,5 @@ def _compute_file_digest(key: str, file: str) -> str:
 
 @lru_cache(maxsize=2**15)
 def _hash_file_once(path: str, *_file_status: int) -> str:
-    """Return the SHA-256 of a file, which is read once while its status stays the same."""
+    """Return the SHA-256 of a file, which is read once while its inode, size and time stay the same."""
     return hash_file(Path(path))

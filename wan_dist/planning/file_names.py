@@ -1,4 +1,4 @@
-"""What the files of a result are called. No torch."""
+"""File names of a result: requested ones, or made of task, prompt and seed; no torch."""
 
 import hashlib
 import json
@@ -22,7 +22,11 @@ _SETTINGS_WITHOUT_EFFECT = (
 
 
 def name_result(config: RunConfig, prompt: str | None, seed: int) -> str:
-    """Return the name of a result's files, without suffix: the one that was chosen, or one made of task, prompt and seed."""
+    """Return the file name of a result, without suffix.
+
+    It is the requested name, or that of the saved latents, or one made of task, prompt, seed and a hash
+    of the settings. Raises InputError if the latents' name is no name for a file.
+    """
     if config.output.name is not None:
         return config.output.name.removesuffix(".mp4").removesuffix(".png")
     if config.latents is not None:
@@ -42,7 +46,7 @@ def name_result(config: RunConfig, prompt: str | None, seed: int) -> str:
 
 
 def _compute_settings_hash(config: RunConfig, prompt: str | None) -> str:
-    """Return what tells a made-up name from that of a run whose prompt begins alike, or whose other settings differ."""
+    """Return a hash that tells apart runs whose prompts begin alike or whose other settings differ."""
     settings = {
         key: value for key, value in asdict(config).items() if key not in _SETTINGS_WITHOUT_EFFECT
     }
@@ -55,5 +59,5 @@ def _compute_settings_hash(config: RunConfig, prompt: str | None) -> str:
 
 
 def slugify_prompt(prompt: str) -> str:
-    """Return the beginning of a prompt as part of a file's name."""
+    """Return the beginning of a prompt as part of a file name."""
     return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")

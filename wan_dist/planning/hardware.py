@@ -1,7 +1,7 @@
-"""What memory there is for a run: given on the command line, or found on this machine; no torch.
+"""Available memory for a run: given on the command line, or detected on this machine; no torch.
 
-Of the host's memory the smallest limit counts: what is free, what the control group allows (containers, Slurm), what Slurm gave the job,
-and the process's own limit.
+Of the host's memory the smallest limit counts: free memory, what the control group allows (containers,
+Slurm), what Slurm gave the job, and the process's own limit.
 """
 
 import os
@@ -25,19 +25,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Hardware:
-    """Memory of one rank's GPU and of its node, in bytes that may be used."""
+    """Usable memory of one rank's GPU and of its node, in bytes."""
 
     gpu_bytes: int | None
     """None: there is no GPU, or the run is on the CPU."""
     host_bytes: int
     host_limit_name: str = "free memory"
-    """Which limit it is."""
+    """The limit that ``host_bytes`` is."""
     has_driver_context: bool = False
-    """Whether the GPU's driver has taken its part already."""
+    """Whether the driver's context is on the GPU already, so that ``gpu_bytes`` is without it."""
 
 
 def parse_bytes(text: str, key: str) -> int:
-    """Return the bytes of text such as 80GB, 24 GiB or 16g, all in powers of 1024 as memory is made; raises InputError."""
+    """Return the bytes of text such as 80GB, 24 GiB or 16g; raises InputError.
+
+    All units are powers of 1024, as memory is made.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt])i?b?", text.lower().strip())
     if not match:
         raise InputError(f"{key}={text} is not an amount of memory, e.g. {key}=80GB")
@@ -54,9 +57,10 @@ def parse_gpus(text: str) -> tuple[int, int]:
 
 
 def query_nvidia_smi(query_type: str, *fields: str) -> list[list[str]]:
-    """Return a row of these fields for each of ``what``: gpu, or compute-apps; memory in MiB.
+    """Return a row of these fields for each GPU or each process on one; memory in MiB.
 
-    Raises OSError where there is no nvidia-smi, and SubprocessError where it fails.
+    ``query_type``: gpu, or compute-apps. Raises OSError where there is no nvidia-smi, and SubprocessError
+    where it fails.
     """
     command = [
         "nvidia-smi",
@@ -68,11 +72,12 @@ def query_nvidia_smi(query_type: str, *fields: str) -> list[list[str]]:
 
 
 def filter_visible_gpus(gpu_by_key: dict[str, T]) -> list[T]:
-    """Return those of the GPUs, by number and by name, that CUDA_VISIBLE_DEVICES leaves, in its order and by CUDA's rules.
+    """Return the GPUs that CUDA_VISIBLE_DEVICES leaves visible, in its order and by CUDA's rules.
 
-    A list is of numbers, or of names that may be abbreviated (GPU-8f2e), or of MIG devices, of which CUDA takes the first. It ends at the
-    first entry that is no such GPU or fits several, which is logged once unless it is meant to hide the rest (-1, NoDevFiles); a GPU
-    that is named twice hides all.
+    ``gpu_by_key`` has the GPUs by index and by UUID. The variable lists indices, or UUIDs that may be
+    abbreviated (GPU-8f2e), or MIG devices, of which CUDA takes the first. The list ends at the first entry
+    that matches no GPU or several, which is logged once unless it is meant to hide the rest (-1, NoDevFiles);
+    a GPU that is named twice hides all.
     """
     visible_devices = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible_devices is None:
@@ -89,7 +94,8 @@ def filter_visible_gpus(gpu_by_key: dict[str, T]) -> list[T]:
             ):
                 reason = "no GPU here" if key is None else "named twice"
                 _warn_once(
-                    f"CUDA_VISIBLE_DEVICES={visible_devices}: {entry.strip()!r} is {reason}, and CUDA ignores {'all' if key else 'the rest'}"
+                    f"CUDA_VISIBLE_DEVICES={visible_devices}: {entry.strip()!r} is {reason}, "
+                    f"and CUDA ignores {'all' if key else 'the rest'}"
                 )
             return [] if key else [gpu_by_key[key] for key in visible_keys]
         visible_keys.append(key)
@@ -97,7 +103,7 @@ def filter_visible_gpus(gpu_by_key: dict[str, T]) -> list[T]:
 
 
 def _find_gpu_key(entry: str, uuid_prefix: str, gpu_by_key: dict[str, T]) -> str | None:
-    """Return the one GPU that an entry of CUDA_VISIBLE_DEVICES names; None if there is none, or several."""
+    """Return the key of the one GPU that an entry of CUDA_VISIBLE_DEVICES names; None if none, or several."""
     if uuid_prefix:
         matching_keys = [
             key
@@ -115,7 +121,10 @@ def _warn_once(text: str) -> None:
 
 
 def find_gpus() -> list[tuple[str, int, int]]:
-    """Return name, total and free bytes of the GPUs that this process may use, by nvidia-smi; none where there is none."""
+    """Return name, total and free bytes of the GPUs visible to this process, from nvidia-smi.
+
+    The list is empty where there is no GPU or nvidia-smi fails.
+    """
     try:
         rows = query_nvidia_smi("gpu", "index", "uuid", "name", "memory.total", "memory.free")
         gpu_by_key = (
@@ -136,7 +145,7 @@ def find_gpus() -> list[tuple[str, int, int]]:
 
 
 def _find_mig_devices() -> dict[str, tuple[str, int, int]]:
-    """Return the parts that GPUs are divided into, by UUID, with the memory that their profile's name says."""
+    """Return MIG devices (parts of a GPU) by UUID, with the memory that their profile's name gives."""
     listing = subprocess.run(
         ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True
     ).stdout
@@ -147,7 +156,7 @@ def _find_mig_devices() -> dict[str, tuple[str, int, int]]:
 
 
 def find_host_memory() -> tuple[int, str]:
-    """Return how many bytes of host memory this process and its like on the node may still take, and which limit that is."""
+    """Return the host memory in bytes that the run may still take on this node, and the limit's name."""
     bytes_by_limit = {
         "free memory": _read_free_bytes(),
         "the control group's limit": _find_cgroup_bytes(),
@@ -172,7 +181,7 @@ def _read_free_bytes() -> int:
 
 
 def _read_address_space_bytes() -> int:
-    """Return the bytes of addresses that this process has taken, which is what the limit counts."""
+    """Return the bytes of this process's address space, which is what the limit (RLIMIT_AS) counts."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
@@ -182,7 +191,7 @@ def _read_address_space_bytes() -> int:
 def _find_cgroup_bytes(
     root: Path = _CGROUP_ROOT, membership_file: Path = Path("/proc/self/cgroup")
 ) -> int:
-    """Return the least room in this process's control group and those around it, version 2 or 1."""
+    """Return the least memory left in this process's control group and its parents, cgroup version 2 or 1."""
     try:
         lines = membership_file.read_text().splitlines()
     except OSError:
@@ -220,7 +229,7 @@ def _read_number(path: Path) -> int | None:
 
 
 def _read_reclaimable_bytes(group: Path) -> int:
-    """Return the bytes of files that the group has in memory, which the system takes back when it needs them."""
+    """Return the bytes of the group's file cache, which the kernel reclaims when it needs memory."""
     try:
         match = re.search(
             r"^(?:total_)?inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE
@@ -231,7 +240,7 @@ def _read_reclaimable_bytes(group: Path) -> int:
 
 
 def _find_slurm_bytes() -> int:
-    """Return the memory that Slurm gave the job on a node; raises InputError for variables of Slurm that are no amounts."""
+    """Return the bytes that Slurm gave the job on a node; raises InputError for malformed variables."""
     if (size_bytes := _read_slurm_bytes("SLURM_MEM_PER_NODE")) is not None:
         return size_bytes or _UNLIMITED_BYTES  # 0: all of the node's
     for key, count_key in (
@@ -245,7 +254,7 @@ def _find_slurm_bytes() -> int:
 
 
 def _read_slurm_bytes(key: str) -> int | None:
-    """Return a variable of Slurm's in bytes: MB, or with a unit as in 64G."""
+    """Return a Slurm variable in bytes: it is in MB, or has a unit as in 64G; None if it is not set."""
     if not (text := read_text_variable(key)):
         return None
     if not (match := re.fullmatch(r"(\d{1,12})([KMGT]?)B?", text.upper(), re.ASCII)):

@@ -1,12 +1,13 @@
-"""How much memory each stage of a run takes, by part, from sizes alone; no torch.
+"""Memory estimate of each stage of a run, by part, from sizes alone; no torch.
 
-Numbers of parameters are exact; activations count what is alive at the largest moment of each stage, in the order of the code.
-bench/NOTES.md compares predictions with measured peaks.
+Numbers of parameters are exact; activations count what is alive at the peak of each stage, in the order of
+the code. bench/NOTES.md compares predictions with measured peaks.
 """
 
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from wan_dist.models.dims import ImageEncoderDims
 from wan_dist.planning.parameter_bytes import (
     count_all_blocks_bytes,
     count_block_bytes,
@@ -27,30 +28,33 @@ STREAMED_BLOCKS = 2
 STAGED_BLOCKS = 3
 """Blocks of a streamed model on the host where they are read from disk."""
 QUANTIZED_ROWS_PER_CHUNK = 1024
-"""Rows that are in float32 at once where they are quantised or back; as in models/quantized.py."""
+"""Rows in float32 at once in quantising and dequantising; as in models/kernels/quantized_linear.py."""
 FLOAT32_CHUNK_TOKENS = 4096
-"""Tokens that are in float32 at once; as in models/transformer_elementwise.py."""
+"""Tokens that are in float32 at once; as in models/kernels/transformer_ops.py."""
 SCORE_BYTES = 2**26
-"""Of the scores that are there at once where a ring attends by plain arithmetic, as in models/attention.py; keys take as much at most."""
+"""Bytes of the scores in memory at once where a ring attends by plain arithmetic; keys take as much at most.
+
+As in models/attention/log_sum_exp.py.
+"""
 PROCESS_HOST_BYTES = {True: int(1.15 * GIB), False: int(0.32 * GIB)}
-"""Of the host, whatever is run: interpreter and libraries, with a GPU its driver too."""
+"""Host memory of any process, by whether it has a GPU: interpreter and libraries, with a GPU its driver."""
 NCCL_HOST_BYTES = {True: int(0.35 * GIB), False: 0}
-"""Of the host for each of several ranks: what NCCL keeps."""
+"""Host memory that NCCL keeps for each of several ranks, by whether they have GPUs."""
 VAE_KERNELS_HOST_BYTES = {True: int(0.35 * GIB), False: 0}
-"""Of the host once the VAE has worked: what cuDNN and Triton have compiled."""
+"""Host memory of kernels that cuDNN and Triton have compiled once the VAE has run, by whether on a GPU."""
 DRIVER_CONTEXT_BYTES = int(0.75 * GIB)
-"""Of each GPU, outside PyTorch's count: the driver's context, and what lies unused between allocations."""
+"""GPU memory outside PyTorch's count: the driver's context, and what lies unused between allocations."""
 FRAGMENTATION_BYTES = int(0.25 * GIB)
-"""The last of these alone."""
+"""GPU memory that lies unused between allocations, without the driver's context."""
 NCCL_GPU_BYTES, LATER_NCCL_GPU_BYTES = int(2.1 * GIB), int(1.2 * GIB)
-"""Of each of several GPUs, outside PyTorch's count: NCCL's buffers, and those of them that come with the first exchange."""
+"""NCCL's buffers on each of several GPUs, outside PyTorch's count; those of the first collective alone."""
 CUBLAS_WORKSPACE_BYTES = 48 * 2**20
-"""Of each GPU in any stage: what cuBLAS keeps to work with."""
+"""cuBLAS's workspace on each GPU, in any stage."""
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes of one stage on one rank, by part; the host's for all ranks of a node."""
+    """Memory of one stage in bytes, by part: on the GPU of one rank, on the host for all ranks of a node."""
 
     name: str
     gpu_parts: dict[str, int] = field(default_factory=dict)
@@ -58,185 +62,105 @@ class StageMemory:
 
     @property
     def gpu_bytes(self) -> int:
-        """All of the GPU's."""
+        """Sum of the GPU's parts."""
         return sum(self.gpu_parts.values())
 
     @property
     def host_bytes(self) -> int:
-        """All of the host's."""
+        """Sum of the host's parts."""
         return sum(self.host_parts.values())
 
 
 def estimate_context_bytes(workload: Workload) -> tuple[int, int]:
-    """Return the bytes of cross-attention's keys and values in all blocks: of all prompts, and of those that a rank computes with."""
+    """Return the bytes of cross-attention's keys and values in all blocks.
+
+    The first is of all prompts, the second of those that one rank computes with.
+    """
     dims = workload.model_dims.transformer
     context_lengths = [length + 1 for length in workload.text_lengths]
     num_image_tokens = 257 * workload.num_images if dims.image_dim else 0
     bytes_per_token = dims.num_layers * 2 * dims.dim * workload.itemsize
-    return (sum(context_lengths) + num_image_tokens) * bytes_per_token, (
-        (max(context_lengths) if workload.cfg_degree == 2 else sum(context_lengths))
-        + num_image_tokens
-    ) * bytes_per_token
+    num_all_tokens = sum(context_lengths)
+    num_own_tokens = max(context_lengths) if workload.cfg_degree == 2 else num_all_tokens
+    return (
+        (num_all_tokens + num_image_tokens) * bytes_per_token,
+        (num_own_tokens + num_image_tokens) * bytes_per_token,
+    )
 
 
 def estimate_activation_bytes(workload: Workload, arrangement: Arrangement) -> int:
-    """Return the bytes of a denoising step's activations at their largest moment, on one rank."""
+    """Return the bytes of a denoising step's activations at their peak, on one rank."""
     dims, itemsize = workload.model_dims.transformer, workload.itemsize
     num_tokens = -(-workload.num_tokens // workload.num_sequence_parts)
     slice_tokens = min(arrangement.slice_tokens or num_tokens, num_tokens)
     hidden_bytes = num_tokens * dims.dim * itemsize
     num_branches = 1 if workload.cfg_degree == 2 else len(workload.text_lengths)
-    residual_bytes = hidden_bytes * (1 if arrangement.passes == "apart" else num_branches)
-    if (
-        workload.has_step_cache
-    ):  # the tokens as they came, and apart, what was added in the other pass
-        residual_bytes += hidden_bytes * (num_branches if arrangement.passes == "apart" else 1)
-    chunk_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, slice_tokens) * dims.dim * FLOAT_BYTES
-    if (
-        slice_tokens < num_tokens and workload.num_sequence_parts == 1
-    ):  # k and v of all, then q in turn
-        attention_bytes = (
-            2 * hidden_bytes
-            + 3 * slice_tokens * dims.dim * itemsize
-            + max(
-                chunk_bytes,
-                (2 * num_tokens + slice_tokens) * dims.dim * workload.has_8bit_attention,
-            )
-        )
-    else:
-        # Ulysses: q, k and v as they are sent, and as they come; a ring: k and v that come and go, the sums in float32, a part of them.
-        exchange_bytes = (
-            6 * hidden_bytes + 2 * SCORE_BYTES if workload.num_sequence_parts > 1 else 0
-        )
-        eight_bit_bytes = 3 * num_tokens * dims.dim if workload.has_8bit_attention else 0
-        attention_bytes = (
-            4 * hidden_bytes
-            + num_tokens * dims.num_heads * FLOAT_BYTES
-            + max(exchange_bytes, chunk_bytes, eight_bit_bytes)
-        )
+    runs_apart = arrangement.passes == "apart"
+    residual_bytes = hidden_bytes * (1 if runs_apart else num_branches)
+    if workload.has_step_cache:
+        # The tokens before the blocks, and with passes apart, what was added in the other pass.
+        residual_bytes += hidden_bytes * (num_branches if runs_apart else 1)
+    attention_bytes = _estimate_attention_bytes(workload, num_tokens, slice_tokens)
     feed_forward_bytes = slice_tokens * (2 * dims.dim + dims.ffn_dim) * itemsize
     if workload.quant == "fp8":
         feed_forward_bytes += (
             slice_tokens * dims.ffn_dim + 2 * QUANTIZED_ROWS_PER_CHUNK * dims.ffn_dim * FLOAT_BYTES
         )
     head_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, num_tokens) * dims.dim * FLOAT_BYTES
-    latent_bytes = (
-        prod(workload.latent_shape) * FLOAT_BYTES * (6 + dims.in_dim // dims.out_dim)
-    )  # the noise, the solver's, and those of images
-    embedding_bytes = (
-        (workload.num_tokens + num_tokens) * dims.dim * itemsize
-        if workload.num_sequence_parts > 1
-        else 0
-    )  # every rank embeds all tokens, then keeps its own
+    # The noise, the solver's latents, and those of images.
+    latent_bytes = prod(workload.latent_shape) * FLOAT_BYTES * (6 + dims.in_dim // dims.out_dim)
+    embedding_bytes = 0
+    if workload.num_sequence_parts > 1:  # every rank embeds all tokens, then keeps its own
+        embedding_bytes = (workload.num_tokens + num_tokens) * dims.dim * itemsize
+    block_bytes = residual_bytes + max(attention_bytes, feed_forward_bytes, head_bytes)
+    return max(block_bytes, embedding_bytes) + latent_bytes
+
+
+def _estimate_attention_bytes(workload: Workload, num_tokens: int, slice_tokens: int) -> int:
+    """Return the bytes of self-attention at its peak, for a rank's ``num_tokens``, in slices."""
+    dims, itemsize = workload.model_dims.transformer, workload.itemsize
+    hidden_bytes = num_tokens * dims.dim * itemsize
+    chunk_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, slice_tokens) * dims.dim * FLOAT_BYTES
+    if slice_tokens < num_tokens and workload.num_sequence_parts == 1:
+        # k and v of all tokens, then q slice by slice.
+        eight_bit_values = (2 * num_tokens + slice_tokens) * dims.dim * workload.has_8bit_attention
+        return (
+            2 * hidden_bytes
+            + 3 * slice_tokens * dims.dim * itemsize
+            + max(chunk_bytes, eight_bit_values)
+        )
+    # Ulysses: q, k and v as they are sent, and as they are received; a ring: k and v that are sent and
+    # received, the sums in float32, a part of the scores and keys.
+    is_split = workload.num_sequence_parts > 1
+    exchange_bytes = 6 * hidden_bytes + 2 * SCORE_BYTES if is_split else 0
+    eight_bit_bytes = 3 * num_tokens * dims.dim if workload.has_8bit_attention else 0
     return (
-        max(residual_bytes + max(attention_bytes, feed_forward_bytes, head_bytes), embedding_bytes)
-        + latent_bytes
+        4 * hidden_bytes
+        + num_tokens * dims.num_heads * FLOAT_BYTES
+        + max(exchange_bytes, chunk_bytes, eight_bit_bytes)
     )
 
 
 def estimate_memory(workload: Workload, arrangement: Arrangement) -> list[StageMemory]:
-    """Return what each stage takes. On a run without a GPU, ``gpu`` is what its tensors take of the host."""
-    itemsize, dims = workload.itemsize, workload.model_dims.transformer
-    all_context_bytes, own_context_bytes = estimate_context_bytes(workload)
-    rank_process_bytes = PROCESS_HOST_BYTES[workload.is_on_gpu] + (
-        NCCL_HOST_BYTES[workload.is_on_gpu] if workload.num_ranks > 1 else 0
-    )
-    process_parts = {"process": rank_process_bytes * workload.ranks_per_node}
-    later_process_parts = {
-        "process": process_parts["process"]
-        + VAE_KERNELS_HOST_BYTES[workload.is_on_gpu] * workload.ranks_per_node
-    }
+    """Return the memory of each stage, in the order of a run.
+
+    On a run without a GPU, ``gpu_parts`` are what its tensors take of the host.
+    """
+    process_parts = {"process": _estimate_process_bytes(workload, has_vae_kernels=False)}
+    later_process_parts = {"process": _estimate_process_bytes(workload, has_vae_kernels=True)}
+    image_encoder = workload.model_dims.image_encoder
     stages = [_estimate_text_stage(workload, arrangement, process_parts)]
-    if workload.model_dims.image_encoder is not None and workload.num_images:
-        clip_parts = {
-            "weights": count_image_encoder_bytes(workload.model_dims.image_encoder),
-            "activations": int(0.05 * GIB),
-        }
-        stages.append(
-            StageMemory("look", {}, process_parts | clip_parts)
-            if arrangement.clip == "cpu"
-            else StageMemory("look", clip_parts, process_parts)
-        )
+    if image_encoder is not None and workload.num_images:
+        stages.append(_estimate_look_stage(image_encoder, arrangement, process_parts))
     if workload.num_images:
         process_parts = later_process_parts
         stages.append(_estimate_vae_stage(workload, arrangement.image, "image", process_parts))
-    num_own_blocks = -(-dims.num_layers // workload.num_ranks)
-    num_blocks = (
-        num_own_blocks if arrangement.dit == "resident" else min(STREAMED_BLOCKS, num_own_blocks)
-    )
-    staging_parts = (
-        {}
-        if arrangement.dit == "resident"
-        else {
-            "staging": STAGED_BLOCKS
-            * count_context_block_bytes(dims, itemsize)
-            * workload.ranks_per_node
-        }
-    )
-    context_shard_bytes = all_context_bytes // workload.num_ranks  # a rank's share, block by block
-    gpu_parts = {
-        "weights": count_projection_bytes(dims, itemsize, num_blocks),
-        "contexts": context_shard_bytes + all_context_bytes,
-    }
-    stages.append(StageMemory("context", gpu_parts, process_parts | staging_parts))
-    weight_bytes = count_transformer_bytes(
-        dims, itemsize, workload.quant
-    ) - count_time_embedding_bytes(dims)
-    read_buffer_bytes = (
-        0 if arrangement.dit != "resident" else dims.dim * dims.ffn_dim * itemsize
-    )  # the largest tensor, before it is where it belongs
-    one_block_bytes, all_blocks_bytes = (
-        count_block_bytes(dims, itemsize),
-        count_all_blocks_bytes(dims, itemsize, workload.quant),
-    )
-    host_parts = dict(process_parts)
-    if arrangement.dit != "resident":
-        weight_bytes += STREAMED_BLOCKS * one_block_bytes - all_blocks_bytes
-        held_block_bytes = (
-            all_blocks_bytes if arrangement.dit == "stream" else STAGED_BLOCKS * one_block_bytes
-        )
-        host_parts["weights" if arrangement.dit == "stream" else "staging"] = (
-            held_block_bytes * workload.ranks_per_node
-        )
-    if arrangement.shard_dit:
-        weight_bytes = (
-            workload.num_experts
-            * (weight_bytes + count_time_embedding_bytes(dims))
-            // workload.num_ranks
-        )  # both are there from the start
-    time_embedding_bytes = 0 if arrangement.shard_dit else count_time_embedding_bytes(dims)
-    initial_host_parts = (
-        host_parts
-        if "weights" not in host_parts
-        else process_parts | {"staging": STAGED_BLOCKS * one_block_bytes * workload.ranks_per_node}
-    )  # the others come later
-    stages.append(
-        StageMemory(
-            "load",
-            {
-                "weights": weight_bytes + time_embedding_bytes,
-                "contexts": all_context_bytes,
-                "staging": read_buffer_bytes,
-            },
-            initial_host_parts,
-        )
-    )
-    gathered_parts = {"gathered": 2 * one_block_bytes} if arrangement.shard_dit else {}
-    denoise_parts = {"activations": estimate_activation_bytes(workload, arrangement)}
-    if workload.quant in ("int8", "int4"):
-        denoise_parts["workspace"] = (
-            dims.dim * max(3 * dims.dim, dims.ffn_dim) * itemsize
-        )  # of a linear in full
-    stages.append(
-        StageMemory(
-            "denoise",
-            {"weights": weight_bytes, "contexts": own_context_bytes}
-            | gathered_parts
-            | denoise_parts,
-            host_parts,
-        )
-    )
-    stages.append(_estimate_vae_stage(workload, arrangement.vae, "decode", later_process_parts))
+    stages += [
+        _estimate_context_stage(workload, arrangement, process_parts),
+        _estimate_load_stage(workload, arrangement, process_parts),
+        _estimate_denoise_stage(workload, arrangement, process_parts),
+        _estimate_vae_stage(workload, arrangement.vae, "decode", later_process_parts),
+    ]
     library_parts = {"libraries": CUBLAS_WORKSPACE_BYTES} if workload.is_on_gpu else {}
     return [
         replace(stage, gpu_parts=stage.gpu_parts | library_parts) if stage.gpu_parts else stage
@@ -244,70 +168,161 @@ def estimate_memory(workload: Workload, arrangement: Arrangement) -> list[StageM
     ]
 
 
+def _estimate_process_bytes(workload: Workload, *, has_vae_kernels: bool) -> int:
+    """Return the host memory of a node's processes without what they compute with."""
+    rank_bytes = PROCESS_HOST_BYTES[workload.is_on_gpu]
+    if workload.num_ranks > 1:
+        rank_bytes += NCCL_HOST_BYTES[workload.is_on_gpu]
+    if has_vae_kernels:
+        rank_bytes += VAE_KERNELS_HOST_BYTES[workload.is_on_gpu]
+    return rank_bytes * workload.ranks_per_node
+
+
 def _estimate_text_stage(
     workload: Workload, arrangement: Arrangement, process_parts: dict[str, int]
 ) -> StageMemory:
     dims, itemsize = workload.model_dims.text_encoder, workload.itemsize
-    one_block_bytes, encoder_bytes = (
-        count_text_block_bytes(dims, itemsize),
-        count_text_encoder_bytes(dims, itemsize),
-    )
-    peak_activation_bytes = (
-        max(workload.text_lengths) * (4 * dims.dim + 3 * dims.ffn_dim) * FLOAT_BYTES
-    )
+    block_bytes = count_text_block_bytes(dims, itemsize)
+    encoder_bytes = count_text_encoder_bytes(dims, itemsize)
+    activation_bytes = max(workload.text_lengths) * (4 * dims.dim + 3 * dims.ffn_dim) * FLOAT_BYTES
+    whole_parts = {"weights": encoder_bytes, "activations": activation_bytes}
     if arrangement.t5 == "cpu":
-        return StageMemory(
-            "text",
-            {},
-            process_parts | {"weights": encoder_bytes, "activations": peak_activation_bytes},
-        )
+        return StageMemory("text", {}, process_parts | whole_parts)
     if arrangement.t5 == "stream":
-        return StageMemory(
-            "text",
-            {"weights": STREAMED_BLOCKS * one_block_bytes, "activations": peak_activation_bytes},
-            process_parts | {"staging": STAGED_BLOCKS * one_block_bytes},
-        )
+        streamed_parts = {
+            "weights": STREAMED_BLOCKS * block_bytes,
+            "activations": activation_bytes,
+        }
+        staging_parts = {"staging": STAGED_BLOCKS * block_bytes}
+        return StageMemory("text", streamed_parts, process_parts | staging_parts)
     if arrangement.shard_t5:
-        return StageMemory(
-            "text",
-            {
-                "weights": encoder_bytes // workload.num_ranks,
-                "gathered": 2 * one_block_bytes,
-                "activations": peak_activation_bytes,
-            },
-            process_parts,
-        )
-    return StageMemory(
-        "text", {"weights": encoder_bytes, "activations": peak_activation_bytes}, process_parts
+        sharded_parts = {
+            "weights": encoder_bytes // workload.num_ranks,
+            "gathered": 2 * block_bytes,
+            "activations": activation_bytes,
+        }
+        return StageMemory("text", sharded_parts, process_parts)
+    return StageMemory("text", whole_parts, process_parts)
+
+
+def _estimate_look_stage(
+    dims: ImageEncoderDims, arrangement: Arrangement, process_parts: dict[str, int]
+) -> StageMemory:
+    clip_parts = {"weights": count_image_encoder_bytes(dims), "activations": int(0.05 * GIB)}
+    if arrangement.clip == "cpu":
+        return StageMemory("look", {}, process_parts | clip_parts)
+    return StageMemory("look", clip_parts, process_parts)
+
+
+def _estimate_context_stage(
+    workload: Workload, arrangement: Arrangement, process_parts: dict[str, int]
+) -> StageMemory:
+    """Return the memory of projecting contexts, where each rank computes its shard of the blocks for all."""
+    dims, itemsize = workload.model_dims.transformer, workload.itemsize
+    all_context_bytes, _ = estimate_context_bytes(workload)
+    num_blocks = -(-dims.num_layers // workload.num_ranks)
+    staging_parts = {}
+    if arrangement.dit != "resident":
+        num_blocks = min(STREAMED_BLOCKS, num_blocks)
+        block_bytes = count_context_block_bytes(dims, itemsize)
+        staging_parts["staging"] = STAGED_BLOCKS * block_bytes * workload.ranks_per_node
+    context_shard_bytes = all_context_bytes // workload.num_ranks  # a rank's shard, block by block
+    gpu_parts = {
+        "weights": count_projection_bytes(dims, itemsize, num_blocks),
+        "contexts": context_shard_bytes + all_context_bytes,
+    }
+    return StageMemory("context", gpu_parts, process_parts | staging_parts)
+
+
+def _estimate_load_stage(
+    workload: Workload, arrangement: Arrangement, process_parts: dict[str, int]
+) -> StageMemory:
+    dims, itemsize = workload.model_dims.transformer, workload.itemsize
+    all_context_bytes, _ = estimate_context_bytes(workload)
+    weight_bytes = _count_denoise_weight_bytes(workload, arrangement)
+    if not arrangement.shard_dit:  # deleted once the timesteps are embedded
+        weight_bytes += count_time_embedding_bytes(dims)
+    read_buffer_bytes, staging_parts = 0, {}
+    if arrangement.dit == "resident":  # the largest tensor, before it is copied to its place
+        read_buffer_bytes = dims.dim * dims.ffn_dim * itemsize
+    else:  # blocks that stay on the host come later
+        block_bytes = count_block_bytes(dims, itemsize)
+        staging_parts["staging"] = STAGED_BLOCKS * block_bytes * workload.ranks_per_node
+    gpu_parts = {
+        "weights": weight_bytes,
+        "contexts": all_context_bytes,
+        "staging": read_buffer_bytes,
+    }
+    return StageMemory("load", gpu_parts, process_parts | staging_parts)
+
+
+def _estimate_denoise_stage(
+    workload: Workload, arrangement: Arrangement, process_parts: dict[str, int]
+) -> StageMemory:
+    dims, itemsize, ranks_per_node = (
+        workload.model_dims.transformer,
+        workload.itemsize,
+        workload.ranks_per_node,
     )
+    _, own_context_bytes = estimate_context_bytes(workload)
+    block_bytes = count_block_bytes(dims, itemsize)
+    gpu_parts = {
+        "weights": _count_denoise_weight_bytes(workload, arrangement),
+        "contexts": own_context_bytes,
+    }
+    if arrangement.shard_dit:
+        gpu_parts["gathered"] = 2 * block_bytes
+    gpu_parts["activations"] = estimate_activation_bytes(workload, arrangement)
+    if workload.quant in ("int8", "int4"):  # the weight of a linear, dequantised
+        gpu_parts["workspace"] = dims.dim * max(3 * dims.dim, dims.ffn_dim) * itemsize
+    host_parts = dict(process_parts)
+    if arrangement.dit == "stream":
+        all_blocks_bytes = count_all_blocks_bytes(dims, itemsize, workload.quant)
+        host_parts["weights"] = all_blocks_bytes * ranks_per_node
+    elif arrangement.dit != "resident":
+        host_parts["staging"] = STAGED_BLOCKS * block_bytes * ranks_per_node
+    return StageMemory("denoise", gpu_parts, host_parts)
+
+
+def _count_denoise_weight_bytes(workload: Workload, arrangement: Arrangement) -> int:
+    """Return the bytes of the transformer's weights on a rank's GPU while it denoises.
+
+    The time embedding is deleted before that, but not from shards.
+    """
+    dims, itemsize = workload.model_dims.transformer, workload.itemsize
+    time_embedding_bytes = count_time_embedding_bytes(dims)
+    weight_bytes = count_transformer_bytes(dims, itemsize, workload.quant) - time_embedding_bytes
+    if arrangement.dit != "resident":
+        weight_bytes += STREAMED_BLOCKS * count_block_bytes(dims, itemsize)
+        weight_bytes -= count_all_blocks_bytes(dims, itemsize, workload.quant)
+    if arrangement.shard_dit:  # shards of both experts are there from the start
+        all_weight_bytes = workload.num_experts * (weight_bytes + time_embedding_bytes)
+        weight_bytes = all_weight_bytes // workload.num_ranks
+    return weight_bytes
 
 
 def _estimate_vae_stage(
     workload: Workload, strategy: VaeStrategy, stage_name: str, process_parts: dict[str, int]
 ) -> StageMemory:
-    dims, itemsize, is_encoding = (
-        workload.model_dims.vae,
-        workload.vae_itemsize,
-        stage_name == "image",
-    )
+    dims, itemsize = workload.model_dims.vae, workload.vae_itemsize
+    is_encoding = stage_name == "image"
     frames, rows, columns = workload.get_vae_size(encode=is_encoding)
     part_size = (
         min(rows, columns),
         *strategy.compute_largest_part(max(rows, columns), workload.num_ranks, dims),
     )
+    activation_bytes = estimate_vae_bytes(
+        dims,
+        part_size,
+        itemsize,
+        at_once=strategy.at_once,
+        encode=is_encoding,
+        is_still=frames == 1,
+    )
     parts = {
         "weights": count_vae_weight_bytes(dims, itemsize),
-        "activations": estimate_vae_bytes(
-            dims,
-            part_size,
-            itemsize,
-            at_once=strategy.at_once,
-            encode=is_encoding,
-            is_still=frames == 1,
-        ),
+        "activations": activation_bytes,
     }
-    return (
-        StageMemory(stage_name, {}, process_parts | parts)
-        if strategy.name == "cpu"
-        else StageMemory(stage_name, parts, process_parts)
-    )
+    if strategy.name == "cpu":
+        return StageMemory(stage_name, {}, process_parts | parts)
+    return StageMemory(stage_name, parts, process_parts)

@@ -1,4 +1,4 @@
-"""The fastest arrangement of a run that fits into the memory there is, or what would; no torch.
+"""Memory planner: choose the fastest arrangement of a run that fits, or say what would fit; no torch.
 
 The stages of a run follow each other, so each is arranged on its own: text encoder, transformer, VAE.
 """
@@ -30,25 +30,31 @@ _STEP_SLOWDOWN: dict[str, dict[Any, float]] = {
     "passes": {"together": 0.0, "apart": 0.02},
     "slice_tokens": {None: 0.0, 8192: 0.01, 2048: 0.06, 512: 0.2},
 }
-"""How much slower a step is about, to put arrangements in order; estimates."""
+"""Approximate slowdown of a step, as a fraction of its time, by setting and value; orders arrangements."""
 _PREDICTION_TOLERANCE = 0.9
-"""A prediction may be this much too high: what the user has asked for is refused only if it would not fit even then."""
+"""Fraction of a prediction that a stage takes at least, as predictions may be too high.
+
+What the user has requested is refused only if it would not fit even then.
+"""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that a run may take."""
+    """Memory budget of a run, in bytes."""
 
     gpu_bytes: int | None
-    """Of each rank's GPU, for PyTorch's tensors; None: everything is on the host."""
+    """On each rank's GPU, for PyTorch's tensors; None: all tensors are on the host."""
     host_bytes: int
-    """Of a node, for all its ranks."""
+    """On a node, for all its ranks."""
     host_limit_name: str = "free memory"
 
     def list_shortages(
         self, stage: StageMemory, ranks_per_node: int, scale: float = 1.0
     ) -> list[str]:
-        """Return what a stage would need more of, in words; nothing if it fits."""
+        """Return a text for each memory, GPU or host, of which a stage would need more; empty if it fits.
+
+        ``scale``: factor on the predicted bytes.
+        """
         if self.gpu_bytes is None:
             needed_gpu_bytes, needed_host_bytes = (
                 0,
@@ -59,17 +65,22 @@ class Budget:
         shortages = []
         if self.gpu_bytes is not None and needed_gpu_bytes * scale > self.gpu_bytes:
             shortages.append(
-                f"{needed_gpu_bytes / GIB:.1f} GiB of GPU memory, of which {self.gpu_bytes / GIB:.1f} can be used"
+                f"{needed_gpu_bytes / GIB:.1f} GiB of GPU memory, "
+                f"of which {self.gpu_bytes / GIB:.1f} can be used"
             )
         if needed_host_bytes * scale > self.host_bytes:
             shortages.append(
-                f"{needed_host_bytes / GIB:.1f} GiB of host memory, of which {self.host_bytes / GIB:.1f} can be used ({self.host_limit_name})"
+                f"{needed_host_bytes / GIB:.1f} GiB of host memory, "
+                f"of which {self.host_bytes / GIB:.1f} can be used ({self.host_limit_name})"
             )
         return shortages
 
 
 def compute_budget(hardware: Hardware, memory: MemoryConfig, num_ranks: int = 1) -> Budget:
-    """Return what may be taken of this hardware; the user's limits count where they are lower."""
+    """Return the budget on this hardware, less what the driver and NCCL take outside PyTorch's count.
+
+    The user's limits count where they are lower.
+    """
     gpu_bytes = hardware.gpu_bytes
     if gpu_bytes is not None:
         gpu_bytes -= FRAGMENTATION_BYTES if hardware.has_driver_context else DRIVER_CONTEXT_BYTES
@@ -90,10 +101,11 @@ def choose_arrangement(
     budget: Budget,
     shorten_workload: Callable[[int], Workload | None],
 ) -> Arrangement:
-    """Return the fastest arrangement that fits; ``base`` has what is settled already: sharding and the VAE's first way.
+    """Return the fastest arrangement that fits.
 
-    ``shorter(n)`` gives the load of the same video with n latent frames less, None if there are none. Raises InputError if nothing
-    fits, with what would.
+    ``base_arrangement`` has what is settled already: sharding and the VAE's first strategy.
+    ``shorten_workload(n)`` returns the workload of the same video with n latent frames fewer, None if none
+    are left. Raises InputError if nothing fits, with what would.
     """
     try:
         return _choose_for_all_stages(workload, memory, base_arrangement, budget, shorten_workload)
@@ -130,16 +142,10 @@ def _choose_for_all_stages(
     budget: Budget,
     shorten_workload: Callable[[int], Workload | None],
 ) -> Arrangement:
-    text_candidates = [
-        replace(base_arrangement, t5=placement)
-        for placement in (
-            [memory.t5]
-            if memory.t5
-            else ["gpu"]
-            if base_arrangement.shard_t5
-            else ["gpu", "stream"]
-        )
-    ]
+    text_placements = ["gpu"] if base_arrangement.shard_t5 else ["gpu", "stream"]
+    if memory.t5:
+        text_placements = [memory.t5]
+    text_candidates = [replace(base_arrangement, t5=placement) for placement in text_placements]
     arrangement = _choose_first_fitting(
         workload, text_candidates, ("text",), budget, shorten_workload
     )
@@ -167,7 +173,10 @@ def choose_vae_strategies(
     budget: Budget,
     shorten_workload: Callable[[int], Workload | None],
 ) -> Arrangement:
-    """Return the arrangement with the first ways of the VAE that fit, from that in ``base`` on. Raises InputError if none does."""
+    """Return the arrangement with the first strategies of the VAE that fit, for decoding and for images.
+
+    The search starts from the strategy in ``base_arrangement``. Raises InputError if none fits.
+    """
     dims, itemsize = workload.model_dims.vae, workload.vae_itemsize
     free_bytes = (
         2**62
@@ -187,7 +196,7 @@ def choose_vae_strategies(
             encode=encode,
         )[0]
         is_overridden = memory.vae in ("whole", "parallel") and strategy.name != memory.vae
-        return VaeStrategy(name) if is_overridden else strategy  # it is obeyed, or refused below
+        return VaeStrategy(name) if is_overridden else strategy  # used as it is, or refused below
 
     arrangement = replace(
         base_arrangement,
@@ -202,7 +211,10 @@ def choose_vae_strategies(
 def list_fallbacks(
     arrangement: Arrangement, memory: MemoryConfig, *, can_split_passes: bool
 ) -> list[Arrangement]:
-    """Return what to try where the transformer has run out of memory after all, in order; what the user has set stays."""
+    """Return the fallbacks, in order, for a transformer that has run out of memory after all.
+
+    What the user has set stays.
+    """
     changes: list[dict[str, str | int]] = [
         {"slice_tokens": slice_length} for slice_length in (8192, 2048, 512)
     ]
@@ -228,7 +240,7 @@ def list_fallbacks(
 
 
 def replace_transformer_part(arrangement: Arrangement, source: Arrangement) -> Arrangement:
-    """Return an arrangement with what another one does with the transformer."""
+    """Return ``arrangement`` with the transformer's part of ``source``."""
     return replace(
         arrangement,
         dit=source.dit,
@@ -241,7 +253,7 @@ def replace_transformer_part(arrangement: Arrangement, source: Arrangement) -> A
 def _list_transformer_choices(
     base_arrangement: Arrangement, memory: MemoryConfig, workload: Workload
 ) -> list[Arrangement]:
-    """Return what can be done with the transformer, the fastest first; what the user has set stays."""
+    """Return the possible arrangements of the transformer, fastest first; what the user has set stays."""
     can_split_passes = len(workload.text_lengths) > 1 and workload.cfg_degree == 1
     values_by_setting = {
         key: list(costs) if getattr(memory, key) is None else [getattr(memory, key)]
@@ -288,13 +300,15 @@ def _choose_first_fitting(
     for candidate in candidates:
         if not find_short_stages(candidate, workload, 1.0):
             return candidate
-    # The last one takes the least. What was asked for is tried if the prediction may be wrong by enough.
+    # The last candidate takes the least memory. It is tried if the prediction may be too high by enough.
     leanest = candidates[-1]
     if not (short_stages := find_short_stages(leanest, workload, _PREDICTION_TOLERANCE)):
         return leanest
     stage, shortages = short_stages[0]
+    suggestion = _suggest_fewer_frames(workload, leanest, find_short_stages, shorten_workload)
     raise InputError(
-        f"{stage.name} would need {' and '.join(shortages)} ({leanest.description.replace('; ', ', ')}); {_suggest_fewer_frames(workload, leanest, find_short_stages, shorten_workload)}"
+        f"{stage.name} would need {' and '.join(shortages)} "
+        f"({leanest.description.replace('; ', ', ')}); {suggestion}"
     )
 
 
@@ -306,7 +320,7 @@ def _suggest_fewer_frames(
     ],
     shorten_workload: Callable[[int], Workload | None],
 ) -> str:
-    """Return the smallest change with which it would fit."""
+    """Return in words the smallest cut of frames with which ``leanest`` would fit, or that none helps."""
 
     def can_fit_with_fewer(num_fewer_frames: int) -> bool:
         shorter_workload = shorten_workload(num_fewer_frames)
@@ -314,8 +328,9 @@ def _suggest_fewer_frames(
             leanest, shorter_workload, 1.0
         )
 
-    frame_reductions = range(1, workload.latent_shape[1])  # of frames less
+    frame_reductions = range(1, workload.latent_shape[1])  # latent frames fewer
     reduction_index = bisect_left(frame_reductions, True, key=can_fit_with_fewer)
     if reduction_index < len(frame_reductions):
-        return f"frame_num={4 * (workload.latent_shape[1] - frame_reductions[reduction_index] - 1) + 1} would fit, or a smaller size"
+        num_latent_frames = workload.latent_shape[1] - frame_reductions[reduction_index]
+        return f"frame_num={4 * (num_latent_frames - 1) + 1} would fit, or a smaller size"
     return "fewer frames would not help; a smaller size or more memory would"

@@ -1,4 +1,4 @@
-"""The memory that stages take, as a table; no torch."""
+"""Memory table: the predicted memory of each stage, as text; no torch."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from wan_dist.planning.workload import GIB
 def format_memory_table(
     stages: Sequence[StageMemory], gpu_bytes: int | None, host_bytes: int
 ) -> list[str]:
-    """Return a table of what stages take, in GiB, beside what there is."""
+    """Return the lines of a table of the memory of stages, in GiB; the last line is the available memory."""
     lines = [
         f"{'GiB':9} {'GPU' if gpu_bytes is not None else 'tensors':>8}  of which{'':45} {'host':>6}"
     ]

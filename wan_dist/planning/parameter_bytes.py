@@ -1,4 +1,4 @@
-"""Bytes of the models' parameters, exact, from their dimensions; no torch."""
+"""Parameter bytes of the models, exact, from their dimensions; no torch."""
 
 from math import prod
 
@@ -6,16 +6,19 @@ from wan_dist.models.dims import ImageEncoderDims, TextEncoderDims, TransformerD
 from wan_dist.planning.workload import FLOAT_BYTES
 
 INT4_GROUP_SIZE = 64
-"""Values that share a scale in int4; as in models/quantized.py."""
+"""Values that share a scale in int4; as in models/kernels/quantized_linear.py."""
 
 
 def count_block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
-    """Return the bytes of a transformer's block without cross-attention's keys and values: linears, and vectors in float32."""
+    """Return the bytes of a transformer block: linear layers, and vectors (norms, modulation) in float32.
+
+    The projection to cross-attention's keys and values is left out: see `count_context_block_bytes`.
+    """
     d, f = dims.dim, dims.ffn_dim
     num_rows, num_weights = 7 * d + f, 6 * d * d + 2 * d * f
     if quant == "none":
         weight_bytes = num_weights * itemsize
-    else:  # see models/quantized.py
+    else:  # as in models/kernels/quantized_linear.py
         weight_bytes = (
             num_weights // 2 + num_weights // INT4_GROUP_SIZE * 2 * FLOAT_BYTES
             if quant == "int4"
@@ -25,7 +28,7 @@ def count_block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none")
 
 
 def count_all_blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> int:
-    """Return the bytes of all blocks; the first and the last are not quantised."""
+    """Return the bytes of all transformer blocks; the first and the last are not quantised."""
     num_quantized_blocks = max(0, dims.num_layers - 2)
     return num_quantized_blocks * count_block_bytes(dims, itemsize, quant) + (
         dims.num_layers - num_quantized_blocks
@@ -33,12 +36,12 @@ def count_all_blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> 
 
 
 def count_time_embedding_bytes(dims: TransformerDims) -> int:
-    """Return the bytes of what embeds timesteps, float32."""
+    """Return the bytes of the timestep embedding and its projection, float32."""
     return (dims.freq_dim + 1 + dims.dim + 1 + 6 * (dims.dim + 1)) * dims.dim * FLOAT_BYTES
 
 
 def count_transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
-    """Return the bytes of all of a transformer but the projection of contexts."""
+    """Return the bytes of a transformer without its context projection (see `count_projection_bytes`)."""
     patch_volume = prod(dims.patch)
     num_head_parameters = (dims.dim + 1) * patch_volume * dims.out_dim + 2 * dims.dim
     return (
@@ -50,13 +53,13 @@ def count_transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "
 
 
 def count_context_block_bytes(dims: TransformerDims, itemsize: int) -> int:
-    """Return the bytes of one block's projection to keys and values."""
+    """Return the bytes of one block's projection of contexts to cross-attention's keys and values."""
     num_branches = 1 + bool(dims.image_dim)
     return num_branches * (2 * dims.dim * (dims.dim + 1) * itemsize + dims.dim * FLOAT_BYTES)
 
 
 def count_projection_bytes(dims: TransformerDims, itemsize: int, num_blocks: int) -> int:
-    """Return the bytes of the projection of contexts, with this many blocks."""
+    """Return the bytes of the context projection with the keys and values of ``num_blocks`` blocks."""
     total_bytes = (
         dims.text_dim + 1 + dims.dim + 1
     ) * dims.dim * itemsize + num_blocks * count_context_block_bytes(dims, itemsize)
@@ -73,7 +76,7 @@ def count_projection_bytes(dims: TransformerDims, itemsize: int, num_blocks: int
 
 
 def count_text_block_bytes(dims: TextEncoderDims, itemsize: int) -> int:
-    """Return the bytes of a block of umT5."""
+    """Return the bytes of one block of umT5's encoder."""
     attention_dim = dims.num_heads * dims.head_dim
     return (
         4 * dims.dim * attention_dim
@@ -84,7 +87,7 @@ def count_text_block_bytes(dims: TextEncoderDims, itemsize: int) -> int:
 
 
 def count_text_encoder_bytes(dims: TextEncoderDims, itemsize: int) -> int:
-    """Return the bytes of umT5's encoder."""
+    """Return the bytes of umT5's encoder, with its vocabulary."""
     return (
         dims.num_layers * count_text_block_bytes(dims, itemsize)
         + (dims.vocab_size + 1) * dims.dim * itemsize

@@ -1,15 +1,22 @@
-"""RunConfig + task -> Plan: every derived number and every error that crosses fields. No torch, so that it answers at once."""
+"""Run plan from configuration and task: every derived number and every error that crosses fields.
+
+No torch, so that it answers at once.
+"""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from wan_dist.config.schema import RunConfig
 from wan_dist.models.dims import ModelDims
-from wan_dist.planning.degrees import MIN_STRIP_PIXELS, Degrees, check_attention_split, plan_degrees
+from wan_dist.planning.base_arrangement import build_base_arrangement
+from wan_dist.planning.degrees import Degrees, check_attention_split, plan_degrees
 from wan_dist.planning.file_names import name_result
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.memory_estimate import StageMemory, estimate_memory
@@ -20,7 +27,6 @@ from wan_dist.planning.memory_planner import (
     compute_budget,
 )
 from wan_dist.planning.saved_latents import read_latents_size
-from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.planning.video_settings import (
     check_frame_num,
     check_size,
@@ -49,7 +55,10 @@ class Plan:
     negative_prompt: str | None
     """None where guidance is off."""
     images: tuple[Image.Image, ...]
-    """The images to start from: none, the first frame, or first and last, in 8-bit RGB. Of a job that is only checked they are not read."""
+    """The images to start from: none, the first frame, or first and last, in 8-bit RGB.
+
+    Those of a job that is only checked are not read.
+    """
     num_images: int
     width: int
     height: int
@@ -62,25 +71,26 @@ class Plan:
     guide_scales: tuple[float, float]
     """For low and for high noise."""
     tea_fit: TeaCacheFit | None = None
-    """TeaCache's, if it is asked for."""
+    """TeaCache's, if it is requested."""
     latent_shape: tuple[int, int, int, int]
     """(C, T, h, w)."""
     num_tokens: int
     degrees: Degrees
     ranks_per_node: int
     arrangement: Arrangement
-    """Before `arranged`: what does not depend on memory, whether weights are sharded and the VAE's first way."""
+    """Before `plan_memory`: what does not depend on memory, sharding and the VAE's first strategy."""
     stage_memories: tuple[StageMemory, ...] = ()
-    """What each stage is predicted to take; empty before `arranged`."""
+    """Predicted memory of each stage; empty before `plan_memory`."""
     workload: Workload | None = None
-    """What the run works on; None before `arranged`."""
+    """Sizes of what the run computes; None before `plan_memory`."""
     budget: Budget | None = None
+    """Memory that the run may take; None before `plan_memory`."""
     name: str
     """File name of the results, without suffix."""
 
     @property
     def size_advice(self) -> str | None:
-        """What the user should know before it starts, if anything."""
+        """A warning for a size that the task was not published for, else None."""
         published_areas = {width * height for width, height in self.task.published_sizes}
         if not self.task.published_sizes or (self.width, self.height) in self.task.published_sizes:
             return None
@@ -89,19 +99,33 @@ class Plan:
         ):
             return None
         size_list = ", ".join(f"{width}*{height}" for width, height in self.task.published_sizes)
-        return f"{self.task.name} was published for the sizes {size_list}; {self.width}*{self.height} works but may look worse"
+        return (
+            f"{self.task.name} was published for the sizes {size_list}; "
+            f"{self.width}*{self.height} works but may look worse"
+        )
 
     @property
     def summary(self) -> str:
-        """The result in one line."""
+        """The video or image that is made, in one line."""
         size_text = f"{self.width}x{self.height}{self.size_note}"
         if self.task.is_still:
             return f"{self.task.name}: an image of {size_text}, seed {self.seed}"
         seconds = self.frame_num / self.fps
         return (
-            f"{self.task.name}: {self.frame_num} frames of {size_text} at {self.fps} fps = {seconds:.1f} s of video, "
-            f"seed {self.seed}, {self.num_tokens} tokens"
+            f"{self.task.name}: {self.frame_num} frames of {size_text} at {self.fps} fps "
+            f"= {seconds:.1f} s of video, seed {self.seed}, {self.num_tokens} tokens"
         )
+
+
+class _VideoInput(NamedTuple):
+    """Size of a video, and the images that it starts from."""
+
+    width: int
+    height: int
+    frame_num: int
+    size_note: str = ""
+    images: tuple[Image.Image, ...] = ()
+    num_images: int = 0
 
 
 def make_plan(
@@ -112,86 +136,95 @@ def make_plan(
     is_job: bool = False,
     image_size_reader: ImageSizeReader | None = None,
 ) -> Plan:
-    """Resolve what the configuration leaves open; raises InputError with what would work if the fields do not fit together.
+    """Return the plan of a run: what the configuration leaves open is resolved.
 
-    ``ranks``: how many there are, and on a node; None: those that torchrun has started. A rehearsal does without prompt and images. A
-    job is one of several videos, so there may be replicas. With ``size_of_image``, such as `image_size`, images are not decoded.
+    ``ranks``: how many there are, and how many on a node; None: those that torchrun has started. A dry run
+    does without prompt and images. A job is one of several videos, so there may be replicas. With
+    ``image_size_reader``, such as `read_image_size`, images are not decoded. Raises InputError, with what
+    would work, if the fields do not fit together.
     """
     task = get_task(config.task)
-    images: tuple[Image.Image, ...] = ()
-    source_sizes: list[tuple[int, int]] = []
-    size_note, frame_num = "", config.frame_num
-    if config.latents is not None:
-        width, height, frame_num = read_latents_size(config.latents, task)
-    else:
-        if image_size_reader is None:
-            images = read_or_blank_images(config, task) if is_dry_run else read_images(config, task)
-        source_sizes = (
-            [image.size for image in images]
-            if image_size_reader is None
-            else read_image_sizes(find_image_files(config, task), image_size_reader)
-        )
-        width, height, size_note = choose_video_size(config, task, source_sizes)
-    check_size(width, height, task)
-    check_frame_num(frame_num, task)
-    prompt = read_text_setting("prompt", config.prompt)
-    if prompt is None and config.latents is None and not is_dry_run:
-        raise InputError(
-            'prompt is missing; say what to show, e.g. prompt="two cats boxing on a stage", or prompt=@file.txt'
-        )
+    video = _read_video_input(config, task, image_size_reader, is_dry_run=is_dry_run)
+    check_size(video.width, video.height, task)
+    check_frame_num(video.frame_num, task)
+    prompt = _read_prompt(config, is_dry_run=is_dry_run)
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
     guide_scales = get_guide_scales(config, task)
+    is_guided = guide_scales != (1, 1)
     num_ranks, ranks_per_node = ranks or read_started_ranks()
-    degrees = _choose_degrees(
-        config, task, num_ranks, ranks_per_node, is_guided=guide_scales != (1, 1)
-    )
-    if (dp := degrees.dp) > 1 and not is_job:
-        raise InputError(
-            f"parallel.dp={dp}: replicas are for several videos (jobs=FILE), and this run makes one; use parallel.dp=1"
-        )
-    latent_frames = (frame_num - 1) // task.vae_stride[0] + 1
-    rows, columns = height // task.vae_stride[1], width // task.vae_stride[2]
-    num_tokens = (
-        (latent_frames // task.patch_size[0])
-        * (rows // task.patch_size[1])
-        * (columns // task.patch_size[2])
+    degrees = _choose_degrees(config, num_ranks, ranks_per_node, is_guided=is_guided, is_job=is_job)
+    latent_shape = _compute_latent_shape(video, task)
+    num_tokens = prod(
+        size // patch for size, patch in zip(latent_shape[1:], task.patch_size, strict=True)
     )
     check_attention_split(degrees, num_tokens, config.attention, config.dtype, config.parallel.usp)
-    negative_prompt = (
-        None
-        if guide_scales == (1, 1)
-        else read_text_setting("negative_prompt", config.negative_prompt) or ""
-    )
+    negative_prompt = None
+    if is_guided:
+        negative_prompt = read_text_setting("negative_prompt", config.negative_prompt) or ""
+    area = video.width * video.height
     return Plan(
         task=task,
         prompt=prompt or "",
         negative_prompt=negative_prompt,
-        images=images,
-        num_images=len(source_sizes),
-        width=width,
-        height=height,
-        size_note=size_note,
-        frame_num=frame_num,
+        images=video.images,
+        num_images=video.num_images,
+        width=video.width,
+        height=video.height,
+        size_note=video.size_note,
+        frame_num=video.frame_num,
         fps=config.fps,
         seed=seed,
-        shift=choose_shift(
-            config, task, width * height if config.max_area is None else config.max_area
-        ),
+        shift=choose_shift(config, task, area if config.max_area is None else config.max_area),
         guide_scales=guide_scales,
-        tea_fit=choose_tea_fit(config, task, width * height),
-        latent_shape=(task.latent_channels, latent_frames, rows, columns),
+        tea_fit=choose_tea_fit(config, task, area),
+        latent_shape=latent_shape,
         num_tokens=num_tokens,
         degrees=degrees,
         ranks_per_node=ranks_per_node,
-        arrangement=_build_base_arrangement(
-            config, task, degrees, max(rows, columns), is_guided=negative_prompt is not None
+        arrangement=build_base_arrangement(
+            config, task, degrees, max(latent_shape[2:]), is_guided=is_guided
         ),
         name=name_result(config, prompt, seed),
     )
 
 
+def _read_video_input(
+    config: RunConfig, task: Task, image_size_reader: ImageSizeReader | None, *, is_dry_run: bool
+) -> _VideoInput:
+    """Return the size of the video, of saved latents or of settings and images, and the images if decoded."""
+    if config.latents is not None:
+        return _VideoInput(*read_latents_size(config.latents, task))
+    images: tuple[Image.Image, ...] = ()
+    if image_size_reader is not None:
+        source_sizes = read_image_sizes(find_image_files(config, task), image_size_reader)
+    else:
+        images = read_or_blank_images(config, task) if is_dry_run else read_images(config, task)
+        source_sizes = [image.size for image in images]
+    width, height, size_note = choose_video_size(config, task, source_sizes)
+    return _VideoInput(width, height, config.frame_num, size_note, images, len(source_sizes))
+
+
+def _read_prompt(config: RunConfig, *, is_dry_run: bool) -> str | None:
+    """Return the prompt; raises InputError if it is missing, unless saved latents or a dry run need none."""
+    prompt = read_text_setting("prompt", config.prompt)
+    if prompt is None and config.latents is None and not is_dry_run:
+        raise InputError(
+            "prompt is missing; say what to show, "
+            'e.g. prompt="two cats boxing on a stage", or prompt=@file.txt'
+        )
+    return prompt
+
+
+def _compute_latent_shape(video: _VideoInput, task: Task) -> tuple[int, int, int, int]:
+    """Return the shape (C, T, h, w) of the video's latents."""
+    frame_stride, row_stride, column_stride = task.vae_stride
+    latent_frames = (video.frame_num - 1) // frame_stride + 1
+    rows, columns = video.height // row_stride, video.width // column_stride
+    return task.latent_channels, latent_frames, rows, columns
+
+
 def read_started_ranks() -> tuple[int, int]:
-    """Return how many ranks were started, and on this node."""
+    """Return how many ranks torchrun started, in all and on this node."""
     ranks = read_rank_layout()
     return ranks.num_ranks, ranks.ranks_per_node
 
@@ -207,15 +240,46 @@ def plan_memory(
     models: ModelDims,
     count_tokens: Callable[[str], int] = _estimate_num_tokens,
 ) -> Plan:
-    """Return the plan with the fastest arrangement of these models that fits, and what each stage would take.
+    """Return the plan with the fastest arrangement of these models that fits, and the memory of each stage.
 
     Raises InputError if nothing fits, with what would.
     """
-    texts = [text for text in (plan.prompt, plan.negative_prompt) if text is not None]
-    vae_dtype = config.memory.vae_dtype or (
-        config.dtype if hardware.gpu_bytes is not None else "float32"
+    workload = _build_workload(plan, config, hardware, models, count_tokens)
+    budget = compute_budget(hardware, config.memory, plan.degrees.num_ranks)
+    shorten_workload = partial(_shorten_workload, workload)
+    if config.latents is not None:  # nothing but the VAE is needed
+        arrangement = choose_vae_strategies(
+            workload, config.memory, plan.arrangement, budget, shorten_workload
+        )
+        stages = [
+            stage for stage in estimate_memory(workload, arrangement) if stage.name == "decode"
+        ]
+    else:
+        arrangement = choose_arrangement(
+            workload, config.memory, plan.arrangement, budget, shorten_workload
+        )
+        stages = estimate_memory(workload, arrangement)
+    return replace(
+        plan,
+        arrangement=arrangement,
+        stage_memories=tuple(stages),
+        workload=workload,
+        budget=budget,
     )
-    workload = Workload(
+
+
+def _build_workload(
+    plan: Plan,
+    config: RunConfig,
+    hardware: Hardware,
+    models: ModelDims,
+    count_tokens: Callable[[str], int],
+) -> Workload:
+    """Return the workload of one replica: sizes and settings that memory depends on."""
+    texts = [text for text in (plan.prompt, plan.negative_prompt) if text is not None]
+    is_on_gpu = hardware.gpu_bytes is not None
+    vae_dtype = config.memory.vae_dtype or (config.dtype if is_on_gpu else "float32")
+    return Workload(
         model_dims=models,
         latent_shape=plan.latent_shape,
         num_tokens=plan.num_tokens,
@@ -229,47 +293,18 @@ def plan_memory(
         num_sequence_parts=plan.degrees.ring * plan.degrees.ulysses,
         ranks_per_node=plan.ranks_per_node,
         quant=config.quant,
-        is_on_gpu=hardware.gpu_bytes is not None,
+        is_on_gpu=is_on_gpu,
         has_8bit_attention=config.attention == "8bit",
         itemsize=2 if config.dtype == "bfloat16" else 4,
         vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
     )
-    budget = compute_budget(hardware, config.memory, plan.degrees.num_ranks)
-    if config.latents is not None:  # nothing but the VAE is needed
-        arrangement = choose_vae_strategies(
-            workload,
-            config.memory,
-            plan.arrangement,
-            budget,
-            lambda number: _shorten_workload(workload, number),
-        )
-        stages = tuple(
-            stage for stage in estimate_memory(workload, arrangement) if stage.name == "decode"
-        )
-        return replace(
-            plan, arrangement=arrangement, stage_memories=stages, workload=workload, budget=budget
-        )
-    arrangement = choose_arrangement(
-        workload,
-        config.memory,
-        plan.arrangement,
-        budget,
-        lambda number: _shorten_workload(workload, number),
-    )
-    return replace(
-        plan,
-        arrangement=arrangement,
-        stage_memories=tuple(estimate_memory(workload, arrangement)),
-        workload=workload,
-        budget=budget,
-    )
 
 
 def _choose_degrees(
-    config: RunConfig, task: Task, num_ranks: int, ranks_per_node: int, *, is_guided: bool
+    config: RunConfig, num_ranks: int, ranks_per_node: int, *, is_guided: bool, is_job: bool
 ) -> Degrees:
-    """Spread the ranks over the axes."""
-    return plan_degrees(
+    """Return the degrees of all axes; raises InputError for those that do not fit the ranks or the run."""
+    degrees = plan_degrees(
         num_ranks,
         ranks_per_node=ranks_per_node,
         num_heads=read_num_heads(config),
@@ -279,10 +314,19 @@ def _choose_degrees(
         ring=config.parallel.ring,
         ulysses=config.parallel.ulysses,
     )
+    if degrees.dp > 1 and not is_job:
+        raise InputError(
+            f"parallel.dp={degrees.dp}: replicas are for several videos (jobs=FILE), "
+            "and this run makes one; use parallel.dp=1"
+        )
+    return degrees
 
 
 def read_num_heads(config: RunConfig) -> int:
-    """Return the heads of the checkpoint that is used, where its config can be read, else those of the published one."""
+    """Return the number of attention heads of the transformer.
+
+    It is read from the checkpoint's config where that can be read, else it is that of the published model.
+    """
     if config.ckpt_dir is not None:
         for subfolder in (".", "high_noise_model", "transformer"):
             try:
@@ -295,63 +339,8 @@ def read_num_heads(config: RunConfig) -> int:
     return get_task(config.task).transformer_dims.num_heads
 
 
-def _decide_sharding(
-    model_key: str,
-    requested: bool | None,
-    placement: str | None,
-    degrees: Degrees,
-    *,
-    default: bool,
-) -> bool:
-    is_elsewhere = placement not in (None, "resident", "gpu")
-    if requested and is_elsewhere:
-        raise InputError(
-            f"fsdp.{model_key}=true keeps shards on the GPUs and memory.{model_key}={placement} does not; leave one of them out"
-        )
-    if requested and degrees.ranks_per_replica == 1:
-        raise InputError(
-            f"fsdp.{model_key}=true shards weights over several ranks, but there is one; leave it out, or start with torchrun"
-        )
-    return (
-        degrees.ranks_per_replica > 1
-        and not is_elsewhere
-        and (default if requested is None else requested)
-    )
-
-
-def _build_base_arrangement(
-    config: RunConfig, task: Task, degrees: Degrees, latent_side: int, *, is_guided: bool
-) -> Arrangement:
-    """Return what does not depend on memory: whether weights are sharded, and the VAE's first way."""
-    if config.quant != "none" and config.memory.dit == "disk":
-        raise InputError(
-            f"quant={config.quant} and memory.dit=disk: the file's weights would be quantised anew each step; use memory.dit=stream"
-        )
-    passes = config.memory.passes
-    if passes == "together" and (degrees.cfg == 2 or not is_guided):
-        reason = (
-            "they are on ranks of their own with parallel.cfg=2"
-            if degrees.cfg == 2
-            else "guidance is off, so there is one"
-        )
-        raise InputError(
-            f"memory.passes={passes} is about the two passes of guidance, and {reason}; leave it out"
-        )
-    return Arrangement(
-        shard_dit=_decide_sharding(
-            "dit",
-            config.fsdp.dit,
-            config.memory.dit,
-            degrees,
-            default=task.transformer_dims.blocks_gib > 12,
-        ),
-        shard_t5=_decide_sharding("t5", config.fsdp.t5, config.memory.t5, degrees, default=False),
-        vae=_choose_vae_strategy(config, degrees, latent_side),
-    )
-
-
 def _shorten_workload(workload: Workload, num_fewer_frames: int) -> Workload | None:
-    """Return the load of a video with ``number`` latent frames less."""
+    """Return the workload with ``num_fewer_frames`` latent frames fewer, None if none would be left."""
     channels, num_frames, rows, columns = workload.latent_shape
     if num_fewer_frames >= num_frames:
         return None
@@ -361,17 +350,3 @@ def _shorten_workload(workload: Workload, num_fewer_frames: int) -> Workload | N
         latent_shape=(channels, num_remaining_frames, rows, columns),
         num_tokens=workload.num_tokens // num_frames * num_remaining_frames,
     )
-
-
-def _choose_vae_strategy(config: RunConfig, degrees: Degrees, latent_side: int) -> VaeStrategy:
-    """Return where the VAE works; its ranks share the latents' larger side, ``side``."""
-    num_ranks = degrees.ranks_per_replica
-    can_split = num_ranks > 1 and latent_side >= MIN_STRIP_PIXELS * num_ranks
-    if config.memory.vae == "parallel" and not can_split:
-        reason = (
-            "there is one rank"
-            if num_ranks == 1
-            else f"{latent_side} latent pixels are too few for {num_ranks} ranks"
-        )
-        raise InputError(f"memory.vae=parallel: {reason}; memory.vae=whole works")
-    return VaeStrategy(config.memory.vae or ("parallel" if can_split else "whole"))

@@ -1,4 +1,4 @@
-"""What ranks tell each other before they plan: their settings, the files that these name, and their GPUs; no torch."""
+"""Rank consistency check before planning: same settings, same files, one GPU for each rank; no torch."""
 
 import socket
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ _FILE_KEYS = ("jobs", "image", "first_frame", "last_frame", "latents")
 
 @dataclass(frozen=True)
 class RankFacts:
-    """Of one rank."""
+    """Facts of one rank, which all ranks exchange before they plan."""
 
     settings: dict[str, object]
-    """By dotted key."""
+    """Values of the settings by dotted key."""
     files: dict[str, str]
     """Digests of the files that settings name, where this rank sees them."""
     gpu: str | None = None
-    """What tells its GPU from others of its host; None on a CPU."""
+    """What identifies its GPU among those of its host; None on a CPU."""
     gpu_bytes: int | None = None
     host: str = field(default_factory=socket.gethostname)
 
 
 def collect_rank_facts(config: RunConfig, gpu: str | None, gpu_bytes: int | None) -> RankFacts:
-    """Return this rank's facts; a file that it does not see, or cannot read, is no fact."""
+    """Return this rank's facts; a file that it does not see, or cannot read, is left out."""
     file_digests = {}
     for key in _FILE_KEYS:
         if (file_name := getattr(config, key)) is None:
@@ -41,23 +41,31 @@ def collect_rank_facts(config: RunConfig, gpu: str | None, gpu_bytes: int | None
 
 
 def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
-    """Return the least memory of the ranks' GPUs, None on CPUs; raises InputError for ranks that cannot work together, the same on all."""
+    """Return the least memory of the ranks' GPUs in bytes, None on CPUs.
+
+    Raises InputError for ranks that cannot work together, the same error on all of them.
+    """
     first_facts = facts_by_rank[0]
     for rank, other_facts in enumerate(facts_by_rank):
         for key, value in first_facts.settings.items():
             if other_facts.settings.get(key) != value:
-                mismatch = f"{value} on rank 0 and {other_facts.settings.get(key)} on rank {rank} ({other_facts.host})"
+                mismatch = (
+                    f"{value} on rank 0 and {other_facts.settings.get(key)} on rank {rank} "
+                    f"({other_facts.host})"
+                )
                 raise InputError(f"{key} is {mismatch}; give all ranks the same settings")
         for key in first_facts.files.keys() & other_facts.files.keys():
             if first_facts.files[key] != other_facts.files[key]:
                 raise InputError(
-                    f"{key}={first_facts.settings[key]} is another file on rank {rank} ({other_facts.host}) than on rank 0 ({first_facts.host}); "
+                    f"{key}={first_facts.settings[key]} is another file on rank {rank} ({other_facts.host}) "
+                    f"than on rank 0 ({first_facts.host}); "
                     "give all nodes the same, on a file system that they share"
                 )
         if (first_facts.gpu is None) != (other_facts.gpu is None):
             rank_without_gpu, rank_with_gpu = (0, rank) if first_facts.gpu is None else (rank, 0)
             raise InputError(
-                f"rank {rank_without_gpu} on {facts_by_rank[rank_without_gpu].host} has no GPU, and rank {rank_with_gpu} on {facts_by_rank[rank_with_gpu].host} has; "
+                f"rank {rank_without_gpu} on {facts_by_rank[rank_without_gpu].host} has no GPU, "
+                f"and rank {rank_with_gpu} on {facts_by_rank[rank_with_gpu].host} has; "
                 "device=cpu runs on the CPU everywhere"
             )
         same_gpu_ranks = [
@@ -69,7 +77,8 @@ def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
         ]
         if same_gpu_ranks:
             raise InputError(
-                f"ranks {same_gpu_ranks[0]} and {rank} on {other_facts.host} have the same GPU ({other_facts.gpu}); start one rank for each GPU, and leave "
+                f"ranks {same_gpu_ranks[0]} and {rank} on {other_facts.host} have the same GPU "
+                f"({other_facts.gpu}); start one rank for each GPU, and leave "
                 "CUDA_VISIBLE_DEVICES to the launcher"
             )
     return (

@@ -1,4 +1,4 @@
-"""How the ranks of a run with jobs are cut into replicas, which make a video each. No torch."""
+"""Data-parallel replicas: split the ranks of a run with jobs into groups for one video each; no torch."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,11 @@ from wan_dist.tasks.image_sizes import ImageSizeReader
 from wan_dist.tasks.registry import get_task
 
 _ASSUMED_HOST_BYTES = 2**60
-"""What hosts have free differs between ranks, which must find the same; a run looks at its own later."""
+"""Host memory while degrees are chosen, in effect unlimited.
+
+Free memory differs between hosts, and all ranks must choose the same degrees; a run checks its own host
+later.
+"""
 
 
 def assign_degrees(
@@ -24,9 +28,10 @@ def assign_degrees(
 ) -> list[RunConfig]:
     """Return the configurations with the degrees of all axes, the same for all, whatever their order.
 
-    Those that are given stay. Else the replicas are the smallest that hold a transformer whole, as ranks that need not wait for each
-    other make the most videos, but no more than there are jobs. ``gpu_bytes``: of one GPU, None on a CPU; ``size_of_image``: see
-    `make_plan`. Raises InputError, with the job and what to put on the command line, for degrees that are given and do not suit all jobs.
+    Requested degrees stay. Else the replicas are the smallest that hold a transformer whole, as ranks that
+    need not wait for each other make the most videos, but no more than there are jobs. ``gpu_bytes``: of one
+    GPU, None on a CPU; ``image_size_reader``: see `make_plan`. Raises InputError, with the job and what to
+    put on the command line, for requested degrees that do not suit all jobs.
     """
     parallel_config = configs[0].parallel
     requested_degrees = {
@@ -70,13 +75,12 @@ def assign_degrees(
             return _replace_degrees(configs, degrees)
         if None not in plans:
             fitting_degrees = degrees
-    return _replace_degrees(
-        configs, fitting_degrees or degrees
-    )  # what is wrong with a job is found with its line
+    # Where nothing fits, the error is raised when the job is planned, with its line of the file.
+    return _replace_degrees(configs, fitting_degrees or degrees)
 
 
 def _get_memory_key(config: RunConfig) -> tuple[object, ...]:
-    """Return what degrees and memory depend on, the same for jobs of one kind."""
+    """Return the key of all that degrees and memory depend on; jobs with the same key are planned once."""
     video_settings = (config.size, config.max_area, config.frame_num, config.latents is None)
     model_settings = (
         config.task,
@@ -103,11 +107,12 @@ def _is_guided(config: RunConfig) -> bool:
 def _check_requested_degrees(
     requested_degrees: dict[str, int], configs: list[RunConfig], num_heads: int
 ) -> None:
-    """Raise InputError for degrees that suit some jobs and not others; what suits none is said by `plan_degrees`."""
+    """Raise InputError for degrees that suit some jobs only; `plan_degrees` refuses those that suit none."""
     unguided_configs = [config for config in configs if not _is_guided(config)]
     if requested_degrees.get("cfg") == 2 and 0 < len(unguided_configs) < len(configs):
         raise InputError(
-            f"parallel.cfg=2 needs guidance, but sample.guide_scale=1 turns it off in some jobs ({_describe_first_job(unguided_configs)}) and not in others; "
+            "parallel.cfg=2 needs guidance, but sample.guide_scale=1 turns it off in some jobs "
+            f"({_describe_first_job(unguided_configs)}) and not in others; "
             "use parallel.cfg=1, or a file of jobs for each"
         )
     ulysses = requested_degrees.get("ulysses", 1)
@@ -119,8 +124,10 @@ def _check_requested_degrees(
             str(degree) for degree in range(1, num_heads + 1) if num_heads % degree == 0
         )
         raise InputError(
-            f"parallel.ulysses={ulysses} does not divide the {read_num_heads(unsuitable_configs[0])} heads of some jobs ({_describe_first_job(unsuitable_configs)}); "
-            f"for all jobs it may be {legal_degrees}: use one of these, leave it out, or use a file of jobs for each"
+            f"parallel.ulysses={ulysses} does not divide the {read_num_heads(unsuitable_configs[0])} "
+            f"heads of some jobs ({_describe_first_job(unsuitable_configs)}); "
+            f"for all jobs it may be {legal_degrees}: use one of these, leave it out, "
+            "or use a file of jobs for each"
         )
 
 
@@ -134,7 +141,7 @@ def _plan_if_it_fits(
     hardware: Hardware,
     image_size_reader: ImageSizeReader | None,
 ) -> Plan | None:
-    """Return the plan with the degrees that are given, None if it does not fit."""
+    """Return the plan with the degrees of ``config``, None if it does not fit."""
     try:
         plan = make_plan(config, ranks=ranks, is_job=True, image_size_reader=image_size_reader)
         return plan_memory(plan, config, hardware, get_task(config.task).model_dims)
@@ -143,6 +150,6 @@ def _plan_if_it_fits(
 
 
 def _replace_degrees(configs: list[RunConfig], degrees: Degrees) -> list[RunConfig]:
-    """Return the configurations with these degrees, in one object for all, as ``parallel`` is of the whole run."""
+    """Return the configurations with these degrees, in one object, as ``parallel`` is of the whole run."""
     parallel_config = replace(configs[0].parallel, **vars(degrees))
     return [replace(config, parallel=parallel_config) for config in configs]

@@ -1,7 +1,8 @@
-"""What there is room for between the videos of one run. No torch."""
+"""Resident models between the videos of one run: whether memory suffices; no torch."""
 
 from dataclasses import replace
 
+from wan_dist.planning.memory_estimate import StageMemory
 from wan_dist.planning.parameter_bytes import (
     count_image_encoder_bytes,
     count_projection_bytes,
@@ -11,9 +12,10 @@ from wan_dist.planning.plan import Plan
 
 
 def plan_resident_models(plan: Plan, *, num_experts: int = 1) -> Plan:
-    """Return an arranged plan for a run in which all models but the text encoder stay from video to video: one expert, or both.
+    """Return an arranged plan with the memory of a run whose models stay loaded from video to video.
 
-    That of a video that is made from its latents stays as it is.
+    All models but the text encoder stay; of a task with two experts, ``num_experts`` of them (1 or 2). The
+    plan of a video that is decoded from saved latents is returned as it is.
     """
     workload, arrangement = plan.workload, plan.arrangement
     assert workload is not None
@@ -34,29 +36,30 @@ def plan_resident_models(plan: Plan, *, num_experts: int = 1) -> Plan:
         )
     if workload.model_dims.image_encoder is not None and workload.num_images:
         clip_bytes = count_image_encoder_bytes(workload.model_dims.image_encoder)
-        gpu_weight_bytes, host_weight_bytes = (
-            (gpu_weight_bytes + clip_bytes, host_weight_bytes)
-            if arrangement.clip == "gpu"
-            else (gpu_weight_bytes, host_weight_bytes + clip_bytes)
+        if arrangement.clip == "gpu":
+            gpu_weight_bytes += clip_bytes
+        else:
+            host_weight_bytes += clip_bytes
+    gpu_weights = {"weights": gpu_weight_bytes}
+    host_weights = {"weights": host_weight_bytes} if host_weight_bytes else {}
+
+    def add_resident_weights(stage: StageMemory) -> StageMemory:
+        if stage.name == "text":  # runs for all videos before anything else is loaded
+            return stage
+        return replace(
+            stage,
+            gpu_parts=stage.gpu_parts | gpu_weights,
+            host_parts=stage.host_parts | host_weights,
         )
-    return replace(
-        plan,
-        stage_memories=tuple(
-            stage  # of all videos, before anything else is loaded
-            if stage.name == "text"
-            else replace(
-                stage,
-                gpu_parts=stage.gpu_parts | {"weights": gpu_weight_bytes},
-                host_parts=stage.host_parts
-                | ({"weights": host_weight_bytes} if host_weight_bytes else {}),
-            )
-            for stage in plan.stage_memories
-        ),
-    )
+
+    return replace(plan, stage_memories=tuple(map(add_resident_weights, plan.stage_memories)))
 
 
 def can_keep_models(plan: Plan, *, num_experts: int = 1) -> bool:
-    """Whether an arranged plan leaves room for that; weights that are read from disk each step do not stay."""
+    """Whether the models fit in memory as in `plan_resident_models`, for an arranged plan.
+
+    Weights that are read from disk each step do not stay.
+    """
     workload, budget, arrangement = plan.workload, plan.budget, plan.arrangement
     assert workload is not None
     assert budget is not None
@@ -75,13 +78,16 @@ def can_keep_models(plan: Plan, *, num_experts: int = 1) -> bool:
 
 
 def can_keep_experts(plan: Plan) -> bool:
-    """Whether both experts of a task that has two may stay, so that a video begins with the first one there."""
+    """Whether both experts of a task that has two may stay, so that a video starts with the first loaded."""
     assert plan.workload is not None
     return plan.workload.num_experts > 1 and can_keep_models(plan, num_experts=2)
 
 
 def can_buffer_frames(plan: Plan, itemsize: int) -> bool:
-    """Whether the host of an arranged plan has room for a decoded video, of so many bytes a value, beside what is at work."""
+    """Whether host memory holds decoded videos as well as the largest stage of an arranged plan.
+
+    ``itemsize``: bytes of a value of the frames.
+    """
     workload, budget = plan.workload, plan.budget
     assert workload is not None
     assert budget is not None

@@ -1,4 +1,4 @@
-"""Latents that an earlier run kept: what their file says of them; no torch."""
+"""Saved latents of an earlier run: read the video size from the file's header; no torch."""
 
 from pathlib import Path
 
@@ -14,7 +14,10 @@ _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def read_latents_size(file: str, task: Task) -> tuple[int, int, int]:
-    """Return width, height and frames of the video that kept latents hold."""
+    """Return width and height in pixels and the number of frames of the video of saved latents.
+
+    Raises InputError for a file that cannot be read or holds no latents of ``task``.
+    """
     path = Path(file).expanduser()
     try:
         check_regular_file(path)
@@ -30,11 +33,13 @@ def read_latents_size(file: str, task: Task) -> tuple[int, int, int]:
         raise InputError(f"latents={file} cannot be read as kept latents: {error}") from None
     if latents_slice is None:
         raise InputError(
-            f"latents={file} holds no tensor called latents (but {', '.join(tensor_names[:5]) or 'none'}); kept latents do"
+            f"latents={file} holds no tensor called latents "
+            f"(but {', '.join(tensor_names[:5]) or 'none'}); kept latents do"
         )
     if "num_done" in metadata:
         raise InputError(
-            f"latents={file} is the progress of a run after {metadata['num_done']} steps; the command that began it resumes it"
+            f"latents={file} is the progress of a run after {metadata['num_done']} steps; "
+            "the command that began it resumes it"
         )
     if dtype not in _FLOAT_DTYPES:
         raise InputError(
@@ -46,7 +51,8 @@ def read_latents_size(file: str, task: Task) -> tuple[int, int, int]:
         )
     if shape[2] % task.patch_size[1] or shape[3] % task.patch_size[2]:
         raise InputError(
-            f"latents={file} has shape {tuple(shape)}; h and w must be multiples of {task.patch_size[1]} and {task.patch_size[2]}"
+            f"latents={file} has shape {tuple(shape)}; "
+            f"h and w must be multiples of {task.patch_size[1]} and {task.patch_size[2]}"
         )
     if max(shape[2] * task.vae_stride[1], shape[3] * task.vae_stride[2]) > MAX_VIDEO_SIDE:
         raise InputError(

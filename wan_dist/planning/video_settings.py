@@ -1,4 +1,4 @@
-"""What a video's settings come to for a task: size, frames, texts, images; the checks that cross fields."""
+"""Video settings resolved for a task: size, frames, texts, images; and the checks that cross fields."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _MAX_FRAMES = 10**6 + 1
 
 
 def read_or_blank_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
-    """Return the images that were given, or as many blank ones of the video's size as the task must have."""
+    """Return the images of the settings, or as many blank ones of the video's size as the task needs."""
     has_images = any(
         getattr(config, key) is not None for key in ("image", "first_frame", "last_frame")
     )
@@ -28,7 +28,7 @@ def read_or_blank_images(config: RunConfig, task: Task) -> tuple[Image.Image, ..
 
 
 def read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
-    """Return the images the task starts from; raises InputError if one is missing, unreadable or not wanted."""
+    """Return the images the task starts from; raises InputError for one missing, unreadable or unexpected."""
     images = tuple(read_image(file, key) for key, file in find_image_files(config, task).items())
     if len(images) == 2:
         images = (images[0], crop_to_cover(images[1], images[0].size))
@@ -38,12 +38,17 @@ def read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
 def choose_video_size(
     config: RunConfig, task: Task, source_sizes: Sequence[tuple[int, int]]
 ) -> tuple[int, int, str]:
-    """Return width, height and how they came about: with an image, the size is an area and the image gives the aspect."""
+    """Return width, height and a note on how they came about, empty where that is plain.
+
+    With an image, the size of the settings is an area, and the image gives the aspect. Raises InputError for
+    ``max_area`` without an image.
+    """
     width, height = config.parse_size()
     if not source_sizes:
         if config.max_area is not None:
             raise InputError(
-                f"max_area={config.max_area} is for tasks with an image; {task.name} without one takes size=width*height"
+                f"max_area={config.max_area} is for tasks with an image; "
+                f"{task.name} without one takes size=width*height"
             )
         return width, height, ""
     area = config.max_area or width * height
@@ -51,20 +56,23 @@ def choose_video_size(
     image_width, image_height = source_sizes[0]
     fitted_size = fit_size(image_width, image_height, area, task.size_multiple)
     requested_size = f"max_area={config.max_area}" if config.max_area else f"size={width}*{height}"
-    size_note = (
-        ""
-        if fitted_size == (width, height)
-        else f" ({requested_size} is an area, the image of {image_width}x{image_height} gives the aspect)"
-    )
+    if fitted_size == (width, height):
+        return width, height, ""
+    image_size = f"{image_width}x{image_height}"
+    size_note = f" ({requested_size} is an area, the image of {image_size} gives the aspect)"
     return *fitted_size, size_note
 
 
 def get_guide_scales(config: RunConfig, task: Task) -> tuple[float, float]:
-    """Return the guidance scales for (low, high) noise; raises InputError."""
+    """Return the guidance scales for (low, high) noise.
+
+    Raises InputError for two different scales if the task has one transformer.
+    """
     scales = config.sample.parse_guide_scales()
     if task.expert_boundary is None and scales[0] != scales[1]:
         raise InputError(
-            f"sample.guide_scale={config.sample.guide_scale}: {task.name} has one transformer and takes one number"
+            f"sample.guide_scale={config.sample.guide_scale}: {task.name} has one transformer "
+            "and takes one number"
         )
     return scales
 
@@ -75,13 +83,17 @@ def choose_shift(config: RunConfig, task: Task, area: int) -> float:
         return config.sample.shift
     if task.default_shifts is None:
         raise InputError(
-            f"sample.shift is null, but {task.name} has no default by size; published defaults are 3.0 to 16.0"
+            f"sample.shift is null, but {task.name} has no default by size; "
+            "published defaults are 3.0 to 16.0"
         )
     return task.default_shifts[0] if area <= AREA_480P else task.default_shifts[1]
 
 
 def choose_tea_fit(config: RunConfig, task: Task, area: int) -> TeaCacheFit | None:
-    """Return TeaCache's fit to the task's model, None where it is not asked for."""
+    """Return TeaCache's fit to the task's model, None where it is not requested.
+
+    ``area``: pixels of a frame. Raises InputError for a task whose model it has not been fitted to.
+    """
     if config.cache.steps != "tea":
         return None
     if not task.tea_fits:
@@ -89,7 +101,8 @@ def choose_tea_fit(config: RunConfig, task: Task, area: int) -> TeaCacheFit | No
             name for name, other_task in TASKS.items() if other_task.tea_fits
         )
         raise InputError(
-            f"cache.steps=tea has been fitted to the models of {supported_names}, not to that of {task.name}; cache.steps=easy works"
+            f"cache.steps=tea has been fitted to the models of {supported_names}, "
+            f"not to that of {task.name}; cache.steps=easy works"
         )
     tea_fit = task.tea_fits[0 if area <= AREA_480P else -1]
     return (
@@ -107,7 +120,8 @@ def check_frame_num(frame_num: int, task: Task) -> None:
     if frame_num < 1 or (frame_num - 1) % stride:
         nearest_below = max(frame_num - 1, 0) // stride * stride + 1
         raise InputError(
-            f"frame_num={frame_num} is not {stride}n + 1; the nearest that work are {nearest_below} and {nearest_below + stride}"
+            f"frame_num={frame_num} is not {stride}n + 1; "
+            f"the nearest that work are {nearest_below} and {nearest_below + stride}"
         )
     if frame_num > _MAX_FRAMES:
         raise InputError(
@@ -126,16 +140,23 @@ def check_size(width: int, height: int, task: Task) -> None:
         raise InputError(f"size={width}*{height}: H.264 has {MAX_VIDEO_SIDE} pixels a side at most")
     if width % width_multiple == 0 and height % height_multiple == 0:
         return
-    smaller_size = f"{max(width // width_multiple, 1) * width_multiple}*{max(height // height_multiple, 1) * height_multiple}"
-    larger_size = f"{-(-width // width_multiple) * width_multiple}*{-(-height // height_multiple) * height_multiple}"
+    smaller_width = max(width // width_multiple, 1) * width_multiple
+    smaller_height = max(height // height_multiple, 1) * height_multiple
+    larger_width = -(-width // width_multiple) * width_multiple
+    larger_height = -(-height // height_multiple) * height_multiple
     raise InputError(
-        f"size={width}*{height}: the width must be a multiple of {width_multiple} and the height of {height_multiple}; "
-        f"the nearest that work are {smaller_size} and {larger_size}"
+        f"size={width}*{height}: the width must be a multiple of {width_multiple} "
+        f"and the height of {height_multiple}; the nearest that work are "
+        f"{smaller_width}*{smaller_height} and {larger_width}*{larger_height}"
     )
 
 
 def read_text_setting(key: str, value: str | None) -> str | None:
-    """Return the text, or the contents of the file after ``@``; ``@@`` begins a text with ``@``."""
+    """Return the text, or the contents of the file after ``@``; ``@@`` begins a text with ``@``.
+
+    ``key`` names the setting in errors. Raises InputError for a file that cannot be read, and for an empty
+    one if ``key`` is prompt.
+    """
     if value is None or not value.startswith("@"):
         return value
     if value.startswith("@@"):

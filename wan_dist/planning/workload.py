@@ -1,4 +1,4 @@
-"""What a run works on and how it is arranged, as far as memory is concerned; no torch."""
+"""Workload and arrangement of a run, as far as memory depends on them; no torch."""
 
 from dataclasses import dataclass
 
@@ -6,33 +6,33 @@ from wan_dist.models.dims import ModelDims
 from wan_dist.planning.vae_memory import WHOLE_VAE, VaeStrategy
 
 GIB = 2**30
-
-
 HALF_BYTES, FLOAT_BYTES = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """Where models are and how much of them is computed at once."""
+    """Placement of the models, and how much of them is computed at once."""
 
     dit: str = "resident"
     """The transformer's weights: resident, stream or disk."""
     t5: str = "gpu"
-    """Where the text encoder works: gpu, stream or cpu."""
+    """Where the text encoder runs: gpu, stream or cpu."""
     clip: str = "gpu"
-    """Where images are looked at: gpu or cpu."""
+    """Where CLIP's image encoder runs: gpu or cpu."""
     shard_dit: bool = False
     shard_t5: bool = False
     slice_tokens: int | None = None
+    """Tokens that the transformer's layers compute at once; None: all."""
     passes: str = "together"
+    """The two passes of guidance: together in one batch, or apart."""
     vae: VaeStrategy = WHOLE_VAE
-    """How frames are made."""
+    """The VAE's strategy for decoding frames."""
     image: VaeStrategy = WHOLE_VAE
-    """How images are encoded."""
+    """The VAE's strategy for encoding images."""
 
     @property
     def description(self) -> str:
-        """The arrangement in a line."""
+        """The arrangement in one line."""
         dit = (
             "sharded"
             if self.shard_dit
@@ -51,25 +51,26 @@ class Arrangement:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a run works on, as far as memory is concerned."""
+    """Sizes of what a run computes, as far as memory depends on them."""
 
     model_dims: ModelDims
     latent_shape: tuple[int, int, int, int]
     """(C, T, h, w)."""
     num_tokens: int
-    """Of the video."""
+    """Tokens of the video."""
     text_lengths: tuple[int, ...]
-    """Of the prompt, and of the negative one if there is one."""
+    """Tokens of the prompt, and of the negative prompt if there is one."""
     num_images: int = 0
     has_fixed_first_frame: bool = False
-    """The image is encoded alone, as the video's first latent frame, not as a video with empty frames after it."""
+    """The image is encoded alone as the first latent frame, not as a video with empty frames after it."""
     num_experts: int = 1
     has_step_cache: bool = False
-    """What all blocks added to the tokens is kept for the next step."""
+    """Whether what all blocks added to the tokens is cached for the next step."""
     num_ranks: int = 1
+    """Ranks of one replica."""
     cfg_degree: int = 1
     num_sequence_parts: int = 1
-    """Of the sequence: ranks of ring and ulysses."""
+    """Parts of the sequence: ranks of ring times those of ulysses."""
     ranks_per_node: int = 1
     quant: str = "none"
     has_8bit_attention: bool = False
@@ -78,6 +79,6 @@ class Workload:
     vae_itemsize: int = HALF_BYTES
 
     def get_vae_size(self, *, encode: bool) -> tuple[int, int, int]:
-        """Return latent frames, rows and columns of what the VAE decodes, or encodes."""
+        """Return latent frames, rows and columns of what the VAE decodes, or encodes if ``encode``."""
         frames, rows, columns = self.latent_shape[1:]
         return 1 if encode and self.has_fixed_first_frame else frames, rows, columns

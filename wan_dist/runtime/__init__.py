@@ -1,1 +1,1 @@
-"""Errors, logs, files, signals and the environment of the process."""
+"""Process runtime: errors, logging, files, signals, and the launcher's environment."""

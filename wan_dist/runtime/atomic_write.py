@@ -1,4 +1,7 @@
-"""Files that appear when they are whole and on the disk: written under another name beside their own, synced, renamed."""
+"""Atomic file writes: a temporary file in the same folder is written, synced to disk, and renamed.
+
+A file has its final name only when it is complete and on the disk.
+"""
 
 import errno
 import os
@@ -16,20 +19,20 @@ _SYNC_UNSUPPORTED_ERRNOS = (
     errno.EACCES,
     errno.EISDIR,
 )
-"""Errors of file systems that cannot sync a file or folder at all; EIO and ENOSPC are of the data."""
+"""Errors of file systems that cannot sync a file or folder at all; EIO and ENOSPC concern the data."""
 _PARTIAL_NAME_PATTERN = re.compile(r"\.(.+)\.[0-9a-f]+\.partial(\.[^.]*)?")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield where to write what becomes ``path`` at the end, and goes after an error; hidden, with the same suffix, nobody else's.
+    """Yield a temporary path whose file becomes ``path`` at the end, and is deleted after an error.
 
-    The file is on the disk before it has its name, and the name before this returns. Raises OSError.
+    The temporary file is hidden, has the suffix of ``path``, and is used by no other process. The file is
+    on the disk before it has its name, and the name before this returns. Raises OSError.
     """
     partial_path = path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
-    os.close(
-        os.open(partial_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666)
-    )  # through no link that somebody has put there
+    # O_EXCL: follows no symbolic link that somebody has put there
+    os.close(os.open(partial_path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
     try:
         yield partial_path
         _sync_path(partial_path)
@@ -40,13 +43,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def parse_final_name(name: str) -> str | None:
-    """Return the name that a file which is written aside is to have, None for one that is not."""
+    """Return the final name of a temporary file of `atomic_write`, by its name; None for other names."""
     match = _PARTIAL_NAME_PATTERN.fullmatch(name)
     return f"{match[1]}{match[2] or ''}" if match else None
 
 
 def quarantine_file(path: Path) -> str:
-    """Rename a file that is damaged, so that it is in nobody's way but still there; returns what was done, in words."""
+    """Rename a damaged file, which frees its name and keeps its contents; returns in words what was done."""
     damaged_path = path.with_name(f"{path.name}.damaged")
     try:
         path.replace(damaged_path)

@@ -1,7 +1,8 @@
-"""Folders that libraries and this program keep things in for a user, also for one without a home folder or a name.
+"""Cache folders of libraries and of this program, also for a user without a home folder or a name.
 
-``docker --user 12345``, Kubernetes and OpenShift give such users: HOME is not set, or a folder that nobody may write to, and the user
-database does not know them. Libraries then ask for a name and fail, or make a folder called ``~`` where the run is started.
+``docker --user 12345``, Kubernetes and OpenShift run as such users: HOME is not set, or is a folder that
+cannot be written to, and the user database does not know them. Libraries then ask for a name and fail, or
+create a folder called ``~`` where the run is started.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from wan_dist.runtime.environment import read_text_variable
 
 
 def find_home_folder() -> Path | None:
-    """Return the user's home folder, None where there is none."""
+    """Return the user's home folder, None if there is none."""
     try:
         return Path.home()
     except RuntimeError:
@@ -22,13 +23,14 @@ def find_home_folder() -> Path | None:
 
 
 def configure_library_caches() -> str | None:
-    """Set what libraries need for a user without a name or a home that can be written to; returns what to tell about it, if anything.
+    """Set the variables that libraries need for a user without a name or a writable home folder.
 
-    Called before they are imported; what is set already stays.
+    Called before the libraries are imported; variables that are set already stay. Returns a note for the log,
+    None if there is nothing to report.
     """
     try:
         getpass.getuser()
-    except (KeyError, OSError, ImportError):  # the first until Python 3.12
+    except (KeyError, OSError, ImportError):  # KeyError: until Python 3.12
         os.environ["USER"] = f"uid-{os.getuid()}"
     home = find_home_folder()
     if home is not None and is_writable(home / ".triton"):
@@ -39,12 +41,15 @@ def configure_library_caches() -> str | None:
         if home is None and not read_text_variable("XDG_CACHE_HOME"):
             os.environ.setdefault("HF_HOME", str(folder / "huggingface"))
     if home is None and not read_text_variable("XDG_CACHE_HOME"):
-        return "no home folder is known, HOME is not set: prompt embeddings are not kept; cache.dir=FOLDER keeps them"
+        return (
+            "no home folder is known, HOME is not set: prompt embeddings are not kept; "
+            "cache.dir=FOLDER keeps them"
+        )
     return None
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether a folder can be written to, or made."""
+    """Return whether a folder can be written to, or created."""
     existing_ancestor = next(
         candidate
         for candidate in (folder.absolute(), *folder.absolute().parents)
@@ -54,7 +59,10 @@ def is_writable(folder: Path) -> bool:
 
 
 def _make_private_folder() -> Path:
-    """Return a folder for temporary caches that nobody else can write to; libraries run the code that they find in theirs."""
+    """Return a folder for temporary caches that no other user can write to.
+
+    Libraries execute the code that they find in their caches.
+    """
     folder = Path(tempfile.gettempdir()) / f"wan-dist-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()

@@ -1,4 +1,4 @@
-"""Lengths of time as people read them."""
+"""Duration formatting: seconds as text for people."""
 
 
 def format_duration(seconds: float) -> str:

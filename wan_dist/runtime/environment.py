@@ -1,8 +1,9 @@
-"""Environment variables of a launcher: which rank this process is, of how many, checked here and nowhere else; no torch.
+"""Launcher environment variables: rank of this process and number of ranks, read and validated; no torch.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT; `launcher.adopt_slurm` translates srun's.
-A set of which a part is missing is refused: a rank that guesses the rest would wait for others that never come. A variable that is
-set to nothing, as .env and compose files leave it, counts as not set.
+They are checked here and nowhere else. torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT; `launcher.translate_slurm_variables` derives them from srun's. An incomplete set
+is an error: a rank that guessed the rest would wait for ranks that never start. A variable that is set to an
+empty string, as .env and compose files leave it, counts as not set.
 """
 
 import os
@@ -17,7 +18,10 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 ADDRESS_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 _REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *ADDRESS_VARIABLES)
 _MAX_PORT = 65535
-_LAUNCH_ADVICE = f"start ranks with torchrun or srun, which set all of them, or run alone: unset {' '.join(RANK_VARIABLES)}"
+_LAUNCH_ADVICE = (
+    "start ranks with torchrun or srun, which set all of them, or run alone: "
+    f"unset {' '.join(RANK_VARIABLES)}"
+)
 
 _VARIABLES_UNSET_IF_EMPTY = (
     *RANK_VARIABLES,
@@ -28,12 +32,15 @@ _VARIABLES_UNSET_IF_EMPTY = (
     "GLOO_SOCKET_IFNAME",
     "NCCL_SOCKET_IFNAME",
 )
-"""And those of the Hugging Face libraries: what means nothing to us means an empty name or number to libraries."""
+"""Removed if empty, as are those of the Hugging Face libraries (HF_*).
+
+An empty variable counts as not set here, but libraries read it as an empty name or number.
+"""
 
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Place of this process among those of a run: its rank, how many there are, and the same on its node."""
+    """Rank of this process and number of ranks, in the run and on its node."""
 
     rank: int = 0
     num_ranks: int = 1
@@ -42,12 +49,15 @@ class RankLayout:
 
 
 def read_text_variable(key: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return a variable's value without surrounding blanks; an empty string where it is not set."""
+    """Return a variable's value without surrounding whitespace; an empty string if it is not set."""
     return (os.environ if environ is None else environ).get(key, "").strip()
 
 
 def read_number_variable(key: str, environ: Mapping[str, str] | None = None) -> int | None:
-    """Return a variable that is a whole number from 0 on, None where it is not set; raises InputError for what is none."""
+    """Return a variable's value as a whole number from 0 on, None if it is not set.
+
+    Raises InputError for any other value.
+    """
     text = read_text_variable(key, environ)
     if not text:
         return None
@@ -59,10 +69,14 @@ def read_number_variable(key: str, environ: Mapping[str, str] | None = None) -> 
 
 
 def sanitize_environment() -> None:
-    """Remove variables that are set to nothing, and check those that libraries read as they are imported; raises InputError."""
+    """Remove empty variables, and check those that libraries read when they are imported.
+
+    Raises InputError, also for ``python -OO``.
+    """
     if sys.flags.optimize > 1:
         raise InputError(
-            "PYTHONOPTIMIZE=2 (python -OO) removes what transformers reads as it is imported; unset it, or PYTHONOPTIMIZE=1"
+            "PYTHONOPTIMIZE=2 (python -OO) removes what transformers reads as it is imported; "
+            "unset it, or PYTHONOPTIMIZE=1"
         )
     for key in [
         key
@@ -82,15 +96,17 @@ def sanitize_environment() -> None:
             is_http_url = False
         if not is_http_url:
             raise InputError(
-                f"HF_ENDPOINT={endpoint} in the environment is not an address such as https://huggingface.co; unset HF_ENDPOINT"
+                f"HF_ENDPOINT={endpoint} in the environment is not an address such as "
+                "https://huggingface.co; unset HF_ENDPOINT"
             )
 
 
 def read_rank_layout(environ: Mapping[str, str] | None = None) -> RankLayout:
-    """Return what the launcher's variables say, one rank where none is set; default: those of this process.
+    """Return the rank layout that the launcher's variables give, one rank if none of them is set.
 
-    Raises InputError for a set that is not whole or contradicts itself. Where WORLD_SIZE=1 the rest may be missing, and an address alone is
-    no set: scripts export it for runs that they start later.
+    ``environ`` defaults to the environment of this process. Raises InputError for a set that is incomplete
+    or contradicts itself. With WORLD_SIZE=1 the other variables may be missing, and an address alone is not
+    a set: scripts export it for runs that they start later.
     """
     number_by_variable = {key: read_number_variable(key, environ) for key in RANK_VARIABLES}
     if all(value is None for value in number_by_variable.values()):
@@ -101,7 +117,8 @@ def read_rank_layout(environ: Mapping[str, str] | None = None) -> RankLayout:
             f"{key}={value}" for key, value in number_by_variable.items() if value is not None
         )
         raise InputError(
-            f"{present_variables} in the environment without {', '.join(missing_variables)}: {_LAUNCH_ADVICE}"
+            f"{present_variables} in the environment without {', '.join(missing_variables)}: "
+            f"{_LAUNCH_ADVICE}"
         )
     num_ranks = number_by_variable["WORLD_SIZE"] or 0
     ranks_per_node = (
@@ -129,23 +146,26 @@ def _check_rank_layout(ranks: RankLayout) -> None:
         )
     if ranks.rank >= ranks.num_ranks:
         raise InputError(
-            f"RANK={ranks.rank} with WORLD_SIZE={ranks.num_ranks} in the environment: ranks are counted from 0; {_LAUNCH_ADVICE}"
+            f"RANK={ranks.rank} with WORLD_SIZE={ranks.num_ranks} in the environment: "
+            f"ranks are counted from 0; {_LAUNCH_ADVICE}"
         )
     if not ranks.local_rank < ranks.ranks_per_node <= ranks.num_ranks:
         raise InputError(
-            f"LOCAL_RANK={ranks.local_rank} LOCAL_WORLD_SIZE={ranks.ranks_per_node} WORLD_SIZE={ranks.num_ranks} in the environment "
-            f"contradict each other: a node's ranks are counted from 0 and are a part of all; {_LAUNCH_ADVICE}"
+            f"LOCAL_RANK={ranks.local_rank} LOCAL_WORLD_SIZE={ranks.ranks_per_node} "
+            f"WORLD_SIZE={ranks.num_ranks} in the environment contradict each other: "
+            f"a node's ranks are counted from 0 and are a part of all; {_LAUNCH_ADVICE}"
         )
 
 
 def detect_launcher(environ: Mapping[str, str] | None = None) -> str | None:
-    """Return what started this rank: "torchrun", "srun", or None where neither did."""
+    """Return the launcher that started this rank: "torchrun", "srun", or None if neither did."""
     if read_text_variable("TORCHELASTIC_RUN_ID", environ):
         return "torchrun"
     task_rank, num_tasks = (
         read_text_variable("SLURM_PROCID", environ),
         read_text_variable("SLURM_STEP_NUM_TASKS", environ),
     )
+    # every process of a Slurm step inherits these: `launcher.translate_slurm_variables` has set RANK by them
     is_adopted = (
         read_text_variable("RANK", environ),
         read_text_variable("WORLD_SIZE", environ),

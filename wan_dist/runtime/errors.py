@@ -1,4 +1,4 @@
-"""The one error class that means "the user can fix this"."""
+"""Input errors, which the user can fix, and error messages made safe for a terminal."""
 
 import difflib
 import re
@@ -6,7 +6,10 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input, found before anything heavy starts; the message says what would work. The command exits with code 2."""
+    """Invalid input, found before expensive work starts; the message says what would work.
+
+    The command exits with code 2.
+    """
 
 
 def suggest_nearest(word: str, known_words: Iterable[str]) -> str:
@@ -19,24 +22,27 @@ def suggest_nearest(word: str, known_words: Iterable[str]) -> str:
 
 
 def get_first_line(error: object) -> str:
-    """Return the first line of an error's message, or of another text; its type where there is none."""
+    """Return the first line of an error's message, or of another text; its type's name if that is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 _UNPRINTABLE_PATTERN = re.compile(
     "[\\x00-\\x1f\\x7f-\\x9f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]"
 )
-"""What a terminal obeys rather than shows: control characters, ends of lines, changes of direction; and halves of characters."""
+"""Characters that a terminal interprets instead of showing them, and lone surrogates.
+
+Those are control characters, line separators, and changes of the text's direction.
+"""
 
 
 def escape_unprintable(text: str) -> str:
-    r"""Return ``text`` in one line that a terminal shows as it is: what it would obey is escaped, as ``\x1b``."""
+    r"""Return ``text`` as one line in which unprintable characters are escaped, for example as ``\x1b``."""
     return _UNPRINTABLE_PATTERN.sub(
         lambda found: found[0].encode("unicode_escape").decode("ascii"), text
     )
 
 
 def format_message(error: object) -> str:
-    """Return an error as it is told in a terminal: printable, and without the middle of what is very long."""
+    """Return an error as a printable message for a terminal; the middle of a very long one is left out."""
     text = escape_unprintable(str(error))
     return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"

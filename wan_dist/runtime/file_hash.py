@@ -1,10 +1,10 @@
-"""SHA-256 of files."""
+"""SHA-256 digests of files."""
 
 import hashlib
 from pathlib import Path
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 digest of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,7 @@
-"""What a rank does about what started it: Slurm's variables become torchrun's, and neither the rank nor torchrun outlives the other."""
+"""Launcher integration: Slurm's variables become torchrun's, and ranks and torchrun end with each other.
+
+Which launcher started a rank is read from the environment, see `environment.detect_launcher`.
+"""
 
 import ctypes
 import os
@@ -30,18 +33,20 @@ os.kill(launcher, signal.SIGKILL)
 
 
 def translate_slurm_variables() -> None:
-    """Set what torchrun would set, in a task that srun started: rank, number of ranks, and the first host's address.
+    """Set torchrun's variables in a task that srun started: ranks, and the first host's address and port.
 
-    The port is the job's and step's own. An address that is set stays. Raises InputError for variables of Slurm that are incomplete,
-    malformed, or contradict those that are set.
+    The port is derived from the job and step, so that steps on the same host do not meet. An address or port
+    that is set stays. Raises InputError for variables of Slurm that are incomplete, malformed, or contradict
+    those that are set.
     """
     environ = os.environ
     num_tasks, tasks_per_node = (
         read_number_variable("SLURM_STEP_NUM_TASKS"),
         read_text_variable("SLURM_STEP_TASKS_PER_NODE"),
     )
+    # torchrun has set them, or this is a script of sbatch, which is no task, or a shell without other tasks
     if read_text_variable("RANK") or num_tasks is None or not tasks_per_node or is_srun_pty_shell():
-        return  # torchrun's, or a script of sbatch, which is no task, or a shell in which nothing else runs
+        return
     rank_variables = {
         "RANK": str(_read_slurm_number("SLURM_PROCID")),
         "LOCAL_RANK": str(_read_slurm_number("SLURM_LOCALID")),
@@ -53,7 +58,8 @@ def translate_slurm_variables() -> None:
     for key, value in rank_variables.items():
         if environ.setdefault(key, value).strip() != value:
             raise InputError(
-                f"{key}={environ[key]} in the environment, but srun says {value}; unset {key}, or start ranks otherwise"
+                f"{key}={environ[key]} in the environment, but srun says {value}; "
+                f"unset {key}, or start ranks otherwise"
             )
     job_id, step_id = (
         read_number_variable("SLURM_JOB_ID") or 0,
@@ -67,10 +73,10 @@ def translate_slurm_variables() -> None:
 
 
 def is_srun_pty_shell() -> bool:
-    """Whether this is a command typed in the shell of ``srun --pty``: of a step's tasks only that shell goes on, the others' have ended.
+    """Return whether this command was typed in a shell of ``srun --pty``, whose step has no other task left.
 
-    srun gives a terminal to the first task and nothing to read to the others, so that their shells end at once. A shell that was
-    given a script or a command runs it in every task: that is none.
+    srun gives a terminal to the first task and nothing to read to the others, so that their shells end at
+    once. A shell that was given a script or a command runs it in every task, and does not count.
     """
     if (
         read_number_variable("SLURM_PROCID") != 0
@@ -98,16 +104,18 @@ def _read_slurm_number(key: str) -> int:
     number = read_number_variable(key)
     if number is None:
         raise InputError(
-            f"SLURM_STEP_NUM_TASKS is set in the environment without {key}: start with srun, or unset SLURM_STEP_NUM_TASKS"
+            f"SLURM_STEP_NUM_TASKS is set in the environment without {key}: "
+            "start with srun, or unset SLURM_STEP_NUM_TASKS"
         )
     return number
 
 
 def _count_tasks_on_node(task_counts: str, node_index: int) -> int:
-    """Return how many tasks a node has, by Slurm's list such as "2(x3),1"; raises InputError."""
+    """Return the number of tasks of a node, from Slurm's list such as "2(x3),1"; raises InputError."""
     if not re.fullmatch(r"\d{1,9}(\(x\d{1,9}\))?(,\d{1,9}(\(x\d{1,9}\))?)*", task_counts, re.ASCII):
         raise InputError(
-            f"SLURM_STEP_TASKS_PER_NODE={task_counts} in the environment is not Slurm's list of counts, such as 2(x3),1"
+            f"SLURM_STEP_TASKS_PER_NODE={task_counts} in the environment is not Slurm's list of counts, "
+            "such as 2(x3),1"
         )
     last_node = -1
     for count, num_repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", task_counts):
@@ -115,17 +123,22 @@ def _count_tasks_on_node(task_counts: str, node_index: int) -> int:
         if node_index <= last_node:
             return int(count)
     raise InputError(
-        f"SLURM_NODEID={node_index} in the environment, but SLURM_STEP_TASKS_PER_NODE={task_counts} has {last_node + 1} nodes"
+        f"SLURM_NODEID={node_index} in the environment, "
+        f"but SLURM_STEP_TASKS_PER_NODE={task_counts} has {last_node + 1} nodes"
     )
 
 
 def expand_host_list(host_list: str) -> list[str]:
-    """Return the hosts of Slurm's list, e.g. gpu003, gpu004, gpu9 and login of "gpu[003-004,9],login"; raises InputError for other text."""
+    """Return the host names of Slurm's list; raises InputError for other text.
+
+    "gpu[003-004,9],login" gives gpu003, gpu004, gpu9 and login.
+    """
     if host_list and not re.fullmatch(
         r"(?:[^\s\[\]]|\[\d{1,6}(?:[-,]\d{1,6})*\])+", host_list, re.ASCII
     ):
         raise InputError(
-            f"SLURM_STEP_NODELIST={host_list} in the environment is not Slurm's list of hosts, such as gpu[003-004,9]"
+            f"SLURM_STEP_NODELIST={host_list} in the environment is not Slurm's list of hosts, "
+            "such as gpu[003-004,9]"
         )
     return [
         host
@@ -153,15 +166,18 @@ def _expand_brackets(name: str) -> list[str]:
 
 
 def set_parent_death_signal() -> None:
-    """Have the kernel end this rank when torchrun dies; a torchrun that is killed does not end its ranks itself."""
+    """Have the kernel send SIGTERM to this rank when torchrun dies.
+
+    A torchrun that is killed does not end its ranks itself.
+    """
     if detect_launcher() == "torchrun" and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def schedule_launcher_kill() -> None:
-    """After this rank has failed: see that its torchrun ends too, unless it may start the ranks again.
+    """Have the torchrun of this failed rank killed if it does not end by itself, unless it may restart ranks.
 
-    A torchrun that has lost the rendezvous host waits for it for 15 minutes, deaf to SIGTERM.
+    A torchrun that has lost the rendezvous host waits for it for 15 minutes, and ignores SIGTERM meanwhile.
     """
     can_restart = read_text_variable("TORCHELASTIC_RESTART_COUNT") != read_text_variable(
         "TORCHELASTIC_MAX_RESTARTS"

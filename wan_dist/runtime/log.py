@@ -1,4 +1,7 @@
-"""One logger for the project, with the rank in each line when there is more than one."""
+"""Logging of all ranks: one logger for the project, and output streams that cannot fail a run.
+
+Each line has the rank if there is more than one.
+"""
 
 import contextlib
 import io
@@ -13,22 +16,21 @@ from wan_dist.runtime.errors import escape_unprintable
 
 logger = logging.getLogger("wan_dist")
 ANNOUNCEMENT_LEVEL = logging.INFO + 5
-"""The level of what every replica says, not only the first one."""
+"""Level of the messages that every replica logs, not only the first one."""
 
 
 class _FailSafeFile(io.FileIO):
-    """A file whose writing does not fail: where the disk is full or no reader is left, what is written is lost, not the run."""
+    """File whose writes never raise: with a full disk or no reader, the output is lost, not the run."""
 
     fault: OSError | None = None
-    """Why something was lost, unless because its reader had enough."""
+    """The error by which output was lost; None if the reader has closed its end."""
 
     def write(self, data: Any) -> int:
-        """Write as much as can be, and return the size of all."""
+        """Write as much as possible, and return the size of all the data in bytes."""
         size = memoryview(data).nbytes
         try:
-            return (
-                super().write(data) or size
-            )  # nothing is taken where it would have to wait for a reader
+            # None where it would block: a reader that does not read must not stop the run
+            return super().write(data) or size
         except OSError as error:
             self.fault = None if isinstance(error, BrokenPipeError) else error
             return size
@@ -49,10 +51,11 @@ def _open_failsafe_stream(file: str | int, encoding: str | None = None) -> TextI
 
 
 def protect_streams() -> None:
-    """Let a run go on when nobody reads what it prints any more: ``2>&1 | head``, a closed terminal, a full disk.
+    """Keep a run alive when its output cannot be written: ``2>&1 | head``, a closed terminal, a full disk.
 
-    Writing to standard output and error then does nothing, whoever writes: our log, progress bars, libraries. Streams that are closed
-    from the start are opened, so that no file gets their numbers. Streams that were replaced, as tests do, stay.
+    Writes to standard output and error then do nothing, whoever writes: our log, progress bars, libraries.
+    Streams that are closed from the start are opened, so that no file gets their descriptors. Streams that
+    were replaced, as tests do, stay.
     """
     while (null_descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(null_descriptor, True)
@@ -71,13 +74,19 @@ def protect_streams() -> None:
 
 
 def find_output_error() -> str | None:
-    """Return why standard output is not whole, for commands whose output is their result; None where it is, or nobody reads it."""
+    """Return why standard output is incomplete, None if it is complete or its reader has closed it.
+
+    For commands whose output is their result.
+    """
     error = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "fault", None)
     return None if error is None else error.strerror
 
 
 def configure_logging(level: int = logging.INFO) -> None:
-    """Send the project's log lines to standard error, as ``[time rank] text``; of the other ranks only errors."""
+    """Send the project's log lines to standard error, as ``[time rank] text``.
+
+    Ranks other than the first log errors only.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_build_log_formatter())
     handler.setLevel(level if read_rank_layout().rank == 0 else logging.ERROR)
@@ -87,20 +96,20 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 def show_announcements() -> None:
-    """Let this rank's announcements, and what is worse, be seen as the first one's are."""
+    """Log this rank's messages of `ANNOUNCEMENT_LEVEL` and above, as the first rank's are."""
     for handler in logger.handlers:
         if handler.level > ANNOUNCEMENT_LEVEL:
             handler.setLevel(ANNOUNCEMENT_LEVEL)
 
 
 def add_log_file(folder: Path) -> None:
-    """Write all log lines of this rank to a file of its own in ``folder`` too, if that can be made."""
+    """Also write all log lines of this rank to a file of its own in ``folder``, if that can be created."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handler = logging.StreamHandler(
             _open_failsafe_stream(str(folder / f"rank-{read_rank_layout().rank}.log"))
         )
-    except OSError:  # of a folder that only the first rank's node has, for example
+    except OSError:  # a folder that only the first rank's node has, for example
         return
     handler.setFormatter(_build_log_formatter())
     logger.addHandler(handler)
@@ -113,7 +122,10 @@ def _build_log_formatter() -> logging.Formatter:
 
 
 class _EscapingFormatter(logging.Formatter):
-    """Names of files and prompts are others' text, which a terminal must not obey; tracebacks keep their lines."""
+    """Log formatter that escapes unprintable characters; tracebacks keep their lines.
+
+    File names and prompts come from others, and a terminal must not interpret them.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(escape_unprintable(line) for line in super().format(record).split("\n"))

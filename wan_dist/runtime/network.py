@@ -1,4 +1,7 @@
-"""Which of several networks the ranks of several hosts use: the one that leads to the first host, unless it was chosen already."""
+"""Network interface selection for ranks on several hosts.
+
+The interface is the one that routes to the first host, unless one was chosen already.
+"""
 
 import os
 import re
@@ -22,7 +25,7 @@ _SIOCGIFFLAGS, _SIOCGIFADDR, _IFF_UP = 0x8913, 0x8915, 1  # linux/sockios.h, lin
 
 
 def list_network_interfaces() -> list[str]:
-    """Return the network interfaces that are up, have an IPv4 address and may lead to other machines, by name."""
+    """Return the names of the interfaces that are up, have an IPv4 address and may reach other machines."""
     names = [
         name for _, name in socket.if_nameindex() if not _VIRTUAL_INTERFACE_PATTERN.match(name)
     ]
@@ -30,13 +33,13 @@ def list_network_interfaces() -> list[str]:
 
 
 def get_ipv4_address(interface: str) -> str:
-    """Return the interface's IPv4 address, or nothing."""
+    """Return the interface's IPv4 address, or an empty string."""
     reply = _query_interface(interface, _SIOCGIFADDR)
     return socket.inet_ntoa(reply[20:24]) if reply else ""
 
 
 def list_infiniband_devices() -> list[str]:
-    """Return the InfiniBand and RoCE devices, by name."""
+    """Return the names of the InfiniBand and RoCE devices."""
     return sorted(file.name for file in _INFINIBAND_FOLDER.glob("*"))
 
 
@@ -56,10 +59,11 @@ def _query_interface(interface: str, request: int) -> bytes:
 
 
 def choose_network_interface(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Name the interface that gloo and NCCL use, for several ranks; what is set already stays.
+    """Set the interface that gloo and NCCL use, for several ranks; variables that are set already stay.
 
-    Gloo else takes the one that the host's own name leads to, on many systems the loopback, which no other host reaches. NCCL takes
-    InfiniBand first where it is, and else any, also those of containers. Ranks on one host do without its name, which nobody may know.
+    By default, gloo takes the interface of the host's own name, on many systems the loopback, which no other
+    host reaches. NCCL takes InfiniBand first if there is any, and otherwise any interface, also those of
+    containers. Ranks on one host do without its name, which may not resolve.
     """
     ranks = read_rank_layout(environ)
     if ranks.num_ranks == 1:
@@ -94,7 +98,7 @@ def choose_network_interface(environ: MutableMapping[str, str] = os.environ) -> 
 
 
 def _use_loopback_interface(environ: MutableMapping[str, str]) -> None:
-    """Have the ranks of one host meet at its loopback, where they would look for its own name, and send there with gloo."""
+    """Set gloo's interface to the loopback, and MASTER_ADDR to its address if it is this host's name."""
     if not _is_interface_up(_LOOPBACK_INTERFACE) or not get_ipv4_address(_LOOPBACK_INTERFACE):
         return
     environ.setdefault(_GLOO_INTERFACE_VARIABLE, _LOOPBACK_INTERFACE)
@@ -106,7 +110,7 @@ def _use_loopback_interface(environ: MutableMapping[str, str]) -> None:
 
 
 def _find_interface_to_host(host: str, interface_names: list[str]) -> str | None:
-    """Return the interface by which packets go to the host; None if that is this one, or not known."""
+    """Return the interface that routes to the host; None if that is this host, or not known."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp_socket:
             udp_socket.connect((host, 1))  # sends nothing
@@ -117,7 +121,7 @@ def _find_interface_to_host(host: str, interface_names: list[str]) -> str | None
 
 
 def _find_default_interface(interface_names: list[str]) -> str | None:
-    """Return the only interface, or that of the route to anywhere."""
+    """Return the only interface, or that of the default route; None if there is neither."""
     try:
         routes = [line.split() for line in _ROUTING_TABLE_FILE.read_text().splitlines()[1:]]
     except OSError:

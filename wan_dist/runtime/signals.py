@@ -1,6 +1,7 @@
-"""Ending early when asked: on SIGINT, SIGTERM, SIGHUP or SIGUSR1 a run finishes its step, keeps what it needs to go on, and ends with 75.
+"""Preemption by signals: a run finishes its step, saves what a resume needs, and exits with code 75.
 
-A second SIGINT or SIGTERM ends it at once. A signal that was ignored when the run started, as nohup ignores SIGHUP, stays so.
+It does so on SIGINT, SIGTERM, SIGHUP or SIGUSR1. A second SIGINT or SIGTERM ends it at once. A signal that
+was ignored when the run started, as nohup ignores SIGHUP, stays ignored.
 """
 
 import atexit
@@ -22,21 +23,24 @@ EXIT_PREEMPTED = 75
 _PREEMPTION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _FORCE_EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What torchrun passes on to its ranks; it kills those that are still there after 30 s."""
+"""Signals that torchrun forwards to its ranks; it kills those that are still alive after 30 s."""
 _STEP_GRACE_SECONDS = 25.0
-"""Seconds that ranks have for their step then; Slurm kills after 30 s too, when it has sent SIGTERM."""
+"""Seconds that ranks then have to finish their step; Slurm too kills 30 s after SIGTERM."""
 _SIGNAL_DELAY_SECONDS = 0.5
-"""Seconds between the same signal to several processes of a job."""
+"""Seconds within which all processes of a job get the same signal."""
 _DUPLICATE_SIGNAL_SECONDS = 1.0
-"""Within which the same request may come twice: to the process group, and once more from torchrun, `timeout` or a dying parent."""
+"""Seconds within which the same request may come twice.
+
+It is sent to the process group, and once more by torchrun, `timeout` or a dying parent.
+"""
 
 
 class PreemptionInterrupt(BaseException):
-    """The run was asked to end early. Not an Exception, as KeyboardInterrupt is none."""
+    """The run was requested to end early. Not an Exception, as KeyboardInterrupt is none."""
 
 
 class Preemption:
-    """Whether this process was asked to end, and by what."""
+    """Request to end this process early: whether there is one, and by which signal."""
 
     def __init__(self) -> None:
         self.requested_by: signal.Signals | None = None
@@ -44,7 +48,7 @@ class Preemption:
         self.is_immediate = False
 
     def __call__(self, signal_number: int, frame: FrameType | None) -> None:
-        """Handle a signal; what comes after the first changes nothing here, see `_watch`."""
+        """Handle a signal; those after the first change nothing here, see `_watch_signals`."""
         if self.requested_by is None:
             self.requested_by = signal.Signals(signal_number)
             if self.is_immediate:
@@ -55,17 +59,20 @@ class Preemption:
                 self.raise_if_requested()
 
     def relay(self, signal_number: int) -> None:
-        """Ask this process to end, since another one of its run was asked by this signal."""
+        """Request this process to end, because another rank of its run got this signal."""
         if self.requested_by is None:
             self.requested_by = signal.Signals(signal_number)
 
     def reset(self) -> None:
-        """Begin anew, in a process that goes on."""
+        """Discard an earlier request, in a process that starts another run."""
         self.requested_by, self.is_deferred = None, True
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within, a signal raises Preempted, at once where it came before; outside it is only noted in ``asked_by``."""
+        """Within the block, raise PreemptionInterrupt on a signal, and at its start for an earlier one.
+
+        Outside, a signal is only recorded in ``requested_by``.
+        """
         was_deferred, self.is_deferred = self.is_deferred, False
         try:
             self.raise_if_requested()
@@ -75,7 +82,11 @@ class Preemption:
 
     @contextmanager
     def immediate_exit(self) -> Iterator[None]:
-        """Within, a signal ends the process at once: nothing is lost then, and what waits for threads of others would wait for long."""
+        """Within the block, end the process at once on a signal.
+
+        For places where nothing would be lost, and where an orderly end would wait long for the threads of
+        libraries.
+        """
         self.is_immediate = True
         try:
             yield
@@ -83,14 +94,17 @@ class Preemption:
             self.is_immediate = False
 
     def raise_if_requested(self) -> None:
-        """Raise Preempted if this process was asked to end."""
+        """Raise PreemptionInterrupt if this process was requested to end."""
         if self.requested_by is not None:
             raise PreemptionInterrupt(
                 f"stopped by {self.requested_by.name}; the same command goes on"
             )
 
     def wait_for_request(self) -> bool:
-        """Whether something that failed just now may have been ended by the signal that this process gets as well, if a little later."""
+        """Wait up to 0.5 s for a signal, and return whether there is one.
+
+        What has failed just now may have been ended by a signal that this process gets a little later.
+        """
         deadline = time.monotonic() + _SIGNAL_DELAY_SECONDS
         while self.requested_by is None and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -98,7 +112,7 @@ class Preemption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within, a signal is only noted in ``asked_by``."""
+        """Within the block, only record a signal in ``requested_by``."""
         was_deferred, self.is_deferred = self.is_deferred, True
         try:
             yield
@@ -107,18 +121,24 @@ class Preemption:
 
     @contextmanager
     def deferred_after_check(self) -> Iterator[None]:
-        """Within `heeded`, have a signal only noted; raises Preempted where one came before and was swallowed by a library."""
+        """Within `interruptible`, only record a signal in ``requested_by`` for this block.
+
+        Raises PreemptionInterrupt if one came before, whose exception a library has swallowed.
+        """
         self.raise_if_requested()
         with self.deferred():
             yield
 
 
 preemption = Preemption()
-"""Of this process."""
+"""The request of this process."""
 
 
 def exit_on_signal() -> None:
-    """Have signals end this process with `CODE` at once: while modules are imported, nothing has begun; `heed_signals` is for later."""
+    """Have signals end this process at once with `EXIT_PREEMPTED`, until `handle_signals` takes over.
+
+    For the time in which modules are imported, when no work has started.
+    """
     for signal_number in _list_handled_signals():
         signal.signal(signal_number, _exit_before_start)
 
@@ -139,9 +159,10 @@ def _list_handled_signals() -> list[signal.Signals]:
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Within, `preemption` takes the signals, in the main thread only.
+    """Within the block, have `preemption` handle the signals; does nothing outside the main thread.
 
-    After one came they stay so: the process is ending, and its exit code stands whatever else it is told.
+    After a signal the handlers stay: the process is ending, and a default handler must not change its exit
+    code.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -164,9 +185,8 @@ def handle_signals() -> Iterator[None]:
             for signal_number, handler in previous_handlers.items():
                 signal.signal(signal_number, handler)
         else:
-            atexit.register(
-                _ignore_signals
-            )  # the interpreter restores the defaults before its very end
+            # the interpreter restores the default handlers before its very end
+            atexit.register(_ignore_signals)
 
 
 def _ignore_signals() -> None:
@@ -175,7 +195,7 @@ def _ignore_signals() -> None:
 
 
 def _watch_signals(read_end: int) -> None:
-    """Act on signals where the main thread cannot: it may be in a long computation, or wait for ever for a rank that is gone."""
+    """Act on signals when the main thread cannot: in a long computation, or waiting for a lost rank."""
     parent_pid, seen_signals = os.getppid(), set[int]()
     exit_forced_at: float | None = None
     while received_byte := os.read(read_end, 1):
@@ -195,9 +215,8 @@ def _watch_signals(read_end: int) -> None:
         if signal_number in _FORWARDED_SIGNALS and read_rank_layout().num_ranks > 1:
             if signal_number == signal.SIGTERM or detect_launcher() == "torchrun":
                 _schedule_call(_STEP_GRACE_SECONDS, os._exit, 128 + signal_number)
-            _schedule_call(
-                1.0, _exit_if_abandoned, parent_pid, signal_number, seen_signals
-            )  # the main thread notes the signal meanwhile, unless it waits
+            # within this second the main thread records the signal, unless it is waiting
+            _schedule_call(1.0, _exit_if_abandoned, parent_pid, signal_number, seen_signals)
     os.close(read_end)
 
 
@@ -219,7 +238,10 @@ def _log_preemption_request() -> None:
 
 
 def _exit_if_abandoned(parent_pid: int, signal_number: int, seen_signals: set[int]) -> None:
-    """End this process if its launcher or another of its ranks is gone and the main thread, which waits for it, has noted no signal."""
+    """End this process if its launcher or another of its ranks is gone, and the main thread waits for it.
+
+    The main thread waits if it has not recorded the signal by now.
+    """
     is_preemption = signal.SIGUSR1 in seen_signals
     is_abandoned = (
         not is_preemption
@@ -237,12 +259,12 @@ def _exit_at_once(exit_code: int, message: str) -> None:
 
 
 def _count_living_ranks(launcher_pid: int) -> int:
-    """Return how many processes of the launcher are alive."""
+    """Return the number of child processes of the launcher that are alive."""
     num_living = 0
     for stat_file in Path("/proc").glob("[0-9]*/stat"):
         try:
             process_state, parent_pid = stat_file.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # gone meanwhile
+        except OSError:  # the process has ended meanwhile
             continue
         num_living += int(parent_pid) == launcher_pid and process_state not in "ZX"
     return num_living

@@ -1,4 +1,7 @@
-"""Small files that users give, read with care: no pipe is waited for, no device read for ever, nothing but UTF-8 text taken."""
+"""Text files given by users, read with checks: regular files of limited size, in UTF-8.
+
+No pipe is waited for, and no device is read without end.
+"""
 
 import codecs
 import json
@@ -15,15 +18,15 @@ _NON_TEXT_SIGNATURES = {
     b"PK\3\4": "a ZIP archive, as .xlsx and .docx are (save it as .csv or .txt)",
     b"\x1f\x8b": "packed by gzip (unpack it)",
 }
-"""How files begin that are called texts and are none."""
+"""First bytes of files that are named as text and are not, with what they are."""
 
 
 class UnreadableFileError(ValueError):
-    """Why a file cannot be read, in words that follow its name."""
+    """A file cannot be read; the message gives the reason, in words that follow the file's name."""
 
 
 def check_regular_file(path: Path) -> None:
-    """Raise UnreadableError unless there is a file: no folder, pipe or device, which may never end."""
+    """Raise UnreadableFileError unless there is a file: no folder, pipe or device, which may never end."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -33,7 +36,10 @@ def check_regular_file(path: Path) -> None:
 
 
 def read_text_file(path: Path, *, max_bytes: int) -> str:
-    """Return a file's text, without the mark that some editors put before UTF-8; raises UnreadableError, also for over ``most`` bytes."""
+    """Return a file's text, without the byte order mark that some editors put before UTF-8.
+
+    Raises UnreadableFileError, also for a file of more than ``max_bytes`` bytes.
+    """
     check_regular_file(path)
     if (num_bytes := path.stat().st_size) > max_bytes:
         raise UnreadableFileError(f"it has {num_bytes} bytes, and texts {max_bytes} at most")

@@ -1,1 +1,1 @@
-"""Solvers, conditioning and the denoising loop."""
+"""Sampling: solvers, guidance, step caches, conditioning and the denoising loop."""

@@ -1,4 +1,4 @@
-"""What the transformer is given beside the noisy latents."""
+"""Conditioning of the transformer: its inputs beside the noisy latents."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Everything that stays the same for all steps."""
+    """Inputs that are the same at all steps."""
 
     context: Tensor
     """Text embedding (tokens, text_dim) of the prompt."""
     negative_context: Tensor | None
-    """That of the negative prompt; None where guidance is off."""
+    """Text embedding (tokens, text_dim) of the negative prompt; None without guidance."""
     image_features: Tensor | None = None
     """CLIP features (n, 257, image_dim) of n images."""
     extra_channels: Tensor | None = None
-    """(1, C', T, h, w), appended to the noisy latents: which frames are given, and the latents of a video that holds them."""
+    """(1, C', T, h, w), appended to the noisy latents.
+
+    A mask of which frames are given, and the latents of a video that holds these frames.
+    """
     known_latents: Tensor | None = None
-    """(1, C, 1, h, w): the first latent frame, which is given and never noisy."""
+    """(1, C, 1, h, w): the first latent frame, if it is given and never noisy."""

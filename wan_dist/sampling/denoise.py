@@ -1,4 +1,4 @@
-"""The denoising loop and the ways to predict a velocity. Nothing here knows of ranks."""
+"""Denoising loop of a solver over its schedule, independent of how the model is parallelised."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,11 +19,13 @@ def denoise_latents(
     progress: Callable[[range], Iterable[int]] = iter,
     after_step: Callable[[int, Tensor], None] = lambda num_done, latents: None,
 ) -> Tensor:
-    """Return the latents at the end of the solver's schedule; latents (B, C, T, h, w) float32: noise, or after the ``first`` steps.
+    """Return the latents at the end of the solver's schedule.
 
-    ``known_latents`` (B, C, 1, h, w) replace the first latent frame before and after every step. ``progress`` wraps the step
-    numbers, e.g. with a bar; ``after_step`` is told how many steps are done. Raises FloatingPointError if the result is not finite,
-    as early as after the second step.
+    ``latents`` (B, C, T, h, w), float32: noise, or in a resumed run those after the first ``first_step``
+    steps. ``known_latents`` (B, C, 1, h, w) replace the first latent frame before and after every step.
+    ``progress`` wraps the step numbers, e.g. with a bar; ``after_step`` is called with the number of
+    steps done and the latents. Raises FloatingPointError if latents are not finite; checked after the
+    second step, so that a run fails early, and at the end.
     """
     latents = _insert_known_frame(latents, known_latents)
     for index in progress(range(first_step, len(solver))):
@@ -31,8 +33,9 @@ def denoise_latents(
         latents = _insert_known_frame(latents, known_latents)
         if index in (first_step + 1, len(solver) - 1) and not torch.isfinite(latents).all():
             raise FloatingPointError(
-                f"the latents are not finite after step {index + 1}: the video would be black. Try another attention backend "
-                "(attention=sdpa) or dtype=float32; if both fail too, the weights are damaged"
+                f"the latents are not finite after step {index + 1}: the video would be black. "
+                "Try another attention backend (attention=sdpa) or dtype=float32; "
+                "if both fail too, the weights are damaged"
             )
         after_step(index + 1, latents)
     return latents

@@ -1,4 +1,4 @@
-"""Predictions of a velocity: classifier-free guidance, and two experts."""
+"""Velocity prediction: classifier-free guidance, and the switch between two experts."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,10 +12,11 @@ from wan_dist.sampling.step_cache import TeaCache, VelocityFunction
 
 
 class VelocityPredictor:
-    """The transformer's velocity for each context. What does not change from step to step is kept.
+    """The transformer's velocity for each context; what is the same at all steps is computed once.
 
-    ``apart``: one context after the other goes through the whole model, rather than together through each block. ``tea`` decides
-    at which steps the blocks are not computed, but taken to add to the tokens what they added last.
+    ``separate_contexts``: one context after the other passes through the whole model, rather than all
+    together through each block. ``tea_cache`` decides at which steps the blocks are not computed, and
+    their residual of the last computed step is added to the tokens instead.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class VelocityPredictor:
         self.rotary = model.compute_rotary(latents)
 
     def __call__(self, latents: Tensor, timestep: int) -> list[Tensor]:
-        """Return for each context the velocity (B, C, T, h, w), float32."""
+        """Return the velocity (B, C, T, h, w), float32, for each context."""
         timesteps = make_timestep_rows(timestep, has_known_frame=self.has_known_frame)
         if self.extra_channels is not None:
             latents = torch.cat([latents, self.extra_channels], dim=1)
@@ -54,7 +55,7 @@ class VelocityPredictor:
 
 
 def make_timestep_rows(timestep: int, *, has_known_frame: bool) -> Tensor:
-    """Return the timesteps (1, R) of a video's tokens: a first frame that is known has no noise."""
+    """Return the timesteps (1, R) of a video's tokens: 0 for a known first frame, which has no noise."""
     return torch.tensor([(0, timestep) if has_known_frame else (timestep,)])
 
 
@@ -64,7 +65,7 @@ def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> 
 
 
 class Guidance:
-    """Classifier-free guidance of the prompt's velocity and the negative prompt's; without that one it is the prompt's alone."""
+    """Classifier-free guidance with a negative prompt; without one, the prompt's velocity unchanged."""
 
     def __init__(self, velocity_predictor: VelocityPredictor, *, scale: float) -> None:
         self.velocity_predictor, self.scale = velocity_predictor, scale
@@ -80,10 +81,11 @@ class Guidance:
 
 
 class ExpertSwitch:
-    """One prediction for strong noise, another for weak; what will not be needed any more is let go.
+    """Switch between a high-noise and a low-noise expert; the first is evicted when it is no longer needed.
 
-    ``open_high`` and ``open_low`` load an expert: when its first timestep comes, after the other has gone, so that only one exists
-    at a time; or, with ``early``, both before the first step, so that nothing waits at the switch.
+    ``load_high_noise`` and ``load_low_noise`` load an expert: at its first timestep, after the other was
+    evicted, so that only one exists at a time; or, with ``load_early``, both before the first step, so that
+    nothing waits at the switch. ``boundary``: the lowest timestep of the high-noise expert.
     """
 
     def __init__(
@@ -103,10 +105,10 @@ class ExpertSwitch:
         )
 
     def __call__(self, latents: Tensor, timestep: int) -> Tensor:
-        """Return the velocity by the expert for this timestep: the high-noise one from the boundary on."""
+        """Return the velocity by this timestep's expert: the high-noise one at the boundary and above."""
         is_high = timestep >= self.boundary
         if not is_high:
-            self.loaded_experts.pop(True, None)  # the noise never grows
+            self.loaded_experts.pop(True, None)  # timesteps never increase
         if is_high not in self.loaded_experts:
             self.loaded_experts[is_high] = self.expert_loaders[is_high]()
         return self.loaded_experts[is_high](latents, timestep)

@@ -1,4 +1,4 @@
-"""The noise that a video's latents begin as."""
+"""Initial noise of a video's latents."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def draw_initial_noise(
     shape: tuple[int, ...], *, seed: int, noise_device: str, device: torch.device
 ) -> Tensor:
-    """Return standard normal noise in float32 on ``device``, drawn on ``noise_device`` from a generator of its own.
+    """Return standard normal noise (float32) on ``device``, drawn on ``noise_device`` by a new generator.
 
     A CPU generator gives the same noise on every machine; a CUDA one gives the reference's noise on a GPU.
     """

@@ -1,7 +1,7 @@
 """Flow-matching solvers with the shifted schedules of the reference implementation.
 
-x_σ = (1 - σ) x₀ + σ ε and the model predicts the velocity v = ε - x₀, so x₀ = x - σ v. With α = 1 - σ and λ = log α - log σ.
-Coefficients are computed in float64 from float32 sigmas; latents stay in their own dtype.
+x_σ = (1 - σ) x₀ + σ ε and the model predicts the velocity v = ε - x₀, so x₀ = x - σ v. With α = 1 - σ and
+λ = log α - log σ. Coefficients are computed in float64 from float32 sigmas; latents stay in their own dtype.
 """
 
 import math
@@ -14,23 +14,27 @@ from wan_dist.tasks.registry import NUM_TRAIN_TIMESTEPS
 
 
 def compute_shifted_sigmas(num_steps: int, shift: float, *, largest_sigma: float) -> list[float]:
-    """Return ``steps`` noise levels from shifted ``largest`` downwards and a final 0: s σ / (1 + (s - 1) σ), σ evenly spaced."""
+    """Return ``num_steps`` decreasing noise levels and a final 0.
+
+    They are s σ / (1 + (s - 1) σ), s being the shift and σ evenly spaced from ``largest_sigma`` to 0.
+    """
     sigmas = np.linspace(largest_sigma, 0, num_steps + 1)[:-1]
     sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
     return [*sigmas.tolist(), 0.0]
 
 
 def _compute_half_log_snr(sigma: float) -> float:
-    """Half the log signal-to-noise ratio λ; infinite at both ends."""
+    """Return half the log signal-to-noise ratio, λ; infinite at both ends."""
     if sigma == 0:
         return math.inf
     return -math.inf if sigma == 1 else math.log1p(-sigma) - math.log(sigma)
 
 
 class Solver(ABC):
-    """Steps from noise to data along a fixed schedule.
+    """Solver of the flow ODE, from noise to data along a fixed schedule.
 
-    ``timesteps`` are what the model is given: 1000 σ cut to an integer, as in the reference. ``sigmas`` has one entry more, 0.
+    ``timesteps`` are the model's inputs: 1000 σ truncated to an integer, as in the reference. ``sigmas``
+    has one entry more, the final 0.
     """
 
     largest_sigma = 1.0
@@ -45,21 +49,22 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
-        """Return the latents at ``sigmas[index + 1]`` from those at ``sigmas[index]`` and the model's velocity there.
+        """Return the latents at ``sigmas[index + 1]``, from latents and velocity at ``sigmas[index]``.
 
         Indices must come in order from 0: multistep solvers remember earlier steps.
         """
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is remembered of earlier steps, for `go_on`."""
+        """Return the state of earlier steps, from which `restore` resumes."""
         return {}
 
-    def restore(self, num_done: int, state: dict[str, Tensor]) -> None:  # noqa: B027  # there may be nothing to remember
-        """Remember what a solver of the same schedule did after this many steps."""
+    # Not abstract: solvers of one step have no state.
+    def restore(self, num_done: int, state: dict[str, Tensor]) -> None:  # noqa: B027
+        """Restore the state of a solver of the same schedule after ``num_done`` steps."""
 
 
 class Euler(Solver):
-    """First order: x += (σ' - σ) v."""
+    """Euler's method, first order: x += (σ' - σ) v."""
 
     def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
         """See `Solver.step`."""
@@ -67,7 +72,7 @@ class Euler(Solver):
 
 
 class DpmSolverPlusPlus(Solver):
-    """DPM-Solver++(2M), midpoint (arXiv:2211.01095, algorithm 2); first and last step are first order."""
+    """DPM-Solver++(2M), midpoint (arXiv:2211.01095, algorithm 2); first and last step are of first order."""
 
     def __init__(self, num_steps: int, shift: float) -> None:
         super().__init__(num_steps, shift)
@@ -92,7 +97,7 @@ class DpmSolverPlusPlus(Solver):
         return {} if self._previous_x0 is None else {"previous": self._previous_x0}
 
     def restore(self, num_done: int, state: dict[str, Tensor]) -> None:
-        """See `Solver.go_on`."""
+        """See `Solver.restore`."""
         self._previous_x0 = state.get("previous")
 
 
@@ -105,11 +110,11 @@ class UniPC(Solver):
     def __init__(self, num_steps: int, shift: float) -> None:
         super().__init__(num_steps, shift)
         self._x0_history: list[Tensor] = []
-        self._start_latents: Tensor | None = None  # where the last prediction started from
+        self._start_latents: Tensor | None = None  # from which the last prediction started
         self._order = 1
 
     def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
-        """See `Solver.step`; the arriving latents are first corrected with what the model said there."""
+        """See `Solver.step`; the latents are first corrected with the velocity that was evaluated at them."""
         x0 = latents - self.sigmas[index] * velocity
         if self._start_latents is not None:
             latents = self._correct_latents(index, self._start_latents, x0)
@@ -127,13 +132,13 @@ class UniPC(Solver):
         return entries if self._start_latents is None else entries | {"start": self._start_latents}
 
     def restore(self, num_done: int, state: dict[str, Tensor]) -> None:
-        """See `Solver.go_on`."""
+        """See `Solver.restore`."""
         self._x0_history = [state[key] for key in sorted(state) if key.startswith("data")]
         self._start_latents = state.get("start")
         self._order = self._compute_order(num_done - 1)
 
     def _compute_coefficients(self, index: int) -> tuple[float, float, float, float]:
-        """Return h and the weights of x and of the data prediction, and α B(h), for the step from index to index + 1."""
+        """Return h, the weights of x and of the data prediction, and α B(h), for step ``index``."""
         sigma, next_sigma = self.sigmas[index], self.sigmas[index + 1]
         h = _compute_half_log_snr(next_sigma) - _compute_half_log_snr(sigma)
         alpha_b = (1 - next_sigma) * math.expm1(-h)

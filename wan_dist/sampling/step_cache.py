@@ -1,4 +1,4 @@
-"""Steps that are guessed from earlier ones instead of computed: opt-in, because the result changes."""
+"""Step caches: steps are guessed from earlier ones instead of computed; opt-in, as the result changes."""
 
 import math
 from collections.abc import Callable
@@ -13,12 +13,15 @@ VelocityFunction = Callable[[Tensor, int], Tensor]
 
 
 class EasyCache:
-    """A prediction that is guessed while it would hardly change (EasyCache, arXiv:2507.02860).
+    """Step cache that guesses the velocity while it would hardly change (EasyCache, arXiv:2507.02860).
 
-    From one step to the next the velocity changes in proportion to the latents; the proportion k is measured in the last two steps that
-    were computed. k |Δx| / |v| is how much the velocity should have changed since, relative to its size: while these sum up to less than
-    ``threshold``, the velocity is taken to be as far from the latents as in the last computed step. The first fifth of the ``num_steps``
-    steps and the last one are always computed. ``agree`` makes of this rank's decision that of all ranks, ``note`` is called at each guess.
+    From one step to the next the velocity changes in proportion to the latents; the proportion k is
+    measured at each computed step, from the step before it. k |Δx| / |v| is how much the velocity should
+    change in a step, relative to its size: while the sum since the last computed step is less than
+    ``threshold``, the velocity is guessed to differ from the latents by as much as in that step. The
+    first fifth of the ``num_steps`` steps and the last one are always computed. ``num_done`` steps were
+    done before a run was resumed. ``agree`` turns this rank's decision into that of all ranks,
+    ``on_guess`` is called at each guess.
     """
 
     def __init__(
@@ -31,12 +34,8 @@ class EasyCache:
         agree: Callable[[bool], bool] = bool,
         on_guess: Callable[[], None] = lambda: None,
     ) -> None:
-        self.predict, self.threshold, self.agree, self.on_guess = (
-            predict,
-            threshold,
-            agree,
-            on_guess,
-        )
+        self.predict, self.threshold = predict, threshold
+        self.agree, self.on_guess = agree, on_guess
         self.num_warmup_steps, self.last_step = max(2, math.ceil(num_steps / 5)), num_steps - 1
         self._next_step = num_done
         self._accumulated_error = 0.0
@@ -55,20 +54,19 @@ class EasyCache:
             self._velocity_offset = velocity - latents
             self._accumulated_error = 0.0
             if self._previous_step is not None:
-                self._change_rate = _measure_magnitude(velocity - self._previous_step[1]) / max(
-                    _measure_magnitude(latents - self._previous_step[0]), 1e-12
-                )
+                previous_latents, previous_velocity = self._previous_step
+                velocity_change = _measure_magnitude(velocity - previous_velocity)
+                latent_change = _measure_magnitude(latents - previous_latents)
+                self._change_rate = velocity_change / max(latent_change, 1e-12)
         self._previous_step = latents, velocity
         return velocity
 
     def state(self) -> dict[str, Tensor]:
-        """Return what `go_on` needs to guess the same in another run; nothing before the first step."""
+        """Return what `restore` needs to guess the same in a resumed run; nothing before the first step."""
         if self._previous_step is None or isinstance(self._velocity_offset, float):
             return {}
-        numbers = torch.tensor(
-            [self._accumulated_error, math.nan if self._change_rate is None else self._change_rate],
-            dtype=torch.float64,
-        )
+        rate = math.nan if self._change_rate is None else self._change_rate
+        numbers = torch.tensor([self._accumulated_error, rate], dtype=torch.float64)
         return {
             "latents": self._previous_step[0],
             "velocity": self._previous_step[1],
@@ -77,11 +75,9 @@ class EasyCache:
         }
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """Take over the state after the steps that are done."""
-        self._previous_step, self._velocity_offset = (
-            (state["latents"], state["velocity"]),
-            state["offset"],
-        )
+        """Restore the state after the steps that are done."""
+        self._previous_step = state["latents"], state["velocity"]
+        self._velocity_offset = state["offset"]
         self._accumulated_error, rate = state["numbers"].tolist()
         self._change_rate = None if math.isnan(rate) else rate
 
@@ -106,10 +102,11 @@ def _measure_magnitude(x: Tensor) -> float:
 
 
 class TeaCache:
-    """Decides which steps take what the blocks added to the tokens in the last computed one (TeaCache, arXiv:2411.19108).
+    """Step cache that decides when the blocks' last residual is reused (TeaCache, arXiv:2411.19108).
 
-    How much the blocks' result changes is foreseen from how much the embedding of the timestep does, by the model's ``fit``; while it sums
-    up to less than the fit's threshold, steps are guessed. The first ``num_first`` are computed. ``agree`` and ``note``: see `EasyCache`.
+    How much the blocks' result changes is predicted by the model's ``fit`` from how much the embedding of the
+    timestep does; while the sum is less than the fit's threshold, steps are guessed. The first
+    ``num_warmup_steps`` are computed. ``num_done``, ``agree`` and ``on_guess``: see `EasyCache`.
     """
 
     def __init__(
@@ -121,22 +118,18 @@ class TeaCache:
         agree: Callable[[bool], bool] = bool,
         on_guess: Callable[[], None] = lambda: None,
     ) -> None:
-        self.fit, self.num_warmup_steps, self.agree, self.on_guess = (
-            fit,
-            num_warmup_steps,
-            agree,
-            on_guess,
-        )
+        self.fit, self.num_warmup_steps = fit, num_warmup_steps
+        self.agree, self.on_guess = agree, on_guess
         self._next_step, self._accumulated_change = num_done, 0.0
         self._previous_embedding: Tensor | None = None
         self._decision: bool | None = None
 
     def start_step(self) -> None:
-        """Begin a step: the decision is the same for all that is computed in it."""
+        """Start a step, in which one decision holds for all contexts."""
         self._decision = None
 
     def __call__(self, embedding: Tensor) -> bool:
-        """Whether this step is guessed, by its timestep's embedding as the blocks are modulated with it."""
+        """Whether this step is guessed, by its timestep's embedding, the one that modulates the blocks."""
         if self._decision is None:
             self._decision = self._decide_to_guess(embedding)
             self._previous_embedding = embedding
@@ -155,9 +148,8 @@ class TeaCache:
             coefficient * relative_change**power
             for power, coefficient in enumerate(reversed(self.fit.coefficients))
         )
-        self._accumulated_change += max(
-            predicted_change, relative_change
-        )  # where it was not fitted, with few steps, a polynomial may fall far below 0
+        # Where it was not fitted, with few steps, a polynomial may fall far below 0.
+        self._accumulated_change += max(predicted_change, relative_change)
         is_guessed = self.agree(self._accumulated_change < self.fit.threshold)
         if not is_guessed:
             self._accumulated_change = 0.0

@@ -1,4 +1,4 @@
-"""Pixels of every Pillow mode -> 8-bit sRGB: bit depths, alpha, ICC profiles. No torch."""
+"""Colour conversion from every Pillow mode to 8-bit sRGB: bit depths, alpha, ICC profiles. No torch."""
 
 import io
 from functools import lru_cache
@@ -7,30 +7,30 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms, features
 
-_PHOTOMETRIC_TAG, _BITS_PER_SAMPLE_TAG, _SAMPLE_FORMAT_TAG, _SUBFILE_TYPE_TAG, _DNG_VERSION_TAG = (
-    262,
-    258,
-    339,
-    254,
-    50706,
-)
-"""Tags of TIFF."""
+# Tags of TIFF
+_SUBFILE_TYPE_TAG = 254
+_BITS_PER_SAMPLE_TAG = 258
+_PHOTOMETRIC_TAG = 262
+_SAMPLE_FORMAT_TAG = 339
+_DNG_VERSION_TAG = 50706
+
 _MODE_BY_COLOUR_SPACE = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Colour spaces of ICC profiles, and what pixels they are of."""
+"""Colour spaces of ICC profiles, and the Pillow modes of their pixels."""
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 _MAX_SRGB_DIFFERENCE = 2
-"""Of 255, between sRGB and a profile that is the same but for rounding."""
+"""Of 255, between sRGB and a profile that differs from it only by rounding."""
 
 
 class PixelError(ValueError):
-    """Why pixels cannot be read as 8-bit colours, in words that follow the name of a file."""
+    """Pixels cannot be read as 8-bit colours; the message continues a sentence on the file."""
 
 
 def convert_to_rgb(image: Image.Image, source_image: Image.Image) -> tuple[Image.Image, str]:
-    """Return an image in 8-bit RGB, and the name of the ICC profile that its colours were converted from, or "".
+    """Return an image in 8-bit RGB, and the name of the ICC profile it was converted from, or "".
 
-    ``source``: the image as it was opened, whose format says what the numbers mean. Transparency is laid on white. Pixels of a profile
-    that is sRGB, or that does not suit the pixels, are left as they are. Raises PixelError.
+    ``source_image``: the image as it was opened, whose format says what the numbers mean. Transparent
+    pixels are blended with white. The profile is ignored if it is sRGB, or does not suit the pixels.
+    Raises PixelError.
     """
     is_grey, is_cmyk = image.mode in _GREY_MODES, image.mode == "CMYK"
     image = _convert_to_8_bits(image, source_image)
@@ -49,13 +49,12 @@ def convert_to_rgb(image: Image.Image, source_image: Image.Image) -> tuple[Image
     if alpha is None:
         return rgb_image, profile_name
     rgb_image.putalpha(alpha)
-    return Image.alpha_composite(Image.new("RGBA", rgb_image.size, "white"), rgb_image).convert(
-        "RGB"
-    ), profile_name
+    background = Image.new("RGBA", rgb_image.size, "white")
+    return Image.alpha_composite(background, rgb_image).convert("RGB"), profile_name
 
 
 def check_tiff_tags(source_image: Image.Image) -> None:
-    """Raise PixelError for a TIFF whose first image is not the picture, or whose numbers have signs."""
+    """Raise PixelError for a TIFF whose first image is a thumbnail, or whose samples are signed integers."""
     tags: Any = getattr(source_image, "tag_v2", {})
     if _DNG_VERSION_TAG in tags or tags.get(_SUBFILE_TYPE_TAG, 0) & 1:
         raise PixelError(
@@ -63,19 +62,21 @@ def check_tiff_tags(source_image: Image.Image) -> None:
         )
     if 2 in np.atleast_1d(tags.get(_SAMPLE_FORMAT_TAG, 1)):
         raise PixelError(
-            "it holds numbers with signs, of which none is said to be white; save it with 8 or 16 bits a channel"
+            "it holds numbers with signs, of which none is said to be white; "
+            "save it with 8 or 16 bits a channel"
         )
 
 
 def _convert_to_8_bits(image: Image.Image, source_image: Image.Image) -> Image.Image:
-    """Return an image of a mode of 8 bits or fewer a channel; what Pillow would clip is scaled."""
+    """Return an image in a mode of at most 8 bits a channel; 16 bits, which Pillow would clip, are scaled."""
     tags: Any = getattr(source_image, "tag_v2", {})
     if image.mode == "F" or (image.mode == "I" and tags):
         number_type = "floats" if image.mode == "F" else "whole numbers"
         raise PixelError(
-            f"it holds 32-bit {number_type}, of which none is said to be white; save it with 8 or 16 bits a channel"
+            f"it holds 32-bit {number_type}, of which none is said to be white; "
+            "save it with 8 or 16 bits a channel"
         )
-    if image.mode in ("La", "RGBa"):  # colours that are multiplied with alpha
+    if image.mode in ("La", "RGBa"):  # premultiplied with alpha
         return image.convert("LA" if image.mode == "La" else "RGBA")
     if not image.mode.startswith("I"):
         return image
@@ -84,15 +85,17 @@ def _convert_to_8_bits(image: Image.Image, source_image: Image.Image) -> Image.I
     greys = 255 - greys if tags.get(_PHOTOMETRIC_TAG) == 0 else greys
     grey_image = Image.fromarray(greys.round().clip(0, 255).astype(np.uint8))
     if isinstance(transparent_value := image.info.get("transparency"), int):
-        grey_image.putalpha(
-            Image.fromarray(np.where(values == transparent_value, 0, 255).astype(np.uint8))
-        )
+        alpha = np.where(values == transparent_value, 0, 255).astype(np.uint8)
+        grey_image.putalpha(Image.fromarray(alpha))
     return grey_image
 
 
 @lru_cache(maxsize=8)
 def _build_srgb_transform(profile_bytes: bytes) -> tuple[str, Any, str]:
-    """Return a profile's name, what converts its colours to sRGB, and from which mode; None where that changes nothing or cannot be."""
+    """Return an ICC profile's name, its transform to sRGB, and the mode that this takes.
+
+    The transform is None if it would change nothing, or cannot be built.
+    """
     if not features.check("littlecms2"):
         return "", None, ""
     try:
@@ -107,23 +110,14 @@ def _build_srgb_transform(profile_bytes: bytes) -> tuple[str, Any, str]:
             ImageCms.Flags.BLACKPOINTCOMPENSATION,
         )
         profile_name = ImageCms.getProfileDescription(icc_profile).strip()
-    except (
-        ImageCms.PyCMSError,
-        OSError,
-        KeyError,
-        ValueError,
-        TypeError,
-    ):  # damaged, or of another space
-        return "", None, ""
-    return (
-        profile_name or "its own profile",
-        None if mode != "CMYK" and _is_srgb(transform, mode) else transform,
-        mode,
-    )
+    except (ImageCms.PyCMSError, OSError, KeyError, ValueError, TypeError):
+        return "", None, ""  # damaged, or of another colour space
+    is_identity = mode != "CMYK" and _is_srgb(transform, mode)
+    return profile_name or "its own profile", None if is_identity else transform, mode
 
 
 def _is_srgb(transform: Any, mode: str) -> bool:
-    """Whether a transform leaves a grid of colours as they are."""
+    """Whether a transform leaves a grid of colours unchanged, except for rounding."""
     levels = np.linspace(0, 255, 17).round().astype(np.uint8)
     grid = (
         np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(17, -1, 3)
@@ -133,7 +127,5 @@ def _is_srgb(transform: Any, mode: str) -> bool:
     colours = Image.fromarray(grid)
     converted = ImageCms.applyTransform(colours, transform)
     assert converted is not None
-    return (
-        int(np.abs(np.asarray(converted).astype(int) - np.asarray(colours.convert("RGB"))).max())
-        <= _MAX_SRGB_DIFFERENCE
-    )
+    difference = np.asarray(converted).astype(int) - np.asarray(colours.convert("RGB"))
+    return int(np.abs(difference).max()) <= _MAX_SRGB_DIFFERENCE

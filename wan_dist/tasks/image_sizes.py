@@ -1,4 +1,7 @@
-"""Which images a task starts from, and their sizes by their headers: to decode the images of many jobs takes long. No torch."""
+"""Input images of a task and their sizes, read from the headers. No torch.
+
+Headers, because to decode the images of many jobs takes long.
+"""
 
 import struct
 from collections.abc import Callable, Mapping
@@ -14,21 +17,22 @@ from wan_dist.tasks.images import compute_covering_size, read_image
 from wan_dist.tasks.registry import TASKS, ImageInput, Task
 
 ImageSizeReader = Callable[[str, str], tuple[int, int]]
-"""From a file and the setting that names it, such as `image_size`, which may be cached."""
+"""(file, setting that names it) -> (width, height): `read_image_size`, or the same with a cache."""
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP")
-"""Whose headers and ends say enough; the others are decoded."""
+"""Formats whose headers and ends say enough; others are decoded."""
 _MAX_HEADER_PIXELS = 64 * 10**6
-"""Larger ones may be read at a fraction of their size."""
+"""Larger images may be read at a fraction of their size, so they are decoded."""
 _TAIL_BYTES = 4096
-"""At the end of a JPEG, where its mark of the end must be: some programs write more after it."""
+"""Bytes at the end of a JPEG in which its end marker must be: some programs write more after it."""
 _TRANSPOSING_ORIENTATIONS = (5, 6, 7, 8)
-"""Values of EXIF's orientation that exchange the sides."""
+"""Values of EXIF's orientation that exchange width and height."""
 
 
 def read_image_size(file: str, key: str) -> tuple[int, int]:
-    """Return (width, height) of what `read_image` returns; raises InputError for what is no image, or an image cut short.
+    """Return (width, height) of what `read_image` returns; raises InputError for no image or a truncated one.
 
-    What is damaged inside is found when the image is decoded. Where the header does not say enough, it is decoded here.
+    Damage inside is found only when the image is decoded. Where the header does not say enough, it is
+    decoded here.
     """
     path = Path(file).expanduser()
     try:
@@ -40,7 +44,7 @@ def read_image_size(file: str, key: str) -> tuple[int, int]:
 
 
 def find_image_files(config: RunConfig, task: Task) -> dict[str, str]:
-    """Return the files of the images the task starts from, by key; raises InputError if one is missing or not wanted."""
+    """Return a task's input image files by setting; raises InputError for missing or unexpected ones."""
     file_by_key = {
         key: file
         for key in ("image", "first_frame", "last_frame")
@@ -54,12 +58,14 @@ def find_image_files(config: RunConfig, task: Task) -> dict[str, str]:
             if unexpected_keys[0] in other_task.image_input.setting_keys and other_task.repository
         ]
         raise InputError(
-            f"{unexpected_keys[0]} is given, but {task.name} takes {task.image_input.value}; {', '.join(accepting_tasks)} would take {unexpected_keys[0]}"
+            f"{unexpected_keys[0]} is given, but {task.name} takes {task.image_input.value}; "
+            f"{', '.join(accepting_tasks)} would take {unexpected_keys[0]}"
         )
     missing_keys = [key for key in expected_keys if key not in file_by_key]
     if missing_keys and task.image_input is not ImageInput.OPTIONAL:
+        verb = "is" if len(missing_keys) == 1 else "are"
         raise InputError(
-            f"{' and '.join(missing_keys)} {'is' if len(missing_keys) == 1 else 'are'} missing: {task.name} takes {task.image_input.value}"
+            f"{' and '.join(missing_keys)} {verb} missing: {task.name} takes {task.image_input.value}"
         )
     return file_by_key
 
@@ -67,7 +73,10 @@ def find_image_files(config: RunConfig, task: Task) -> dict[str, str]:
 def read_image_sizes(
     file_by_key: Mapping[str, str], image_size_reader: ImageSizeReader
 ) -> list[tuple[int, int]]:
-    """Return the sizes of the files, by setting; raises InputError also where the second cannot be cut to the shape of the first."""
+    """Return the sizes of files that are given by setting.
+
+    Raises InputError also where the second image cannot be cut to the shape of the first.
+    """
     sizes = [image_size_reader(file, key) for key, file in file_by_key.items()]
     if len(sizes) == 2 and sizes[0] != sizes[1]:
         compute_covering_size(sizes[1], sizes[0])
@@ -75,21 +84,20 @@ def read_image_sizes(
 
 
 def _read_header_size(path: Path) -> tuple[int, int] | None:
-    """Return the size of the upright image, None where only decoding would tell."""
+    """Return the size of the upright image, None if the header does not say it or the file is truncated."""
     Image.init()
     with path.open("rb") as stream, Image.open(stream, formats=_HEADER_FORMATS) as image:
         width, height = image.size
         if width * height > _MAX_HEADER_PIXELS or not _is_complete(stream, image.format):
             return None
-        exif = Image.Image.getexif(
-            image
-        )  # that of PNG decodes the image, as there might be more after the pixels
+        # PngImageFile.getexif would decode the image, as there might be EXIF after the pixels.
+        exif = Image.Image.getexif(image)
         is_transposed = exif.get(ExifTags.Base.Orientation, 1) in _TRANSPOSING_ORIENTATIONS
     return (height, width) if is_transposed else (width, height)
 
 
 def _is_complete(stream: BinaryIO, format_name: str | None) -> bool:
-    """Whether the end of the image is where it should be."""
+    """Whether the file is not truncated."""
     if format_name == "WEBP":
         return True  # opening it has read all of it
     if format_name == "PNG":
@@ -100,7 +108,7 @@ def _is_complete(stream: BinaryIO, format_name: str | None) -> bool:
 
 
 def _has_complete_chunks(stream: BinaryIO) -> bool:
-    """Whether a PNG's chunks follow each other to the last one, and none after the pixels says how they are to be shown."""
+    """Whether a PNG's chunks lead to its end chunk, right after the pixels: others there could rotate it."""
     stream.seek(0, 2)
     end, offset, last_chunk_type = stream.tell(), 8, b""
     while offset + 12 <= end:

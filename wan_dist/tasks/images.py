@@ -1,4 +1,4 @@
-"""Images as people have them -> plain 8-bit RGB, and the video sizes that keep their aspect. No torch."""
+"""Input images: decoding to upright 8-bit RGB, and video sizes that keep their aspect. No torch."""
 
 import importlib.util
 import re
@@ -28,12 +28,13 @@ _READABLE_FORMATS = (
     "TGA",
     "ICO",
 )
-"""Not all that Pillow knows: for PostScript it would run a program. HEIF is a plugin's."""
+"""Not all that Pillow knows: for PostScript it would run a program. HEIF needs a plugin."""
 _MAX_PIXELS = 2 * (2**30 // 12)
-"""As Pillow has it."""
+"""Pillow's default limit, above which it raises DecompressionBombError."""
 _MAX_JPEG_PIXELS = 2**29
-"""Decoded at a fraction; a progressive one takes up to 6 bytes a pixel meanwhile."""
+"""Decoded at a fraction of the size; a progressive one takes up to 6 bytes a pixel meanwhile."""
 _SCALED_JPEG_PIXELS = 2**26
+"""Size to which larger JPEGs are reduced, unless 1/8 of the width and height is more."""
 
 _CONVERT_HINT = "convert it to JPEG or PNG"
 _FOREIGN_FORMATS = (
@@ -75,14 +76,15 @@ _FOREIGN_FORMATS = (
         "save it with 8 bits a channel",
     ),
 )
-"""How files begin that are no pictures for us, what they are, and what to do."""
+"""Signatures of files that cannot be read as images, what the files are, and what to do."""
 
 
 def read_image(file: str, key: str) -> Image.Image:
-    """Return the image upright in 8-bit sRGB: EXIF rotation applied, transparency laid on white, 16 bits scaled to 8.
+    """Return an image upright in 8-bit sRGB: EXIF rotation applied, transparency on white, 16 bits to 8.
 
-    Of several frames the first. A JPEG too large to be decoded whole is read at a fraction of its size. Raises InputError, naming
-    ``key``, if there is no such file, or it is no image, or one whose colours are not certain.
+    Of several frames the first is read. A JPEG too large to be decoded whole is read at a fraction of its
+    size. Raises InputError, naming the setting ``key``, if there is no such file, or it is no image, or
+    one whose colours are ambiguous.
     """
     path = Path(file).expanduser()
     try:
@@ -108,28 +110,21 @@ def _log_once(note: str) -> None:
 
 
 def _explain_unreadable(path: Path, error: Exception) -> str:
-    """Return why a file is no image, by how it begins, and what to do."""
+    """Return why a file is no readable image, by its signature, and what to do."""
     if isinstance(error, UnidentifiedImageError):
         beginning = _read_beginning(path)
-        if foreign_format := next(
-            (
-                (format_name, hint)
-                for pattern, format_name, hint in _FOREIGN_FORMATS
-                if re.match(pattern, beginning, re.DOTALL)
-            ),
-            None,
-        ):
-            return f": it is {foreign_format[0]}; {foreign_format[1]}"
+        for pattern, format_name, hint in _FOREIGN_FORMATS:
+            if re.match(pattern, beginning, re.DOTALL):
+                return f": it is {format_name}; {hint}"
     return f" ({get_first_line(error)}); JPEG, PNG and WebP can"
 
 
 def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
-    """Read an image, and what to say of it; an orientation that cannot be read is none."""
+    """Return an image in RGB and notes to log; an orientation that cannot be read is ignored."""
     notes = []
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of large images, of which the largest are errors, and of broken EXIF
+        # Warnings are of large images, of which the largest are errors, and of broken EXIF.
+        warnings.simplefilter("ignore")
         with _open_image(path) as source_image:
             check_tiff_tags(source_image)
             full_size = source_image.size
@@ -140,8 +135,9 @@ def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
                     if full_size[0] * full_size[1] <= _SCALED_JPEG_PIXELS * scale**2 or scale == 8
                 )
                 source_image.draft(None, (full_size[0] // scale, full_size[1] // scale))
+                megapixels = _round_to_megapixels(full_size[0] * full_size[1])
                 notes.append(
-                    f"{_round_to_megapixels(full_size[0] * full_size[1])} megapixels are read at 1/{scale} of their width and height"
+                    f"{megapixels} megapixels are read at 1/{scale} of their width and height"
                 )
             source_image.load()
             try:
@@ -157,17 +153,14 @@ def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
 
 
 def _open_image(path: Path) -> Image.Image:
-    """Open an image, also a JPEG that is too large to be decoded whole; raises PixelError for others so large."""
+    """Open an image, or a JPEG too large to be decoded whole; raises PixelError for others so large."""
     Image.init()
-    if re.match(
-        _FOREIGN_FORMATS[0][0], _read_beginning(path), re.DOTALL
-    ) and importlib.util.find_spec("pillow_heif"):
+    is_heif = re.match(_FOREIGN_FORMATS[0][0], _read_beginning(path), re.DOTALL)
+    if is_heif and importlib.util.find_spec("pillow_heif"):
         importlib.import_module("pillow_heif").register_heif_opener()
+    formats = [format_name for format_name in _READABLE_FORMATS if format_name in Image.OPEN]
     try:
-        return Image.open(
-            path,
-            formats=[format_name for format_name in _READABLE_FORMATS if format_name in Image.OPEN],
-        )
+        return Image.open(path, formats=formats)
     except Image.DecompressionBombError as error:
         if _read_beginning(path).startswith(b"\xff\xd8\xff"):
             jpeg = JpegImagePlugin.JpegImageFile(path)
@@ -178,14 +171,15 @@ def _open_image(path: Path) -> Image.Image:
         else:
             num_pixels, max_pixels = int(re.findall("[0-9]+", str(error))[0]), _MAX_PIXELS
         raise PixelError(
-            f"it has {_round_to_megapixels(num_pixels)} megapixels, and {_round_to_megapixels(max_pixels)} are taken; make it smaller"
+            f"it has {_round_to_megapixels(num_pixels)} megapixels, "
+            f"and {_round_to_megapixels(max_pixels)} are taken; make it smaller"
         ) from None
 
 
 def _has_several_frames(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
-    except Exception:  # of later frames that are broken, which are not needed
+    except Exception:  # later frames are broken, which are not needed
         return True
 
 
@@ -201,9 +195,9 @@ def _round_to_megapixels(num_pixels: int) -> int:
 def fit_size_to_area(
     width: int, height: int, area: int, multiple: tuple[int, int]
 ) -> tuple[int, int]:
-    """Return (width, height) of about ``area`` pixels with the aspect of an image, each side cut to a multiple.
+    """Return (width, height) of about ``area`` pixels in an image's aspect, rounded down to ``multiple``.
 
-    As the image-to-video tasks of the reference do it. Raises InputError if a side would vanish.
+    As in the image-to-video tasks of the reference. Raises InputError if a side would be 0.
     """
     aspect = height / width
     sides = ((area / aspect) ** 0.5, (area * aspect) ** 0.5)
@@ -216,33 +210,29 @@ def fit_size_to_area(
 def fit_best_size_to_area(
     width: int, height: int, area: int, multiple: tuple[int, int]
 ) -> tuple[int, int]:
-    """Return (width, height) of at most ``area`` pixels, multiples both, whichever of two ways to cut is nearer to the aspect.
+    """Return (width, height) of at most ``area`` pixels, multiples of ``multiple``, near an image's aspect.
 
-    As TI2V-5B of the reference does it. Raises InputError if a side would vanish.
+    Of two candidates, width or height rounded down first, the one nearer to the aspect. As in TI2V-5B of the
+    reference. Raises InputError if a side would be 0.
     """
     aspect, (step_x, step_y) = width / height, multiple
     ideal_width = (area * aspect) ** 0.5
     width_first = int(ideal_width // step_x) * step_x
     height_first = int(area / ideal_width // step_y) * step_y
     _check_sides(width_first, height_first, area, multiple)
-    candidates = (
-        (width_first, int(area / width_first // step_y) * step_y),
-        (int(area / height_first // step_x) * step_x, height_first),
-    )
+    width_first_size = (width_first, int(area / width_first // step_y) * step_y)
+    height_first_size = (int(area / height_first // step_x) * step_x, height_first)
 
     def compute_distortion(size: tuple[int, int]) -> float:
         return max(aspect * size[1] / size[0], size[0] / size[1] / aspect)
 
-    width_first_size, height_first_size = candidates
-    return (
-        width_first_size
-        if compute_distortion(width_first_size) < compute_distortion(height_first_size)
-        else height_first_size
-    )
+    if compute_distortion(width_first_size) < compute_distortion(height_first_size):
+        return width_first_size
+    return height_first_size
 
 
 def crop_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Scale an image until it covers ``size`` (width, height), then cut its centre out; an image of that size is unchanged."""
+    """Scale an image to cover ``size`` (width, height) and crop its centre; one of that size is unchanged."""
     if image.size == size:
         return image
     image = image.resize(compute_covering_size(image.size, size), Image.Resampling.LANCZOS)
@@ -251,7 +241,7 @@ def crop_to_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def compute_covering_size(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Return (width, height) to which an image is scaled to cover ``size``; raises InputError where that is far larger."""
+    """Return (width, height) of an image scaled to cover ``size``; raises InputError if far larger."""
     scale = max(size[0] / image_size[0], size[1] / image_size[1])
     width, height = round(image_size[0] * scale), round(image_size[1] * scale)
     if width * height > (Image.MAX_IMAGE_PIXELS or 2**30):
@@ -265,6 +255,7 @@ def compute_covering_size(image_size: tuple[int, int], size: tuple[int, int]) ->
 def _check_sides(width: int, height: int, area: int, multiple: tuple[int, int]) -> tuple[int, int]:
     if width == 0 or height == 0:
         raise InputError(
-            f"an area of {area} pixels is too small for this image's shape: the sides must be multiples of {multiple}"
+            f"an area of {area} pixels is too small for this image's shape: "
+            f"the sides must be multiples of {multiple}"
         )
     return width, height

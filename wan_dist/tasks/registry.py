@@ -1,6 +1,7 @@
-"""What each task is: which models it takes and their shapes, where its checkpoint is published.
+"""Registry of the tasks: dims of their models, images they take, published checkpoints and sizes.
 
-Defaults of a run (frames, steps, guidance ...) are in ``conf/task/*.yaml``; this file holds what the user cannot change.
+Defaults of a run (frames, steps, guidance ...) are in ``conf/task/*.yaml``; this file holds what the user
+cannot change.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from wan_dist.runtime.errors import InputError, suggest_nearest
 
 NUM_TRAIN_TIMESTEPS = 1000
 AREA_480P = 832 * 480
+"""Pixels of a frame up to which a task's 480P checkpoint and settings are used."""
 
 
 class ImageInput(Enum):
@@ -31,7 +33,7 @@ class ImageInput(Enum):
 
     @property
     def setting_keys(self) -> tuple[str, ...]:
-        """The settings that name them."""
+        """The settings that name the images."""
         if self is ImageInput.FIRST_AND_LAST:
             return ("first_frame", "last_frame")
         return () if self is ImageInput.NONE else ("image",)
@@ -62,12 +64,12 @@ _DIMS_VAE_22 = VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)
 
 
 class TeaCacheFit(NamedTuple):
-    """How TeaCache foresees a model's change from that of its timestep's embedding (arXiv:2411.19108)."""
+    """TeaCache's fit of a model's change to that of its timestep's embedding (arXiv:2411.19108)."""
 
     coefficients: tuple[float, ...]
-    """Of a polynomial, the highest power first."""
+    """Of a polynomial, from the highest power to the constant."""
     threshold: float
-    """Of the summed change, after which a step is computed: the more careful one of those published."""
+    """Summed change from which a step is computed again: the most conservative of those published."""
 
 
 _TEA_FIT_T2V_14B = TeaCacheFit(
@@ -77,33 +79,37 @@ _TEA_FIT_T2V_14B = TeaCacheFit(
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One kind of generation.
+    """One kind of generation, with what its published models determine.
 
-    ``sizes`` are the published (width, height) pairs, others work if their sides are multiples of stride times patch.
+    ``published_sizes`` are (width, height) pairs; others work if their sides are multiples of
+    ``size_multiple``.
     """
 
     name: str
     repository: str
-    """On the Hugging Face hub, in the original layout."""
+    """Of the checkpoint on the Hugging Face hub, in the original layout."""
     repository_480p: str | None = None
     """Another checkpoint of the same task, for areas up to 480P."""
     transformer_dims: TransformerDims
     image_input: ImageInput = ImageInput.NONE
     expert_boundary: float | None = None
-    """Where the noise level of the two experts' switch is, as a fraction of the timesteps; None: there is one transformer."""
+    """Noise level of the switch between two experts, as a fraction of the timesteps; None without experts."""
     default_shifts: tuple[float, float] | None = None
-    """Schedule shift for areas up to 480P and above, where it depends on that; else it is in the task's YAML."""
+    """Schedule shifts for areas up to 480P and above, if different; else the shift is in the task's YAML."""
     text_encoder_dims: TextEncoderDims = _DIMS_UMT5_XXL
     vae_dims: VaeDims = _DIMS_VAE_21
     published_sizes: tuple[tuple[int, int], ...] = ()
     is_still: bool = False
-    """One frame, saved as PNG."""
+    """The task generates one frame, saved as PNG."""
     tea_fits: tuple[TeaCacheFit, ...] = ()
-    """TeaCache's for areas up to 480P and above, or one for both: those for the transformer's e0 of ali-vilab/TeaCache, TeaCache4Wan2.1."""
+    """TeaCache's fits for areas up to 480P and above, or one for both.
+
+    From ali-vilab/TeaCache, TeaCache4Wan2.1: those for the transformer's e0.
+    """
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents."""
+        """Number of channels of the latents."""
         return self.vae_dims.latent_dim
 
     @property
@@ -118,12 +124,12 @@ class Task:
 
     @property
     def image_encoder_dims(self) -> ImageEncoderDims | None:
-        """What looks at the images, where cross-attention wants that."""
+        """Dims of the CLIP encoder, None where cross-attention takes no image features."""
         return _DIMS_CLIP_H if self.has_image_encoder else None
 
     @property
     def model_dims(self) -> ModelDims:
-        """All of its models."""
+        """Dims of all models."""
         return ModelDims(
             transformer=self.transformer_dims,
             text_encoder=self.text_encoder_dims,
@@ -133,21 +139,21 @@ class Task:
 
     @property
     def size_multiple(self) -> tuple[int, int]:
-        """What (width, height) in pixels must be multiples of."""
+        """The pixels of which (width, height) must be multiples: stride times patch."""
         return self.vae_stride[2] * self.patch_size[2], self.vae_stride[1] * self.patch_size[1]
 
     @property
     def has_image_encoder(self) -> bool:
-        """Whether CLIP features of the images go into cross-attention."""
+        """Whether cross-attention takes CLIP features of the images."""
         return self.transformer_dims.image_dim > 0
 
     @property
     def has_fixed_first_frame(self) -> bool:
-        """Whether an image becomes the first latent frame as it is, with a timestep of its own, rather than extra channels."""
+        """Whether the image is the first latent frame, with a timestep of its own, not extra channels."""
         return self.image_input is ImageInput.OPTIONAL
 
     def choose_repository(self, area: int) -> str:
-        """Return the repository whose checkpoint was trained for videos of this area, in pixels."""
+        """Return the repository with the checkpoint trained for videos of ``area`` pixels a frame."""
         return (
             self.repository_480p if self.repository_480p and area <= AREA_480P else self.repository
         )
@@ -252,7 +258,7 @@ UNSUPPORTED_TASKS = ("vace-1.3B", "vace-14B", "s2v-14B", "animate-14B")
 
 
 def get_task(name: str) -> Task:
-    """Return the task called ``name``; raises InputError if there is none, or none yet."""
+    """Return the task called ``name``; raises InputError if it does not exist or is not supported yet."""
     if name in TASKS:
         return TASKS[name]
     supported_names = ", ".join(TASKS)

@@ -1,16 +1,21 @@
-"""The arguments of a command -> the configuration of a run of a task."""
+"""Run configuration from a command's arguments, which must name a task."""
 
 from collections.abc import Sequence
 
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
 from wan_dist.config.schema import RunConfig
+from wan_dist.config.sweep import is_sweep, parse_sweep
 from wan_dist.tasks.registry import require_task
 
 
 def read_config(arguments: Sequence[str]) -> RunConfig | None:
-    """Return the configuration of a run's arguments, None after a flag that only prints; raises InputError."""
-    prepared_arguments = prepare_arguments(list(arguments))
+    """Return a run's configuration from arguments, None after a flag that only prints; raises InputError.
+
+    Of a sweep (``--multirun``) it is that of the first run.
+    """
+    settings = parse_sweep(arguments).first_settings if is_sweep(arguments) else list(arguments)
+    prepared_arguments = prepare_arguments(settings)
     if "--hydra-help" not in prepared_arguments:
         require_task(prepared_arguments)
     return compose_config(prepared_arguments)

@@ -1,1 +1,1 @@
-"""Checkpoint files -> parameters."""
+"""Checkpoint loading: from files to the parameters of models."""

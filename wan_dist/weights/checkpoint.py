@@ -1,4 +1,7 @@
-"""A checkpoint folder -> the models in it, checked at once and loaded when they are needed."""
+"""Checkpoint of a task: its models, checked when the folder is opened and loaded when needed.
+
+Opening reads configs and headers only, so that a wrong or damaged folder is refused before weights are read.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -27,7 +30,7 @@ from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
 from wan_dist.tasks.registry import Task
-from wan_dist.weights import checkpoint_dims as read_dims
+from wan_dist.weights import checkpoint_dims
 from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.identity import hash_weights
 from wan_dist.weights.key_maps import KeyMap
@@ -41,7 +44,7 @@ Dims = TypeVar("Dims")
 
 @dataclass(frozen=True)
 class Component(Generic[Model, Dims]):
-    """One model of a checkpoint: how to build it and where its weights are."""
+    """One model of a checkpoint: its dims, constructor, files of weights and key map."""
 
     dims: Dims
     build_model: Callable[..., Model]
@@ -58,7 +61,8 @@ class Component(Generic[Model, Dims]):
     ) -> Model:
         """Return the model on ``device``; ``options`` go to its constructor.
 
-        ``spread`` may shard it before it is filled. With ``streaming`` the weights of its blocks visit the device in turn.
+        ``prepare_model`` may shard it, on the meta device, before it is filled. With ``streaming`` the
+        weights of its blocks stay on the host or on disk and are copied to the device in turn.
         """
         with torch.device("meta"):
             model = self.build_model(**options)
@@ -95,19 +99,19 @@ class Component(Generic[Model, Dims]):
         return model
 
     def read_parameter_rows(self, name: str, indices: Sequence[int]) -> Tensor:
-        """Return these rows of one parameter, on the CPU; nothing else of it is read."""
+        """Return the rows of one parameter at ``indices``, on the CPU; nothing else of it is read."""
         (source,) = self.key_map.find_sources(name)
         return torch.cat([self.files.read_rows(source.key, index, index + 1) for index in indices])
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The models of one folder. ``transformers``: one, or those for high and for low noise, in this order."""
+    """The models of one folder. ``transformers``: one, or those for high and low noise, in this order."""
 
     folder: Path
     transformers: tuple[Component[WanTransformer, TransformerDims], ...]
     context_projections: tuple[Component[ContextProjection, TransformerDims], ...]
-    """For each transformer, from the same files: what makes its cross-attention's keys and values."""
+    """For each transformer, from the same files: the projections to its cross-attention's keys and values."""
     text_encoder: Component[nn.Module, TextEncoderDims]
     image_encoder: Component[nn.Module, ImageEncoderDims] | None
     vae: Component[WanVae, VaeDims]
@@ -115,7 +119,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """What tells these models from others: weights, sizes that no weight shows, the tokenizer's files."""
+        """Digest of the weights, of the dims, some of which no weight shows, and of the tokenizer's files."""
         components = (*self.transformers, self.text_encoder, self.vae, self.image_encoder)
         weights_digest = hash_weights(
             component.files for component in components if component is not None
@@ -132,12 +136,12 @@ class Checkpoint:
 
     @cached_property
     def vae_digest(self) -> str:
-        """The same of the VAE alone."""
+        """Digest of the VAE's weights alone."""
         return hash_weights([self.vae.files])
 
     @property
     def model_dims(self) -> ModelDims:
-        """Sizes of its models."""
+        """Dims of the models."""
         return ModelDims(
             transformer=self.transformers[0].dims,
             text_encoder=self.text_encoder.dims,
@@ -151,34 +155,36 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open a folder in either layout; every file is checked against its model, no weights are read.
 
-    ``transformer_files`` hold the transformers' weights instead of the folder's. Raises InputError for what is missing, damaged, or of
-    another model or task.
+    ``transformer_files`` hold the transformers' weights instead of the folder's. Raises InputError for what
+    is missing, damaged, or of another model or task.
     """
     layout = find_layout(folder, task, transformer_files)
     transformer_pairs = [_open_transformer(part, dtype) for part in layout.transformers]
+    text_encoder = _open_component(
+        layout.text_encoder,
+        checkpoint_dims.infer_text_encoder_dims,
+        lambda dims: build_text_encoder(dims, dtype),
+    )
+    image_encoder = None
+    if layout.image_encoder is not None:
+        image_encoder = _open_component(
+            layout.image_encoder, checkpoint_dims.infer_image_encoder_dims, build_image_encoder
+        )
     checkpoint = Checkpoint(
         folder=folder,
         transformers=tuple(transformer for transformer, _ in transformer_pairs),
         context_projections=tuple(projection for _, projection in transformer_pairs),
-        text_encoder=_open_component(
-            layout.text_encoder,
-            read_dims.infer_text_encoder_dims,
-            lambda dims: build_text_encoder(dims, dtype),
-        ),
-        image_encoder=None
-        if layout.image_encoder is None
-        else _open_component(
-            layout.image_encoder, read_dims.infer_image_encoder_dims, build_image_encoder
-        ),
-        vae=_open_component(layout.vae, read_dims.infer_vae_dims, WanVae),
+        text_encoder=text_encoder,
+        image_encoder=image_encoder,
+        vae=_open_component(layout.vae, checkpoint_dims.infer_vae_dims, WanVae),
         tokenizer=_open_tokenizer(layout.tokenizer_folder),
     )
     _check_task(checkpoint, task)
-    if (num_words := len(checkpoint.tokenizer)) > (
-        num_embeddings := checkpoint.text_encoder.dims.vocab_size
-    ):
+    num_words, num_embeddings = len(checkpoint.tokenizer), text_encoder.dims.vocab_size
+    if num_words > num_embeddings:
         raise InputError(
-            f"{layout.tokenizer_folder} has {num_words} words, and {checkpoint.text_encoder.files} {num_embeddings}: they do not belong together"
+            f"{layout.tokenizer_folder} has {num_words} words, "
+            f"and {text_encoder.files} {num_embeddings}: they do not belong together"
         )
     return checkpoint
 
@@ -188,7 +194,7 @@ def _open_component(
     infer_dims: Callable[..., Dims],
     build_model: Callable[..., Model],
 ) -> Component[Model, Dims]:
-    """Open one part of a checkpoint and check its files' tensors against the model they are for."""
+    """Open one model of a checkpoint and check the tensors of its files against its parameters."""
     config, files, key_map = component_files.open()
     dims = infer_dims(config, files, key_map)
     component = Component(dims, lambda **options: build_model(dims, **options), files, key_map)
@@ -202,9 +208,9 @@ def _open_transformer(
 ) -> tuple[
     Component[WanTransformer, TransformerDims], Component[ContextProjection, TransformerDims]
 ]:
-    """Open a transformer as the two models that its files hold."""
+    """Open a transformer and its context projection, the two models that its files hold."""
     config, files, key_map = component_files.open()
-    dims = read_dims.infer_transformer_dims(config, files, key_map)
+    dims = checkpoint_dims.infer_transformer_dims(config, files, key_map)
     transformer = Component(
         dims, lambda **options: WanTransformer(dims, dtype, **options), files, key_map
     )
@@ -215,7 +221,7 @@ def _open_transformer(
 
 
 def _check_task(checkpoint: Checkpoint, task: Task) -> None:
-    """Raise InputError if the checkpoint is of another task; its size is its own affair."""
+    """Raise InputError if the checkpoint is of another task; the size of its transformers is not compared."""
     expected_dims = task.transformer_dims
     for component in checkpoint.transformers:
         dims = component.dims
@@ -235,11 +241,13 @@ def _check_task(checkpoint: Checkpoint, task: Task) -> None:
         ]
         if mismatches:
             raise InputError(
-                f"{checkpoint.folder} is not a {task.name} checkpoint: its transformer has {', '.join(mismatches)}"
+                f"{checkpoint.folder} is not a {task.name} checkpoint: "
+                f"its transformer has {', '.join(mismatches)}"
             )
     if checkpoint.vae.dims.latent_dim != task.latent_channels:
         raise InputError(
-            f"{checkpoint.vae.files} has {checkpoint.vae.dims.latent_dim} latent channels, {task.name} needs {task.latent_channels}"
+            f"{checkpoint.vae.files} has {checkpoint.vae.dims.latent_dim} latent channels, "
+            f"{task.name} needs {task.latent_channels}"
         )
 
 
@@ -251,9 +259,7 @@ def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return load_tokenizer(folder)
     except UnreadableFileError as error:
         raise InputError(f"{file} cannot be read: {error}; download it again") from None
-    except (
-        Exception
-    ) as error:  # transformers and tokenizers raise many types, tokenizers even the bare one
+    except Exception as error:  # the libraries raise many types, tokenizers even Exception itself
         raise InputError(
             f"{folder} holds no tokenizer that can be read; download it again ({get_first_line(error)})"
         ) from None

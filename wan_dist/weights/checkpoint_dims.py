@@ -1,4 +1,8 @@
-"""Hyperparameters of the models in a checkpoint, from its tensors' shapes and, for what shapes cannot tell, its config files."""
+"""Hyperparameters of a checkpoint's models, inferred from tensor shapes.
+
+Shapes cannot be wrong about the weights they belong to. Config files, which people edit, are read only for
+what shapes do not show, such as the number of heads.
+"""
 
 import re
 from collections.abc import Mapping
@@ -11,25 +15,25 @@ from wan_dist.weights.files import Shape, TensorFiles
 from wan_dist.weights.key_maps import KeyMap
 
 _MAX_LAYERS = 256
-"""Six times those of the published ones: a broken file should not have a million built."""
+"""Six times as many as the published models have: a damaged file should not have a million layers built."""
 
 
 class _TensorShapes:
-    """Shapes by our names, whatever the checkpoint calls the tensors."""
+    """Shapes of the checkpoint's tensors by our parameter names, in either layout."""
 
     def __init__(self, files: TensorFiles, key_map: KeyMap) -> None:
         self.files = files
         self.key_map = key_map
 
     def get_shape(self, name: str, rank: int) -> Shape:
-        """Return a shape of so many dims; raises InputError if there is none."""
+        """Return a tensor's shape; raises InputError if it is missing or has not ``rank`` dims."""
         shape = self.get_shape_of_min_rank(name, rank)
         if len(shape) != rank:
             raise self._make_rank_error(name, shape, rank)
         return shape
 
     def get_shape_of_min_rank(self, name: str, min_rank: int) -> Shape:
-        """Return a shape of so many dims or more, none of them 0; raises InputError if there is none."""
+        """Return a shape of at least ``min_rank`` dims, none of length 0; raises InputError otherwise."""
         key = self.key_map.find_sources(name)[0].key
         if key not in self.files.shapes:
             raise InputError(f"{self.files} holds no {key}: it is not of the kind expected there")
@@ -37,6 +41,10 @@ class _TensorShapes:
         if len(shape) < min_rank or 0 in shape:
             raise self._make_rank_error(name, shape, min_rank)
         return shape
+
+    def get_size_or_zero(self, name: str, rank: int, dim: int) -> int:
+        """Return the length of a tensor's dim, 0 where the checkpoint holds no such tensor."""
+        return self.get_shape(name, rank)[dim] if name in self else 0
 
     def _make_rank_error(self, name: str, shape: Shape, rank: int) -> InputError:
         key = self.key_map.find_sources(name)[0].key
@@ -47,21 +55,21 @@ class _TensorShapes:
         return self.key_map.find_sources(name)[0].key in self.files.shapes
 
     def count_layer_indices(self, pattern: str) -> int:
-        """Return how many different numbers stand in the pattern's group over all keys."""
+        """Return the number of distinct layer indices that the pattern's first group matches in the keys."""
         return len(
             {match[1] for match in (re.search(pattern, key) for key in self.files.shapes) if match}
         )
 
 
 class _ConfigReader:
-    """Entries of a config.json, which people edit."""
+    """Entries of a config.json, validated because people edit the file."""
 
     def __init__(self, entries: Mapping[str, Any], files: TensorFiles) -> None:
         self.entries = entries
         self.files = files
 
     def read_positive_int(self, *keys: str, default: int, maximum: int = 2**20) -> int:
-        """Return the first of these entries that is there, from 1 on; raises InputError."""
+        """Return the first given entry of ``keys``; raises InputError unless it is from 1 to ``maximum``."""
         for key in keys:
             value = self.entries.get(key)
             if value is not None and (type(value) is not int or not 1 <= value <= maximum):
@@ -71,26 +79,30 @@ class _ConfigReader:
         return default
 
     def read_num_layers(self, key: str, num_stored: int) -> int:
-        """Return how many layers there should be, by default as many as are stored; `check_keys` tells whether they are there."""
+        """Return the configured number of layers, by default that of the stored ones.
+
+        `check_keys` tells later whether all of them are stored.
+        """
         return self.read_positive_int(
             key, default=min(num_stored, _MAX_LAYERS), maximum=_MAX_LAYERS
         )
 
     def make_error(self, problem: str) -> InputError:
-        """Return the error of an entry."""
+        """Return the InputError for an entry."""
         return InputError(f"config.json beside {self.files} says {problem}; download it again")
 
 
 def infer_transformer_dims(
     config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
 ) -> TransformerDims:
-    """Hyperparameters of a transformer; the config of either layout gives the number of heads."""
+    """Return the dims of a transformer; the config of either layout gives the number of heads."""
     shapes, config_reader = _TensorShapes(files, key_map), _ConfigReader(config, files)
     dim, in_dim, *patch = shapes.get_shape("patch_embedding.weight", 5)
     num_heads = config_reader.read_positive_int("num_heads", "num_attention_heads", default=0)
     if not num_heads or dim % (2 * num_heads):
         raise InputError(
-            f"config.json beside {files} gives no number of heads that divides {dim} evenly: it is not a Wan transformer's"
+            f"config.json beside {files} gives no number of heads that divides {dim} evenly: "
+            "it is not a Wan transformer's"
         )
     eps = config.get("eps", TransformerDims.eps)
     if type(eps) not in (int, float) or not 0 <= eps < 1:
@@ -111,17 +123,13 @@ def infer_transformer_dims(
         freq_dim=shapes.get_shape("time_embedding.0.weight", 2)[1],
         patch=(patch[0], patch[1], patch[2]),
         eps=eps,
-        image_dim=shapes.get_shape("img_emb.proj.0.weight", 1)[0]
-        if "img_emb.proj.0.weight" in shapes
-        else 0,
-        image_positions=shapes.get_shape("img_emb.emb_pos", 3)[1]
-        if "img_emb.emb_pos" in shapes
-        else 0,
+        image_dim=shapes.get_size_or_zero("img_emb.proj.0.weight", rank=1, dim=0),
+        image_positions=shapes.get_size_or_zero("img_emb.emb_pos", rank=3, dim=1),
     )
 
 
 def infer_vae_dims(_: Mapping[str, Any], files: TensorFiles, key_map: KeyMap) -> VaeDims:
-    """Hyperparameters of either VAE."""
+    """Return the dims of VAE 2.1 or VAE 2.2, which its input channels tell apart."""
     shapes = _TensorShapes(files, key_map)
     dim, pixel_channels = shapes.get_shape("encoder.conv1.weight", 5)[:2]
     return VaeDims(
@@ -135,7 +143,7 @@ def infer_vae_dims(_: Mapping[str, Any], files: TensorFiles, key_map: KeyMap) ->
 def infer_text_encoder_dims(
     config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
 ) -> TextEncoderDims:
-    """Hyperparameters of umT5."""
+    """Return the dims of the umT5 text encoder."""
     shapes = _TensorShapes(files, key_map)
     vocab_size, dim = shapes.get_shape("embed_tokens.weight", 2)
     attention_prefix = "block.0.layer.0.SelfAttention."
@@ -158,7 +166,10 @@ def infer_text_encoder_dims(
 def infer_image_encoder_dims(
     config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
 ) -> ImageEncoderDims:
-    """Hyperparameters of CLIP's vision tower; the original layout has no config: its heads are 80 wide, and two at least."""
+    """Return the dims of CLIP's vision tower.
+
+    The original layout has no config: heads are then taken to be 80 wide, and at least two.
+    """
     shapes = _TensorShapes(files, key_map)
     dim, _, patch, _ = shapes.get_shape("embeddings.patch_embedding.weight", 4)
     num_positions = shapes.get_shape_of_min_rank("embeddings.position_embedding.weight", 2)[-2]

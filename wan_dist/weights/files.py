@@ -1,4 +1,7 @@
-"""Checkpoint files as one table of tensors: names and shapes known at once, values read one at a time."""
+"""Tensors in checkpoint files, as one table: names and shapes at once, values one at a time.
+
+Safetensors and PyTorch's own formats are read; code in a file is never run. Errors say what to do.
+"""
 
 import ctypes
 import json
@@ -26,7 +29,7 @@ Shape = tuple[int, ...]
 
 _LIBC = ctypes.CDLL(None)
 _MAX_HEADER_BYTES = 100_000_000
-"""As the safetensors library has it."""
+"""Limit of the safetensors library."""
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _TYPE_NAMES = {
     torch.float64: "F64",
@@ -39,7 +42,7 @@ _TYPE_NAMES = {
 _ZIP_MAGIC, _PICKLE_MAGIC = b"PK\3\4", b"\x80"
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "module")
-"""Keys under which training programs keep a model's tensors, beside what else they keep."""
+"""Keys under which training programs store a model's tensors, beside optimizer states and the like."""
 _FOREIGN_FORMATS = (
     (
         rb"version https://git-lfs",
@@ -62,14 +65,14 @@ _FOREIGN_FORMATS = (
     ),
     (rb"\0{512}", "empty where it should begin: its download was not finished; download it again"),
 )
-"""How files begin that hold no weights for us, what they are, and what to do."""
+"""Signatures of files that hold no readable weights, what the files are, and what to do."""
 
 
 class TensorFiles:
-    """The tensors of one or several files, in safetensors or as PyTorch saves them, told apart by what is in them.
+    """The tensors of one or several files in safetensors or PyTorch's format, told apart by their content.
 
-    Opening reads headers only, but for files of PyTorch before 1.6, and checks that each is whole; raises InputError with the file's
-    name if one is not.
+    Opening reads headers only, except for files of PyTorch before 1.6, and checks that each file is complete;
+    raises InputError with the file's name if one is not.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -77,7 +80,7 @@ class TensorFiles:
         self.bytes_read = 0
         self.shapes: dict[str, Shape] = {}
         self.non_float_types: dict[str, str] = {}
-        """Tensors that cannot be weights, and the types of their numbers."""
+        """Tensors that cannot be weights, and their data types."""
         self._type_names: dict[str, str] = {}
         self._readers: dict[str, Any] = {}
         self._is_mapped = not any(map(_is_legacy_pickle, self.paths))
@@ -86,7 +89,8 @@ class TensorFiles:
             reader, shapes, type_names = _open_tensor_file(path)
             if duplicate := next((name for name in shapes if name in path_by_tensor), None):
                 raise InputError(
-                    f"{path_by_tensor[duplicate]} and {path.name} both hold {duplicate}; remove the file that is not of this checkpoint"
+                    f"{path_by_tensor[duplicate]} and {path.name} both hold {duplicate}; "
+                    "remove the file that is not of this checkpoint"
                 )
             path_by_tensor |= dict.fromkeys(shapes, path)
             self.shapes |= shapes
@@ -100,29 +104,26 @@ class TensorFiles:
         self._check_scales()
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, in the file's dtype, on the CPU; pages are read from disk as they are touched."""
+        """Return one tensor, in the file's dtype, on the CPU; pages are read from disk on first access."""
         return self._count_bytes_read(self.peek(name))
 
     def peek(self, name: str) -> Tensor:
-        """Return one tensor to look at a few of its values, which is no reading of weights."""
+        """Return one tensor of which few values will be inspected; ``bytes_read`` does not count it."""
         reader = self._readers[name]
         return reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of one tensor; only their bytes are read."""
+        """Return rows of one tensor, from ``start`` to before ``stop``; only their bytes are read."""
         reader = self._readers[name]
-        return self._count_bytes_read(
-            reader[name][start:stop]
-            if isinstance(reader, dict)
-            else reader.get_slice(name)[start:stop]
-        )
+        tensor = reader[name] if isinstance(reader, dict) else reader.get_slice(name)
+        return self._count_bytes_read(tensor[start:stop])
 
     def is_fp8(self, name: str) -> bool:
-        """Whether the file has this tensor in 8-bit floats (e4m3)."""
+        """Whether the file stores this tensor in 8-bit floats (e4m3)."""
         return self._type_names[name] == "F8_E4M3"
 
     def read_scale(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Return what rows of an 8-bit tensor are to be multiplied with: one number, or one a row (n, 1); None if there is nothing."""
+        """Return the factors that scale rows of an 8-bit tensor, (1, 1) or (n, 1); None without scales."""
         if (key := self._find_scale_key(name)) is None:
             return None
         scale = self.read(key).float().reshape(-1, 1)
@@ -136,17 +137,18 @@ class TensorFiles:
         return next((key for key in candidates if self.shapes.get(key, (0,)) != (0,)), None)
 
     def _check_scales(self) -> None:
-        """Raise InputError for scales that are neither one a tensor nor one a row."""
+        """Raise InputError for scales that are neither one for the tensor nor one for each row."""
         for name, shape in self.shapes.items():
-            if (key := self._find_scale_key(name)) is not None and math.prod(
-                self.shapes[key]
-            ) not in (1, *shape[:1]):
+            if (key := self._find_scale_key(name)) is None:
+                continue
+            if math.prod(self.shapes[key]) not in (1, *shape[:1]):
                 raise InputError(
-                    f"{self}: {key} has shape {self.shapes[key]}; scales of a tensor of {shape} are one, or one a row"
+                    f"{self}: {key} has shape {self.shapes[key]}; "
+                    f"scales of a tensor of {shape} are one, or one a row"
                 )
 
     def release_pages(self, tensor: Tensor) -> None:
-        """Let the system have the pages of a tensor that came from here: until then they count as this process's memory."""
+        """Return a tensor's pages to the system: until then they count as this process's memory."""
         if not self._is_mapped:
             return  # there is no file behind them
         start_address = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -168,9 +170,10 @@ class TensorFiles:
 
 
 def open_sharded_weights(folder: Path, stem: str) -> TensorFiles:
-    """Open ``stem.safetensors``, or the shards that ``stem.safetensors.index.json`` lists, else ``stem.bin`` or another of PyTorch's.
+    """Open the weights ``stem`` of a folder, in one file or in shards.
 
-    Raises InputError if one is missing.
+    The shards are those that ``stem.safetensors.index.json`` lists; without it, all ``stem*.safetensors``;
+    without these, ``stem.bin`` or another file in PyTorch's format. Raises InputError if one is missing.
     """
     index_path = folder / f"{stem}.safetensors.index.json"
     if index_path.exists():
@@ -178,7 +181,8 @@ def open_sharded_weights(folder: Path, stem: str) -> TensorFiles:
         missing_shards = [shard for shard in shards if not (folder / shard).exists()]
         if missing_shards:
             raise InputError(
-                f"{folder}: {len(missing_shards)} of the {len(shards)} shards in {index_path.name} are missing: {format_first_ten(missing_shards)}"
+                f"{folder}: {len(missing_shards)} of the {len(shards)} shards "
+                f"in {index_path.name} are missing: {format_first_ten(missing_shards)}"
             )
         return TensorFiles([folder / shard for shard in shards])
     paths = sorted(
@@ -193,7 +197,7 @@ def open_sharded_weights(folder: Path, stem: str) -> TensorFiles:
 
 
 def _list_shards(index_path: Path) -> list[str]:
-    """Return the names of the files that an index lists; raises InputError for others than those of its own folder."""
+    """Return the file names that an index lists; raises InputError for names outside its folder."""
     weight_map = read_checkpoint_json(index_path).get("weight_map")
     shard_names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not shard_names or not all(isinstance(name, str) and name for name in shard_names):
@@ -228,20 +232,18 @@ def _read_file_start(path: Path) -> bytes:
 
 
 def _open_tensor_file(path: Path) -> tuple[Any, dict[str, Shape], dict[str, str]]:
-    """Return what reads tensors, their shapes and types; the suffix counts only where a file begins as neither kind does."""
+    """Return a reader of tensors, their shapes and types; the suffix decides only for unknown signatures."""
     file_start, is_pickle = _read_file_start(path), path.suffix.lower() in _PICKLE_SUFFIXES
     if file_start[8:9] == b"{":
         return _open_safetensors(path)
     if file_start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
         return _open_pickle(path)
-    if description := next(
-        (
-            description
-            for signature, description in _FOREIGN_FORMATS
-            if re.match(signature, file_start, re.DOTALL)
-        ),
-        None,
-    ):
+    descriptions = (
+        description
+        for signature, description in _FOREIGN_FORMATS
+        if re.match(signature, file_start, re.DOTALL)
+    )
+    if description := next(descriptions, None):
         problem = (
             "cannot be read as PyTorch weights"
             if is_pickle
@@ -252,18 +254,17 @@ def _open_tensor_file(path: Path) -> tuple[Any, dict[str, Shape], dict[str, str]
 
 
 def _is_legacy_pickle(path: Path) -> bool:
-    """Whether a file is a pickle alone, as PyTorch saved before 1.6: it cannot be mapped into memory."""
+    """Whether a file is a bare pickle, PyTorch's format before 1.6, which cannot be memory-mapped."""
     file_start = _read_file_start(path)
     return file_start.startswith(_PICKLE_MAGIC) and file_start[8:9] != b"{"
 
 
 def _open_safetensors(path: Path) -> tuple[Any, dict[str, Shape], dict[str, str]]:
-    """Return what reads tensors, their shapes and types."""
+    """Return a reader of tensors, their shapes and types."""
     header = _read_safetensors_header(path)
     try:
-        reader = safe_open(
-            path, framework="pt"
-        )  # checks that the tensors fill the file one after the other
+        # It checks that the tensors fill the file without gaps.
+        reader = safe_open(path, framework="pt")
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         return (
             reader,
@@ -277,17 +278,17 @@ def _open_safetensors(path: Path) -> tuple[Any, dict[str, Shape], dict[str, str]
 
 
 def _read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Return a safetensors header; format: 8 bytes of length, then JSON, then the data (huggingface/safetensors, README)."""
+    """Return a safetensors header; raises InputError for an unreadable one or a truncated file.
+
+    Format: 8 bytes of length, then JSON, then the data (huggingface/safetensors, README).
+    """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         length_field = file.read(8)
         header_bytes = struct.unpack("<Q", length_field)[0] if len(length_field) == 8 else 0
         try:
-            header_text = (
-                file.read(header_bytes)
-                if 0 < header_bytes < min(file_bytes, _MAX_HEADER_BYTES)
-                else b""
-            )
+            is_plausible = 0 < header_bytes < min(file_bytes, _MAX_HEADER_BYTES)
+            header_text = file.read(header_bytes) if is_plausible else b""
             header: dict[str, Any] = json.loads(header_text, object_pairs_hook=_reject_duplicates)
             tensor_ends = [
                 entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
@@ -303,7 +304,8 @@ def _read_safetensors_header(path: Path) -> dict[str, Any]:
         ) as error:
             reason = f" ({error})" if isinstance(error, _DuplicateKeyError) else ""
             raise InputError(
-                f"{path} ({file_bytes} bytes) has no readable safetensors header; download it again{reason}"
+                f"{path} ({file_bytes} bytes) has no readable safetensors header; "
+                f"download it again{reason}"
             ) from None
     if file_bytes < expected_bytes:
         raise InputError(
@@ -317,7 +319,7 @@ class _DuplicateKeyError(ValueError):
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse two tensors of a name: which of them is meant would be a guess."""
+    """Refuse duplicate tensor names: which of the two is meant would be a guess."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
         raise _DuplicateKeyError("a name is given twice")
@@ -325,22 +327,26 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Shape], dict[str, str]]:
-    """Return tensors, their shapes and types; nothing that a pickle may hold besides is run."""
+    """Return tensors, their shapes and types; code that a pickle may hold is not run."""
     try:
-        with path.open(
-            "rb"
-        ) as file:  # by its number: torch takes whatever is called .safetensors for that
+        # Opened by descriptor: torch reads every file whose name ends in .safetensors as safetensors.
+        with path.open("rb") as file:
             content = torch.load(
                 f"/proc/self/fd/{file.fileno()}",
                 map_location="cpu",
                 weights_only=True,
                 mmap=not _is_legacy_pickle(path),
             )
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError or ValueError for a damaged file
+    except (
+        Exception
+    ) as error:  # for a damaged file RuntimeError, UnpicklingError, EOFError or ValueError
         if isinstance(error, pickle.UnpicklingError) and (
             global_match := re.search(r"(?:GLOBAL|class|global) ([\w.]+)", str(error))
         ):
-            reason = f"it holds code, {global_match[1]}, which is not run (weights_only); take the weights as their publisher has them"
+            reason = (
+                f"it holds code, {global_match[1]}, which is not run (weights_only); "
+                "take the weights as their publisher has them"
+            )
         elif "TorchScript" in str(error):
             reason = "it is a program of TorchScript; take the weights as their publisher has them"
         else:
@@ -362,7 +368,8 @@ def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Shape], dict[
         if value.layout != torch.strided or value.device.type != "cpu"
     ]:
         raise InputError(
-            f"{path} is not a plain dictionary of tensors: {format_first_ten(unsupported_names)} is sparse, or without values"
+            f"{path} is not a plain dictionary of tensors: "
+            f"{format_first_ten(unsupported_names)} is sparse, or without values"
         )
     type_names = {
         name: _TYPE_NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))

@@ -1,4 +1,4 @@
-"""The published checkpoint of a task: from the Hugging Face cache, or downloaded into it."""
+"""Hugging Face download of a task's published checkpoint, unless the cache holds it."""
 
 import errno
 import re
@@ -22,32 +22,34 @@ _NO_PERMISSION_ERRNOS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def snapshot_download(repository: str, **options: Any) -> str:
-    """Call huggingface_hub's function of this name; importing it may fail already, at what is set in the environment."""
+    """Call huggingface_hub's function of this name; environment variables can make even its import fail."""
     import huggingface_hub
 
     return huggingface_hub.snapshot_download(repository, **options)
 
 
 def find_checkpoint(task: Task, *, area: int) -> Path:
-    """Return the folder of the task's published checkpoint for videos of ``area`` pixels, downloaded if it is not cached whole.
+    """Return the folder of the task's published checkpoint for videos of ``area`` pixels.
 
-    Raises InputError, with the folder that is wanted, when it is neither there nor can be fetched.
+    It is downloaded unless the cache holds all of it. Raises InputError, which tells what a folder must hold,
+    when it is neither there nor can be fetched.
     """
     repository, patterns = task.choose_repository(area), list_download_patterns(task)
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
         for component_files in find_layout(folder, task).transformers:
             component_files.open()  # a shard may be missing
-    except Exception:  # not there, not whole, or not to be read: the download says which
+    except Exception:  # missing, incomplete or unreadable: the download says which
         return download_checkpoint(task, area=area)
     return folder
 
 
 def download_checkpoint(task: Task, *, area: int, folder: Path | None = None) -> Path:
-    """Download the task's published checkpoint for videos of ``area`` pixels to a folder, by default of the Hugging Face cache; returns it.
+    """Download the task's published checkpoint for videos of ``area`` pixels and return its folder.
 
-    Files that are there whole are not fetched again. Raises InputError if it cannot be fetched. A signal ends the process at once:
-    what has come is kept, and others would wait for the file that is under way.
+    ``folder``: where to, by default into the Hugging Face cache. Complete files are not fetched again. Raises
+    InputError if it cannot be fetched. A signal ends the process at once: partial downloads stay on disk, and
+    other processes would wait for the lock of the file that is being fetched.
     """
     repository, patterns = task.choose_repository(area), list_download_patterns(task)
     logger.info("download  %s to %s", repository, folder or "the Hugging Face cache")
@@ -56,25 +58,28 @@ def download_checkpoint(task: Task, *, area: int, folder: Path | None = None) ->
             return Path(snapshot_download(repository, allow_patterns=patterns, local_dir=folder))
     except Exception as error:  # of the hub's client, of what it sends requests with, of the disk
         raise InputError(
-            f"the checkpoint of {task.name} is not on this machine and could not be downloaded: {_explain_download_error(error)}; or where there is "
-            f"internet run `python -m launch fetch {task.name} FOLDER` or `hf download {repository} --local-dir FOLDER`, then pass "
-            f"ckpt_dir=FOLDER; it must hold {', '.join(patterns)}"
+            f"the checkpoint of {task.name} is not on this machine and could not be downloaded: "
+            f"{_explain_download_error(error)}; or where there is internet "
+            f"run `python -m launch fetch {task.name} FOLDER` "
+            f"or `hf download {repository} --local-dir FOLDER`, then pass ckpt_dir=FOLDER; "
+            f"it must hold {', '.join(patterns)}"
         ) from None
 
 
 def _explain_download_error(error: Exception) -> str:
-    """Return why a download failed, and the variable that may mend it."""
+    """Return why a download failed, and the environment variable whose change may help."""
     causes = list(_iterate_causes(error))
     http_errors = [cause for cause in causes if getattr(cause, "response", None) is not None]
     root_cause = http_errors[0] if http_errors else causes[-1]
     message = f"{type(root_cause).__name__}: {get_first_line(root_cause)}"
     if offline_setting := _find_set_variable(_OFFLINE_VARIABLES):
         return f"{offline_setting} forbids it; unset it"
-    if http_errors and getattr(getattr(root_cause, "response", None), "status_code", None) in (
-        401,
-        403,
-    ):
-        return f"{message}; a token is refused: renew what HF_TOKEN or `hf auth login` has set, or do without, as public files need none"
+    status_code = getattr(getattr(root_cause, "response", None), "status_code", None)
+    if http_errors and status_code in (401, 403):
+        return (
+            f"{message}; a token is refused: renew what HF_TOKEN or `hf auth login` has set, "
+            "or do without, as public files need none"
+        )
     if _has_disk_error(causes, _DISK_FULL_ERRNOS):
         return f"{message}; make room, or have HF_HOME=FOLDER name a disk that has some"
     if _has_disk_error(causes, _NO_PERMISSION_ERRNOS):
@@ -84,22 +89,23 @@ def _explain_download_error(error: Exception) -> str:
         for variables in (_PROXY_VARIABLES, _MIRROR_VARIABLES, _CERTIFICATE_VARIABLES)
     )
     if proxy and any(isinstance(cause, ImportError) for cause in causes):
-        return f"{proxy} needs a package that is not installed ({message}): pip install socksio, or unset it"
+        return (
+            f"{proxy} needs a package that is not installed ({message}): "
+            "pip install socksio, or unset it"
+        )
     is_certificate_error = "SSL" in message.upper() or type(root_cause) is FileNotFoundError
-    suspect_settings = [
-        setting
-        for setting in (mirror, proxy, certificates if is_certificate_error else None)
-        if setting
-    ]
-    return f"{message}; " + (
-        f"{' and '.join(suspect_settings)} may be wrong"
-        if suspect_settings
-        else "is there internet"
-    )
+    candidates = (mirror, proxy, certificates if is_certificate_error else None)
+    suspect_settings = [setting for setting in candidates if setting]
+    if not suspect_settings:
+        return f"{message}; is there internet"
+    return f"{message}; {' and '.join(suspect_settings)} may be wrong"
 
 
 def _has_disk_error(causes: list[BaseException], error_numbers: tuple[int, ...]) -> bool:
-    """Whether an error of a file is behind it; those of files have a name, and some libraries only its text."""
+    """Whether a file error with one of these numbers is among the causes.
+
+    A file error has a file name, unlike a socket's; some libraries give only the text of the error.
+    """
     file_errors = (
         cause
         for cause in causes
@@ -113,7 +119,7 @@ def _has_disk_error(causes: list[BaseException], error_numbers: tuple[int, ...])
 
 
 def _iterate_causes(error: BaseException) -> Iterator[BaseException]:
-    """Go from an error to those that it came from."""
+    """Yield an error, then the chain of those that it was raised from."""
     cause: BaseException | None = error
     for _ in range(20):
         if cause is None:
@@ -131,7 +137,7 @@ def _find_set_variable(variables: tuple[str, ...]) -> str | None:
 
 
 def check_checkpoint_complete(folder: Path, task: Task) -> None:
-    """Raise InputError unless all files of the task are there and their headers can be read."""
+    """Raise InputError unless all files of the task exist and their headers can be read."""
     layout = find_layout(folder, task)
     for component_files in (
         *layout.transformers,

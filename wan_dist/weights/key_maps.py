@@ -1,7 +1,7 @@
-"""Where each of our parameters is in a checkpoint: key maps for the two published layouts.
+"""Key maps from our parameters to checkpoint tensors, for the two published layouts.
 
-Our modules carry the original layout's names, except for the linears that we fuse and for the two encoders that are transformers'
-modules. The Diffusers layout is the original one under other names.
+Our modules carry the original layout's names, except for the linears that we fuse and for the two encoders,
+which are modules of the transformers library. The Diffusers layout is the original one under other names.
 """
 
 import re
@@ -13,7 +13,7 @@ KeyRenamer = Callable[[str], str]
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor of the checkpoint, or the ``part``-th of ``parts`` equal shares of its rows."""
+    """A tensor of the checkpoint, or part ``part_index`` of its rows in ``num_parts`` equal parts."""
 
     key: str
     part_index: int = 0
@@ -22,9 +22,10 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class KeyMap:
-    """``sources`` maps the name of one of our parameters to what it consists of, stacked along the first dim."""
+    """Where the parameters of one model are in a checkpoint, by their names in our modules."""
 
     find_sources: Callable[[str], tuple[TensorSource, ...]]
+    """From a parameter's name to the tensors that it consists of, stacked along the first dim."""
     is_ignored: Callable[[str], bool] = lambda key: False
     """Which of the checkpoint's keys are known not to be needed."""
 
@@ -33,7 +34,7 @@ _RenameTable = tuple[tuple[str, str], ...]
 
 
 def _apply_rename_table(name: str, table: _RenameTable) -> str:
-    """Apply the first row (pattern, replacement) whose pattern begins the name."""
+    """Apply the first row (pattern, replacement) whose pattern matches the start of the name."""
     for pattern, replacement in table:
         if match := re.match(pattern, name):
             return match.expand(replacement) + name[match.end() :]
@@ -45,7 +46,10 @@ def _keep_name(name: str) -> str:
 
 
 def _map_transformer(rename_key: KeyRenamer) -> KeyMap:
-    """q, k, v of self-attention and k, v of cross-attention are one linear here and apart in every checkpoint."""
+    """Return a transformer's key map, given how to rename the keys of the original layout.
+
+    q, k, v of self-attention and k, v of cross-attention are one linear here, and separate in checkpoints.
+    """
     fused_linears = {
         ".self_attn.qkv.": ("self_attn.q", "self_attn.k", "self_attn.v"),
         ".cross_attn.kv.": ("cross_attn.k", "cross_attn.v"),
@@ -109,7 +113,7 @@ _FP8_EXTRA_SUFFIXES = (
 
 
 def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
-    """Key map of a transformer in one file, as it is passed around: names of either layout, with or without a prefix, also in fp8."""
+    """Key map of a transformer in a single file: names of either layout, with or without a prefix, or fp8."""
     prefix = next(
         (prefix for prefix in _SINGLE_FILE_PREFIXES if any(key.startswith(prefix) for key in keys)),
         "",
@@ -171,7 +175,7 @@ def map_diffusers_vae(_: Collection[str]) -> KeyMap:
     """Key map of either VAE in the Diffusers layout."""
 
     def rename_key(name: str) -> str:
-        # The decoder of VAE 2.1 is a flat list: three residual blocks, an upsampling, and again.
+        # The decoder of VAE 2.1 is a flat list: three residual blocks and an upsampling for each stage.
         if match := re.match(r"decoder\.upsamples\.(\d+)\.(?!upsamples)", name):
             stage, position = divmod(int(match[1]), 4)
             layer_name = f"resnets.{position}" if position < 3 else "upsamplers.0"
@@ -207,7 +211,7 @@ def map_original_text_encoder(_: Collection[str]) -> KeyMap:
 
 
 def map_diffusers_text_encoder(keys: Collection[str]) -> KeyMap:
-    """Key map of umT5 in the Diffusers layout, where the token embedding is stored once or, under two names, twice."""
+    """Key map of umT5 in the Diffusers layout, which stores the token embedding under one name or two."""
     embedding_names = ("shared.weight", "encoder.embed_tokens.weight")
     embedding_key = embedding_names[0] if embedding_names[0] in keys else embedding_names[1]
     return KeyMap(
@@ -238,7 +242,7 @@ def _find_last_layer(keys: Collection[str], pattern: str) -> int:
 
 
 def map_original_image_encoder(keys: Collection[str]) -> KeyMap:
-    """Key map of CLIP in the original layout: the text tower and what follows the penultimate layer are left."""
+    """Key map of CLIP in the original layout; the text tower and layers after the penultimate are ignored."""
     last_layer = _find_last_layer(keys, r"^visual\.transformer\.(\d+)\.")
     unused_prefixes = (
         "textual.",
@@ -259,7 +263,10 @@ def map_original_image_encoder(keys: Collection[str]) -> KeyMap:
 
 
 def map_diffusers_image_encoder(keys: Collection[str]) -> KeyMap:
-    """Key map of CLIP in the Diffusers layout; releases of transformers differ in whether names begin with ``vision_model.``."""
+    """Key map of CLIP in the Diffusers layout.
+
+    Releases of transformers differ in whether names begin with ``vision_model.``.
+    """
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in keys) else ""
     last_layer = _find_last_layer(keys, r"encoder\.layers\.(\d+)\.")
     unused_prefixes = tuple(

@@ -1,6 +1,7 @@
-"""Which files of a checkpoint folder hold what, in either of the published layouts, told apart by looking.
+"""Checkpoint layouts: which files of a folder hold which model, in either published layout.
 
-Original: files at the top, transformers of two experts in folders of their own. Diffusers: a folder for each model.
+Original: files at the top, transformers of two experts in folders of their own. Diffusers: a folder for each
+model. Which layout a folder has is decided by the files in it.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -15,7 +16,7 @@ from wan_dist.runtime.text_files import (
     read_checkpoint_json,
 )
 from wan_dist.tasks.registry import Task
-from wan_dist.weights import key_maps as names
+from wan_dist.weights import key_maps
 from wan_dist.weights.files import TensorFiles, open_sharded_weights
 from wan_dist.weights.key_maps import KeyMap
 
@@ -24,12 +25,12 @@ TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-"""Of files with weights, in either case; what is in them does not depend on it."""
+"""Suffixes of files of weights, in upper or lower case; the content, not the suffix, tells the format."""
 
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """One model of a checkpoint: where it is and how its keys are read."""
+    """One model of a checkpoint: its files and their key map."""
 
     folder: Path
     file_or_stem: str
@@ -38,7 +39,10 @@ class ComponentFiles:
     config_file: str | None = None
 
     def open(self) -> tuple[dict[str, Any], TensorFiles, KeyMap]:
-        """Return config, files and key map; headers are read, weights are not. Raises InputError for missing or damaged files."""
+        """Return config, files and key map; headers are read, weights are not.
+
+        Raises InputError for missing or damaged files.
+        """
         config: dict[str, Any] = {}
         if self.config_file is not None:
             config = read_checkpoint_json(self.folder / self.config_file)
@@ -54,7 +58,7 @@ class ComponentFiles:
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Where the models of a task are. ``transformers``: one, or those for high and for low noise."""
+    """Files of a task's models. ``transformers``: one, or those for high and low noise, in this order."""
 
     name: str
     transformers: tuple[ComponentFiles, ...]
@@ -70,7 +74,10 @@ def get_vae_file_name(task: Task) -> str:
 
 
 def list_download_patterns(task: Task) -> list[str]:
-    """Return glob patterns of all that a run reads from the task's repository (original layout): what to fetch, and nothing else."""
+    """Return glob patterns of all files that a run reads from the task's repository, and no others.
+
+    Published repositories are in the original layout.
+    """
     folders = ("high_noise_model/", "low_noise_model/") if task.expert_boundary else ("",)
     patterns = [
         f"{folder}{name}"
@@ -84,7 +91,7 @@ def list_download_patterns(task: Task) -> list[str]:
 def find_layout(
     folder: Path, task: Task, transformer_files: Sequence[Path] = ()
 ) -> CheckpointLayout:
-    """Return the layout of a folder; raises InputError with what was found and what was wanted if it is not whole."""
+    """Return the layout of a folder; raises InputError, with the files missing and found, if incomplete."""
     if not folder.is_dir():
         raise InputError(f"ckpt_dir={folder} is not a folder")
     is_diffusers = (folder / "model_index.json").exists() or (folder / "transformer").is_dir()
@@ -108,38 +115,44 @@ def find_layout(
     if missing_files:
         present_files = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
         raise InputError(
-            f"{folder} is not a whole {task.name} checkpoint in the {layout.name} layout: it has no {', '.join(missing_files)} (found: {present_files})"
+            f"{folder} is not a whole {task.name} checkpoint in the {layout.name} layout: "
+            f"it has no {', '.join(missing_files)} (found: {present_files})"
         )
     return layout
 
 
 def _build_original_layout(folder: Path, task: Task) -> CheckpointLayout:
     subfolders = ("high_noise_model", "low_noise_model") if task.expert_boundary else (".",)
+    image_encoder = None
+    if task.has_image_encoder:
+        image_encoder = ComponentFiles(
+            folder,
+            _find_weights_file(folder, IMAGE_ENCODER_FILE),
+            key_maps.map_original_image_encoder,
+        )
     return CheckpointLayout(
         name="original",
         transformers=tuple(
             ComponentFiles(
-                folder / subfolder, WEIGHTS_STEM, names.map_original_transformer, "config.json"
+                folder / subfolder, WEIGHTS_STEM, key_maps.map_original_transformer, "config.json"
             )
             for subfolder in subfolders
         ),
         text_encoder=ComponentFiles(
-            folder, _find_weights_file(folder, TEXT_ENCODER_FILE), names.map_original_text_encoder
+            folder,
+            _find_weights_file(folder, TEXT_ENCODER_FILE),
+            key_maps.map_original_text_encoder,
         ),
-        image_encoder=ComponentFiles(
-            folder, _find_weights_file(folder, IMAGE_ENCODER_FILE), names.map_original_image_encoder
-        )
-        if task.has_image_encoder
-        else None,
+        image_encoder=image_encoder,
         vae=ComponentFiles(
-            folder, _find_weights_file(folder, get_vae_file_name(task)), names.map_original_vae
+            folder, _find_weights_file(folder, get_vae_file_name(task)), key_maps.map_original_vae
         ),
         tokenizer_folder=folder / TOKENIZER_FOLDER,
     )
 
 
 def _find_weights_file(folder: Path, file_name: str) -> str:
-    """Return the name of a file that is published as .pth, or where that is not there the same with another suffix of weights."""
+    """Return a published file's name, or if it is missing, that of a file with another suffix of weights."""
     if (folder / file_name).is_file():
         return file_name
     stem = Path(file_name).stem.casefold()
@@ -158,41 +171,34 @@ def _find_weights_file(folder: Path, file_name: str) -> str:
 def _build_diffusers_layout(folder: Path, task: Task) -> CheckpointLayout:
     subfolders = ("transformer", "transformer_2") if task.expert_boundary else ("transformer",)
     image_encoder = ComponentFiles(
-        folder / "image_encoder", "model", names.map_diffusers_image_encoder, "config.json"
+        folder / "image_encoder", "model", key_maps.map_diffusers_image_encoder, "config.json"
     )
     return CheckpointLayout(
         name="Diffusers",
         transformers=tuple(
             ComponentFiles(
-                folder / subfolder, WEIGHTS_STEM, names.map_diffusers_transformer, "config.json"
+                folder / subfolder, WEIGHTS_STEM, key_maps.map_diffusers_transformer, "config.json"
             )
             for subfolder in subfolders
         ),
         text_encoder=ComponentFiles(
-            folder / "text_encoder", "model", names.map_diffusers_text_encoder, "config.json"
+            folder / "text_encoder", "model", key_maps.map_diffusers_text_encoder, "config.json"
         ),
         image_encoder=image_encoder if task.has_image_encoder else None,
-        vae=ComponentFiles(folder / "vae", WEIGHTS_STEM, names.map_diffusers_vae, "config.json"),
+        vae=ComponentFiles(folder / "vae", WEIGHTS_STEM, key_maps.map_diffusers_vae, "config.json"),
         tokenizer_folder=folder / "tokenizer",
     )
 
 
 def _find_missing_file(component: ComponentFiles) -> Path | None:
-    """Return the first of a part's files that is not there, as a pattern where it may be sharded."""
-    if (
-        component.config_file is not None
-        and not (component.folder / component.config_file).exists()
-    ):
-        return component.folder / component.config_file
-    if Path(component.file_or_stem).is_absolute() or any(
-        component.folder.glob(f"{component.file_or_stem}*")
-    ):
+    """Return the first missing file of a model, as a pattern where it may be sharded."""
+    folder, file_or_stem = component.folder, component.file_or_stem
+    if component.config_file is not None and not (folder / component.config_file).exists():
+        return folder / component.config_file
+    if Path(file_or_stem).is_absolute() or any(folder.glob(f"{file_or_stem}*")):
         return None
-    return component.folder / (
-        component.file_or_stem
-        if component.file_or_stem.endswith(".pth")
-        else f"{component.file_or_stem}*.safetensors"
-    )
+    is_file = file_or_stem.endswith(".pth")
+    return folder / (file_or_stem if is_file else f"{file_or_stem}*.safetensors")
 
 
 def _replace_weight_files(
@@ -205,7 +211,8 @@ def _replace_weight_files(
     for path in paths:
         if path.is_dir():
             raise InputError(
-                f"dit_file={path} is a folder; give the file in it, or ckpt_dir=FOLDER for a whole checkpoint"
+                f"dit_file={path} is a folder; give the file in it, "
+                "or ckpt_dir=FOLDER for a whole checkpoint"
             )
         try:
             check_regular_file(path)
@@ -216,7 +223,7 @@ def _replace_weight_files(
         replace(
             component,
             file_or_stem=str(path.absolute()),
-            build_key_map=names.map_single_file_transformer,
+            build_key_map=key_maps.map_single_file_transformer,
         )
         for component, path in pairs
     )

@@ -1,4 +1,8 @@
-"""Fill a model that was built on the meta device from checkpoint files, strictly and one tensor at a time."""
+"""Weight loading from checkpoint files into a model on the meta device, one tensor at a time.
+
+Strict: `check_keys` refuses tensors that are missing, unexpected, misshapen or not of floats. Reading one at
+a time bounds host memory by the largest.
+"""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
@@ -15,12 +19,13 @@ from wan_dist.weights.files import Shape, TensorFiles, format_first_ten
 from wan_dist.weights.key_maps import KeyMap, TensorSource
 
 _ROWS_AT_ONCE = 512
+"""Rows that are quantised at once, which bounds the memory of their full-precision copy."""
 
 
 def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap) -> None:
-    """Raise one InputError that names every kind of mismatch between the models' parameters and the files' tensors.
+    """Raise one InputError with all mismatches between the models' parameters and the files' tensors.
 
-    Shapes only: nothing is read.
+    Names, shapes and types are compared; no tensor is read.
     """
     expected_keys: set[str] = set()
     missing_keys, misshapen_keys, mistyped_keys = [], [], []
@@ -55,12 +60,13 @@ def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap)
     ]
     if mismatches:
         raise InputError(
-            f"{files} does not hold the tensors of a {type(models[0]).__name__}; {'; '.join(mismatches)}"
+            f"{files} does not hold the tensors of a {type(models[0]).__name__}; "
+            f"{'; '.join(mismatches)}"
         )
 
 
 def _is_shape_compatible(stored_shape: Shape, expected_shape: Shape) -> bool:
-    """Whether the shapes are equal but for dims of length 1 in front, which some checkpoints have."""
+    """Whether the shapes are equal except for leading dims of length 1, which some checkpoints have."""
     num_extra_dims = len(stored_shape) - len(expected_shape)
     return (
         num_extra_dims >= 0
@@ -80,8 +86,9 @@ def fill_model(
 ) -> nn.Module:
     """Give the model's meta parameters the files' values, in each parameter's own dtype, on ``device``.
 
-    Parameters whose names begin with one of ``leave`` are left alone. Of a sharded parameter only this rank's rows are read. Holds at
-    most the model and one tensor of the files. `check_keys` must have passed.
+    Parameters whose names begin with one of ``skip_prefixes`` are not changed. Of a sharded parameter only
+    this rank's rows are read. Memory holds at most the model and one tensor of the files. `check_keys` must
+    have passed.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         model.to_empty(device=device)
@@ -92,44 +99,53 @@ def fill_model(
     }
     for name, part_names in _group_quantized_parts(parameters):
         parts_by_name = {key: parameters[key] for key in part_names}
-        local_parts = {
-            key: part.to_local()
-            if isinstance(part, DTensor)
-            else torch.empty_like(part, device=device)
-            for key, part in parts_by_name.items()
-        }
-        full_parameter, first_row = parameters[name], 0
-        if isinstance(full_parameter, DTensor):
-            _, global_offset = compute_local_shape_and_global_offset(
-                full_parameter.shape, full_parameter.device_mesh, full_parameter.placements
-            )
-            first_row = global_offset[0]
+        local_parts = {key: _get_local(part, device) for key, part in parts_by_name.items()}
         _fill_rows(
             list(local_parts.values()),
-            first_row,
-            full_parameter.shape[0],
+            _find_first_row(parameters[name]),
+            parameters[name].shape[0],
             files,
             key_map.find_sources(name),
             device,
         )
         for key, part in parts_by_name.items():
             if not isinstance(part, DTensor):
-                module_name, _, attribute = key.rpartition(".")
-                setattr(
-                    model.get_submodule(module_name),
-                    attribute,
-                    nn.Parameter(local_parts[key], requires_grad=False),
-                )
+                _set_tensor(model, key, nn.Parameter(local_parts[key], requires_grad=False))
     for name, buffer in list(model.named_buffers()):
-        module_name, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(module_name), attribute, buffer.to(device))
+        _set_tensor(model, name, buffer.to(device))
     return model.eval().requires_grad_(False)
+
+
+def _get_local(parameter: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor to fill: this rank's shard of a sharded parameter, else a new one on ``device``."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return torch.empty_like(parameter, device=device)
+
+
+def _find_first_row(parameter: Tensor) -> int:
+    """Return the row of the whole parameter with which this rank's shard begins, 0 without sharding."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    _, global_offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    return global_offset[0]
+
+
+def _set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer of the model, by its full name."""
+    module_name, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module_name), attribute, value)
 
 
 def fill_parameters(
     parameters: Mapping[str, Tensor], files: TensorFiles, key_map: KeyMap, device: torch.device
 ) -> None:
-    """Read the files' values into these parameters, by their names in the model; quantised ones are computed on ``device``."""
+    """Read the files' values into parameters, given by their names in the model.
+
+    Quantised ones are computed on ``device``.
+    """
     for name, part_names in _group_quantized_parts(parameters):
         _fill_rows(
             [parameters[key] for key in part_names],
@@ -142,7 +158,10 @@ def fill_parameters(
 
 
 def _group_quantized_parts(names: Collection[str]) -> Iterator[tuple[str, list[str]]]:
-    """Yield the names of what the files hold, each with the parameters made of it: itself, and of a quantised weight its scales."""
+    """Yield the names of parameters that the files hold, each with the names of those computed from it.
+
+    These are the parameter alone, or of a quantised linear the weight and its scales.
+    """
     for name in names:
         module_name, _, attribute = name.rpartition(".")
         part_names = [key for part in QUANTIZED_PARTS if (key := f"{module_name}.{part}") in names]
@@ -160,7 +179,7 @@ def _fill_rows(
     sources: tuple[TensorSource, ...],
     device: torch.device,
 ) -> None:
-    """Fill rows ``first`` and on of a parameter of ``num_rows``, or of a quantised linear's parts."""
+    """Fill a parameter of ``num_rows`` rows, or a quantised linear's parts, from row ``first_row`` on."""
     target, *scales = local_parts
     if not scales:
         _copy_rows(target, first_row, num_rows, files, sources)
@@ -185,13 +204,11 @@ def _copy_fp8_rows(
     files: TensorFiles,
     sources: tuple[TensorSource, ...],
 ) -> None:
-    """Take over 8-bit weights as they are in the files, and their scales."""
+    """Copy the files' 8-bit weights unchanged, and their scales, which are 1 where the files have none."""
     rows_per_source = num_rows // len(sources)
     for index, source in enumerate(sources):
-        start, stop = (
-            max(first_row, index * rows_per_source),
-            min(first_row + len(weight), (index + 1) * rows_per_source),
-        )
+        start = max(first_row, index * rows_per_source)
+        stop = min(first_row + len(weight), (index + 1) * rows_per_source)
         if start >= stop:
             continue
         target_rows = slice(start - first_row, stop - first_row)
@@ -210,29 +227,28 @@ def _copy_rows(
     files: TensorFiles,
     sources: tuple[TensorSource, ...],
 ) -> None:
-    """Copy rows ``offset`` and on of a parameter, which has ``num_rows`` and consists of ``sources``, into ``target``."""
+    """Copy a parameter's rows from ``first_row`` on into ``target``.
+
+    The whole parameter has ``num_rows`` rows, which consist of ``sources`` in equal parts.
+    """
     rows_per_source = num_rows // len(sources)
     for index, source in enumerate(sources):
-        start, stop = (
-            max(first_row, index * rows_per_source),
-            min(first_row + len(target), (index + 1) * rows_per_source),
-        )
+        start = max(first_row, index * rows_per_source)
+        stop = min(first_row + len(target), (index + 1) * rows_per_source)
         if start >= stop:
             continue
-        stored_start = (
-            start - index * rows_per_source + source.part_index * rows_per_source
-        )  # within the stored tensor
+        # Within the stored tensor, of which the source may be one part.
+        stored_start = start - index * rows_per_source + source.part_index * rows_per_source
+        stored_stop = stored_start + stop - start
         if len(files.shapes[source.key]) == target.dim():
-            stored_rows = files.read_rows(source.key, stored_start, stored_start + stop - start)
+            stored_rows = files.read_rows(source.key, stored_start, stored_stop)
         else:
-            stored_rows = files.read(source.key).reshape(-1, *target.shape[1:])[
-                stored_start : stored_start + stop - start
-            ]
+            stored_rows = files.read(source.key).reshape(-1, *target.shape[1:])
+            stored_rows = stored_rows[stored_start:stored_stop]
         # The dtype is converted on the device: one pass, no copy on the host.
         rows = stored_rows.to(target.device)
-        if (
-            scale := files.read_scale(source.key, stored_start, stored_start + stop - start)
-        ) is not None:
+        scale = files.read_scale(source.key, stored_start, stored_stop)
+        if scale is not None:
             rows = rows.float() * scale.to(target.device)
         target[start - first_row : stop - first_row].copy_(rows)
         files.release_pages(stored_rows)

@@ -1,7 +1,8 @@
-"""Blocks of a model whose weights stay on the host or on disk and visit the device in turn, two at a time.
+"""Weight streaming: blocks' weights stay on the host or on disk and are copied to the device in turn.
 
-A block's weights are one flat array on the host. On the device there are two such arrays, of which blocks' parameters are views: while one
-block computes, the next one's weights arrive in the other, on a stream of their own.
+A block's weights are one flat array on the host. On the device there are two such arrays (slots), of which
+the blocks' parameters are views: while one block computes, the next one's weights are copied to the other
+slot, on a CUDA stream of their own.
 """
 
 import weakref
@@ -15,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 _ALIGNMENT_BYTES = 256
+"""Of each parameter in a block's array: what cudaMalloc guarantees, and kernels may expect."""
 NUM_SLOTS = 2
+"""Arrays on the device: one to compute with, one to copy to."""
 _HOST_REGISTER_PORTABLE = 1  # cudaHostRegisterPortable
 
 BlockFiller = Callable[[int, dict[str, Tensor]], None]
-"""Fill a block's parameters, by their names in the block, with the values of the block of this number."""
+"""(block index, parameters by name in the block) -> None: fills them with that block's values."""
 
 
 class BlockLayout:
-    """Where the parameters of a block lie in one flat array of bytes."""
+    """Offsets, dtypes and shapes of a block's parameters in one flat array of bytes."""
 
     def __init__(self, block: nn.Module) -> None:
         self.entries_by_name: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
@@ -33,7 +36,7 @@ class BlockLayout:
             self.num_bytes += -(-parameter.nbytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
     def make_views(self, array: Tensor) -> dict[str, Tensor]:
-        """Return the parameters as views of an array (num_bytes), uint8."""
+        """Return the parameters as views of ``array`` (num_bytes,), uint8."""
         return {
             name: array[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
             for name, (start, dtype, shape) in self.entries_by_name.items()
@@ -41,9 +44,14 @@ class BlockLayout:
 
 
 class BlockReader:
-    """Blocks' arrays on the host, a few of them read at once, ahead of their use; with ``keep`` they stay, so each is read once."""
+    """Reads blocks into arrays on the host, a few at once and ahead of their use.
+
+    With ``keep_in_memory`` each block is read once and its array stays; without, released arrays are reused.
+    Nothing is read from turn ``end_turn`` on.
+    """
 
     num_ahead = 3
+    """Reads at once: one alone is slower than disks are, and page-locking takes its time."""
 
     def __init__(
         self,
@@ -54,30 +62,27 @@ class BlockReader:
         keep_in_memory: bool,
         end_turn: int | None = None,
     ) -> None:
-        self._layouts, self._num_blocks, self._fill_block, self._keep_in_memory, self._end_turn = (
-            layouts,
-            len(layouts),
-            fill_block,
-            keep_in_memory,
-            end_turn,
-        )
+        self._layouts, self._num_blocks = layouts, len(layouts)
+        self._fill_block = fill_block
+        self._keep_in_memory, self._end_turn = keep_in_memory, end_turn
         self._is_pinned = device.type == "cuda"
         self._max_bytes = max(layout.num_bytes for layout in layouts)
-        self._thread_pool = _make_thread_pool(
-            device, self.num_ahead
-        )  # one alone is slower than disks are, and page-locking takes its time
+        self._thread_pool = _make_thread_pool(device, self.num_ahead)
         self._futures: dict[int, Future[Tensor]] = {}
         self._spare_arrays: deque[tuple[Tensor, Callable[[], None]]] = deque()
 
     def get(self, turn: int) -> Tensor:
-        """Return the array of the block of this turn, counted over all rounds, when it has been read; it stays as it is until `let_go`."""
+        """Return the array of the block of this turn, counted over all rounds, once it has been read.
+
+        It does not change until `release`.
+        """
         for future_turn in range(turn, turn + min(self.num_ahead, self._num_blocks)):
             if self._end_turn is None or future_turn < self._end_turn:
                 self._start_reading(future_turn % self._num_blocks)
         return self._futures[turn % self._num_blocks].result()
 
     def release(self, index: int, wait_for_copy: Callable[[], None]) -> None:
-        """Be told that a block's array is not needed any more once ``copied()`` returns."""
+        """Mark a block's array as reusable once ``wait_for_copy()`` returns, unless arrays stay in memory."""
         if not self._keep_in_memory:
             self._spare_arrays.append((self._futures.pop(index).result(), wait_for_copy))
 
@@ -101,9 +106,10 @@ class BlockReader:
 
 
 class BlockStreamer:
-    """Brings blocks' weights to the device ahead of their turn, in the order of the blocks, over and over.
+    """Copies blocks' weights to the device ahead of their turn, in the order of the blocks, in rounds.
 
-    It refers to no block, so that it goes, with all that it holds, as soon as the blocks do and the last block has come.
+    It holds no reference to the blocks, so that it is freed, with its buffers, as soon as the blocks are and
+    the last copy is done.
     """
 
     def __init__(
@@ -114,21 +120,16 @@ class BlockStreamer:
         device: torch.device,
         end_turn: int | None = None,
     ) -> None:
-        self._layouts, self._reader, self._device, self._end_turn = (
-            layouts,
-            reader,
-            device,
-            end_turn,
-        )
+        self._layouts, self._reader = layouts, reader
+        self._device, self._end_turn = device, end_turn
         max_bytes = max(layout.num_bytes for layout in layouts)
         self._slots = [
             torch.empty(max_bytes, dtype=torch.uint8, device=device)
             for _ in range(min(NUM_SLOTS, len(blocks)))
         ]
         self._slot_by_block: list[int | None] = [None] * len(blocks)
-        self._copy_thread = _make_thread_pool(
-            device, 1
-        )  # it waits for the reader, so that whoever computes need not
+        # This thread waits for the reader, so that the computing one does not.
+        self._copy_thread = _make_thread_pool(device, 1)
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._num_started = 0
         self._pending_copies: deque[Future[Callable[[], None]]] = deque()
@@ -151,7 +152,7 @@ class BlockStreamer:
             )
 
     def _start_next_copy(self) -> None:
-        """Begin to bring the next block into the slot that has just been left, if there is a next one."""
+        """Start to copy the next block, if there is one, into the slot that has just become free."""
         turn = self._num_started
         if turn == self._end_turn:
             return
@@ -183,9 +184,10 @@ class BlockStreamer:
             raise RuntimeError(
                 f"streamed blocks are called once more than the {self._end_turn} times that were said"
             )
-        if turn % len(self._layouts) != index:
+        if (expected_index := turn % len(self._layouts)) != index:
             raise RuntimeError(
-                f"streamed blocks are called in order: block {index} was called in the turn of {turn % len(self._layouts)}"
+                "streamed blocks are called in order: "
+                f"block {index} was called in the turn of {expected_index}"
             )
         self._pending_copies.popleft().result()()
         self._bind_to_slot(block, index, turn % len(self._slots))
@@ -196,16 +198,16 @@ class BlockStreamer:
 
 @dataclass(frozen=True)
 class StreamingOptions:
-    """Which blocks' weights visit the device in turn, and from where."""
+    """Which blocks' weights are streamed to the device, and from where."""
 
     blocks_name: str
     """Name of the list of blocks in the model."""
     from_disk: bool = False
-    """They are read from disk each time, and not kept in host memory."""
+    """Read from disk for each turn, rather than once into host memory."""
     skip_prefixes: tuple[str, ...] = ()
-    """What else is not loaded: beginnings of parameters' names."""
+    """Prefixes of the names of other parameters that are not loaded."""
     num_rounds: int | None = None
-    """How often all blocks are called, where that is known: nothing is read ahead after the last."""
+    """How often all blocks are called, if known: then nothing is read ahead after the last round."""
 
 
 def stream_blocks(
@@ -216,10 +218,10 @@ def stream_blocks(
     from_disk: bool,
     num_rounds: int | None = None,
 ) -> None:
-    """Let the weights of these blocks, on meta, visit the device in turn; each call of a block must be followed by the next's.
+    """Stream the weights of ``blocks``, which are on meta; blocks must be called in order, in rounds.
 
-    ``read`` fills a block's parameters on the host, in threads of their own: once a block where host memory keeps them, every time
-    with ``from_disk``.
+    ``fill_block`` fills a block's parameters on the host, in threads of its own: once for each block if host
+    memory holds them all, at every turn with ``from_disk``. ``num_rounds``: see `StreamingOptions`.
     """
     layouts = [BlockLayout(block) for block in blocks]
     end_turn = None if num_rounds is None else num_rounds * len(blocks)
@@ -230,28 +232,33 @@ def stream_blocks(
 
 
 def _make_thread_pool(device: torch.device, num_threads: int) -> ThreadPoolExecutor:
-    """Return threads whose current device is this one: by themselves they would open the first GPU, and take memory there."""
+    """Return threads with this current device: by default they would take memory on the first GPU."""
     if device.type != "cuda":
         return ThreadPoolExecutor(num_threads)
     return ThreadPoolExecutor(num_threads, initializer=torch.cuda.set_device, initargs=(device,))
 
 
 def allocate_host_array(num_bytes: int, *, pin: bool) -> Tensor:
-    """Return bytes on the host, page-locked with ``pin``; PyTorch's own pinned memory is rounded up to a power of two."""
+    """Return a uint8 array on the host, page-locked with ``pin``.
+
+    Locked through the CUDA runtime, because PyTorch's own pinned memory is rounded up to a power of two.
+    Raises MemoryError if it cannot be locked.
+    """
     array = torch.empty(num_bytes, dtype=torch.uint8)
     if pin:
         runtime, pointer = torch.cuda.cudart(), array.data_ptr()
         error_code = runtime.cudaHostRegister(pointer, num_bytes, _HOST_REGISTER_PORTABLE)
         if int(error_code):
             raise MemoryError(
-                f"{num_bytes / 2**30:.2f} GiB of host memory cannot be page-locked (CUDA error {int(error_code)}); see ulimit -l"
+                f"{num_bytes / 2**30:.2f} GiB of host memory cannot be page-locked "
+                f"(CUDA error {int(error_code)}); see ulimit -l"
             )
         weakref.finalize(array.untyped_storage(), runtime.cudaHostUnregister, pointer)
     return array
 
 
 def _record_event(device: torch.device) -> torch.cuda.Event | None:
-    """Return an event at this point of the current stream; None where there are no streams."""
+    """Return an event recorded on the current stream; None on devices without streams."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()

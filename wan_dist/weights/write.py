@@ -1,4 +1,4 @@
-"""Models -> checkpoint tensors and files in the original layout; the reverse of loading."""
+"""Checkpoint export of models in the original layout, the reverse of loading."""
 
 import json
 from collections import defaultdict
@@ -27,7 +27,10 @@ _CONFIG_KEYS = (
 def export_tensors(
     tensors: Iterable[tuple[str, Tensor]], key_map: KeyMap
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield tensors by our names under the checkpoint's keys, on the CPU; one tensor of ours may be several there, or the reverse."""
+    """Yield tensors, given by our names, with the checkpoint's keys, on the CPU.
+
+    One of our tensors may be several in the checkpoint, and several one.
+    """
     parts_by_key: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for name, value in tensors:
         sources = key_map.find_sources(name)

@@ -1,4 +1,6 @@
-"""A job's own settings over what was composed once: equal to a composition of all of them, or left to Hydra."""
+"""A job's own settings over what was composed once: equal to a composition of all of them, or left
+to Hydra.
+"""
 
 import itertools
 import json

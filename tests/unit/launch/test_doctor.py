@@ -1,4 +1,6 @@
-"""``python -m launch doctor``: what it finds, on machines told of by a stand-in for nvidia-smi, and on this one."""
+"""``python -m launch doctor``: what it finds, on machines told of by a stand-in for nvidia-smi, and
+on this one.
+"""
 
 import os
 import subprocess
@@ -36,7 +38,9 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 
 def test_gpus_are_listed(nvidia_smi: Callable[[str], None]) -> None:
     nvidia_smi(
-        f"echo '0, GPU-a, {H200}, 143771, 143000, 0'; echo '1, GPU-b, {H200}, 143771, 9000, 3'; echo '2, GPU-c, {H200}, 8, 8, [N/A]'"
+        f"echo '0, GPU-a, {H200}, 143771, 143000, 0'; "
+        f"echo '1, GPU-b, {H200}, 143771, 9000, 3'; "
+        f"echo '2, GPU-c, {H200}, 8, 8, [N/A]'"
     )
     found = list(gpus.check_gpus())
     assert [finding.verdict for finding in found] == [OK, FAULT, OK]
@@ -194,7 +198,10 @@ def test_a_wrong_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_that_waits_for_ever_says_so() -> None:
-    code = "import launch.doctor.exchange as exchange; exchange._LIMIT = 2.0; from launch.__main__ import main; main(['doctor'])"
+    code = (
+        "import launch.doctor.exchange as exchange; exchange._LIMIT = 2.0; "
+        "from launch.__main__ import main; main(['doctor'])"
+    )
     alone = {
         "RANK": "1",
         "LOCAL_RANK": "1",

@@ -1,4 +1,6 @@
-"""``python -m launch submit``: the scripts that it makes, and what it refuses. tests/test_slurm.py submits some."""
+"""``python -m launch submit``: the scripts that it makes, and what it refuses. tests/test_slurm.py
+submits some.
+"""
 
 import json
 import os
@@ -210,7 +212,9 @@ class Requeued:
             (folder / "bin" / name).chmod(0o755)
 
     def __call__(self, attempt: str, code: int = 75) -> tuple[bool, str]:
-        """Run the script with one that does ``attempt`` as its run; returns whether it was requeued, and what it says."""
+        """Run the script with one that does ``attempt`` as its run; returns whether it was
+        requeued, and what it says.
+        """
         (self.folder / "attempt").write_text(attempt)
         (self.folder / "requeues").unlink(missing_ok=True)
         environment = {
@@ -231,7 +235,10 @@ class Requeued:
         return (self.folder / "requeues").exists(), done.stderr
 
 
-STATE = "mkdir -p videos; echo %s >videos/a-cat.12ab.state.safetensors; touch videos/index.html; echo $RANDOM >videos/a-cat.latents.safetensors"
+STATE = (
+    "mkdir -p videos; echo %s >videos/a-cat.12ab.state.safetensors; touch videos/index.html; "
+    "echo $RANDOM >videos/a-cat.latents.safetensors"
+)
 
 
 @pytest.fixture(params=["a job", "an element", "slurm/requeue.sbatch"])
@@ -256,7 +263,10 @@ def test_requeues_that_lead_nowhere_end(requeued: Requeued) -> None:
 
 
 def test_requeues_go_on_while_there_is_progress(requeued: Requeued) -> None:
-    keeps_text = "mkdir -p home/.cache/wan-dist/prompts; touch home/.cache/wan-dist/prompts/$RANDOM.safetensors"
+    keeps_text = (
+        "mkdir -p home/.cache/wan-dist/prompts; "
+        "touch home/.cache/wan-dist/prompts/$RANDOM.safetensors"
+    )
     makes = "touch videos/a-cat-%s.mp4"
     for attempt in (
         STATE % 1,

@@ -125,7 +125,8 @@ def test_a_step_takes_what_is_planned(
     if quant in ("int8", "int4"):
         planned += dims.dim * max(3 * dims.dim, dims.ffn_dim) * 2  # counted apart, as workspace
     print(
-        f"{task} {size} {quant} {passes} {slice_tokens}: planned {planned / GIB:.2f}, made {live.peak / GIB:.2f} GiB"
+        f"{task} {size} {quant} {passes} {slice_tokens}: "
+        f"planned {planned / GIB:.2f}, made {live.peak / GIB:.2f} GiB"
     )
     assert live.peak <= planned * 1.02
     assert live.peak >= planned * 0.85 - 0.1 * GIB
@@ -209,7 +210,8 @@ def test_a_step_on_several_ranks_takes_what_is_planned(
     )
     planned = estimate_activation_bytes(load, Arrangement(slice_tokens=slice_tokens))
     print(
-        f"ring {ring_size} ulysses {ulysses_size} {dtype}: planned {planned / GIB:.2f}, made {live.peak / GIB:.2f} GiB"
+        f"ring {ring_size} ulysses {ulysses_size} {dtype}: "
+        f"planned {planned / GIB:.2f}, made {live.peak / GIB:.2f} GiB"
     )
     assert live.peak <= planned
     assert live.peak >= planned * 0.7 - 0.15 * GIB
@@ -287,6 +289,7 @@ def test_the_vae_takes_what_is_planned(
     )
     made = live.peak - weights
     print(
-        f"{work} {task} {size} {dtype} {way} {way.at_once}: planned {planned / GIB:.2f}, made {made / GIB:.2f} GiB"
+        f"{work} {task} {size} {dtype} {way} {way.at_once}: "
+        f"planned {planned / GIB:.2f}, made {made / GIB:.2f} GiB"
     )
     assert planned == pytest.approx(made, rel=0.12, abs=0.1 * GIB)

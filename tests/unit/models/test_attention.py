@@ -113,7 +113,9 @@ def test_attention_in_parts_is_attention(
 def test_a_ring_without_flash_attention_never_has_all_scores(
     num_queries: int, dtype: torch.dtype
 ) -> None:
-    """At the size of 720p on a ring of two, where a head's scores are 5.3 GiB: float32, and GPUs before Ampere."""
+    """At the size of 720p on a ring of two, where a head's scores are 5.3 GiB: float32, and GPUs
+    before Ampere.
+    """
     with torch.device("meta"):
         q, k, v = (
             torch.empty(1, length, 2, 128, dtype=dtype) for length in (num_queries, 37800, 37800)

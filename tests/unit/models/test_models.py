@@ -75,7 +75,9 @@ def test_vae_encodes_a_single_frame(vae: WanVae) -> None:
 
 
 def test_vae_chunks_are_independent_of_their_length(vae: WanVae) -> None:
-    """The causal cache makes any split in time the same computation: all later latents in one chunk against one by one."""
+    """The causal cache makes any split in time the same computation: all later latents in one chunk
+    against one by one.
+    """
     latents = COMPONENTS["vae21.latent"].unsqueeze(0)
     one_by_one, together = VideoState(), VideoState()
     expected = torch.cat(
@@ -113,7 +115,8 @@ def test_every_step_of_the_transformer(
     rotary = models[0].compute_rotary(golden["step0.latent"].unsqueeze(0))
     boundary = (TASKS[task].expert_boundary or 0) * 1000
     run = json.loads((golden_folder(folder) / f"expected/{case}.json").read_text(encoding="utf-8"))
-    # Not the file's own timesteps: of two for a step, where an image is given, it holds the first, which is always 0.
+    # Not the file's own timesteps: of two for a step, where an image is given, it holds the first, which
+    # is always 0.
     for step, timestep in enumerate(
         make_solver(run["solver"], run["steps"], run["shift"]).timesteps
     ):
@@ -239,7 +242,9 @@ def test_long_sequences_are_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_inner_attention_is_a_seam() -> None:
-    """Self-attention goes through the parameter-free module and nothing else: replacing it changes the result, keys stay."""
+    """Self-attention goes through the parameter-free module and nothing else: replacing it changes
+    the result, keys stay.
+    """
     model = tiny_transformer()
     keys = set(model.state_dict())
     seen = []

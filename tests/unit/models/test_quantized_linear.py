@@ -1,4 +1,6 @@
-"""Linears in 8 and 4 bits: how far they are from full ones, and that loading and streaming fill them alike."""
+"""Linears in 8 and 4 bits: how far they are from full ones, and that loading and streaming fill
+them alike.
+"""
 
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from wan_dist.models.kernels.quantized_linear import (
 )
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.transformer_block import ContextKV
-from wan_dist.planning import memory_estimate as footprint
+from wan_dist.planning import parameter_bytes
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import open_checkpoint
@@ -80,7 +82,9 @@ def test_loaded_and_streamed_are_quantised_alike(kind: str) -> None:
 def test_tokens_rounded_for_fp8_products_give_about_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Norms that round, products of fp8 by fp8 and several of the same tokens, against products of what was rounded back."""
+    """Norms that round, products of fp8 by fp8 and several of the same tokens, against products of
+    what was rounded back.
+    """
     torch.manual_seed(0)
     dims = TransformerDims(num_layers=3, dim=128, ffn_dim=256, num_heads=2, text_dim=32)
     model = WanTransformer(dims, torch.bfloat16).requires_grad_(False)
@@ -102,9 +106,9 @@ def test_tokens_rounded_for_fp8_products_give_about_the_same(
         return torch.cat(model(latents, torch.tensor([[500]]), contexts, rotary))
 
     dequantised = velocities()
-    assert not model.blocks[1].self_attn.qkv.takes_rounded
+    assert not model.blocks[1].self_attn.qkv.accepts_fp8_tokens
     monkeypatch.setattr(quantized, "supports_fp8_matmul", lambda device: True)
-    assert model.blocks[1].self_attn.qkv.takes_rounded
+    assert model.blocks[1].self_attn.qkv.accepts_fp8_tokens
     whole = velocities()
     model.set_slice_tokens(4)
     assert relative_error(velocities(), whole) < 1e-2
@@ -118,7 +122,7 @@ def test_planned_bytes_are_exact(kind: str, task: str) -> None:
     with torch.device("meta"):
         model = WanTransformer(dims, torch.bfloat16)
         quantize_blocks(model.blocks, kind)
-    assert footprint.transformer_bytes(dims, 2, kind) == sum(
+    assert parameter_bytes.count_transformer_bytes(dims, 2, kind) == sum(
         parameter.nbytes for parameter in model.parameters()
     )
 
@@ -126,7 +130,9 @@ def test_planned_bytes_are_exact(kind: str, task: str) -> None:
 def fp8_file(
     path: Path, spelling: str, prefix: str, kind: torch.dtype = torch.float8_e4m3fn
 ) -> dict[str, torch.Tensor]:
-    """Write the fixture's transformer as it is passed around in fp8, one scale a tensor; returns the blocks' linears it stands for."""
+    """Write the fixture's transformer as it is passed around in fp8, one scale a tensor; returns
+    the blocks' linears it stands for.
+    """
     stored, meant = {f"{prefix}scaled_fp8": torch.zeros(2, dtype=kind)}, {}
     for name, value in load_file(
         FIXTURES / "wan2.1-t2v/diffusion_pytorch_model.safetensors"

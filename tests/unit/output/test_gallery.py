@@ -1,4 +1,6 @@
-"""What a batch made: records, contact sheets, the table, the page's text and ``launch runs``; the page in a browser is elsewhere."""
+"""What a batch made: records, contact sheets, the table, the page's text and ``launch runs``; the
+page in a browser is elsewhere.
+"""
 
 import base64
 import csv

@@ -1,4 +1,6 @@
-"""Several runs share an output folder: a name is one's at a time, and what is done must be borne out by its files."""
+"""Several runs share an output folder: a name is one's at a time, and what is done must be borne
+out by its files.
+"""
 
 import errno
 import fcntl
@@ -53,15 +55,15 @@ def test_leftovers_go_with_exactly_their_name(tmp_path: Path) -> None:
         ".mp4.01234567.partial",
     ]
     plant(tmp_path, *of_g5, *of_g55, *of_x, *others)
-    ledger = ResultLocks(tmp_path)
-    assert ledger.acquire("g5")
+    locks = ResultLocks(tmp_path)
+    assert locks.acquire("g5")
     assert {path.name for path in tmp_path.iterdir()} == {".jobs.lock", *of_g55, *of_x, *others}
-    assert ledger.acquire("g5.5")
-    assert ledger.acquire("x.latents")
+    assert locks.acquire("g5.5")
+    assert locks.acquire("x.latents")
     assert {path.name for path in tmp_path.iterdir()} == {".jobs.lock", *of_x, *others}
-    assert ledger.acquire("x")
+    assert locks.acquire("x")
     assert {path.name for path in tmp_path.iterdir()} == {".jobs.lock", *others}
-    ledger.close()
+    locks.close()
 
 
 def test_what_another_is_writing_stays(tmp_path: Path) -> None:
@@ -129,11 +131,11 @@ def test_the_probe_is_a_lock_of_no_name(tmp_path: Path) -> None:
 def test_a_planted_link_is_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.jobs.lock").symlink_to(tmp_path / "others")
-    ledger = ResultLocks(tmp_path / "out")
-    assert ledger.acquire("a")
+    locks = ResultLocks(tmp_path / "out")
+    assert locks.acquire("a")
     assert not (tmp_path / "others").exists()
     assert len(warnings_in(caplog)) == 1
-    ledger.close()
+    locks.close()
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
@@ -145,14 +147,14 @@ def test_a_folder_that_cannot_be_locked_is_warned_of_once(
 
     monkeypatch.setattr(fcntl, "fcntl", fail)
     plant(tmp_path, ".a.01234567.partial.mp4")
-    ledger = ResultLocks(tmp_path)
-    assert all(ledger.acquire(name) for name in "abc")
-    ledger.release("a")
+    locks = ResultLocks(tmp_path)
+    assert all(locks.acquire(name) for name in "abc")
+    locks.release("a")
     assert warnings_in(caplog) == [
         f"{tmp_path} cannot be locked ({os.strerror(code)}): do not let two runs share it"
     ]
     assert (tmp_path / ".a.01234567.partial.mp4").exists()  # another run may be writing it
-    ledger.close()
+    locks.close()
 
 
 @pytest.mark.parametrize(
@@ -164,14 +166,14 @@ def test_a_damaged_record_is_set_aside(
     content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    ledger = ResultLocks(tmp_path)
-    assert ledger.read_outcome("a", "digest") is None
+    locks = ResultLocks(tmp_path)
+    assert locks.read_outcome("a", "digest") is None
     assert (tmp_path / "a.json.damaged").read_bytes() == content
     assert not (tmp_path / "a.json").exists()
     assert warnings_in(caplog) == [
         f"{tmp_path}/a.json is damaged; it is kept as a.json.damaged, and its job is made again"
     ]
-    assert ledger.read_outcome("a", "digest") is None
+    assert locks.read_outcome("a", "digest") is None
     assert len(warnings_in(caplog)) == 1
 
 
@@ -209,22 +211,22 @@ def write_record(folder: Path, *, save_tensor: bool = False, **changed: Any) -> 
 
 
 def test_what_is_done_is_borne_out_by_its_files(tmp_path: Path) -> None:
-    ledger = ResultLocks(tmp_path)
+    locks = ResultLocks(tmp_path)
     write_record(tmp_path, save_tensor=True)
-    assert ledger.read_outcome("a", "digest") == "done"
-    assert ledger.read_outcome("a", "other") is None
+    assert locks.read_outcome("a", "digest") == "done"
+    assert locks.read_outcome("a", "other") is None
     (tmp_path / "a.safetensors").unlink()
-    assert ledger.read_outcome("a", "digest") is None
+    assert locks.read_outcome("a", "digest") is None
     write_record(tmp_path)
-    assert ledger.read_outcome("a", "digest") == "done"
+    assert locks.read_outcome("a", "digest") == "done"
     (tmp_path / "a.mp4").write_text("frameS")
-    assert ledger.read_outcome("a", "digest") is None
+    assert locks.read_outcome("a", "digest") is None
     (tmp_path / "a.mp4").unlink()
-    assert ledger.read_outcome("a", "digest") is None
+    assert locks.read_outcome("a", "digest") is None
     write_record(tmp_path, status="failed")
-    assert ledger.read_outcome("a", "digest") == "failed"
+    assert locks.read_outcome("a", "digest") == "failed"
     write_record(tmp_path, format=FORMAT_VERSION - 1, digest="of another kind")
-    assert (ledger.read_outcome("a", "digest"), ledger.num_older_records) == (None, 1)
+    assert (locks.read_outcome("a", "digest"), locks.num_older_records) == (None, 1)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,8 @@ def test_a_name_that_is_too_long_for_the_file_system(
     names = ["short", "é" * 48, "ab" * 40]
     with pytest.raises(
         InputError,
-        match=rf"output.name={names[1]} has 96 bytes; in output.dir=.* names may have 94, as files have suffixes",
+        match=rf"output.name={names[1]} has 96 bytes; "
+        r"in output.dir=.* names may have 94, as files have suffixes",
     ):
         check_output_folder(tmp_path, [OutputEstimate(name, 80, 48, 16) for name in names])
     assert not list(tmp_path.iterdir())

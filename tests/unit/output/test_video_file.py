@@ -126,7 +126,9 @@ def test_an_image_is_lossless(tmp_path: Path) -> None:
 def test_what_ctrl_c_sends_does_not_reach_ffmpeg(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A terminal sends it to the process group; the run finishes its step then, while the last video is still written."""
+    """A terminal sends it to the process group; the run finishes its step then, while the last
+    video is still written.
+    """
     ffmpeg, groups = tmp_path / "ffmpeg", tmp_path / "groups"
     ffmpeg.write_text(
         f'#!/bin/sh\ncut -d " " -f 5 /proc/$$/stat >> {groups}\nexec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n'

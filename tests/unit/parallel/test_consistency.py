@@ -28,7 +28,9 @@ def test_a_checksum_is_of_bits_in_their_places(dtype: torch.dtype) -> None:
 
 
 def test_a_checksum_does_not_depend_on_how_it_is_summed() -> None:
-    """As floats, the same values in other parts have other sums: a device with other kernels, or more threads, is no fault."""
+    """As floats, the same values in other parts have other sums: a device with other kernels, or
+    more threads, is no fault.
+    """
     torch.manual_seed(0)
     x = torch.randn(100_003)
     words = x.view(torch.int32).long() * (2 * torch.arange(x.numel()) + 1)

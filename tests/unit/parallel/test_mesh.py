@@ -26,9 +26,9 @@ SPREADS = [
 def test_groups_are_neighbours_from_ulysses_outwards(degrees: Degrees) -> None:
     size = degrees.ranks_per_replica
     for rank in {0, 1, degrees.num_ranks // 2, degrees.num_ranks - 1}:
-        team = Coordinator(RankLayout(), 60)
-        team.rank = rank
-        groups = make_process_groups(degrees, team, torch.device("cpu"), 60)
+        coordinator = Coordinator(RankLayout(), 60)
+        coordinator.rank = rank
+        groups = make_process_groups(degrees, coordinator, torch.device("cpu"), 60)
         within = rank % size
         rest, ulysses = divmod(rank, degrees.ulysses)
         rest, ring = divmod(rest, degrees.ring)
@@ -57,7 +57,9 @@ def test_groups_are_neighbours_from_ulysses_outwards(degrees: Degrees) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 5, 45, 64, 97])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7, 64])
 def test_shares_are_the_sequence(num_tokens: int, num_ranks: int) -> None:
-    """Every token is in one share, in order; rotary rows go with their tokens; segments count what is there."""
+    """Every token is in one share, in order; rotary rows go with their tokens; segments count what
+    is there.
+    """
     tokens = torch.arange(1, num_tokens + 1.0).view(1, -1, 1)
     table = torch.arange(1, num_tokens + 1.0).view(-1, 1, 1)
     first = num_tokens // 3

@@ -1,4 +1,4 @@
-"""All ranks of a run, reached without a collective: several teams of one process stand for the ranks."""
+"""All ranks of a run, reached without a collective: coordinators in one process stand for them."""
 
 import socket
 import threading
@@ -17,7 +17,7 @@ from wan_dist.runtime.environment import RankLayout
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 
-MakeTeams = Callable[..., list[Coordinator]]
+MakeCoordinators = Callable[..., list[Coordinator]]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.fixture
-def make_teams(port: int) -> Iterator[MakeTeams]:
+def make_coordinators(port: int) -> Iterator[MakeCoordinators]:
     made: list[Coordinator] = []
 
     def make(num_ranks: int, missing: int = 0) -> list[Coordinator]:
@@ -58,10 +58,10 @@ def make_teams(port: int) -> Iterator[MakeTeams]:
         return made
 
     yield make
-    for team in made:  # lets those go that still wait to leave
-        team.add_to_counter(f"left/{team.rank}")
-    for team in made:
-        kill(team)
+    for coordinator in made:  # lets those go that still wait to leave
+        coordinator.add_to_counter(f"left/{coordinator.rank}")
+    for coordinator in made:
+        kill(coordinator)
 
 
 @pytest.fixture
@@ -69,11 +69,11 @@ def pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(4)
 
 
-def kill(team: Coordinator) -> None:
+def kill(coordinator: Coordinator) -> None:
     """Let a rank give no sign of life any more."""
-    team._stop_event.set()
-    if team._watcher_thread is not None:
-        team._watcher_thread.join()
+    coordinator._stop_event.set()
+    if coordinator._watcher_thread is not None:
+        coordinator._watcher_thread.join()
 
 
 def later(seconds: float) -> Callable[[], bool]:
@@ -86,21 +86,21 @@ def results(futures: list[Future[Any]]) -> list[Any]:
 
 
 def test_values_are_gathered_in_the_order_of_ranks(
-    make_teams: MakeTeams, pool: ThreadPoolExecutor
+    make_coordinators: MakeCoordinators, pool: ThreadPoolExecutor
 ) -> None:
-    teams = make_teams(3)
+    coordinators = make_coordinators(3)
     for values in ("abc", "xyz"):
         futures = []
-        for team in reversed(teams):  # the last one comes first
-            futures.append(pool.submit(team.gather, values[team.rank], "meet"))
+        for coordinator in reversed(coordinators):  # the last one comes first
+            futures.append(pool.submit(coordinator.gather, values[coordinator.rank], "meet"))
             time.sleep(0.02)
         assert results(futures) == [list(values)] * 3
 
 
 def test_what_the_first_rank_makes_is_shared(
-    make_teams: MakeTeams, pool: ThreadPoolExecutor
+    make_coordinators: MakeCoordinators, pool: ThreadPoolExecutor
 ) -> None:
-    teams, made = make_teams(3), []
+    coordinators, made = make_coordinators(3), []
 
     def make(rank: int) -> dict[str, int]:
         made.append(rank)
@@ -108,15 +108,17 @@ def test_what_the_first_rank_makes_is_shared(
 
     for _ in range(2):
         shared = [
-            pool.submit(team.run_on_first_rank, lambda rank=team.rank: make(rank), "plan")
-            for team in teams
+            pool.submit(
+                coordinator.run_on_first_rank, lambda rank=coordinator.rank: make(rank), "plan"
+            )
+            for coordinator in coordinators
         ]
         assert results(shared) == [{"made by": 0}] * 3
     assert made == [0, 0]
 
 
-def test_a_value_may_be_larger_than_the_store_takes(make_teams: MakeTeams) -> None:
-    first, second = make_teams(2)
+def test_a_value_may_be_larger_than_the_store_takes(make_coordinators: MakeCoordinators) -> None:
+    first, second = make_coordinators(2)
     value = bytes(range(256)) * 2**15 + b"the end"  # over 8 MiB
     assert (second.has("v"), second.get("v")) == (False, None)
     first.put("v", value)
@@ -125,10 +127,10 @@ def test_a_value_may_be_larger_than_the_store_takes(make_teams: MakeTeams) -> No
 
 
 def test_who_waits_for_a_rank_that_has_failed_learns_why(
-    make_teams: MakeTeams, pool: ThreadPoolExecutor
+    make_coordinators: MakeCoordinators, pool: ThreadPoolExecutor
 ) -> None:
-    first, second, third = make_teams(3)
-    gathering = [pool.submit(team.gather, None, "plan") for team in (first, third)]
+    first, second, third = make_coordinators(3)
+    gathering = [pool.submit(coordinator.gather, None, "plan") for coordinator in (first, third)]
     time.sleep(0.05)
     second.announce_failure("input", "image=a.png cannot be read")
     for future in gathering:
@@ -141,8 +143,10 @@ def test_who_waits_for_a_rank_that_has_failed_learns_why(
         )
 
 
-def test_a_rank_without_a_sign_of_life_is_not_waited_for(make_teams: MakeTeams) -> None:
-    first, second, _ = make_teams(4, missing=1)
+def test_a_rank_without_a_sign_of_life_is_not_waited_for(
+    make_coordinators: MakeCoordinators,
+) -> None:
+    first, second, _ = make_coordinators(4, missing=1)
     with pytest.raises(RankError, match="no sign of life from rank 3 on an unknown host"):
         first.wait_until(later(5), "plan", [0, 1, 2, 3], patience_seconds=0.3)
     kill(second)
@@ -153,32 +157,32 @@ def test_a_rank_without_a_sign_of_life_is_not_waited_for(make_teams: MakeTeams) 
         first.wait_until(later(5), "plan", [0, 1, 2], patience_seconds=0.5)
 
 
-def test_a_rank_that_has_left_is_not_lost(make_teams: MakeTeams) -> None:
-    first, second = make_teams(2)
+def test_a_rank_that_has_left_is_not_lost(make_coordinators: MakeCoordinators) -> None:
+    first, second = make_coordinators(2)
     second.add_to_counter("left/1")
     kill(second)
     first.wait_until(later(0.5), "plan", [1], patience_seconds=0.1)
 
 
-def test_a_slow_rank_is_waited_for(make_teams: MakeTeams) -> None:
-    first, _ = make_teams(2)
+def test_a_slow_rank_is_waited_for(make_coordinators: MakeCoordinators) -> None:
+    first, _ = make_coordinators(2)
     first.wait_until(later(1.2), "plan", [1], patience_seconds=0.3)
 
 
 def test_ranks_that_have_not_come_are_named(
-    make_teams: MakeTeams,
+    make_coordinators: MakeCoordinators,
     port: int,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(module, "_PATIENCE_SECONDS", 0.05)
-    first, _ = make_teams(4, missing=2)
+    first, _ = make_coordinators(4, missing=2)
     first.wait_until(later(0.2), "plan", [1, 2, 3])
     assert f"waiting for 2 of 4 ranks (2, 3) at 127.0.0.1:{port}" in caplog.messages
 
 
-def test_one_rank_says_an_error_that_several_meet(make_teams: MakeTeams) -> None:
-    first, second, third = make_teams(3)
+def test_one_rank_says_an_error_that_several_meet(make_coordinators: MakeCoordinators) -> None:
+    first, second, third = make_coordinators(3)
     assert not first.is_reported_by_lower_rank("no room")
     assert not second.is_reported_by_lower_rank("no room")  # the first has met none
     threading.Timer(0.1, first.announce_failure, ("input", "no room")).start()
@@ -187,30 +191,34 @@ def test_one_rank_says_an_error_that_several_meet(make_teams: MakeTeams) -> None
     assert not second.is_reported_by_lower_rank("another one")
 
 
-def test_all_leave_together(make_teams: MakeTeams, pool: ThreadPoolExecutor) -> None:
-    teams = make_teams(3)
-    leaving = [pool.submit(team.leave) for team in teams[:2]]
+def test_all_leave_together(make_coordinators: MakeCoordinators, pool: ThreadPoolExecutor) -> None:
+    coordinators = make_coordinators(3)
+    leaving = [pool.submit(coordinator.leave) for coordinator in coordinators[:2]]
     time.sleep(0.2)
     assert not any(future.done() for future in leaving)  # the third is at work
-    results([*leaving, pool.submit(teams[2].leave)])
+    results([*leaving, pool.submit(coordinators[2].leave)])
 
 
 def test_one_that_is_gone_keeps_nobody_from_leaving(
-    make_teams: MakeTeams, pool: ThreadPoolExecutor
+    make_coordinators: MakeCoordinators, pool: ThreadPoolExecutor
 ) -> None:
-    first, *others = make_teams(3)
+    first, *others = make_coordinators(3)
     kill(first)
-    results([pool.submit(team.leave) for team in others])
+    results([pool.submit(coordinator.leave) for coordinator in others])
 
 
 @pytest.mark.parametrize(
     "end",
-    [lambda team: team.add("work/1/faults"), lambda team: team.fail("input", "no room"), kill],
+    [
+        lambda coordinator: coordinator.add_to_counter("work/1/faults"),
+        lambda coordinator: coordinator.announce_failure("input", "no room"),
+        kill,
+    ],
 )
 def test_work_is_broken_off_where_another_rank_ends(
-    end: Callable[[Coordinator], None], make_teams: MakeTeams
+    end: Callable[[Coordinator], None], make_coordinators: MakeCoordinators
 ) -> None:
-    first, second = make_teams(2)
+    first, second = make_coordinators(2)
     woken = threading.Event()
     first.start_watching("work/1", [0, 1], woken.set)
     assert not woken.wait(0.8)

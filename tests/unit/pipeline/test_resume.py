@@ -1,4 +1,6 @@
-"""What a run keeps to go on from: what is damaged is in nobody's way, and what still holds is not made again."""
+"""What a run keeps to go on from: what is damaged is in nobody's way, and what still holds is not
+made again.
+"""
 
 import logging
 import os

@@ -1,4 +1,6 @@
-"""The texts of a batch: kept one by one, in chunks where weights are streamed, given to replicas that do not see them."""
+"""The texts of a batch: kept one by one, in chunks where weights are streamed, given to replicas
+that do not see them.
+"""
 
 import json
 import threading
@@ -186,8 +188,10 @@ def test_replicas_get_the_texts_that_they_do_not_see(caches: str, tmp_path: Path
         folder = tmp_path / ("all" if caches == "shared" else str(rank))
         cache = None if caches == "none" else PromptCache(folder, "", 10**6)
         axis = Axis(rank, 3)
-        team = SimpleNamespace(gather=lambda value, what, axis=axis: meeting.gather(value, axis))
-        groups = SimpleNamespace(dp=axis, replica=Axis(), coordinator=team)
+        coordinator = SimpleNamespace(
+            gather=lambda value, what, axis=axis: meeting.gather(value, axis)
+        )
+        groups = SimpleNamespace(dp=axis, replica=Axis(), coordinator=coordinator)
         session: Any = SimpleNamespace(
             prompt_embeddings={},
             prompt_cache=cache,

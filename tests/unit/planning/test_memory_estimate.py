@@ -7,12 +7,11 @@ from torch import nn
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.kernels import quantized_linear as quantized
-from wan_dist.models.kernels import transformer_ops as transformer_elementwise
+from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
-from wan_dist.planning import memory_estimate as footprint
-from wan_dist.planning import parameter_bytes
+from wan_dist.planning import memory_estimate, parameter_bytes
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights import streaming
 
@@ -24,18 +23,18 @@ def size_of(model: nn.Module) -> int:
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_bytes_of_weights_are_exact(task: object, dtype: torch.dtype) -> None:
-    dims = task.transformer  # type: ignore[attr-defined]
+    dims = task.transformer_dims  # type: ignore[attr-defined]
     with torch.device("meta"):
         model, projection = WanTransformer(dims, dtype), ContextProjection(dims, dtype)
-        vae, text = WanVae(task.vae, dtype), build_text_encoder(task.text_encoder, dtype)  # type: ignore[attr-defined]
-    assert footprint.block_bytes(dims, dtype.itemsize) == size_of(model.blocks[0])
-    assert footprint.transformer_bytes(dims, dtype.itemsize) == size_of(model)
-    assert footprint.projection_bytes(dims, dtype.itemsize, dims.num_layers) == size_of(projection)
-    assert footprint.vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(
+        vae, text = WanVae(task.vae_dims, dtype), build_text_encoder(task.text_encoder_dims, dtype)  # type: ignore[attr-defined]
+    assert parameter_bytes.count_block_bytes(dims, dtype.itemsize) == size_of(model.blocks[0])
+    assert parameter_bytes.count_transformer_bytes(dims, dtype.itemsize) == size_of(model)
+    assert parameter_bytes.count_projection_bytes(dims, dtype.itemsize, dims.num_layers) == size_of(projection)
+    assert parameter_bytes.count_vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(
         size_of(vae), rel=2e-3
     )  # norms are float32
-    assert footprint.text_encoder_bytes(task.text_encoder, dtype.itemsize) == size_of(text)  # type: ignore[attr-defined]
-    assert footprint.text_block_bytes(task.text_encoder, dtype.itemsize) == size_of(
+    assert parameter_bytes.count_text_encoder_bytes(task.text_encoder_dims, dtype.itemsize) == size_of(text)  # type: ignore[attr-defined]
+    assert parameter_bytes.count_text_block_bytes(task.text_encoder_dims, dtype.itemsize) == size_of(
         text.get_submodule("block.0")
     )  # type: ignore[attr-defined]
 
@@ -45,13 +44,13 @@ def test_bytes_of_the_image_encoder_are_exact() -> None:
     assert dims is not None
     with torch.device("meta"):
         model = build_image_encoder(dims)
-    assert footprint.image_encoder_bytes(dims) == size_of(model)
+    assert parameter_bytes.count_image_encoder_bytes(dims) == size_of(model)
 
 
 def test_what_the_plan_counts_is_what_the_models_do() -> None:
     """The plan is made without torch, so a few numbers stand in two places."""
-    assert footprint.STREAMED_BLOCKS == streaming.NUM_SLOTS
-    assert streaming.BlockReader.num_ahead == footprint.STAGED_BLOCKS
+    assert memory_estimate.STREAMED_BLOCKS == streaming.NUM_SLOTS
+    assert streaming.BlockReader.num_ahead == memory_estimate.STAGED_BLOCKS
     assert parameter_bytes.INT4_GROUP_SIZE == quantized.INT4_GROUP_SIZE
-    assert footprint.QUANTIZED_ROWS_PER_CHUNK == quantized._QUANTIZE_CHUNK_ROWS
-    assert footprint.FLOAT32_CHUNK_TOKENS == transformer_elementwise.FLOAT32_CHUNK_TOKENS
+    assert memory_estimate.QUANTIZED_ROWS_PER_CHUNK == quantized._QUANTIZE_CHUNK_ROWS
+    assert memory_estimate.FLOAT32_CHUNK_TOKENS == transformer_ops.FLOAT32_CHUNK_TOKENS

@@ -104,7 +104,10 @@ def test_the_plan_is_a_table_in_no_time(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_planning_needs_no_torch() -> None:
-    code = "import sys, launch.__main__ as m; m.main(['plan', 'task=toy', 'gpus=8GB', 'host=8GB']); sys.exit(int('torch' in sys.modules))"
+    code = (
+        "import sys, launch.__main__ as m; m.main(['plan', 'task=toy', 'gpus=8GB', 'host=8GB']); "
+        "sys.exit(int('torch' in sys.modules))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code],
@@ -212,14 +215,19 @@ def test_slurms_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("limit", ["free memory", "the process's limit (ulimit -v)"])
 def test_a_limit_below_the_need_is_refused_before_loading(limit: str, tmp_path: Path) -> None:
-    """300 MiB are left, free or below the limit on addresses: the run ends with exit code 2 before any weights are read."""
+    """300 MiB are left, free or below the limit on addresses: the run ends with exit code 2 before
+    any weights are read.
+    """
     code = "import resource, sys, torch, transformers, wan_dist.pipeline.generate;"
     code += "import wan_dist.planning.hardware as hardware; from wan_dist.run import main;"
     if limit == "free memory":
-        code += "hardware._free_memory = lambda: 300 * 2**20;"
+        code += "hardware._read_free_bytes = lambda: 300 * 2**20;"
     else:
-        code += "resource.setrlimit(resource.RLIMIT_AS, (hardware._address_space() + 300 * 2**20,) * 2);"
-    code += f"sys.exit(main(['task=toy', 'device=cpu', 'size=64*48', 'frame_num=5', 'output.dir={tmp_path}']))"
+        code += "resource.setrlimit(resource.RLIMIT_AS, (hardware._read_address_space_bytes() + 300 * 2**20,) * 2);"
+    code += (
+        "sys.exit(main(['task=toy', 'device=cpu', 'size=64*48', 'frame_num=5', "
+        f"'output.dir={tmp_path}']))"
+    )
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -236,7 +244,8 @@ def test_a_limit_below_the_need_is_refused_before_loading(limit: str, tmp_path: 
 def test_gpus_as_nvidia_smi_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
-        "#!/bin/sh\necho '0, GPU-a, NVIDIA H200, 143771, 143000'\necho '1, GPU-b, NVIDIA H200, 143771, 1000'\n"
+        "#!/bin/sh\necho '0, GPU-a, NVIDIA H200, 143771, 143000'\n"
+        "echo '1, GPU-b, NVIDIA H200, 143771, 1000'\n"
     )
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -299,7 +308,11 @@ def test_gpus_that_are_visible(
 def test_a_part_of_a_gpu_has_its_own_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listed = "GPU 0: NVIDIA H100 (UUID: GPU-a)\n  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n  MIG 3g.40gb+me  Device  1: (UUID: MIG-2)"
+    listed = (
+        "GPU 0: NVIDIA H100 (UUID: GPU-a)\n"
+        "  MIG 1g.10gb     Device  0: (UUID: MIG-1)\n"
+        "  MIG 3g.40gb+me  Device  1: (UUID: MIG-2)"
+    )
     tool = tmp_path / "nvidia-smi"
     tool.write_text(
         f"#!/bin/sh\ncase $1 in -L) echo '{listed}';; *) echo '0, GPU-a, NVIDIA H100, 81559, 80000';; esac\n"

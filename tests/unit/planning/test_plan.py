@@ -351,7 +351,8 @@ def test_any_number_of_ranks_works(num_heads: int, guided: bool) -> None:
         (
             8,
             ["parallel.ulysses=8"],
-            "does not divide the 12 heads (it may be 1, 2, 3, 4, 6, 12); on 8 ranks use parallel.cfg=2 parallel.ulysses=4",
+            "does not divide the 12 heads (it may be 1, 2, 3, 4, 6, 12); "
+            "on 8 ranks use parallel.cfg=2 parallel.ulysses=4",
         ),
         (
             4,

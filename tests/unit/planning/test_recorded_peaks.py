@@ -1,4 +1,6 @@
-"""The plan against the GPU peaks that bench/memory.py has recorded on GPUs: every stage of every arrangement, within 10 %."""
+"""The plan against the GPU peaks that bench/memory.py has recorded on GPUs: every stage of every
+arrangement, within 10 %.
+"""
 
 import json
 from dataclasses import replace
@@ -27,7 +29,9 @@ ROWS = [
 
 
 def load_of(row: dict[str, Any], folder: Path) -> Workload:
-    """Return what the row's run worked on; its tokens are the bytes of the prompts, as a random checkpoint's are."""
+    """Return what the row's run worked on; its tokens are the bytes of the prompts, as a random
+    checkpoint's are.
+    """
     task, *settings = row["row"].split()
     width, height = (
         (1280, 720)
@@ -86,6 +90,7 @@ def test_gpu_peaks_are_what_is_planned(row: dict[str, Any], tmp_path: Path) -> N
             continue  # its peak is of the next way
         seen = entry["peak_gpu_gib"]
         print(
-            f"{row['ranks']} {row['row']}: {stage} planned {uses[stage]:.2f}, seen {seen:.2f} GiB ({uses[stage] / seen - 1:+.0%})"
+            f"{row['ranks']} {row['row']}: {stage} planned {uses[stage]:.2f}, "
+            f"seen {seen:.2f} GiB ({uses[stage] / seen - 1:+.0%})"
         )
         assert uses[stage] == pytest.approx(seen, rel=0.1)

@@ -96,7 +96,8 @@ def test_one_mesh_suits_all_jobs_in_either_order(
         (
             "heads",
             "parallel.ulysses=8",
-            r"ulysses=8 does not divide the 12 heads of some jobs \(second, of t2v-1\.3B\).*may be 1, 2, 4: use",
+            r"ulysses=8 does not divide the 12 heads of some jobs "
+            r"\(second, of t2v-1\.3B\).*may be 1, 2, 4: use",
         ),
         ("heads", "parallel.ulysses=5", r"ulysses=5 does not divide the 12 heads of some jobs"),
         (

@@ -17,9 +17,9 @@ from wan_dist.runtime.log import add_log_file, logger
 
 PRINTING = """
 import sys
-from wan_dist.runtime.log import logger, open_log, protect_streams
+from wan_dist.runtime.log import logger, configure_logging, protect_streams
 protect_streams()
-open_log()
+configure_logging()
 from tqdm import tqdm
 for _ in tqdm(range(3), mininterval=0):
     print("out")

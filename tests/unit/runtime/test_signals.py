@@ -1,4 +1,6 @@
-"""What signals do to a run: noted or raised as the run wants it, from its first moment on; a second one ends it at once."""
+"""What signals do to a run: noted or raised as the run wants it, from its first moment on; a second
+one ends it at once.
+"""
 
 import os
 import signal
@@ -176,8 +178,8 @@ def test_an_error_keeps_its_code(
 def test_handlers_come_before_heavy_imports() -> None:
     lines = Path(run.__file__).read_text(encoding="utf-8").splitlines()
     assert lines.index(
-        "    end_when_asked()  # before the imports below, which take a second"
-    ) < lines.index("from wan_dist.tasks.run_config import configured")
+        "    exit_on_signal()  # before the imports below, which take a second"
+    ) < lines.index("from wan_dist.tasks.run_config import read_config")
 
 
 def test_ranks_that_never_came_are_not_waited_for_after_ctrl_c(

@@ -47,7 +47,9 @@ def test_a_straight_path_is_solved_exactly(name: str) -> None:
 
 
 def test_order_of_convergence() -> None:
-    """On a smooth problem, four times the steps shrink a first-order error 4 times and a second-order one up to 16 times."""
+    """On a smooth problem, four times the steps shrink a first-order error 4 times and a
+    second-order one up to 16 times.
+    """
 
     def solve(name: str, steps: int) -> torch.Tensor:
         solver = make_solver(name, steps, 1.0)

@@ -61,7 +61,9 @@ def test_ranks_decide_together() -> None:
 
 
 def test_tea_sums_the_foreseen_change() -> None:
-    """Embeddings that grow by a tenth each step, and a fit that makes 0.21 of 0.1: the change passes 0.5 at every third step."""
+    """Embeddings that grow by a tenth each step, and a fit that makes 0.21 of 0.1: the change
+    passes 0.5 at every third step.
+    """
     guesses: list[int] = []
     tea = TeaCache(
         TeaCacheFit((1.0, 2.0, 0.0), 0.5), num_warmup_steps=3, on_guess=lambda: guesses.append(1)

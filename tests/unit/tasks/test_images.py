@@ -65,7 +65,9 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(orientation: int, tmp_path: Path) -> None:
-    """A photo stored in any of the eight orientations is read as it should be seen: the red corner at the top left."""
+    """A photo stored in any of the eight orientations is read as it should be seen: the red corner
+    at the top left.
+    """
     upright = Image.new("RGB", (64, 32), "blue")
     upright.paste("red", (0, 0, 16, 16))
     undo = {
@@ -243,7 +245,9 @@ def profile(primaries: list[list[float]]) -> bytes:
 
 
 def through(colours: np.ndarray, first: list[list[float]], second: list[list[float]]) -> np.ndarray:
-    """Convert colours (n, 3) of 0 to 255 from some primaries to others, as the formula of sRGB's curve has it."""
+    """Convert colours (n, 3) of 0 to 255 from some primaries to others, as the formula of sRGB's
+    curve has it.
+    """
     encoded = colours / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     linear = (linear @ (np.linalg.inv(second) @ np.array(first)).T).clip(0, 1)
@@ -300,7 +304,11 @@ import io
 from PIL import Image, PngImagePlugin
 
 def register_heif_opener():
-    Image.register_open("HEIF", lambda file, _: PngImagePlugin.PngImageFile(io.BytesIO(file.read()[24:])), lambda begin: b"ftyp" in begin)
+    Image.register_open(
+        "HEIF",
+        lambda file, _: PngImagePlugin.PngImageFile(io.BytesIO(file.read()[24:])),
+        lambda begin: b"ftyp" in begin,
+    )
 """
 
 

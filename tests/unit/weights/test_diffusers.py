@@ -1,4 +1,6 @@
-"""The Diffusers layout at full size: our key maps against the models of diffusers and transformers themselves, on meta."""
+"""The Diffusers layout at full size: our key maps against the models of diffusers and transformers
+themselves, on meta.
+"""
 
 import json
 import warnings

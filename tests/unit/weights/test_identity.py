@@ -120,7 +120,9 @@ def test_which_model_has_the_tensors_counts(tmp_path: Path) -> None:
 
 
 def test_expanded_tensors_cost_nothing(tmp_path: Path) -> None:
-    """A file of a few bytes may claim a terabyte: what is laid out, or read, of it takes no more than it has."""
+    """A file of a few bytes may claim a terabyte: what is laid out, or read, of it takes no more
+    than it has.
+    """
     digests = set()
     for value in (1.0, 2.0):
         tensor = torch.full((1, 4), value).expand(2**36, 4)

@@ -1,1 +1,1 @@
-"""Attention: backends, cross-attention, 8 bits."""
+"""Attention: backends, cross-attention, 8-bit attention, log-sum-exp and rotary embedding."""

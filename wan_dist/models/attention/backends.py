@@ -1,4 +1,4 @@
-"""Attention as parameter-free modules with the kernel chosen once, and rotary position embedding.
+"""Attention backends: a kernel for each name, tried on a tiny tensor before it is used.
 
 Layout everywhere: (B, L, H, D) = batch, tokens, heads, head width.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from wan_dist.models.attention import eight_bit as attention_8bit
+from wan_dist.models.attention import eight_bit
 from wan_dist.runtime.errors import get_first_line
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -45,7 +45,10 @@ def _make_package_loader(
 
 
 def _drop_log_sum_exp(attention_function: Callable[..., object]) -> AttentionKernel:
-    """Return ``work`` without the log-sum-exp, which releases differ in whether they return too."""
+    """Return ``attention_function`` without the log-sum-exp in its result.
+
+    Releases of the packages differ in whether they return it too.
+    """
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = attention_function(q, k, v)
@@ -56,10 +59,11 @@ def _drop_log_sum_exp(attention_function: Callable[..., object]) -> AttentionKer
 
 @cache
 def load_flash_attention_4() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """Return FlashAttention-4's forward pass: (q, k, v, return_lse=False) -> (result, log-sum-exp (B, H, Lq) or None).
+    """Return FlashAttention-4's forward pass: (q, k, v, return_lse=False) -> (result, log-sum-exp).
 
-    On Hopper with wider tiles than its own choice for heads of 128 channels: the same result bit for bit, 2 to 5 % sooner
-    (measured on an H200, bench/NOTES.md).
+    The log-sum-exp is (B, H, Lq), or None where it was not requested. On Hopper, heads of 128 channels
+    are computed with wider tiles than the package's own choice: the same result bit for bit, 2 to 5 %
+    faster (measured on an H200, bench/NOTES.md).
     """
     from flash_attn.cute import flash_attn_func, interface  # optional, and it imports a compiler
 
@@ -80,7 +84,7 @@ def load_flash_attention_4() -> Callable[..., tuple[Tensor, Tensor | None]]:
 
 
 def attend_in_float16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention for GPUs without bfloat16 arithmetic; what float16 cannot hold is computed again in float32."""
+    """Attention in float16, for GPUs without bfloat16 arithmetic; repeated in float32 if it overflows."""
     out = attend_with_sdpa(q.half(), k.half(), v.half())
     return (
         out if torch.isfinite(out).all() else attend_with_sdpa(q.float(), k.float(), v.float())
@@ -96,7 +100,7 @@ _KERNEL_LOADERS: dict[str, Callable[[], AttentionKernel]] = {
     "sdpa": lambda: attend_with_sdpa,
     "sdpa16": lambda: attend_in_float16,
     "sage": _make_package_loader("sageattention", "sageattn", tensor_layout="NHD"),
-    "8bit": lambda: attention_8bit.attend_in_8bit,
+    "8bit": lambda: eight_bit.attend_in_8bit,
 }
 BACKENDS_BY_SPEED = ("fa4", "fa3", "cudnn", "fa2", "flash", "sdpa")
 BACKEND_REQUIREMENTS = {
@@ -105,20 +109,20 @@ BACKEND_REQUIREMENTS = {
     "fa2": ("flash_attn.flash_attn_interface", "flash-attn", "Ampere or later", (8, 0)),
     "sage": ("sageattention", "sageattention", "Ampere or later", (8, 0)),
 }
-"""Of kernels from packages: module, the package's name, GPUs, and their least compute capability."""
+"""For each kernel from a package: module, package name, GPU generation, minimum compute capability."""
 _LOSSY_TOLERANCES = {"sage": 0.1, "8bit": 0.1}
-"""Kernels in 8 bits, which are taken only if they are asked for, and how far they may be off on the tensor that they are tried on."""
+"""8-bit kernels, which are used only if requested, and their largest permitted error on the trial tensor."""
 
 
 def format_dtype(dtype: torch.dtype) -> str:
-    """Return the dtype as people write it, e.g. bfloat16."""
+    """Return the name of the dtype without its module, e.g. bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
 def try_attention(
     name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> tuple[AttentionKernel | None, str]:
-    """Try a kernel on a tiny tensor; returns (kernel, "") or (None, what is wrong)."""
+    """Try a kernel on a tiny tensor; return (kernel, "") or (None, why it does not work here)."""
     if name != "sdpa":
         if device.type != "cuda":
             return None, f"needs a GPU, runs on {device.type}"
@@ -133,9 +137,8 @@ def try_attention(
     q = torch.linspace(-1, 1, 128 * head_dim, device=device).view(1, 128, 1, head_dim).to(dtype)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # a kernel that is compiled here warns about its compiler's own code
+            # A kernel that is compiled here warns about its compiler's own code.
+            warnings.simplefilter("ignore")
             kernel = _KERNEL_LOADERS[name]()
             max_error = (
                 (kernel(q, q, q).float() - attend_with_sdpa(*(q.float() for _ in range(3))))
@@ -155,5 +158,5 @@ def try_attention(
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, OSError):  # the package around it is not there, or broken
+    except (ImportError, OSError):  # its parent package is missing or broken
         return False

@@ -1,7 +1,8 @@
-"""What cross-attention computes: from the video's many tokens to few of a text and of images, which have softmaxes of their own.
+"""Cross-attention from the video's tokens to text and image tokens, each with a softmax of its own.
 
-The published pipeline attends to the text's padding, whose rows are all the same. One of them is kept: on a GPU a kernel counts it as
-often as it is there, elsewhere it is repeated. Shapes: B batch, L tokens, H heads, D width of a head.
+The published pipeline attends to the text's padding, whose rows are all the same. Only one padding row
+is stored: on a GPU a kernel weights it by the number of padding rows, elsewhere it is repeated.
+Shapes: B batch, L tokens, H heads, D width of a head.
 """
 
 import math
@@ -16,9 +17,12 @@ from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.kernels.dispatch import load_verified_kernels
 
 _COMPATIBLE_BACKENDS = ("fa4", "fa3", "cudnn", "fa2", "flash", "sage", "8bit")
-"""Attention beside which the kernel is taken: those in half precision, which are as exact as it, and in 8 bits, which are less."""
+"""Self-attention backends with which the kernel is used: those that are no more exact.
+
+The half-precision ones are as exact as the kernel, the 8-bit ones less.
+"""
 _SUPPORTED_HEAD_DIMS = (64, 128)
-"""Of a head, that the kernel can take."""
+"""Head widths that the kernel supports."""
 
 
 def cross_attend(
@@ -26,8 +30,8 @@ def cross_attend(
 ) -> Tensor:
     """Return attention to the text, plus attention to the images if there are any: (B, L, H, D).
 
-    q (B, L, H, D); kv: k and v (B, n + 1, H, D) of the text's n tokens and of one row of padding, which stands for all up to
-    ``text_len``; then those of the images, (B, m, H, D).
+    q (B, L, H, D). kv: k and v (B, n + 1, H, D) of the text's n tokens and of one padding row, which
+    stands for all rows up to ``text_len``; then k and v (B, m, H, D) of the images, if there are any.
     """
     kernels = _select_kernels(attention, q)
     return _run_cross_attention(kernels, attention, q, kv, text_len)
@@ -74,7 +78,7 @@ def _load_kernels(device: torch.device, head_dim: int) -> ModuleType | None:
 
 
 def compile_kernels(device: torch.device, head_dim: int) -> None:
-    """Compile and try the kernel for heads of this width now, so that the first step need not."""
+    """Compile and verify the kernel for heads of this width now, rather than in the first step."""
     if head_dim in _SUPPORTED_HEAD_DIMS:
         _load_kernels(device, head_dim)
 
@@ -102,10 +106,11 @@ def _run_cross_attention(
     _, num_tokens, num_heads, width = q.shape
     text_kv, image_kv = kv[:2], kv[2:] or kv[:2]
     rows = 128
+    num_image_tokens = image_kv[0].shape[1] if len(kv) > 2 else 0
     kernels.cross_attend_kernel[(-(-num_tokens // rows), num_heads)](
         q, *text_kv, *image_kv, out,
-        q.stride(1), q.stride(2), *_collect_strides(text_kv), *_collect_strides(image_kv), num_heads * width,
-        num_tokens, text_kv[0].shape[1], image_kv[0].shape[1] if len(kv) > 2 else 0,
+        q.stride(1), q.stride(2), *_collect_strides(text_kv), *_collect_strides(image_kv),
+        num_heads * width, num_tokens, text_kv[0].shape[1], num_image_tokens,
         math.log2(1 + num_padding_tokens), width**-0.5 / math.log(2),
         width=width, rows=rows, keys=64, num_warps=8, num_stages=2,
     )  # fmt: skip
@@ -113,5 +118,5 @@ def _run_cross_attention(
 
 
 def _collect_strides(kv: Sequence[Tensor]) -> tuple[int, ...]:
-    """Return the strides of tokens and heads, of k and of v."""
+    """Return the token and head strides of k, then those of v."""
     return tuple(tensor.stride(dim) for tensor in kv for dim in (1, 2))

@@ -1,8 +1,10 @@
-"""Attention in 8 bits on Hopper: scores of int8, weights and values in e4m3, sums in float32. It changes the result: see bench/NOTES.md.
+"""8-bit attention on Hopper: int8 scores, e4m3 weights and values, float32 sums.
 
-As in SageAttention 2 (arXiv:2411.10958), what k has in common in all tokens is taken off, which softmax does not see, and the sums of each
-block of keys are added in float32, since the tensor cores' own sums of e4m3 are less exact. The weights are the line between powers of two
-that lies in a float's bits (Schraudolph, Neural Computation 11, 1999), and are divided by their own sum.
+It changes the result: see bench/NOTES.md. As in SageAttention 2 (arXiv:2411.10958), the mean of k over
+all tokens is subtracted, to which softmax is invariant, and the sums of each block of keys are
+accumulated in float32, since the tensor cores' own sums of e4m3 are less exact. The weights approximate
+2^x linearly between powers of two through a float's bits (Schraudolph, Neural Computation 11, 1999), and
+are normalised by the sum of the approximated weights.
 """
 
 import importlib
@@ -13,19 +15,20 @@ import torch
 from torch import Tensor
 
 _KEY_BLOCK_SIZE = 128
-"""Of a block: they are rounded with one scale, and attended to at once."""
+"""Keys of a block, which share one int8 scale and are attended to at once."""
 _QUERY_GROUP_SIZE = 64
-"""Of a group of warps, three of which make a block."""
+"""Queries of a warp group; three warp groups make a program."""
 _STATISTICS_KEYS = 512
-"""Keys whose statistics one program takes."""
+"""Keys whose sum and maximum one program computes."""
 _NUM_PIPELINE_STAGES = 4
-"""Blocks of keys and values on their way or in use."""
+"""Blocks of keys and values in shared memory, being fetched or in use."""
 
 
 def attend_in_8bit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return about softmax(q kᵀ / √D) v; q (B, Lq, H, 128), k and v (B, Lk, H, 128), bfloat16 or float16 -> (B, Lq, H, 128).
+    """Return an approximation of softmax(q kᵀ / √D) v, (B, Lq, H, 128).
 
-    Raises RuntimeError on other GPUs than Hopper and for heads of another width, and what Triton raises if it cannot compile it.
+    q (B, Lq, H, 128), k and v (B, Lk, H, 128), bfloat16 or float16. Raises RuntimeError on GPUs other
+    than Hopper and for heads of another width, and Triton's own errors if it cannot compile the kernels.
     """
     if torch.cuda.get_device_capability(q.device) != (9, 0) or q.shape[3] != 128:
         raise RuntimeError(
@@ -57,7 +60,9 @@ def _run_8bit_attention(kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor) ->
     int8_keys, key_scales, fp8_values, value_scales = _quantize_keys_values(kernels, k, v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     kernels.attend_kernel[(-(-num_queries // (3 * _QUERY_GROUP_SIZE)), num_batch_heads)](
-        kernels.tiles_of(int8_queries, _QUERY_GROUP_SIZE), kernels.tiles_of(int8_keys, _KEY_BLOCK_SIZE), kernels.tiles_of(fp8_values, width),
+        kernels.tiles_of(int8_queries, _QUERY_GROUP_SIZE),
+        kernels.tiles_of(int8_keys, _KEY_BLOCK_SIZE),
+        kernels.tiles_of(fp8_values, width),
         query_scales, key_scales, value_scales, out, num_queries, k.shape[1], int8_keys.shape[1], num_heads,
         stages=_NUM_PIPELINE_STAGES, num_warps=4,
     )  # fmt: skip
@@ -67,9 +72,10 @@ def _run_8bit_attention(kernels: ModuleType, q: Tensor, k: Tensor, v: Tensor) ->
 def _quantize_keys_values(
     kernels: ModuleType, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return k in int8 and a scale for each block, v in e4m3, turned, and a scale for each channel.
+    """Return k in int8 and a scale for each block, v in e4m3, transposed, and a scale for each channel.
 
-    Shapes: (B H, L', 128), (B H, L' / 128), (B H, 128, L'), (B H, 128); L' is a multiple of 128, zeros are added.
+    Shapes: (B H, L', 128), (B H, L' / 128), (B H, 128, L'), (B H, 128), where L' is Lk padded with zeros
+    to a multiple of 128.
     """
     batch, num_keys, num_heads, width = k.shape
     num_batch_heads, num_blocks, num_groups = (
@@ -100,7 +106,8 @@ def _quantize_keys_values(
         num_batch_heads, width, num_blocks * _KEY_BLOCK_SIZE, dtype=torch.float8_e4m3fn
     )
     kernels.round_keys_kernel[(num_blocks, num_batch_heads)](
-        k, v, key_means, value_scales, int8_keys, key_scales, fp8_values, num_keys, num_heads, *k.stride()[:3], *v.stride()[:3],
+        k, v, key_means, value_scales, int8_keys, key_scales, fp8_values, num_keys, num_heads,
+        *k.stride()[:3], *v.stride()[:3],
         rows=_KEY_BLOCK_SIZE, num_warps=8,
     )  # fmt: skip
     return int8_keys, key_scales, fp8_values, value_scales

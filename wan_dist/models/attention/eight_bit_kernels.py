@@ -1,7 +1,8 @@
-"""Kernels of attention_8bit.py: Triton's for rounding, and attention itself in Gluon, which says what each group of warps does.
+"""8-bit attention kernels of eight_bit.py: quantisation in Triton, attention in warp-specialised Gluon.
 
-A program attends from 192 queries of a head: three groups of four warps have 64 each, and a fourth group, of one warp, fetches keys and
-values for them all. ``slot``: the tensor cores want weights in another order than they make scores in, so values lie in that order.
+A program attends from 192 queries of a head: three groups of four warps have 64 queries each, and a
+fourth group, of one warp, fetches keys and values for all of them. ``slot``: the tensor cores read weights
+in another order than that in which they produce scores, so values are stored in the order of the weights.
 """
 
 import triton
@@ -18,23 +19,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-SHIFT = gl.constexpr(
-    12582912.0
-)  # 1.5 * 2^23: added to an integer below 2^22, it makes a float of its bits
+# 1.5 * 2^23: an integer below 2^22 plus the bits of this float are the bits of the float SHIFT + integer.
+SHIFT = gl.constexpr(12582912.0)
 SHIFT_BITS = gl.constexpr(0x4B400000)
 ONE = gl.constexpr(0x38)  # in e4m3
 HIGHEST = gl.constexpr(120.0)  # the bits of 2^8 in e4m3: the largest weight
 
 
 def tiles_of(x: Tensor, rows: int) -> TensorDescriptor:
-    """Return x (N, M, K), one byte each, as tiles of so many rows and 128 columns."""
+    """Return x (N, M, K), one byte for each value, as tiles of ``rows`` rows and 128 columns."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     return TensorDescriptor.from_tensor(x.flatten(0, 1), [rows, 128], layout)
 
 
 @triton.jit
 def place_of(slot):
-    """Return which of its 16 neighbours' places a slot has among the scores."""
+    """Return the column of the scores to which a slot belongs; slots are permuted in groups of 16."""
     return slot // 16 * 16 + 8 * (slot % 4 // 2) + 2 * (slot % 16 // 4) + slot % 2
 
 
@@ -43,7 +43,7 @@ def statistics_kernel(
     k_ptr, v_ptr, sum_ptr, most_ptr, num_keys, num_heads,
     k_batch, k_row, k_head, v_batch, v_row, v_head, rows: tl.constexpr, times: tl.constexpr,
 ):  # fmt: skip
-    """Sum of k and largest size of v, by channel, of rows * times keys of a head."""
+    """Sum of k and largest magnitude of v, by channel, over rows * times keys of a head."""
     head = tl.program_id(1)
     k_ptr += head // num_heads * k_batch.to(tl.int64) + head % num_heads * k_head
     v_ptr += head // num_heads * v_batch.to(tl.int64) + head % num_heads * v_head
@@ -67,7 +67,7 @@ def statistics_kernel(
 def round_queries_kernel(
     q_ptr, out_ptr, scale_ptr, num_queries, num_heads, q_batch, q_row, q_head, factor, rows: tl.constexpr
 ):  # fmt: skip
-    """Round each query to int8 with a scale of its own, which is kept times ``factor``."""
+    """Round each query to int8 with a scale of its own, which is stored multiplied by ``factor``."""
     head, channel = tl.program_id(1), tl.arange(0, 128)
     query = tl.program_id(0) * rows + tl.arange(0, rows).to(tl.int64)
     inside = query < num_queries
@@ -87,7 +87,7 @@ def round_keys_kernel(
     k_ptr, v_ptr, mean_ptr, value_scale_ptr, keys_ptr, key_scale_ptr, values_ptr, num_keys, num_heads,
     k_batch, k_row, k_head, v_batch, v_row, v_head, rows: tl.constexpr,
 ):  # fmt: skip
-    """Round a block of k without its mean to int8, and of v to e4m3 in the order of slots, tokens last."""
+    """Round a block of k minus its mean to int8, and of v to e4m3 in the order of slots, tokens last."""
     head, channel, slot = tl.program_id(1), tl.arange(0, 128), tl.arange(0, rows)
     first = tl.program_id(0).to(tl.int64) * rows
     all_keys = tl.num_programs(0).to(tl.int64) * rows
@@ -116,10 +116,11 @@ def round_keys_kernel(
 
 @gluon.jit
 def _weigh(scores, scale, highest, weights_layout: gl.constexpr):
-    """Return weights 2^(8 + score * scale - highest) in e4m3, the new highest, and by how much what is there counts less.
+    """Return weights 2^(8 + score * scale - highest) in e4m3, the new highest, and the factor for older sums.
 
-    scores: int32, read as the float SHIFT + score. An e4m3's bits are 8 * (7 + log2), but for a line between powers of two. So many times
-    the least float16 are rounded to float16, negative ones to 0, whose bits then are that number.
+    scores: int32, read as the float SHIFT + score. The bits of an e4m3 number x are 8 * (7 + log2 x), linear
+    between powers of two. That integer times the smallest float16 is rounded to float16, negative numbers to
+    0; the bits of the result are then the integer.
     """
     shifted = scores.to(gl.float32, bitcast=True)
     new = gl.maximum(highest, (gl.max(shifted, 1) - SHIFT) * scale)
@@ -129,10 +130,13 @@ def _weigh(scores, scale, highest, weights_layout: gl.constexpr):
     rows: gl.constexpr = x.shape[0]
     x = (
         x.reshape(rows, x.shape[1] // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(rows, x.shape[1])
-    )  # places to slots
+    )  # columns of the scores to slots
     weights = gl.inline_asm_elementwise(
-        "{ .reg .b32 x, y; cvt.rn.relu.f16x2.f32 x, $2, $1; cvt.rn.relu.f16x2.f32 y, $4, $3; prmt.b32 $0, x, y, 0x6420; }", "=r,f,f,f,f",
-        [gl.convert_layout(x, weights_layout, assert_trivial=True)], dtype=gl.float8e4nv, is_pure=True, pack=4,
+        "{ .reg .b32 x, y; cvt.rn.relu.f16x2.f32 x, $2, $1; cvt.rn.relu.f16x2.f32 y, $4, $3; "
+        "prmt.b32 $0, x, y, 0x6420; }",
+        "=r,f,f,f,f",
+        [gl.convert_layout(x, weights_layout, assert_trivial=True)],
+        dtype=gl.float8e4nv, is_pure=True, pack=4,
     )  # fmt: skip
     return weights, new, gl.exp2(highest - new)
 
@@ -149,7 +153,10 @@ def _attend(
     num_blocks,
     num_heads,
 ):
-    """Attend from 64 queries. The last block of keys, where zeros may follow them, comes first. Scores are 0 on average: so is k."""
+    """Attend from 64 queries. The last block of keys, which may be padded with zeros, comes first.
+
+    The highest score starts at 0, since scores are 0 on average: the mean of k has been subtracted.
+    """
     queries, keys, values = shared
     query_ready, key_ready, key_free, value_ready, value_free = barriers
     query_scale_ptr, key_scale_ptr, value_scale_ptr = scale_ptrs
@@ -189,7 +196,7 @@ def _attend(
             weights, values.index(stage).permute((1, 0)), gl.zeros((64, 128), gl.float32, out_layout),
             use_acc=False, is_async=True, max_num_imprecise_acc=rows,
         )  # fmt: skip
-        counted = warpgroup_mma(  # the weights' sum, as they are
+        counted = warpgroup_mma(  # the sum of the weights as rounded
             gl.convert_layout(weights, gl.DotOperandLayout(0, sum_layout, 4), assert_trivial=True),
             ones.index(gl.minimum(i, 1)).permute((1, 0)), gl.zeros((64, 8), gl.float32, sum_layout),
             use_acc=False, is_async=True, max_num_imprecise_acc=rows,
@@ -212,7 +219,7 @@ def _attend(
 
 @gluon.jit
 def _fetch(query_tiles, key_tiles, value_tiles, shared, barriers, num_queries, num_blocks):
-    """Fetch 192 queries, then keys and values block by block, as soon as there is room."""
+    """Fetch 192 queries, then keys and values block by block, as soon as a stage is free."""
     queries, keys, values = shared
     query_ready, key_ready, key_free, value_ready, value_free = barriers
     stages: gl.constexpr = keys.shape[0]
@@ -252,9 +259,8 @@ def attend_kernel(
     keys = gl.allocate_shared_memory(gl.int8, [stages, rows, 128], key_tiles.layout)
     values = gl.allocate_shared_memory(gl.float8e4nv, [stages, 128, rows], value_tiles.layout)
     layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
-    ones = gl.allocate_shared_memory(
-        gl.float8e4nv, [2, 8, rows], value_tiles.layout
-    )  # of the block that may be short, of the others
+    # Ones for the keys of the last block, which may be short, and of the other blocks.
+    ones = gl.allocate_shared_memory(gl.float8e4nv, [2, 8, rows], value_tiles.layout)
     place = all_keys - rows + place_of(gl.arange(0, rows, gl.SliceLayout(0, layout)))
     one = gl.full((8, rows), ONE, gl.int8, layout)
     ones.index(0).store(

@@ -1,4 +1,4 @@
-"""Attention of the transformer: a parameter-free module with the kernel chosen once."""
+"""Scaled dot-product attention of the transformer: a parameter-free module, its kernel chosen once."""
 
 from collections.abc import Callable
 
@@ -20,11 +20,12 @@ from wan_dist.runtime.errors import InputError
 class InnerAttention(nn.Module):
     """Scaled dot-product attention without parameters: the seam that sequence-parallel attention wraps.
 
-    Softmax statistics are float32 in every kernel. ``name`` is the kernel's, ``reason`` says why it was taken.
+    Softmax statistics are float32 in every kernel. ``name`` is that of the kernel, ``reason`` says why it
+    was chosen.
     """
 
     accepts_partial_queries = True
-    """Whether q may be of fewer tokens than k and v; where ranks trade them, it may not."""
+    """Whether q may have fewer tokens than k and v; not where ranks exchange them."""
 
     def __init__(
         self,
@@ -38,27 +39,31 @@ class InnerAttention(nn.Module):
         self.reason = reason
 
     def make_send_buffer(self, x: Tensor) -> Tensor:
-        """Return where what becomes of q, k or v like x (B, l, H, D) is best written for `begin`: in x, or (B, l, N, H / N, D)."""
+        """Return the tensor into which q, k or v is best written for `start_exchange`.
+
+        x (B, l, H, D) is the projection: the buffer is x itself, or a new tensor (B, l, N, H / N, D) for N
+        ranks.
+        """
         return x
 
     def start_exchange(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin to bring q, k or v of this device's tokens to where they are attended to; the call returns them there.
+        """Start the exchange of q, k or v of this device's tokens; the returned call waits for the result.
 
-        x (B, l, H, D), or what `room_for` returned.
+        x (B, l, H, D), or the buffer that `make_send_buffer` returned. Here nothing is exchanged.
         """
         return lambda: x
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return softmax(q kᵀ / √D) v of what `begin` brought; q (B, Lq, H, D), k and v (B, Lk, H, D) -> (B, Lq, H, D)."""
+        """Return softmax(q kᵀ / √D) v, (B, Lq, H, D), of exchanged q (B, Lq, H, D), k and v (B, Lk, H, D)."""
         return self.kernel(q, k, v)
 
 
 def choose_attention(
     name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> InnerAttention:
-    """Return the attention called ``name``, tried on a tiny tensor first; ``auto`` takes the fastest that works.
+    """Return the attention called ``name``, tried on a tiny tensor first; ``auto`` selects the fastest.
 
-    Raises InputError if a kernel asked for by name does not work here.
+    Raises InputError if a kernel requested by name does not work here, or if ``auto`` finds none.
     """
     if name != "auto":
         kernel, error = try_attention(name, device=device, dtype=dtype, head_dim=head_dim)
@@ -87,7 +92,10 @@ def choose_attention(
 
 
 def compile_attention(*, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Try the kernels of packages, some of which are compiled then; may be done in a thread, unlike trying PyTorch's own."""
+    """Try the kernels from packages, fastest first, until one works; some are compiled by that.
+
+    This may run in a thread, unlike a trial of PyTorch's own kernels.
+    """
     for name in BACKENDS_BY_SPEED:
         if (
             name in BACKEND_REQUIREMENTS

@@ -1,4 +1,4 @@
-"""Attention with the log-sum-exp of its scores, which ring attention merges partial results by."""
+"""Attention with the log-sum-exp of its scores, by which ring attention merges partial results."""
 
 from typing import cast
 
@@ -8,14 +8,18 @@ from torch import Tensor
 from wan_dist.models.attention.backends import load_flash_attention_4
 
 RING_SCORE_BYTES = 2**26
-"""Of the scores that are there at once where a ring attends by plain arithmetic; as in footprint.py."""
+"""Size of the scores in memory at once where ring attention uses plain arithmetic.
+
+As in planning/memory_estimate.py.
+"""
 
 
 def attend_with_lse(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return attention's result (B, Lq, H, D) and its log-sum-exp (B, Lq, H), float32; shapes as in `InnerAttention.forward`.
+    """Return attention's result (B, Lq, H, D) and its log-sum-exp (B, Lq, H), float32.
 
-    FlashAttention-4 where ``name`` is fa4, cuDNN where it is cudnn, else FlashAttention-2 where the GPU and the dtype have it, else
-    plain arithmetic in float32, a part of the scores at a time.
+    Shapes as in `InnerAttention.forward`. FlashAttention-4 where ``name`` is fa4, cuDNN where it is cudnn,
+    else FlashAttention-2 where the GPU and the dtype support it, else plain arithmetic in float32, a part
+    of the scores at a time.
     """
     if name == "fa4":
         out, lse_by_head = load_flash_attention_4()(q, k, v, return_lse=True)
@@ -37,7 +41,10 @@ def attend_with_lse(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor,
 
 
 def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the same by plain arithmetic in float32: as many heads at a time, and of them queries, as `SCORE_BYTES` has room for."""
+    """Return the same by plain arithmetic in float32, in parts whose scores fit in `RING_SCORE_BYTES`.
+
+    A part has as many heads as fit, and of those as many queries as fit.
+    """
     (batch, num_queries, num_heads, width), num_keys = q.shape, k.shape[1]
     out, lse = (
         torch.empty_like(q, memory_format=torch.contiguous_format),
@@ -65,5 +72,5 @@ def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
             lse[:, query_slice, head_slice] = (
                 (max_scores + weight_sum.log()).squeeze(-1).transpose(1, 2)
             )
-            del scores  # it would be there beside the next
+            del scores  # else it stays in memory beside the next part's
     return out, lse

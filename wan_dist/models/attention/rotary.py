@@ -1,4 +1,4 @@
-"""Rotary position embedding over frames, rows and columns."""
+"""Rotary position embedding in 3 dimensions: frames, rows and columns."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,11 @@ from torch import Tensor
 def compute_rotary_tables(
     grid: tuple[int, int, int], head_dim: int, *, device: torch.device, base: float = 10000.0
 ) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines of 3-D rotary position embedding, each (L, 1, D / 2) float32, L = frames * rows * columns.
+    """Return the cosines and sines of 3-D rotary position embedding, each (L, 1, D / 2) float32.
 
-    The head's D / 2 pairs are split over (frame, row, column) as (D/2 - 2 (D//6), D//6, D//6): 22, 21, 21 for D = 128. Angles
-    are computed in float64 and rounded once. Source: RoFormer (arXiv:2104.09864), per axis as in Wan2.1.
+    ``grid`` is (frames, rows, columns), L their product. The head's D / 2 pairs are split over (frame, row,
+    column) as (D/2 - 2 (D//6), D//6, D//6): 22, 21, 21 for D = 128. Angles are computed in float64 and
+    rounded once. Source: RoFormer (arXiv:2104.09864), per axis as in Wan2.1.
     """
     num_spatial_pairs = head_dim // 6
     axis_angles = []

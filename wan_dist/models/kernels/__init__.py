@@ -1,1 +1,1 @@
-"""Fused operations and quantised linears: Triton kernels on a GPU, PyTorch elsewhere."""
+"""Fused operations and quantised linears, by Triton kernels on a GPU and PyTorch elsewhere."""

@@ -1,4 +1,7 @@
-"""Triton kernels are taken if they work here: without Triton, a C compiler or a GPU that it knows, PyTorch does the same."""
+"""Dispatch between Triton kernels and PyTorch: the kernels are used if a trial shows that they work.
+
+Without Triton, a C compiler or a GPU that Triton supports, PyTorch computes the same.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -12,14 +15,16 @@ from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.log import logger
 
 _MAX_RELATIVE_ERROR = 1e-2
+"""Largest error of a trial's result, relative to PyTorch's, by their norms."""
 
 
 def load_verified_kernels(
     module_name: str, run_trial: Callable[[ModuleType | None], Tensor]
 ) -> ModuleType | None:
-    """Return the module of kernels if it is there and does right, else None, and say why.
+    """Return the module of kernels if it can be imported and passes a trial, else None.
 
-    ``trial`` does some work with the kernels, or with PyTorch for None, and returns its result.
+    ``run_trial`` computes something with the kernels, or with PyTorch for None, and returns the result; the
+    two must agree within `_MAX_RELATIVE_ERROR`. Why a trial failed is logged as a warning.
     """
     try:
         kernels = importlib.import_module(f"wan_dist.models.kernels.{module_name}")
@@ -49,10 +54,10 @@ def load_verified_kernels(
 
 @cache
 def supports_fp8_matmul(device: torch.device) -> bool:
-    """Whether this device multiplies matrices of fp8: NVIDIA's from compute capability 8.9 on."""
+    """Whether this device multiplies fp8 matrices: NVIDIA GPUs from compute capability 8.9 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def compute_block_size(length: int) -> int:
-    """Return the length of a block that holds ``length`` values: in Triton a power of two."""
+    """Return the size of a Triton block that holds ``length`` values, which is a power of two."""
     return 1 << (length - 1).bit_length()

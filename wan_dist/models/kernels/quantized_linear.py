@@ -1,7 +1,9 @@
-"""Linears with weights of 8 or 4 bits: plain tensors and their scales, so that they can be sharded and streamed as any others.
+"""Quantised linears with weights of 8 or 4 bits, stored as plain tensors and scales.
 
-fp8 and int8: a scale for each row of the weight, symmetric. int4: a scale and an offset for each `GROUP` values of a row. Products are
-computed in the input's dtype, but for fp8 on GPUs that multiply it, where inputs are rounded to fp8 too, each token with a scale.
+Being plain parameters, they can be sharded and streamed as any others. fp8 and int8: symmetric, with a
+scale for each row of the weight. int4: a scale and an offset for each `INT4_GROUP_SIZE` values of a row.
+Products are computed in the input's dtype, except for fp8 on GPUs that multiply it, where inputs are
+rounded to fp8 too, with a scale for each token.
 """
 
 from collections.abc import Iterator
@@ -28,13 +30,14 @@ from wan_dist.models.kernels.transformer_ops import (
 
 _STORAGE_DTYPES = {"fp8": FP8, "int8": torch.int8, "int4": torch.uint8}
 QUANTIZED_PARTS = ("weight", "scale", "offset")
-"""What takes the place of a linear's weight; an offset is there in int4 only."""
+"""Parameters that replace a linear's weight; only int4 has an offset."""
 INT4_GROUP_SIZE = 64
 _QUANTIZE_CHUNK_ROWS = 1024
+"""Rows that are converted at once, so that their float32 copies stay small."""
 
 
 class QuantizedLinear(nn.Module):
-    """A linear in place of `nn.Linear`, in 8 or 4 bits."""
+    """Replacement of `nn.Linear` whose weight has 8 or 4 bits."""
 
     def __init__(self, in_dim: int, out_dim: int, quant: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,7 +56,10 @@ class QuantizedLinear(nn.Module):
     def forward(
         self, x: Tensor | Fp8Tokens, rows: slice = slice(None), *, gelu: bool = False
     ) -> Tensor:
-        """x (..., in) -> (..., out), or those outputs whose rows of the weight these are; ``gelu``: of GELU of x, which may change x."""
+        """x (..., in) -> (..., out), or only the outputs of these rows of the weight.
+
+        With ``gelu``, the input is GELU of x, and x may be overwritten.
+        """
         x = self.prepare_input(x, gelu=gelu)
         if isinstance(x, Tensor):
             return F.linear(x, self.dequantize_rows(x.dtype, rows), self.bias[rows])
@@ -71,7 +77,7 @@ class QuantizedLinear(nn.Module):
         return out.unflatten(0, x.values.shape[:-1])
 
     def prepare_input(self, x: Tensor | Fp8Tokens, *, gelu: bool = False) -> Tensor | Fp8Tokens:
-        """Return x, or GELU of it, as `forward` takes it; once for several calls. May change x."""
+        """Return x, or GELU of it, as `forward` takes it, for several calls of it; may overwrite x."""
         if isinstance(x, Fp8Tokens):
             return x
         if self.accepts_fp8_tokens and x.dtype == torch.bfloat16:
@@ -80,7 +86,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def accepts_fp8_tokens(self) -> bool:
-        """Whether it multiplies tokens that are rounded to fp8."""
+        """Whether this linear multiplies tokens that are rounded to fp8."""
         return (
             self.quant == "fp8"
             and self.bias.dtype == torch.bfloat16
@@ -111,7 +117,7 @@ class QuantizedLinear(nn.Module):
 
 
 def _quantize_to_fp8(kernels: ModuleType | None, x: Tensor, *, gelu: bool) -> Fp8Tokens:
-    """Return tokens x (..., k), or GELU of them, rounded."""
+    """Return tokens x (..., k), or GELU of them, rounded to fp8."""
     fp8_tokens, tokens = make_output_buffer(x, as_fp8=True), x.flatten(0, -2)
     assert isinstance(fp8_tokens, Fp8Tokens)
     if kernels is not None:
@@ -148,12 +154,12 @@ def _load_kernels(device: torch.device) -> ModuleType | None:
 
 
 def find_quantization(dtype: torch.dtype) -> str:
-    """Return the kind whose weights have this dtype."""
+    """Return the quantisation whose weights have this dtype."""
     return next(quant for quant, storage_dtype in _STORAGE_DTYPES.items() if storage_dtype == dtype)
 
 
 def quantize_rows(weight: Tensor, quant: str) -> dict[str, Tensor]:
-    """Return a `QuantizedLinear`'s `PARTS`, in their order, for rows of a weight (n, in)."""
+    """Return the `QUANTIZED_PARTS`, in their order, of a `QuantizedLinear` for rows of a weight (n, in)."""
     if quant == "int4":
         groups = weight.float().unflatten(1, (-1, INT4_GROUP_SIZE))
         group_min, group_max = groups.amin(dim=-1), groups.amax(dim=-1)
@@ -178,7 +184,10 @@ def quantize_rows(weight: Tensor, quant: str) -> dict[str, Tensor]:
 
 
 def quantize_blocks(blocks: nn.ModuleList, quant: str) -> None:
-    """Put quantised linears, still empty, in place of those of all blocks but the first and the last, which are the most sensitive."""
+    """Replace the linears of all blocks but the first and the last by quantised ones without values.
+
+    The first and the last block are the most sensitive to rounding.
+    """
     for block in list(blocks)[1:-1]:
         for name, linear in list(_iterate_linears(block)):
             parent_name, _, attribute = name.rpartition(".")

@@ -1,6 +1,6 @@
-"""Triton kernels of transformer_elementwise.py, quantized.py and cross_attention.py.
+"""Triton kernels of transformer_ops.py, quantized_linear.py and attention/cross.py.
 
-A program takes one token with all its channels, of cross-attention some tokens and one head.
+A program processes one token with all its channels; in cross-attention, a block of tokens of one head.
 """
 
 import triton
@@ -11,12 +11,12 @@ import triton.language as tl
 def add_norm_kernel(
     x_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, out_ptr, rounding_ptr,
     x_row, y_row, gate_row, scale_row, num_first, eps, most,
-    width: tl.constexpr, has_y: tl.constexpr, has_gate: tl.constexpr, has_norm: tl.constexpr, plus_one: tl.constexpr,
-    is_rounded: tl.constexpr, block: tl.constexpr,
+    width: tl.constexpr, has_y: tl.constexpr, has_gate: tl.constexpr, has_norm: tl.constexpr,
+    plus_one: tl.constexpr, is_rounded: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """x += gate * y; out = layer_norm(x) * scale + shift, rounded as by `round_kernel` or not.
+    """x += gate * y; out = layer_norm(x) * scale + shift, rounded as in `round_kernel` or not.
 
-    Tokens from ``num_first`` on take the second row of gate, scale and shift.
+    Tokens from ``num_first`` on use the second row of gate, scale and shift.
     """
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, block)
@@ -48,11 +48,12 @@ def add_norm_kernel(
 @triton.jit
 def norm_rotate_kernel(
     x_ptr, out_ptr, weight_ptr, cos_ptr, sin_ptr, x_row, out_row, out_part, eps,
-    width: tl.constexpr, part: tl.constexpr, pairs: tl.constexpr, has_rotary: tl.constexpr, block: tl.constexpr,
+    width: tl.constexpr, part: tl.constexpr, pairs: tl.constexpr, has_rotary: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
-    """out = rms_norm(x) * weight, then each pair of neighbours is rotated by its token's angles; heads have ``pairs`` pairs.
+    """out = rms_norm(x) * weight, then each pair of neighbouring channels is rotated by its token's angles.
 
-    A token of out lies in parts of ``part`` channels, ``out_part`` apart.
+    A head has ``pairs`` pairs. A token of out is stored in parts of ``part`` channels, ``out_part`` apart.
     """
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, block)
@@ -75,15 +76,14 @@ def round_kernel(
     x_ptr, out_ptr, scale_ptr, x_row, most,
     width: tl.constexpr, has_gelu: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """out = x / scale, or gelu(x) / scale, such that its largest value is ``most``."""
+    """out = x / scale, or gelu(x) / scale, with each token's scale such that its maximum is ``most``."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, block)
     inside = channel < width
     x = tl.load(x_ptr + token * x_row + channel, mask=inside, other=0.0).to(tl.float32)
     if has_gelu:
-        x *= tl.sigmoid(
-            1.5957691216057308 * (x + 0.044715 * x * x * x)
-        )  # (1 + tanh z) / 2 is the sigmoid of 2 z
+        # (1 + tanh z) / 2 is the sigmoid of 2 z.
+        x *= tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     scale = tl.maximum(tl.max(tl.abs(x), axis=0), 1e-12) / most
     tl.store(scale_ptr + token, scale)
     tl.store(
@@ -96,11 +96,15 @@ def round_kernel(
 @triton.jit
 def cross_attend_kernel(
     q_ptr, text_k_ptr, text_v_ptr, image_k_ptr, image_v_ptr, out_ptr,
-    q_row, q_head, text_k_row, text_k_head, text_v_row, text_v_head, image_k_row, image_k_head, image_v_row, image_v_head, out_row,
+    q_row, q_head, text_k_row, text_k_head, text_v_row, text_v_head,
+    image_k_row, image_k_head, image_v_row, image_v_head, out_row,
     num_tokens, num_text, num_image, last_bias, scale,
     width: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
-    """out = attention to the text, whose last key's score is raised by ``last_bias``, plus attention to the images; scores are base 2."""
+    """out = attention to the text plus attention to the images; scores are in base 2.
+
+    ``last_bias`` is added to the score of the text's last key, which stands for several padding keys.
+    """
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)
     channel = tl.arange(0, width)
@@ -109,13 +113,13 @@ def cross_attend_kernel(
         q_ptr + token[:, None] * q_row + head * q_head + channel[None, :], mask=inside, other=0.0
     )
     out = _attended(
-        q, text_k_ptr + head * text_k_head, text_v_ptr + head * text_v_head, text_k_row, text_v_row, num_text, last_bias, scale,
-        width, rows, keys,
+        q, text_k_ptr + head * text_k_head, text_v_ptr + head * text_v_head, text_k_row, text_v_row,
+        num_text, last_bias, scale, width, rows, keys,
     )  # fmt: skip
     if num_image > 0:
         out += _attended(
-            q, image_k_ptr + head * image_k_head, image_v_ptr + head * image_v_head, image_k_row, image_v_row, num_image, 0.0, scale,
-            width, rows, keys,
+            q, image_k_ptr + head * image_k_head, image_v_ptr + head * image_v_head, image_k_row, image_v_row,
+            num_image, 0.0, scale, width, rows, keys,
         )  # fmt: skip
     tl.store(
         out_ptr + token[:, None] * out_row + head * width + channel[None, :],
@@ -126,9 +130,10 @@ def cross_attend_kernel(
 
 @triton.jit
 def _attended(
-    q, k_ptr, v_ptr, k_row, v_row, num_keys, last_bias, scale, width: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr
+    q, k_ptr, v_ptr, k_row, v_row, num_keys, last_bias, scale,
+    width: tl.constexpr, rows: tl.constexpr, keys: tl.constexpr
 ):  # fmt: skip
-    """Attention of q (rows, width) to all keys, a few at a time with a running maximum (arXiv:2205.14135), float32."""
+    """Attention of q (rows, width) to blocks of keys with a running maximum (arXiv:2205.14135); float32."""
     channel = tl.arange(0, width)
     most = tl.full((rows,), -float("inf"), tl.float32)
     total = tl.zeros((rows,), tl.float32)

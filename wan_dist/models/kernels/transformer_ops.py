@@ -1,7 +1,8 @@
-"""What stands between the transformer's matrix products, one pass over memory each: Triton kernels on a GPU, plain PyTorch elsewhere.
+"""Fused norm, modulation, rotary, residual and GELU operations of the transformer.
 
-Arithmetic is float32 whatever the dtype. Shapes: B batch, L tokens, D width, H heads, R rows of modulation, one for each segment of
-tokens that share a timestep.
+Each is one pass over memory: a Triton kernel on a GPU, plain PyTorch elsewhere. Arithmetic is float32
+whatever the dtype. Shapes: B batch, L tokens, D width, H heads, R rows of modulation, one for each segment
+of tokens that share a timestep.
 """
 
 import itertools
@@ -23,15 +24,14 @@ from wan_dist.models.kernels.dispatch import (
 )
 
 FLOAT32_CHUNK_TOKENS = 4096
-"""Tokens at a time in float32 without kernels: longer sequences are cut, so that float32 copies of them stay small."""
-
+"""Tokens at a time in float32 without kernels: longer sequences are split to keep float32 copies small."""
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 
 
 class Fp8Tokens(NamedTuple):
-    """Tokens as 8-bit floats (..., D) with a scale for each (n, 1), float32: what linears in fp8 multiply."""
+    """Tokens in fp8 (..., D) with a float32 scale for each (n, 1), as fp8 linears take them."""
 
     values: Tensor
     scale: Tensor
@@ -41,7 +41,10 @@ Out = TypeVar("Out", Tensor, Fp8Tokens, Tensor | Fp8Tokens)
 
 
 class Scaling(NamedTuple):
-    """What follows a LayerNorm: times scale, or 1 + scale, plus shift; each (B, R, 1, D) float32, or with one row for all tokens."""
+    """Scale and shift after a LayerNorm: times scale, or 1 + scale, plus shift.
+
+    Each is (B, R, 1, D) float32, or (B, 1, 1, D) for all tokens.
+    """
 
     scale: Tensor
     shift: Tensor
@@ -49,7 +52,7 @@ class Scaling(NamedTuple):
 
 
 def split_by_segment(segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield neighbouring runs of at most `PIECE` tokens, each with the number of the segment in which it lies."""
+    """Yield consecutive runs of at most `FLOAT32_CHUNK_TOKENS` tokens, each with the index of its segment."""
     end = 0
     for segment_index, length in enumerate(segments):
         start, end = end, end + length
@@ -60,7 +63,10 @@ def split_by_segment(segments: Sequence[int]) -> Iterator[tuple[int, slice]]:
 def split_by_length(
     segments: Sequence[int], max_length: int | None
 ) -> Iterator[tuple[slice, tuple[int, ...]]]:
-    """Yield runs of at most ``length`` tokens, all of them for None, each with what lies in it of every segment."""
+    """Yield runs of at most ``max_length`` tokens, each with its number of tokens of every segment.
+
+    None yields one run of all tokens.
+    """
     num_tokens = sum(segments)
     segment_bounds = list(itertools.accumulate(segments, initial=0))
     for slice_start in range(0, num_tokens, max_length or num_tokens):
@@ -77,7 +83,10 @@ def compute_in_slices(
     x: Tensor,
     compute_slice: Callable[[slice, tuple[int, ...]], Tensor],
 ) -> Tensor:
-    """Return what ``work`` makes of the parts of `slices` of x (B, L, D), (B, l, ...) each, in one tensor (B, L, ...)."""
+    """Return the results (B, l, ...) of ``compute_slice`` of slices of x (B, L, D) as one tensor (B, L, ...).
+
+    ``token_slices`` come from `split_by_length`.
+    """
     first_output = compute_slice(*token_slices[0])
     if len(token_slices) == 1:
         return first_output
@@ -95,13 +104,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def scale_rows(rows: Tensor, row_max: float) -> tuple[Tensor, Tensor]:
-    """Return rows (..., k) divided so that the largest value of each is ``most``, float32, and by what, (n, 1) float32."""
+    """Return rows (..., k) divided by scales such that each row's maximum is ``row_max``, and the scales.
+
+    Both are float32; the scales are (n, 1).
+    """
     scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp_min(1e-12) / row_max
     return rows.float() * (1 / scale), scale.flatten(0, -2)
 
 
 def make_output_buffer(x: Tensor, *, as_fp8: bool) -> Tensor | Fp8Tokens:
-    """Return room for tokens like x (B, L, D)."""
+    """Return an uninitialised buffer for tokens like x (B, L, D), in fp8 with scales or in x's dtype."""
     if as_fp8:
         return Fp8Tokens(
             x.new_empty(x.shape, dtype=FP8),
@@ -111,7 +123,10 @@ def make_output_buffer(x: Tensor, *, as_fp8: bool) -> Tensor | Fp8Tokens:
 
 
 def layer_norm(x: Tensor, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Out) -> Out:
-    """LayerNorm of x (B, L, D), then `Scaling`, as in DiT's adaLN (arXiv:2212.09748); returns ``out``, see `room_for`."""
+    """LayerNorm of x (B, L, D), then `Scaling`, as in DiT's adaLN (arXiv:2212.09748).
+
+    Returns ``out``, see `make_output_buffer`.
+    """
     _run_layer_norm(_select_kernels(x, segments), x, scaling, segments, eps, out)
     return out
 
@@ -130,7 +145,7 @@ def add_gated_layer_norm_(
     eps: float,
     out: Out,
 ) -> Out:
-    """Do `add_`, then return `layer_norm` of x, in ``out``; in one pass on a GPU."""
+    """Do `add_gated_`, then return `layer_norm` of x in ``out``; in one pass on a GPU."""
     _run_add_gated_layer_norm_(
         _select_kernels(x, segments), x, y, gate, scaling, segments, eps, out
     )
@@ -140,15 +155,18 @@ def add_gated_layer_norm_(
 def norm_and_rotate(
     x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None, out: Tensor
 ) -> None:
-    """RMSNorm of x (B, L, H, D / H) over the whole width, then its rotary embedding if there is one, into ``out``, which may be x.
+    """RMSNorm of x (B, L, H, D / H) over the whole width, then rotary embedding if given, into ``out``.
 
-    ``out`` may have its heads in N parts that lie apart: (B, L, N, H / N, D / H).
+    ``out`` may be x, or have its heads in N parts that are not contiguous: (B, L, N, H / N, D / H).
     """
     _run_norm_and_rotate(_select_kernels(x.flatten(2), (x.shape[1],)), x, weight, eps, rotary, out)
 
 
 def apply_linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
-    """Return GELU of ``linear(x)`` by its tanh approximation (arXiv:1606.08415); on a GPU in the same pass where the linear is plain."""
+    """Return GELU of ``linear(x)`` by its tanh approximation (arXiv:1606.08415).
+
+    On a GPU it is fused with the matrix product if ``linear`` is an `nn.Linear` in half precision.
+    """
     if x.is_cuda and x.dtype != torch.float32 and isinstance(linear, nn.Linear):
         out = torch._addmm_activation(
             linear.bias, x.flatten(0, -2), linear.weight.t(), use_gelu=True
@@ -158,13 +176,13 @@ def apply_linear_gelu(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def gelu_(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, in place: x is the largest array of a step."""
+    """GELU by its tanh approximation, in place, since x is the largest tensor of a step."""
     return torch.ops.aten.gelu_(x, approximate="tanh")
 
 
 @cache
 def _load_kernels(device: torch.device, width: int) -> ModuleType | None:
-    """Return the kernels if they do right at this width, in each way that they are used."""
+    """Return the kernels if they pass a trial at this width of every combination in which they are used."""
     x = torch.linspace(-1, 2, 3 * width, device=device).view(1, 3, width)
     scale, shift = torch.linspace(-2, 2, 4 * width, device=device).view(2, 1, 2, 1, width)
     head_dim = math.gcd(width, 128)
@@ -212,12 +230,15 @@ def _load_kernels(device: torch.device, width: int) -> ModuleType | None:
 
 
 def compile_kernels(device: torch.device, width: int) -> None:
-    """Compile and try the kernels for this width now, so that the first step need not."""
+    """Compile and verify the kernels for this width now, rather than in the first step."""
     _load_kernels(device, width)
 
 
 def _select_kernels(x: Tensor, segments: tuple[int, ...]) -> ModuleType | None:
-    """Return the kernels if they can take x (B, L, D): on a GPU, in half precision, one video, with two segments at most."""
+    """Return the kernels if they support x (B, L, D).
+
+    They do on a GPU, in half precision, for one video with at most two segments.
+    """
     if (
         x.is_cuda
         and x.dtype != torch.float32
@@ -230,8 +251,13 @@ def _select_kernels(x: Tensor, segments: tuple[int, ...]) -> ModuleType | None:
 
 
 def _run_layer_norm(
-    kernels: ModuleType | None, x: Tensor, scaling: Scaling, segments: tuple[int, ...], eps: float, out: Tensor | Fp8Tokens
-) -> None:  # fmt: skip
+    kernels: ModuleType | None,
+    x: Tensor,
+    scaling: Scaling,
+    segments: tuple[int, ...],
+    eps: float,
+    out: Tensor | Fp8Tokens,
+) -> None:
     if kernels is not None:
         _launch_add_norm(kernels, x, None, None, scaling, segments, out, eps)
         return
@@ -268,9 +294,15 @@ def _run_add_gated_(
 
 
 def _run_add_gated_layer_norm_(
-    kernels: ModuleType | None, x: Tensor, y: Tensor, gate: Tensor | None, scaling: Scaling, segments: tuple[int, ...], eps: float,
+    kernels: ModuleType | None,
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    scaling: Scaling,
+    segments: tuple[int, ...],
+    eps: float,
     out: Tensor | Fp8Tokens,
-) -> None:  # fmt: skip
+) -> None:
     if kernels is not None:
         _launch_add_norm(kernels, x, y, gate, scaling, segments, out, eps)
     else:
@@ -279,14 +311,22 @@ def _run_add_gated_layer_norm_(
 
 
 def _run_norm_and_rotate(
-    kernels: ModuleType | None, x: Tensor, weight: Tensor, eps: float, rotary: tuple[Tensor, Tensor] | None, out: Tensor
-) -> None:  # fmt: skip
+    kernels: ModuleType | None,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    rotary: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+) -> None:
     if kernels is not None:
         width = x.shape[2] * x.shape[3]
         cos, sin = rotary or (weight, weight)
+        has_parts = out.dim() == 5
+        part_stride = out.stride(2) if has_parts else 0
+        part_width = width // out.shape[2] if has_parts else width
         kernels.norm_rotate_kernel[(x.shape[1],)](
-            x, out, weight, cos, sin, x.stride(1), out.stride(1), out.stride(2) if out.dim() == 5 else 0, eps,
-            width=width, part=width // out.shape[2] if out.dim() == 5 else width, pairs=x.shape[3] // 2, has_rotary=rotary is not None,
+            x, out, weight, cos, sin, x.stride(1), out.stride(1), part_stride, eps,
+            width=width, part=part_width, pairs=x.shape[3] // 2, has_rotary=rotary is not None,
             block=compute_block_size(width), num_warps=8,
         )  # fmt: skip
         return
@@ -298,20 +338,32 @@ def _run_norm_and_rotate(
 
 
 def _launch_add_norm(
-    kernels: ModuleType, x: Tensor, y: Tensor | None, gate: Tensor | None, scaling: Scaling | None, segments: tuple[int, ...],
-    out: Tensor | Fp8Tokens | None = None, eps: float = 0.0,
-) -> None:  # fmt: skip
-    """Start the kernel on the tokens of x; x stands in for what there is not."""
-    output, output_scale = (
-        (out.values, out.scale) if isinstance(out, Fp8Tokens) else (x if out is None else out, x)
-    )
+    kernels: ModuleType,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scaling: Scaling | None,
+    segments: tuple[int, ...],
+    out: Tensor | Fp8Tokens | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Launch `add_norm_kernel` on the tokens of x; x is passed in place of tensors that are None."""
+    if isinstance(out, Fp8Tokens):
+        output, output_scale = out.values, out.scale
+    else:
+        output, output_scale = x if out is None else out, x
     scale, shift, plus_one = scaling or (x, x, False)
+    addend = x if y is None else y
+    addend_stride = 0 if y is None else y.stride(1)
+    gate_rows = x if gate is None else gate
+    scale_stride = 0 if scaling is None else _get_row_stride(scale)
+    num_first_tokens = segments[0] if len(segments) > 1 else x.shape[1]
     kernels.add_norm_kernel[(x.shape[1],)](
-        x, x if y is None else y, x if gate is None else gate, scale, shift, output, output_scale,
-        x.stride(1), 0 if y is None else y.stride(1), _get_row_stride(gate), _get_row_stride(None if scaling is None else scale),
-        segments[0] if len(segments) > 1 else x.shape[1], eps, FP8_MAX,
-        width=x.shape[2], has_y=y is not None, has_gate=gate is not None, has_norm=scaling is not None, plus_one=plus_one,
-        is_rounded=isinstance(out, Fp8Tokens), block=compute_block_size(x.shape[2]), num_warps=8,
+        x, addend, gate_rows, scale, shift, output, output_scale,
+        x.stride(1), addend_stride, _get_row_stride(gate), scale_stride, num_first_tokens, eps, FP8_MAX,
+        width=x.shape[2], has_y=y is not None, has_gate=gate is not None, has_norm=scaling is not None,
+        plus_one=plus_one, is_rounded=isinstance(out, Fp8Tokens), block=compute_block_size(x.shape[2]),
+        num_warps=8,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-"""Triton kernels of vae_elementwise.py. A program takes ``block_p`` pixels with all their channels, which are innermost in memory.
+"""Triton kernels of vae/ops.py: fused norm and SiLU, residual addition, phase interleaving.
 
-Each video (1, C, F, H, W) is a pointer and its strides over frames, rows and columns.
+A program processes ``block_p`` pixels with all their channels, which are innermost in memory. Each video
+(1, C, F, H, W) is passed as a pointer and its strides over frames, rows and columns.
 """
 
 import triton
@@ -9,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def _block(num_pixels, channels: tl.constexpr, block_p: tl.constexpr, block_c: tl.constexpr):
-    """Return the pixels and channels of this program, and which of them exist."""
+    """Return the pixels and channels of this program, and the mask of those that exist."""
     pixel = tl.program_id(0) * block_p + tl.arange(0, block_p)
     channel = tl.arange(0, block_c)
     return pixel, channel, (pixel < num_pixels)[:, None] & (channel < channels)[None, :]
@@ -32,7 +33,7 @@ def _at(pointer, pixel, channel, height, width, stride_f, stride_h, stride_w):
 
 @triton.jit
 def _load(pointers, mask, bias_ptr, channel, channels: tl.constexpr, has_bias: tl.constexpr):
-    """Return the values there plus the bias of their channels, in float32."""
+    """Return the values at ``pointers`` plus the bias of their channels, in float32."""
     value = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     if has_bias:
         value += tl.load(bias_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)[
@@ -98,7 +99,8 @@ def interleave_kernel(
 ):  # fmt: skip
     pixel, channel, mask = _block(num_pixels, channels, block_p, block_c)
     frame, row, column = _place(pixel, height, width)
-    # An odd row comes from the window one further down; rows before columns number the phases, each with its channels.
+    # An odd row comes from the window one further down. The index of a phase, each with its own channels, is
+    # 2 * (odd row) + (odd column).
     source = (
         frame * x_f
         + (row // 2 + row % 2) * x_h

@@ -1,1 +1,1 @@
-"""The Wan video VAEs."""
+"""Wan video VAEs 2.1 and 2.2, for one device."""

@@ -1,7 +1,8 @@
-"""Causal layers of the Wan video VAE, for one device.
+"""Causal layers of the Wan video VAEs, for one device.
 
-Shapes: (B, C, F, H, W). Videos pass through in chunks of frames; what a layer must remember of earlier chunks is in a `VideoState`
-that the caller makes for each video and passes along. Names are those of the published checkpoints.
+Shapes: (B, C, F, H, W). Videos are processed in chunks of frames; what a layer needs of earlier chunks is
+in a `VideoState`, which the caller creates for each video and passes along. Layer names are those of the
+published checkpoints.
 """
 
 import itertools
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.vae import ops as vae_elementwise
+from wan_dist.models.vae import ops
 from wan_dist.models.vae.ops import (
     add_residual_,
     fold_phase_weights,
@@ -22,11 +23,11 @@ from wan_dist.models.vae.ops import (
 from wan_dist.models.vae.video_state import VideoState
 
 _MAX_ATTENTION_SCORES = 2**23
-"""Of the attention that are in memory at once."""
+"""Attention scores that are in memory at once."""
 
 
 class CausalConv3d(nn.Conv3d):
-    """Convolution that sees the present and the past only: its padding in time is all in front."""
+    """Causal convolution, which sees present and past frames only: all padding in time is in front."""
 
     def __init__(
         self,
@@ -48,7 +49,11 @@ class CausalConv3d(nn.Conv3d):
         return self.convolve_buffer(frames, state)
 
     def make_input_buffer(self, like: Tensor, size: Sequence[int], state: VideoState) -> Tensor:
-        """Return the convolution's input for a chunk of this size: past frames, then room for the chunk's own, to be filled."""
+        """Return an input buffer for a chunk of ``size`` (B, C, F, H, W): past frames, then unfilled ones.
+
+        The caller writes the chunk's own frames into it; dtype, device and memory format are those of
+        ``like``.
+        """
         batch, channels, num_frames, height, width = size
         shape = (batch, channels, self.num_past_frames + num_frames, height, width)
         frames = torch.empty(
@@ -61,19 +66,20 @@ class CausalConv3d(nn.Conv3d):
     def convolve_buffer(
         self, frames: Tensor, state: VideoState, *, with_bias: bool = True
     ) -> Tensor:
-        """Convolve what `room` returned, filled; its last frames are kept for the next chunk."""
+        """Convolve the filled buffer of `make_input_buffer`; save its last frames for the next chunk."""
         last_frames, past_frames = (
             frames[:, :, -self.num_past_frames :],
             state.past_frames.get(self),
         )
+        # A view would keep the whole chunk alive.
         state.past_frames[self] = (
             last_frames.clone() if past_frames is None else past_frames.copy_(last_frames)
-        )  # a view would keep the whole chunk alive
+        )
         return self._apply_convolution(frames, self.bias if with_bias else None)
 
     def _apply_convolution(self, frames: Tensor, bias: Tensor | None) -> Tensor:
         if frames.is_cpu and frames.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            # PyTorch takes oneDNN for large inputs only; for small ones it is twenty times as fast too.
+            # PyTorch uses oneDNN for large inputs only; for small ones it is twenty times as fast too.
             return torch.ops.aten.mkldnn_convolution(
                 frames, self.weight, bias, self.padding, self.stride, self.dilation, 1
             )
@@ -81,7 +87,7 @@ class CausalConv3d(nn.Conv3d):
 
 
 def get_memory_format(x: Tensor) -> torch.memory_format:
-    """Return whether channels are innermost in x, which convolutions on a GPU prefer."""
+    """Return the memory format of x: channels innermost, which is faster on a GPU, or contiguous."""
     return (
         torch.channels_last_3d if x.stride(1) == 1 and x.shape[1] > 1 else torch.contiguous_format
     )
@@ -108,7 +114,11 @@ def prepare_conv_input(
     bias: Tensor | None = None,
     num_halo_pixels: int = 0,
 ) -> Tensor:
-    """Return silu(norm(x + bias)) for a chunk x as ``conv``'s input (see `CausalConv3d.room`), ``sees`` pixels of neighbours with it."""
+    """Return silu(norm(x + bias)) of a chunk x as the input buffer of ``conv``, with halos.
+
+    See `CausalConv3d.make_input_buffer`. The halos are ``num_halo_pixels`` rows or columns from each
+    neighbour; their exchange overlaps with the chunk's own norm.
+    """
     assert isinstance(conv, CausalConv3d)
     assert isinstance(norm, RMSNorm)
     wait_for_halos = state.exchange_halos(x, num_halo_pixels)
@@ -117,9 +127,8 @@ def prepare_conv_input(
     size[state.dim] += num_before + num_after
     frames = conv.make_input_buffer(x, size, state)
     new_frames = frames[:, :, conv.num_past_frames :]
-    write_norm_silu(
-        x, bias, norm.gamma, new_frames.narrow(state.dim, num_before, x.shape[state.dim])
-    )  # while the neighbours' are on their way
+    own_frames = new_frames.narrow(state.dim, num_before, x.shape[state.dim])
+    write_norm_silu(x, bias, norm.gamma, own_frames)  # while the halos are exchanged
     for halo, start in zip(wait_for_halos(), (0, size[state.dim] - num_after), strict=True):
         if halo is not None:
             write_norm_silu(
@@ -129,7 +138,7 @@ def prepare_conv_input(
 
 
 class ResidualBlock(nn.Module):
-    """Two causal convolutions with a shortcut."""
+    """Residual block: two causal convolutions with a shortcut."""
 
     def __init__(self, in_dim: int, out_dim: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -153,16 +162,15 @@ class ResidualBlock(nn.Module):
             prepare_conv_input(norm1, conv1, x, state, num_halo_pixels=2), state, with_bias=False
         )
         frames = prepare_conv_input(norm2, conv2, out, state, bias=conv1.bias)
-        del out  # there is one array of a chunk's size less during the convolution
+        del out  # so that one tensor of the chunk's size less is in memory during the convolution
         out = state.trim_halos(conv2.convolve_buffer(frames, state, with_bias=False), 2)
         x = state.crop_to_interior(x, 2)
-        return add_residual_(
-            out, x if self.shortcut is None else self.shortcut(x, state), conv2.bias
-        )
+        residual = x if self.shortcut is None else self.shortcut(x, state)
+        return add_residual_(out, residual, conv2.bias)
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention with one head inside each frame."""
+    """Self-attention with one head within each frame."""
 
     def __init__(self, dim: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -185,10 +193,11 @@ class AttentionBlock(nn.Module):
 def attend_single_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return attention with one head, q (N, L, C), k and v (N, M, C) -> (N, L, C).
 
-    The fast kernels take heads of 256 channels at most, this one has 384 or more, and what PyTorch falls back on keeps several L x M
-    arrays. On a GPU some rows at a time are computed here; the softmax is float32.
+    The fast kernels support heads of at most 256 channels, this one has 384 or more, and PyTorch's fallback
+    stores several L x M tensors. On a GPU, attention is therefore computed here for some rows of queries at
+    a time; the softmax is float32.
     """
-    if not vae_elementwise.is_on_gpu(q):
+    if not ops.is_on_gpu(q):
         return F.scaled_dot_product_attention(
             q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
         ).squeeze(1)
@@ -201,7 +210,7 @@ def attend_single_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Double rows and columns, and frames too where ``temporal``."""
+    """Upsampling that doubles rows and columns, and frames too where ``temporal``."""
 
     def __init__(
         self, dim: int, out_dim: int, *, temporal: bool, dtype: torch.dtype | None = None
@@ -213,7 +222,7 @@ class Upsample(nn.Module):
         )
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1), dtype) if temporal else None
         self.phase_weight: Tensor | None = None
-        """The convolution's weights for frames that have not been doubled yet, where that is how it is done; see `phases_of`."""
+        """The convolution's weights, folded if it precedes the upsampling; see `fold_phase_weights`."""
 
     def forward(self, x: Tensor, state: VideoState) -> Tensor:
         """x (B, C, F, H, W) -> (B, C_out, F or 2 F, 2 H, 2 W); the video's first frame is never doubled."""
@@ -222,9 +231,8 @@ class Upsample(nn.Module):
                 x = self.time_conv(x, state).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
                 x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)
             else:
-                state.past_frames[self] = (
-                    None  # the first frame was seen; time_conv starts after it
-                )
+                # The first frame has been seen; time_conv starts after it.
+                state.past_frames[self] = None
         frames = state.attach_halos(x, 1).transpose(1, 2).flatten(0, 1)
         if self.phase_weight is None:
             return state.trim_halos(
@@ -240,14 +248,14 @@ class Upsample(nn.Module):
         return state.trim_halos(interleave_phases(phases, bias), 2)
 
     def prepare_phase_weight(self) -> None:
-        """Prepare to convolve frames before they are doubled; called when the weights are there."""
+        """Fold the weights to convolve frames before upsampling; called when the weights are loaded."""
         weight = self.resample[1].weight
         assert isinstance(weight, Tensor)
         self.phase_weight = fold_phase_weights(weight).contiguous(memory_format=torch.channels_last)
 
 
 class Downsample(nn.Module):
-    """Halve rows and columns, and frames too where ``temporal``."""
+    """Downsampling that halves rows and columns, and frames too where ``temporal``."""
 
     def __init__(self, dim: int, *, temporal: bool, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -271,7 +279,7 @@ class Downsample(nn.Module):
 
 
 class DownStage(nn.Module):
-    """Residual blocks and a downsampling beside a shortcut that averages (VAE 2.2)."""
+    """Encoder stage of VAE 2.2: residual blocks and downsampling, with a shortcut that averages."""
 
     def __init__(
         self, layers: list[nn.Module], out_dim: int, *, temporal: int, spatial: int
@@ -291,7 +299,7 @@ class DownStage(nn.Module):
 
 
 class UpStage(nn.Module):
-    """Residual blocks and an upsampling beside a shortcut that repeats (VAE 2.2)."""
+    """Decoder stage of VAE 2.2: residual blocks and upsampling, with a shortcut that repeats channels."""
 
     def __init__(self, layers: list[nn.Module], out_dim: int, *, temporal: int) -> None:
         super().__init__()
@@ -305,28 +313,28 @@ class UpStage(nn.Module):
         out = x
         for layer in self.upsamples:
             out = layer(out, state)
-        x = state.crop_to_interior(
-            x, 2 * (len(self.upsamples) - 1) + 1
-        )  # what the blocks and the upsampling see
+        # The blocks see 2 pixels each, the upsampling 1.
+        x = state.crop_to_interior(x, 2 * (len(self.upsamples) - 1) + 1)
         return add_repeated_channels_(out, x, temporal=self.temporal, is_first=is_first)
 
 
 def downsample_by_averaging(x: Tensor, out_dim: int, *, temporal: int, spatial: int) -> Tensor:
-    """Move blocks of (temporal, spatial, spatial) neighbours into channels and average groups of those down to ``out_dim``.
+    """Move blocks of (temporal, spatial, spatial) pixels into channels, averaged in ``out_dim`` groups.
 
-    x (B, C, F, H, W); frames that do not fill a block are preceded by zeros.
+    x (B, C, F, H, W); frames that do not fill a block are padded with zeros in front.
     """
     x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % temporal, 0))
     for dim, factor in ((2, temporal), (4, spatial), (6, spatial)):
-        x = x.unflatten(dim, (-1, factor))  # at last (B, C, F, ft, H, fh, W, fw)
+        x = x.unflatten(dim, (-1, factor))  # in the end (B, C, F, ft, H, fh, W, fw)
     x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
     return x.unflatten(1, (out_dim, -1)).mean(dim=2)
 
 
 def add_repeated_channels_(out: Tensor, x: Tensor, *, temporal: int, is_first: bool) -> Tensor:
-    """Add to ``out`` the channels of x, repeated and moved into blocks of (temporal, 2, 2) neighbours; returns ``out``.
+    """Add to ``out`` the channels of x, repeated and moved into blocks of (temporal, 2, 2) pixels; return it.
 
-    x (B, C, F, H, W), out (B, C_out, F * temporal, 2 H, 2 W); of the video's first frame only the last of a block is there.
+    x (B, C, F, H, W), out (B, C_out, F * temporal, 2 H, 2 W); the video's first frame has only the last
+    frame of its block.
     """
     channel_step = x.shape[1] // out.shape[1]
     num_repeats = 4 * temporal // channel_step
@@ -342,12 +350,15 @@ def add_repeated_channels_(out: Tensor, x: Tensor, *, temporal: int, is_first: b
 
 
 def patchify_pixels(video: Tensor) -> Tensor:
-    """video (B, 3, F, H, W) -> (B, 12, F, H / 2, W / 2): each 2 x 2 block of pixels becomes channels, columns before rows."""
+    """Move each 2 x 2 block of pixels into channels, columns before rows.
+
+    (B, 3, F, H, W) -> (B, 12, F, H / 2, W / 2).
+    """
     x = video.unflatten(4, (-1, 2)).unflatten(3, (-1, 2))  # (B, C, F, h, row, w, column)
     return x.permute(0, 1, 6, 4, 2, 3, 5).flatten(1, 3)
 
 
 def unpatchify_pixels(x: Tensor) -> Tensor:
-    """Undo `pixels_to_channels`."""
+    """Undo `patchify_pixels`."""
     x = x.unflatten(1, (-1, 2, 2))  # (B, C, column, row, F, h, w)
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)

@@ -1,7 +1,8 @@
-"""What stands between the VAE's convolutions, one pass over memory each: Triton kernels on a GPU, plain PyTorch elsewhere.
+"""Fused norm, SiLU, residual and upsampling operations between the VAE's convolutions.
 
-Arithmetic is float32 whatever the dtype. The kernels take videos whose channels are innermost; a convolution's bias is added here, in the
-pass that reads its result, because PyTorch would take a pass of its own for it.
+Each is one pass over memory: a Triton kernel on a GPU, plain PyTorch elsewhere. Arithmetic is float32
+whatever the dtype. The kernels take videos whose channels are innermost. A convolution's bias is added
+here, in the pass that reads its result, because PyTorch would use a separate pass for it.
 """
 
 from functools import cache
@@ -40,17 +41,23 @@ def _load_kernels(device: torch.device) -> ModuleType | None:
 
 
 def is_on_gpu(x: Tensor) -> bool:
-    """Whether x is where things are done in the GPU's way."""
+    """Whether x is on a GPU, where the kernels and their memory layout are used."""
     return x.is_cuda
 
 
 def rms_norm(x: Tensor, gamma: Tensor) -> Tensor:
-    """Return gamma x sqrt(C) / max(|x|, 1e-12), RMSNorm over channels, float32; x (B, C, ...), gamma (C, 1, ...)."""
+    """Return RMSNorm over channels, gamma x sqrt(C) / max(|x|, 1e-12), float32.
+
+    x (B, C, ...), gamma (C, 1, ...).
+    """
     return F.normalize(x.float(), dim=1) * gamma.shape[0] ** 0.5 * gamma
 
 
 def write_norm_silu(x: Tensor, bias: Tensor | None, gamma: Tensor, out: Tensor) -> None:
-    """Write silu(rms_norm(x + bias)) into ``out``; x and out (B, C, F, H, W), bias of C elements, gamma (C, 1, 1, 1)."""
+    """Write silu(rms_norm(x + bias)) into ``out``.
+
+    x and out (B, C, F, H, W), bias of C elements, gamma (C, 1, 1, 1).
+    """
     _run_norm_silu(_select_kernels(x, out), x, bias, gamma, out)
 
 
@@ -60,11 +67,13 @@ def add_residual_(x: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def fold_phase_weights(weight: Tensor) -> Tensor:
-    """Return 2 x 2 kernels (4 C_out, C_in, 2, 2) that do on x what a 3 x 3 kernel (C_out, C_in, 3, 3) does on x doubled in size.
+    """Return 2 x 2 kernels for x that equal a 3 x 3 kernel on x upsampled by 2 (nearest neighbour).
 
-    Doubling repeats pixels, so of the three rows that the kernel meets two are the same, and their weights add up: an even row of the
-    result sees (w0, w1 + w2) of the row before and its own, an odd one (w0 + w1, w2) of its own and the row after; columns likewise.
-    Exact, at 4 / 9 of the arithmetic. Phases are (even, even), (even, odd), (odd, even), (odd, odd) rows and columns.
+    (C_out, C_in, 3, 3) -> (4 C_out, C_in, 2, 2). Upsampling repeats pixels, so two of the three rows under
+    the kernel are the same, and their weights add up: an even row of the result sees (w0, w1 + w2) of the
+    row before and its own, an odd one (w0 + w1, w2) of its own and the row after; columns likewise. Exact,
+    at 4 / 9 of the arithmetic. The phases are (even, even), (even, odd), (odd, even), (odd, odd) rows and
+    columns.
     """
 
     def fold_rows(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +92,11 @@ def fold_phase_weights(weight: Tensor) -> Tensor:
 
 
 def interleave_phases(phases: Tensor, bias: Tensor) -> Tensor:
-    """Return the doubled frames (1, C, F, 2 H, 2 W) of what `phases_of` kernels make with padding 1, (1, 4 C, F, H + 1, W + 1)."""
+    """Return the upsampled frames (1, C, F, 2 H, 2 W) from their phases (1, 4 C, F, H + 1, W + 1).
+
+    The phases are the output of convolution with `fold_phase_weights` kernels and padding 1; ``bias`` is
+    added.
+    """
     return _run_interleave(_select_kernels(phases), phases, bias)
 
 
@@ -95,11 +108,7 @@ def _run_norm_silu(
             kernels.activate_kernel, (x, out), bias, gamma.flatten() * gamma.numel() ** 0.5
         )
     else:
-        out.copy_(
-            F.silu(
-                rms_norm(x if bias is None else x.float() + bias.float().view(-1, 1, 1, 1), gamma)
-            )
-        )
+        out.copy_(F.silu(rms_norm(_add_bias(x, bias), gamma)))
 
 
 def _run_add_residual_(
@@ -108,8 +117,12 @@ def _run_add_residual_(
     if kernels is not None:
         _launch_pixel_kernel(kernels.add_kernel, (x, y), bias)
         return x
-    total = x.float() + y.float()
-    return x.copy_(total if bias is None else total + bias.float().view(-1, 1, 1, 1))
+    return x.copy_(_add_bias(x.float() + y.float(), bias))
+
+
+def _add_bias(x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x (B, C, F, H, W) plus the bias of its channels in float32, or x itself for None."""
+    return x if bias is None else x.float() + bias.float().view(-1, 1, 1, 1)
 
 
 def _run_interleave(kernels: ModuleType | None, phases: Tensor, bias: Tensor) -> Tensor:
@@ -129,7 +142,7 @@ def _run_interleave(kernels: ModuleType | None, phases: Tensor, bias: Tensor) ->
 
 
 def _select_kernels(*videos: Tensor) -> ModuleType | None:
-    """Return the kernels if they can take these: on a GPU, in half precision, one video, channels innermost."""
+    """Return the kernels if they support these: GPU, half precision, one video, channels innermost."""
     if all(
         is_on_gpu(x) and x.dtype != torch.float32 and x.shape[0] == 1 and x.stride(1) == 1
         for x in videos
@@ -141,7 +154,7 @@ def _select_kernels(*videos: Tensor) -> ModuleType | None:
 def _launch_pixel_kernel(
     kernel: Any, videos: tuple[Tensor, ...], bias: Tensor | None, *extra_tensors: Tensor
 ) -> None:
-    """Start a kernel over the pixels and channels of the first video."""
+    """Launch a kernel over the pixels and channels of the first video."""
     _, channels, frames, height, width = videos[0].shape
     num_pixels = frames * height * width
     block_c = compute_block_size(channels)

@@ -1,1 +1,1 @@
-"""What a batch of videos made, to look at: records, contact sheets, a table and a page; no torch."""
+"""Gallery of an output folder: records, contact sheets, tables and an HTML page; imports no torch."""

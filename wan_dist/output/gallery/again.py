@@ -1,4 +1,4 @@
-"""The command that makes a video again."""
+"""Rerun command of a video."""
 
 import json
 import shlex
@@ -7,13 +7,16 @@ from wan_dist.config.hydra_quoting import quote_if_needed, quote_text
 from wan_dist.output.gallery.records import VideoRecord
 
 _DEFAULT_SETTINGS: dict[str, object] = {"quant": "none", "attention": "auto", "noise_device": "cpu"}
-"""What need not be said; the tests compare it with what a run does."""
+"""Default values that are omitted; the tests compare them with a run's defaults."""
 _NULLABLE_SETTINGS = ("negative_prompt", "sample.shift")
-"""Tasks have defaults of their own for these."""
+"""Settings whose null is written, as tasks have defaults of their own for them."""
 
 
 def build_rerun_command(record: VideoRecord) -> str:
-    """Return a line for a shell: ``python -m wan_dist.run`` with every setting that the frames depend on; empty without a task."""
+    """Return a shell command that makes the video again, empty for a record without a task.
+
+    It is ``python -m wan_dist.run`` with every setting that the frames depend on.
+    """
     if not record.task:
         return ""
     changed_settings = {
@@ -36,8 +39,7 @@ def _format_setting(key: str, value: object) -> str:
     if not isinstance(value, str):
         return f"{key}={json.dumps(value)}"
     if key == "prompt" and value.startswith("@"):
-        value = f"@{value}"  # it is the text, and would be read as the name of a file
-    needs_quotes = (
-        key != "task" and quote_if_needed(value) == value
-    )  # such as text in quotes, and the word null
+        value = f"@{value}"  # escaped: the prompt itself, not the name of a file
+    # text in quotes, or the word null, that Hydra would read as something else
+    needs_quotes = key != "task" and quote_if_needed(value) == value
     return f"{key}={quote_text(value) if needs_quotes else value}"

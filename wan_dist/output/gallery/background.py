@@ -1,8 +1,9 @@
-"""The record, table and page of a run, written again and again while it goes on, by a process of its own.
+"""Background writer of a run's record, table and page, in a process of its own.
 
-``python -m wan_dist.output.gallery.background FOLDER`` reads a line of JSON for each time, what the run says of itself, and answers with
-one: how long it took, and what went wrong. It ends when its input does, so with the run. In the run's own process, writing the page of
-10,000 videos would keep Python from launching kernels for ten seconds.
+``python -m wan_dist.output.gallery.background FOLDER`` reads requests, a line of JSON each with the run's
+record, and answers each with a line: how long the write took, and the error if it failed. It ends when its
+input ends, so with the run. In the run's own process, writing the page of 10,000 videos would keep Python
+from launching kernels for ten seconds.
 """
 
 import json
@@ -23,7 +24,10 @@ _NICENESS = 19
 
 
 class PageWriter:
-    """Writes what a run leaves in a folder for people. Records that have not changed since the last time are not read again."""
+    """Writes the record, table and page of a run.
+
+    Video records that have not changed since the last write are not read again.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -32,7 +36,7 @@ class PageWriter:
     def write(self, run: Mapping[str, Any], stages: Mapping[str, Mapping[str, float]]) -> Path:
         """Write ``runs/RUN.json``, a table of the run's videos, and the page, and return the page.
 
-        ``run`` is all that the run's record says but its spans, ``stages`` are those of the run itself, such as that of the texts.
+        ``run`` is the run's record without its spans; ``stages`` are those of no job, such as text encoding.
         Raises InputError where there is no such folder, and OSError where it cannot be written to.
         """
         records = read_records(self.folder, self._record_cache)
@@ -78,13 +82,10 @@ def _build_spans(
 
 
 def main(folder: str) -> None:
-    """Answer lines until there are no more."""
+    """Answer requests until standard input ends."""
     os.nice(_NICENESS)
-    for signal_number in (
-        signal.SIGINT,
-        signal.SIGHUP,
-        signal.SIGUSR1,
-    ):  # they are meant for the run
+    # these signals are meant for the run, which ends this process by closing its input
+    for signal_number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signal_number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     writer = PageWriter(Path(folder))

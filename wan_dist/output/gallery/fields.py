@@ -1,4 +1,4 @@
-"""Values of JSON that somebody else wrote -> what they should be, or nothing."""
+"""Typed fields of untrusted JSON: a value of the expected type, or nothing."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ _MAX_TEXT_LENGTH = 20_000
 
 
 def get_text(entry: Mapping[str, object], key: str) -> str:
-    """Return a text, empty where there is none; what UTF-8 cannot hold is replaced."""
+    """Return a text, empty where there is none; characters that UTF-8 cannot encode are replaced."""
     value = entry.get(key)
     return (
         value[:_MAX_TEXT_LENGTH].encode("utf-8", "replace").decode()
@@ -25,7 +25,7 @@ def get_number(entry: Mapping[str, object], key: str) -> float | None:
 
 
 def get_timestamp(entry: Mapping[str, object], key: str) -> float | None:
-    """Return seconds since the epoch that a calendar has a date for, or None."""
+    """Return seconds since the epoch, in the range of calendar dates, or None."""
     value = get_number(entry, key)
     return value if value is not None and 0 <= value < 2.5e11 else None
 
@@ -53,7 +53,7 @@ def get_list(entry: Mapping[str, object], key: str) -> list[object]:
 
 
 def make_natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return what sorts a name as people do: job-2 before job-10."""
+    """Return a key for natural sorting: job-2 before job-10."""
     parts: list[tuple[int, int, str]] = []
     digits = ""
     for character in f"{name}\0":

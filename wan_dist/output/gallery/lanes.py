@@ -1,4 +1,4 @@
-"""A rank's spans -> bars, few enough to draw."""
+"""Timeline lanes: a rank's spans merged into bars, few enough to draw."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,9 +8,9 @@ from wan_dist.output.gallery.runs import Span
 
 _MAX_NAMED_JOBS = 2
 _SIDE_BAR_HEIGHT = 0.4
-"""Of a lane's height."""
+"""Height of a bar of another job beside the main one, as a fraction of the lane."""
 _MIN_VISIBLE_FRACTION = 0.08
-"""Of a bar's time, to be seen in it."""
+"""Fraction of a merged bar's time from which a stage is drawn in it."""
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,12 @@ class Bar:
     """A coloured part of a lane."""
 
     x: float
-    """In percent of the lane's length, as the width."""
+    """Left edge, in percent of the lane's length, as the width."""
     width: float
     css: str
     tip: str
     top: float = 0.0
-    """Where it begins in the lane's height, and how much of that it takes: 0 ... 1."""
+    """Upper edge, as a fraction of the lane's height, as the height of the bar."""
     height: float = 1.0
 
 
@@ -34,10 +34,12 @@ def build_bars(
     min_percent: float,
     choose_css_class: Callable[[str], str],
 ) -> list[Bar]:
-    """Return a rank's bars in the order they are painted: what is nested in a stage over it, what another job does beside it below it.
+    """Return a rank's bars in the order in which they are painted.
 
-    Spans of less than ``least`` percent of the axis (from ``start``, ``length`` seconds long) that begin within so much of each other
-    are bars one above the other, as high as their stages' shares of that time.
+    Nested stages are painted over the stage around them; a concurrent stage of another job takes the lower
+    part of the lane. Neighbouring spans shorter than ``min_percent`` percent of the axis (which begins at
+    ``start_seconds`` and is ``length_seconds`` long) are merged while they fit in that width: into bars one
+    above the other, as high as their stages' parts of the time.
     """
     bars: list[Bar] = []
     thin_spans: list[Span] = []
@@ -79,7 +81,7 @@ def build_bars(
 
 
 def _find_side_spans(spans: Sequence[Span]) -> set[Span]:
-    """Return those, of spans by their beginning, that go on while a longer one of another job does."""
+    """Return the spans, sorted by begin, that overlap a longer one of another job."""
     side_spans: set[Span] = set()
     for index, span in enumerate(spans):
         for later_index in range(index + 1, len(spans)):
@@ -98,7 +100,7 @@ def _merge_thin_spans(
     min_percent: float,
     choose_css_class: Callable[[str], str],
 ) -> Iterator[Bar]:
-    """Yield what stands for thin spans: the stages' shares, one above the other."""
+    """Yield the bars of merged thin spans: the stages' parts of the time, one above the other."""
     x, tip = spans[0].began, _format_tip(spans[0]) if len(spans) == 1 else _format_merged_tip(spans)
     width = max(
         min_percent, (max(span.began + span.seconds for span in spans) - x) * percent_per_second

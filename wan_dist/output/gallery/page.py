@@ -1,4 +1,7 @@
-"""A folder's records -> one page to look at them, ``index.html``: no network, nothing but the files beside it."""
+"""Gallery page of a folder's records, ``index.html``.
+
+It needs no network, and no files but those beside it.
+"""
 
 import base64
 import hashlib
@@ -34,16 +37,19 @@ _TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 _STYLE_NAMES = ("base", "cards", "compare", "runs")
 _SCRIPT_NAMES = ("core", "cards", "filters", "compare", "runs", "start")
 _MAX_TOTAL_BARS, _MIN_BARS_PER_RUN = 6_000, 200
-"""Of all timelines together, and of one."""
+"""Bars of all timelines together at most, and of one run at least."""
 
 
 def write_page(folder: Path, records: Sequence[VideoRecord] | None = None) -> Path:
-    """Write FOLDER/index.html, after the contact sheets that are missing, and return it; it appears when it is whole.
+    """Write FOLDER/index.html, after the contact sheets that are missing, and return its path.
 
-    ``records`` are the folder's, if they have been read. A video that cannot be read is shown without a sheet. Raises InputError where
-    there is no such folder, and OSError where it cannot be written to.
+    The page appears when it is complete. ``records`` are the folder's, if they have been read. A video that
+    cannot be read is shown without a sheet. Raises InputError where there is no such folder, and OSError
+    where it cannot be written to.
     """
-    records, runs = read_records(folder) if records is None else records, read_runs(folder)
+    if records is None:
+        records = read_records(folder)
+    runs = read_runs(folder)
     _write_missing_sheets(records)
     page_path = folder / "index.html"
     with atomic_write(page_path) as temporary_path:
@@ -71,7 +77,7 @@ def _write_sheet(record: VideoRecord) -> None:
     try:
         write_sheet(record.video, get_sheet_path(record.video), num_frames=record.num_frames)
     except SheetError:
-        return  # the page does without
+        return  # the page shows the video without a sheet
 
 
 def _render_page(title: str, records: Sequence[VideoRecord], runs: Sequence[RunRecord]) -> str:
@@ -102,7 +108,7 @@ def _render_page(title: str, records: Sequence[VideoRecord], runs: Sequence[RunR
 
 
 def build_page_data(records: Sequence[VideoRecord], sweeps: Sequence[Sweep]) -> dict[str, object]:
-    """Return what the page's script reads: videos, and grids of their numbers."""
+    """Return the data of the page's script: videos, and sweeps as grids of their indices."""
     sweep_grids = [
         {
             "rows": sweep.row_setting,
@@ -130,21 +136,21 @@ def _describe_video(record: VideoRecord) -> dict[str, object]:
     frame_size = (record.width, record.height)
     if sheet_path is not None and has_sheet and None in frame_size:
         frame_size = _read_frame_size(sheet_path, record)
+    is_available = record.video is not None or record.status == "failed"
+    status = record.status if is_available else "gone"
+    # a text, as numbers in JavaScript do not hold 64 bits
+    seed_text = None if record.seed is None else str(record.seed)
     return {
         "name": record.name,
         "source": _build_relative_url(record.video),
         "sheet": _build_relative_url(sheet_path) if has_sheet else None,
         "picture": record.video is not None and record.video.suffix == ".png",
-        "status": record.status
-        if record.video is not None or record.status == "failed"
-        else "gone",
+        "status": status,
         "error": record.error,
         "width": frame_size[0],
         "height": frame_size[1],
         "frames": record.num_frames,
-        "seed": None
-        if record.seed is None
-        else str(record.seed),  # of 64 bits, which a script's numbers do not hold
+        "seed": seed_text,
         "solver": str(record.settings.get("sample.solver") or ""),
         "guide": None if guide_scale is None else json.dumps(guide_scale),
         "shift": None if shift is None else json.dumps(shift),
@@ -168,7 +174,7 @@ def _describe_video(record: VideoRecord) -> dict[str, object]:
 
 
 def _build_relative_url(path: Path | None) -> str | None:
-    """Return a file's address from the page, which lies beside it."""
+    """Return the URL of a file relative to the page, which is in the same folder."""
     return None if path is None else "./" + quote_from_bytes(os.fsencode(path.name), safe="")
 
 
@@ -200,15 +206,17 @@ def _format_summary(records: Sequence[VideoRecord]) -> str:
 
 
 def _serialize_for_script(data: object) -> str:
-    """Return JSON that can neither end the element it is in nor begin a comment there."""
-    text = json.dumps(
-        data, ensure_ascii=True, allow_nan=False, separators=(",", ":")
-    )  # only ASCII: also no U+2028
+    """Return JSON that can neither end the script element it is in nor begin a comment there."""
+    # ASCII only, so no U+2028 either, which ends a line in JavaScript
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _build_security_policy(style: str, script: str) -> str:
-    """Return a Content-Security-Policy: this style, this script, pictures and videos from beside the page, and nothing else."""
+    """Return a Content-Security-Policy.
+
+    It allows this style, this script, and images and videos from the page's folder, nothing else.
+    """
     content_hashes = [
         f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for text in (style, script)

@@ -1,4 +1,4 @@
-"""The records beside a folder's videos -> what is shown of them; files of others and broken ones are passed over."""
+"""Video records of a folder; files of other programs and broken records are skipped."""
 
 import json
 import os
@@ -30,7 +30,7 @@ _IRRELEVANT_PREFIXES = (
     "jobs",
     "retry_failed",
 )
-"""Settings, or beginnings of them, that do not change a video's frames; of memory's one does."""
+"""Prefixes of settings that do not change a video's frames, with the exception of memory.vae_dtype."""
 _LOSSLESS_VALUES = {
     "quant": ("none",),
     "attention": ("auto", "fa4", "fa3", "fa2", "cudnn", "flash", "sdpa", "sdpa16"),
@@ -40,22 +40,22 @@ _LOSSLESS_VALUES = {
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRecord:
-    """One video, or one that failed. Numbers are None and texts empty where the record does not say."""
+    """A video, or one that failed; where the record lacks a value, numbers are None and texts empty."""
 
     path: Path
-    """The record's file."""
+    """File of the record."""
     name: str
-    """Of the files beside it, without suffix."""
+    """File name of the results, without suffix."""
     video: Path | None
-    """The mp4 or PNG beside the record, if it is there."""
+    """The mp4 or PNG beside the record, None if it is missing."""
     status: str
     """done or failed."""
     error: str
     run: str
     rank: int | None
-    """The first of those that made it."""
+    """First of the ranks that made the video."""
     job_source: str
-    """File and line."""
+    """Job file and line."""
     task: str
     prompt: str
     seed: int | None
@@ -68,11 +68,11 @@ class VideoRecord:
     seconds: float | None
     step_seconds: float | None
     tflops: float | None
-    """Of each rank."""
+    """TFLOP/s of each rank."""
     peak_gpu_gib: float | None
     peak_host_gib: float | None
     lossy_options: tuple[str, ...]
-    """The options in use that change the result, as quant=int8."""
+    """Settings in use that change the result beyond rounding errors, as quant=int8."""
     digest: str
     video_digest: str
     machine: str
@@ -80,9 +80,9 @@ class VideoRecord:
     """All settings by dotted key."""
     versions: Mapping[str, str] = field(repr=False)
     stages_by_rank: tuple[Mapping[str, Mapping[str, float]], ...] = field(repr=False)
-    """Of each rank, by stage, its seconds and GiB."""
+    """For each rank, by stage, seconds and GiB."""
     memory_by_stage: Mapping[str, Mapping[str, float]] = field(repr=False)
-    """By stage, planned and measured GiB of a rank."""
+    """Planned and measured GiB of a rank, by stage."""
 
     @property
     def steps(self) -> int | None:
@@ -91,14 +91,17 @@ class VideoRecord:
 
     @property
     def peak_memory(self) -> tuple[float, str] | None:
-        """The most memory in use, in GiB, and whose: GPU or host."""
+        """Peak memory in GiB, and where: GPU or host."""
         if self.peak_gpu_gib is not None:
             return self.peak_gpu_gib, "GPU"
         return None if self.peak_host_gib is None else (self.peak_host_gib, "host")
 
     @cached_property
     def result_settings(self) -> dict[str, object]:
-        """What the frames depend on, by dotted key: settings, with the prompt as it was read and the seed as it was drawn."""
+        """Settings that the frames depend on, by dotted key.
+
+        They have the prompt as it was read from a file and the seed as it was drawn.
+        """
         relevant_settings = {
             key: value
             for key, value in self.settings.items()
@@ -112,20 +115,22 @@ class VideoRecord:
 
 
 RecordCache = dict[str, tuple[tuple[object, ...], VideoRecord | None]]
-"""Records by their files' names, with what shows whether they have changed."""
+"""Records by file name, each with the file state that shows whether it has changed."""
 
 
 def read_records(folder: Path, record_cache: RecordCache | None = None) -> list[VideoRecord]:
-    """Return the records of a folder by run and name; what is no record, or names a file elsewhere, is passed over.
+    """Return the records of a folder, sorted by run and name.
 
-    Those in ``seen`` that have not changed are taken from there, and it comes to hold all. Raises InputError where there is no such
-    folder.
+    Files that are no records, and records that name a file elsewhere, are skipped. Records in
+    ``record_cache`` that have not changed are taken from it, and it is updated to all records of the folder.
+    Raises InputError where there is no such folder.
     """
     try:
         file_names = list_file_names(folder)
     except OSError as fault:
         raise InputError(
-            f"{folder} cannot be looked through: {fault.strerror}; give the folder that the videos are in"
+            f"{folder} cannot be looked through: {fault.strerror}; "
+            "give the folder that the videos are in"
         ) from None
     previous_cache: RecordCache = {} if record_cache is None else record_cache
     current_cache: RecordCache = {}
@@ -146,7 +151,7 @@ def read_records(folder: Path, record_cache: RecordCache | None = None) -> list[
 
 
 def _read_file_state(path: Path, file_names: set[str]) -> tuple[object, ...]:
-    """Return what a record is read from: its file, and which results are beside it."""
+    """Return the state that a record depends on: that of its file, and which results are beside it."""
     try:
         file_stat = path.stat()
     except OSError:
@@ -160,18 +165,18 @@ def _read_file_state(path: Path, file_names: set[str]) -> tuple[object, ...]:
 
 
 def list_file_names(folder: Path) -> set[str]:
-    """Return the names of a folder's files: no folders, and nothing that one would wait for; raises OSError."""
+    """Return the names of a folder's regular files: no folders, no pipes or devices; raises OSError."""
     with os.scandir(folder) as entries:
         return {entry.name for entry in entries if entry.is_file()}
 
 
 def is_record_name(name: str) -> bool:
-    """Whether a file may be a record: those being written begin with a dot."""
+    """Whether a file may be a record; names of files that are being written begin with a dot."""
     return name.endswith(".json") and not name.startswith(".")
 
 
 def read_json_object(path: Path) -> dict[str, object] | None:
-    """Return the object in a JSON file, None for anything else."""
+    """Return the object in a JSON file, None for any other content."""
     try:
         entry = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -180,7 +185,7 @@ def read_json_object(path: Path) -> dict[str, object] | None:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name is that of a file here, not a way to another folder."""
+    """Whether a name is that of a file in the same folder, not a path to another."""
     return bool(name) and not name.startswith(".") and not set(name) & {"/", "\\", "\0"}
 
 
@@ -196,22 +201,21 @@ def _parse_record(path: Path, entry: dict[str, object], file_names: set[str]) ->
     size = re.fullmatch(r"(\d{1,5})[*xX×](\d{1,5})", get_text(settings, "size").strip())
     width, height = (int(size[1]), int(size[2])) if size else (None, None)
     job = get_object(entry, "job")
+    error_text = get_first_line(get_text(entry, "error") or "no reason was kept")[:500]
+    recorded_seed = get_integer(entry, "seed")
+    seed = get_integer(settings, "seed") if recorded_seed is None else recorded_seed
     return VideoRecord(
         path=path,
         name=path.stem,
         video=None if is_failed else _find_video(path, get_text(entry, "file"), file_names),
         status="failed" if is_failed else "done",
-        error=get_first_line(get_text(entry, "error") or "no reason was kept")[:500]
-        if is_failed
-        else "",
+        error=error_text if is_failed else "",
         run=get_text(entry, "run"),
         rank=get_integer(entry, "rank"),
         job_source=f"{get_text(job, 'file')}, line {get_integer(job, 'line')}" if job else "",
         task=get_text(settings, "task"),
         prompt=get_text(entry, "prompt") or get_text(settings, "prompt"),
-        seed=get_integer(settings, "seed")
-        if get_integer(entry, "seed") is None
-        else get_integer(entry, "seed"),
+        seed=seed,
         width=get_integer(entry, "width") or width,
         height=get_integer(entry, "height") or height,
         num_frames=get_integer(entry, "num_frames") or get_integer(settings, "frame_num"),
@@ -240,7 +244,10 @@ def _parse_record(path: Path, entry: dict[str, object], file_names: set[str]) ->
 
 
 def _find_video(path: Path, recorded_name: str, file_names: set[str]) -> Path | None:
-    """Return the result beside a record; of the name it is told by only the suffix counts."""
+    """Return the result beside a record, None if it is missing.
+
+    Of the recorded name only the suffix is used.
+    """
     suffixes = (".png", ".mp4") if recorded_name.endswith(".png") else (".mp4", ".png")
     for name in (path.stem + suffix for suffix in suffixes):
         video_path = path.with_name(name)

@@ -1,4 +1,4 @@
-"""The records of a folder's runs: what each rank did when, and what had been planned."""
+"""Run records of a folder: the stages of each rank over time, and the plan."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,13 +31,13 @@ class Span(NamedTuple):
 
     @property
     def stage_kind(self) -> str:
-        """The stage's first word, which the plan knows it by."""
+        """First word of the stage, its name in the plan."""
         return self.stage.split()[0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run of a batch. Numbers are None and texts empty where its record does not say."""
+    """A batch run; where its record lacks a value, numbers are None and texts empty."""
 
     name: str
     began: float | None
@@ -50,20 +50,23 @@ class RunRecord:
     failed: int | None
     spans: tuple[Span, ...] = field(repr=False)
     plan_by_stage: Mapping[str, Mapping[str, float]]
-    """By stage, planned seconds, gpu_gib and host_gib."""
+    """Planned seconds, gpu_gib and host_gib, by stage."""
     memory_budget: Mapping[str, float]
-    """gpu_gib and host_gib."""
+    """Budget of a rank: gpu_gib and host_gib."""
 
     @property
     def seconds(self) -> float | None:
-        """From its beginning to its end."""
+        """Duration of the run, None if its begin or end is unknown."""
         return (
             self.ended - self.began if self.began is not None and self.ended is not None else None
         )
 
 
 def read_runs(folder: Path) -> list[RunRecord]:
-    """Return the runs that FOLDER/runs tells of, by name, which begins with the date; what is no record of one is passed over."""
+    """Return the runs recorded in FOLDER/runs, sorted by name, which begins with the date.
+
+    Other files there are skipped.
+    """
     try:
         paths = [
             folder / "runs" / name

@@ -1,4 +1,4 @@
-"""A video -> a contact sheet: frames from its beginning to its end in one small JPEG."""
+"""Contact sheet of a video: frames from its beginning to its end in one small JPEG."""
 
 import io
 import subprocess
@@ -11,7 +11,7 @@ from wan_dist.runtime.atomic_write import atomic_write
 
 SHEET_COLUMNS, SHEET_ROWS = 4, 2
 _MAX_FRAME_PIXELS = 320
-"""The most pixels of a frame's longer side."""
+"""Pixels of a frame's longer side, at most."""
 _SHEET_COMMENT = b"wan-dist contact sheet"
 _FFMPEG_TIMEOUT_SECONDS = 300
 """Seconds that ffmpeg may take."""
@@ -22,12 +22,15 @@ class SheetError(RuntimeError):
 
 
 def get_sheet_path(video: Path) -> Path:
-    """Return where a video's sheet lies: beside it."""
+    """Return the path of a video's sheet, which is beside it."""
     return video.with_name(f"{video.name.removesuffix(video.suffix)}.jpg")
 
 
 def has_current_sheet(video: Path) -> bool:
-    """Whether a video has a sheet that is no older than it, or a picture of that name which is not ours to write."""
+    """Whether a video has a sheet that is not older than it.
+
+    Also True for a picture of that name of another origin, which must not be overwritten.
+    """
     sheet_path = get_sheet_path(video)
     try:
         if sheet_path.stat().st_mtime_ns >= video.stat().st_mtime_ns:
@@ -41,10 +44,10 @@ def has_current_sheet(video: Path) -> bool:
 
 
 def write_sheet(video: Path, sheet_path: Path, *, num_frames: int | None = None) -> None:
-    """Write 8 frames, evenly spaced from the first to the last, as a JPEG of 4 x 2 of at most 1280 pixels across.
+    """Write 8 frames, evenly spaced from the first to the last, as a JPEG of 4 x 2, at most 1280 pixels wide.
 
-    A video of fewer frames fills fewer places; a PNG gives a picture of at most 640 pixels. ``num_frames`` are counted where they are
-    not given. ``to`` appears when it is whole. Raises SheetError.
+    A video of fewer frames fills fewer cells; a PNG gives a picture of at most 640 pixels. ``num_frames`` are
+    counted where they are not given. ``sheet_path`` appears when it is complete. Raises SheetError.
     """
     try:
         sheet_image = (
@@ -85,23 +88,17 @@ def _tile_frames(video: Path, num_frames: int | None) -> Image.Image:
     )
     columns = min(SHEET_COLUMNS, len(frame_indices))
     select_expression = "+".join(rf"eq(n\,{frame_index})" for frame_index in frame_indices)
-    scale_filter = f"scale='min({_MAX_FRAME_PIXELS},iw)':'min({_MAX_FRAME_PIXELS},ih)':force_original_aspect_ratio=decrease:force_divisible_by=2"
-    filter_chain = f"select={select_expression},{scale_filter},tile={columns}x{-(-len(frame_indices) // columns)}"
-    command = [
-        ffmpeg,
-        "-nostdin",
-        "-loglevel",
-        "error",
-        "-i",
-        f"file:{video.absolute()}",
-        "-vf",
-        filter_chain,
-        "-frames:v",
-        "1",
-    ]
+    scale_filter = (
+        f"scale='min({_MAX_FRAME_PIXELS},iw)':'min({_MAX_FRAME_PIXELS},ih)'"
+        ":force_original_aspect_ratio=decrease:force_divisible_by=2"
+    )
+    rows = -(-len(frame_indices) // columns)
+    filter_chain = f"select={select_expression},{scale_filter},tile={columns}x{rows}"
+    input_options = ["-nostdin", "-loglevel", "error", "-i", f"file:{video.absolute()}"]
+    output_options = ["-vf", filter_chain, "-frames:v", "1", "-f", "image2pipe", "-c:v", "ppm", "-"]
     try:
         result = subprocess.run(
-            [*command, "-f", "image2pipe", "-c:v", "ppm", "-"],
+            [ffmpeg, *input_options, *output_options],
             capture_output=True,
             timeout=_FFMPEG_TIMEOUT_SECONDS,
             check=False,
@@ -114,6 +111,7 @@ def _tile_frames(video: Path, num_frames: int | None) -> Image.Image:
     if result.returncode or not result.stdout:
         last_words = result.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise SheetError(
-            f"cannot make a sheet of {video}: ffmpeg says {' '.join(last_words) or 'nothing'} (exit code {result.returncode})"
+            f"cannot make a sheet of {video}: ffmpeg says {' '.join(last_words) or 'nothing'} "
+            f"(exit code {result.returncode})"
         )
     return Image.open(io.BytesIO(result.stdout))

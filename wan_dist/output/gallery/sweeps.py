@@ -1,4 +1,4 @@
-"""Videos that differ in one setting, or in two: what can be laid side by side."""
+"""Sweeps: groups of videos that differ in one setting or in two, as grids to compare side by side."""
 
 import itertools
 import json
@@ -11,14 +11,14 @@ from wan_dist.output.gallery.records import VideoRecord
 
 _MAX_CELLS = 64
 _MAX_PAIRED_SETTINGS = 8
-"""That are tried in pairs."""
+"""Settings that are tried in pairs."""
 _MAX_SWEEPS = 300
 _MIN_FILLED_FRACTION = 0.8
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A grid of videos that differ in nothing but the settings ``rows`` and ``columns``."""
+    """A grid of videos that differ only in the settings ``row_setting`` and ``column_setting``."""
 
     row_setting: str
     """Empty where one setting varies."""
@@ -26,18 +26,18 @@ class Sweep:
     row_values: tuple[str, ...]
     column_values: tuple[str, ...]
     cells: tuple[tuple[int | None, ...], ...]
-    """Numbers of records, by row and column."""
+    """Indices of records by row and column, None for an empty cell."""
 
     @property
     def record_indices(self) -> frozenset[int]:
-        """All of them."""
+        """Indices of all records in the grid."""
         return frozenset(
             record_index for row in self.cells for record_index in row if record_index is not None
         )
 
 
 def find_sweeps(records: Sequence[VideoRecord]) -> list[Sweep]:
-    """Return the sweeps among the videos that are there, the largest first; none is a part of another."""
+    """Return the sweeps of the records that have a video, largest first; none is a subset of another."""
     settings_by_record = {
         record_index: {
             key: format_setting_value(value) for key, value in record.result_settings.items()
@@ -89,7 +89,7 @@ def format_setting_value(value: object) -> str:
 def _group_similar_records(
     values_by_record: dict[int, list[str]], setting_indices: tuple[int, ...]
 ) -> Iterable[list[int]]:
-    """Yield the videos that are equal but for what is in these places, and are not all equal there."""
+    """Yield groups of records that are equal in all other settings, and vary in each of these."""
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for record_index, record_values in values_by_record.items():
         groups[
@@ -112,34 +112,27 @@ def _build_sweep(
     setting_indices: tuple[int, ...],
     record_group: list[int],
 ) -> Sweep | None:
-    """Return a group as a grid, of one row where one setting varies; None where it would have too many cells or too many gaps."""
+    """Return a group as a grid, of one row for one setting; None for too many cells or too many gaps."""
     sorted_values = {
         setting_index: _sort_setting_values(
             values_by_record[record_index][setting_index] for record_index in record_group
         )
         for setting_index in setting_indices
     }
-    *row_indices, column_index = sorted(
-        setting_indices,
-        key=lambda setting_index: (
-            varying_keys[setting_index] != "prompt",
-            -len(sorted_values[setting_index]),
-        ),
-    )  # prompts beside the rows
-    row_index = row_indices[0] if row_indices else None
+    row_index, column_index = _choose_axes(varying_keys, sorted_values)
+    if row_index is None and varying_keys[column_index] == "prompt":
+        return None  # videos of different prompts alone show different things: nothing to compare
     record_by_cell = {
         (
             "" if row_index is None else values_by_record[record_index][row_index],
             values_by_record[record_index][column_index],
         ): record_index
         for record_index in record_group
-    }  # the last counts
+    }  # of several records in one cell, the last counts
     if row_index is not None:
         record_by_cell = _drop_single_lines(record_by_cell)
-    used_rows, used_columns = (
-        {row for row, _ in record_by_cell},
-        {column for _, column in record_by_cell},
-    )
+    used_rows = {row for row, _ in record_by_cell}
+    used_columns = {column for _, column in record_by_cell}
     row_values = (
         [""]
         if row_index is None
@@ -149,28 +142,40 @@ def _build_sweep(
         :_MAX_CELLS
     ]
     num_cells = len(row_values) * len(column_values)
-    if row_index is None and varying_keys[column_index] == "prompt":
-        return None  # they show something else each
-    if (
-        not record_by_cell
-        or num_cells > _MAX_CELLS
-        or (row_index is not None and len(record_by_cell) < _MIN_FILLED_FRACTION * num_cells)
-    ):
+    has_gaps = row_index is not None and len(record_by_cell) < _MIN_FILLED_FRACTION * num_cells
+    if not record_by_cell or num_cells > _MAX_CELLS or has_gaps:
         return None
-    cells = tuple(
-        tuple(record_by_cell.get((row, column)) for column in column_values) for row in row_values
-    )
     return Sweep(
         "" if row_index is None else varying_keys[row_index],
         varying_keys[column_index],
         tuple(row_values),
         tuple(column_values),
-        cells,
+        tuple(
+            tuple(record_by_cell.get((row, column)) for column in column_values)
+            for row in row_values
+        ),
     )
 
 
+def _choose_axes(
+    varying_keys: list[str], sorted_values: dict[int, list[str]]
+) -> tuple[int | None, int]:
+    """Return the settings of rows and of columns, of ``sorted_values`` by setting; no rows for one setting.
+
+    Prompts label the rows, as they are long; else the setting with more values does.
+    """
+    *row_indices, column_index = sorted(
+        sorted_values,
+        key=lambda setting_index: (
+            varying_keys[setting_index] != "prompt",
+            -len(sorted_values[setting_index]),
+        ),
+    )
+    return (row_indices[0] if row_indices else None), column_index
+
+
 def _drop_single_lines(record_by_cell: dict[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    """Return the grid without rows and columns of a single video."""
+    """Return the cells without rows and columns of a single video."""
     while True:
         row_counts, column_counts = (
             Counter(row for row, _ in record_by_cell),

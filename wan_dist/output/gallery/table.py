@@ -1,4 +1,4 @@
-"""The videos of a run -> a table for a spreadsheet or a program: CSV, one row a video."""
+"""CSV table of a run's videos, one row a video, for spreadsheets and programs."""
 
 import csv
 import io
@@ -16,11 +16,13 @@ _BYTE_ORDER_MARK = "\ufeff"
 
 
 def write_table(run: Path | str, records: Iterable[VideoRecord]) -> Path:
-    """Write the table of a run's videos and return where: RUN.csv beside its record RUN.json, or in ``runs`` for an id.
+    """Write the table of a run's videos and return its path.
 
-    Of ``records`` those of the run count. UTF-8 with a byte order mark, which spreadsheets need (Python reads it as ``utf-8-sig``);
-    texts that a spreadsheet would compute have a ' before them. The file appears when it is whole. Raises InputError where the
-    id is none or no record has it.
+    ``run`` is the path of the run's record RUN.json, beside which RUN.csv is written, or a run id, for which
+    it is written to ``runs`` in the folder of the videos. Of ``records``, those of the run are used. The
+    encoding is UTF-8 with a byte order mark, which spreadsheets need (Python reads it as ``utf-8-sig``);
+    texts that a spreadsheet would evaluate as formulas are prefixed with a '. The file appears when it is
+    complete. Raises InputError where the id is invalid or no record has it.
     """
     run_name = run.stem if isinstance(run, Path) else run
     run_records = [record for record in records if record.run == run_name]
@@ -88,12 +90,9 @@ def _format_cell(value: object) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | Sequence):
         return json.dumps(value)
-    text = (
-        value
-        if isinstance(value, str)
-        else " ".join(map(str, value))
-        if isinstance(value, tuple)
-        else json.dumps(value)
-    )
+    if isinstance(value, tuple):
+        text = " ".join(map(str, value))
+    else:
+        text = value if isinstance(value, str) else json.dumps(value)
     text = text.replace("\0", "")
     return f"'{text}" if text.lstrip(" ").startswith(_FORMULA_PREFIXES) else text

@@ -1,4 +1,4 @@
-"""A run -> what its timeline draws: a lane of stages for each rank, and below it the memory, beside what was planned."""
+"""Timeline of a run: a lane of stages for each rank, and charts of measured and planned memory."""
 
 import math
 import time
@@ -22,20 +22,21 @@ COLORED_STAGES = (
     "save",
     "wait",
 )
-"""That have a colour of their own."""
+"""Stages that have a colour of their own."""
 _NUM_BINS = 400
-"""Places along the memory charts."""
+"""Bins along the time axis of the memory charts."""
 _STAGES_PER_STACK = 2
-"""Stages that stand one above the other where bars are thin, about."""
+"""Stages of a merged bar, on average, for the estimate of the number of bars."""
 _LANE_HEIGHTS = ((8, 26), (16, 18), (40, 11), (4096, 6))
-"""Pixels of a lane, for up to so many ranks."""
+"""Pairs of a number of ranks, and the pixels of a lane for up to so many."""
 
 
 @dataclass(frozen=True)
 class AxisTick:
-    """A mark at so many percent of the axis."""
+    """A labelled mark on an axis."""
 
     at: float
+    """Percent of the axis."""
     label: str
 
 
@@ -44,14 +45,14 @@ class RankLane:
     """One rank's stages."""
 
     label: str
-    """Empty where there is no room for it."""
+    """Empty where there is no space for it."""
     top: int
     bars: list[Bar]
 
 
 @dataclass(frozen=True)
 class MemoryCurve:
-    """A rank's memory: the outline in a box of 400 x 100, and the most in GiB."""
+    """A rank's memory: the outline as an SVG path in a box of 400 x 100, and the peak in GiB."""
 
     rank: int
     outline: str
@@ -66,16 +67,16 @@ class MemoryChart:
     summary: str
     curves: list[MemoryCurve]
     plan: str
-    """The plan's outline, empty where there is none."""
+    """Outline of the planned memory, empty where there is none."""
     budget: float | None
-    """Percent from above, None where it is beyond the chart."""
+    """Position in percent from the top, None where the budget is beyond the chart."""
     budget_gib: float | None
     ticks: list[AxisTick]
 
 
 @dataclass(frozen=True)
 class StageShare:
-    """A stage's part in all ranks' time."""
+    """A stage's part of all ranks' time, as texts."""
 
     stage: str
     css: str
@@ -87,7 +88,7 @@ class StageShare:
 
 @dataclass(frozen=True)
 class Timeline:
-    """All that is drawn of a run."""
+    """All data that the template draws of a run."""
 
     run: RunRecord
     began: str
@@ -102,7 +103,7 @@ class Timeline:
 
 
 def build_timeline(run: RunRecord, max_bars: int = 4000) -> Timeline:
-    """Return what to draw of a run; with more bars than ``most_bars``, thin neighbours are drawn as one."""
+    """Return the timeline of a run; with more than ``max_bars`` bars, thin neighbours are merged."""
     start_seconds = min((span.began for span in run.spans), default=run.began or 0.0)
     end_seconds = max(
         (span.began + span.seconds for span in run.spans), default=run.ended or start_seconds
@@ -130,11 +131,12 @@ def build_timeline(run: RunRecord, max_bars: int = 4000) -> Timeline:
         _build_memory_chart(run, spans_by_rank, start_seconds, length_seconds, memory_key)
         for memory_key in ("gpu_gib", "host_gib")
     ]
+    began_text = (
+        "" if run.began is None else time.strftime("%d %b %Y, %H:%M", time.localtime(run.began))
+    )
     return Timeline(
         run=run,
-        began=""
-        if run.began is None
-        else time.strftime("%d %b %Y, %H:%M", time.localtime(run.began)),
+        began=began_text,
         duration=format_duration(run.seconds if run.seconds is not None else length_seconds),
         height=lane_height * len(spans_by_rank),
         lane_height=lane_height,
@@ -146,7 +148,7 @@ def build_timeline(run: RunRecord, max_bars: int = 4000) -> Timeline:
 
 
 def choose_css_class(stage: str) -> str:
-    """Return the class of a stage's colour."""
+    """Return the CSS class of a stage's colour."""
     stage_kind = stage.split()[0]
     return (
         f"s-{stage_kind}"
@@ -164,7 +166,10 @@ def _build_time_ticks(length_seconds: float) -> list[AxisTick]:
         math.ceil(length_seconds / 5),
     )
     step = step if length_seconds > 3 else length_seconds / 2
-    unit, unit_name = (1, "s") if step < 60 else (60, "min") if step < 3600 else (3600, "h")
+    if step < 60:
+        unit, unit_name = 1, "s"
+    else:
+        unit, unit_name = (60, "min") if step < 3600 else (3600, "h")
     return [
         AxisTick(
             round(100 * tick_index * step / length_seconds, 2),
@@ -181,7 +186,7 @@ def _build_memory_chart(
     length_seconds: float,
     memory_key: str,
 ) -> MemoryChart | None:
-    """Return the memory of a kind, gpu_gib or host_gib; None where nothing was measured."""
+    """Return the chart of one kind of memory, gpu_gib or host_gib; None where nothing was measured."""
     bins_by_rank = {
         rank: _compute_bin_peaks(
             spans, start_seconds, length_seconds, lambda span: getattr(span, memory_key)
@@ -199,29 +204,27 @@ def _build_memory_chart(
     )
     budget_gib = run.memory_budget.get(memory_key)
     highest_gib = max(*peak_by_rank.values(), *planned_bins)
-    axis_top = _round_up(
-        1.08
-        * (
-            max(highest_gib, budget_gib)
-            if budget_gib is not None and budget_gib < 1.8 * highest_gib
-            else highest_gib
-        )
-    )
+    axis_top, budget_percent = highest_gib, None
+    if (
+        budget_gib is not None and budget_gib < 1.8 * highest_gib
+    ):  # a larger one would flatten the curves
+        axis_top = max(highest_gib, budget_gib)
+    axis_top = _round_up(1.08 * axis_top)
+    if budget_gib is not None and budget_gib <= axis_top:
+        budget_percent = round(100 - 100 * budget_gib / axis_top, 2)
     curves = [
         MemoryCurve(rank, _build_outline(bins, axis_top), peak_by_rank[rank])
         for rank, bins in bins_by_rank.items()
         if peak_by_rank[rank] > 0
     ]
     peak_rank = max(peak_by_rank, key=lambda rank: peak_by_rank[rank])
+    rank_text = f", on rank {peak_rank}" if len(spans_by_rank) > 1 else ""
     return MemoryChart(
         title="GPU memory" if memory_key == "gpu_gib" else "Host memory",
-        summary=f"at most {peak_by_rank[peak_rank]:.1f} GiB"
-        + (f", on rank {peak_rank}" if len(spans_by_rank) > 1 else ""),
+        summary=f"at most {peak_by_rank[peak_rank]:.1f} GiB{rank_text}",
         curves=curves,
         plan=_build_outline(planned_bins, axis_top) if any(planned_bins) else "",
-        budget=round(100 - 100 * budget_gib / axis_top, 2)
-        if budget_gib is not None and budget_gib <= axis_top
-        else None,
+        budget=budget_percent,
         budget_gib=budget_gib,
         ticks=[
             AxisTick(round(100 - 100 * fraction, 2), f"{fraction * axis_top:.3g}")
@@ -236,7 +239,7 @@ def _compute_bin_peaks(
     length_seconds: float,
     get_gib: Callable[[Span], float | None],
 ) -> list[float]:
-    """Return the largest value in each place along the axis, 0 where there is none."""
+    """Return the largest value in each bin along the time axis, 0 where there is none."""
     bins = [0.0] * _NUM_BINS
     for span in spans:
         gib = get_gib(span)
@@ -259,7 +262,7 @@ def _compute_bin_peaks(
 
 
 def _build_outline(bins: Sequence[float], axis_top: float) -> str:
-    """Return the steps as the path of an SVG, 400 wide and 100 high; gaps where nothing was measured."""
+    """Return bins as a step curve, an SVG path 400 wide and 100 high; gaps where nothing was measured."""
     parts: list[str] = []
     previous_gib = 0.0
     for bin_index, gib in enumerate([*bins, 0.0]):
@@ -268,11 +271,8 @@ def _build_outline(bins: Sequence[float], axis_top: float) -> str:
         if previous_gib:
             parts.append(f"H{bin_index}")
         if gib:
-            parts.append(
-                f"V{100 - 100 * gib / axis_top:.1f}"
-                if previous_gib
-                else f"M{bin_index} {100 - 100 * gib / axis_top:.1f}"
-            )
+            height = f"{100 - 100 * gib / axis_top:.1f}"
+            parts.append(f"V{height}" if previous_gib else f"M{bin_index} {height}")
         previous_gib = gib
     return "".join(parts)
 

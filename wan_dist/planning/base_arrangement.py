@@ -1,0 +1,85 @@
+"""Base arrangement: sharding and the VAE's first strategy, which do not depend on memory; no torch."""
+
+from wan_dist.config.schema import RunConfig
+from wan_dist.planning.degrees import MIN_STRIP_PIXELS, Degrees
+from wan_dist.planning.vae_memory import VaeStrategy
+from wan_dist.planning.workload import Arrangement
+from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.registry import Task
+
+
+def build_base_arrangement(
+    config: RunConfig, task: Task, degrees: Degrees, latent_side: int, *, is_guided: bool
+) -> Arrangement:
+    """Return what does not depend on memory: whether weights are sharded, and the VAE's first strategy.
+
+    ``latent_side``: the larger of the latents' height and width. Raises InputError for settings of ``memory``
+    and ``fsdp`` that contradict each other or the degrees.
+    """
+    if config.quant != "none" and config.memory.dit == "disk":
+        raise InputError(
+            f"quant={config.quant} and memory.dit=disk: "
+            "the file's weights would be quantised anew each step; use memory.dit=stream"
+        )
+    passes = config.memory.passes
+    if passes == "together" and (degrees.cfg == 2 or not is_guided):
+        reason = (
+            "they are on ranks of their own with parallel.cfg=2"
+            if degrees.cfg == 2
+            else "guidance is off, so there is one"
+        )
+        raise InputError(
+            f"memory.passes={passes} is about the two passes of guidance, and {reason}; leave it out"
+        )
+    is_large = task.transformer_dims.blocks_gib > 12
+    return Arrangement(
+        shard_dit=_decide_sharding(
+            "dit", config.fsdp.dit, config.memory.dit, degrees, default=is_large
+        ),
+        shard_t5=_decide_sharding("t5", config.fsdp.t5, config.memory.t5, degrees, default=False),
+        vae=_choose_vae_strategy(config, degrees, latent_side),
+    )
+
+
+def _decide_sharding(
+    model_key: str,
+    requested: bool | None,
+    placement: str | None,
+    degrees: Degrees,
+    *,
+    default: bool,
+) -> bool:
+    """Return whether a model's weights are sharded: as ``requested``, or by default if that is None.
+
+    With one rank, or where the model is not on the GPUs, they are not.
+    """
+    is_elsewhere = placement not in (None, "resident", "gpu")
+    if requested and is_elsewhere:
+        raise InputError(
+            f"fsdp.{model_key}=true keeps shards on the GPUs and memory.{model_key}={placement} does not; "
+            "leave one of them out"
+        )
+    if requested and degrees.ranks_per_replica == 1:
+        raise InputError(
+            f"fsdp.{model_key}=true shards weights over several ranks, but there is one; "
+            "leave it out, or start with torchrun"
+        )
+    return (
+        degrees.ranks_per_replica > 1
+        and not is_elsewhere
+        and (default if requested is None else requested)
+    )
+
+
+def _choose_vae_strategy(config: RunConfig, degrees: Degrees, latent_side: int) -> VaeStrategy:
+    """Return the VAE's first strategy; ranks split the latents' larger side, ``latent_side``."""
+    num_ranks = degrees.ranks_per_replica
+    can_split = num_ranks > 1 and latent_side >= MIN_STRIP_PIXELS * num_ranks
+    if config.memory.vae == "parallel" and not can_split:
+        reason = (
+            "there is one rank"
+            if num_ranks == 1
+            else f"{latent_side} latent pixels are too few for {num_ranks} ranks"
+        )
+        raise InputError(f"memory.vae=parallel: {reason}; memory.vae=whole works")
+    return VaeStrategy(config.memory.vae or ("parallel" if can_split else "whole"))
