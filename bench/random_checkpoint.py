@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import ModelDims
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.weights.key_maps import (
     KeyMap,
@@ -58,7 +58,7 @@ def make_checkpoint(
     place.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
-        transformer = WanTransformer(dims.transformer, dtype)
+        transformer = FusedTransformer(dims.transformer, dtype)
         projection = ContextProjection(dims.transformer, dtype)
         text_encoder = build_text_encoder(dims.text_encoder, dtype)
         image_encoder = (

@@ -6,9 +6,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.fused_block import ContextKV
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks, quantize_rows
-from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.transformer_block import ContextKV
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.tasks.registry import Task
 
@@ -20,15 +20,15 @@ def random_transformer(
     task: Task,
     attention: InnerAttention,
     device: torch.device,
-    spread: Callable[[WanTransformer], None] | None = None,
+    spread: Callable[[FusedTransformer], None] | None = None,
     quant: str = "none",
-) -> WanTransformer:
+) -> FusedTransformer:
     """Return the task's transformer in bfloat16 with random weights that keep activations near 1.
 
     ``spread`` may parallelize it, while it is on the meta device.
     """
     with torch.device("meta"):
-        model = WanTransformer(task.transformer_dims, torch.bfloat16, attention)
+        model = FusedTransformer(task.transformer_dims, torch.bfloat16, attention)
         if quant != "none":
             quantize_blocks(model.blocks, quant)
     if spread is not None:

@@ -209,7 +209,7 @@ class Bench:
         torch.backends.cudnn.benchmark = True
         source = random_vae(self.dims, torch.float32, self.device)
         peer = diffusers_peer(source, torch.bfloat16)
-        mean, std = source._moments(self.latents)
+        mean, std = source.get_latent_statistics(self.latents)
         raw = (self.latents * std[0] + mean[0]).unsqueeze(0).bfloat16()
         del source
         facts = timed(lambda: peer.decode(raw, return_dict=False), self.options.runs)

@@ -306,11 +306,11 @@ def test_a_gpu_without_memory_denoises_with_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The step that ran out is repeated, once a rung, and the video is the same."""
-    from wan_dist.models.transformer_block import TransformerBlock
+    from wan_dist.models.fused_block import FusedBlock
 
-    attend, calls = TransformerBlock._add_self_attention, []
+    attend, calls = FusedBlock._add_self_attention, []
 
-    def scarce(self: TransformerBlock, *arguments: object) -> object:
+    def scarce(self: FusedBlock, *arguments: object) -> object:
         calls.append(self.slice_tokens)
         if len(calls) in (6, 8, 10):  # in the second step, then at once, twice
             raise torch.OutOfMemoryError("as on a GPU that is full")
@@ -318,7 +318,7 @@ def test_a_gpu_without_memory_denoises_with_less(
 
     settings = [*TINY, "output.save_tensor=true", "dtype=float32"]
     assert main([*settings, "output.name=a"]) == 0
-    monkeypatch.setattr(TransformerBlock, "_add_self_attention", scarce)
+    monkeypatch.setattr(FusedBlock, "_add_self_attention", scarce)
     assert main([*settings, "output.name=b"]) == 0
     words = capsys.readouterr().err
     told = [
@@ -346,12 +346,12 @@ def test_guessed_steps_are_said_and_recorded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from wan_dist.models.transformer_block import TransformerBlock
+    from wan_dist.models.fused_block import FusedBlock
 
-    forward, calls = TransformerBlock.forward, []
+    forward, calls = FusedBlock.forward, []
 
     def counted(
-        self: TransformerBlock, streams: list[torch.Tensor], *arguments: Any
+        self: FusedBlock, streams: list[torch.Tensor], *arguments: Any
     ) -> list[torch.Tensor]:
         calls.append(len(arguments[1]))
         return forward(self, streams, *arguments)
@@ -368,7 +368,7 @@ def test_guessed_steps_are_said_and_recorded(
         "a": [f"cache.steps={kind}"],
         "b": [f"cache.steps={kind}", "memory.passes=apart"],
     }.items():
-        monkeypatch.setattr(TransformerBlock, "forward", counted)
+        monkeypatch.setattr(FusedBlock, "forward", counted)
         calls.clear()
         assert (
             main(
@@ -418,10 +418,10 @@ def test_a_gpu_that_is_too_small_is_told_what_would_help(
 def test_a_black_video_is_never_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from wan_dist.models.transformer import WanTransformer
+    from wan_dist.models.fused_transformer import FusedTransformer
 
     monkeypatch.setattr(
-        WanTransformer, "forward", lambda self, latents, *_: [latents * float("nan")] * 2
+        FusedTransformer, "forward", lambda self, latents, *_: [latents * float("nan")] * 2
     )
     assert main(TINY) == 1
     assert "the latents are not finite after step 2" in capsys.readouterr().err

@@ -20,7 +20,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from toy import plain, plain_vae
 from toy.descent import Descent, recorded
 from toy.render import NUM_FRAMES, SIZE, render
 from toy.scenes import caption, draw_scene
@@ -29,6 +28,7 @@ from wan_dist.models.context import ContextProjection
 from wan_dist.models.text_encoder import build_text_encoder, tokenize_prompt
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
+from wan_dist.models.vae.plain import decode_latents, encode_moments
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.key_maps import (
@@ -139,8 +139,8 @@ def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.devi
     descent = Descent(vae.named_parameters(), lambda *_: False)
 
     def loss_of(video: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_variance = plain_vae.moments(vae, video)
-        difference = plain_vae.decode(vae, mean + (log_variance / 2).exp() * noise) - video
+        mean, log_variance = encode_moments(vae, video)
+        difference = decode_latents(vae, mean + (log_variance / 2).exp() * noise) - video
         divergence = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).mean()
         background = video[..., :1, :1]  # the corner shows it
         is_thing = (video - background).abs().amax(1, keepdim=True) > 0.1
@@ -176,7 +176,7 @@ def normalise(vae: WanVae, chance: random.Random, device: torch.device) -> None:
     """
     scenes = [draw_scene(chance) for _ in range(64 if device.type == "cuda" else 4)]
     with _autocast(device):
-        mean, _ = plain_vae.moments(vae, render(scenes, chance, device))
+        mean, _ = encode_moments(vae, render(scenes, chance, device))
     mu, sigma = mean.mean((0, 2, 3, 4)), mean.std((0, 2, 3, 4))
     wanted_mean, wanted_std = (moment.flatten() for moment in vae.get_latent_statistics(mean))
     first, scale = vae.conv1, wanted_std / sigma
@@ -225,7 +225,7 @@ def make_clips(
     for start in range(0, count, 64):
         scenes = [draw_scene(chance) for _ in range(min(64, count - start))]
         with _autocast(device):
-            found, _ = plain_vae.moments(vae, render(scenes, chance, device))
+            found, _ = encode_moments(vae, render(scenes, chance, device))
         mean, std = vae.get_latent_statistics(found)
         latents.append(((found - mean) / std).bfloat16())
         texts += [[ids(caption(scene, chance)) for _ in range(2)] for scene in scenes]
@@ -327,11 +327,12 @@ def _flow_matching(
         mixed = x + level.view(-1, 1, 1, 1, 1) * (noise - x)
         first = torch.where(given.view(-1, 1, 1, 1, 1), x[:, :, :1], mixed[:, :, :1])
         timesteps = 1000 * torch.stack([torch.where(given, 0, level), level], dim=1)
-        found = plain.velocity(
-            transformer,
+        (context,) = projection([embedded])
+        blocks = range(len(transformer.blocks))
+        found = transformer(
             torch.cat([first, mixed[:, :, 1:]], dim=2),
             timesteps,
-            plain.project(projection, embedded),
+            [context.select_block(index) for index in blocks],
             rotary,
         )
         error = (found - (noise - x)).square()

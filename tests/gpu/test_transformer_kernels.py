@@ -12,10 +12,10 @@ from tests.conftest import relative_error
 from wan_dist.models.attention import cross as cross_attention
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.dims import TransformerDims
+from wan_dist.models.fused_block import FusedBlock
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels import transformer_ops as elementwise
 from wan_dist.models.kernels.transformer_ops import Scaling
-from wan_dist.models.transformer_block import TransformerBlock
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -113,9 +113,9 @@ def test_padding_that_is_counted_is_padding_that_is_there(num_text: int, num_ima
 def test_a_block_is_as_near_to_float32_as_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     dims = TransformerDims(num_layers=1, dim=5120, ffn_dim=13824, num_heads=40)
-    exact = TransformerBlock(dims, torch.float32, InnerAttention()).to(CUDA).requires_grad_(False)
+    exact = FusedBlock(dims, torch.float32, InnerAttention()).to(CUDA).requires_grad_(False)
     half = (
-        TransformerBlock(dims, torch.bfloat16, InnerAttention(name="cudnn"))
+        FusedBlock(dims, torch.bfloat16, InnerAttention(name="cudnn"))
         .to(CUDA)
         .requires_grad_(False)
     )

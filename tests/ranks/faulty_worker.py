@@ -18,14 +18,14 @@ from unittest.mock import patch
 
 import torch
 
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.vae.model import Decoder, Encoder
 from wan_dist.run import main as run
 
 METHODS = {
     "decode": (Decoder, "forward"),
     "encode": (Encoder, "compute_features"),
-    "denoise": (WanTransformer, "forward"),
+    "denoise": (FusedTransformer, "forward"),
 }
 ERRORS = {
     "memory": torch.OutOfMemoryError("as on a full GPU"),

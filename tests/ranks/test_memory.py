@@ -13,7 +13,7 @@ from bench.random_checkpoint import make_checkpoint
 from tests.torchrun import torchrun
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.weights.key_maps import map_original_transformer
 from wan_dist.weights.layout import WEIGHTS_STEM
 
@@ -40,7 +40,7 @@ def big_checkpoint(folder: Path) -> int:
     )
     keys, tensors = map_original_transformer([]), {}
     with torch.device("meta"):
-        models = WanTransformer(DIMS, torch.bfloat16), ContextProjection(DIMS, torch.bfloat16)
+        models = FusedTransformer(DIMS, torch.bfloat16), ContextProjection(DIMS, torch.bfloat16)
     for name, parameter in chain.from_iterable(model.named_parameters() for model in models):
         sources = keys.find_sources(name)
         for source in sources:

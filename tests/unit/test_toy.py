@@ -5,22 +5,22 @@ import random
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from toy import plain, plain_vae, train
+from toy import train
 from toy.descent import Descent
 from toy.judge import judge
 from toy.render import render
 from toy.scenes import COLORS, MOTIONS, SHAPES, Scene, all_scenes, caption, draw_scene
-from wan_dist.models.context import ContextProjection
-from wan_dist.models.dims import TransformerDims, VaeDims
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.dims import VaeDims
 from wan_dist.models.vae.model import WanVae, split_frames_into_chunks
+from wan_dist.models.vae.plain import decode_latents, encode_moments
 from wan_dist.pipeline.decode import convert_to_uint8_frames
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.hub import check_checkpoint_complete
+from wan_dist.weights.key_maps import map_original_vae
 from wan_dist.weights.layout import TOKENIZER_FOLDER
+from wan_dist.weights.write import export_tensors
 
 CPU = torch.device("cpu")
 
@@ -31,43 +31,18 @@ def shuffled(model: nn.Module) -> nn.Module:
     return model
 
 
-def test_the_transformer_that_is_trained_is_the_one_that_is_run() -> None:
-    torch.manual_seed(0)
-    dims = TransformerDims(num_layers=3, dim=96, ffn_dim=256, num_heads=3, text_dim=32, text_len=16)
-    model, projection = (
-        shuffled(WanTransformer(dims, torch.float32)),
-        shuffled(ContextProjection(dims, torch.float32)),
-    )
-    latents, text, times = (
-        torch.randn(1, 16, 3, 8, 8),
-        torch.randn(5, 32),
-        torch.tensor([[0.0, 700.0]]),
-    )
-    rotary = model.rotary(latents)
-    with torch.no_grad():
-        run = model(latents.clone(), times, projection([text]), rotary)[0]
-        trained = plain.velocity(
-            model,
-            latents,
-            times,
-            plain.project(projection, F.pad(text, (0, 0, 0, 11))[None]),
-            rotary,
-        )
-    assert (run - trained).abs().max() < 1e-5 * run.abs().max()
-
-
 def test_the_vae_that_is_trained_is_the_one_that_is_run() -> None:
     torch.manual_seed(0)
     vae = shuffled(WanVae(VaeDims(dim=8, decoder_dim=8)))
     video = torch.rand(1, 3, 13, 32, 48) * 2 - 1
     with torch.no_grad():
         latents = vae.encode(split_frames_into_chunks(video))
-        mean, std = vae.latent_moments(latents)
-        trained, _ = plain_vae.moments(vae, video)
+        mean, std = vae.get_latent_statistics(latents)
+        trained, _ = encode_moments(vae, video)
         torch.testing.assert_close(latents * std + mean, trained, atol=1e-5, rtol=1e-5)
         shown = torch.cat(list(vae.decode(latents)), dim=2)
         torch.testing.assert_close(
-            shown, plain_vae.decode(vae, trained).clamp(-1, 1), atol=1e-5, rtol=1e-5
+            shown, decode_latents(vae, trained).clamp(-1, 1), atol=1e-5, rtol=1e-5
         )
 
 
@@ -77,10 +52,10 @@ def test_normalised_latents_have_the_published_moments() -> None:
     chance = random.Random(0)
     video = render([draw_scene(chance) for _ in range(2)], chance, CPU, size=32, num_frames=5)
     with torch.no_grad():
-        before = plain_vae.decode(vae, plain_vae.moments(vae, video)[0])
+        before = decode_latents(vae, encode_moments(vae, video)[0])
         train.normalise(vae, random.Random(0), CPU)
         torch.testing.assert_close(
-            plain_vae.decode(vae, plain_vae.moments(vae, video)[0]), before, atol=1e-3, rtol=1e-3
+            decode_latents(vae, encode_moments(vae, video)[0]), before, atol=1e-3, rtol=1e-3
         )
         chance = random.Random(0)
         latents = vae.encode(
@@ -176,7 +151,7 @@ def test_training_writes_a_checkpoint_that_is_read(tmp_path: Path) -> None:
     (tmp_path / TOKENIZER_FOLDER).mkdir(parents=True)
     train.make_tokenizer(random.Random(0), 500).save_pretrained(tmp_path / TOKENIZER_FOLDER)
     train.save(
-        train.stored(train.halved(WanVae(train.DIMS.vae)), train.original_vae([])),
+        export_tensors(train.halved(WanVae(train.DIMS.vae)), map_original_vae([])),
         tmp_path / "Wan2.1_VAE.safetensors",
     )
     with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Jobs of a sweep: one for each combination of its settings, as the lines of a job file would be; no torch."""
+"""Jobs of a sweep: one for each combination of its settings, like the lines of a job file; no torch."""
 
 import hashlib
 import json

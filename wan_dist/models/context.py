@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_dist.models.dims import TransformerDims
+from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.kernels.transformer_ops import rms_norm
-from wan_dist.models.transformer_block import ContextKV, NormParameters
+from wan_dist.models.transformer import RMSNorm
 
 
 class ImageEmbedding(nn.Module):
@@ -53,10 +54,10 @@ class KeyValueProjection(nn.Module):
         self.num_heads = dims.num_heads
         self.eps = dims.eps
         self.kv = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
-        self.norm_k = NormParameters(dims.dim, bias=False)
+        self.norm_k = RMSNorm(dims.dim, dims.eps)
         if dims.image_dim:
             self.kv_img = nn.Linear(dims.dim, 2 * dims.dim, dtype=dtype)
-            self.norm_k_img = NormParameters(dims.dim, bias=False)
+            self.norm_k_img = RMSNorm(dims.dim, dims.eps)
 
     def forward(
         self, texts: Sequence[Tensor], image: Tensor | None
@@ -67,7 +68,7 @@ class KeyValueProjection(nn.Module):
             return keys_values, None
         return keys_values, self._normalize_keys_values(self.kv_img(image), self.norm_k_img)
 
-    def _normalize_keys_values(self, kv: Tensor, norm: NormParameters) -> Tensor:
+    def _normalize_keys_values(self, kv: Tensor, norm: RMSNorm) -> Tensor:
         k, v = kv.chunk(2, dim=-1)
         k = rms_norm(k, norm.weight, self.eps).to(kv.dtype)
         return torch.stack([k, v]).unflatten(-1, (self.num_heads, -1))
@@ -119,19 +120,19 @@ class ContextProjection(nn.Module):
     ) -> list[ContextKV]:
         """Return every block's k and v of each prompt, and those of the images, which all prompts share.
 
-        prompts (tokens, text_dim), at most 512 tokens each; image_features (n, 257, image_dim) of n images
-        for a model with an image branch. Rows of zeros pad a text to 512 tokens and ARE attended to: the
-        published weights were trained so. One such row is computed and stands for all of them.
+        prompts (tokens, text_dim) or (B, tokens, text_dim), at most 512 tokens each; image_features
+        (n, 257, image_dim) of n images for a model with an image branch. Rows of zeros pad a text to 512
+        tokens and ARE attended to: the published weights were trained so. One such row is computed and
+        stands for all of them.
         """
         image = None if image_features is None else self.img_emb(image_features).to(self.dtype)
         embedded_texts = []
         for prompt in prompts:
-            is_padded = prompt.shape[0] < self.text_len
+            batch = prompt.to(self.dtype) if prompt.dim() == 3 else prompt.to(self.dtype)[None]
+            is_padded = batch.shape[1] < self.text_len
             embedded_texts.append(
-                self.text_embedding(
-                    F.pad(prompt.to(self.dtype), (0, 0, 0, int(is_padded))).unsqueeze(0)
-                )
-            )  # (1, n + 1, D)
+                self.text_embedding(F.pad(batch, (0, 0, 0, int(is_padded))))
+            )  # (B, n + 1, D)
         kv_by_block = {index: block(embedded_texts, image) for index, block in self.blocks.items()}
         block_kvs = [kv_by_block[str(index)] for index in self.block_indices]
         image_kv = (

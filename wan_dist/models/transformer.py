@@ -1,53 +1,125 @@
-"""Wan diffusion transformer for one device; its context, the prompt and images, is prepared in context.py.
+"""Wan diffusion transformer in plain, differentiable PyTorch: the specification, and what the toy trains.
 
-Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, R rows of timestep
-modulation (one for each segment of tokens that share a timestep, never one for each token). The residual
-stream and the linears are in the run's dtype; norms, modulation, gates, rotary embedding, the timestep
-branch and the head are float32. Layer names are those of the published checkpoints, except that q, k and v
-are one linear.
+Pipelines run `FusedTransformer` (fused_transformer.py): the same modules and parameters, computed in place,
+in slices and by fused kernels; tests/unit/models/test_transformer.py compares the two.
+
+Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, H heads, R timesteps of
+a video. The residual stream and the linears are in the run's dtype; norms, modulation, gates, rotary
+embedding, the timestep branch and the head are float32. Layer names are those of the published checkpoints,
+except that q, k and v are one linear.
+
+Source: Wan technical report (arXiv:2503.20314); adaptive norms as in DiT (arXiv:2212.09748).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.attention.inner import InnerAttention
-from wan_dist.models.attention.rotary import compute_rotary_tables
+from wan_dist.models.attention.rotary import apply_rotary, compute_rotary_tables
 from wan_dist.models.dims import TransformerDims
-from wan_dist.models.kernels.transformer_ops import (
-    Scaling,
-    layer_norm,
-    split_by_segment,
-)
-from wan_dist.models.transformer_block import ContextKV, SelfAttention, TransformerBlock
 
 
-@dataclass
-class ResidualCache:
-    """Cache of what all blocks together add to the tokens, for each context."""
+class RMSNorm(nn.Module):
+    """Root mean square norm over the whole width (arXiv:1910.07467), in float32."""
 
-    can_reuse: Callable[[Tensor], bool]
-    """Whether a step, by its timestep embedding (B, R, 6, D), reuses the cached residuals."""
-    residuals: list[Tensor] = field(default_factory=list)
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., D) -> the same shape, float32."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps)
 
 
-class WholeSequence(nn.Module):
-    """Sequence on one device, which is not split; sequence parallelism replaces this module."""
+class SelfAttention(nn.Module):
+    """Attention between all tokens, with RMSNorm over the whole width of q and k, and rotary embedding."""
 
-    def split(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[int, ...]]:
-        """Return this device's shard of tokens x (B, L, D), rotary tables (L, 1, D / 2) and segments."""
-        return x, rotary, segments
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = dims.num_heads
+        self.eps = dims.eps
+        self.qkv = nn.Linear(dims.dim, 3 * dims.dim, dtype=dtype)
+        self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
+        self.norm_q = RMSNorm(dims.dim, dims.eps)
+        self.norm_k = RMSNorm(dims.dim, dims.eps)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Return all tokens (B, L, C) from this device's shard of them."""
-        return x
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """x (B, L, D), rotary tables (L, 1, D / 2H) -> (B, L, D)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = (
+            apply_rotary(split_heads(norm(projection), self.num_heads), rotary).to(v.dtype)
+            for norm, projection in ((self.norm_q, q), (self.norm_k, k))
+        )
+        return cast(Tensor, self.o(attend(q, k, split_heads(v, self.num_heads))))
+
+
+class CrossAttention(nn.Module):
+    """Attention from the video's tokens to a text and images; k and v come from `ContextProjection`."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads = dims.num_heads
+        self.text_len = dims.text_len
+        self.eps = dims.eps
+        self.q = nn.Linear(dims.dim, dims.dim, dtype=dtype)
+        self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
+        self.norm_q = RMSNorm(dims.dim, dims.eps)
+
+    def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
+        """x (B, L, D) -> (B, L, D); kv: k and v (B, n, H, D / H) of the text, then those of images if any.
+
+        Text and images have a softmax each; their results are added.
+        """
+        q = split_heads(self.norm_q(self.q(x)).to(kv[0].dtype), self.num_heads)
+        out = attend(q, kv[0], kv[1])
+        if len(kv) > 2:
+            out = out + attend(q, kv[2], kv[3])
+        return cast(Tensor, self.o(out))
+
+
+class FeedForward(nn.Sequential):
+    """Two linears with a GELU between them, by its tanh approximation."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        super().__init__(
+            nn.Linear(dims.dim, dims.ffn_dim, dtype=dtype),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(dims.ffn_dim, dims.dim, dtype=dtype),
+        )
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each added to the residual stream."""
+
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = dims.eps
+        self.self_attn = SelfAttention(dims, dtype)
+        self.cross_attn = CrossAttention(dims, dtype)
+        self.norm3 = nn.LayerNorm(dims.dim, dims.eps)
+        self.ffn = FeedForward(dims, dtype)
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        context: tuple[Tensor, ...],
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """x (B, L, D), time (B, L, 6, D) float32 of each token's timestep -> (B, L, D)."""
+        modulation = (self.modulation + time).unbind(2)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        normed = modulate(x, shift, scale, self.eps).to(x.dtype)
+        x = add_gated(x, self.self_attn(normed, rotary), gate)
+        x = x + self.cross_attn(self.norm3(x.float()).to(x.dtype), context)
+        normed = modulate(x, ffn_shift, ffn_scale, self.eps).to(x.dtype)
+        return add_gated(x, self.ffn(normed), ffn_gate)
 
 
 class PatchEmbedding(nn.Module):
@@ -77,70 +149,26 @@ class OutputHead(nn.Module):
         self.head = nn.Linear(dims.dim, math.prod(dims.patch) * dims.out_dim)
         self.modulation = nn.Parameter(torch.zeros(1, 2, dims.dim))
 
-    def forward(self, x: Tensor, time: Tensor, segments: tuple[int, ...]) -> Tensor:
-        """Return (B, L, patch volume * C), float32, of x (B, L, D).
-
-        time (B, R, D) float32 has a row for each segment of tokens.
-        """
-        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-
-        def norm_slice(row: int, token_slice: slice) -> Tensor:
-            scaling = Scaling(scale[:, row, None], shift[:, row, None])
-            out = torch.empty_like(x[:, token_slice], dtype=torch.float32)
-            return layer_norm(
-                x[:, token_slice], scaling, (token_slice.stop - token_slice.start,), self.eps, out
-            )
-
-        return torch.cat(
-            [
-                self.head(norm_slice(row, token_slice))
-                for row, token_slice in split_by_segment(segments)
-            ],
-            dim=1,
-        )
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        """x (B, L, D), time (B, L, D) float32 -> (B, L, patch volume * C) float32."""
+        shift, scale = (self.modulation + time.unsqueeze(2)).unbind(2)
+        return cast(Tensor, self.head(modulate(x, shift, scale, self.eps)))
 
 
 class WanTransformer(nn.Module):
-    """Diffusion transformer: predicts the velocity of noisy video latents for a prompt and images.
+    """Predicts the velocity of noisy video latents for a prompt and images."""
 
-    Source: Wan technical report (arXiv:2503.20314).
-    """
-
-    def __init__(
-        self,
-        dims: TransformerDims,
-        dtype: torch.dtype,
-        inner_attention: InnerAttention | None = None,
-    ) -> None:
+    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
         super().__init__()
         self.dims = dims
         self.dtype = dtype
-        inner_attention = inner_attention or InnerAttention()
         self.patch_embedding = PatchEmbedding(dims, dtype)
         self.time_embedding = nn.Sequential(
             nn.Linear(dims.freq_dim, dims.dim), nn.SiLU(), nn.Linear(dims.dim, dims.dim)
         )
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dims.dim, 6 * dims.dim))
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)
-            )
-            for _ in range(dims.num_layers)
-        )
+        self.blocks = nn.ModuleList(TransformerBlock(dims, dtype) for _ in range(dims.num_layers))
         self.head = OutputHead(dims)
-        self.sequence = WholeSequence()
-        self.time_embeddings: dict[str, tuple[Tensor, Tensor]] = {}
-        """What `embed_timesteps` returns for the timesteps of `precompute_time_embeddings`."""
-
-    def set_slice_tokens(self, max_tokens: int | None) -> None:
-        """Limit how many tokens go through the blocks' linears at once; None: all."""
-        for block in self.blocks:
-            cast(TransformerBlock, block).slice_tokens = max_tokens
-
-    @property
-    def self_attentions(self) -> Iterator[SelfAttention]:
-        """Every block's self-attention, whose ``inner_attention`` may be wrapped."""
-        return (cast(TransformerBlock, block).self_attn for block in self.blocks)
 
     def compute_rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rotary tables for latents (B, C, T, h, w), which are the same in all steps."""
@@ -152,91 +180,46 @@ class WanTransformer(nn.Module):
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings (B, R, D) for the head and (B, R, 6, D) for the blocks, float32.
 
-        timesteps (B, R) in [0, 1000], on the CPU.
+        timesteps (B, R) in [0, 1000].
         """
-        if self.time_embeddings:
-            return self.time_embeddings[str(timesteps.tolist())]
-        num_frequencies = self.dims.freq_dim // 2
         timesteps = timesteps.to(self.head.head.weight.device)
-        frequencies = 10000.0 ** (
-            -torch.arange(num_frequencies, dtype=torch.float64, device=timesteps.device)
-            / num_frequencies
-        )
-        angles = timesteps.double().unsqueeze(-1) * frequencies
-        time_embedding = self.time_embedding(
-            torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-        )
-        return time_embedding, self.time_projection(time_embedding).unflatten(
-            -1, (6, self.dims.dim)
-        )
+        num_frequencies = self.dims.freq_dim // 2
+        exponents = torch.arange(num_frequencies, dtype=torch.float64, device=timesteps.device)
+        angles = timesteps.double().unsqueeze(-1) * 10000.0 ** (-exponents / num_frequencies)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+        embedding = self.time_embedding(waves)
+        return embedding, self.time_projection(embedding).unflatten(-1, (6, self.dims.dim))
 
-    def precompute_time_embeddings(self, timesteps: Iterable[Tensor]) -> None:
-        """Embed these timesteps (B, R) now, then delete the timestep layers.
+    def count_segment_tokens(self, latents: Tensor, num_timesteps: int) -> tuple[int, ...]:
+        """Return how many tokens of latents (B, C, T, h, w) each timestep is for.
 
-        In float32 they are as large as a block. No other timesteps can be embedded after that.
+        One is for all tokens; of two, the first is for the first latent frame.
         """
-        self.time_embeddings = {
-            str(timestep_rows.tolist()): self.embed_timesteps(timestep_rows)
-            for timestep_rows in timesteps
-        }
-        del self.time_embedding, self.time_projection
+        t, h, w = (
+            size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True)
+        )
+        return (t * h * w,) if num_timesteps == 1 else (h * w, (t - 1) * h * w)
 
     def forward(
         self,
         latents: Tensor,
         timesteps: Tensor,
-        contexts: Sequence[ContextKV],
+        contexts: Sequence[tuple[Tensor, ...]],
         rotary: tuple[Tensor, Tensor],
-        residual_cache: ResidualCache | None = None,
-    ) -> list[Tensor]:
-        """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
+    ) -> Tensor:
+        """Return the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
-        timesteps (B, 1) on the CPU, or (B, 2) where the first latent frame has a timestep of its own, the
-        first of the two. T, h, w must be multiples of the patch. ``contexts`` come from `ContextProjection`,
-        ``rotary`` from `compute_rotary`. All contexts go through a block before the next block runs, so
-        that its weights are gathered or fetched only once. With a ``residual_cache``, a step may reuse
-        what the blocks added in an earlier step.
+        timesteps (B, R): see `count_segment_tokens`. ``contexts``: each block's k and v, see
+        `ContextKV.select_block`; ``rotary`` from `compute_rotary`. T, h, w are multiples of the patch.
         """
         time, block_time = self.embed_timesteps(timesteps)
-        x = self.patch_embedding(latents)
-        num_tokens = x.shape[1]
-        num_first_tokens = num_tokens // (latents.shape[2] // self.dims.patch[0])
-        segments: tuple[int, ...] = (
-            (num_tokens,)
-            if timesteps.shape[1] == 1
-            else (num_first_tokens, num_tokens - num_first_tokens)
-        )
-        x, rotary, segments = self.sequence.split(x, rotary, segments)
-        if (
-            residual_cache is not None
-            and residual_cache.can_reuse(block_time)
-            and residual_cache.residuals
-        ):
-            streams = [x + residual for residual in residual_cache.residuals]
-        else:
-            input_tokens = None
-            if residual_cache is not None:
-                residual_cache.residuals.clear()
-                input_tokens = x.clone()
-            streams = [x]
-            del x
-            for index, block in enumerate(self.blocks):
-                streams = block(
-                    streams,
-                    block_time,
-                    [context.select_block(index) for context in contexts],
-                    rotary,
-                    segments,
-                )
-            if residual_cache is not None and input_tokens is not None:
-                residual_cache.residuals = [stream - input_tokens for stream in streams]
-                del input_tokens
-        return [
-            self.unpatchify_tokens(
-                self.sequence.gather(self.head(x, time, segments)), latents.shape[2:]
-            )
-            for x in streams
-        ]
+        segments = self.count_segment_tokens(latents, timesteps.shape[1])
+        block_time = repeat_rows(block_time, segments)  # (B, L, 6, D)
+        x = self.patch_embedding(latents).to(self.dtype)  # another one under autocast
+        for block, context in zip(self.blocks, contexts, strict=True):
+            x = block(x, block_time, context, rotary)
+        out = self.head(x, repeat_rows(time, segments))
+        return self.unpatchify_tokens(out, latents.shape[2:])
 
     def unpatchify_tokens(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (B, L, patch volume * C) -> (B, C, T, h, w) for ``size`` (T, h, w)."""
@@ -244,3 +227,33 @@ class WanTransformer(nn.Module):
         # (B, t, y, x, pt, py, px, C)
         x = x.unflatten(1, token_grid).unflatten(-1, (*self.dims.patch, -1))
         return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(x.shape[0], -1, *size)
+
+
+def repeat_rows(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return rows (B, R, ...), each as often as ``counts`` says: (B, L, ...)."""
+    repeated = [
+        row.unsqueeze(1).expand(-1, count, *row.shape[1:])
+        for row, count in zip(rows.unbind(1), counts, strict=True)
+    ]
+    return torch.cat(repeated, dim=1)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """x (B, L, D) -> (B, L, H, D / H)."""
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scaled dot-product attention: q (B, L, H, D / H), k and v (B, n, H, D / H) -> (B, L, D)."""
+    heads = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return heads.transpose(1, 2).flatten(2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm of x (B, L, D) without weights, times 1 + scale, plus shift: float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """Return x + gate * y, computed in float32, in x's dtype."""
+    return (x.float() + gate * y.float()).to(x.dtype)

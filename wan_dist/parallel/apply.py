@@ -1,6 +1,6 @@
 """Parallelism strategies, applied to a transformer in the order that they need."""
 
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.parallel.fsdp import apply_fsdp
 from wan_dist.parallel.mesh import ProcessGroups
 from wan_dist.parallel.ring import apply_ring
@@ -10,7 +10,7 @@ from wan_dist.parallel.usp import apply_usp
 
 
 def parallelize_transformer(
-    model: WanTransformer, groups: ProcessGroups, *, is_sharded: bool, usp: str = "plain"
+    model: FusedTransformer, groups: ProcessGroups, *, is_sharded: bool, usp: str = "plain"
 ) -> None:
     """Parallelize a transformer that is still on the meta device.
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.attention.log_sum_exp import attend_with_lse
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.kernels.transformer_ops import FLOAT32_CHUNK_TOKENS
-from wan_dist.models.transformer import WanTransformer
 from wan_dist.parallel.collectives import send_to_next
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.sequence import SplitSequence, pad_end
@@ -75,7 +75,7 @@ def merge_attention_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Ten
 
 
 def apply_ring(
-    model: WanTransformer, sequence: SplitSequence, axis: Axis, *, ulysses_size: int
+    model: FusedTransformer, sequence: SplitSequence, axis: Axis, *, ulysses_size: int
 ) -> None:
     """Wrap every block's self-attention in `RingAttention`; on an axis of size 1 nothing changes.
 

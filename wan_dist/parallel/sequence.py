@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_dist.models.transformer import WanTransformer, WholeSequence
+from wan_dist.models.fused_transformer import FusedTransformer, WholeSequence
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.parallel.mesh import Axis
 
@@ -70,7 +70,7 @@ class SplitSequence(WholeSequence):
         return all_gather(x, self.axis).transpose(0, 1).flatten(1, 2)[:, : self.num_tokens]
 
 
-def apply_sequence_split(model: WanTransformer, axis: Axis) -> SplitSequence:
+def apply_sequence_split(model: FusedTransformer, axis: Axis) -> SplitSequence:
     """Split the sequence over the ranks of an axis, and return the split.
 
     Attention must be parallelized to match it, see `apply_ulysses`, `apply_ring` and `apply_usp`.

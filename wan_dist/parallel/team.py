@@ -337,7 +337,9 @@ class Coordinator:
                 return
             try:
                 work.on_failure()
-            except Exception as error:  # the heartbeats go on: the others would take this rank for lost
+            except (
+                Exception
+            ) as error:  # the heartbeats go on: the others would take this rank for lost
                 logger.warning("the process groups could not be aborted: %s", get_first_line(error))
 
     def leave(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from wan_dist.models.attention.inner import InnerAttention
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.parallel.collectives import all_to_all
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.sequence import SplitSequence, pad_end
@@ -80,7 +80,7 @@ def copy_vectorized_(out: Tensor, x: Tensor) -> None:
     out.copy_(x)
 
 
-def apply_ulysses(model: WanTransformer, sequence: SplitSequence, axis: Axis) -> None:
+def apply_ulysses(model: FusedTransformer, sequence: SplitSequence, axis: Axis) -> None:
     """Wrap every block's self-attention in `UlyssesAttention`; on an axis of size 1 nothing changes."""
     if axis.size == 1:
         return

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from wan_dist.models.attention.inner import InnerAttention
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.parallel.mesh import ProcessGroups
 from wan_dist.runtime.errors import InputError
 
@@ -98,7 +98,7 @@ def open_usp_attention(inner: InnerAttention, groups: ProcessGroups) -> UspAtten
     return UspAttention(inner, USP, AttentionBackendType[_XFUSER_BACKENDS[inner.name]])
 
 
-def apply_usp(model: WanTransformer, groups: ProcessGroups) -> None:
+def apply_usp(model: FusedTransformer, groups: ProcessGroups) -> None:
     """Replace every block's self-attention by xfuser's; used instead of `apply_ring` and `apply_ulysses`."""
     usp_attention: UspAttention | None = None
     for block_attention in model.self_attentions:

@@ -1,6 +1,6 @@
 """Cross-attention keys and values of a video's contexts, projected once before the first step."""
 
-from wan_dist.models.transformer_block import ContextKV
+from wan_dist.models.fused_block import ContextKV
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import all_gather
 from wan_dist.pipeline.model_cache import ModelCache

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from wan_dist.config.schema import MemoryConfig, RunConfig
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.fused_block import ContextKV
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
-from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.transformer_block import ContextKV
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
@@ -188,7 +188,7 @@ class ExpertPredictor:
 
     def _load_model_and_contexts(
         self, expert_index: int, stage_suffix: str, arrangement: Arrangement
-    ) -> tuple[WanTransformer, list[ContextKV]]:
+    ) -> tuple[FusedTransformer, list[ContextKV]]:
         """Return a transformer, and its cross-attention keys and values of the contexts."""
         model_cache = self.session.model_cache
         slot = self.session.get_cache_slot("transformer", expert_index)
@@ -212,7 +212,7 @@ class ExpertPredictor:
 
     def _build_guidance(
         self,
-        model: WanTransformer,
+        model: FusedTransformer,
         contexts: list[ContextKV],
         guide_scale: float,
         num_done: int,
@@ -268,10 +268,10 @@ class ExpertPredictor:
 
     def _load_transformer(
         self, expert_index: int, stage_name: str, arrangement: Arrangement
-    ) -> WanTransformer:
+    ) -> FusedTransformer:
         component = self.session.checkpoint.transformers[expert_index]
 
-        def prepare_model(model: WanTransformer) -> None:
+        def prepare_model(model: FusedTransformer) -> None:
             if self.config.quant != "none":
                 quantize_blocks(model.blocks, self.config.quant)
             parallelize_transformer(

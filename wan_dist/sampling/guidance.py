@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from wan_dist.models.transformer import ResidualCache, WanTransformer
-from wan_dist.models.transformer_block import ContextKV
+from wan_dist.models.fused_block import ContextKV
+from wan_dist.models.fused_transformer import FusedTransformer, ResidualCache
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.step_cache import TeaCache, VelocityFunction
 
@@ -21,7 +21,7 @@ class VelocityPredictor:
 
     def __init__(
         self,
-        model: WanTransformer,
+        model: FusedTransformer,
         contexts: Sequence[ContextKV],
         conditioning: Conditioning,
         latents: Tensor,

@@ -22,9 +22,9 @@ from wan_dist.models.dims import (
     TransformerDims,
     VaeDims,
 )
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder, load_tokenizer
-from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.file_hash import hash_file
@@ -109,7 +109,7 @@ class Checkpoint:
     """The models of one folder. ``transformers``: one, or those for high and low noise, in this order."""
 
     folder: Path
-    transformers: tuple[Component[WanTransformer, TransformerDims], ...]
+    transformers: tuple[Component[FusedTransformer, TransformerDims], ...]
     context_projections: tuple[Component[ContextProjection, TransformerDims], ...]
     """For each transformer, from the same files: the projections to its cross-attention's keys and values."""
     text_encoder: Component[nn.Module, TextEncoderDims]
@@ -206,13 +206,13 @@ def _open_component(
 def _open_transformer(
     component_files: ComponentFiles, dtype: torch.dtype
 ) -> tuple[
-    Component[WanTransformer, TransformerDims], Component[ContextProjection, TransformerDims]
+    Component[FusedTransformer, TransformerDims], Component[ContextProjection, TransformerDims]
 ]:
     """Open a transformer and its context projection, the two models that its files hold."""
     config, files, key_map = component_files.open()
     dims = checkpoint_dims.infer_transformer_dims(config, files, key_map)
     transformer = Component(
-        dims, lambda **options: WanTransformer(dims, dtype, **options), files, key_map
+        dims, lambda **options: FusedTransformer(dims, dtype, **options), files, key_map
     )
     projection = Component(dims, lambda: ContextProjection(dims, dtype), files, key_map)
     with torch.device("meta"):

@@ -11,9 +11,9 @@ from torch import Tensor
 from tests.live_bytes import LiveBytes
 from wan_dist.models.attention import eight_bit as attention_8bit
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.fused_block import ContextKV
+from wan_dist.models.fused_transformer import FusedTransformer, ResidualCache
 from wan_dist.models.kernels import quantized_linear as quantized
-from wan_dist.models.transformer import ResidualCache, WanTransformer
-from wan_dist.models.transformer_block import ContextKV
 from wan_dist.models.vae import ops as vae_elementwise
 from wan_dist.models.vae.model import WanVae
 from wan_dist.parallel import ring, sequence, ulysses
@@ -86,7 +86,7 @@ def test_a_step_takes_what_is_planned(
     num_tokens = shape[1] * shape[2] * shape[3] // 4
     with torch.device("meta"):
         kernel = in_8_bits if more == "8bit" else lambda q, k, v: torch.empty_like(q)
-        model = WanTransformer(dims, torch.bfloat16, InnerAttention(kernel, "like q"))
+        model = FusedTransformer(dims, torch.bfloat16, InnerAttention(kernel, "like q"))
         if quant != "none":
             quantized.quantize_blocks(model.blocks, quant)
     model.requires_grad_(False).set_slice_tokens(slice_tokens)
@@ -176,7 +176,7 @@ def test_a_step_on_several_ranks_takes_what_is_planned(
     )
     dims = replace(found.transformer_dims, num_layers=2)
     with torch.device("meta"):
-        model = WanTransformer(
+        model = FusedTransformer(
             dims, dtype, InnerAttention(lambda q, k, v: torch.empty_like(q), "fa4")
         )
     model.requires_grad_(False).set_slice_tokens(slice_tokens)

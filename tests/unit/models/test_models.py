@@ -9,10 +9,11 @@ from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.attention.rotary import apply_rotary, compute_rotary_tables
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims, VaeDims
+from wan_dist.models.fused_block import ContextKV
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
-from wan_dist.models.transformer import PatchEmbedding, WanTransformer
-from wan_dist.models.transformer_block import ContextKV
+from wan_dist.models.transformer import PatchEmbedding
 from wan_dist.models.vae.layers import Upsample, patchify_pixels, unpatchify_pixels
 from wan_dist.models.vae.model import WanVae, split_frames_into_chunks
 from wan_dist.models.vae.video_state import VideoState
@@ -193,10 +194,10 @@ TINY = {
 }
 
 
-def tiny_transformer(dtype: torch.dtype = torch.float32, **changes: int) -> WanTransformer:
+def tiny_transformer(dtype: torch.dtype = torch.float32, **changes: int) -> FusedTransformer:
     dims = {**TINY, **changes}
     torch.manual_seed(0)
-    model = WanTransformer(TransformerDims(**dims), dtype)
+    model = FusedTransformer(TransformerDims(**dims), dtype)
     for parameter in model.parameters():
         parameter.normal_(std=0.2)
     return model

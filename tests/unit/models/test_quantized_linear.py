@@ -11,6 +11,8 @@ from torch import nn
 
 from tests.conftest import FIXTURES, relative_error
 from wan_dist.models.dims import TransformerDims
+from wan_dist.models.fused_block import ContextKV
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels.quantized_linear import (
     INT4_GROUP_SIZE,
@@ -18,8 +20,6 @@ from wan_dist.models.kernels.quantized_linear import (
     quantize_blocks,
     quantize_rows,
 )
-from wan_dist.models.transformer import WanTransformer
-from wan_dist.models.transformer_block import ContextKV
 from wan_dist.planning import parameter_bytes
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
@@ -61,7 +61,7 @@ def test_loaded_and_streamed_are_quantised_alike(kind: str) -> None:
         FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32
     ).transformers[0]
 
-    def spread(model: WanTransformer) -> None:
+    def spread(model: FusedTransformer) -> None:
         quantize_blocks(model.blocks, kind)
 
     resident = component.load(CPU, prepare_model=spread)
@@ -87,7 +87,7 @@ def test_tokens_rounded_for_fp8_products_give_about_the_same(
     """
     torch.manual_seed(0)
     dims = TransformerDims(num_layers=3, dim=128, ffn_dim=256, num_heads=2, text_dim=32)
-    model = WanTransformer(dims, torch.bfloat16).requires_grad_(False)
+    model = FusedTransformer(dims, torch.bfloat16).requires_grad_(False)
     quantize_blocks(model.blocks, "fp8")
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float8_e4m3fn:
@@ -120,7 +120,7 @@ def test_tokens_rounded_for_fp8_products_give_about_the_same(
 def test_planned_bytes_are_exact(kind: str, task: str) -> None:
     dims = TASKS[task].transformer_dims
     with torch.device("meta"):
-        model = WanTransformer(dims, torch.bfloat16)
+        model = FusedTransformer(dims, torch.bfloat16)
         quantize_blocks(model.blocks, kind)
     assert parameter_bytes.count_transformer_bytes(dims, 2, kind) == sum(
         parameter.nbytes for parameter in model.parameters()

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.planning import memory_estimate, parameter_bytes
 from wan_dist.tasks.registry import TASKS
@@ -25,18 +25,22 @@ def size_of(model: nn.Module) -> int:
 def test_bytes_of_weights_are_exact(task: object, dtype: torch.dtype) -> None:
     dims = task.transformer_dims  # type: ignore[attr-defined]
     with torch.device("meta"):
-        model, projection = WanTransformer(dims, dtype), ContextProjection(dims, dtype)
+        model, projection = FusedTransformer(dims, dtype), ContextProjection(dims, dtype)
         vae, text = WanVae(task.vae_dims, dtype), build_text_encoder(task.text_encoder_dims, dtype)  # type: ignore[attr-defined]
     assert parameter_bytes.count_block_bytes(dims, dtype.itemsize) == size_of(model.blocks[0])
     assert parameter_bytes.count_transformer_bytes(dims, dtype.itemsize) == size_of(model)
-    assert parameter_bytes.count_projection_bytes(dims, dtype.itemsize, dims.num_layers) == size_of(projection)
+    assert parameter_bytes.count_projection_bytes(dims, dtype.itemsize, dims.num_layers) == size_of(
+        projection
+    )
     assert parameter_bytes.count_vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(
         size_of(vae), rel=2e-3
     )  # norms are float32
-    assert parameter_bytes.count_text_encoder_bytes(task.text_encoder_dims, dtype.itemsize) == size_of(text)  # type: ignore[attr-defined]
-    assert parameter_bytes.count_text_block_bytes(task.text_encoder_dims, dtype.itemsize) == size_of(
-        text.get_submodule("block.0")
-    )  # type: ignore[attr-defined]
+    assert parameter_bytes.count_text_encoder_bytes(
+        task.text_encoder_dims, dtype.itemsize
+    ) == size_of(text)  # type: ignore[attr-defined]
+    assert parameter_bytes.count_text_block_bytes(
+        task.text_encoder_dims, dtype.itemsize
+    ) == size_of(text.get_submodule("block.0"))  # type: ignore[attr-defined]
 
 
 def test_bytes_of_the_image_encoder_are_exact() -> None:

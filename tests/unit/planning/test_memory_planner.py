@@ -223,7 +223,8 @@ def test_a_limit_below_the_need_is_refused_before_loading(limit: str, tmp_path: 
     if limit == "free memory":
         code += "hardware._read_free_bytes = lambda: 300 * 2**20;"
     else:
-        code += "resource.setrlimit(resource.RLIMIT_AS, (hardware._read_address_space_bytes() + 300 * 2**20,) * 2);"
+        code += "limit = hardware._read_address_space_bytes() + 300 * 2**20;"
+        code += "resource.setrlimit(resource.RLIMIT_AS, (limit, limit));"
     code += (
         "sys.exit(main(['task=toy', 'device=cpu', 'size=64*48', 'frame_num=5', "
         f"'output.dir={tmp_path}']))"

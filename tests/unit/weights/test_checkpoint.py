@@ -13,9 +13,9 @@ from tests.conftest import FIXTURES
 from wan_dist.config.checks import split_file_list
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims
+from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
@@ -58,7 +58,7 @@ class Manifest(TensorFiles):
 def transformer(found: TransformerDims) -> nn.Module:
     """Return both models that the file of a transformer holds."""
     return nn.ModuleList(
-        [WanTransformer(found, torch.bfloat16), ContextProjection(found, torch.bfloat16)]
+        [FusedTransformer(found, torch.bfloat16), ContextProjection(found, torch.bfloat16)]
     )
 
 
@@ -458,7 +458,7 @@ def test_fill_rejects_nothing_silently(folder: Path) -> None:
     files = open_sharded_weights(folder, "diffusion_pytorch_model")
     keys = names.map_original_transformer(files.shapes)
     with torch.device("meta"):
-        model = WanTransformer(
+        model = FusedTransformer(
             dims.infer_transformer_dims({"num_heads": 4}, files, keys), torch.float32
         )
     with pytest.raises(KeyError):

@@ -24,6 +24,7 @@ from wan_dist.models.kernels.transformer_ops import (
     norm_and_rotate,
     split_by_length,
 )
+from wan_dist.models.transformer import CrossAttention, FeedForward, SelfAttention, TransformerBlock
 
 TokenSlice = tuple[slice, tuple[int, ...]]
 """A run of tokens, and how many of them lie in each segment."""
@@ -46,15 +47,6 @@ class ContextKV:
         return text if self.image is None else (*text, *self.image[index].unbind())
 
 
-class NormParameters(nn.Module):
-    """Weight (and bias) of a norm, always float32."""
-
-    def __init__(self, dim: int, *, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
-
-
 class RowSliceLinear(nn.Linear):
     """Linear of which a range of outputs can be computed alone."""
 
@@ -70,19 +62,16 @@ class RowSliceLinear(nn.Linear):
     """Whether x may be rounded to fp8; see kernels/quantized_linear.py."""
 
 
-class SelfAttention(nn.Module):
-    """Self-attention over all tokens, with RMSNorm over the whole width on q and k, and rotary embedding."""
+class FusedSelfAttention(SelfAttention):
+    """Self-attention whose q, k and v are normed and rotated in place, and may be exchanged between ranks."""
+
+    qkv: RowSliceLinear
 
     def __init__(
         self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention
     ) -> None:
-        super().__init__()
-        self.num_heads = dims.num_heads
-        self.eps = dims.eps
+        super().__init__(dims, dtype)
         self.qkv = RowSliceLinear(dims.dim, 3 * dims.dim, dtype=dtype)
-        self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
-        self.norm_q = NormParameters(dims.dim, bias=False)
-        self.norm_k = NormParameters(dims.dim, bias=False)
         self.inner_attention = inner_attention
 
     def project_qkv(
@@ -133,22 +122,13 @@ class SelfAttention(nn.Module):
         return self.inner_attention(q, k, v).flatten(2)
 
 
-class CrossAttention(nn.Module):
-    """Cross-attention from the video's tokens to those of the text and images.
-
-    Their k and v come from `ContextProjection`.
-    """
+class FusedCrossAttention(CrossAttention):
+    """Cross-attention whose k and v of the text's padding are one row, as `ContextKV` has them."""
 
     def __init__(
         self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention
     ) -> None:
-        super().__init__()
-        self.num_heads = dims.num_heads
-        self.text_len = dims.text_len
-        self.eps = dims.eps
-        self.q = nn.Linear(dims.dim, dims.dim, dtype=dtype)
-        self.o = nn.Linear(dims.dim, dims.dim, dtype=dtype)
-        self.norm_q = NormParameters(dims.dim, bias=False)
+        super().__init__(dims, dtype)
         self.inner_attention = inner_attention
 
     def forward(self, x: Tensor, kv: tuple[Tensor, ...]) -> Tensor:
@@ -158,15 +138,8 @@ class CrossAttention(nn.Module):
         return self.o(cross_attend(self.inner_attention, q, kv, self.text_len).flatten(2))
 
 
-class FeedForward(nn.Sequential):
-    """Feed-forward: two linears with a GELU between them."""
-
-    def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
-        up, down = (
-            nn.Linear(*widths, dtype=dtype)
-            for widths in ((dims.dim, dims.ffn_dim), (dims.ffn_dim, dims.dim))
-        )
-        super().__init__(up, nn.Identity(), down)  # the checkpoints' numbering counts the GELU
+class FusedFeedForward(FeedForward):
+    """Feed-forward whose GELU is computed in place, or by the linear before or after it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, L, D) -> the same shape."""
@@ -176,26 +149,25 @@ class FeedForward(nn.Sequential):
         return down(up(x), gelu=True)  # a quantised linear may fuse the GELU with its rounding
 
 
-class TransformerBlock(nn.Module):
-    """Transformer block: self-attention, cross-attention, feed-forward."""
+class FusedBlock(TransformerBlock):
+    """Transformer block whose residual stream is changed in place, in slices of tokens."""
+
+    self_attn: FusedSelfAttention
 
     def __init__(
         self, dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention
     ) -> None:
-        super().__init__()
-        self.eps = dims.eps
-        self.self_attn = SelfAttention(dims, dtype, inner_attention)
+        super().__init__(dims, dtype)
+        self.self_attn = FusedSelfAttention(dims, dtype, inner_attention)
         # Sequence parallelism wraps self-attention only: every rank holds the whole text.
-        self.cross_attn = CrossAttention(
+        self.cross_attn = FusedCrossAttention(
             dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)
         )
-        self.norm3 = NormParameters(dims.dim, bias=True)
-        self.ffn = FeedForward(dims, dtype)
-        self.modulation = nn.Parameter(torch.zeros(1, 6, dims.dim))
+        self.ffn = FusedFeedForward(dims, dtype)
         self.slice_tokens: int | None = None
-        """Maximum tokens that go through the linears at once; None: all. Fewer take less memory."""
+        """How many tokens go through the linears at once; None: all. Fewer need less memory."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # several streams, and whole runs of tokens of a timestep
         self,
         streams: list[Tensor],
         time: Tensor,

@@ -1,4 +1,7 @@
-"""Differentiable forward pass of `WanVae`, of a whole video without in-place operations, for training."""
+"""Wan video VAE in plain, differentiable PyTorch: what `WanVae` computes, of a whole video at once.
+
+Functions of the parameters of `WanVae`, which computes the same in chunks of frames and in place.
+"""
 
 from typing import cast
 
@@ -18,41 +21,42 @@ from wan_dist.models.vae.model import WanVae
 from wan_dist.models.vae.ops import rms_norm
 
 
-def moments(vae: WanVae, video: Tensor) -> tuple[Tensor, Tensor]:
+def encode_moments(vae: WanVae, video: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and log variance (B, C, T, h, w) of the latents of videos (B, 3, 4 T - 3, H, W).
 
     Both are float32 and not normalised.
     """
     encoder = vae.encoder
-    x = _through([*encoder.downsamples, *encoder.middle], _conv(encoder.conv1, video))
-    mean, log_variance = _conv(vae.conv1, _head(encoder.head, x)).float().chunk(2, dim=1)
+    x = _apply_layers([*encoder.downsamples, *encoder.middle], _convolve(encoder.conv1, video))
+    mean, log_variance = _convolve(vae.conv1, _apply_head(encoder.head, x)).float().chunk(2, dim=1)
     return mean, log_variance.clamp(-20, 10)
 
 
-def decode(vae: WanVae, latents: Tensor) -> Tensor:
+def decode_latents(vae: WanVae, latents: Tensor) -> Tensor:
     """Return the frames (B, 3, 4 T - 3, H, W), float32, of unnormalised latents (B, C, T, h, w)."""
     decoder = vae.decoder
-    x = _through(
-        [*decoder.middle, *decoder.upsamples], _conv(decoder.conv1, _conv(vae.conv2, latents))
+    x = _apply_layers(
+        [*decoder.middle, *decoder.upsamples],
+        _convolve(decoder.conv1, _convolve(vae.conv2, latents)),
     )
-    return _head(decoder.head, x).float()
+    return _apply_head(decoder.head, x).float()
 
 
-def _through(layers: list[nn.Module], x: Tensor) -> Tensor:
+def _apply_layers(layers: list[nn.Module], x: Tensor) -> Tensor:
     for layer in layers:
         match layer:
             case ResidualBlock():
-                x = _residual(layer, x)
+                x = _apply_residual(layer, x)
             case AttentionBlock():
-                x = _attention(layer, x)
+                x = _apply_attention(layer, x)
             case Downsample():
-                x = _down(layer, x)
+                x = _downsample(layer, x)
             case Upsample():
-                x = _up(layer, x)
+                x = _upsample(layer, x)
     return x
 
 
-def _conv(conv: CausalConv3d, x: Tensor) -> Tensor:
+def _convolve(conv: CausalConv3d, x: Tensor) -> Tensor:
     return F.conv3d(
         F.pad(x, (0, 0, 0, 0, conv.num_past_frames, 0)),
         conv.weight,
@@ -61,23 +65,23 @@ def _conv(conv: CausalConv3d, x: Tensor) -> Tensor:
     )
 
 
-def _activated(norm: nn.Module, x: Tensor) -> Tensor:
+def _activate(norm: nn.Module, x: Tensor) -> Tensor:
     return F.silu(rms_norm(x, cast(RMSNorm, norm).gamma)).to(x.dtype)
 
 
-def _head(head: nn.ModuleList, x: Tensor) -> Tensor:
+def _apply_head(head: nn.ModuleList, x: Tensor) -> Tensor:
     norm, _, conv = head
-    return _conv(cast(CausalConv3d, conv), _activated(norm, x))
+    return _convolve(cast(CausalConv3d, conv), _activate(norm, x))
 
 
-def _residual(block: ResidualBlock, x: Tensor) -> Tensor:
+def _apply_residual(block: ResidualBlock, x: Tensor) -> Tensor:
     norm1, _, conv1, norm2, _, _, conv2 = block.residual
-    out = _conv(cast(CausalConv3d, conv1), _activated(norm1, x))
-    out = _conv(cast(CausalConv3d, conv2), _activated(norm2, out))
-    return out + (x if block.shortcut is None else _conv(block.shortcut, x))
+    out = _convolve(cast(CausalConv3d, conv1), _activate(norm1, x))
+    out = _convolve(cast(CausalConv3d, conv2), _activate(norm2, out))
+    return out + (x if block.shortcut is None else _convolve(block.shortcut, x))
 
 
-def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
+def _apply_attention(block: AttentionBlock, x: Tensor) -> Tensor:
     frames = x.transpose(1, 2).flatten(0, 1)  # (B F, C, H, W)
     q, k, v = (
         part.flatten(2).transpose(1, 2) for part in block.to_qkv(block.norm(frames)).chunk(3, dim=1)
@@ -91,7 +95,7 @@ def _attention(block: AttentionBlock, x: Tensor) -> Tensor:
     return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
-def _each_frame(module: nn.Module, x: Tensor) -> Tensor:
+def _apply_to_frames(module: nn.Module, x: Tensor) -> Tensor:
     return (
         cast(Tensor, module(x.transpose(1, 2).flatten(0, 1)))
         .unflatten(0, (x.shape[0], -1))
@@ -99,16 +103,18 @@ def _each_frame(module: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-def _down(layer: Downsample, x: Tensor) -> Tensor:
-    x = _each_frame(layer.resample, x)
+def _downsample(layer: Downsample, x: Tensor) -> Tensor:
+    x = _apply_to_frames(layer.resample, x)
     if layer.time_conv is None:
         return x
     # The first frame is not merged with others.
     return torch.cat([x[:, :, :1], layer.time_conv(x)], dim=2)
 
 
-def _up(layer: Upsample, x: Tensor) -> Tensor:
+def _upsample(layer: Upsample, x: Tensor) -> Tensor:
     if layer.time_conv is not None and x.shape[2] > 1:  # the first frame is never doubled
-        doubled = _conv(layer.time_conv, x[:, :, 1:]).unflatten(1, (2, -1))  # (B, 2, C, F, H, W)
+        doubled = _convolve(layer.time_conv, x[:, :, 1:]).unflatten(
+            1, (2, -1)
+        )  # (B, 2, C, F, H, W)
         x = torch.cat([x[:, :, :1], doubled.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], dim=2)
-    return _each_frame(layer.resample, x)
+    return _apply_to_frames(layer.resample, x)

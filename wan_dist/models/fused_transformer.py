@@ -1,0 +1,175 @@
+"""Fused Wan transformer: `WanTransformer` computed in place, in slices of tokens and for several contexts.
+
+Shapes: B batch, C channels, T h w latent frames, rows and columns, L tokens, D width, R rows of timestep
+modulation (one for each segment of tokens that share a timestep, never one for each token). The residual
+stream and the linears are in the run's dtype; norms, modulation, gates, rotary embedding, the timestep
+branch and the head are float32. Layer names are those of the published checkpoints, except that q, k and v
+are one linear.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.dims import TransformerDims
+from wan_dist.models.fused_block import ContextKV, FusedBlock, FusedSelfAttention
+from wan_dist.models.kernels.transformer_ops import (
+    Scaling,
+    layer_norm,
+    split_by_segment,
+)
+from wan_dist.models.transformer import OutputHead, WanTransformer
+
+
+@dataclass
+class ResidualCache:
+    """Cache of what all blocks together add to the tokens, for each context."""
+
+    can_reuse: Callable[[Tensor], bool]
+    """Whether a step, by its timestep embedding (B, R, 6, D), reuses the cached residuals."""
+    residuals: list[Tensor] = field(default_factory=list)
+
+
+class WholeSequence(nn.Module):
+    """Sequence on one device, which is not split; sequence parallelism replaces this module."""
+
+    def split(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], segments: tuple[int, ...]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[int, ...]]:
+        """Return this device's shard of tokens x (B, L, D), rotary tables (L, 1, D / 2) and segments."""
+        return x, rotary, segments
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return all tokens (B, L, C) from this device's shard of them."""
+        return x
+
+
+class FusedOutputHead(OutputHead):
+    """Output head that norms a run of tokens with one timestep at a time."""
+
+    def forward(  # type: ignore[override]  # a row of time is of a whole run of tokens
+        self, x: Tensor, time: Tensor, segments: tuple[int, ...]
+    ) -> Tensor:
+        """Return (B, L, patch volume * C), float32, of x (B, L, D).
+
+        time (B, R, D) float32 has a row for each segment of tokens.
+        """
+        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+
+        def norm_slice(row: int, token_slice: slice) -> Tensor:
+            scaling = Scaling(scale[:, row, None], shift[:, row, None])
+            out = torch.empty_like(x[:, token_slice], dtype=torch.float32)
+            return layer_norm(
+                x[:, token_slice], scaling, (token_slice.stop - token_slice.start,), self.eps, out
+            )
+
+        return torch.cat(
+            [
+                self.head(norm_slice(row, token_slice))
+                for row, token_slice in split_by_segment(segments)
+            ],
+            dim=1,
+        )
+
+
+class FusedTransformer(WanTransformer):
+    """`WanTransformer` as pipelines run it: several contexts at once, in place, split over ranks."""
+
+    def __init__(
+        self,
+        dims: TransformerDims,
+        dtype: torch.dtype,
+        inner_attention: InnerAttention | None = None,
+    ) -> None:
+        super().__init__(dims, dtype)
+        inner_attention = inner_attention or InnerAttention()
+        self.blocks = nn.ModuleList(
+            FusedBlock(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name))
+            for _ in range(dims.num_layers)
+        )
+        self.head = FusedOutputHead(dims)
+        self.sequence = WholeSequence()
+        self.time_embeddings: dict[str, tuple[Tensor, Tensor]] = {}
+        """What `embed_timesteps` returns for the timesteps of `precompute_time_embeddings`."""
+
+    def set_slice_tokens(self, max_tokens: int | None) -> None:
+        """Limit how many tokens go through the blocks' linears at once; None: all."""
+        for block in self.blocks:
+            cast(FusedBlock, block).slice_tokens = max_tokens
+
+    @property
+    def self_attentions(self) -> Iterator[FusedSelfAttention]:
+        """Every block's self-attention, whose ``inner_attention`` may be wrapped."""
+        return (cast(FusedBlock, block).self_attn for block in self.blocks)
+
+    def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """See `WanTransformer.embed_timesteps`; timesteps (B, R) are on the CPU."""
+        if self.time_embeddings:
+            return self.time_embeddings[str(timesteps.tolist())]
+        return super().embed_timesteps(timesteps)
+
+    def precompute_time_embeddings(self, timesteps: Iterable[Tensor]) -> None:
+        """Embed these timesteps (B, R) now, then delete the timestep layers.
+
+        In float32 they are as large as a block. No other timesteps can be embedded after that.
+        """
+        self.time_embeddings = {
+            str(timestep_rows.tolist()): self.embed_timesteps(timestep_rows)
+            for timestep_rows in timesteps
+        }
+        del self.time_embedding, self.time_projection
+
+    def forward(  # type: ignore[override]  # a velocity for each context
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        contexts: Sequence[ContextKV],
+        rotary: tuple[Tensor, Tensor],
+        residual_cache: ResidualCache | None = None,
+    ) -> list[Tensor]:
+        """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
+
+        timesteps (B, 1) on the CPU, or (B, 2) where the first latent frame has a timestep of its own, the
+        first of the two. T, h, w must be multiples of the patch. ``contexts`` come from `ContextProjection`,
+        ``rotary`` from `compute_rotary`. All contexts go through a block before the next block runs, so
+        that its weights are gathered or fetched only once. With a ``residual_cache``, a step may reuse
+        what the blocks added in an earlier step.
+        """
+        time, block_time = self.embed_timesteps(timesteps)
+        x = self.patch_embedding(latents)
+        segments = self.count_segment_tokens(latents, timesteps.shape[1])
+        x, rotary, segments = self.sequence.split(x, rotary, segments)
+        if (
+            residual_cache is not None
+            and residual_cache.can_reuse(block_time)
+            and residual_cache.residuals
+        ):
+            streams = [x + residual for residual in residual_cache.residuals]
+        else:
+            input_tokens = None
+            if residual_cache is not None:
+                residual_cache.residuals.clear()
+                input_tokens = x.clone()
+            streams = [x]
+            del x
+            for index, block in enumerate(self.blocks):
+                streams = block(
+                    streams,
+                    block_time,
+                    [context.select_block(index) for context in contexts],
+                    rotary,
+                    segments,
+                )
+            if residual_cache is not None and input_tokens is not None:
+                residual_cache.residuals = [stream - input_tokens for stream in streams]
+                del input_tokens
+        return [
+            self.unpatchify_tokens(
+                self.sequence.gather(self.head(x, time, segments)), latents.shape[2:]
+            )
+            for x in streams
+        ]
