@@ -15,7 +15,7 @@ import signal
 import sys
 
 from launch.arguments import parse_count, split_arguments
-from wan_dist.jobs.planned_job import plan_jobs
+from wan_dist.jobs.planned_job import has_jobs, plan_jobs
 from wan_dist.planning.hardware import find_gpus
 from wan_dist.planning.plan import make_plan
 from wan_dist.runtime.environment import ADDRESS_VARIABLES, RANK_VARIABLES
@@ -46,15 +46,11 @@ def main(arguments: list[str]) -> None:
     if config is None:
         return
     ranks = (num_ranks, num_ranks)
-    if config.jobs is None:
-        make_plan(config, ranks=ranks)
+    if has_jobs(config, settings):
+        gpu_bytes = min((total_bytes for _, total_bytes, _ in gpus), default=None)
+        plan_jobs(config, settings, ranks=ranks, gpu_bytes=gpu_bytes)
     else:
-        plan_jobs(
-            config,
-            settings,
-            ranks=ranks,
-            gpu_bytes=min((total_bytes for _, total_bytes, _ in gpus), default=None),
-        )
+        make_plan(config, ranks=ranks)
     command = build_run_command(num_ranks, settings)
     removed_keys = [
         key

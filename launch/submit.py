@@ -12,7 +12,8 @@ array=FILE of prompts (in .jsonl or .csv any settings) for a job of Slurm's for 
 them, fetch=FOLDER for a job before that downloads the checkpoint, after=JOB. --dry-run prints the script.
 
 Jobs are told to save their state before their time limit, are requeued, and resume. jobs=FILE makes all
-videos of a file in one job of Slurm's, whose ranks take the next one each and load the models once; an array
+videos of a file in one job of Slurm's, whose ranks take the next one each and load the models once; so does
+--multirun seed=1,2,3 with all combinations of a sweep. An array (array=FILE, or array=sweep with --multirun)
 loads them for each video, and starts as soon as one of its elements can be placed.
 """
 
@@ -28,8 +29,10 @@ from launch.slurm.cluster import ClusterConfig, load_cluster, parse_minutes
 from launch.slurm.run_time import estimate_run_seconds, estimate_step_seconds
 from launch.slurm.sbatch import SlurmRequest, build_fetch_script, build_run_script, format_minutes
 from wan_dist.config.schema import RunConfig
+from wan_dist.config.sweep import is_sweep
 from wan_dist.jobs.job_file import compose_job_configs, read_jobs
-from wan_dist.jobs.planned_job import plan_jobs
+from wan_dist.jobs.planned_job import has_jobs, plan_jobs
+from wan_dist.jobs.sweep_jobs import make_sweep_jobs
 from wan_dist.planning.hardware import Hardware, parse_bytes
 from wan_dist.planning.plan import Plan, make_plan, plan_memory
 from wan_dist.runtime.errors import InputError
@@ -39,6 +42,8 @@ from wan_dist.tasks.run_config import read_config
 
 _SUBMIT_KEYS = ("cluster", "nodes", "gpus", "time", "mem", "array", "at_once", "fetch", "after")
 _GIB = 2**30
+_SWEEP = "sweep"
+"""As array=sweep: an element for each combination of a sweep's settings."""
 
 _PlannedVideo = tuple[Plan, RunConfig]
 
@@ -70,7 +75,7 @@ def main(arguments: list[str]) -> None:
         return
     if is_dry_run:
         if fetch_job_script:
-            request = replace(request, required_job="FETCH")
+            request = _require_job(request, "FETCH")
             sys.stdout.write(f"{fetch_job_script}\n# and, once it is submitted as job FETCH:\n\n")
         sys.stdout.write(build_run_script(request, cluster, python))
         return
@@ -78,8 +83,7 @@ def main(arguments: list[str]) -> None:
         # A job that Slurm refuses should be refused before the download is on its way.
         _submit_script(build_run_script(request, cluster, python), "--test-only")
         fetch_job = _submit_script(fetch_job_script)
-        required_jobs = [job for job in (request.required_job, fetch_job) if job]
-        request = replace(request, required_job=":".join(required_jobs))
+        request = _require_job(request, fetch_job)
         sys.stdout.write(
             f"job {fetch_job} downloads to {options['fetch']}: wan-fetch-{fetch_job}.log\n"
         )
@@ -87,6 +91,12 @@ def main(arguments: list[str]) -> None:
     sys.stdout.write("".join(f"{note}\n" for note in request.notes))
     log_suffix = "-N" if request.is_array else ""
     sys.stdout.write(f"job {run_job}: wan-{run_job}{log_suffix}.log; squeue --job {run_job}\n")
+
+
+def _require_job(request: SlurmRequest, job: str) -> SlurmRequest:
+    """Return the request with one more job of Slurm's that must have ended well before it."""
+    required_jobs = [required for required in (request.required_job, job) if required]
+    return replace(request, required_job=":".join(required_jobs))
 
 
 def _build_request(
@@ -153,8 +163,16 @@ def _parse_node_counts(options: dict[str, str], cluster: ClusterConfig) -> tuple
 def _plan_array(
     file_text: str, settings: list[str], cluster: ClusterConfig, num_nodes: int, gpus_per_node: int
 ) -> tuple[list[list[str]], list[_PlannedVideo]]:
-    """Return the settings and the plan of each element of array=FILE."""
-    jobs = read_jobs(expand_user_path("array", file_text))
+    """Return the settings and the plan of each element of array=FILE, or of a sweep with array=sweep."""
+    if is_sweep(settings) != (file_text == _SWEEP):
+        raise InputError(
+            f"array={file_text}: array={_SWEEP} and --multirun go together, one element a combination; "
+            "--multirun alone is one job"
+        )
+    if file_text == _SWEEP:
+        jobs, settings = make_sweep_jobs(settings)
+    else:
+        jobs = read_jobs(expand_user_path("array", file_text))
     configs = compose_job_configs(jobs, settings, _read_job_config)
     videos = [
         (_plan_video(config, cluster, num_nodes, gpus_per_node, f"{job.location}: "), config)
@@ -170,7 +188,7 @@ def _plan_run(
     config = read_config(settings)
     if config is None:
         return None
-    if config.jobs is None:
+    if not has_jobs(config, settings):
         return [(_plan_video(config, cluster, num_nodes, gpus_per_node), config)]
     planned_jobs = plan_jobs(
         config,

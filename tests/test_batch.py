@@ -258,6 +258,32 @@ def test_both_experts_stay_from_video_to_video(
     )  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_sweep_is_a_run_of_jobs(num_ranks: int, tmp_path: Path) -> None:
+    """Its videos are those of single runs; once more with one value more, only the new ones are made."""
+    prompt = "prompt=a red ball, moving left"
+    command = [*TINY, prompt, "parallel.cfg=1", "device=cpu", f"output.dir={tmp_path / 'out'}"]
+    alone = ["seed=2", "sample.guide_scale=5", "output.name=alone", f"output.dir={tmp_path}"]
+    assert main([*TINY, prompt, *alone]) == 0
+    sweeps = [
+        ["--multirun", "seed=1,2", "sample.guide_scale=3,5.0"],
+        ["--multirun", "seed=1,2,3", "sample.guide_scale=3,5.0"],
+    ]
+    for number, sweep in enumerate(sweeps, start=1):
+        if num_ranks == 1:
+            assert main([*command, *sweep]) == 0
+        else:
+            torchrun(num_ranks, "wan_dist.run", *command, *sweep)
+        if number == 1:
+            before = written(tmp_path / "out")
+    made = videos(tmp_path / "out")
+    assert len(made) == 6
+    assert before.items() <= written(tmp_path / "out").items()
+    (swept,) = (name for name in made if "seed-2_guide_scale-5.0" in name)
+    torch.testing.assert_close(made[swept], videos(tmp_path)["alone"], rtol=0, atol=1e-4)
+    assert "guide_scale" in (tmp_path / "out/index.html").read_text(encoding="utf-8")
+
+
 def test_an_image_that_vanishes_fails_its_job_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -305,3 +305,22 @@ def test_others_in_the_folder_are_no_progress_of_an_element(
 
 def test_the_requeue_script_does_as_those_that_are_made() -> None:
     assert (FOLDER.parents[2] / "slurm/requeue.sbatch").read_text().endswith(REQUEUE_SCRIPT)
+
+
+def test_a_sweep_is_one_job_or_an_array(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["cluster=h100", "gpus=1", "task=t2v-1.3B", "prompt=a cat, asleep", "seed=1,2"]
+    one_job = rendered([*command, "--multirun"], capsys)
+    assert "settings=(task=t2v-1.3B 'prompt=a cat, asleep' seed=1,2 --multirun)" in one_job
+    assert "#SBATCH --array" not in one_job
+    assert "2 videos: " in one_job
+    array = rendered([*command, "--multirun", "array=sweep"], capsys)
+    assert "#SBATCH --array=0-1" in array
+    assert "1) settings=(task=t2v-1.3B 'prompt=a cat, asleep' seed=2 output.name=" in array
+
+
+@pytest.mark.parametrize("given", [["array=sweep"], ["--multirun", "array=prompts.txt"]])
+def test_an_array_of_a_sweep_needs_both(
+    given: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["submit", "cluster=h100", "task=t2v-1.3B", "prompt=x", *given, "--dry-run"]) == 2
+    assert "array=sweep and --multirun go together" in capsys.readouterr().err
