@@ -30,7 +30,7 @@ def random_transformer(
     with torch.device("meta"):
         model = FusedTransformer(task.transformer_dims, torch.bfloat16, attention)
         if quant != "none":
-            quantize_blocks(model.blocks, quant)
+            quantize_blocks(model.layers().values(), quant)
     if spread is not None:
         spread(model)
     model = model.to_empty(device=device).eval().requires_grad_(False)

@@ -108,6 +108,10 @@ class ContextProjection(nn.Module):
             {str(index): ContextBlock(dims, dtype) for index in self.block_indices}
         )
 
+    def layers(self) -> dict[str, nn.Module]:
+        """Return all blocks by name, in the order in which they are called."""
+        return {f"blocks.{name}": block for name, block in self.blocks.items()}
+
     def select_blocks(self, indices: Iterable[int]) -> None:
         """Drop all blocks but these, which may repeat; `forward` then returns these, in this order."""
         self.block_indices = list(indices)

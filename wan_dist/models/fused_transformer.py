@@ -96,15 +96,25 @@ class FusedTransformer(WanTransformer):
         self.time_embeddings: dict[str, tuple[Tensor, Tensor]] = {}
         """What `embed_timesteps` returns for the timesteps of `precompute_time_embeddings`."""
 
+    def layers(self) -> dict[str, FusedBlock]:
+        """Return all blocks by name, in the order in which they are called.
+
+        Weight sharding, streaming, quantisation and sequence parallelism go by this alone: a subclass with
+        further lists of blocks lists them here.
+        """
+        return {
+            f"blocks.{index}": cast(FusedBlock, block) for index, block in enumerate(self.blocks)
+        }
+
     def set_slice_tokens(self, max_tokens: int | None) -> None:
         """Limit how many tokens go through the blocks' linears at once; None: all."""
-        for block in self.blocks:
-            cast(FusedBlock, block).slice_tokens = max_tokens
+        for block in self.layers().values():
+            block.slice_tokens = max_tokens
 
     @property
     def self_attentions(self) -> Iterator[FusedSelfAttention]:
         """Every block's self-attention, whose ``inner_attention`` may be wrapped."""
-        return (cast(FusedBlock, block).self_attn for block in self.blocks)
+        return (block.self_attn for block in self.layers().values())
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """See `WanTransformer.embed_timesteps`; timesteps (B, R) are on the CPU."""

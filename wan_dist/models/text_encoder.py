@@ -43,6 +43,12 @@ def build_text_encoder(dims: TextEncoderDims, dtype: torch.dtype) -> nn.Module:
     return UMT5EncoderModel(config).encoder.to(dtype)
 
 
+def list_encoder_layers(encoder: nn.Module) -> dict[str, nn.Module]:
+    """Return the blocks of umT5's encoder stack by name, in the order in which they are called."""
+    blocks = encoder.get_submodule("block")
+    return {f"block.{name}": block for name, block in blocks.named_children()}
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Return the tokenizer in a local folder.
 

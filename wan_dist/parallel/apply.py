@@ -25,4 +25,4 @@ def parallelize_transformer(
             apply_ring(model, sequence, groups.ring, ulysses_size=groups.ulysses.size)
             apply_ulysses(model, sequence, groups.ulysses)
     if is_sharded and groups.replica_mesh is not None:
-        apply_fsdp(model, model.blocks, groups.replica_mesh)
+        apply_fsdp(model, model.layers().values(), groups.replica_mesh)

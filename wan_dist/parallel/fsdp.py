@@ -28,7 +28,8 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) 
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=vectors)
         )
     for part in model.children():
-        if any(True for _ in part.parameters()) and not isinstance(part, nn.ModuleList):
+        has_blocks = not set(part.modules()).isdisjoint(sharded_blocks)
+        if any(True for _ in part.parameters()) and not has_blocks:
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
     sharded_model = fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module, next_module in itertools.pairwise([sharded_model, *sharded_blocks]):

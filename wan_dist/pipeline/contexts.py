@@ -1,5 +1,6 @@
 """Cross-attention keys and values of a video's contexts, projected once before the first step."""
 
+from wan_dist.models.context import ContextProjection
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import all_gather
@@ -36,9 +37,9 @@ def project_context_kv(
         stage_name,
         f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}",
     ):
-        streaming = (
-            StreamingOptions("blocks", from_disk=True, num_rounds=1) if is_streamed else None
-        )
+        streaming = None
+        if is_streamed:
+            streaming = StreamingOptions(ContextProjection.layers, from_disk=True, num_rounds=1)
         model_cache = session.model_cache if streaming is None else ModelCache()
         slot = session.get_cache_slot("projection", expert_index)
         model_cache.evict_others(slot, expert_index)

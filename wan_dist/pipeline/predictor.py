@@ -273,7 +273,7 @@ class ExpertPredictor:
 
         def prepare_model(model: FusedTransformer) -> None:
             if self.config.quant != "none":
-                quantize_blocks(model.blocks, self.config.quant)
+                quantize_blocks(model.layers().values(), self.config.quant)
             parallelize_transformer(
                 model, self.groups, is_sharded=arrangement.shard_dit, usp=self.config.parallel.usp
             )
@@ -281,7 +281,7 @@ class ExpertPredictor:
         streaming = (
             None
             if arrangement.dit == "resident"
-            else StreamingOptions("blocks", from_disk=arrangement.dit == "disk")
+            else StreamingOptions(FusedTransformer.layers, from_disk=arrangement.dit == "disk")
         )
         source_text = {
             "resident": "",

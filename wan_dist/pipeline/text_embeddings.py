@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_dist.config.schema import RunConfig
-from wan_dist.models.text_encoder import TextEncoder, split_prompts_into_chunks
+from wan_dist.models.text_encoder import TextEncoder, list_encoder_layers, split_prompts_into_chunks
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.fsdp import apply_fsdp
@@ -195,7 +195,7 @@ def _encode_prompts(
     if plan.arrangement.shard_t5 and (mesh := session.groups.replica_mesh) is not None:
 
         def shard_encoder(encoder: nn.Module) -> None:
-            apply_fsdp(encoder, encoder.get_submodule("block").children(), mesh)
+            apply_fsdp(encoder, list_encoder_layers(encoder).values(), mesh)
 
     component, text_len = checkpoint.text_encoder, checkpoint.transformers[0].dims.text_len
     is_streamed = plan.arrangement.t5 == "stream"
@@ -207,7 +207,10 @@ def _encode_prompts(
     )
     streaming = (
         StreamingOptions(
-            "block", from_disk=True, skip_prefixes=("embed_tokens.",), num_rounds=len(chunks)
+            list_encoder_layers,
+            from_disk=True,
+            skip_prefixes=("embed_tokens.",),
+            num_rounds=len(chunks),
         )
         if is_streamed
         else None

@@ -71,26 +71,19 @@ class Component(Generic[Model, Dims]):
         if streaming is None:
             fill_model(model, self.files, self.key_map, device)
             return model
-        fill_model(
-            model,
-            self.files,
-            self.key_map,
-            device,
-            skip_prefixes=(streaming.blocks_name + ".", *streaming.skip_prefixes),
-        )
+        layers = streaming.list_layers(model)
+        layer_names = list(layers)
+        skip_prefixes = (*(f"{name}." for name in layer_names), *streaming.skip_prefixes)
+        fill_model(model, self.files, self.key_map, device, skip_prefixes=skip_prefixes)
 
         def fill_block(index: int, parameters: dict[str, Tensor]) -> None:
             parameters_by_name = {
-                f"{streaming.blocks_name}.{block_names[index]}.{name}": value
-                for name, value in parameters.items()
+                f"{layer_names[index]}.{name}": value for name, value in parameters.items()
             }
             fill_parameters(parameters_by_name, self.files, self.key_map, device)
 
-        block_names, blocks = zip(
-            *model.get_submodule(streaming.blocks_name).named_children(), strict=True
-        )
         stream_blocks(
-            blocks,
+            list(layers.values()),
             fill_block,
             device,
             from_disk=streaming.from_disk,

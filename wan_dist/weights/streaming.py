@@ -7,10 +7,11 @@ slot, on a CUDA stream of their own.
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,8 +201,8 @@ class BlockStreamer:
 class StreamingOptions:
     """Which blocks' weights are streamed to the device, and from where."""
 
-    blocks_name: str
-    """Name of the list of blocks in the model."""
+    list_layers: Callable[[Any], Mapping[str, nn.Module]]
+    """Returns a model's blocks by name, in the order in which they are called."""
     from_disk: bool = False
     """Read from disk for each turn, rather than once into host memory."""
     skip_prefixes: tuple[str, ...] = ()

@@ -88,7 +88,7 @@ def test_a_step_takes_what_is_planned(
         kernel = in_8_bits if more == "8bit" else lambda q, k, v: torch.empty_like(q)
         model = FusedTransformer(dims, torch.bfloat16, InnerAttention(kernel, "like q"))
         if quant != "none":
-            quantized.quantize_blocks(model.blocks, quant)
+            quantized.quantize_blocks(model.layers().values(), quant)
     model.requires_grad_(False).set_slice_tokens(slice_tokens)
     model.precompute_time_embeddings([TIMES])
     rotary = (empty(num_tokens, 1, dims.head_dim // 2), empty(num_tokens, 1, dims.head_dim // 2))

@@ -62,12 +62,14 @@ def test_loaded_and_streamed_are_quantised_alike(kind: str) -> None:
     ).transformers[0]
 
     def spread(model: FusedTransformer) -> None:
-        quantize_blocks(model.blocks, kind)
+        quantize_blocks(model.layers().values(), kind)
 
     resident = component.load(CPU, prepare_model=spread)
     kinds = [isinstance(block.get_submodule("ffn.0"), QuantizedLinear) for block in resident.blocks]
     assert kinds == [False, True, False]
-    streamed = component.load(CPU, prepare_model=spread, streaming=StreamingOptions("blocks"))
+    streamed = component.load(
+        CPU, prepare_model=spread, streaming=StreamingOptions(FusedTransformer.layers)
+    )
     x = torch.randn(1, 5, component.dims.dim)
     for block, other in zip(resident.blocks, streamed.blocks, strict=True):
         outputs = []
@@ -88,7 +90,7 @@ def test_tokens_rounded_for_fp8_products_give_about_the_same(
     torch.manual_seed(0)
     dims = TransformerDims(num_layers=3, dim=128, ffn_dim=256, num_heads=2, text_dim=32)
     model = FusedTransformer(dims, torch.bfloat16).requires_grad_(False)
-    quantize_blocks(model.blocks, "fp8")
+    quantize_blocks(model.layers().values(), "fp8")
     for name, parameter in model.named_parameters():
         if parameter.dtype != torch.float8_e4m3fn:
             parameter.normal_(std=0.3)
@@ -121,7 +123,7 @@ def test_planned_bytes_are_exact(kind: str, task: str) -> None:
     dims = TASKS[task].transformer_dims
     with torch.device("meta"):
         model = FusedTransformer(dims, torch.bfloat16)
-        quantize_blocks(model.blocks, kind)
+        quantize_blocks(model.layers().values(), kind)
     assert parameter_bytes.count_transformer_bytes(dims, 2, kind) == sum(
         parameter.nbytes for parameter in model.parameters()
     )
@@ -164,7 +166,7 @@ def test_files_in_fp8_load_as_they_are(
         CPU,
         prepare_model=None
         if quant == "none"
-        else lambda model: quantize_blocks(model.blocks, quant),
+        else lambda model: quantize_blocks(model.layers().values(), quant),
     )
     for number, block in enumerate(model.blocks):
         for name, parts in {
@@ -201,7 +203,7 @@ def test_scales_are_those_of_every_8_bit_float(file: str, quant: str, tmp_path: 
         CPU,
         prepare_model=None
         if quant == "none"
-        else lambda model: quantize_blocks(model.blocks, quant),
+        else lambda model: quantize_blocks(model.layers().values(), quant),
     )
     for number, block in enumerate(model.blocks):
         linear, wanted = block.get_submodule("ffn.2"), meant[f"blocks.{number}.ffn.2.weight"]

@@ -6,7 +6,7 @@ Products are computed in the input's dtype, except for fp8 on GPUs that multiply
 rounded to fp8 too, with a scale for each token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from types import ModuleType
 
@@ -183,7 +183,7 @@ def quantize_rows(weight: Tensor, quant: str) -> dict[str, Tensor]:
     }
 
 
-def quantize_blocks(blocks: nn.ModuleList, quant: str) -> None:
+def quantize_blocks(blocks: Iterable[nn.Module], quant: str) -> None:
     """Replace the linears of all blocks but the first and the last by quantised ones without values.
 
     The first and the last block are the most sensitive to rounding.
