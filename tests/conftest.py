@@ -1,4 +1,5 @@
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,3 +46,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     value, reference = value.double().cpu(), reference.double().cpu()
     return ((value - reference).norm() / reference.norm()).item()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say of each group of tests how many ran, and of those that were skipped why."""
+    num_run, reasons = Counter[str](), defaultdict[str, Counter[str]](Counter)
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            num_run[_group_of(report.nodeid)] += 1
+    for report in terminalreporter.stats.get("skipped", ()):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[_group_of(report.nodeid)][reason.removeprefix("Skipped: ")] += 1
+    terminalreporter.section("groups of tests")
+    for group in sorted(num_run | reasons):
+        skipped = "; ".join(f"{count} skipped: {why}" for why, count in reasons[group].items())
+        terminalreporter.write_line(f"{group:24} {num_run[group]:5} ran  {skipped}".rstrip())
+
+
+def _group_of(nodeid: str) -> str:
+    """Return the folder of a test, or its file where it lies in no folder."""
+    parts = nodeid.partition("::")[0].removeprefix("tests/").split("/")
+    return "/".join(parts[:-1]) or parts[-1].removesuffix(".py")
