@@ -3,8 +3,6 @@ rank and on several.
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import golden_folder
+from tests.forked import run_forked, run_ranks, run_together
 from tests.test_command import reference_arguments
 from tests.torchrun import torchrun
 from wan_dist.jobs import worker
@@ -273,7 +272,7 @@ def test_a_sweep_is_a_run_of_jobs(num_ranks: int, tmp_path: Path) -> None:
         if num_ranks == 1:
             assert main([*command, *sweep]) == 0
         else:
-            torchrun(num_ranks, "wan_dist.run", *command, *sweep)
+            run_ranks(num_ranks, "wan_dist.run", *command, *sweep)
         if number == 1:
             before = written(tmp_path / "out")
     made = videos(tmp_path / "out")
@@ -386,10 +385,7 @@ def test_all_lines_are_checked_first(
 def test_an_asked_run_goes_on(single: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """The first job was in its second step, and the others are not begun."""
     command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={tmp_path}"]
-    asked = [sys.executable, "-W", "ignore", "-m", "tests.preempted", "1", "0", *command]
-    done = subprocess.run(
-        asked, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
-    )
+    done = run_forked("tests.preempted", "1", "0", *command)
     assert done.returncode == 75, done.stderr
     assert len(list(tmp_path.glob("plain.*.state.safetensors"))) == 1
     assert main(command) == 0
@@ -412,7 +408,8 @@ def test_replicas_share_the_jobs(
         f"output.dir={tmp_path}",
         f"output.events={events}",
     ]
-    torchrun(num_ranks, "wan_dist.run", *command)
+    run = torchrun if num_ranks == 2 else run_ranks
+    run(num_ranks, "wan_dist.run", *command)
     made = videos(tmp_path)
     assert made.keys() == single.keys()
     for name, video in made.items():
@@ -431,23 +428,12 @@ def test_two_runs_on_a_folder_make_each_job_once(tmp_path: Path) -> None:
         {"name": f"job-{number}", "prompt": "a ball", "seed": number} for number in range(8)
     ]
     command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path}"]
-    begun = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "wan_dist.run",
-                *command,
-                f"output.events={tmp_path / f'events-{number}.jsonl'}",
-            ],
-            cwd=Path(__file__).parents[1],
-            stderr=subprocess.DEVNULL,
-        )
+    runs = [
+        ["wan_dist.run", *command, f"output.events={tmp_path / f'events-{number}.jsonl'}"]
         for number in range(2)
     ]
-    assert [run.wait(timeout=120) for run in begun] == [0, 0]
+    for done in run_together(runs, [{}, {}]):
+        assert done.returncode == 0, done.stderr
     lines = [
         json.loads(line)
         for file in tmp_path.glob("events-*.jsonl")

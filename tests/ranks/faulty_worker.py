@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 
+from tests.ranks.worker import limit_row_time
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.vae.model import Decoder, Encoder
 from wan_dist.run import main as run
@@ -70,7 +71,8 @@ def main(table: Path, rank: int, num_ranks: int) -> None:
                 method = failing(getattr(owner, name), fault["call"], ERRORS[fault["kind"]], when)
                 patches.enter_context(patch.object(owner, name, method))
             try:
-                code = run(arguments)
+                with limit_row_time():
+                    code = run(arguments)
             except BaseException:
                 traceback.print_exc()
                 code = -1

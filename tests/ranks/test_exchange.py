@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.torchrun import torchrun
+from tests.forked import run_ranks
 from wan_dist.parallel.collectives import (
     all_gather,
     all_to_all,
@@ -15,7 +15,8 @@ from wan_dist.parallel.mesh import Axis
 
 
 def test_any_tensor_arrives_as_it_is() -> None:
-    assert "392 cases" in torchrun(2, "tests.ranks.exchange_worker")
+    first, _ = run_ranks(2, "tests.ranks.exchange_worker")
+    assert "392 cases" in first.stdout
 
 
 def test_a_rank_alone_gets_what_it_has() -> None:

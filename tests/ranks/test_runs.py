@@ -3,18 +3,16 @@ rank's tolerance.
 """
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 from tests.conftest import FIXTURES, golden_folder, has_golden
+from tests.forked import run_together
 from tests.test_command import reference_arguments
 
 
@@ -80,14 +78,31 @@ CASES = {
 }
 
 
-def run_table(table: list[list[str]], num_ranks: int, folder: Path) -> tuple[list[list[int]], str]:
-    """Run every row's arguments on this many ranks; returns each rank's exit codes and what they printed."""
-    told = run_workers(
-        "tests.ranks.worker", [[arguments] for arguments in table], num_ranks, folder
-    )
-    return [
-        json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(num_ranks)
-    ], told
+@dataclass(frozen=True)
+class Run:
+    """One run of the command on some ranks."""
+
+    num_ranks: int
+    arguments: list[str]
+
+
+def run_all(runs: Mapping[str, Run], folder: Path) -> None:
+    """Do runs one after the other, on the same processes; fails, with what all have printed, if one fails.
+
+    Those on the most ranks come first: ranks count their runs, and must agree on the number.
+    """
+    names = sorted(runs, key=lambda name: -runs[name].num_ranks)
+    most_ranks = runs[names[0]].num_ranks
+    table: list[list[object]] = [[runs[name].num_ranks, runs[name].arguments] for name in names]
+    told = run_workers("tests.ranks.worker", table, most_ranks, folder)
+    codes_by_rank = [
+        json.loads((folder / f"codes-{rank}.json").read_text()) for rank in range(most_ranks)
+    ]
+    codes = dict(zip(names, zip(*codes_by_rank, strict=True), strict=True))
+    assert codes == {
+        name: (0,) * run.num_ranks + (None,) * (most_ranks - run.num_ranks)
+        for name, run in runs.items()
+    }, told
 
 
 def run_workers(module: str, table: list[list[object]], num_ranks: int, folder: Path) -> str:
@@ -103,110 +118,76 @@ def run_workers(module: str, table: list[list[object]], num_ranks: int, folder: 
         json.dumps([[store.port, *row] for store, row in zip(stores, table, strict=True)]),
         encoding="utf-8",
     )
-    store_of_the_agent = {
+    environment = {
         "MASTER_ADDR": "127.0.0.1",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
+        "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    environment = (
-        os.environ
-        | store_of_the_agent
-        | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
+    done = run_together(
+        [[module, str(file), str(rank), str(num_ranks)] for rank in range(num_ranks)],
+        [environment] * num_ranks,
     )
-    logs = [(folder / f"log-{rank}").open("w+") for rank in range(num_ranks)]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", module, file, str(rank), str(num_ranks)],
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-            env=environment,
-            cwd=Path(__file__).parents[2],
-        )
-        for rank in range(num_ranks)
-    ]
-    try:
-        assert [worker.wait(timeout=60 + 30 * len(table)) for worker in workers] == [0] * num_ranks
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-        told = []
-        for log in logs:
-            log.seek(0)
-            told.append(log.read())
-            log.close()
-    return "\n".join(told)
+    told = "\n".join(one.stdout + one.stderr for one in done)
+    assert [one.returncode for one in done] == [0] * num_ranks, told
+    return told
 
 
-@pytest.mark.parametrize("num_ranks", CASES)
-def test_any_spread_gives_the_reference_implementations_video(
-    num_ranks: int, tmp_path: Path
-) -> None:
-    cases = [case for case in CASES[num_ranks] if has_golden(case.golden)]
-    table = []
-    for case in cases:
-        arguments = reference_arguments(golden_folder(case.golden), case.case, case.task)
-        table.append(
-            [
-                *arguments,
-                *case.spread.split(),
-                "dtype=float32",
-                "device=cpu",
-                f"output.dir={tmp_path / case.name}",
-            ]
-        )
-    codes, told = run_table(table, num_ranks, tmp_path)
-    assert codes == [[0] * len(cases)] * num_ranks, told
+def test_any_spread_gives_the_reference_implementations_video(tmp_path: Path) -> None:
+    cases = {
+        f"{num_ranks}-{case.name}": (num_ranks, case)
+        for num_ranks, table in CASES.items()
+        for case in table
+        if has_golden(case.golden)
+    }
+    runs = {}
+    for name, (num_ranks, case) in cases.items():
+        # a text is encoded once by each number of ranks, and where its encoder is sharded or streamed
+        cache = "null" if "t5=" in case.spread else tmp_path / f"prompts-{num_ranks}"
+        arguments = [
+            *reference_arguments(golden_folder(case.golden), case.case, case.task),
+            *case.spread.split(),
+            "dtype=float32",
+            "device=cpu",
+            f"cache.dir={cache}",
+            f"output.dir={tmp_path / name}",
+        ]
+        runs[name] = Run(num_ranks, arguments)
+    run_all(runs, tmp_path)
     errors = {}
-    for case in cases:
-        video = load_file(tmp_path / case.name / "out.safetensors")["video"]
+    for name, (_, case) in cases.items():
+        video = load_file(tmp_path / name / "out.safetensors")["video"]
         expected = load_file(golden_folder(case.golden) / f"expected/{case.case}.safetensors")[
             "video"
         ]
-        errors[case.name] = (video - expected).abs().max().item()
-        assert (tmp_path / case.name / "out.mp4").exists()
+        errors[name] = (video - expected).abs().max().item()
+        assert (tmp_path / name / "out.mp4").exists()
     print(json.dumps(errors, indent=2))
-    assert max(errors.values()) < 1e-3
     assert not torch.tensor(list(errors.values())).isnan().any()
+    assert max(errors.values()) < 1e-3
 
 
 def test_quantised_weights_are_the_same_on_any_ranks(tmp_path: Path) -> None:
-    arguments = [
-        *reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B"),
-        "dtype=float32",
-        "device=cpu",
-    ]
-    kinds = ("fp8", "int8", "int4")
-    table = [
-        [
-            *arguments,
-            f"quant={kind}",
-            "fsdp.dit=true",
-            "parallel.ulysses=2",
-            f"output.dir={tmp_path / kind}",
-        ]
-        for kind in kinds
-    ]
-    table.append(
-        [
-            *arguments,
-            "quant=int4",
-            "memory.dit=stream",
-            "parallel.ring=2",
-            f"output.dir={tmp_path / 'streamed'}",
-        ]
-    )
-    codes, told = run_table(table, 2, tmp_path)
-    assert codes == [[0] * 4] * 2, told
-    codes, told = run_table(
-        [[*arguments, f"quant={kind}", f"output.dir={tmp_path / kind}-alone"] for kind in kinds],
-        1,
-        tmp_path,
-    )
-    assert codes == [[0] * 3], told
+    spreads = {
+        f"{kind}{suffix}": (num_ranks, [f"quant={kind}", *spread.split()])
+        for kind in ("fp8", "int8", "int4")
+        for suffix, num_ranks, spread in (
+            ("", 2, "fsdp.dit=true parallel.ulysses=2"),
+            ("-alone", 1, ""),
+        )
+    }
+    spreads["streamed"] = (2, ["quant=int4", "memory.dit=stream", "parallel.ring=2"])
+    arguments = reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B")
+    always = [*arguments, "dtype=float32", "device=cpu"]
+    runs = {
+        name: Run(num_ranks, [*always, *spread, f"output.dir={tmp_path / name}"])
+        for name, (num_ranks, spread) in spreads.items()
+    }
+    run_all(runs, tmp_path)
 
     def video(folder: str) -> torch.Tensor:
         return load_file(tmp_path / folder / "out.safetensors")["video"]
 
-    for kind, folder in (*zip(kinds, kinds, strict=True), ("int4", "streamed")):
-        torch.testing.assert_close(video(folder), video(f"{kind}-alone"), rtol=0, atol=1e-3)
+    for name in ("fp8", "int8", "int4", "streamed"):
+        alone = video("int4-alone" if name == "streamed" else f"{name}-alone")
+        torch.testing.assert_close(video(name), alone, rtol=0, atol=1e-3)
