@@ -4,10 +4,10 @@ from typing import Any
 
 from wan_dist.config.schema import EIGHT_BIT_BACKENDS, RunConfig
 from wan_dist.planning.flops import count_forward_flops
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan, VideoPlan
 
 
-def describe_video(config: RunConfig, plan: Plan) -> dict[str, Any]:
+def describe_video(config: RunConfig, plan: VideoPlan) -> dict[str, Any]:
     """Return the fields that identify a video, made or not: name, prompt, seed, size and lossy settings."""
     size_fields = {
         "width": plan.width,
@@ -35,13 +35,13 @@ def list_lossy_settings(config: RunConfig) -> list[str]:
 
 
 def compute_speed(
-    plan: Plan, seconds: float, num_steps: int, num_guessed_steps: int
+    plan: RunPlan, seconds: float, num_steps: int, num_guessed_steps: int
 ) -> dict[str, float]:
     """Return seconds per step, and TFLOP/s of one rank in the steps that the cache did not guess.
 
     Empty where there is nothing to measure. ``seconds`` are those of all ``num_steps`` steps.
     """
-    if num_steps == 0 or seconds == 0 or plan.workload is None:
+    if num_steps == 0 or seconds == 0:
         return {}
     operations_per_step = len(plan.workload.text_lengths) * count_forward_flops(
         plan.workload.model_dims.transformer, plan.num_tokens

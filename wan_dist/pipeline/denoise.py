@@ -25,7 +25,7 @@ from wan_dist.pipeline.predictor import ExpertPredictor
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import PreemptionInterrupt, preemption
@@ -44,7 +44,7 @@ class VideoInProgress:
 
     session: Session
     config: RunConfig
-    plan: Plan
+    plan: RunPlan
     report: StageReport
     resume_state: ResumeState
     result_file: Path

@@ -28,7 +28,7 @@ from wan_dist.pipeline.denoise import VideoInProgress, make_latents, read_latent
 from wan_dist.pipeline.out_of_memory import run_with_fallback
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.file_hash import hash_file
@@ -38,7 +38,7 @@ from wan_dist.weights.checkpoint import Checkpoint
 
 
 @torch.no_grad()
-def generate_video(config: RunConfig, plan: Plan, coordinator: Coordinator) -> Path | None:
+def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator) -> Path | None:
     """Generate one video on all ranks of the team; the first rank returns its path, the others None.
 
     Raises InputError for what is wrong with checkpoint or output folder, before weights are read.
@@ -69,7 +69,7 @@ def generate_video(config: RunConfig, plan: Plan, coordinator: Coordinator) -> P
 def prepare_video(
     session: Session,
     config: RunConfig,
-    plan: Plan,
+    plan: VideoPlan,
     report: StageReport,
     resume_state: ResumeState,
     *,
@@ -77,7 +77,7 @@ def prepare_video(
 ) -> VideoInProgress:
     """Restore saved progress, plan memory and reserve the result's name, on all ranks of the replica."""
 
-    def restore_and_plan() -> tuple[Plan, Path]:
+    def restore_and_plan() -> tuple[RunPlan, Path]:
         resumed_plan = (
             resume_state.restore(session.groups.replica, session.device)
             if config.latents is None
@@ -86,23 +86,25 @@ def prepare_video(
         if config.latents is not None:
             # Latents that cannot be used raise here, before anything is written.
             read_latents(Path(config.latents).expanduser())
-        resumed_plan = session.plan_memory(resumed_plan, config, quiet=quiet)
+        run_plan = session.plan_memory(resumed_plan, config, quiet=quiet)
         result_path = (
             resume_state.reserve_path(is_name_fixed=config.output.name is not None)
             if session.groups.replica.rank == 0
             else None
         )
         result_path = cast(Path, broadcast_object(result_path, session.groups.replica))
-        return resume_state.rename_plan(resumed_plan, result_path.stem), result_path
+        return resume_state.rename_plan(run_plan, result_path.stem), result_path
 
-    plan, result_file = session.run_together(restore_and_plan, "begin a video")
+    run_plan, result_file = session.run_together(restore_and_plan, "begin a video")
     report.metadata |= {"checkpoint": str(session.checkpoint.folder), "degrees": vars(plan.degrees)}
     latents_file = (
         result_file.with_suffix(".latents.safetensors")
         if config.latents is None
         else Path(config.latents).expanduser()
     )
-    return VideoInProgress(session, config, plan, report, resume_state, result_file, latents_file)
+    return VideoInProgress(
+        session, config, run_plan, report, resume_state, result_file, latents_file
+    )
 
 
 @torch.no_grad()
