@@ -207,7 +207,7 @@ def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
 def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
     """Record and log the attention kernel, and how several ranks are arranged."""
     plan, report = video.plan, video.report
-    report.metadata["attention"] = attention.name
+    report.record.attention = attention.name
     logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
         placement_text = "sharded" if plan.arrangement.shard_dit else "on every rank"
@@ -216,7 +216,7 @@ def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
 
 def _report_guessed_steps(report: StageReport, num_guessed: int, num_steps: int) -> None:
     """Record and log how many steps the step cache guessed."""
-    report.metadata["guessed_steps"] = num_guessed
+    report.record.guessed_steps = num_guessed
     logger.log(report.log_level, "cache     %d of %d steps were guessed", num_guessed, num_steps)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
-from wan_dist.output.record import compute_speed, describe_video
+from wan_dist.output.record import DONE
+from wan_dist.output.record_fields import describe_video, record_speed
 from wan_dist.output.stage_report import StageReport
 from wan_dist.output.video_file import convert_to_uint8, save_image, save_tensors, save_video
 from wan_dist.parallel.collectives import broadcast_object
@@ -96,7 +97,8 @@ def prepare_video(
         return resume_state.rename_plan(run_plan, result_path.stem), result_path
 
     run_plan, result_file = session.run_together(restore_and_plan, "begin a video")
-    report.metadata |= {"checkpoint": str(session.checkpoint.folder), "degrees": vars(plan.degrees)}
+    report.record.checkpoint = str(session.checkpoint.folder)
+    report.record.degrees = asdict(plan.degrees)
     latents_file = (
         result_file.with_suffix(".latents.safetensors")
         if config.latents is None
@@ -187,24 +189,17 @@ def _finalize_video(video: VideoInProgress) -> None:
 
 def _write_record(video: VideoInProgress) -> None:
     plan, report, config = video.plan, video.report, video.config
-    report.metadata |= describe_video(config, plan) | {
-        "status": "done",
-        "file": str(video.result_file),
-        "arrangement": asdict(plan.arrangement),
-    }
+    record = report.record
+    describe_video(record, config, plan)
+    record.status = DONE
+    record.file = str(video.result_file)
+    record.arrangement = asdict(plan.arrangement)
     if "denoise" in report.stages:
         num_steps = config.sample.steps - video.resume_state.num_resumed_steps
-        denoise_seconds, num_guessed_steps = (
-            report.stages["denoise"]["seconds"],
-            report.metadata.get("guessed_steps", 0),
-        )
-        report.metadata |= compute_speed(plan, denoise_seconds, num_steps, num_guessed_steps)
-    digests = {
-        "digest": video.resume_state.result_digest,
-        "latents_digest": video.resume_state.latents_digest,
-        "video_digest": hash_file(video.result_file),
-    }
-    report.metadata |= digests
+        record_speed(record, plan, report.stages["denoise"]["seconds"], num_steps)
+    record.digest = video.resume_state.result_digest
+    record.latents_digest = video.resume_state.latents_digest
+    record.video_digest = hash_file(video.result_file)
     report.compare_memory(plan.stage_memories, plan.ranks_per_node)
     report.save(video.result_file.with_suffix(".json"))
     if config.latents is None:  # latents given by the user have no saved progress

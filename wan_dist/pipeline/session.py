@@ -85,7 +85,7 @@ class Session:
 
     def apply_fallback(self, arrangement: Arrangement, report: StageReport) -> None:
         """Use an arrangement from now on, on all ranks of the replica: memory ran out with the one before."""
-        report.metadata["stepped_down_to"] = asdict(arrangement)
+        report.record.stepped_down_to = asdict(arrangement)
         self.fallback_arrangement = arrangement
         self.keeps_both_experts = False
         self.model_cache.clear()
