@@ -36,6 +36,7 @@ from PIL import Image
 
 from bench.faults import BETWEEN_RUNS, FAULTS, NEED_FSYNC, Fsync, Run, build_fsync, kill_all
 from bench.record import this_run
+from wan_dist.output.record import DONE, VideoRecord
 from wan_dist.runtime.file_hash import hash_file
 
 _ROOT = Path(__file__).parents[1]
@@ -236,15 +237,16 @@ class Drill:
         for line in self.lines:
             videos.add(f"{line['name']}.mp4")
             try:
-                record = json.loads((self.disk / f"{line['name']}.json").read_text())
+                text = (self.disk / f"{line['name']}.json").read_text()
+                record = VideoRecord.from_json(json.loads(text))
                 digests = {
                     hash_file(folder / f"{line['name']}.mp4") for folder in (self.disk, alone)
                 }
             except (OSError, ValueError) as error:
                 self.found.append(f"{line['name']}: {error}")
                 continue
-            if record["status"] != "done" or {record["video_digest"]} != digests:
-                self.found.append(f"{line['name']} is {record['status']}, and not the same video")
+            if record.status != DONE or {record.video_digest} != digests:
+                self.found.append(f"{line['name']} is {record.status}, and not the same video")
         videos |= self._compare_pairs()
         unknown = {file.name for file in self.disk.glob("*.mp4")} - videos
         names = [file.name for file in self.disk.iterdir()]
@@ -259,12 +261,15 @@ class Drill:
 
     def _compare_pairs(self) -> set[str]:
         """Return the videos of single runs, and record the prompts that have not two."""
-        records = [json.loads(file.read_text()) for file in self.disk.glob("toy_*.json")]
-        videos = {record["prompt"]: set() for record in records}
+        records = [
+            VideoRecord.from_json(json.loads(file.read_text()))
+            for file in self.disk.glob("toy_*.json")
+        ]
+        videos = {record.prompt: set() for record in records}
         for record in records:
-            file = Path(record["file"])
-            if file.exists() and hash_file(file) == record["video_digest"]:
-                videos[record["prompt"]].add(file.name)
+            file = Path(record.file or "")
+            if file.is_file() and hash_file(file) == record.video_digest:
+                videos[record.prompt].add(file.name)
         for prompt in self.pairs:
             if (number := len(videos.get(prompt, ()))) != 2:
                 self.found.append(

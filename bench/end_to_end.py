@@ -66,10 +66,10 @@ def main() -> None:
     total = time.perf_counter() - start
     if code:
         raise SystemExit(code)
-    if not record:
+    if record is None:
         return
     width, height = config.parse_size()
-    for name, stage in record["stages"].items():
+    for name, stage in (record.stages or {}).items():
         print(f"  {name:10} {stage['seconds']:8.2f} s  {100 * stage['seconds'] / total:5.1f} %")
     whole = total + (default.sample.steps - config.sample.steps) * min(seconds[1:] or seconds)
     print(
@@ -85,7 +85,8 @@ def main() -> None:
     found |= {
         "with_default_steps": whole,
         "step_seconds": seconds,
-        **{key: record[key] for key in ("attention", "stages")},
+        "attention": record.attention,
+        "stages": record.stages,
     }
     file = options.out / f"end-to-end-{options.task}-{width}x{height}-{num_ranks}gpu.json"
     file.write_text(json.dumps(found, indent=2) + "\n")

@@ -21,12 +21,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 
 from bench.record import this_run
+from wan_dist.output.record import VideoRecord
 from wan_dist.run import main as run
 from wan_dist.sampling.guidance import VelocityPredictor
 
@@ -113,10 +113,10 @@ def noise_image(size: tuple[int, int], folder: Path) -> Path:
     return image
 
 
-def timed_run(settings: list[str], folder: Path) -> tuple[int, list[float], dict[str, Any]]:
+def timed_run(settings: list[str], folder: Path) -> tuple[int, list[float], VideoRecord | None]:
     """Run the command without cached prompts.
 
-    Returns its exit code, the seconds of its steps, and its record: empty on failure, and on ranks other than
+    Returns its exit code, the seconds of its steps, and its record: None on failure, and on ranks other than
     the first.
     """
     with timed_steps() as seconds:
@@ -129,9 +129,9 @@ def timed_run(settings: list[str], folder: Path) -> tuple[int, list[float], dict
                 "output.save_latents=false",
             ]
         )
-    record = {}
+    record = None
     if code == 0 and os.environ.get("RANK", "0") == "0":
-        record = json.loads((folder / "run.json").read_text())
+        record = VideoRecord.from_json(json.loads((folder / "run.json").read_text()))
     return code, seconds, record
 
 
@@ -156,16 +156,16 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
         "code": code,
     }
     found["machine"] = this_run()
-    if record:
+    if record is not None:
         found |= {
-            "arrangement": record["arrangement"],
-            "attention": record["attention"],
+            "arrangement": record.arrangement,
+            "attention": record.attention,
             "seconds": seconds,
         }
         found |= {
-            key: record[key]
-            for key in ("stages", "other_ranks", "memory", "ran_out", "stepped_down_to")
-            if key in record
+            key: value
+            for key, value in record.to_json().items()
+            if key in ("stages", "other_ranks", "memory", "ran_out", "stepped_down_to")
         }
     return found
 

@@ -20,7 +20,7 @@ from wan_dist.planning.hardware import (
     parse_gpus,
 )
 from wan_dist.planning.memory_table import format_memory_table
-from wan_dist.planning.plan import Plan, make_plan, plan_memory
+from wan_dist.planning.plan import RunPlan, make_plan, plan_memory
 from wan_dist.tasks.registry import get_task
 from wan_dist.tasks.run_config import read_config
 
@@ -35,7 +35,6 @@ def main(arguments: list[str]) -> None:
         return
     hardware, ranks = resolve_hardware(options)
     plan = plan_dry_run(config, hardware, ranks)
-    assert plan.budget is not None
     ranks_text = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
     lines = [
         plan.summary,
@@ -46,7 +45,7 @@ def main(arguments: list[str]) -> None:
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def plan_dry_run(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) -> Plan:
+def plan_dry_run(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) -> RunPlan:
     """Return the plan of a dry run on this hardware; prompt and images may be missing.
 
     ``ranks``: their number in all, and on a node.

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.arguments import expand_user_path
-from wan_dist.output.gallery.records import VideoRecord, read_records
+from wan_dist.output.gallery.records import GalleryVideo, read_records
 from wan_dist.output.gallery.runs import RunRecord, read_runs
 from wan_dist.runtime.durations import format_duration
 from wan_dist.runtime.errors import InputError, escape_unprintable
@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
 
 def read_results_folder(
     arguments: Sequence[str], command: str
-) -> tuple[Path, list[VideoRecord], list[RunRecord]]:
+) -> tuple[Path, list[GalleryVideo], list[RunRecord]]:
     """Return the folder given to ``command``, its video records and its runs; raises InputError."""
     if len(arguments) != 1:
         raise InputError(
@@ -69,7 +69,7 @@ def read_results_folder(
 
 
 def format_table(
-    records: Sequence[VideoRecord], runs: Sequence[RunRecord], max_width: int
+    records: Sequence[GalleryVideo], runs: Sequence[RunRecord], max_width: int
 ) -> list[str]:
     """Return the table as lines of at most ``max_width`` characters."""
     rows = [_COLUMN_TITLES, *(_format_row(record) for record in records)]
@@ -92,7 +92,7 @@ def format_table(
     ]
 
 
-def _format_row(record: VideoRecord) -> tuple[str, ...]:
+def _format_row(record: GalleryVideo) -> tuple[str, ...]:
     size_text = (
         f"{record.width}x{record.height}x{record.num_frames}"
         if record.width and record.num_frames
@@ -121,7 +121,7 @@ def _format_row(record: VideoRecord) -> tuple[str, ...]:
     return tuple(escape_unprintable(cell) for cell in cells)
 
 
-def _format_totals(records: Sequence[VideoRecord], runs: Sequence[RunRecord]) -> Iterator[str]:
+def _format_totals(records: Sequence[GalleryVideo], runs: Sequence[RunRecord]) -> Iterator[str]:
     run_by_name = {run.name: run for run in runs}
     run_names = list(dict.fromkeys(record.run for record in records if record.run))
     for run_name in run_names:
@@ -142,7 +142,7 @@ def _format_totals(records: Sequence[VideoRecord], runs: Sequence[RunRecord]) ->
     yield ", ".join([_format_counts(records), f"{format_duration(seconds)} of work", *peak_texts])
 
 
-def _list_peaks(records: Sequence[VideoRecord], memory_kind: str) -> list[float]:
+def _list_peaks(records: Sequence[GalleryVideo], memory_kind: str) -> list[float]:
     return [
         record.peak_memory[0]
         for record in records
@@ -150,7 +150,7 @@ def _list_peaks(records: Sequence[VideoRecord], memory_kind: str) -> list[float]
     ]
 
 
-def _format_counts(records: Sequence[VideoRecord]) -> str:
+def _format_counts(records: Sequence[GalleryVideo]) -> str:
     num_failed = sum(record.status == "failed" for record in records)
     num_done = len(records) - num_failed
     failed_text = f", {num_failed} failed" if num_failed else ""

@@ -34,7 +34,7 @@ from wan_dist.jobs.job_file import compose_job_configs, read_jobs
 from wan_dist.jobs.planned_job import has_jobs, plan_jobs
 from wan_dist.jobs.sweep_jobs import make_sweep_jobs
 from wan_dist.planning.hardware import Hardware, parse_bytes
-from wan_dist.planning.plan import Plan, make_plan, plan_memory
+from wan_dist.planning.plan import RunPlan, VideoPlan, make_plan, plan_memory
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.image_sizes import read_image_size
 from wan_dist.tasks.registry import get_task
@@ -45,7 +45,7 @@ _GIB = 2**30
 _SWEEP = "sweep"
 """As array=sweep: an element for each combination of a sweep's settings."""
 
-_PlannedVideo = tuple[Plan, RunConfig]
+_PlannedVideo = tuple[RunPlan, RunConfig]
 
 
 def main(arguments: list[str]) -> None:
@@ -213,7 +213,7 @@ def _warn_missing_checkpoint(config: RunConfig) -> None:
 
 
 def _format_notes(
-    plans: Sequence[Plan], memory_gib: int, minutes: int, *, is_array: bool
+    plans: Sequence[RunPlan], memory_gib: int, minutes: int, *, is_array: bool
 ) -> list[str]:
     """Return lines that say what is made, how, and what is requested."""
     first_plan = plans[0]
@@ -254,7 +254,7 @@ def _plan_video(
     num_nodes: int,
     gpus_per_node: int,
     error_prefix: str = "",
-) -> Plan:
+) -> RunPlan:
     try:
         plan = make_plan(
             config,
@@ -266,7 +266,9 @@ def _plan_video(
     return _arrange_plan(plan, config, cluster, error_prefix)
 
 
-def _arrange_plan(plan: Plan, config: RunConfig, cluster: ClusterConfig, error_prefix: str) -> Plan:
+def _arrange_plan(
+    plan: VideoPlan, config: RunConfig, cluster: ClusterConfig, error_prefix: str
+) -> RunPlan:
     try:
         return plan_memory(
             plan, config, _build_hardware(config, cluster), get_task(config.task).model_dims
@@ -275,7 +277,7 @@ def _arrange_plan(plan: Plan, config: RunConfig, cluster: ClusterConfig, error_p
         raise InputError(f"{error_prefix}{error}") from None
 
 
-def _estimate_requested_bytes(plan: Plan, cluster: ClusterConfig) -> int:
+def _estimate_requested_bytes(plan: RunPlan, cluster: ClusterConfig) -> int:
     """Return the bytes to request: a fifth and 4 GiB more than planned, if nodes have them."""
     planned_bytes = max(stage_memory.host_bytes for stage_memory in plan.stage_memories)
     return min(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import golden_folder
+from tests.conftest import FIXTURES, golden_folder
 from tests.forked import run_forked, run_ranks, run_together
 from tests.test_command import reference_arguments
 from tests.torchrun import torchrun
@@ -103,6 +103,7 @@ def test_jobs_are_what_single_runs_are(single: dict[str, torch.Tensor], tmp_path
         5,
     )
     assert float(str(plain["tflops"])) > 0
+    assert list(plain) == list(record(FIXTURES / "records", "batch"))
 
     before = written(out)  # and again: nothing is made that is whole
     assert main(command) == 0

@@ -130,6 +130,9 @@ def test_the_toy_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
     stem = names[0].removesuffix(".json")
     assert re.fullmatch("toy_a-red-circle-moving-right-on-a-blue-back_42_[0-9a-f]{6}", stem)
     assert names == [f"{stem}.json", f"{stem}.latents.safetensors", f"{stem}.mp4"]
+    older_record = json.loads((FIXTURES / "records/single.json").read_text())
+    record = json.loads((tmp_path / f"outputs/{names[0]}").read_text())
+    assert list(record) == list(older_record)
     told = capsys.readouterr().err
     assert "toy: 5 frames of 64x48 at 16 fps = 0.3 s of video, seed 42" in told
     assert "2/2 steps" in told

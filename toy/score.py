@@ -31,6 +31,7 @@ from launch.local import build_run_command
 from toy.judge import Verdict, judge
 from toy.render import render
 from toy.scenes import Scene, all_scenes, caption
+from wan_dist.output.record import VideoRecord
 from wan_dist.pipeline.decode import convert_to_uint8_frames
 
 _ROOT = Path(__file__).parents[1]
@@ -144,10 +145,13 @@ def videos_of(
 
 
 def _made(folder: Path, name: str) -> Made:
-    record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    record = VideoRecord.from_json(
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    )
+    assert record.config is not None
     return Made(
         convert_to_uint8_frames(load_file(folder / f"{name}.safetensors")["video"]).numpy(),
-        record["config"]["sample"]["steps"] - (record.get("guessed_steps") or 0),
+        record.config["sample"]["steps"] - (record.guessed_steps or 0),
     )
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 from wan_dist.config.schema import RunConfig, list_settings
 from wan_dist.jobs.planned_job import PlannedJob, has_jobs, plan_jobs
-from wan_dist.planning.plan import Plan, make_plan
+from wan_dist.planning.plan import VideoPlan, make_plan
 from wan_dist.planning.rank_facts import check_ranks_match, collect_rank_facts
 from wan_dist.runtime.cache_folders import configure_library_caches, is_writable
 from wan_dist.runtime.environment import (
@@ -231,7 +231,7 @@ def _plan_work(
     arguments: list[str],
     ranks: RankLayout,
     find_gpu_bytes: Callable[[RunConfig], int | None],
-) -> Plan | list[PlannedJob]:
+) -> VideoPlan | list[PlannedJob]:
     """Return the plan of the video, or those of the jobs; raises InputError for what cannot be made."""
     rank_counts = (ranks.num_ranks, ranks.ranks_per_node)
     if not has_jobs(config, arguments):
@@ -241,11 +241,11 @@ def _plan_work(
 
 def _start_run(
     config: RunConfig,
-    planned_work: "Plan | list[PlannedJob]",
+    planned_work: "VideoPlan | list[PlannedJob]",
     arguments: list[str],
     coordinator: "Coordinator",
 ) -> int:
-    if isinstance(planned_work, Plan):
+    if isinstance(planned_work, VideoPlan):
         from wan_dist.pipeline.generate import generate_video
 
         generate_video(config, planned_work, coordinator)

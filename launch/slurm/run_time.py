@@ -8,7 +8,7 @@ from wan_dist.planning.parameter_bytes import (
     count_text_encoder_bytes,
     count_transformer_bytes,
 )
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.planning.workload import Workload
 
 _START_SECONDS = 60.0
@@ -21,7 +21,7 @@ _MULTI_GPU_EFFICIENCY = 0.85
 """Speed of a GPU among several, relative to one alone."""
 
 
-def estimate_run_seconds(videos: Sequence[tuple[Plan, int]], tflops: float) -> float:
+def estimate_run_seconds(videos: Sequence[tuple[RunPlan, int]], tflops: float) -> float:
     """Return the seconds of a run on GPUs of ``tflops`` TFLOP/s, from its arithmetic and the bytes it reads.
 
     ``videos``: plan and number of steps of each; weights are read once, and replicas divide the videos.
@@ -29,7 +29,6 @@ def estimate_run_seconds(videos: Sequence[tuple[Plan, int]], tflops: float) -> f
     compute_seconds, read_seconds = 0.0, 0.0
     for plan, num_steps in videos:
         workload = plan.workload
-        assert workload is not None
         compute_seconds += (
             num_steps * estimate_step_seconds(plan, tflops)
             + _OVERHEAD_SECONDS * workload.num_tokens / 75600 / workload.num_ranks
@@ -41,10 +40,9 @@ def estimate_run_seconds(videos: Sequence[tuple[Plan, int]], tflops: float) -> f
     return _START_SECONDS + read_seconds + compute_seconds * round_factor / num_replicas
 
 
-def estimate_step_seconds(plan: Plan, tflops: float) -> float:
+def estimate_step_seconds(plan: RunPlan, tflops: float) -> float:
     """Return the seconds of one denoising step of a plan, with its guidance passes."""
     workload = plan.workload
-    assert workload is not None
     efficiency = 1.0 if workload.num_ranks == 1 else _MULTI_GPU_EFFICIENCY
     operations_per_second = tflops * 1e12 * workload.num_ranks * efficiency
     return (

@@ -9,7 +9,7 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.config.sweep import is_sweep
 from wan_dist.jobs.job_file import Job, compose_job_configs, read_jobs
 from wan_dist.jobs.sweep_jobs import make_sweep_jobs
-from wan_dist.planning.plan import Plan, make_plan
+from wan_dist.planning.plan import VideoPlan, make_plan
 from wan_dist.planning.replicas import assign_degrees
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.image_sizes import read_image_size
@@ -22,7 +22,7 @@ class PlannedJob:
 
     source: Job
     config: RunConfig
-    plan: Plan
+    plan: VideoPlan
     """Without the images, which are read again when the job is made."""
 
     @property
@@ -52,7 +52,7 @@ class PlannedJob:
         """Width, height and number of frames, which kernels may be compiled for."""
         return (self.plan.width, self.plan.height, self.plan.frame_num)
 
-    def make_plan_with_images(self) -> Plan:
+    def make_plan_with_images(self) -> VideoPlan:
         """Return the plan with its images, which are read here."""
         has_images = any(
             file is not None

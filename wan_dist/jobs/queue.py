@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wan_dist.jobs.planned_job import PlannedJob
-from wan_dist.output.locks import DONE, FAILED, ResultLocks
+from wan_dist.output.locks import ResultLocks
+from wan_dist.output.record import DONE, FAILED
 from wan_dist.parallel.mesh import ProcessGroups
 from wan_dist.parallel.shared_counters import SharedCounters
 from wan_dist.runtime.errors import InputError

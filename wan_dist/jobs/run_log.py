@@ -17,7 +17,7 @@ from typing import Any
 
 from wan_dist.output.gallery.background import PageWriter
 from wan_dist.output.gallery.sheet import SheetError, get_sheet_path, has_current_sheet, write_sheet
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import preemption
@@ -44,7 +44,7 @@ class RunLog:
     num_ranks: int
     num_jobs: int
     run_stages: Mapping[str, Mapping[str, float]]
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[RunPlan] = field(default_factory=list)
     start_time: float = field(default_factory=time.time)
     _next_page_time: float = field(
         default_factory=lambda: time.monotonic() + _MIN_PAGE_INTERVAL_SECONDS
@@ -206,7 +206,7 @@ def _count_records(folder: Path) -> int:
         return sum(entry.name.endswith(".json") for entry in entries)
 
 
-def _summarize_plan(plan: Plan) -> dict[str, Any]:
+def _summarize_plan(plan: RunPlan) -> dict[str, Any]:
     """Return the planned memory and the budget of one rank, with host memory divided among a node's ranks."""
     ranks_per_node = plan.ranks_per_node
     memory_by_stage = {
@@ -217,7 +217,6 @@ def _summarize_plan(plan: Plan) -> dict[str, Any]:
         }
         for stage_memory in plan.stage_memories
     }
-    assert plan.budget is not None
     if plan.budget.gpu_bytes is None:  # on a CPU, tensors are in host memory
         for stage_memory in plan.stage_memories:
             memory_by_stage[stage_memory.name] |= {

@@ -20,9 +20,9 @@ from wan_dist.jobs.failure_policy import FailurePolicy
 from wan_dist.jobs.planned_job import PlannedJob, sort_by_model
 from wan_dist.jobs.queue import JobQueue
 from wan_dist.jobs.run_log import RunLog, add_contact_sheet
-from wan_dist.output.locks import FAILED
 from wan_dist.output.output_check import check_output_folder, estimate_output
-from wan_dist.output.record import describe_video
+from wan_dist.output.record import FAILED
+from wan_dist.output.record_fields import describe_video
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.mesh import (
     ProcessGroups,
@@ -220,11 +220,10 @@ class JobWorker:
             if model_key != job.model_key:
                 other_session.model_cache.clear()
         report = StageReport(job.config, self.device, quiet=True)
-        report.metadata |= describe_video(job.config, job.plan) | {
-            "run": self.run_id,
-            "job": {"file": str(job.source.file), "line": job.source.line},
-        }
-        report.metadata["rank"] = self.groups.rank
+        describe_video(report.record, job.config, job.plan)
+        report.record.run = self.run_id
+        report.record.job = {"file": str(job.source.file), "line": job.source.line}
+        report.record.rank = self.groups.rank
         if self.is_first:
             self.events.write_event("begun", job=job.name, line=job.source.line)
         if not session.has_memory_for_frames:
@@ -258,7 +257,7 @@ class JobWorker:
             resume_state = self._make_resume_state(job)
             resume_state.plan = job.make_plan_with_images()
             if self.is_first:
-                report.metadata["digest"] = resume_state.result_digest
+                report.record.digest = resume_state.result_digest
             return resume_state
 
         resume_state = session.run_together(read_resume_state, "read the job's images")
@@ -291,9 +290,9 @@ class JobWorker:
         """Release, count and announce a job that is done, and update the page."""
         add_contact_sheet(video.result_file, video.plan.frame_num)
         self.queue.finish_job(job, "done")
-        metadata = video.report.metadata
-        seconds = round(time.time() - metadata["began"], 1)
-        step_text = f" ({metadata['step_seconds']:.2f} s/it)" if "step_seconds" in metadata else ""
+        seconds = round(time.time() - video.report.began, 1)
+        step_seconds = video.report.record.step_seconds
+        step_text = "" if step_seconds is None else f" ({step_seconds:.2f} s/it)"
         self.events.announce_job(f"{job.name}: {format_duration(seconds)}{step_text}")
         self.events.write_event(
             "done", job=job.name, line=job.source.line, file=str(video.result_file), seconds=seconds
@@ -308,7 +307,8 @@ class JobWorker:
             free_memory()
             return
         message = format_message(describe_error(error))
-        report.metadata |= {"status": FAILED, "error": message}
+        report.record.status = FAILED
+        report.record.error = message
         report.save(self.folder / f"{job.name}.json")
         self.queue.finish_job(job, "failed")
         logger.debug("%s", job.name, exc_info=error)

@@ -11,15 +11,14 @@ import unicodedata
 from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from wan_dist.output.record import DONE, FAILED, VideoRecord
 from wan_dist.planning.digests import FORMAT_VERSION
 from wan_dist.runtime.atomic_write import parse_final_name, quarantine_file
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
 
-DONE, FAILED = "done", "failed"
 _LOCK_FILE_NAME = ".jobs.lock"
 _PROBE_NAME = "/"
 """Name of the probe lock, which no result can have."""
@@ -130,8 +129,8 @@ class ResultLocks:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def read_record(self, name: str) -> dict[str, Any]:
-        """Return the record of a name, empty if there is none that can be read.
+    def read_record(self, name: str) -> VideoRecord:
+        """Return the record of a name, without fields if there is none that can be read.
 
         A damaged one is quarantined.
         """
@@ -141,20 +140,20 @@ class ResultLocks:
                 check_regular_file(file)
             content = json.loads(file.read_bytes())
         except FileNotFoundError:
-            return {}
+            return VideoRecord()
         except (OSError, UnreadableFileError) as error:
             logger.warning(
                 "%s cannot be read (%s); its job counts as not made",
                 file,
                 getattr(error, "strerror", error),
             )
-            return {}
+            return VideoRecord()
         except (ValueError, RecursionError):
             logger.warning(
                 "%s is damaged; %s, and its job is made again", file, quarantine_file(file)
             )
-            return {}
-        return content if isinstance(content, dict) else {}
+            return VideoRecord()
+        return VideoRecord.from_json(content)
 
     def read_outcome(self, name: str, digest: str) -> str | None:
         """Return the outcome of the job with this name and digest: done, failed, or None.
@@ -163,16 +162,18 @@ class ResultLocks:
         it was to be saved.
         """
         record = self.read_record(name)
-        if record.get("status") in (DONE, FAILED) and record.get("format") != FORMAT_VERSION:
+        if record.status in (DONE, FAILED) and record.format != FORMAT_VERSION:
             self.num_older_records += 1
-        if record.get("digest") != digest:
+        if record.digest != digest:
             return None
-        if record.get("status") != DONE:
-            return FAILED if record.get("status") == FAILED else None
+        if record.status != DONE:
+            return FAILED if record.status == FAILED else None
+        if not (record.file and record.video_digest and record.config):
+            return None
         try:
-            check_regular_file(result_file := self.folder / Path(str(record["file"])).name)
-            is_whole = hash_file(result_file) == record["video_digest"]
-            output_settings = record["config"]["output"]
+            check_regular_file(result_file := self.folder / Path(record.file).name)
+            is_whole = hash_file(result_file) == record.video_digest
+            output_settings = record.config["output"]
             has_tensor = (
                 not output_settings["save_tensor"]
                 or (self.folder / f"{name}.safetensors").is_file()

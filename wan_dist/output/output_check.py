@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from wan_dist.output.video_file import SaveError, save_video
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 
@@ -38,7 +38,7 @@ class OutputEstimate:
     """The video, a lower estimate, and the tensor of frames if it is saved."""
 
 
-def estimate_output(plan: Plan, *, saves_tensor: bool) -> OutputEstimate:
+def estimate_output(plan: VideoPlan, *, saves_tensor: bool) -> OutputEstimate:
     """Return the disk space that a plan's video will take."""
     num_pixels = plan.width * plan.height * plan.frame_num
     frames_bytes = int(num_pixels * _VIDEO_BYTES_PER_PIXEL) + (

@@ -1,6 +1,6 @@
 """Stage report: seconds and peak memory of each stage, logged and saved in a JSON record beside the video."""
 
-import json
+import copy
 import logging
 import platform
 import socket
@@ -10,16 +10,15 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from wan_dist import __version__
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.host_memory import HostMemoryWatch, read_peak_host_bytes
+from wan_dist.output.record import Stages, VideoRecord
 from wan_dist.planning.digests import FORMAT_VERSION
 from wan_dist.planning.memory_estimate import StageMemory
-from wan_dist.runtime.atomic_write import atomic_write
 from wan_dist.runtime.log import logger
 
 _RECORDED_PACKAGES = ("transformers", "safetensors", "hydra-core", "imageio-ffmpeg", "numpy")
@@ -29,7 +28,7 @@ _GIB = 2**30
 class StageReport:
     """Collects the stages of one video.
 
-    ``metadata`` are further entries of the record; a ``quiet`` report logs at level DEBUG only.
+    ``record`` has the fields so far, without the stages; a ``quiet`` report logs at level DEBUG only.
 
     ``host_gib`` of a stage is the peak of the process's private host memory during it. ``peak_host_gib`` is
     the peak resident set of the process so far. It includes mapped pages of the weight files, which the
@@ -42,22 +41,21 @@ class StageReport:
         self.start_time = time.perf_counter()
         self._memory_watch = HostMemoryWatch()
         self._open_stage_peak_bytes: list[int] = []
-        self.stages: dict[str, dict[str, float]] = {}
-        self.other_rank_stages: list[dict[str, dict[str, float]]] = []
+        self.stages: Stages = {}
+        self.other_rank_stages: list[Stages] = []
         """Stages of the video's other ranks, before it is decoded."""
-        self.metadata: dict[str, Any] = {
-            "config": asdict(config),
-            "versions": {
-                "wan-dist": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            }
-            | {name: version(name) for name in _RECORDED_PACKAGES},
-            "device": _get_device_name(device),
-            "machine": socket.gethostname(),
-            "began": round(time.time(), 3),
-            "format": FORMAT_VERSION,
-        }
+        self.record = VideoRecord()
+        self.record.config = asdict(config)
+        self.record.versions = {
+            "wan-dist": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        } | {name: version(name) for name in _RECORDED_PACKAGES}
+        self.record.device = _get_device_name(device)
+        self.record.machine = socket.gethostname()
+        self.began = self.record.began = round(time.time(), 3)
+        """Seconds since the epoch."""
+        self.record.format = FORMAT_VERSION
 
     @contextmanager
     def measure_stage(
@@ -128,7 +126,7 @@ class StageReport:
 
     def record_out_of_memory(self, name: str) -> None:
         """Record that a stage ran out of memory and used a fallback."""
-        self.metadata.setdefault("ran_out", []).append(name)
+        self.record.ran_out = [*(self.record.ran_out or ()), name]
 
     def record_read_speed(self, name: str, num_bytes: int) -> None:
         """Record and log how fast a finished stage has read this rank's shard of a file."""
@@ -171,7 +169,7 @@ class StageReport:
             comparison_by_stage[stage_memory.name] = {
                 key: round(value, 3) for key, value in comparison.items()
             }
-        self.metadata["memory"] = comparison_by_stage
+        self.record.memory = comparison_by_stage
         key = "gpu" if self.device.type == "cuda" else "host"
         peak_key = "peak_gpu_gib" if key == "gpu" else "host_gib"
         if comparison_by_stage and all(
@@ -190,21 +188,17 @@ class StageReport:
             )
 
     def save(self, path: Path) -> None:
-        """Write the record."""
-        peaks = {
-            key: max((stage[key] for stage in self.stages.values() if key in stage), default=None)
-            for key in ("peak_host_gib", "peak_gpu_gib")
-        }
-        seconds = round(time.perf_counter() - self.start_time, 3)
-        record = (
-            self.metadata
-            | {"stages": self.stages, "other_ranks": self.other_rank_stages, "seconds": seconds}
-            | peaks
-        )
-        with atomic_write(path) as temporary_file:
-            temporary_file.write_text(
-                json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+        """Write the record, with the stages."""
+        record = copy.copy(self.record)
+        record.stages = self.stages
+        record.other_ranks = self.other_rank_stages
+        record.seconds = round(time.perf_counter() - self.start_time, 3)
+        record.peak_host_gib = self._find_peak("peak_host_gib")
+        record.peak_gpu_gib = self._find_peak("peak_gpu_gib")
+        record.write(path)
+
+    def _find_peak(self, key: str) -> float | None:
+        return max((stage[key] for stage in self.stages.values() if key in stage), default=None)
 
 
 def _get_device_name(device: torch.device) -> str:

@@ -30,7 +30,7 @@ from wan_dist.pipeline.out_of_memory import (
 from wan_dist.pipeline.vae_tiles import decode_tiles, encode_tiles
 from wan_dist.planning.degrees import MIN_STRIP_PIXELS
 from wan_dist.planning.parameter_bytes import count_vae_weight_bytes
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.planning.vae_memory import VaeStrategy, find_fitting_strategies
 from wan_dist.runtime.log import logger
 from wan_dist.weights.checkpoint import Checkpoint
@@ -63,7 +63,7 @@ def choose_vae_dtype(device: torch.device, config: RunConfig) -> torch.dtype:
 
 def find_vae_strategies(
     config: RunConfig,
-    plan: Plan,
+    plan: RunPlan,
     dims: VaeDims,
     device: torch.device,
     axis: Axis,
@@ -79,7 +79,6 @@ def find_vae_strategies(
     available_bytes = measure_free_bytes(
         device, axis, budget_gib=config.memory.budget_gib
     ) - count_vae_weight_bytes(dims, itemsize)
-    assert plan.workload is not None
     latent_size = plan.workload.get_vae_size(encode=is_encoding)
     strategies = find_fitting_strategies(
         planned_strategy.name,
@@ -106,7 +105,7 @@ def find_vae_strategies(
 
 def choose_vae_strategies(
     config: RunConfig,
-    plan: Plan,
+    plan: RunPlan,
     dims: VaeDims,
     device: torch.device,
     axis: Axis,

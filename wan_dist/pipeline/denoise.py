@@ -25,7 +25,7 @@ from wan_dist.pipeline.predictor import ExpertPredictor
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import PreemptionInterrupt, preemption
@@ -44,7 +44,7 @@ class VideoInProgress:
 
     session: Session
     config: RunConfig
-    plan: Plan
+    plan: RunPlan
     report: StageReport
     resume_state: ResumeState
     result_file: Path
@@ -207,7 +207,7 @@ def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
 def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
     """Record and log the attention kernel, and how several ranks are arranged."""
     plan, report = video.plan, video.report
-    report.metadata["attention"] = attention.name
+    report.record.attention = attention.name
     logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
         placement_text = "sharded" if plan.arrangement.shard_dit else "on every rank"
@@ -216,7 +216,7 @@ def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
 
 def _report_guessed_steps(report: StageReport, num_guessed: int, num_steps: int) -> None:
     """Record and log how many steps the step cache guessed."""
-    report.metadata["guessed_steps"] = num_guessed
+    report.record.guessed_steps = num_guessed
     logger.log(report.log_level, "cache     %d of %d steps were guessed", num_guessed, num_steps)
 
 

@@ -10,12 +10,12 @@ from wan_dist.parallel.collectives import broadcast
 from wan_dist.pipeline.image_conditioning import encode_image_features, encode_image_latents
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.text_embeddings import embed_prompts
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.sampling.conditioning import Conditioning
 
 
 def encode_conditioning(
-    session: Session, config: RunConfig, plan: Plan, report: StageReport
+    session: Session, config: RunConfig, plan: RunPlan, report: StageReport
 ) -> Conditioning:
     """Return what is the same for all steps, on every rank; encoders not cached are off the device then."""
     axis = session.groups.replica

@@ -15,7 +15,8 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
-from wan_dist.output.record import compute_speed, describe_video
+from wan_dist.output.record import DONE
+from wan_dist.output.record_fields import describe_video, record_speed
 from wan_dist.output.stage_report import StageReport
 from wan_dist.output.video_file import convert_to_uint8, save_image, save_tensors, save_video
 from wan_dist.parallel.collectives import broadcast_object
@@ -28,7 +29,7 @@ from wan_dist.pipeline.denoise import VideoInProgress, make_latents, read_latent
 from wan_dist.pipeline.out_of_memory import run_with_fallback
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.file_hash import hash_file
@@ -38,7 +39,7 @@ from wan_dist.weights.checkpoint import Checkpoint
 
 
 @torch.no_grad()
-def generate_video(config: RunConfig, plan: Plan, coordinator: Coordinator) -> Path | None:
+def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator) -> Path | None:
     """Generate one video on all ranks of the team; the first rank returns its path, the others None.
 
     Raises InputError for what is wrong with checkpoint or output folder, before weights are read.
@@ -69,7 +70,7 @@ def generate_video(config: RunConfig, plan: Plan, coordinator: Coordinator) -> P
 def prepare_video(
     session: Session,
     config: RunConfig,
-    plan: Plan,
+    plan: VideoPlan,
     report: StageReport,
     resume_state: ResumeState,
     *,
@@ -77,7 +78,7 @@ def prepare_video(
 ) -> VideoInProgress:
     """Restore saved progress, plan memory and reserve the result's name, on all ranks of the replica."""
 
-    def restore_and_plan() -> tuple[Plan, Path]:
+    def restore_and_plan() -> tuple[RunPlan, Path]:
         resumed_plan = (
             resume_state.restore(session.groups.replica, session.device)
             if config.latents is None
@@ -86,23 +87,26 @@ def prepare_video(
         if config.latents is not None:
             # Latents that cannot be used raise here, before anything is written.
             read_latents(Path(config.latents).expanduser())
-        resumed_plan = session.plan_memory(resumed_plan, config, quiet=quiet)
+        run_plan = session.plan_memory(resumed_plan, config, quiet=quiet)
         result_path = (
             resume_state.reserve_path(is_name_fixed=config.output.name is not None)
             if session.groups.replica.rank == 0
             else None
         )
         result_path = cast(Path, broadcast_object(result_path, session.groups.replica))
-        return resume_state.rename_plan(resumed_plan, result_path.stem), result_path
+        return resume_state.rename_plan(run_plan, result_path.stem), result_path
 
-    plan, result_file = session.run_together(restore_and_plan, "begin a video")
-    report.metadata |= {"checkpoint": str(session.checkpoint.folder), "degrees": vars(plan.degrees)}
+    run_plan, result_file = session.run_together(restore_and_plan, "begin a video")
+    report.record.checkpoint = str(session.checkpoint.folder)
+    report.record.degrees = asdict(plan.degrees)
     latents_file = (
         result_file.with_suffix(".latents.safetensors")
         if config.latents is None
         else Path(config.latents).expanduser()
     )
-    return VideoInProgress(session, config, plan, report, resume_state, result_file, latents_file)
+    return VideoInProgress(
+        session, config, run_plan, report, resume_state, result_file, latents_file
+    )
 
 
 @torch.no_grad()
@@ -185,24 +189,17 @@ def _finalize_video(video: VideoInProgress) -> None:
 
 def _write_record(video: VideoInProgress) -> None:
     plan, report, config = video.plan, video.report, video.config
-    report.metadata |= describe_video(config, plan) | {
-        "status": "done",
-        "file": str(video.result_file),
-        "arrangement": asdict(plan.arrangement),
-    }
+    record = report.record
+    describe_video(record, config, plan)
+    record.status = DONE
+    record.file = str(video.result_file)
+    record.arrangement = asdict(plan.arrangement)
     if "denoise" in report.stages:
         num_steps = config.sample.steps - video.resume_state.num_resumed_steps
-        denoise_seconds, num_guessed_steps = (
-            report.stages["denoise"]["seconds"],
-            report.metadata.get("guessed_steps", 0),
-        )
-        report.metadata |= compute_speed(plan, denoise_seconds, num_steps, num_guessed_steps)
-    digests = {
-        "digest": video.resume_state.result_digest,
-        "latents_digest": video.resume_state.latents_digest,
-        "video_digest": hash_file(video.result_file),
-    }
-    report.metadata |= digests
+        record_speed(record, plan, report.stages["denoise"]["seconds"], num_steps)
+    record.digest = video.resume_state.result_digest
+    record.latents_digest = video.resume_state.latents_digest
+    record.video_digest = hash_file(video.result_file)
     report.compare_memory(plan.stage_memories, plan.ranks_per_node)
     report.save(video.result_file.with_suffix(".json"))
     if config.latents is None:  # latents given by the user have no saved progress

@@ -16,7 +16,7 @@ from wan_dist.pipeline.decode import choose_vae_strategies, encode_video, load_v
 from wan_dist.pipeline.model_cache import ModelCache
 from wan_dist.pipeline.out_of_memory import free_memory, run_with_fallback
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.tasks.images import crop_to_cover
 from wan_dist.weights.checkpoint import Component
@@ -24,7 +24,7 @@ from wan_dist.weights.checkpoint import Component
 
 def encode_image_features(
     image_encoder: Component[nn.Module, ImageEncoderDims],
-    plan: Plan,
+    plan: RunPlan,
     report: StageReport,
     model_cache: ModelCache,
 ) -> Tensor:
@@ -46,7 +46,7 @@ def encode_image_features(
 
 
 def encode_image_latents(
-    session: Session, config: RunConfig, plan: Plan, report: StageReport
+    session: Session, config: RunConfig, plan: RunPlan, report: StageReport
 ) -> dict[str, Tensor]:
     """Return the VAE's conditioning of the images: ``known_latents``, or ``extra_channels``.
 
@@ -83,7 +83,7 @@ def encode_image_latents(
 
 
 def _encode_with_strategy(
-    session: Session, config: RunConfig, plan: Plan, report: StageReport, strategy: VaeStrategy
+    session: Session, config: RunConfig, plan: VideoPlan, report: StageReport, strategy: VaeStrategy
 ) -> dict[str, Tensor]:
     """Return the conditioning tensors of `encode_image_latents`, encoded with one strategy."""
     axis = session.groups.replica
@@ -104,7 +104,7 @@ def _encode_with_strategy(
         return {"extra_channels": torch.cat([mask.to(report.device), latents], dim=1)}
 
 
-def _make_chunks(plan: Plan) -> Iterator[Tensor]:
+def _make_chunks(plan: VideoPlan) -> Iterator[Tensor]:
     """Return the chunks (1, 3, n, H, W) to encode: a fixed first frame alone, or a video of the images."""
     if plan.task.has_fixed_first_frame:
         first_frame = crop_to_cover(plan.images[0], (plan.width, plan.height))

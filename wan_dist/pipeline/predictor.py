@@ -25,7 +25,7 @@ from wan_dist.pipeline.out_of_memory import ensure_ranks_can_allocate, free_memo
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.memory_estimate import estimate_activation_bytes
 from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.log import logger
 from wan_dist.sampling.conditioning import Conditioning
@@ -44,7 +44,7 @@ class ExpertPredictor:
 
     session: Session
     config: RunConfig
-    plan: Plan
+    plan: RunPlan
     attention: InnerAttention
     report: StageReport
     conditioning: Conditioning
@@ -177,7 +177,7 @@ class ExpertPredictor:
             free_memory()  # of the transformer before
         model, contexts = self._load_model_and_contexts(expert_index, stage_suffix, arrangement)
         model.set_slice_tokens(arrangement.slice_tokens)
-        if groups.replica.size > 1 and self.plan.workload is not None:
+        if groups.replica.size > 1:
             ensure_ranks_can_allocate(
                 estimate_activation_bytes(self.plan.workload, arrangement),
                 self.report.device,

@@ -21,7 +21,7 @@ from wan_dist.planning.digests import (
     compute_latents_digest,
     compute_result_digest,
 )
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.runtime.atomic_write import quarantine_file
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger
@@ -53,7 +53,7 @@ class ResumeState:
         self,
         folder: Path,
         config: RunConfig,
-        plan: Plan,
+        plan: VideoPlan,
         weights_digests: WeightsDigests,
         *,
         is_job: bool = False,
@@ -196,7 +196,7 @@ class ResumeState:
         }
         return {"latents": progress.latents, **progress.solver_state, **step_cache_tensors}
 
-    def restore(self, axis: Axis, device: torch.device) -> Plan:
+    def restore(self, axis: Axis, device: torch.device) -> VideoPlan:
         """Restore saved progress, if any, on all ranks of the axis; returns the plan with its seed and name.
 
         The first rank reads it and broadcasts it.
@@ -235,7 +235,7 @@ class ResumeState:
             path = self.folder / f"{self.plan.name}_{number}{suffix}"
         return path
 
-    def rename_plan(self, plan: Plan, name: str) -> Plan:
+    def rename_plan(self, plan: RunPlan, name: str) -> RunPlan:
         """Return the plan with the name that was reserved."""
         self.plan = replace(self.plan, name=name)
         return replace(plan, name=name)

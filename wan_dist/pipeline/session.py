@@ -28,7 +28,7 @@ from wan_dist.pipeline.prompt_cache import PromptCache
 from wan_dist.planning.digests import WeightsDigests
 from wan_dist.planning.hardware import Hardware, find_host_memory
 from wan_dist.planning.memory_table import format_memory_table
-from wan_dist.planning.plan import Plan, plan_memory
+from wan_dist.planning.plan import RunPlan, VideoPlan, plan_memory
 from wan_dist.planning.residency import plan_resident_models
 from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.errors import InputError
@@ -85,7 +85,7 @@ class Session:
 
     def apply_fallback(self, arrangement: Arrangement, report: StageReport) -> None:
         """Use an arrangement from now on, on all ranks of the replica: memory ran out with the one before."""
-        report.metadata["stepped_down_to"] = asdict(arrangement)
+        report.record.stepped_down_to = asdict(arrangement)
         self.fallback_arrangement = arrangement
         self.keeps_both_experts = False
         self.model_cache.clear()
@@ -108,14 +108,14 @@ class Session:
         """Return an expert's slot in the model cache; the experts share one where both cannot stay."""
         return f"{model_name} {expert_index}" if self.keeps_both_experts else model_name
 
-    def plan_memory(self, plan: Plan, config: RunConfig, *, quiet: bool = False) -> Plan:
+    def plan_memory(self, plan: VideoPlan, config: RunConfig, *, quiet: bool = False) -> RunPlan:
         """Return the plan with the arrangement for the available memory, the same on all ranks, and log it.
 
         Where models stay loaded, each stage's memory includes them.
         """
         text_len = self.checkpoint.transformers[0].dims.text_len
         models, tokenizer = self.checkpoint.model_dims, self.checkpoint.tokenizer
-        plan = plan_memory(
+        run_plan = plan_memory(
             plan,
             config,
             self.hardware,
@@ -123,19 +123,19 @@ class Session:
             lambda text: len(tokenize_prompt(tokenizer, text, text_len)),
         )
         if self.model_cache.is_persistent:
-            plan = plan_resident_models(plan, num_experts=2 if self.keeps_both_experts else 1)
-        assert plan.budget is not None
+            num_experts = 2 if self.keeps_both_experts else 1
+            run_plan = plan_resident_models(run_plan, num_experts=num_experts)
         if not quiet:
-            logger.info("plan      %s", plan.arrangement.description)
+            logger.info("plan      %s", run_plan.arrangement.description)
             for line in format_memory_table(
-                plan.stage_memories, plan.budget.gpu_bytes, plan.budget.host_bytes
+                run_plan.stage_memories, run_plan.budget.gpu_bytes, run_plan.budget.host_bytes
             ):
                 logger.info("          %s", line)
-        return plan
+        return run_plan
 
 
 def open_session(
-    config: RunConfig, plan: Plan, groups: ProcessGroups, device: torch.device
+    config: RunConfig, plan: VideoPlan, groups: ProcessGroups, device: torch.device
 ) -> Session:
     """Open the plan's checkpoint and choose its attention kernel, the same on all ranks of the run.
 
@@ -203,7 +203,7 @@ def find_device(config: RunConfig) -> torch.device:
     return device
 
 
-def _open_checkpoint(config: RunConfig, plan: Plan, groups: ProcessGroups) -> Checkpoint:
+def _open_checkpoint(config: RunConfig, plan: VideoPlan, groups: ProcessGroups) -> Checkpoint:
     """Open the checkpoint; the first rank of each node downloads what is missing."""
 
     def find_folder() -> Path:

@@ -17,7 +17,7 @@ from wan_dist.parallel.fsdp import apply_fsdp
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.prompt_cache import PromptCache
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.log import logger
 from wan_dist.weights.streaming import StreamingOptions
 
@@ -26,7 +26,7 @@ _LOG_INTERVAL_SECONDS = 60.0
 
 
 def embed_prompts(
-    session: Session, config: RunConfig, plan: Plan, prompts: Iterable[str], report: StageReport
+    session: Session, config: RunConfig, plan: RunPlan, prompts: Iterable[str], report: StageReport
 ) -> dict[str, Tensor]:
     """Return the embeddings by prompt on the host of the replica's first rank; encode those not found.
 
@@ -58,7 +58,7 @@ def embed_prompts(
 
 
 def embed_prompts_ahead(
-    session: Session, config: RunConfig, plan: Plan, prompts: Iterable[str], report: StageReport
+    session: Session, config: RunConfig, plan: RunPlan, prompts: Iterable[str], report: StageReport
 ) -> None:
     """Encode a batch's prompts that have no embedding yet.
 
@@ -151,7 +151,7 @@ def _open_prompt_cache_once(folder: Path, identity: str, limit_bytes: int) -> Pr
 
 def _encode_missing_prompts(
     session: Session,
-    plan: Plan,
+    plan: RunPlan,
     prompts: list[str],
     report: StageReport,
     store_embedding: Callable[[str, Tensor], None],
@@ -181,7 +181,7 @@ def _encode_missing_prompts(
 
 def _encode_prompts(
     session: Session,
-    plan: Plan,
+    plan: RunPlan,
     prompts: list[str],
     report: StageReport,
     handle_embedding: Callable[[str, Tensor], None],

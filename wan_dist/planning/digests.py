@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from wan_dist.config.schema import RunConfig
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import VideoPlan
 from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
@@ -30,7 +30,7 @@ class WeightsDigests:
 
 
 def compute_latents_digest(
-    config: RunConfig, plan: Plan, weights_digests: WeightsDigests, *, is_job: bool
+    config: RunConfig, plan: VideoPlan, weights_digests: WeightsDigests, *, is_job: bool
 ) -> str:
     """Return the digest of all that a video's latents depend on.
 
@@ -73,7 +73,7 @@ def compute_latents_digest(
 
 
 def compute_result_digest(
-    config: RunConfig, plan: Plan, latents: str, weights_digests: WeightsDigests
+    config: RunConfig, plan: VideoPlan, latents: str, weights_digests: WeightsDigests
 ) -> str:
     """Return the digest of all that a result's files depend on; ``latents`` is the digest of its latents."""
     file_type = "png" if plan.task.is_still else "mp4"

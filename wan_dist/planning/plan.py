@@ -5,7 +5,7 @@ No torch, so that it answers at once.
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -47,8 +47,8 @@ from wan_dist.tasks.registry import Task, TeaCacheFit, get_task
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run will do, in numbers."""
+class VideoPlan:
+    """What a run will do, in numbers, as far as it does not depend on memory."""
 
     task: Task
     prompt: str
@@ -70,21 +70,15 @@ class Plan:
     shift: float
     guide_scales: tuple[float, float]
     """For low and for high noise."""
-    tea_fit: TeaCacheFit | None = None
+    tea_fit: TeaCacheFit | None
     """TeaCache's, if it is requested."""
     latent_shape: tuple[int, int, int, int]
     """(C, T, h, w)."""
     num_tokens: int
     degrees: Degrees
     ranks_per_node: int
-    arrangement: Arrangement
-    """Before `plan_memory`: what does not depend on memory, sharding and the VAE's first strategy."""
-    stage_memories: tuple[StageMemory, ...] = ()
-    """Predicted memory of each stage; empty before `plan_memory`."""
-    workload: Workload | None = None
-    """Sizes of what the run computes; None before `plan_memory`."""
-    budget: Budget | None = None
-    """Memory that the run may take; None before `plan_memory`."""
+    base_arrangement: Arrangement
+    """What does not depend on memory: sharding, and the VAE's first strategy."""
     name: str
     """File name of the results, without suffix."""
 
@@ -117,6 +111,19 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(VideoPlan):
+    """A video's plan with the arrangement of the models that fits into memory; see `plan_memory`."""
+
+    workload: Workload
+    """Sizes of what the run computes."""
+    arrangement: Arrangement
+    budget: Budget
+    """Memory that the run may take."""
+    stage_memories: tuple[StageMemory, ...]
+    """Predicted memory of each stage."""
+
+
 class _VideoInput(NamedTuple):
     """Size of a video, and the images that it starts from."""
 
@@ -135,7 +142,7 @@ def make_plan(
     is_dry_run: bool = False,
     is_job: bool = False,
     image_size_reader: ImageSizeReader | None = None,
-) -> Plan:
+) -> VideoPlan:
     """Return the plan of a run: what the configuration leaves open is resolved.
 
     ``ranks``: how many there are, and how many on a node; None: those that torchrun has started. A dry run
@@ -162,7 +169,7 @@ def make_plan(
     if is_guided:
         negative_prompt = read_text_setting("negative_prompt", config.negative_prompt) or ""
     area = video.width * video.height
-    return Plan(
+    return VideoPlan(
         task=task,
         prompt=prompt or "",
         negative_prompt=negative_prompt,
@@ -181,7 +188,7 @@ def make_plan(
         num_tokens=num_tokens,
         degrees=degrees,
         ranks_per_node=ranks_per_node,
-        arrangement=build_base_arrangement(
+        base_arrangement=build_base_arrangement(
             config, task, degrees, max(latent_shape[2:]), is_guided=is_guided
         ),
         name=name_result(config, prompt, seed),
@@ -234,12 +241,12 @@ def _estimate_num_tokens(text: str) -> int:
 
 
 def plan_memory(
-    plan: Plan,
+    plan: VideoPlan,
     config: RunConfig,
     hardware: Hardware,
     models: ModelDims,
     count_tokens: Callable[[str], int] = _estimate_num_tokens,
-) -> Plan:
+) -> RunPlan:
     """Return the plan with the fastest arrangement of these models that fits, and the memory of each stage.
 
     Raises InputError if nothing fits, with what would.
@@ -249,27 +256,27 @@ def plan_memory(
     shorten_workload = partial(_shorten_workload, workload)
     if config.latents is not None:  # nothing but the VAE is needed
         arrangement = choose_vae_strategies(
-            workload, config.memory, plan.arrangement, budget, shorten_workload
+            workload, config.memory, plan.base_arrangement, budget, shorten_workload
         )
         stages = [
             stage for stage in estimate_memory(workload, arrangement) if stage.name == "decode"
         ]
     else:
         arrangement = choose_arrangement(
-            workload, config.memory, plan.arrangement, budget, shorten_workload
+            workload, config.memory, plan.base_arrangement, budget, shorten_workload
         )
         stages = estimate_memory(workload, arrangement)
-    return replace(
-        plan,
-        arrangement=arrangement,
-        stage_memories=tuple(stages),
+    return RunPlan(
+        **{field.name: getattr(plan, field.name) for field in fields(VideoPlan)},
         workload=workload,
+        arrangement=arrangement,
         budget=budget,
+        stage_memories=tuple(stages),
     )
 
 
 def _build_workload(
-    plan: Plan,
+    plan: VideoPlan,
     config: RunConfig,
     hardware: Hardware,
     models: ModelDims,

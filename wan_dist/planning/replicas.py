@@ -6,7 +6,7 @@ from dataclasses import replace
 from wan_dist.config.schema import RunConfig
 from wan_dist.planning.degrees import Degrees, plan_degrees
 from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.plan import Plan, make_plan, plan_memory, read_num_heads
+from wan_dist.planning.plan import RunPlan, make_plan, plan_memory, read_num_heads
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.image_sizes import ImageSizeReader
 from wan_dist.tasks.registry import get_task
@@ -140,7 +140,7 @@ def _plan_if_it_fits(
     ranks: tuple[int, int],
     hardware: Hardware,
     image_size_reader: ImageSizeReader | None,
-) -> Plan | None:
+) -> RunPlan | None:
     """Return the plan with the degrees of ``config``, None if it does not fit."""
     try:
         plan = make_plan(config, ranks=ranks, is_job=True, image_size_reader=image_size_reader)

@@ -8,17 +8,16 @@ from wan_dist.planning.parameter_bytes import (
     count_projection_bytes,
     count_vae_weight_bytes,
 )
-from wan_dist.planning.plan import Plan
+from wan_dist.planning.plan import RunPlan
 
 
-def plan_resident_models(plan: Plan, *, num_experts: int = 1) -> Plan:
-    """Return an arranged plan with the memory of a run whose models stay loaded from video to video.
+def plan_resident_models(plan: RunPlan, *, num_experts: int = 1) -> RunPlan:
+    """Return the plan with the memory of a run whose models stay loaded from video to video.
 
     All models but the text encoder stay; of a task with two experts, ``num_experts`` of them (1 or 2). The
     plan of a video that is decoded from saved latents is returned as it is.
     """
     workload, arrangement = plan.workload, plan.arrangement
-    assert workload is not None
     denoise_stage = next((stage for stage in plan.stage_memories if stage.name == "denoise"), None)
     if denoise_stage is None:
         return plan
@@ -55,14 +54,12 @@ def plan_resident_models(plan: Plan, *, num_experts: int = 1) -> Plan:
     return replace(plan, stage_memories=tuple(map(add_resident_weights, plan.stage_memories)))
 
 
-def can_keep_models(plan: Plan, *, num_experts: int = 1) -> bool:
-    """Whether the models fit in memory as in `plan_resident_models`, for an arranged plan.
+def can_keep_models(plan: RunPlan, *, num_experts: int = 1) -> bool:
+    """Whether the models fit in memory as in `plan_resident_models`.
 
     Weights that are read from disk each step do not stay.
     """
     workload, budget, arrangement = plan.workload, plan.budget, plan.arrangement
-    assert workload is not None
-    assert budget is not None
     if arrangement.dit == "disk" or (num_experts > 1 and arrangement.dit != "resident"):
         return False
     stages = plan_resident_models(plan, num_experts=num_experts).stage_memories
@@ -77,20 +74,17 @@ def can_keep_models(plan: Plan, *, num_experts: int = 1) -> bool:
     )
 
 
-def can_keep_experts(plan: Plan) -> bool:
+def can_keep_experts(plan: RunPlan) -> bool:
     """Whether both experts of a task that has two may stay, so that a video starts with the first loaded."""
-    assert plan.workload is not None
     return plan.workload.num_experts > 1 and can_keep_models(plan, num_experts=2)
 
 
-def can_buffer_frames(plan: Plan, itemsize: int) -> bool:
-    """Whether host memory holds decoded videos as well as the largest stage of an arranged plan.
+def can_buffer_frames(plan: RunPlan, itemsize: int) -> bool:
+    """Whether host memory holds decoded videos as well as the largest stage of the plan.
 
     ``itemsize``: bytes of a value of the frames.
     """
     workload, budget = plan.workload, plan.budget
-    assert workload is not None
-    assert budget is not None
     peak_host_bytes = max(
         stage.host_bytes
         + (workload.ranks_per_node * stage.gpu_bytes if budget.gpu_bytes is None else 0)

@@ -10,12 +10,12 @@ from tests.conftest import FIXTURES
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
 from wan_dist.planning.degrees import plan_degrees
-from wan_dist.planning.plan import Plan, make_plan
+from wan_dist.planning.plan import VideoPlan, make_plan
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS, ImageInput
 
 
-def plan(*arguments: str) -> Plan:
+def plan(*arguments: str) -> VideoPlan:
     config = compose_config(prepare_arguments(list(arguments)))
     assert config is not None
     return make_plan(config)
@@ -401,9 +401,11 @@ def test_heads_are_the_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_large_weights_are_sharded_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not plan("task=t2v-14B", "prompt=x").arrangement.shard_dit
+    assert not plan("task=t2v-14B", "prompt=x").base_arrangement.shard_dit
     launched(monkeypatch, 4, 4)
-    assert plan("task=t2v-14B", "prompt=x").arrangement.shard_dit
-    assert not plan("task=t2v-1.3B", "prompt=x").arrangement.shard_dit
-    assert not plan("task=t2v-14B", "prompt=x", "fsdp.dit=false").arrangement.shard_dit
-    assert plan("task=t2v-1.3B", "prompt=x", "fsdp.dit=true", "fsdp.t5=true").arrangement.shard_t5
+    assert plan("task=t2v-14B", "prompt=x").base_arrangement.shard_dit
+    assert not plan("task=t2v-1.3B", "prompt=x").base_arrangement.shard_dit
+    assert not plan("task=t2v-14B", "prompt=x", "fsdp.dit=false").base_arrangement.shard_dit
+    assert plan(
+        "task=t2v-1.3B", "prompt=x", "fsdp.dit=true", "fsdp.t5=true"
+    ).base_arrangement.shard_t5

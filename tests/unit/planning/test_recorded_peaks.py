@@ -48,16 +48,14 @@ def load_of(row: dict[str, Any], folder: Path) -> Workload:
         prepare_arguments([f"task={task}", "prompt=two cats boxing on a stage", *settings])
     )
     assert config is not None
-    plan = make_plan(config, ranks=(row["ranks"], row["ranks"]))
     hardware = Hardware(139 * GIB, 200 * GIB, "")
     plan = plan_memory(
-        plan,
+        make_plan(config, ranks=(row["ranks"], row["ranks"])),
         config,
         hardware,
         get_task(task).model_dims,
         lambda text: min(512, len(clean_prompt(text).encode()) + 1),
     )
-    assert plan.workload is not None
     return plan.workload
 
 

@@ -4,7 +4,7 @@ import json
 import shlex
 
 from wan_dist.config.hydra_quoting import quote_if_needed, quote_text
-from wan_dist.output.gallery.records import VideoRecord
+from wan_dist.output.gallery.records import GalleryVideo
 
 _DEFAULT_SETTINGS: dict[str, object] = {"quant": "none", "attention": "auto", "noise_device": "cpu"}
 """Default values that are omitted; the tests compare them with a run's defaults."""
@@ -12,7 +12,7 @@ _NULLABLE_SETTINGS = ("negative_prompt", "sample.shift")
 """Settings whose null is written, as tasks have defaults of their own for them."""
 
 
-def build_rerun_command(record: VideoRecord) -> str:
+def build_rerun_command(record: GalleryVideo) -> str:
     """Return a shell command that makes the video again, empty for a record without a task.
 
     It is ``python -m wan_dist.run`` with every setting that the frames depend on.

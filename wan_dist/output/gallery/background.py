@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wan_dist.output.gallery.page import write_page
-from wan_dist.output.gallery.records import RecordCache, VideoRecord, read_records
+from wan_dist.output.gallery.records import GalleryVideo, RecordCache, read_records
 from wan_dist.output.gallery.table import write_table
 from wan_dist.runtime.atomic_write import atomic_write
 
@@ -54,7 +54,7 @@ class PageWriter:
 
 
 def _list_run_spans(
-    stages: Mapping[str, Mapping[str, float]], records: Iterable[VideoRecord]
+    stages: Mapping[str, Mapping[str, float]], records: Iterable[GalleryVideo]
 ) -> list[dict[str, Any]]:
     spans = _build_spans(0, None, stages)
     for record in records:

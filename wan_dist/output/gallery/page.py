@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from wan_dist.output.gallery.again import build_rerun_command
-from wan_dist.output.gallery.records import VideoRecord, read_records
+from wan_dist.output.gallery.records import GalleryVideo, read_records
 from wan_dist.output.gallery.runs import RunRecord, read_runs
 from wan_dist.output.gallery.sheet import (
     SHEET_COLUMNS,
@@ -40,7 +40,7 @@ _MAX_TOTAL_BARS, _MIN_BARS_PER_RUN = 6_000, 200
 """Bars of all timelines together at most, and of one run at least."""
 
 
-def write_page(folder: Path, records: Sequence[VideoRecord] | None = None) -> Path:
+def write_page(folder: Path, records: Sequence[GalleryVideo] | None = None) -> Path:
     """Write FOLDER/index.html, after the contact sheets that are missing, and return its path.
 
     The page appears when it is complete. ``records`` are the folder's, if they have been read. A video that
@@ -61,7 +61,7 @@ def write_page(folder: Path, records: Sequence[VideoRecord] | None = None) -> Pa
     return page_path
 
 
-def _write_missing_sheets(records: Sequence[VideoRecord]) -> None:
+def _write_missing_sheets(records: Sequence[GalleryVideo]) -> None:
     records_without_sheet = [
         record
         for record in records
@@ -72,7 +72,7 @@ def _write_missing_sheets(records: Sequence[VideoRecord]) -> None:
             list(executor.map(_write_sheet, records_without_sheet))
 
 
-def _write_sheet(record: VideoRecord) -> None:
+def _write_sheet(record: GalleryVideo) -> None:
     assert record.video is not None
     try:
         write_sheet(record.video, get_sheet_path(record.video), num_frames=record.num_frames)
@@ -80,7 +80,7 @@ def _write_sheet(record: VideoRecord) -> None:
         return  # the page shows the video without a sheet
 
 
-def _render_page(title: str, records: Sequence[VideoRecord], runs: Sequence[RunRecord]) -> str:
+def _render_page(title: str, records: Sequence[GalleryVideo], runs: Sequence[RunRecord]) -> str:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE_FOLDER),
         autoescape=True,
@@ -107,7 +107,7 @@ def _render_page(title: str, records: Sequence[VideoRecord], runs: Sequence[RunR
     )
 
 
-def build_page_data(records: Sequence[VideoRecord], sweeps: Sequence[Sweep]) -> dict[str, object]:
+def build_page_data(records: Sequence[GalleryVideo], sweeps: Sequence[Sweep]) -> dict[str, object]:
     """Return the data of the page's script: videos, and sweeps as grids of their indices."""
     sweep_grids = [
         {
@@ -126,7 +126,7 @@ def build_page_data(records: Sequence[VideoRecord], sweeps: Sequence[Sweep]) -> 
     }
 
 
-def _describe_video(record: VideoRecord) -> dict[str, object]:
+def _describe_video(record: GalleryVideo) -> dict[str, object]:
     sheet_path = get_sheet_path(record.video) if record.video is not None else None
     has_sheet = sheet_path is not None and sheet_path.is_file() and not sheet_path.is_symlink()
     shift, guide_scale = (
@@ -178,7 +178,7 @@ def _build_relative_url(path: Path | None) -> str | None:
     return None if path is None else "./" + quote_from_bytes(os.fsencode(path.name), safe="")
 
 
-def _read_frame_size(sheet_path: Path, record: VideoRecord) -> tuple[int | None, int | None]:
+def _read_frame_size(sheet_path: Path, record: GalleryVideo) -> tuple[int | None, int | None]:
     try:
         with Image.open(sheet_path) as image:
             width, height = image.size
@@ -191,7 +191,7 @@ def _read_frame_size(sheet_path: Path, record: VideoRecord) -> tuple[int | None,
     )
 
 
-def _format_summary(records: Sequence[VideoRecord]) -> str:
+def _format_summary(records: Sequence[GalleryVideo]) -> str:
     num_failed = sum(record.status == "failed" for record in records)
     seconds = sum(record.seconds or 0 for record in records)
     count_text = f"{len(records) - num_failed} video{'' if len(records) - num_failed == 1 else 's'}"

@@ -8,15 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from wan_dist.output.gallery.fields import (
-    get_integer,
-    get_list,
-    get_number,
-    get_object,
-    get_text,
-    get_timestamp,
-    make_natural_key,
-)
+from wan_dist.output.json_values import get_integer, get_text
+from wan_dist.output.record import DONE, FAILED, VideoRecord
 from wan_dist.runtime.errors import InputError, get_first_line
 
 _IRRELEVANT_PREFIXES = (
@@ -39,8 +32,11 @@ _LOSSLESS_VALUES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoRecord:
-    """A video, or one that failed; where the record lacks a value, numbers are None and texts empty."""
+class GalleryVideo:
+    """A video of a folder, or one that failed, as its record says.
+
+    Where the record lacks a value, numbers are None and texts empty.
+    """
 
     path: Path
     """File of the record."""
@@ -114,11 +110,11 @@ class VideoRecord:
         }
 
 
-RecordCache = dict[str, tuple[tuple[object, ...], VideoRecord | None]]
+RecordCache = dict[str, tuple[tuple[object, ...], GalleryVideo | None]]
 """Records by file name, each with the file state that shows whether it has changed."""
 
 
-def read_records(folder: Path, record_cache: RecordCache | None = None) -> list[VideoRecord]:
+def read_records(folder: Path, record_cache: RecordCache | None = None) -> list[GalleryVideo]:
     """Return the records of a folder, sorted by run and name.
 
     Files that are no records, and records that name a file elsewhere, are skipped. Records in
@@ -142,7 +138,7 @@ def read_records(folder: Path, record_cache: RecordCache | None = None) -> list[
             entry = read_json_object(folder / name)
             current_cache[name] = (
                 file_state,
-                None if entry is None else _parse_record(folder / name, entry, file_names),
+                _make_gallery_video(folder / name, VideoRecord.from_json(entry), file_names),
             )
     previous_cache.clear()
     previous_cache.update(current_cache)
@@ -189,57 +185,51 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and not name.startswith(".") and not set(name) & {"/", "\\", "\0"}
 
 
-def _parse_record(path: Path, entry: dict[str, object], file_names: set[str]) -> VideoRecord | None:
-    config = get_object(entry, "config")
-    is_failed = entry.get("status") == "failed"
+def _make_gallery_video(
+    path: Path, record: VideoRecord, file_names: set[str]
+) -> GalleryVideo | None:
+    """Return the video of a record, None if it is that of no video."""
+    config, job = record.config or {}, record.job
+    is_failed = record.status == FAILED
     is_record = get_text(config, "task") or (
-        entry.get("status") in ("done", "failed") and "name" in entry
+        record.status in (DONE, FAILED) and record.name is not None
     )
-    if not is_record or not is_plain_name(get_text(entry, "name") or path.stem):
+    if not is_record or not is_plain_name(record.name or path.stem):
         return None
     settings = dict(_flatten_settings(config))
     size = re.fullmatch(r"(\d{1,5})[*xX×](\d{1,5})", get_text(settings, "size").strip())
     width, height = (int(size[1]), int(size[2])) if size else (None, None)
-    job = get_object(entry, "job")
-    error_text = get_first_line(get_text(entry, "error") or "no reason was kept")[:500]
-    recorded_seed = get_integer(entry, "seed")
-    seed = get_integer(settings, "seed") if recorded_seed is None else recorded_seed
-    return VideoRecord(
+    error_text = get_first_line(record.error or "no reason was kept")[:500]
+    return GalleryVideo(
         path=path,
         name=path.stem,
-        video=None if is_failed else _find_video(path, get_text(entry, "file"), file_names),
-        status="failed" if is_failed else "done",
+        video=None if is_failed else _find_video(path, record.file or "", file_names),
+        status=FAILED if is_failed else DONE,
         error=error_text if is_failed else "",
-        run=get_text(entry, "run"),
-        rank=get_integer(entry, "rank"),
-        job_source=f"{get_text(job, 'file')}, line {get_integer(job, 'line')}" if job else "",
+        run=record.run or "",
+        rank=record.rank,
+        job_source=f"{job['file']}, line {job['line']}" if job else "",
         task=get_text(settings, "task"),
-        prompt=get_text(entry, "prompt") or get_text(settings, "prompt"),
-        seed=seed,
-        width=get_integer(entry, "width") or width,
-        height=get_integer(entry, "height") or height,
-        num_frames=get_integer(entry, "num_frames") or get_integer(settings, "frame_num"),
-        fps=get_integer(entry, "fps") or get_integer(settings, "fps"),
-        began=get_timestamp(entry, "began"),
-        seconds=get_number(entry, "seconds"),
-        step_seconds=get_number(entry, "step_seconds"),
-        tflops=get_number(entry, "tflops"),
-        peak_gpu_gib=get_number(entry, "peak_gpu_gib"),
-        peak_host_gib=get_number(entry, "peak_host_gib"),
-        lossy_options=_list_lossy_options(entry, settings),
-        digest=get_text(entry, "digest"),
-        video_digest=get_text(entry, "video_digest"),
-        machine=get_text(entry, "machine"),
+        prompt=record.prompt or get_text(settings, "prompt"),
+        seed=get_integer(settings, "seed") if record.seed is None else record.seed,
+        width=record.width or width,
+        height=record.height or height,
+        num_frames=record.num_frames or get_integer(settings, "frame_num"),
+        fps=record.fps or get_integer(settings, "fps"),
+        began=record.began,
+        seconds=record.seconds,
+        step_seconds=record.step_seconds,
+        tflops=record.tflops,
+        peak_gpu_gib=record.peak_gpu_gib,
+        peak_host_gib=record.peak_host_gib,
+        lossy_options=_list_lossy_options(record, settings),
+        digest=record.digest or "",
+        video_digest=record.video_digest or "",
+        machine=record.machine or "",
         settings=settings,
-        versions={
-            key: get_text(get_object(entry, "versions"), key)
-            for key in get_object(entry, "versions")
-        },
-        stages_by_rank=tuple(
-            _parse_stage_numbers(stages)
-            for stages in (entry.get("stages"), *get_list(entry, "other_ranks"))
-        ),
-        memory_by_stage=_parse_stage_numbers(entry.get("memory")),
+        versions=record.versions or {},
+        stages_by_rank=(record.stages or {}, *(record.other_ranks or ())),
+        memory_by_stage=record.memory or {},
     )
 
 
@@ -258,13 +248,9 @@ def _find_video(path: Path, recorded_name: str, file_names: set[str]) -> Path | 
     return None
 
 
-def _list_lossy_options(entry: dict[str, object], settings: dict[str, object]) -> tuple[str, ...]:
-    if "distance" in entry:
-        return tuple(
-            get_text({"": item}, "")
-            for item in get_list(entry, "distance")
-            if isinstance(item, str)
-        )
+def _list_lossy_options(record: VideoRecord, settings: dict[str, object]) -> tuple[str, ...]:
+    if record.distance is not None:
+        return tuple(record.distance)
     return tuple(
         f"{key}={settings[key]}"
         for key, lossless_values in _LOSSLESS_VALUES.items()
@@ -282,12 +268,16 @@ def _flatten_settings(
             yield f"{prefix}{key}", get_text({key: value}, key) if isinstance(value, str) else value
 
 
-def _parse_stage_numbers(stage_entries: object) -> dict[str, dict[str, float]]:
-    """Return the numbers of each stage."""
-    numbers_by_stage = {}
-    for stage, entry in (stage_entries if isinstance(stage_entries, dict) else {}).items():
-        if isinstance(entry, dict):
-            numbers_by_stage[stage] = {
-                key: value for key in entry if (value := get_number(entry, key)) is not None
-            }
-    return numbers_by_stage
+def make_natural_key(name: str) -> list[tuple[int, int, str]]:
+    """Return a key for natural sorting: job-2 before job-10."""
+    parts: list[tuple[int, int, str]] = []
+    digits = ""
+    for character in f"{name}\0":
+        if "0" <= character <= "9":
+            digits += character
+            continue
+        if digits:
+            parts.append((0, int(digits[:18]), digits))
+            digits = ""
+        parts.append((1, 0, character))
+    return parts

@@ -5,16 +5,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from wan_dist.output.gallery.fields import (
+from wan_dist.output.gallery.records import (
+    is_record_name,
+    list_file_names,
+    make_natural_key,
+    read_json_object,
+)
+from wan_dist.output.json_values import (
     get_integer,
     get_list,
     get_number,
     get_object,
     get_text,
+    get_texts,
     get_timestamp,
-    make_natural_key,
 )
-from wan_dist.output.gallery.records import is_record_name, list_file_names, read_json_object
 
 
 class Span(NamedTuple):
@@ -88,9 +93,7 @@ def _parse_run(path: Path, entry: dict[str, object]) -> RunRecord:
         name=path.stem,
         began=get_timestamp(entry, "began"),
         ended=get_timestamp(entry, "ended"),
-        command=tuple(
-            get_text({"": word}, "") for word in get_list(entry, "command") if isinstance(word, str)
-        ),
+        command=tuple(get_texts(entry, "command")),
         ranks=get_integer(entry, "ranks"),
         jobs=get_integer(entry, "jobs"),
         done=get_integer(entry, "done"),

@@ -6,8 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from wan_dist.output.gallery.fields import make_natural_key
-from wan_dist.output.gallery.records import VideoRecord
+from wan_dist.output.gallery.records import GalleryVideo, make_natural_key
 
 _MAX_CELLS = 64
 _MAX_PAIRED_SETTINGS = 8
@@ -36,7 +35,7 @@ class Sweep:
         )
 
 
-def find_sweeps(records: Sequence[VideoRecord]) -> list[Sweep]:
+def find_sweeps(records: Sequence[GalleryVideo]) -> list[Sweep]:
     """Return the sweeps of the records that have a video, largest first; none is a subset of another."""
     settings_by_record = {
         record_index: {

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from wan_dist.output.gallery.records import VideoRecord, is_plain_name
+from wan_dist.output.gallery.records import GalleryVideo, is_plain_name
 from wan_dist.runtime.atomic_write import atomic_write
 from wan_dist.runtime.errors import InputError
 
@@ -15,7 +15,7 @@ _FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", 
 _BYTE_ORDER_MARK = "\ufeff"
 
 
-def write_table(run: Path | str, records: Iterable[VideoRecord]) -> Path:
+def write_table(run: Path | str, records: Iterable[GalleryVideo]) -> Path:
     """Write the table of a run's videos and return its path.
 
     ``run`` is the path of the run's record RUN.json, beside which RUN.csv is written, or a run id, for which
@@ -47,7 +47,7 @@ def write_table(run: Path | str, records: Iterable[VideoRecord]) -> Path:
     return table_path
 
 
-def _build_row(record: VideoRecord) -> dict[str, object]:
+def _build_row(record: GalleryVideo) -> dict[str, object]:
     began_text = (
         None
         if record.began is None

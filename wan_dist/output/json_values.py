@@ -1,9 +1,17 @@
 """Typed fields of untrusted JSON: a value of the expected type, or nothing."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import TypeVar, cast
 
+T = TypeVar("T")
 _MAX_TEXT_LENGTH = 20_000
+
+
+def json_field(read_value: Callable[[Mapping[str, object], str], T]) -> T | None:
+    """Return a dataclass field that is None unless set; ``read_value`` reads it from an object by its key."""
+    return cast(T | None, field(default=None, metadata={"read_value": read_value}))
 
 
 def get_text(entry: Mapping[str, object], key: str) -> str:
@@ -52,16 +60,6 @@ def get_list(entry: Mapping[str, object], key: str) -> list[object]:
     return value if isinstance(value, list) else []
 
 
-def make_natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Return a key for natural sorting: job-2 before job-10."""
-    parts: list[tuple[int, int, str]] = []
-    digits = ""
-    for character in f"{name}\0":
-        if "0" <= character <= "9":
-            digits += character
-            continue
-        if digits:
-            parts.append((0, int(digits[:18]), digits))
-            digits = ""
-        parts.append((1, 0, character))
-    return parts
+def get_texts(entry: Mapping[str, object], key: str) -> list[str]:
+    """Return the texts of a list, empty where there is none."""
+    return [get_text({"": item}, "") for item in get_list(entry, key) if isinstance(item, str)]

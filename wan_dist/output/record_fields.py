@@ -1,0 +1,44 @@
+"""Record fields that follow from a video's settings and plan: what it is, lossy settings, and speed."""
+
+from wan_dist.config.schema import EIGHT_BIT_BACKENDS, RunConfig
+from wan_dist.output.record import VideoRecord
+from wan_dist.planning.flops import count_forward_flops
+from wan_dist.planning.plan import RunPlan, VideoPlan
+
+
+def describe_video(record: VideoRecord, config: RunConfig, plan: VideoPlan) -> None:
+    """Set the fields that identify a video, made or not: name, prompt, seed, size and lossy settings."""
+    record.name = plan.name
+    record.prompt = plan.prompt
+    record.seed = plan.seed
+    record.width = plan.width
+    record.height = plan.height
+    record.num_frames = plan.frame_num
+    record.fps = plan.fps
+    record.distance = list_lossy_settings(config)
+
+
+def list_lossy_settings(config: RunConfig) -> list[str]:
+    """Return the settings that change a result beyond rounding errors."""
+    lossy_settings = {
+        "quant": config.quant if config.quant != "none" else None,
+        "attention": config.attention if config.attention in EIGHT_BIT_BACKENDS else None,
+        "cache.steps": config.cache.steps,
+    }
+    return [f"{key}={value}" for key, value in lossy_settings.items() if value is not None]
+
+
+def record_speed(record: VideoRecord, plan: RunPlan, seconds: float, num_steps: int) -> None:
+    """Set seconds per step, and TFLOP/s of one rank in the steps that the cache did not guess.
+
+    Neither is set where there is nothing to measure. ``seconds`` are those of all ``num_steps`` steps.
+    """
+    if num_steps == 0 or seconds == 0:
+        return
+    operations_per_step = len(plan.workload.text_lengths) * count_forward_flops(
+        plan.workload.model_dims.transformer, plan.num_tokens
+    )
+    num_computed_steps = num_steps - (record.guessed_steps or 0)
+    rank_operations = num_computed_steps * operations_per_step / plan.workload.num_ranks
+    record.step_seconds = round(seconds / num_steps, 4)
+    record.tflops = round(rank_operations / seconds / 1e12, 3)
