@@ -27,6 +27,8 @@ from wan_dist.tasks.registry import TASKS
 
 ALONE = Axis()
 TIMES = torch.tensor([[500]])
+SLICE = 3072
+"""Below FLOAT32_CHUNK_TOKENS, so that a slice limits what is in float32 too."""
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,7 +52,7 @@ def in_8_bits(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attention_8bit._run_8bit_attention(NoKernels(), q, k, v)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("slice_tokens", [None, 2048])
+@pytest.mark.parametrize("slice_tokens", [None, SLICE])
 @pytest.mark.parametrize("passes", ["together", "apart"])
 @pytest.mark.parametrize(
     ("task", "size", "quant"),
@@ -76,7 +78,8 @@ def test_a_step_takes_what_is_planned(
     monkeypatch.setattr(quantized, "supports_fp8_matmul", lambda device: True)
     quant, _, more = quant.partition(", and ")
     found, (width, height, frames) = TASKS[task], size
-    dims = replace(found.transformer_dims, num_layers=3)
+    # In fp8 the peak is in the third block.
+    dims = replace(found.transformer_dims, num_layers=3 if quant == "fp8" else 2)
     shape = (
         found.latent_channels,
         (frames - 1) // 4 + 1,
@@ -110,7 +113,8 @@ def test_a_step_takes_what_is_planned(
         latents = empty(1, dims.in_dim, *shape[1:])
         groups = [contexts] if passes == "together" else [[context] for context in contexts]
         added = [ResidualCache(lambda embedding: False) if more == "tea" else None for _ in groups]
-        for group, of_group in [*zip(groups, added, strict=True)] * 2:
+        num_steps = 2 if more == "tea" else 1  # only a cache outlives a step
+        for group, of_group in [*zip(groups, added, strict=True)] * num_steps:
             model(latents, TIMES, group, rotary, of_group)
     load = Workload(
         model_dims=found.model_dims,
@@ -132,7 +136,7 @@ def test_a_step_takes_what_is_planned(
     assert live.peak >= planned * 0.85 - 0.1 * GIB
 
 
-@pytest.mark.parametrize("slice_tokens", [None, 2048])
+@pytest.mark.parametrize("slice_tokens", [None, SLICE])
 @pytest.mark.parametrize(
     ("ring_size", "ulysses_size", "num_contexts", "dtype"),
     [

@@ -31,7 +31,7 @@ def frames_of(name: str, way: VaeStrategy, latents: torch.Tensor) -> torch.Tenso
         )
 
 
-@pytest.mark.parametrize(("name", "side"), [("2.1", (3, 36)), ("2.1", (35, 2)), ("2.2", (2, 36))])
+@pytest.mark.parametrize(("name", "side"), [("2.1", (2, 36)), ("2.1", (35, 2)), ("2.2", (2, 36))])
 def test_tiles_are_exact(name: str, side: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
     latents = torch.randn(VAES[name].latent_dim, 2, *side)
@@ -46,7 +46,7 @@ def test_tiles_are_exact(name: str, side: tuple[int, int], monkeypatch: pytest.M
         )
 
 
-@pytest.mark.parametrize(("name", "side"), [("2.1", (3, 36)), ("2.2", (19, 2))])
+@pytest.mark.parametrize(("name", "side"), [("2.1", (2, 36)), ("2.2", (19, 2))])
 def test_tiles_of_the_encoder_are_exact(
     name: str, side: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,7 +75,7 @@ def test_tiles_of_the_encoder_are_exact(
 @pytest.mark.parametrize("name", VAES)
 def test_frames_at_once_make_no_difference(name: str) -> None:
     torch.manual_seed(1)
-    video = torch.rand(1, 3, 21, 32, 48) * 2 - 1
+    video = torch.rand(1, 3, 21, 32, 32) * 2 - 1
     with torch.no_grad():
         encoded = [
             encode_video(
@@ -84,13 +84,13 @@ def test_frames_at_once_make_no_difference(name: str) -> None:
                 VaeStrategy("whole", at_once=n),
                 Axis(),
             )
-            for n in (1, 2, 3, 8)
+            for n in (1, 2, 8)  # 2: the last chunk is shorter; 8: all in one
         ]
     for other in encoded[1:]:
         torch.testing.assert_close(other, encoded[0], rtol=0, atol=2e-5)
-    latents = torch.randn(VAES[name].latent_dim, 6, 3, 4)
+    latents = torch.randn(VAES[name].latent_dim, 6, 2, 3)
     whole = frames_of(name, WHOLE, latents)
-    for at_once in (2, 3, 4, 8):
+    for at_once in (2, 8):
         torch.testing.assert_close(
             frames_of(name, VaeStrategy("whole", at_once=at_once), latents),
             whole,
