@@ -4,8 +4,8 @@ captions that it was not trained on.
 
 import os
 
+from bench.toy_quality import held_out, psnr, videos_of
 from toy.judge import judge
-from toy.score import held_out, psnr, videos_of
 
 ASKED = held_out(64)[: int(os.environ.get("WAN_DIST_CAPTIONS", "3"))]
 

@@ -63,6 +63,12 @@ def test_imports_go_one_way() -> None:
     assert not backwards
 
 
+def test_the_toy_does_not_import_what_measures_it() -> None:
+    folder = PACKAGE.parent / "toy"
+    imports = {name for path in folder.glob("*.py") for name in _imports(path)}
+    assert not [name for name in imports if name.split(".")[0] == "bench"]
+
+
 def test_libraries_stay_in_their_place() -> None:
     strays = []
     for path in _files():

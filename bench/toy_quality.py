@@ -1,8 +1,8 @@
 """Score of the toy model in each configuration: held-out captions shown correctly, PSNR against float32.
 
-    python -m toy.score --at-once 8 --out scores.json         # all configurations: the table of toy/README.md
-    python -m toy.score --only float32 --ranks 2
-    python -m toy.score --only "4 steps" --captions 16 --checkpoint FOLDER
+    python -m bench.toy_quality --at-once 8 --out scores.json   # all: the table of toy/README.md
+    python -m bench.toy_quality --only float32 --ranks 2
+    python -m bench.toy_quality --only "4 steps" --captions 16 --checkpoint FOLDER
 
 Configurations that need a GPU are left out where there is none, and `attention=8bit` everywhere: its heads
 have 128 channels, the toy's 32.
