@@ -1,4 +1,5 @@
 import os
+import signal
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,15 @@ def golden_folder(name: str) -> Path:
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _keyboard_signals_are_not_ignored() -> None:
+    """A shell ignores them in what it starts in the background, and so would all that is started here."""
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}
+    for number, handler in defaults.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,8 +33,9 @@ def test_a_run_of_an_earlier_version_resumes(
 
 
 def test_a_run_of_an_earlier_version_is_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     shutil.copytree(FIXTURES / "earlier-run/out", tmp_path, dirs_exist_ok=True)
     assert launch(["gallery", str(tmp_path)]) == 0
     assert DONE in (tmp_path / "index.html").read_text(encoding="utf-8")
