@@ -319,6 +319,7 @@ def test_heic_is_read_where_there_is_a_plugin(
     (tmp_path / "pillow_heif.py").write_text(PLUGIN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
     Image.fromarray(GRADIENT).save(tmp_path / "x.png")
     (tmp_path / "x.heic").write_bytes(
         b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + (tmp_path / "x.png").read_bytes()
