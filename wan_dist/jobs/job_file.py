@@ -17,7 +17,7 @@ from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 
-RUN_ONLY_KEYS = (
+_RUN_ONLY_KEYS = (
     "jobs",
     "retry_failed",
     "device",
@@ -27,6 +27,11 @@ RUN_ONLY_KEYS = (
     "output.events",
 )
 _FILE_KEYS = ("image", "first_frame", "last_frame", "latents")
+
+
+def is_run_only_key(key: str) -> bool:
+    """Whether a setting, or its whole section, is shared by all jobs of a run."""
+    return any(key == name or key.startswith(f"{name}.") for name in _RUN_ONLY_KEYS)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Job:
     def check_keys(self) -> None:
         """Raise InputError if the job has a setting that all jobs of a run share."""
         for key in self.values:
-            if any(key == name or key.startswith(f"{name}.") for name in RUN_ONLY_KEYS):
+            if is_run_only_key(key):
                 raise InputError(
                     f"{self.location}: {key} is of the whole run; give it on the command line"
                 )

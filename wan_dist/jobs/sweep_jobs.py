@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wan_dist.config.sweep import parse_sweep
-from wan_dist.jobs.job_file import RUN_ONLY_KEYS, Job
+from wan_dist.jobs.job_file import Job, is_run_only_key
 from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
 
@@ -24,7 +24,7 @@ def make_sweep_jobs(arguments: Sequence[str]) -> tuple[list[Job], list[str]]:
     """
     sweep = parse_sweep(arguments)
     for key in sweep.combinations[0]:
-        if any(key == name or key.startswith(f"{name}.") for name in RUN_ONLY_KEYS):
+        if is_run_only_key(key):
             raise InputError(f"--multirun: {key} is of the whole run and takes one value")
     jobs = []
     for number, combination in enumerate(sweep.combinations, start=1):
@@ -39,11 +39,7 @@ def make_sweep_jobs(arguments: Sequence[str]) -> tuple[list[Job], list[str]]:
 def _name_job(combination: dict[str, str], shared_settings: Sequence[str]) -> str:
     shared = dict(setting.partition("=")[::2] for setting in shared_settings)
     prefix = shared.pop("output.name", "") or slugify_prompt(shared.get("prompt", ""))
-    depended_on = {
-        key: value
-        for key, value in shared.items()
-        if not any(key == name or key.startswith(f"{name}.") for name in RUN_ONLY_KEYS)
-    }
+    depended_on = {key: value for key, value in shared.items() if not is_run_only_key(key)}
     digest = hashlib.sha256(json.dumps(depended_on | combination, sort_keys=True).encode())
     values = "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in combination.items())
     plain_values = re.sub(r"[^\w.+-]+", "-", values)[:_MAX_VALUES_CHARACTERS].strip("-.")

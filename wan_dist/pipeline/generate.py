@@ -40,7 +40,7 @@ from wan_dist.weights.checkpoint import Checkpoint
 
 @torch.no_grad()
 def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator) -> Path | None:
-    """Generate one video on all ranks of the team; the first rank returns its path, the others None.
+    """Generate one video on all ranks of the run; the first rank returns its path, the others None.
 
     Raises InputError for what is wrong with checkpoint or output folder, before weights are read.
     """
