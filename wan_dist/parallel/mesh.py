@@ -7,12 +7,13 @@ import contextlib
 import gc
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -95,12 +96,34 @@ class ProcessGroups:
 
         One rank has none. Axes with the same ranks share a process group, since each takes GPU memory. The
         axes used inside attention have groups of their own: operations of a group run in order, and weights
-        are all-gathered ahead of time.
+        are all-gathered ahead of time. Raises RankError if another rank fails meanwhile or is lost.
         """
         if self.replica.size == 1:
             return
+        errors: list[BaseException] = []
+
+        def open_groups() -> None:
+            try:
+                self._open_groups()
+            except BaseException as error:
+                errors.append(error)
+
+        # In a thread of its own, for two reasons. This rank must not be stuck where another one has failed.
+        # And PyTorch counts a thread's open NCCL groups: an abort during the first exchange with a peer
+        # leaves one counted in the thread that was in it, which then creates no communicator ("not in a
+        # group call").
+        thread = threading.Thread(target=open_groups, daemon=True)
+        thread.start()
+        self.coordinator.wait_until(
+            lambda: not thread.is_alive(), "connect", self.replica_ranks, is_interruptible=False
+        )
+        if errors:
+            raise errors[0]
+
+    def _open_groups(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a new thread has device 0
         if dist.is_initialized():
-            self._check_can_reopen()
             self.replica_mesh = None
             distributed_c10d._abort_process_group()
             gc.collect()  # gloo closes connections with the last reference to a group
@@ -125,17 +148,6 @@ class ProcessGroups:
             )
         set_group_timeout(self, self.timeout_seconds)  # new groups do not inherit it
         self.gloo_sockets = dict(find_sockets().items() - sockets_before.items())
-
-    def _check_can_reopen(self) -> None:
-        """Raise RankError where the groups cannot be recreated.
-
-        After two NCCL communicators were aborted, creating new ones failed.
-        """
-        if self.device.type == "cuda" and len(self.distinct_groups) > 1:
-            raise RankError(
-                "after an error of one rank the run ends, as its ranks have several NCCL communicators "
-                "(parallel.ulysses, parallel.ring), which are not made anew; the same command goes on"
-            )
 
     def create_axis_groups(self) -> None:
         """Create the axes' groups from the default process group, whose ranks are the replica's."""
@@ -175,14 +187,12 @@ class ProcessGroups:
         if self.device.type != "cuda":
             _shut_down_sockets(self.gloo_sockets)
             return
-        groups = self.distinct_groups
-        backend: Any = groups[0]._get_backend(self.device)  # NCCL's
-        backend._group_start()  # otherwise aborts of several communicators wait for each other
-        try:
-            for group in groups:
-                group.abort()
-        finally:
-            backend._group_end()
+        # All at once: the abort of a communicator waits for the kernels of the others on the same GPU.
+        threads = [threading.Thread(target=group.abort) for group in self.distinct_groups]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
 
     def raise_if_aborted(self) -> None:
         """Raise RankError if the groups were aborted; called before results, then undefined, are saved."""
@@ -219,6 +229,8 @@ class ProcessGroups:
         if not dist.is_initialized():
             return
         if not is_collective or self.is_aborted:
+            if not self.is_aborted:
+                self.abort()
             distributed_c10d._abort_process_group()
             return
         dist.destroy_process_group()

@@ -31,6 +31,8 @@ _LEAVING_SECONDS = 12.0
 """Seconds without a heartbeat after which the others no longer wait for a rank before they end."""
 _GONE_SECONDS = 60.0
 """Seconds without a heartbeat after which a rank that others wait for in a collective counts as lost."""
+_SUSPECTED_SECONDS = 3.0
+"""The same once a rank of this node is known to have died."""
 _BEAT_CHECK_SECONDS = 5.0
 """Seconds, at most, between two checks of a rank's heartbeat."""
 _PIECE_BYTES = 2**21
@@ -329,7 +331,8 @@ class Coordinator:
             self.has(f"fault/{rank}") for rank in other_ranks
         ):
             return True
-        return bool(self.find_lost_ranks(other_ranks, min(self.timeout_seconds, _GONE_SECONDS)))
+        silence_seconds = _SUSPECTED_SECONDS if preemption.has_lost_peer else _GONE_SECONDS
+        return bool(self.find_lost_ranks(other_ranks, min(self.timeout_seconds, silence_seconds)))
 
     def _call_on_failure(self, work: _WatchedWork | None) -> None:
         with self._work_lock:

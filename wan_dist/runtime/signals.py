@@ -26,6 +26,8 @@ _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that torchrun forwards to its ranks; it kills those that are still alive after 30 s."""
 _STEP_GRACE_SECONDS = 25.0
 """Seconds that ranks then have to finish their step; Slurm too kills 30 s after SIGTERM."""
+_ABANDONED_SECONDS = 8.0
+"""Seconds that a rank then has to save its progress, if another one of its node has died."""
 _SIGNAL_DELAY_SECONDS = 0.5
 """Seconds within which all processes of a job get the same signal."""
 _DUPLICATE_SIGNAL_SECONDS = 1.0
@@ -46,6 +48,11 @@ class Preemption:
         self.requested_by: signal.Signals | None = None
         self.is_deferred = True
         self.is_immediate = False
+        self.has_lost_peer = False
+        """Whether a signal came because the launcher or a rank of this node has died.
+
+        On a GPU a collective does not notice that.
+        """
 
     def __call__(self, signal_number: int, frame: FrameType | None) -> None:
         """Handle a signal; those after the first change nothing here, see `_watch_signals`."""
@@ -65,7 +72,7 @@ class Preemption:
 
     def reset(self) -> None:
         """Discard an earlier request, in a process that starts another run."""
-        self.requested_by, self.is_deferred = None, True
+        self.requested_by, self.is_deferred, self.has_lost_peer = None, True, False
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -238,18 +245,20 @@ def _log_preemption_request() -> None:
 
 
 def _exit_if_abandoned(parent_pid: int, signal_number: int, seen_signals: set[int]) -> None:
-    """End this process if its launcher or another of its ranks is gone, and the main thread waits for it.
+    """Have this process end if its launcher or another of its ranks is gone.
 
-    The main thread waits if it has not recorded the signal by now.
+    Ranks that work with the lost one then abort (`Preemption.has_lost_peer`), and save the steps they have
+    completed. A main thread that has not recorded the signal by now waits for the lost rank: it gets a few
+    seconds for that.
     """
     is_preemption = signal.SIGUSR1 in seen_signals
-    is_abandoned = (
-        not is_preemption
-        if os.getppid() != parent_pid
-        else _count_living_ranks(parent_pid) < read_rank_layout().ranks_per_node
-    )
+    has_lost_launcher = os.getppid() != parent_pid
+    is_rank_missing = _count_living_ranks(parent_pid) < read_rank_layout().ranks_per_node
+    preemption.has_lost_peer = has_lost_launcher or is_rank_missing
+    is_abandoned = not is_preemption if has_lost_launcher else is_rank_missing
     if is_abandoned and preemption.requested_by is None:
-        os._exit(EXIT_PREEMPTED if is_preemption else 128 + signal_number)
+        exit_code = EXIT_PREEMPTED if is_preemption else 128 + signal_number
+        _schedule_call(_ABANDONED_SECONDS, os._exit, exit_code)
 
 
 def _exit_at_once(exit_code: int, message: str) -> None:

@@ -16,6 +16,7 @@ from wan_dist.parallel.team import Coordinator, RankError, RankFailure
 from wan_dist.runtime.environment import RankLayout
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
+from wan_dist.runtime.signals import preemption
 
 MakeCoordinators = Callable[..., list[Coordinator]]
 
@@ -223,6 +224,20 @@ def test_work_is_broken_off_where_another_rank_ends(
     first.start_watching("work/1", [0, 1], woken.set)
     assert not woken.wait(0.8)
     end(second)
+    assert woken.wait(5)
+
+
+def test_a_rank_that_the_launcher_says_is_dead_is_given_up_sooner(
+    make_coordinators: MakeCoordinators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GONE_SECONDS", 60.0)
+    monkeypatch.setattr(module, "_SUSPECTED_SECONDS", 0.6)
+    first, second = make_coordinators(2)
+    woken = threading.Event()
+    first.start_watching("work/1", [0, 1], woken.set)
+    kill(second)
+    assert not woken.wait(1.5)
+    monkeypatch.setattr(preemption, "has_lost_peer", True)
     assert woken.wait(5)
 
 
