@@ -18,7 +18,7 @@ from bench.memory import noise_image, timed_run
 from bench.record import this_run
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
-from wan_dist.tasks.registry import TASKS, ImageInput
+from wan_dist.tasks.registry import TASKS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,11 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--task",
         default="i2v-14B",
-        choices=[
-            name
-            for name, task in TASKS.items()
-            if task.image_input is not ImageInput.FIRST_AND_LAST
-        ],
+        choices=[name for name, task in TASKS.items() if len(task.inputs.file_keys) < 2],
     )
     parser.add_argument("--work", type=Path, default=Path("/tmp/wan-dist-end-to-end"))
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
@@ -59,7 +55,7 @@ def main() -> None:
     config = compose_config(prepare_arguments(settings))
     assert default is not None
     assert config is not None
-    if TASKS[options.task].image_input is ImageInput.FIRST:
+    if TASKS[options.task].inputs.is_required:
         settings.append(f"image={noise_image(config.parse_size(), options.work)}")
     start = time.perf_counter()
     code, seconds, record = timed_run(settings, options.work)

@@ -6,7 +6,7 @@ import torch
 
 from bench.random_model import random_inputs
 from wan_dist.models.dims import TransformerDims
-from wan_dist.tasks.registry import Task
+from wan_dist.tasks.base import Task
 
 
 def diffusers_config(dims: TransformerDims) -> dict[str, int | None]:

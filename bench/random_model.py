@@ -10,7 +10,7 @@ from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks, quantize_rows
 from wan_dist.sampling.conditioning import Conditioning
-from wan_dist.tasks.registry import Task
+from wan_dist.tasks.base import Task
 
 PROMPT_TOKENS = (60, 126)
 """Number of tokens of a prompt, and of the published negative prompt."""
@@ -88,7 +88,7 @@ def random_inputs(
     extra_channels, known_latents = None, None
     if extra:
         extra_channels = torch.randn(1, extra, *shape[1:], device=device)
-    if task.has_fixed_first_frame:
+    if task.inputs.has_known_first_frame:
         known_latents = torch.randn(1, shape[0], 1, *shape[2:], device=device)
     conditioning = Conditioning(
         context=torch.empty(0),

@@ -27,7 +27,8 @@ from wan_dist.parallel.mesh import open_process_groups, select_local_device
 from wan_dist.planning.degrees import Degrees
 from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.sampling.guidance import Guidance, VelocityPredictor
-from wan_dist.tasks.registry import TASKS, Task
+from wan_dist.tasks.base import Task
+from wan_dist.tasks.registry import TASKS
 
 GIB = 2**30
 

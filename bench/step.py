@@ -23,7 +23,8 @@ from bench.record import Record
 from wan_dist.models.attention.inner import choose_attention
 from wan_dist.runtime.errors import InputError
 from wan_dist.sampling.guidance import Guidance, VelocityPredictor
-from wan_dist.tasks.registry import TASKS, Task
+from wan_dist.tasks.base import Task
+from wan_dist.tasks.registry import TASKS
 
 GIB = 2**30
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.settings import Effect
 from wan_dist.config.sweep import is_sweep
 from wan_dist.jobs.job_file import Job, compose_job_configs, read_jobs
 from wan_dist.jobs.sweep_jobs import make_sweep_jobs
@@ -33,19 +34,7 @@ class PlannedJob:
     @property
     def model_key(self) -> str:
         """Key of the models that the job needs: equal for jobs that can use the same loaded ones."""
-        config = self.config
-        return repr(
-            (
-                config.task,
-                config.ckpt_dir,
-                config.dit_file,
-                config.dtype,
-                config.quant,
-                config.attention,
-                config.memory,
-                config.fsdp,
-            )
-        )
+        return repr(read_settings(self.config, Effect.WEIGHTS | Effect.MODELS))
 
     @property
     def video_shape(self) -> tuple[int, ...]:
@@ -54,11 +43,7 @@ class PlannedJob:
 
     def make_plan_with_images(self) -> VideoPlan:
         """Return the plan with its images, which are read here."""
-        has_images = any(
-            file is not None
-            for file in (self.config.image, self.config.first_frame, self.config.last_frame)
-        )
-        return make_plan(self.config, is_job=True) if has_images else self.plan
+        return make_plan(self.config, is_job=True) if self.plan.num_images else self.plan
 
 
 def sort_by_model(jobs: Iterable[PlannedJob]) -> list[PlannedJob]:

@@ -337,6 +337,6 @@ class JobWorker:
 
 def _list_timesteps(job: PlannedJob) -> list[tuple[int, bool]]:
     """Return a job's timesteps, each with whether the first frame is known (image to video)."""
-    has_known_frame = job.plan.task.has_fixed_first_frame and job.config.image is not None
+    has_known_frame = job.plan.task.inputs.has_known_first_frame and job.plan.num_images > 0
     solver = make_solver(job.config.sample.solver, job.config.sample.steps, job.plan.shift)
     return [(timestep, has_known_frame) for timestep in solver.timesteps]

@@ -1,5 +1,6 @@
 """Conditioning from text and images: encoded once in a replica, and broadcast from its first rank."""
 
+from collections.abc import Callable
 from dataclasses import fields
 
 from torch import Tensor
@@ -7,11 +8,18 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast
-from wan_dist.pipeline.image_conditioning import encode_image_features, encode_image_latents
+from wan_dist.pipeline.conditioning import image, known_first_frame
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.text_embeddings import embed_prompts
 from wan_dist.planning.plan import RunPlan
 from wan_dist.sampling.conditioning import Conditioning
+
+InputEncoder = Callable[[Session, RunConfig, RunPlan, StageReport], dict[str, Tensor]]
+INPUT_ENCODERS: dict[str, InputEncoder] = {
+    "image": image.encode_inputs,
+    "known_first_frame": known_first_frame.encode_inputs,
+}
+"""By the kind of a task's inputs; each returns fields of `Conditioning`, at least on the first rank."""
 
 
 def encode_conditioning(
@@ -22,23 +30,16 @@ def encode_conditioning(
     optional_prompts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
     prompts = {name: text for name, text in optional_prompts.items() if text is not None}
 
-    def encode_prompts_and_images() -> dict[str, Tensor]:
+    def encode_prompts() -> dict[str, Tensor]:
         embeddings = embed_prompts(session, config, plan, prompts.values(), report)
-        encoded_tensors = (
-            {name: embeddings[text].to(report.device) for name, text in prompts.items()}
-            if axis.rank == 0
-            else {}
-        )
-        image_encoder = session.checkpoint.image_encoder
-        if axis.rank == 0 and plan.images and image_encoder is not None:
-            encoded_tensors["image_features"] = encode_image_features(
-                image_encoder, plan, report, session.model_cache
-            ).to(report.device)
-        return encoded_tensors
+        if axis.rank != 0:
+            return {}
+        return {name: embeddings[text].to(report.device) for name, text in prompts.items()}
 
-    conditioning_tensors = session.run_together(encode_prompts_and_images, "encode the prompt")
+    conditioning_tensors = session.run_together(encode_prompts, "encode the prompt")
     if plan.images:
-        conditioning_tensors |= encode_image_latents(session, config, plan, report)
+        encode_inputs = INPUT_ENCODERS[plan.task.inputs.kind]
+        conditioning_tensors |= encode_inputs(session, config, plan, report)
 
     def broadcast_conditioning() -> dict[str, Tensor | None]:
         return {

@@ -9,7 +9,8 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor
 
-from wan_dist.config.schema import MemoryConfig, RunConfig
+from wan_dist.config.schema import RunConfig
+from wan_dist.config.sections import MemoryConfig
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer

@@ -5,7 +5,7 @@ from wan_dist.planning.degrees import MIN_STRIP_PIXELS, Degrees
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.errors import InputError
-from wan_dist.tasks.registry import Task
+from wan_dist.tasks.base import Task
 
 
 def build_base_arrangement(

@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.settings import Effect
 from wan_dist.planning.plan import VideoPlan
 from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
+from wan_dist.tasks.image_sizes import list_image_files
 
 FORMAT_VERSION = 2
 """Format of digests, resume states and records; raised when one of another version would be misread."""
 NUMERICS_VERSION = 1
 """Version of the numerics; raised when the same settings give other latents or frames, beyond rounding."""
-_IMAGE_KEYS = ("image", "first_frame", "last_frame")
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,7 @@ def compute_latents_digest(
         "prompt": plan.prompt,
         "negative_prompt": plan.negative_prompt,
         "images": {
-            key: _compute_file_digest(key, file)
-            for key in _IMAGE_KEYS
-            if (file := getattr(config, key)) is not None
+            key: _compute_file_digest(key, file) for key, file in list_image_files(config).items()
         },
         "size": (plan.width, plan.height, plan.frame_num),
         "seed": config.seed,
@@ -62,6 +61,7 @@ def compute_latents_digest(
         "cache": (config.cache.steps, config.cache.threshold if config.cache.steps else None),
         "name": config.output.name,
     }
+    depends_on |= _read_new_settings(config, Effect.LATENTS)
     # A random seed is drawn anew by each submission, but not when Slurm requeues it; for a job, once for its
     # line of the file of jobs.
     if config.seed == -1 and not is_job:
@@ -85,8 +85,15 @@ def compute_result_digest(
             "fps": plan.fps,
             "tensor": config.output.save_tensor,
             "vae": vae_settings,
+            **_read_new_settings(config, Effect.RESULT),
         }
     )
+
+
+def _read_new_settings(config: RunConfig, effect: Effect) -> dict[str, object]:
+    """Return settings that earlier versions did not have, but for image files, whose content counts."""
+    settings = read_settings(config, effect, is_new=True)
+    return {key: value for key, value in settings.items() if key not in list_image_files(config)}
 
 
 def _compute_digest(depends_on: Mapping[str, object]) -> str:

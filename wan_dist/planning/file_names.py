@@ -3,22 +3,14 @@
 import hashlib
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 from wan_dist.config.checks import check_file_name
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.settings import Effect
 
-_SETTINGS_WITHOUT_EFFECT = (
-    "device",
-    "jobs",
-    "retry_failed",
-    "parallel",
-    "fsdp",
-    "memory",
-    "output",
-)
-"""Settings that do not change a result, or not more than rounding does."""
+_EARLIER_CACHE_SETTINGS = {"dir": "auto", "size_gib": 1.0}
+"""Defaults of settings without effect, which are hashed so that names stay those of earlier versions."""
 
 
 def name_result(config: RunConfig, prompt: str | None, seed: int) -> str:
@@ -47,10 +39,15 @@ def name_result(config: RunConfig, prompt: str | None, seed: int) -> str:
 
 def _compute_settings_hash(config: RunConfig, prompt: str | None) -> str:
     """Return a hash that tells apart runs whose prompts begin alike or whose other settings differ."""
-    settings = {
-        key: value for key, value in asdict(config).items() if key not in _SETTINGS_WITHOUT_EFFECT
-    }
-    settings |= {
+    sections: dict[str, dict[str, object]] = {}
+    for key, value in read_settings(
+        config, Effect.WEIGHTS | Effect.LATENTS | Effect.RESULT
+    ).items():
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = value
+    settings = sections.pop("") | {
+        "sample": sections["sample"],
+        "cache": sections["cache"] | _EARLIER_CACHE_SETTINGS,
         "prompt": prompt,
         "tensor": config.output.save_tensor,
         "vae_dtype": config.memory.vae_dtype,

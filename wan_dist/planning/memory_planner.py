@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wan_dist.config.schema import MemoryConfig
+from wan_dist.config.sections import MemoryConfig
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.memory_estimate import (
     DRIVER_CONTEXT_BYTES,

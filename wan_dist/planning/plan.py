@@ -42,8 +42,9 @@ from wan_dist.planning.workload import Arrangement, Workload
 from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import read_checkpoint_json
-from wan_dist.tasks.image_sizes import ImageSizeReader, find_image_files, read_image_sizes
-from wan_dist.tasks.registry import Task, TeaCacheFit, get_task
+from wan_dist.tasks.base import Task, TeaCacheFit
+from wan_dist.tasks.image_sizes import ImageSizeReader, read_image_sizes
+from wan_dist.tasks.registry import get_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +204,7 @@ def _read_video_input(
         return _VideoInput(*read_latents_size(config.latents, task))
     images: tuple[Image.Image, ...] = ()
     if image_size_reader is not None:
-        source_sizes = read_image_sizes(find_image_files(config, task), image_size_reader)
+        source_sizes = read_image_sizes(config, task, image_size_reader)
     else:
         images = read_or_blank_images(config, task) if is_dry_run else read_images(config, task)
         source_sizes = [image.size for image in images]
@@ -292,7 +293,7 @@ def _build_workload(
         num_tokens=plan.num_tokens,
         text_lengths=tuple(count_tokens(text) for text in texts),
         num_images=plan.num_images,
-        has_fixed_first_frame=plan.task.has_fixed_first_frame,
+        has_known_first_frame=plan.task.inputs.has_known_first_frame,
         num_experts=1 if plan.task.expert_boundary is None else 2,
         has_step_cache=plan.tea_fit is not None,
         num_ranks=plan.degrees.ranks_per_replica,

@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
-from wan_dist.tasks.registry import Task
+from wan_dist.tasks.base import Task
 
 MAX_VIDEO_SIDE = 16384
 """Pixels of a video; H.264 encoders take no more."""

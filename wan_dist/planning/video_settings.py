@@ -10,29 +10,25 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
-from wan_dist.tasks.image_sizes import find_image_files
-from wan_dist.tasks.images import crop_to_cover, fit_best_size_to_area, fit_size_to_area, read_image
-from wan_dist.tasks.registry import AREA_480P, TASKS, ImageInput, Task, TeaCacheFit
+from wan_dist.tasks.base import AREA_480P, Task, TeaCacheFit
+from wan_dist.tasks.image_sizes import find_image_files, list_image_files
+from wan_dist.tasks.images import read_image
+from wan_dist.tasks.registry import TASKS
 
 _MAX_FRAMES = 10**6 + 1
 
 
 def read_or_blank_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
     """Return the images of the settings, or as many blank ones of the video's size as the task needs."""
-    has_images = any(
-        getattr(config, key) is not None for key in ("image", "first_frame", "last_frame")
-    )
-    if has_images or task.image_input in (ImageInput.NONE, ImageInput.OPTIONAL):
+    if list_image_files(config) or not task.inputs.is_required:
         return read_images(config, task)
-    return tuple(Image.new("RGB", config.parse_size()) for _ in task.image_input.setting_keys)
+    return tuple(Image.new("RGB", config.parse_size()) for _ in task.inputs.file_keys)
 
 
 def read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
     """Return the images the task starts from; raises InputError for one missing, unreadable or unexpected."""
     images = tuple(read_image(file, key) for key, file in find_image_files(config, task).items())
-    if len(images) == 2:
-        images = (images[0], crop_to_cover(images[1], images[0].size))
-    return images
+    return task.inputs.prepare_images(images)
 
 
 def choose_video_size(
@@ -52,9 +48,8 @@ def choose_video_size(
             )
         return width, height, ""
     area = config.max_area or width * height
-    fit_size = fit_best_size_to_area if task.has_fixed_first_frame else fit_size_to_area
     image_width, image_height = source_sizes[0]
-    fitted_size = fit_size(image_width, image_height, area, task.size_multiple)
+    fitted_size = task.inputs.fit_size(source_sizes[0], area, task.size_multiple)
     requested_size = f"max_area={config.max_area}" if config.max_area else f"size={width}*{height}"
     if fitted_size == (width, height):
         return width, height, ""
@@ -127,9 +122,10 @@ def check_frame_num(frame_num: int, task: Task) -> None:
         raise InputError(
             f"frame_num={frame_num}: more than {_MAX_FRAMES} frames are not made in one video"
         )
-    if task.image_input is ImageInput.FIRST_AND_LAST and frame_num == 1:
+    if frame_num < task.inputs.min_frame_num:
         raise InputError(
-            f"frame_num=1: a first and a last frame need at least frame_num={stride + 1}"
+            f"frame_num={frame_num}: a first and a last frame need at least "
+            f"frame_num={task.inputs.min_frame_num}"
         )
 
 

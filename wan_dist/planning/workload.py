@@ -61,7 +61,7 @@ class Workload:
     text_lengths: tuple[int, ...]
     """Tokens of the prompt, and of the negative prompt if there is one."""
     num_images: int = 0
-    has_fixed_first_frame: bool = False
+    has_known_first_frame: bool = False
     """The image is encoded alone as the first latent frame, not as a video with empty frames after it."""
     num_experts: int = 1
     has_step_cache: bool = False
@@ -81,4 +81,4 @@ class Workload:
     def get_vae_size(self, *, encode: bool) -> tuple[int, int, int]:
         """Return latent frames, rows and columns of what the VAE decodes, or encodes if ``encode``."""
         frames, rows, columns = self.latent_shape[1:]
-        return 1 if encode and self.has_fixed_first_frame else frames, rows, columns
+        return 1 if encode and self.has_known_first_frame else frames, rows, columns

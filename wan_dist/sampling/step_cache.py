@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wan_dist.tasks.registry import TeaCacheFit
+from wan_dist.tasks.base import TeaCacheFit
 
 VelocityFunction = Callable[[Tensor, int], Tensor]
 """(latents (B, C, T, h, w), timestep) -> velocity of the same shape."""

@@ -4,7 +4,7 @@ Headers, because to decode the images of many jobs takes long.
 """
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,8 +13,9 @@ from PIL import ExifTags, Image
 from wan_dist.config.schema import RunConfig
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import check_regular_file
-from wan_dist.tasks.images import compute_covering_size, read_image
-from wan_dist.tasks.registry import TASKS, ImageInput, Task
+from wan_dist.tasks.base import Task
+from wan_dist.tasks.images import read_image
+from wan_dist.tasks.registry import TASKS
 
 ImageSizeReader = Callable[[str, str], tuple[int, int]]
 """(file, setting that names it) -> (width, height): `read_image_size`, or the same with a cache."""
@@ -43,43 +44,40 @@ def read_image_size(file: str, key: str) -> tuple[int, int]:
     return read_image(file, key).size if size is None else size
 
 
+def list_image_files(config: RunConfig) -> dict[str, str]:
+    """Return all image files of the settings, by setting."""
+    keys = dict.fromkeys(key for task in TASKS.values() for key in task.inputs.file_keys)
+    return {key: file for key in keys if (file := getattr(config, key)) is not None}
+
+
 def find_image_files(config: RunConfig, task: Task) -> dict[str, str]:
     """Return a task's input image files by setting; raises InputError for missing or unexpected ones."""
-    file_by_key = {
-        key: file
-        for key in ("image", "first_frame", "last_frame")
-        if (file := getattr(config, key)) is not None
-    }
-    expected_keys = task.image_input.setting_keys
-    if unexpected_keys := [key for key in file_by_key if key not in expected_keys]:
+    file_by_key, inputs = list_image_files(config), task.inputs
+    if unexpected_keys := [key for key in file_by_key if key not in inputs.file_keys]:
         accepting_tasks = [
             name
             for name, other_task in TASKS.items()
-            if unexpected_keys[0] in other_task.image_input.setting_keys and other_task.repository
+            if unexpected_keys[0] in other_task.inputs.file_keys and other_task.repository
         ]
         raise InputError(
-            f"{unexpected_keys[0]} is given, but {task.name} takes {task.image_input.value}; "
+            f"{unexpected_keys[0]} is given, but {task.name} takes {inputs.usage}; "
             f"{', '.join(accepting_tasks)} would take {unexpected_keys[0]}"
         )
-    missing_keys = [key for key in expected_keys if key not in file_by_key]
-    if missing_keys and task.image_input is not ImageInput.OPTIONAL:
+    missing_keys = [key for key in inputs.file_keys if key not in file_by_key]
+    if missing_keys and inputs.is_required:
         verb = "is" if len(missing_keys) == 1 else "are"
         raise InputError(
-            f"{' and '.join(missing_keys)} {verb} missing: {task.name} takes {task.image_input.value}"
+            f"{' and '.join(missing_keys)} {verb} missing: {task.name} takes {inputs.usage}"
         )
     return file_by_key
 
 
 def read_image_sizes(
-    file_by_key: Mapping[str, str], image_size_reader: ImageSizeReader
+    config: RunConfig, task: Task, image_size_reader: ImageSizeReader
 ) -> list[tuple[int, int]]:
-    """Return the sizes of files that are given by setting.
-
-    Raises InputError also where the second image cannot be cut to the shape of the first.
-    """
-    sizes = [image_size_reader(file, key) for key, file in file_by_key.items()]
-    if len(sizes) == 2 and sizes[0] != sizes[1]:
-        compute_covering_size(sizes[1], sizes[0])
+    """Return the sizes of the task's input images; raises InputError where they do not fit together."""
+    sizes = [image_size_reader(file, key) for key, file in find_image_files(config, task).items()]
+    task.inputs.check_image_sizes(sizes)
     return sizes
 
 

@@ -29,7 +29,7 @@ from wan_dist.models.vae.model import WanVae
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
-from wan_dist.tasks.registry import Task
+from wan_dist.tasks.base import Task
 from wan_dist.weights import checkpoint_dims
 from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.identity import hash_weights

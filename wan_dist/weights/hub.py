@@ -10,7 +10,7 @@ from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import preemption
-from wan_dist.tasks.registry import Task
+from wan_dist.tasks.base import Task
 from wan_dist.weights.layout import find_layout, list_download_patterns
 
 _PROXY_VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")

@@ -15,7 +15,7 @@ from wan_dist.runtime.text_files import (
     check_regular_file,
     read_checkpoint_json,
 )
-from wan_dist.tasks.registry import Task
+from wan_dist.tasks.base import Task
 from wan_dist.weights import key_maps
 from wan_dist.weights.files import TensorFiles, open_sharded_weights
 from wan_dist.weights.key_maps import KeyMap

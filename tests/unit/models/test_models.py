@@ -17,11 +17,8 @@ from wan_dist.models.transformer import PatchEmbedding
 from wan_dist.models.vae.layers import Upsample, patchify_pixels, unpatchify_pixels
 from wan_dist.models.vae.model import WanVae, split_frames_into_chunks
 from wan_dist.models.vae.video_state import VideoState
-from wan_dist.pipeline.image_conditioning import (
-    convert_image_to_tensor,
-    make_image_chunks,
-    make_image_mask,
-)
+from wan_dist.pipeline.conditioning.encoders import convert_image_to_tensor
+from wan_dist.pipeline.conditioning.image import make_image_chunks, make_image_mask
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.tasks.images import read_image
 from wan_dist.tasks.registry import TASKS

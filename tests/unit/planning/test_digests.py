@@ -9,10 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from wan_dist.config import schema
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
 from wan_dist.config.overrides import override_config
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import RunConfig, list_settings
+from wan_dist.config.sections import OutputConfig
+from wan_dist.config.settings import Effect, add_setting
 from wan_dist.output.video_file import save_tensors
 from wan_dist.planning import digests
 from wan_dist.planning.digests import WeightsDigests, compute_latents_digest, compute_result_digest
@@ -51,8 +54,14 @@ WITHOUT_EFFECT = {
     "cache.threshold": 0.5,
     "device": "cpu",
     "retry_failed": True,
-    "size": "64x64",
 }
+ELSEWHERE = {
+    *("task", "ckpt_dir", "dit_file", "image", "first_frame", "last_frame", "max_area", "latents"),
+    *("jobs", "parallel.cfg", "parallel.ring", "parallel.ulysses", "parallel.usp"),
+    *("fsdp.dit", "fsdp.t5", "memory.t5", "memory.vae", "cache.size_gib"),
+    *("memory.budget_gib", "memory.host_budget_gib"),
+}
+"""Tried with their files, on several ranks, or together with another setting."""
 
 
 @cache
@@ -97,6 +106,26 @@ def test_both_change_with_what_latents_depend_on(key: str) -> None:
 @pytest.mark.parametrize("key", OF_THE_RESULT)
 def test_only_the_results_changes_with_what_is_made_of_latents(key: str) -> None:
     assert differing(both(), both(**{key: OF_THE_RESULT[key]})) == (False, True)
+
+
+def test_a_setting_declares_the_effect_that_it_has() -> None:
+    effects = {key: setting.metadata["effect"] for key, setting in list_settings().items()}
+    assert set(effects) == {*DIFFERENT, *OF_THE_RESULT, *WITHOUT_EFFECT, *ELSEWHERE}
+    for key in DIFFERENT:
+        assert Effect.LATENTS in effects[key], key
+    for key in OF_THE_RESULT:
+        assert Effect.RESULT in effects[key], key
+    for key in WITHOUT_EFFECT.keys() - {"cache.threshold"}:  # which needs cache.steps
+        assert not effects[key] & (Effect.LATENTS | Effect.RESULT), key
+
+
+def test_a_new_setting_counts_unless_it_has_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = both(), make_plan(replace(first(), output=OutputConfig())).name
+    new_setting = add_setting(False, "", Effect.LATENTS, is_new=True)
+    settings = list_settings() | {"retry_failed": new_setting}
+    monkeypatch.setattr(schema, "list_settings", lambda: settings)
+    assert (both(), make_plan(replace(first(), output=OutputConfig())).name) == before
+    assert differing(before[0], both(retry_failed=True)) == (True, True)
 
 
 @pytest.mark.parametrize("key", WITHOUT_EFFECT)

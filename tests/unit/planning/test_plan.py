@@ -12,7 +12,7 @@ from wan_dist.config.compose import compose_config
 from wan_dist.planning.degrees import plan_degrees
 from wan_dist.planning.plan import VideoPlan, make_plan
 from wan_dist.runtime.errors import InputError
-from wan_dist.tasks.registry import TASKS, ImageInput
+from wan_dist.tasks.registry import TASKS
 
 
 def plan(*arguments: str) -> VideoPlan:
@@ -44,10 +44,8 @@ def image(tmp_path: Path) -> str:
 
 def inputs(task: str, image: str) -> list[str]:
     """Return what the task needs beside a prompt."""
-    return {
-        ImageInput.FIRST: [f"image={image}"],
-        ImageInput.FIRST_AND_LAST: [f"first_frame={image}", f"last_frame={image}"],
-    }.get(TASKS[task].image_input, [])
+    inputs = TASKS[task].inputs
+    return [f"{key}={image}" for key in inputs.file_keys if inputs.is_required]
 
 
 @pytest.mark.parametrize("task", PUBLISHED)

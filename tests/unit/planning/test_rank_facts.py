@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.config.schema import OutputConfig, ParallelConfig, RunConfig
+from wan_dist.config.schema import RunConfig
+from wan_dist.config.sections import OutputConfig, ParallelConfig
 from wan_dist.planning.rank_facts import RankFacts, check_ranks_match, collect_rank_facts
 from wan_dist.runtime.errors import InputError
 

@@ -12,7 +12,7 @@ import torch
 
 from launch.__main__ import main as launch
 from wan_dist.config.paths import find_user_cache
-from wan_dist.config.schema import CacheConfig
+from wan_dist.config.sections import CacheConfig
 from wan_dist.pipeline.prompt_cache import PromptCache
 from wan_dist.planning.plan import make_plan
 from wan_dist.runtime import cache_folders as caches

@@ -7,7 +7,7 @@ from tests.conftest import relative_error
 from wan_dist.sampling.denoise import denoise_latents
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache
-from wan_dist.tasks.registry import TeaCacheFit
+from wan_dist.tasks.base import TeaCacheFit
 
 
 def flow(latents: Tensor, timestep: int) -> Tensor:

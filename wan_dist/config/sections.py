@@ -1,0 +1,247 @@
+"""Sections of the configuration: denoising, ranks, sharding, memory, caches, output."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wan_dist.config.checks import check_choice, check_file_name, check_positive
+from wan_dist.config.paths import find_user_cache
+from wan_dist.config.settings import ALL_EFFECTS, Effect
+from wan_dist.config.settings import add_setting as _key
+from wan_dist.runtime.errors import InputError
+
+SOLVERS = ("unipc", "dpm++", "euler")
+DTYPES = ("bfloat16", "float32")
+STEP_CACHES = ("easy", "tea")
+USP_IMPLEMENTATIONS = ("plain", "xfuser")
+VAE_STRATEGIES = ("parallel", "whole", "tiled", "cpu")
+DIT_PLACEMENTS = ("resident", "stream", "disk")
+T5_PLACEMENTS = ("gpu", "stream", "cpu")
+GUIDANCE_PASSES = ("together", "apart")
+MAX_STEPS = 1000
+_MAX_TIMEOUT_SECONDS = 365 * 86400
+
+
+@dataclass(kw_only=True)
+class SampleConfig:
+    """How the latents are denoised."""
+
+    solver: str = _key("unipc", "unipc, dpm++ or euler", Effect.LATENTS)
+    steps: int = _key(50, "denoising steps", Effect.LATENTS)
+    shift: float | None = _key(
+        None,
+        "shift of the noise schedule: larger spends more steps on strong noise; null: by the size",
+        Effect.LATENTS,
+    )
+    guide_scale: Any = _key(
+        5.0,
+        "scale of classifier-free guidance, or [low, high] noise for two experts; 1 turns it off",
+        Effect.LATENTS,
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("sample.solver", self.solver, SOLVERS)
+        if self.steps < 1:
+            raise InputError(f"sample.steps={self.steps}: at least 1 step is needed")
+        if self.steps > MAX_STEPS:
+            raise InputError(
+                f"sample.steps={self.steps}: the models know {MAX_STEPS} noise levels, "
+                "so more steps do nothing"
+            )
+        check_positive("sample.shift", self.shift, hint=" (published defaults are 3.0 to 16.0)")
+        self.parse_guide_scales()
+
+    def parse_guide_scales(self) -> tuple[float, float]:
+        """Return the guidance scales for (low, high) noise; raises InputError."""
+        scales = self.guide_scale if isinstance(self.guide_scale, list) else [self.guide_scale] * 2
+        if len(scales) != 2 or any(
+            isinstance(scale, bool) or not isinstance(scale, int | float) for scale in scales
+        ):
+            raise InputError(
+                f"sample.guide_scale={self.guide_scale} is neither a number nor [low, high], "
+                "e.g. 5.0 or [3.0,4.0]"
+            )
+        if not all(abs(scale) <= sys.float_info.max for scale in scales):
+            raise InputError(f"sample.guide_scale={self.guide_scale}: it must be finite, e.g. 5.0")
+        return float(scales[0]), float(scales[1])
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How a run is spread over ranks; the product of the degrees is the number of ranks."""
+
+    dp: int | None = _key(None, "replicas, each for videos of its own; null: planned")
+    cfg: int | None = _key(None, "2: the two passes of guidance side by side; null: planned")
+    ring: int | None = _key(None, "ranks that pass keys and values around; null: planned")
+    ulysses: int | None = _key(
+        None, "ranks that trade tokens for heads, a divisor of the heads; null: planned"
+    )
+    usp: str = _key(
+        "plain",
+        "what does Ulysses and ring: plain (any number of tokens) or xfuser (a number that the ranks divide)",
+    )
+    timeout: float = _key(
+        600.0,
+        "seconds without a sign of life, or in an exchange while denoising, "
+        "after which ranks give each other up",
+    )
+    load_timeout: float = _key(
+        3600.0,
+        "seconds of an exchange while texts are encoded and weights are read, which a slow disk draws out",
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("parallel.usp", self.usp, USP_IMPLEMENTATIONS)
+        for key in ("timeout", "load_timeout"):
+            check_positive(f"parallel.{key}", timeout_seconds := getattr(self, key), "seconds")
+            if timeout_seconds > _MAX_TIMEOUT_SECONDS:
+                raise InputError(
+                    f"parallel.{key}={timeout_seconds}: more than {_MAX_TIMEOUT_SECONDS} s, a year, "
+                    "cannot be waited"
+                )
+
+
+@dataclass(kw_only=True)
+class FsdpConfig:
+    """Which weights are sharded over the ranks."""
+
+    dit: bool | None = _key(
+        None, "shard the transformer; null: where it is larger than 12 GiB", Effect.MODELS
+    )
+    t5: bool | None = _key(
+        None,
+        "shard the text encoder; null: no, the first rank has it while it encodes",
+        Effect.MODELS,
+    )
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """How models and videos fit into memory."""
+
+    dit: str | None = _key(
+        None,
+        "the transformer's weights: resident, stream (from host memory) or disk (read each step); "
+        "null: planned",
+        Effect.MODELS,
+    )
+    t5: str | None = _key(
+        None,
+        "where the text encoder works: gpu, stream (on the GPU, block by block from disk) or cpu; "
+        "null: planned",
+        Effect.MODELS,
+    )
+    slice_tokens: int | None = _key(
+        None,
+        "tokens that go through the transformer's linears at once; null: planned",
+        Effect.MODELS,
+    )
+    passes: str | None = _key(
+        None,
+        "the two passes of guidance through each block: together, or apart, for less memory; null: planned",
+        Effect.MODELS,
+    )
+    vae: str | None = _key(
+        None,
+        "where the VAE works: parallel (a strip a rank), whole, tiled or cpu; "
+        "null: parallel if there are ranks",
+        Effect.MODELS,
+    )
+    vae_dtype: str | None = _key(
+        None, "bfloat16 or float32; null: the run's dtype on a GPU, float32 on a CPU", ALL_EFFECTS
+    )
+    budget_gib: float | None = _key(
+        None, "GPU memory that a rank may take, in GiB; null: all there is", Effect.MODELS
+    )
+    host_budget_gib: float | None = _key(
+        None,
+        "host memory that the ranks of a node may take together, in GiB; null: what is free",
+        Effect.MODELS,
+    )
+
+    def __post_init__(self) -> None:
+        choices_by_key = {
+            "dit": DIT_PLACEMENTS,
+            "t5": T5_PLACEMENTS,
+            "passes": GUIDANCE_PASSES,
+            "vae": VAE_STRATEGIES,
+            "vae_dtype": DTYPES,
+        }
+        for key, allowed_choices in choices_by_key.items():
+            if (value := getattr(self, key)) is not None:
+                check_choice(f"memory.{key}", value, allowed_choices)
+        if self.slice_tokens is not None and self.slice_tokens < 1:
+            raise InputError(f"memory.slice_tokens={self.slice_tokens}: at least 1 token is needed")
+        for key in ("budget_gib", "host_budget_gib"):
+            check_positive(f"memory.{key}", getattr(self, key), "GiB")
+
+
+@dataclass(kw_only=True)
+class CacheConfig:
+    """Caches of earlier results.
+
+    Prompt embeddings, so that a prompt seen before needs no text encoder, and velocities of steps.
+    """
+
+    dir: str | None = _key(
+        "auto",
+        "folder of kept prompt embeddings; auto: wan-dist/prompts in the user's cache; null: none are kept",
+    )
+    size_gib: float = _key(
+        1.0, "the most that they may take on disk, in GiB; the longest unused go first"
+    )
+    steps: str | None = _key(
+        None,
+        "easy or tea: guess steps that hardly change anything (EasyCache, TeaCache), "
+        "which changes the result",
+        Effect.LATENTS,
+    )
+    threshold: float | None = _key(
+        None,
+        "how much may have changed before a step is computed again; null: easy 0.05, tea as published",
+        Effect.LATENTS,
+    )
+
+    def __post_init__(self) -> None:
+        check_positive("cache.size_gib", self.size_gib, "GiB", "; cache.dir=null keeps nothing")
+        if self.steps is not None:
+            check_choice("cache.steps", self.steps, STEP_CACHES)
+        check_positive(
+            "cache.threshold",
+            self.threshold,
+            hint=", e.g. 0.05; cache.steps=null computes every step",
+        )
+
+    def resolve_folder(self) -> Path | None:
+        """Return the folder of cached prompt embeddings, None if none are cached."""
+        if self.dir is None:
+            return None
+        if self.dir == "auto":
+            cache_folder = find_user_cache()
+            return None if cache_folder is None else cache_folder / "prompts"
+        return Path(self.dir).expanduser()
+
+
+@dataclass(kw_only=True)
+class OutputConfig:
+    """Where the results go."""
+
+    dir: str = _key("outputs", "folder of the results; made if missing")
+    events: str | None = _key(
+        None,
+        "a file that gets a line of JSON for each event of a run with jobs; - is standard output",
+    )
+    name: str | None = _key(
+        None, "file name without suffix; null: from task, prompt and seed", Effect.LATENTS
+    )
+    save_latents: bool = _key(True, "keep the denoised latents beside the video")
+    save_tensor: bool = _key(
+        False,
+        "also save the frames as safetensors: video, float32 (3, F, H, W) in [-1, 1]",
+        Effect.RESULT,
+    )
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_file_name("output.name", self.name)

@@ -1,0 +1,114 @@
+"""Encoding of a task's inputs by CLIP and by the VAE, on the ranks that the plan has do it."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from wan_dist.config.schema import RunConfig
+from wan_dist.models.dims import ImageEncoderDims
+from wan_dist.models.image_encoder import encode_images
+from wan_dist.output.stage_report import StageReport
+from wan_dist.pipeline.decode import choose_vae_strategies, encode_video, load_vae
+from wan_dist.pipeline.model_cache import ModelCache
+from wan_dist.pipeline.out_of_memory import free_memory, run_with_fallback
+from wan_dist.pipeline.session import Session
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.vae_memory import VaeStrategy
+from wan_dist.weights.checkpoint import Component
+
+MakeChunks = Callable[[], Iterator[Tensor]]
+"""Returns the chunks (1, 3, n, H, W) of a video in [-1, 1]: its first frame, then four frames at a time."""
+
+
+def encode_image_features(
+    image_encoder: Component[nn.Module, ImageEncoderDims],
+    plan: RunPlan,
+    report: StageReport,
+    model_cache: ModelCache,
+) -> Tensor:
+    """Return the CLIP features (n, 257, image_dim) of the plan's n images."""
+    device = report.device if plan.arrangement.clip == "gpu" else torch.device("cpu")
+    with report.measure_stage(
+        "look",
+        f"CLIP on {device.type}, {len(plan.images)} image{'s' if len(plan.images) > 1 else ''}",
+    ):
+        clip_model = model_cache.get_or_load("clip", device, lambda: image_encoder.load(device))
+        features = encode_images(
+            clip_model,
+            [convert_image_to_tensor(image) for image in plan.images],
+            image_size=image_encoder.dims.image_size,
+        )
+        del clip_model
+        free_memory()
+    return features
+
+
+def encode_latents(
+    session: Session,
+    config: RunConfig,
+    plan: RunPlan,
+    report: StageReport,
+    make_chunks: MakeChunks,
+) -> Tensor | None:
+    """Return the VAE's latents (1, C, T, h, w) of a video, on the ranks that encode it.
+
+    With the parallel strategy each rank encodes a strip and has the result; otherwise the first rank does,
+    and the others return None.
+    """
+    latents: list[Tensor | None] = []
+
+    def run_strategy(strategy: VaeStrategy) -> None:
+        latents.append(
+            session.run_together(
+                lambda: _encode_with_strategy(session, config, plan, report, strategy, make_chunks),
+                "encode the image",
+                uses_collectives=strategy.name == "parallel",
+            )
+        )
+
+    strategies = session.run_together(
+        lambda: choose_vae_strategies(
+            config,
+            plan,
+            session.checkpoint.vae.dims,
+            report.device,
+            session.groups.replica,
+            session.model_cache,
+            is_encoding=True,
+        ),
+        "choose how to encode the image",
+    )
+    if run_with_fallback(strategies, run_strategy, "encoding the image"):
+        report.record_out_of_memory("image")
+    free_memory()
+    return latents[-1]
+
+
+def _encode_with_strategy(
+    session: Session,
+    config: RunConfig,
+    plan: RunPlan,
+    report: StageReport,
+    strategy: VaeStrategy,
+    make_chunks: MakeChunks,
+) -> Tensor | None:
+    axis = session.groups.replica
+    if axis.rank != 0 and strategy.name != "parallel":
+        return None  # the first rank encodes alone
+    image_sizes = ", ".join(f"{image.width}x{image.height}" for image in plan.images)
+    with report.measure_stage("image", f"VAE {strategy}, {image_sizes}"):
+        vae_model = load_vae(
+            session.checkpoint, config, strategy, report.device, session.model_cache
+        )
+        device = next(vae_model.parameters()).device
+        return encode_video(
+            vae_model, lambda: (chunk.to(device) for chunk in make_chunks()), strategy, axis
+        ).to(report.device)
+
+
+def convert_image_to_tensor(image: Image.Image) -> Tensor:
+    """Return (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1

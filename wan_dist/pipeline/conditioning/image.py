@@ -1,0 +1,86 @@
+"""Conditioning of image to video: CLIP features, and a mask and latents as extra input channels."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wan_dist.config.schema import RunConfig
+from wan_dist.output.stage_report import StageReport
+from wan_dist.pipeline.conditioning.encoders import (
+    convert_image_to_tensor,
+    encode_image_features,
+    encode_latents,
+)
+from wan_dist.pipeline.session import Session
+from wan_dist.planning.plan import RunPlan, VideoPlan
+
+
+def encode_inputs(
+    session: Session, config: RunConfig, plan: RunPlan, report: StageReport
+) -> dict[str, Tensor]:
+    """Return ``extra_channels``, and ``image_features`` where the model takes them, on the first rank."""
+    conditioning_tensors: dict[str, Tensor] = {}
+    image_encoder = session.checkpoint.image_encoder
+
+    def encode_features() -> None:
+        if session.groups.replica.rank == 0 and image_encoder is not None:
+            conditioning_tensors["image_features"] = encode_image_features(
+                image_encoder, plan, report, session.model_cache
+            ).to(report.device)
+
+    session.run_together(encode_features, "encode the image", uses_collectives=False)
+    latents = encode_latents(session, config, plan, report, lambda: _make_chunks(plan))
+    if latents is not None:
+        mask = make_image_mask(plan.latent_shape, has_last_image=len(plan.images) == 2)
+        conditioning_tensors["extra_channels"] = torch.cat([mask.to(latents), latents], dim=1)
+    return conditioning_tensors
+
+
+def _make_chunks(plan: VideoPlan) -> Iterator[Tensor]:
+    first_image, *last_images = (convert_image_to_tensor(image) for image in plan.images)
+    return make_image_chunks(
+        first_image,
+        last_images[0] if last_images else None,
+        frame_num=plan.frame_num,
+        width=plan.width,
+        height=plan.height,
+    )
+
+
+def make_image_chunks(
+    first_image: Tensor, last_image: Tensor | None, *, frame_num: int, height: int, width: int
+) -> Iterator[Tensor]:
+    """Yield a video, in the VAE encoder's chunks, of the images at its ends and zeros (mid-grey) between.
+
+    Images are (3, any, any) in [-1, 1]; they are scaled to the video's size, bicubic and without
+    antialiasing, as in the reference. Chunks are (1, 3, n, H, W): the first frame, then four at a time;
+    only one chunk exists at once.
+    """
+
+    def resize_image(image: Tensor) -> Tensor:
+        return F.interpolate(image.unsqueeze(0), size=(height, width), mode="bicubic").unsqueeze(2)
+
+    yield resize_image(first_image)
+    grey_chunk = first_image.new_zeros(1, 3, 4, height, width)
+    for start in range(1, frame_num, 4):
+        is_last_chunk = start + 4 >= frame_num
+        yield (
+            torch.cat([grey_chunk[:, :, :3], resize_image(last_image)], dim=2)
+            if is_last_chunk and last_image is not None
+            else grey_chunk
+        )
+
+
+def make_image_mask(latent_shape: tuple[int, int, int, int], *, has_last_image: bool) -> Tensor:
+    """Return the mask (1, 4, T, h, w), which is 1 where a frame is given and 0 elsewhere.
+
+    Channels are the frames of a latent frame; the first latent frame has a single one, four times.
+    """
+    _, num_latent_frames, rows, columns = latent_shape
+    mask = torch.zeros(1, 4, num_latent_frames, rows, columns)
+    mask[:, :, 0] = 1
+    if has_last_image:
+        mask[:, -1, -1] = 1
+    return mask

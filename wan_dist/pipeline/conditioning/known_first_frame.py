@@ -1,0 +1,25 @@
+"""Conditioning of text and image to video (5B): the image is the first latent frame."""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from wan_dist.config.schema import RunConfig
+from wan_dist.output.stage_report import StageReport
+from wan_dist.pipeline.conditioning.encoders import convert_image_to_tensor, encode_latents
+from wan_dist.pipeline.session import Session
+from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.tasks.images import crop_to_cover
+
+
+def encode_inputs(
+    session: Session, config: RunConfig, plan: RunPlan, report: StageReport
+) -> dict[str, Tensor]:
+    """Return ``known_latents`` on the ranks that encode the image."""
+    latents = encode_latents(session, config, plan, report, lambda: _make_chunks(plan))
+    return {} if latents is None else {"known_latents": latents}
+
+
+def _make_chunks(plan: VideoPlan) -> Iterator[Tensor]:
+    first_frame = crop_to_cover(plan.images[0], (plan.width, plan.height))
+    return iter([convert_image_to_tensor(first_frame).unsqueeze(1).unsqueeze(0)])
