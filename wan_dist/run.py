@@ -31,8 +31,8 @@ from wan_dist.planning.rank_facts import check_ranks_match, collect_rank_facts
 from wan_dist.runtime.cache_folders import configure_library_caches, is_writable
 from wan_dist.runtime.environment import (
     RankLayout,
+    detect_launcher,
     read_rank_layout,
-    read_text_variable,
     sanitize_environment,
 )
 from wan_dist.runtime.errors import InputError, format_message
@@ -154,7 +154,8 @@ def _prepare_rank() -> RankLayout:
     if note := configure_library_caches():
         logger.info("note      %s", note)
     choose_network_interface()
-    set_parent_death_signal()
+    if detect_launcher() == "torchrun":
+        set_parent_death_signal()
     return ranks
 
 
@@ -164,7 +165,7 @@ def _run_on_one_rank(arguments: list[str]) -> int:
     if config is None:
         return 0
     _warn_unwritable_cache(config)
-    planned_work = _plan_work(config, arguments, RankLayout(), _find_gpu_bytes)
+    planned_work = _plan_work(config, arguments, RankLayout(), _find_own_gpu_bytes)
     from wan_dist.parallel.team import Coordinator
 
     return _start_run(
@@ -174,6 +175,7 @@ def _run_on_one_rank(arguments: list[str]) -> int:
 
 def _run_on_several_ranks(arguments: list[str], ranks: RankLayout) -> int:
     """Run as one of several ranks: all join before planning, and the first one plans for all."""
+    from wan_dist.parallel.local_gpu import find_gpu_bytes, find_gpu_id
     from wan_dist.parallel.shared_work import classify_error, describe_error
     from wan_dist.parallel.team import Coordinator, RankFailure
 
@@ -191,7 +193,9 @@ def _run_on_several_ranks(arguments: list[str], ranks: RankLayout) -> int:
         if config is None:
             return 0
         _warn_unwritable_cache(config)
-        rank_facts = collect_rank_facts(config, _find_gpu_id(config), _find_gpu_bytes(config))
+        rank_facts = collect_rank_facts(
+            config, find_gpu_id(config.device), find_gpu_bytes(config.device)
+        )
         min_gpu_bytes = check_ranks_match(coordinator.gather(rank_facts, "start"))
         planned_work = coordinator.run_on_first_rank(
             lambda: _plan_work(config, arguments, ranks, lambda _: min_gpu_bytes),
@@ -239,6 +243,14 @@ def _plan_work(
     return plan_jobs(config, arguments, ranks=rank_counts, gpu_bytes=find_gpu_bytes(config))
 
 
+def _find_own_gpu_bytes(config: RunConfig) -> int | None:
+    if config.device == "cpu":
+        return None  # without importing torch
+    from wan_dist.parallel.local_gpu import find_gpu_bytes
+
+    return find_gpu_bytes(config.device)
+
+
 def _start_run(
     config: RunConfig,
     planned_work: "VideoPlan | list[PlannedJob]",
@@ -253,39 +265,6 @@ def _start_run(
     from wan_dist.jobs.worker import run_jobs
 
     return run_jobs(config, planned_work, arguments, coordinator)
-
-
-def _find_gpu_bytes(config: RunConfig) -> int | None:
-    """Return the memory of this rank's GPU in bytes, None if the run is on the CPU."""
-    if config.device == "cpu":
-        return None
-    import torch
-
-    from wan_dist.parallel.mesh import select_local_device
-
-    return (
-        int(torch.cuda.get_device_properties(select_local_device("cuda")).total_memory)
-        if torch.cuda.is_available()
-        else None
-    )
-
-
-def _find_gpu_id(config: RunConfig) -> str | None:
-    """Return the identifier of this rank's GPU on its host, None if the run is on the CPU."""
-    if config.device == "cpu":
-        return None
-    import torch
-
-    from wan_dist.parallel.mesh import select_local_device
-
-    if not torch.cuda.is_available():
-        return None
-    visible_device = read_text_variable("CUDA_VISIBLE_DEVICES").partition(",")[0]
-    return (
-        visible_device
-        if visible_device.startswith("MIG-")
-        else str(torch.cuda.get_device_properties(select_local_device("cuda")).uuid)
-    )
 
 
 def _describe_error(error: Exception) -> str:

@@ -28,7 +28,7 @@ def compose_config(arguments: list[str]) -> RunConfig | None:
     def capture_config(config: DictConfig) -> None:
         composed_configs.append(config)
 
-    sys.argv[1:] = arguments
+    own_arguments, sys.argv[1:] = sys.argv[1:], arguments
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="config")(
             capture_config
@@ -38,6 +38,8 @@ def compose_config(arguments: list[str]) -> RunConfig | None:
         )
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(explain_config_error(error)) from None
+    finally:
+        sys.argv[1:] = own_arguments
 
 
 def explain_config_error(error: Exception) -> str:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan_dist.config.arguments import check_setting_key, is_text_key
-from wan_dist.config.checks import check_prompt_length
-from wan_dist.config.hydra_quoting import quote_if_needed, quote_text
 from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
 from wan_dist.config.schema import RunConfig
+from wan_dist.config.typed_settings import check_setting, format_override
 from wan_dist.jobs.job_entries import KEY_ALIASES, read_entries
 from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
@@ -60,7 +58,7 @@ class Job:
     @property
     def overrides(self) -> list[str]:
         """The settings, as on the command line."""
-        return [_format_override(key, value) for key, value in self.values.items()]
+        return [format_override(key, value) for key, value in self.values.items()]
 
 
 def read_jobs(file: Path) -> list[Job]:
@@ -131,7 +129,7 @@ def compose_job_configs(
     config_by_choices: dict[tuple[str, ...], RunConfig | None] = {}
     for job in jobs:
         file_choices = tuple(
-            _format_override(key, value)
+            format_override(key, value)
             for key, value in job.values.items()
             if not is_plain_key(key)
         )
@@ -166,7 +164,7 @@ def _try_override_config(config: RunConfig | None, job: Job) -> RunConfig | None
         return override_config(
             config,
             [
-                (key, value, _format_override(key, value))
+                (key, value, format_override(key, value))
                 for key, value in job.values.items()
                 if is_plain_key(key)
             ],
@@ -181,7 +179,7 @@ def _resolve_entry(entry: dict[str, object], file: Path, line: int) -> dict[str,
     resolved_entry = dict(entry)
     for key, value in entry.items():
         try:
-            _check_setting(key, value)
+            check_setting(key, value)
         except InputError as error:
             raise InputError(f"{file}, line {line}: {error}") from None
         if isinstance(value, str) and key in _FILE_KEYS:
@@ -203,31 +201,3 @@ def _resolve_entry(entry: dict[str, object], file: Path, line: int) -> dict[str,
 
 def _resolve_path(file: Path, name: str) -> str:
     return name if name.startswith("~") else str(file.parent / name)
-
-
-def _check_setting(key: str, value: object) -> None:
-    """Raise InputError for an unknown setting, or a value that it cannot have.
-
-    A job file is data: nothing in it is evaluated, hence no ``${...}``.
-    """
-    if isinstance(value, dict):
-        raise InputError(f"{key} is an object; write its keys with dots, as sample.steps")
-    check_setting_key(key)
-    if is_text_key(key):
-        if isinstance(value, bool | list):
-            raise InputError(f"{key}={json.dumps(value)} is not a text; write it in quotes")
-        if key in ("prompt", "negative_prompt"):
-            check_prompt_length(key, str(value))
-    elif "${" in json.dumps(value):
-        raise InputError(f"{key}={json.dumps(value)} has ${{ in it, and takes a value as it is")
-
-
-def _format_override(key: str, value: object) -> str:
-    """Return a setting as on the command line, quoted such that Hydra reads the same value."""
-    if value is None:
-        return f"{key}=null"
-    if not isinstance(value, str):
-        return f"{key}={json.dumps(value)}"
-    # text in quotes, or null, that Hydra would read as something else
-    needs_quotes = is_text_key(key) and quote_if_needed(value) == value
-    return f"{key}={quote_text(value) if needs_quotes else value}"

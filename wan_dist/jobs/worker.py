@@ -44,7 +44,7 @@ from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.resume import ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
 from wan_dist.pipeline.text_embeddings import embed_prompts_ahead, share_prompt_embeddings
-from wan_dist.planning.residency import can_buffer_frames, can_keep_experts, can_keep_models
+from wan_dist.planning.residency import can_buffer_frames
 from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.durations import format_duration
 from wan_dist.runtime.errors import format_message
@@ -186,10 +186,7 @@ class JobWorker:
             if not jobs:
                 continue
             largest_job = max(jobs, key=lambda job: job.plan.num_tokens)
-            session.model_cache.is_persistent = False
-            plan = session.plan_memory(largest_job.plan, largest_job.config, quiet=True)
-            session.keeps_both_experts = can_keep_experts(plan)
-            session.model_cache.is_persistent = can_keep_models(plan)
+            session.choose_resident_models(largest_job.plan, largest_job.config)
             plan = session.plan_memory(largest_job.plan, largest_job.config)
             self.run_log.plans.append(plan)
             saves_tensor = any(job.config.output.save_tensor for job in jobs)

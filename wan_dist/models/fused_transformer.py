@@ -7,7 +7,7 @@ branch and the head are float32. Layer names are those of the published checkpoi
 are one linear.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -76,6 +76,10 @@ class FusedOutputHead(OutputHead):
         )
 
 
+TIME_LAYERS = ("time_embedding", "time_projection")
+"""Names of the layers that embed timesteps."""
+
+
 class FusedTransformer(WanTransformer):
     """`WanTransformer` as pipelines run it: several contexts at once, in place, split over ranks."""
 
@@ -122,16 +126,29 @@ class FusedTransformer(WanTransformer):
             return self.time_embeddings[str(timesteps.tolist())]
         return super().embed_timesteps(timesteps)
 
-    def precompute_time_embeddings(self, timesteps: Iterable[Tensor]) -> None:
+    def has_time_embeddings(self, timesteps: Iterable[Tensor]) -> bool:
+        """Whether all of these timesteps (B, R) can be embedded."""
+        return not self.time_embeddings or all(
+            str(timestep_rows.tolist()) in self.time_embeddings for timestep_rows in timesteps
+        )
+
+    def precompute_time_embeddings(
+        self, timesteps: Iterable[Tensor], time_layers: Mapping[str, nn.Module] | None = None
+    ) -> None:
         """Embed these timesteps (B, R) now, then delete the timestep layers.
 
-        In float32 they are as large as a block. No other timesteps can be embedded after that.
+        In float32 they are as large as a block. No other timesteps can be embedded after that, unless
+        ``time_layers`` brings the layers again, by the names in `TIME_LAYERS`.
         """
+        for name, layer in (time_layers or {}).items():
+            setattr(self, name, layer)
+        self.time_embeddings = {}
         self.time_embeddings = {
             str(timestep_rows.tolist()): self.embed_timesteps(timestep_rows)
             for timestep_rows in timesteps
         }
-        del self.time_embedding, self.time_projection
+        for name in TIME_LAYERS:
+            delattr(self, name)
 
     def forward(  # type: ignore[override]  # a velocity for each context
         self,

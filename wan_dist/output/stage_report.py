@@ -189,13 +189,17 @@ class StageReport:
 
     def save(self, path: Path) -> None:
         """Write the record, with the stages."""
+        self.build_record().write(path)
+
+    def build_record(self) -> VideoRecord:
+        """Return a copy of the record with the stages, their sum and their peaks."""
         record = copy.copy(self.record)
         record.stages = self.stages
         record.other_ranks = self.other_rank_stages
         record.seconds = round(time.perf_counter() - self.start_time, 3)
         record.peak_host_gib = self._find_peak("peak_host_gib")
         record.peak_gpu_gib = self._find_peak("peak_gpu_gib")
-        record.write(path)
+        return record
 
     def _find_peak(self, key: str) -> float | None:
         return max((stage[key] for stage in self.stages.values() if key in stage), default=None)

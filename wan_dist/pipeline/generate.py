@@ -187,20 +187,26 @@ def _finalize_video(video: VideoInProgress) -> None:
         _write_record(video)
 
 
-def _write_record(video: VideoInProgress) -> None:
-    plan, report, config = video.plan, video.report, video.config
+def complete_record(video: VideoInProgress, result_file: Path | None) -> None:
+    """Set what is known of a video once it is decoded: what it is, its digests, speed and memory."""
+    plan, report = video.plan, video.report
     record = report.record
-    describe_video(record, config, plan)
+    describe_video(record, video.config, plan)
     record.status = DONE
-    record.file = str(video.result_file)
+    record.file = None if result_file is None else str(result_file)
     record.arrangement = asdict(plan.arrangement)
     if "denoise" in report.stages:
-        num_steps = config.sample.steps - video.resume_state.num_resumed_steps
+        num_steps = video.config.sample.steps - video.resume_state.num_resumed_steps
         record_speed(record, plan, report.stages["denoise"]["seconds"], num_steps)
     record.digest = video.resume_state.result_digest
     record.latents_digest = video.resume_state.latents_digest
-    record.video_digest = hash_file(video.result_file)
     report.compare_memory(plan.stage_memories, plan.ranks_per_node)
+
+
+def _write_record(video: VideoInProgress) -> None:
+    report, config = video.report, video.config
+    complete_record(video, video.result_file)
+    report.record.video_digest = hash_file(video.result_file)
     report.save(video.result_file.with_suffix(".json"))
     if config.latents is None:  # latents given by the user have no saved progress
         video.resume_state.remove_file()

@@ -1,19 +1,16 @@
 """Velocity prediction by a run's transformers, each loaded when its first timestep comes."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 from weakref import ReferenceType
 
 import torch
 from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
-from wan_dist.config.sections import MemoryConfig
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.fused_block import ContextKV
-from wan_dist.models.fused_transformer import FusedTransformer
+from wan_dist.models.fused_transformer import TIME_LAYERS, FusedTransformer
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.apply import parallelize_transformer
@@ -22,6 +19,7 @@ from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.mesh import ProcessGroups, set_group_timeout
 from wan_dist.parallel.shared_work import OutOfMemoryOnRankError
 from wan_dist.pipeline.contexts import project_context_kv
+from wan_dist.pipeline.fallback_predictor import FallbackPredictor
 from wan_dist.pipeline.out_of_memory import ensure_ranks_can_allocate, free_memory
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.memory_estimate import estimate_activation_bytes
@@ -35,8 +33,6 @@ from wan_dist.sampling.solvers import Solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache, VelocityFunction
 from wan_dist.tasks.registry import NUM_TRAIN_TIMESTEPS
 from wan_dist.weights.streaming import StreamingOptions
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -209,7 +205,23 @@ class ExpertPredictor:
             variant,
             lambda: self._load_transformer(expert_index, f"load{stage_suffix}", arrangement),
         )
+        if not arrangement.shard_dit and not model.has_time_embeddings(self._list_timestep_rows()):
+            # The model was cached by a video with other timesteps.
+            component = self.session.checkpoint.transformers[expert_index]
+            time_layers = component.load_parts(TIME_LAYERS, self.report.device)
+            model.precompute_time_embeddings(self._list_timestep_rows(), time_layers)
         return model, contexts
+
+    def _list_timestep_rows(self) -> list[Tensor]:
+        """Return the timesteps (1, R) that the transformer will be called with."""
+        has_known_latents = self.conditioning.known_latents is not None
+        timesteps = self.session.possible_timesteps or [
+            (timestep, has_known_latents) for timestep in self.solver.timesteps
+        ]
+        return [
+            make_timestep_rows(timestep, has_known_frame=is_known)
+            for timestep, is_known in dict.fromkeys(timesteps)
+        ]
 
     def _build_guidance(
         self,
@@ -302,97 +314,7 @@ class ExpertPredictor:
                 inner_attention=self.attention,
             )
             if not arrangement.shard_dit:
-                has_known_latents = self.conditioning.known_latents is not None
-                timesteps = self.session.possible_timesteps or [
-                    (timestep, has_known_latents) for timestep in self.solver.timesteps
-                ]
-                model.precompute_time_embeddings(
-                    make_timestep_rows(timestep, has_known_frame=is_known)
-                    for timestep, is_known in dict.fromkeys(timesteps)
-                )
+                model.precompute_time_embeddings(self._list_timestep_rows())
         if streaming is None:
             self.report.record_read_speed(stage_name, component.files.bytes_read - bytes_before)
         return model
-
-
-class FallbackPredictor:
-    """Prediction with the next of ``arrangements`` where the GPU's memory runs out, in loading too.
-
-    Raises torch.OutOfMemoryError after the last one, with a note on what else would take less.
-    ``error_type`` is the error to fall back at. ``on_fallback`` is called with each arrangement after the
-    first.
-    """
-
-    def __init__(
-        self,
-        load_predictor: Callable[[Arrangement], VelocityFunction],
-        arrangements: Sequence[Arrangement],
-        *,
-        can_split_passes: bool,
-        error_type: type[torch.OutOfMemoryError],
-        on_fallback: Callable[[Arrangement], None],
-    ) -> None:
-        (
-            self._load_predictor,
-            self._arrangements,
-            self._can_split_passes,
-            self._error_type,
-            self._on_fallback,
-        ) = (
-            load_predictor,
-            list(arrangements),
-            can_split_passes,
-            error_type,
-            on_fallback,
-        )
-        self._predictor: VelocityFunction | None = None
-        self._run_with_fallback(self._get_predictor)
-
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
-        """Return what the transformer predicts."""
-        return self._run_with_fallback(lambda: self._get_predictor()(latents, timestep))
-
-    def _get_predictor(self) -> VelocityFunction:
-        if self._predictor is None:
-            self._predictor = self._load_predictor(self._arrangements[0])
-        return self._predictor
-
-    def _run_with_fallback(self, work: Callable[[], Result]) -> Result:
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                if len(self._arrangements) == 1 or not isinstance(error, self._error_type):
-                    current = self._arrangements[0]
-                    suggestion = _suggest_smaller_setting(
-                        current, can_split_passes=self._can_split_passes
-                    )
-                    error.add_note(f"with the {_describe_transformer(current)}; {suggestion}")
-                    raise
-            self._predictor = None
-            del self._arrangements[0]
-            self._on_fallback(self._arrangements[0])
-            logger.warning(
-                "denoising ran out of GPU memory; the step is repeated with the %s",
-                _describe_transformer(self._arrangements[0]),
-            )
-
-
-def _describe_transformer(arrangement: Arrangement) -> str:
-    return arrangement.description.partition(";")[0]
-
-
-def _suggest_smaller_setting(arrangement: Arrangement, *, can_split_passes: bool) -> str:
-    """Return, in words, a setting with which the transformer would take less memory."""
-    fallbacks = list_fallbacks(arrangement, MemoryConfig(), can_split_passes=can_split_passes)[:1]
-    settings = [
-        f"memory.{key}={getattr(fallback, key)}"
-        for fallback in fallbacks
-        for key in ("slice_tokens", "passes", "dit")
-        if getattr(fallback, key) != getattr(arrangement, key)
-    ]
-    return (
-        f"{settings[0]} would take less"
-        if settings
-        else "a smaller size or fewer frames would take less"
-    )

@@ -29,7 +29,11 @@ from wan_dist.planning.digests import WeightsDigests
 from wan_dist.planning.hardware import Hardware, find_host_memory
 from wan_dist.planning.memory_table import format_memory_table
 from wan_dist.planning.plan import RunPlan, VideoPlan, plan_memory
-from wan_dist.planning.residency import plan_resident_models
+from wan_dist.planning.residency import (
+    can_keep_experts,
+    can_keep_models,
+    plan_resident_models,
+)
 from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
@@ -89,6 +93,15 @@ class Session:
         self.fallback_arrangement = arrangement
         self.keeps_both_experts = False
         self.model_cache.clear()
+
+    def choose_resident_models(self, plan: VideoPlan, config: RunConfig) -> None:
+        """Decide which models stay loaded after a video of this plan, on all ranks of the replica alike."""
+        self.model_cache.is_persistent = False
+        run_plan = self.plan_memory(plan, config, quiet=True)
+        self.keeps_both_experts = can_keep_experts(run_plan)
+        self.model_cache.is_persistent = can_keep_models(run_plan)
+        if not self.model_cache.is_persistent:
+            self.model_cache.clear()
 
     @property
     def weights_digests(self) -> WeightsDigests:

@@ -166,11 +166,11 @@ def _expand_brackets(name: str) -> list[str]:
 
 
 def set_parent_death_signal() -> None:
-    """Have the kernel send SIGTERM to this rank when torchrun dies.
+    """Have the kernel send SIGTERM to this rank when the process that started it dies.
 
     A torchrun that is killed does not end its ranks itself.
     """
-    if detect_launcher() == "torchrun" and sys.platform == "linux":
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

@@ -91,6 +91,20 @@ class Component(Generic[Model, Dims]):
         )
         return model
 
+    def load_parts(self, names: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
+        """Return submodules of the model, by name, on ``device``; nothing else is read."""
+        with torch.device("meta"):
+            model = self.build_model()
+        parts = {name: model.get_submodule(name).to_empty(device=device) for name in names}
+        parameters = {
+            f"{name}.{key}": parameter
+            for name, part in parts.items()
+            for key, parameter in part.named_parameters()
+        }
+        with torch.no_grad():
+            fill_parameters(parameters, self.files, self.key_map, device)
+        return {name: part.eval().requires_grad_(False) for name, part in parts.items()}
+
     def read_parameter_rows(self, name: str, indices: Sequence[int]) -> Tensor:
         """Return the rows of one parameter at ``indices``, on the CPU; nothing else of it is read."""
         (source,) = self.key_map.find_sources(name)
