@@ -200,13 +200,13 @@ def complete_record(video: VideoInProgress, result_file: Path | None) -> None:
         record_speed(record, plan, report.stages["denoise"]["seconds"], num_steps)
     record.digest = video.resume_state.result_digest
     record.latents_digest = video.resume_state.latents_digest
+    record.video_digest = None if result_file is None else hash_file(result_file)
     report.compare_memory(plan.stage_memories, plan.ranks_per_node)
 
 
 def _write_record(video: VideoInProgress) -> None:
     report, config = video.report, video.config
     complete_record(video, video.result_file)
-    report.record.video_digest = hash_file(video.result_file)
     report.save(video.result_file.with_suffix(".json"))
     if config.latents is None:  # latents given by the user have no saved progress
         video.resume_state.remove_file()
