@@ -1,4 +1,6 @@
-"""What the docs show works: commands and settings are composed, named files are there."""
+"""What the docs show works: commands and settings are composed, named files are there, links lead
+somewhere.
+"""
 
 import re
 import shlex
@@ -8,13 +10,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bench.table import PAGES
 from launch import __main__ as launch
 from launch import fetch, gallery, local, plan, runs, submit
 from launch.arguments import split_arguments
 from launch.doctor import checks as doctor
 from launch.slurm.cluster import load_cluster
 from tests.conftest import FIXTURES
-from wan_dist.config.arguments import is_text_key
+from wan_dist.config.arguments import REFERENCE_FLAG_KEYS, is_text_key
 from wan_dist.config.compose import CONFIG_FOLDER
 from wan_dist.config.schema import list_settings
 from wan_dist.run import USAGE_EXAMPLES
@@ -22,9 +25,13 @@ from wan_dist.tasks.registry import TASKS, get_task
 from wan_dist.tasks.run_config import read_config
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+CHINESE = ROOT / "README.zh-CN.md"
+TEXTS = {
+    str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in (*PAGES, CHINESE)
+}
+README = TEXTS["README.md"]
 DOCS = [
-    README,
+    *TEXTS.values(),
     USAGE_EXAMPLES,
     *(command.__doc__ or "" for command in (plan, doctor, fetch, local, submit, runs, gallery)),
 ]
@@ -59,10 +66,7 @@ def _found(pattern: str) -> list[str]:
     return sorted({re.split(r"\s{2,}#", rest)[0].strip() for rest in rests} - {""})
 
 
-TABLED = re.findall(r"\| `(task=[^`]*)` \|", README)
-RUNS = [
-    rest for rest in _found(RUN) if re.search(r"task=[\w]", rest) and "--cfg" not in rest
-] + TABLED
+RUNS = [rest for rest in _found(RUN) if re.search(r"task=[\w]", rest) and "--cfg" not in rest]
 LAUNCHED = _found(r"(?:torchrun [-\w= ]*-m|srun python -m|python -m) launch")
 
 
@@ -148,7 +152,17 @@ def test_the_configuration_lists_every_setting_as_the_schema_has_it() -> None:
 
 @pytest.mark.parametrize(
     "setting",
-    sorted(set(re.findall(r"`((?:[a-z_0-9]+\.)*[a-z_0-9]+=[^`\s]+)`", README)) - {"key=value"}),
+    sorted(
+        {
+            setting
+            for text in TEXTS.values()
+            for code in re.findall(r"`([^`\n]+)`", text)
+            if re.match(r"(?:[a-z_0-9]+\.)*[a-z_0-9]+=[^\s]", code)
+            for setting in code.split()
+            if "=" in setting
+        }
+        - {"key=value", "setting=value"}
+    ),
 )
 def test_settings_that_are_shown_exist(setting: str) -> None:
     key, _, value = setting.partition("=")
@@ -161,10 +175,108 @@ def test_settings_that_are_shown_exist(setting: str) -> None:
     assert read_config([*task, f"{key}={value}"]) is not None
 
 
+def test_keys_that_are_shown_without_a_value_exist() -> None:
+    sections = {key.partition(".")[0] for key in list_settings() if "." in key}
+    shown = {
+        code
+        for text in TEXTS.values()
+        for code in re.findall(r"`([a-z_]+\.[a-z_0-9]+)`", text)
+        if code.partition(".")[0] in sections
+    }
+    assert shown <= set(list_settings())
+    assert len(shown) >= 25
+
+
 def test_files_that_are_shown_are_there() -> None:
-    named = re.findall(r"`((?:slurm|conf|bench|tests|wan_dist|launch|toy)/[\w./*-]*)`", README)
-    missing = [name for name in named if not any(ROOT.glob(name.rstrip("/")))]
-    assert [name for name in missing if "NAME" not in name] == []
+    folders = "slurm|conf|bench|tests|wan_dist|launch|toy|docs"
+    missing = [
+        (page, name)
+        for page, text in TEXTS.items()
+        for name in re.findall(rf"`((?:{folders})/[\w./*-]*)`", text)
+        if "NAME" not in name and not any(ROOT.glob(name.rstrip("/")))
+    ]
+    assert missing == []
+
+
+def _anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    without_code = re.sub(r"^(?: {4}.*|```.*?```)$", "", text, flags=re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", without_code, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*TEXTS, "toy/README.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        file = ((ROOT / page).parent / name) if name else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in _anchors(file.read_text(encoding="utf-8")), target
+
+
+def test_the_first_page_is_short_and_leads_to_all_others() -> None:
+    assert len(README.splitlines()) < 150
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)", README))
+    assert linked == {page for page in TEXTS if page.startswith("docs/")}
+
+
+def test_pictures_are_small() -> None:
+    pictures = list((ROOT / "docs" / "images").iterdir())
+    assert len(pictures) >= 3
+    assert sum(picture.stat().st_size for picture in pictures) < 200_000
+
+
+def _skeleton(text: str) -> dict[str, list[str]]:
+    """Return what a translation must not change: commands, links, code, numbers of tables, headings."""
+    blocks = re.findall(r"^ {4}(.*)$", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\|.*\|$", text, flags=re.MULTILINE)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    return {
+        "commands": [re.split(r"\s{2,}#", block)[0].strip() for block in blocks],
+        "links": sorted(
+            link.partition("#")[0] + "#" * ("docs/" in link and "#" in link) for link in links
+        ),
+        "rows": [" ".join(re.findall(r"\d+(?:\.\d+)?", row)) for row in rows],
+        "headings": re.findall(r"^(#+) ", text, flags=re.MULTILINE),
+        "code": sorted(re.findall(r"`([^`\n]+)`", text)),
+    }
+
+
+def test_the_chinese_page_shows_the_same() -> None:
+    english, chinese = _skeleton(README), _skeleton(TEXTS["README.zh-CN.md"])
+    english["links"].remove("README.zh-CN.md")
+    chinese["links"].remove("README.md")
+    for part, shown in english.items():
+        assert chinese[part] == shown, part
+    words = re.findall(r"[\u4e00-\u9fff]", TEXTS["README.zh-CN.md"])
+    assert len(words) > 800
+
+
+def test_every_task_and_flag_has_its_place() -> None:
+    tasks, settings = TEXTS["docs/tasks.md"], TEXTS["docs/settings.md"]
+    assert [task for task in TASKS if task != "toy" and f"\n### {task}\n" not in tasks] == []
+    assert all(task.repository in tasks for task in TASKS.values())
+    assert all((task.repository_480p or "") in tasks for task in TASKS.values())
+    assert [flag for flag in REFERENCE_FLAG_KEYS if f"`{flag}" not in settings] == []
+
+
+def test_named_choices_are_listed() -> None:
+    table = TEXTS["docs/settings.md"].partition("## Named choices")[2].partition("\n## ")[0]
+    for group in ("memory", "parallel", "fsdp", "cluster"):
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{group}`"))
+        names = {file.stem for file in (CONFIG_FOLDER / group).glob("*.yaml")}
+        assert names == set(re.findall(r"`([\w-]+)`", row)) - {group}
+
+
+def test_the_tour_names_short_files() -> None:
+    tour = README.partition("## A tour of the code")[2].partition("\n## ")[0]
+    files = re.findall(r"`(wan_dist/[\w/]+\.py)`", tour)
+    assert len(files) >= 6
+    assert all(len((ROOT / file).read_text().splitlines()) < 400 for file in files)
 
 
 def test_an_installation_has_all_packages_and_all_of_conf() -> None:

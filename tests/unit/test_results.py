@@ -1,16 +1,55 @@
-"""The README shows what is in bench/results; results are kept with the run that they are of."""
+"""The docs show what is in bench/results, in the schema and in the plan; results are kept with the run
+that they are of.
+"""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from bench import table
 from bench.record import Record
+from bench.table import PAGES, RESULTS, TABLES, fill_tables
 
-README = Path(__file__).parents[2] / "README.md"
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
 
 
-def test_the_table_of_steps_is_made_from_the_results() -> None:
-    assert "\n".join(table.lines()) in README.read_text()
+@pytest.mark.parametrize("page", TEXTS)
+def test_tables_are_made_from_the_results(page: str) -> None:
+    """If not, `python -m bench.table --write` makes them."""
+    assert fill_tables(TEXTS[page]) == TEXTS[page]
+
+
+def test_every_table_is_shown() -> None:
+    shown = [name for text in TEXTS.values() for name in re.findall(r"<!-- table: (\w+) -->", text)]
+    assert set(shown) == set(TABLES)
+    assert sum(text.count("<!-- end -->") for text in TEXTS.values()) == len(shown)
+
+
+def test_a_table_that_is_old_is_replaced() -> None:
+    old = "before\n<!-- table: drills -->\n\nold\n\n<!-- end -->\nafter\n"
+    new = fill_tables(old)
+    assert "old" not in new
+    assert TABLES["drills"]()[-1] in new
+    assert new.startswith("before\n")
+    assert new.endswith("\nafter\n")
+    assert fill_tables(new) == new
+
+
+def test_every_file_of_results_is_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = set()
+    load = table._load
+
+    def load_and_note(name: str) -> dict[str, Any]:
+        loaded.add(name)
+        return load(name)
+
+    monkeypatch.setattr(table, "_load", load_and_note)
+    for make_lines in TABLES.values():
+        make_lines()
+    assert loaded == {file.stem for file in RESULTS.glob("*.json")}
 
 
 def test_a_row_measured_again_replaces_the_older_one(tmp_path: Path) -> None:

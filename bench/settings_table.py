@@ -1,0 +1,91 @@
+"""Tables of the settings and of the tasks, from the schema, conf/ and the plan."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from launch.plan import plan_dry_run
+from wan_dist.config.schema import RunConfig, list_settings
+from wan_dist.planning.hardware import Hardware
+from wan_dist.planning.workload import GIB
+from wan_dist.tasks.registry import TASKS, ImageInput, Task
+from wan_dist.tasks.run_config import read_config
+
+_SECTION_TITLES = {
+    "": "General",
+    "parallel": "parallel",
+    "fsdp": "fsdp",
+    "memory": "memory",
+    "cache": "cache",
+    "sample": "sample",
+    "output": "output",
+}
+_INPUTS = {
+    ImageInput.NONE: "`prompt`",
+    ImageInput.FIRST: "`prompt`, `image`",
+    ImageInput.OPTIONAL: "`prompt`, perhaps `image`",
+    ImageInput.FIRST_AND_LAST: "`prompt`, `first_frame`, `last_frame`",
+}
+_LARGE_GPU, _HOST = 139 * GIB, 256 * GIB
+
+
+def list_setting_lines() -> Iterator[str]:
+    """Yield a heading and a table for each section of the schema: key, default and help."""
+    for section, title in _SECTION_TITLES.items():
+        yield from (f"### {title}", "", "| key | default | meaning |", "|---|---|---|")
+        for key, setting in list_settings().items():
+            if key.rpartition(".")[0] == section:
+                text = setting.metadata["help"].replace("|", "\\|").replace("*", "\\*")
+                default = "required" if key == "task" else _format_default(setting.default)
+                yield f"| `{key}` | {default} | {text} |"
+        yield ""
+
+
+def _format_default(value: Any) -> str:
+    if value is None:
+        return ""
+    if value == "???":
+        return "the task's"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def list_task_rows() -> Iterator[list[str]]:
+    """Yield the titles, then the defaults of each task."""
+    yield ["task", "size", "frames", "fps", "steps", "shift", "guidance", "sides are multiples of"]
+    for task in TASKS.values():
+        config = _read_task_config(task)
+        shift = config.sample.shift
+        shift_text = (
+            f"{shift:g}" if shift else "{:g} up to 480P, {:g}".format(*task.default_shifts or ())
+        )
+        low, high = config.sample.parse_guide_scales()
+        guidance = f"{low:g}" if low == high else f"{low:g} low, {high:g} high noise"
+        size = config.size.replace("*", "x")
+        counts = [config.frame_num, config.fps, config.sample.steps]
+        multiple = str(task.size_multiple[0])
+        yield [f"`{task.name}`", size, *map(str, counts), shift_text, guidance, multiple]
+
+
+def list_overview_rows() -> Iterator[list[str]]:
+    """Yield the titles, then input and GPU memory of each task at its default size, for the README."""
+    yield ["task", "input", "result", "GPU GiB, all resident", "GPU GiB, at least"]
+    for task in TASKS.values():
+        if task.name == "toy":
+            continue
+        config = _read_task_config(task)
+        count = f"{config.frame_num} frames" if config.frame_num > 1 else "one image"
+        result = f"{config.size.replace('*', 'x')}, {count}"
+        peaks = [_plan_peak(task, preset) for preset in ("fast", "minimal")]
+        link = f"[{task.name}](docs/tasks.md#{task.name.lower().replace('.', '')})"
+        yield [link, _INPUTS[task.image_input], result, *(f"{peak:.1f}" for peak in peaks)]
+
+
+def _read_task_config(task: Task, *settings: str) -> RunConfig:
+    config = read_config([f"task={task.name}", *settings])
+    assert config is not None
+    return config
+
+
+def _plan_peak(task: Task, preset: str) -> float:
+    config = _read_task_config(task, f"memory={preset}")
+    plan = plan_dry_run(config, Hardware(_LARGE_GPU, _HOST, ""), (1, 1))
+    return max(stage.gpu_bytes for stage in plan.stage_memories) / GIB
