@@ -23,9 +23,10 @@ test-slurm: $(VENV)/.dev ## submit the scripts of slurm/ to a Slurm on this mach
 drill: $(VENV)/.runtime ## inject 60 faults into a run of 1000 jobs; half an hour on 2 cores
 	$(BIN)/python -m bench.drill
 
-lint: $(VENV)/.dev ## style and types
+lint: $(VENV)/.dev ## style, types and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
