@@ -36,5 +36,5 @@ def expand_user_path(key: str, text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise InputError(
-            f"{key}={text}: no home folder of this user is known; ./~ begins a name with ~"
+            f"{key}={text}: the home folder of this user is unknown; write ./~ for a name that begins with ~"
         ) from None

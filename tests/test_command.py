@@ -452,7 +452,7 @@ def test_a_black_video_is_never_written(
             "cache.steps=tea has been fitted to the models of t2v-1.3B, t2v-14B, t2i-14B, i2v-14B, toy, "
             "not to that of t2v-A14B",
         ),
-        ([*TINY, "cache.threshold=0"], "cache.threshold=0.0: it must be above 0, e.g. 0.05"),
+        ([*TINY, "cache.threshold=0"], "cache.threshold=0.0 must be above 0, e.g. 0.05"),
         (["task=s2v-14B"], "task s2v-14B is not supported yet"),
         (
             ["task=toy", "frame_num=abc"],

@@ -345,7 +345,7 @@ OBJECTS = [
         "line 1: prompt is an object",
     ),
     _refused(
-        "an empty object", "a.jsonl", "{}\n" * 2 + '{"prompt": " "}', "line 3: the prompt is empty"
+        "an empty object", "a.jsonl", "{}\n" * 2 + '{"prompt": " "}', "line 3: prompt is empty"
     ),
     _refused(
         "an array for a text", "a.jsonl", '{"prompt": ["a", "b"]}', "line 1: prompt=", "a text"

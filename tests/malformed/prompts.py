@@ -51,8 +51,8 @@ def _right(name: str, text: str, stem: str, *, in_file: bool = False) -> Case:
 
 
 CASES = [
-    _refused("nothing", "", "the prompt is empty"),
-    _refused("spaces", " \t ", "the prompt is empty"),
+    _refused("nothing", "", "prompt is empty"),
+    _refused("spaces", " \t ", "prompt is empty"),
     _refused("null", "null", "prompt is missing"),
     _refused(
         "an escape code in a file's name", "@\x1b[31mx", "cannot read \\x1b[31mx", "No such file"

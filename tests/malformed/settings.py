@@ -78,7 +78,7 @@ KEYS = [
 ]
 
 NUMBERS = [
-    setting("seed=-2", says="seed=-2: use a number from 0 on"),
+    setting("seed=-2", says="seed=-2 must be 0 or larger"),
     setting("seed=x", says="seed"),
     setting("seed=", says="seed"),
     setting("seed=true", says="seed"),
@@ -89,11 +89,11 @@ NUMBERS = [
     setting("frame_num=0", says="frame_num=0 is not 4n + 1"),
     setting(f"frame_num={4 * 10**9 + 1}", says=f"frame_num={4 * 10**9 + 1}"),
     setting(f"frame_num={4 * 10**30 + 1}", says="frame_num="),
-    setting("fps=0", says="fps=0: at least 1 frame a second"),
+    setting("fps=0", says="fps=0 must be at least 1"),
     setting(f"fps={HUGE}", says="fps="),
-    setting("sample.steps=0", says="sample.steps=0: at least 1 step"),
+    setting("sample.steps=0", says="sample.steps=0 must be at least 1"),
     setting("sample.steps=1000000000", says=("sample.steps=1000000000", "1000")),
-    setting("sample.shift=0", says="sample.shift=0.0: it must be above 0"),
+    setting("sample.shift=0", says="sample.shift=0.0 must be above 0"),
     setting("sample.shift=nan", says=("sample.shift=nan", "finite")),
     setting("sample.shift=inf", says=("sample.shift=inf", "finite")),
     setting("sample.shift=1e400", says=("sample.shift=inf", "finite")),
@@ -120,7 +120,7 @@ NUMBERS = [
     setting(
         "memory.host_budget_gib=1e-9", says="of which 0.0 can be used (memory.host_budget_gib)"
     ),
-    setting("memory.slice_tokens=0", says="memory.slice_tokens=0: at least 1 token"),
+    setting("memory.slice_tokens=0", says="memory.slice_tokens=0 must be at least 1"),
     setting("parallel.dp=0", says="parallel.dp"),
     setting(f"parallel.ulysses={HUGE}", says="parallel.ulysses"),
 ]
@@ -138,7 +138,7 @@ SIZES = [
     setting("size=16400*16", says=("size=16400*16", "16384")),
     setting(f"size={'1' * 5000}*16", says="is not width*height"),
     setting("size=${oc.env:HOME}", says="size=${oc.env:HOME} is not width*height"),
-    setting("max_area=0", says="max_area=0: it must be above 0"),
+    setting("max_area=0", says="max_area=0 must be above 0"),
     setting("max_area=512", says="max_area=512 is for tasks with an image"),
     setting("size=３３*16", says="is not width*height"),
 ]

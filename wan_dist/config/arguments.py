@@ -75,7 +75,7 @@ def prepare_arguments(arguments: list[str]) -> list[str]:
 def _check_flag(argument: str) -> None:
     flag, _, value = argument.partition("=")
     if flag in REFERENCE_FLAG_KEYS:
-        raise InputError(f"{flag} is spelled {REFERENCE_FLAG_KEYS[flag]}={value or '...'} here")
+        raise InputError(f"unknown flag {flag}; use {REFERENCE_FLAG_KEYS[flag]}={value or '...'}")
     if flag not in _HYDRA_FLAGS:
         raise InputError(
             f"unknown flag {flag}; settings are given as key=value (--help lists them)"
@@ -86,15 +86,15 @@ def _prepare_override(argument: str) -> str:
     key, equals_sign, value = argument.partition("=")
     if not equals_sign:
         raise InputError(
-            f"{argument!r} is not key=value; a value with spaces needs the shell's quotes around it, "
-            "as in 'prompt=two cats boxing'"
+            f"{argument!r} is not key=value; quote a value with spaces for the shell, "
+            "e.g. 'prompt=two cats boxing'"
         )
     plain_key = key.lstrip("+")
     check_setting_key(plain_key)
     if len(value) > _MAX_VALUE_CHARACTERS and not is_text_key(plain_key):
         raise InputError(
-            f"{key}={value[:40]}... has {len(value)} characters, "
-            f"and a value of its kind {_MAX_VALUE_CHARACTERS} at most"
+            f"{key}={value[:40]}... has {len(value)} characters; "
+            f"the limit is {_MAX_VALUE_CHARACTERS}"
         )
     return f"{key}={quote_if_needed(value)}" if is_text_key(plain_key) else argument
 

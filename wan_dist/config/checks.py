@@ -35,12 +35,12 @@ def check_text(key: str, value: str) -> None:
     if re.search("[\ud800-\udfff]", value):  # what Python makes of bytes that are not UTF-8
         raise InputError(
             f"{key}={value!r} is not UTF-8 text; "
-            "the shell, or the file that it is from, has another encoding"
+            "check the encoding of the shell, or of the file that it comes from"
         )
     if key in PROMPT_KEYS:
         check_prompt_length(key, value)
     elif "\0" in value:
-        raise InputError(f"{key}={value!r} has a NUL in it, which no name has")
+        raise InputError(f"{key}={value!r} has a NUL character, which file names cannot have")
     if key in PATH_KEYS:
         check_path(key, value)
 
@@ -49,7 +49,7 @@ def check_path(key: str, value: str) -> None:
     """Raise InputError unless ``value`` can be a path, for ``dit_file`` one or two."""
     if not value.strip():
         raise InputError(
-            f"{key} is empty; leave it out, or say which {'folder' if key.endswith('dir') else 'file'}"
+            f"{key} is empty; give a {'folder' if key.endswith('dir') else 'file'}, or leave it out"
         )
     try:
         if key == "dit_file":
@@ -58,7 +58,7 @@ def check_path(key: str, value: str) -> None:
             Path(value.strip()).expanduser()
     except RuntimeError:
         raise InputError(
-            f"{key}={value}: no home folder of this user is known; ./~ begins a name with ~"
+            f"{key}={value}: the home folder of this user is unknown; write ./~ for a name that begins with ~"
         ) from None
 
 
@@ -95,15 +95,15 @@ def check_positive(key: str, value: float | None, unit: str = "", hint: str = ""
     """Raise InputError unless ``value`` is None, or above 0 and finite."""
     if value is not None and not 0 < value < math.inf:
         requirement = "above 0" if value <= 0 else "finite"
-        raise InputError(f"{key}={value}: it must be {requirement}{unit and ', in '}{unit}{hint}")
+        raise InputError(f"{key}={value} must be {requirement}{unit and ', in '}{unit}{hint}")
 
 
 def check_prompt_length(key: str, text: str) -> None:
     """Raise InputError for a prompt that is far longer than any model reads."""
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InputError(
-            f"{key} has {len(text)} characters; models read the first 500 words, "
-            f"and {MAX_PROMPT_CHARACTERS} are taken"
+            f"{key} has {len(text)} characters; the limit is {MAX_PROMPT_CHARACTERS} "
+            "(the models read about 500 words)"
         )
 
 
@@ -116,10 +116,10 @@ def check_file_name(key: str, name: str) -> None:
     stem = name.removesuffix(".mp4").removesuffix(".png").casefold()
     if suffix := next((suffix for suffix in _RESERVED_SUFFIXES if stem.endswith(suffix)), None):
         raise InputError(
-            f"{key}={name}: names that end in {suffix} are those of files kept beside another video; "
-            "give it another name"
+            f"{key}={name}: names that end in {suffix} are reserved for files beside a video; "
+            "choose another name"
         )
     if (num_bytes := len(name.encode())) > _MAX_NAME_BYTES:
         raise InputError(
-            f"{key}={name[:40]}... has {num_bytes} bytes; with suffixes there is room for {_MAX_NAME_BYTES}"
+            f"{key}={name[:40]}... has {num_bytes} bytes; the limit is {_MAX_NAME_BYTES}; give a shorter name"
         )

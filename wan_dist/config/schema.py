@@ -57,21 +57,26 @@ class RunConfig:
     )
     dit_file: str | None = _key(
         None,
-        "the transformer's weights in one file, also fp8, instead of ckpt_dir's; two experts: HIGH,LOW",
+        "file of the transformer's weights, also fp8, used instead of ckpt_dir's; two "
+        "experts: HIGH,LOW",
         Effect.WEIGHTS,
     )
     prompt: str | None = _key(
         None,
-        "what to show, as plain text; prompt=@file.txt reads a file, @@ is a plain @",
+        "description of the video, as plain text; prompt=@file.txt reads a file, @@ is a plain @",
         Effect.LATENTS,
     )
     negative_prompt: str | None = _key(
-        None, "what to keep away from; null: the task's; @file.txt works too", Effect.LATENTS
+        None,
+        "description of what to avoid; null: the task's; @file.txt reads a file",
+        Effect.LATENTS,
     )
-    image: str | None = _key(None, "image to start from", Effect.LATENTS)
-    first_frame: str | None = _key(None, "image to start from, of two", Effect.LATENTS)
+    image: str | None = _key(None, "first frame of the video", Effect.LATENTS)
+    first_frame: str | None = _key(
+        None, "first frame of the video, where there is a last_frame", Effect.LATENTS
+    )
     last_frame: str | None = _key(
-        None, "image to end with; scaled and cut to the first one's shape", Effect.LATENTS
+        None, "last frame of the video; scaled and cropped to the first one's shape", Effect.LATENTS
     )
     size: str = _key(
         MISSING,
@@ -80,10 +85,10 @@ class RunConfig:
         Effect.LATENTS,
     )
     max_area: int | None = _key(
-        None, "area in pixels, instead of size where there is an image", Effect.LATENTS
+        None, "area in pixels, instead of size, where there is an image", Effect.LATENTS
     )
-    frame_num: int = _key(MISSING, "frames, 4n + 1", Effect.LATENTS)
-    fps: int = _key(MISSING, "frames a second of the video file", Effect.RESULT)
+    frame_num: int = _key(MISSING, "number of frames, 4n + 1", Effect.LATENTS)
+    fps: int = _key(MISSING, "frames per second of the video file", Effect.RESULT)
     seed: int = _key(42, "seed of the noise; -1 draws one and prints it", Effect.LATENTS)
     noise_device: str = _key(
         "cpu",
@@ -94,8 +99,8 @@ class RunConfig:
     dtype: str = _key("bfloat16", "bfloat16, or float32 for comparisons", ALL_EFFECTS)
     quant: str = _key(
         "none",
-        "none, fp8, int8 or int4: the transformer's linears in fewer bits, "
-        "but for the first and last block's",
+        "none, fp8, int8 or int4: quantises the transformer's linears, except in the "
+        "first and last block",
         Effect.MODELS | Effect.LATENTS,
     )
     attention: str = _key(
@@ -105,13 +110,13 @@ class RunConfig:
         Effect.MODELS | Effect.LATENTS,
     )
     latents: str | None = _key(
-        None, "make the video from these kept latents instead of denoising", Effect.LATENTS
+        None, "file of saved latents, which are decoded instead of denoising", Effect.LATENTS
     )
     jobs: str | None = _key(
         None,
-        "a file of videos to make: a prompt a line, or .jsonl, .json, .csv or .tsv with any of these keys",
+        "job file: one prompt per line, or .jsonl, .json, .csv or .tsv with any of these keys",
     )
-    retry_failed: bool = _key(False, "make the jobs again that have failed before")
+    retry_failed: bool = _key(False, "run jobs again that have failed before")
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -128,18 +133,18 @@ class RunConfig:
         check_choice("noise_device", self.noise_device, NOISE_DEVICES)
         self.parse_size()
         if self.fps < 1:
-            raise InputError(f"fps={self.fps}: at least 1 frame a second is needed")
+            raise InputError(f"fps={self.fps} must be at least 1")
         if self.fps > _MAX_FPS:
-            raise InputError(f"fps={self.fps}: players show {_MAX_FPS} frames a second at most")
+            raise InputError(f"fps={self.fps} must be at most {_MAX_FPS}, which players show")
         if self.seed < -1:
-            raise InputError(f"seed={self.seed}: use a number from 0 on, or -1 to have one drawn")
+            raise InputError(f"seed={self.seed} must be 0 or larger, or -1 to draw one")
         if self.seed >= 2**64:
-            raise InputError(f"seed={self.seed}: the largest is 2^64 - 1")
+            raise InputError(f"seed={self.seed} must be at most 2^64 - 1")
         if self.max_area is not None and self.max_area < 1:
-            raise InputError(f"max_area={self.max_area}: it must be above 0, in pixels")
+            raise InputError(f"max_area={self.max_area} must be above 0, in pixels")
         if self.prompt is not None and not self.prompt.strip():
             raise InputError(
-                'the prompt is empty; say what to show, e.g. prompt="two cats boxing on a stage"'
+                'prompt is empty; describe the video, e.g. prompt="two cats boxing on a stage"'
             )
 
     def _check_text_settings(self) -> None:

@@ -43,11 +43,11 @@ class SampleConfig:
     def __post_init__(self) -> None:
         check_choice("sample.solver", self.solver, SOLVERS)
         if self.steps < 1:
-            raise InputError(f"sample.steps={self.steps}: at least 1 step is needed")
+            raise InputError(f"sample.steps={self.steps} must be at least 1")
         if self.steps > MAX_STEPS:
             raise InputError(
-                f"sample.steps={self.steps}: the models know {MAX_STEPS} noise levels, "
-                "so more steps do nothing"
+                f"sample.steps={self.steps} must be at most {MAX_STEPS}, "
+                "the number of noise levels that the models are trained on"
             )
         check_positive("sample.shift", self.shift, hint=" (published defaults are 3.0 to 16.0)")
         self.parse_guide_scales()
@@ -63,7 +63,7 @@ class SampleConfig:
                 "e.g. 5.0 or [3.0,4.0]"
             )
         if not all(abs(scale) <= sys.float_info.max for scale in scales):
-            raise InputError(f"sample.guide_scale={self.guide_scale}: it must be finite, e.g. 5.0")
+            raise InputError(f"sample.guide_scale={self.guide_scale} must be finite, e.g. 5.0")
         return float(scales[0]), float(scales[1])
 
 
@@ -71,24 +71,30 @@ class SampleConfig:
 class ParallelConfig:
     """How a run is spread over ranks; the product of the degrees is the number of ranks."""
 
-    dp: int | None = _key(None, "replicas, each for videos of its own; null: planned")
-    cfg: int | None = _key(None, "2: the two passes of guidance side by side; null: planned")
-    ring: int | None = _key(None, "ranks that pass keys and values around; null: planned")
+    dp: int | None = _key(None, "number of replicas, each with videos of its own; null: planned")
+    cfg: int | None = _key(None, "2: the two guidance passes side by side; null: planned")
+    ring: int | None = _key(
+        None, "ring attention degree: ranks that pass keys and values around; null: planned"
+    )
     ulysses: int | None = _key(
-        None, "ranks that trade tokens for heads, a divisor of the heads; null: planned"
+        None,
+        "Ulysses degree: ranks that exchange tokens for heads, a divisor of the heads; "
+        "null: planned",
     )
     usp: str = _key(
         "plain",
-        "what does Ulysses and ring: plain (any number of tokens) or xfuser (a number that the ranks divide)",
+        "implementation of Ulysses and ring: plain (any number of tokens) or xfuser (a "
+        "multiple of the ranks)",
     )
     timeout: float = _key(
         600.0,
-        "seconds without a sign of life, or in an exchange while denoising, "
-        "after which ranks give each other up",
+        "seconds without a heartbeat, or in an exchange while denoising, after which a "
+        "rank counts as lost",
     )
     load_timeout: float = _key(
         3600.0,
-        "seconds of an exchange while texts are encoded and weights are read, which a slow disk draws out",
+        "seconds that an exchange may take while texts are encoded and weights are "
+        "read, also from a slow disk",
     )
 
     def __post_init__(self) -> None:
@@ -97,8 +103,8 @@ class ParallelConfig:
             check_positive(f"parallel.{key}", timeout_seconds := getattr(self, key), "seconds")
             if timeout_seconds > _MAX_TIMEOUT_SECONDS:
                 raise InputError(
-                    f"parallel.{key}={timeout_seconds}: more than {_MAX_TIMEOUT_SECONDS} s, a year, "
-                    "cannot be waited"
+                    f"parallel.{key}={timeout_seconds} must be at most "
+                    f"{_MAX_TIMEOUT_SECONDS} seconds, a year"
                 )
 
 
@@ -107,11 +113,11 @@ class FsdpConfig:
     """Which weights are sharded over the ranks."""
 
     dit: bool | None = _key(
-        None, "shard the transformer; null: where it is larger than 12 GiB", Effect.MODELS
+        None, "shard the transformer; null: if it is larger than 12 GiB", Effect.MODELS
     )
     t5: bool | None = _key(
         None,
-        "shard the text encoder; null: no, the first rank has it while it encodes",
+        "shard the text encoder; null: no, it is on the first rank while it encodes",
         Effect.MODELS,
     )
 
@@ -122,41 +128,44 @@ class MemoryConfig:
 
     dit: str | None = _key(
         None,
-        "the transformer's weights: resident, stream (from host memory) or disk (read each step); "
-        "null: planned",
+        "placement of the transformer's weights: resident, stream (from host memory) or "
+        "disk (read each step); null: planned",
         Effect.MODELS,
     )
     t5: str | None = _key(
         None,
-        "where the text encoder works: gpu, stream (on the GPU, block by block from disk) or cpu; "
-        "null: planned",
+        "placement of the text encoder: gpu, stream (on the GPU, block by block from "
+        "disk) or cpu; null: planned",
         Effect.MODELS,
     )
     slice_tokens: int | None = _key(
         None,
-        "tokens that go through the transformer's linears at once; null: planned",
+        "tokens that pass the transformer's linears at once; null: planned",
         Effect.MODELS,
     )
     passes: str | None = _key(
         None,
-        "the two passes of guidance through each block: together, or apart, for less memory; null: planned",
+        "the two guidance passes through each block: together, or apart, for less "
+        "memory; null: planned",
         Effect.MODELS,
     )
     vae: str | None = _key(
         None,
-        "where the VAE works: parallel (a strip a rank), whole, tiled or cpu; "
-        "null: parallel if there are ranks",
+        "VAE strategy: parallel (a strip per rank), whole, tiled or cpu; null: parallel "
+        "with several ranks",
         Effect.MODELS,
     )
     vae_dtype: str | None = _key(
-        None, "bfloat16 or float32; null: the run's dtype on a GPU, float32 on a CPU", ALL_EFFECTS
+        None,
+        "dtype of the VAE, bfloat16 or float32; null: the run's dtype on a GPU, float32 on a CPU",
+        ALL_EFFECTS,
     )
     budget_gib: float | None = _key(
-        None, "GPU memory that a rank may take, in GiB; null: all there is", Effect.MODELS
+        None, "limit of GPU memory per rank, in GiB; null: all of it", Effect.MODELS
     )
     host_budget_gib: float | None = _key(
         None,
-        "host memory that the ranks of a node may take together, in GiB; null: what is free",
+        "limit of host memory for all ranks of a node, in GiB; null: what is free",
         Effect.MODELS,
     )
 
@@ -172,7 +181,7 @@ class MemoryConfig:
             if (value := getattr(self, key)) is not None:
                 check_choice(f"memory.{key}", value, allowed_choices)
         if self.slice_tokens is not None and self.slice_tokens < 1:
-            raise InputError(f"memory.slice_tokens={self.slice_tokens}: at least 1 token is needed")
+            raise InputError(f"memory.slice_tokens={self.slice_tokens} must be at least 1")
         for key in ("budget_gib", "host_budget_gib"):
             check_positive(f"memory.{key}", getattr(self, key), "GiB")
 
@@ -186,20 +195,22 @@ class CacheConfig:
 
     dir: str | None = _key(
         "auto",
-        "folder of kept prompt embeddings; auto: wan-dist/prompts in the user's cache; null: none are kept",
+        "folder of cached prompt embeddings; auto: wan-dist/prompts in the user's "
+        "cache; null: no cache",
     )
     size_gib: float = _key(
-        1.0, "the most that they may take on disk, in GiB; the longest unused go first"
+        1.0, "limit of that folder's size, in GiB; the least recently used embeddings are removed"
     )
     steps: str | None = _key(
         None,
-        "easy or tea: guess steps that hardly change anything (EasyCache, TeaCache), "
+        "step cache, easy or tea (EasyCache, TeaCache): skips steps that change little, "
         "which changes the result",
         Effect.LATENTS,
     )
     threshold: float | None = _key(
         None,
-        "how much may have changed before a step is computed again; null: easy 0.05, tea as published",
+        "change after which the step cache computes a step again; null: easy 0.05, tea "
+        "as published",
         Effect.LATENTS,
     )
 
@@ -230,12 +241,12 @@ class OutputConfig:
     dir: str = _key("outputs", "folder of the results; made if missing")
     events: str | None = _key(
         None,
-        "a file that gets a line of JSON for each event of a run with jobs; - is standard output",
+        "file that gets a line of JSON per event of a run with jobs; - is standard output",
     )
     name: str | None = _key(
         None, "file name without suffix; null: from task, prompt and seed", Effect.LATENTS
     )
-    save_latents: bool = _key(True, "keep the denoised latents beside the video")
+    save_latents: bool = _key(True, "save the denoised latents beside the video")
     save_tensor: bool = _key(
         False,
         "also save the frames as safetensors: video, float32 (3, F, H, W) in [-1, 1]",

@@ -53,7 +53,9 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
     """
     settings = [argument for argument in arguments if argument not in _SWEEP_FLAGS]
     if any(setting.startswith("jobs=") for setting in settings):
-        raise InputError("jobs=FILE and --multirun are both a list of jobs; give one of them")
+        raise InputError(
+            "jobs=FILE and --multirun cannot be combined: each is a list of jobs; give one of them"
+        )
     shared_settings: list[str] = []
     swept: dict[str, list[str]] = {}
     for setting in settings:
@@ -65,7 +67,7 @@ def parse_sweep(arguments: Sequence[str]) -> Sweep:
     num_combinations = math.prod(map(len, swept.values()))
     if num_combinations > _MAX_COMBINATIONS:
         raise InputError(
-            f"--multirun: {num_combinations} combinations; {_MAX_COMBINATIONS} are taken"
+            f"--multirun has {num_combinations} combinations; the limit is {_MAX_COMBINATIONS}"
         )
     combinations = [
         dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())

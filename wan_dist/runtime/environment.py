@@ -63,7 +63,7 @@ def read_number_variable(key: str, environ: Mapping[str, str] | None = None) -> 
         return None
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
         raise InputError(
-            f"{key}={text} in the environment is not a whole number; unset {key}, or set it to one"
+            f"{key}={text} in the environment is not a whole number; unset {key}, or correct it"
         )
     return int(text)
 
@@ -75,8 +75,8 @@ def sanitize_environment() -> None:
     """
     if sys.flags.optimize > 1:
         raise InputError(
-            "PYTHONOPTIMIZE=2 (python -OO) removes what transformers reads as it is imported; "
-            "unset it, or PYTHONOPTIMIZE=1"
+            "PYTHONOPTIMIZE=2 (python -OO) removes docstrings that transformers reads "
+            "when it is imported; unset it, or set PYTHONOPTIMIZE=1"
         )
     for key in [
         key
@@ -96,8 +96,8 @@ def sanitize_environment() -> None:
             is_http_url = False
         if not is_http_url:
             raise InputError(
-                f"HF_ENDPOINT={endpoint} in the environment is not an address such as "
-                "https://huggingface.co; unset HF_ENDPOINT"
+                f"HF_ENDPOINT={endpoint} in the environment is not a URL such as "
+                "https://huggingface.co; unset HF_ENDPOINT, or correct it"
             )
 
 
@@ -135,25 +135,23 @@ def read_rank_layout(environ: Mapping[str, str] | None = None) -> RankLayout:
     _check_rank_layout(ranks)
     port = read_number_variable("MASTER_PORT", environ) if num_ranks > 1 else None
     if port is not None and not 0 < port <= _MAX_PORT:
-        raise InputError(f"MASTER_PORT={port} in the environment: ports are 1 to {_MAX_PORT}")
+        raise InputError(f"MASTER_PORT={port} in the environment must be 1 to {_MAX_PORT}")
     return ranks
 
 
 def _check_rank_layout(ranks: RankLayout) -> None:
     if not ranks.num_ranks:
-        raise InputError(
-            f"WORLD_SIZE=0 in the environment: there is at least this rank; {_LAUNCH_ADVICE}"
-        )
+        raise InputError(f"WORLD_SIZE=0 in the environment must be at least 1; {_LAUNCH_ADVICE}")
     if ranks.rank >= ranks.num_ranks:
         raise InputError(
             f"RANK={ranks.rank} with WORLD_SIZE={ranks.num_ranks} in the environment: "
-            f"ranks are counted from 0; {_LAUNCH_ADVICE}"
+            f"a rank is below their number; {_LAUNCH_ADVICE}"
         )
     if not ranks.local_rank < ranks.ranks_per_node <= ranks.num_ranks:
         raise InputError(
             f"LOCAL_RANK={ranks.local_rank} LOCAL_WORLD_SIZE={ranks.ranks_per_node} "
             f"WORLD_SIZE={ranks.num_ranks} in the environment contradict each other: "
-            f"a node's ranks are counted from 0 and are a part of all; {_LAUNCH_ADVICE}"
+            f"a local rank is below the ranks of its node, which are some of all; {_LAUNCH_ADVICE}"
         )
 
 

@@ -58,8 +58,8 @@ def translate_slurm_variables() -> None:
     for key, value in rank_variables.items():
         if environ.setdefault(key, value).strip() != value:
             raise InputError(
-                f"{key}={environ[key]} in the environment, but srun says {value}; "
-                f"unset {key}, or start ranks otherwise"
+                f"{key}={environ[key]} in the environment, but srun has set {value}; "
+                f"unset {key}, or start the ranks without srun"
             )
     job_id, step_id = (
         read_number_variable("SLURM_JOB_ID") or 0,

@@ -89,7 +89,7 @@ def choose_network_interface(environ: MutableMapping[str, str] = os.environ) -> 
         environ.setdefault(_NCCL_INTERFACE_VARIABLE, name)
     if len(interface_names) > 1:
         logger.info(
-            "network   %s of %s; %s and %s choose another",
+            "network   %s (found %s); set %s and %s to use another",
             environ[_GLOO_INTERFACE_VARIABLE],
             ", ".join(interface_names),
             _GLOO_INTERFACE_VARIABLE,

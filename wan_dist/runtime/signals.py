@@ -60,7 +60,7 @@ class Preemption:
             self.requested_by = signal.Signals(signal_number)
             if self.is_immediate:
                 _exit_at_once(
-                    EXIT_PREEMPTED, f"stopped by {self.requested_by.name}; the same command goes on"
+                    EXIT_PREEMPTED, f"stopped by {self.requested_by.name}; the same command resumes"
                 )
             if not self.is_deferred:
                 self.raise_if_requested()
@@ -104,7 +104,7 @@ class Preemption:
         """Raise PreemptionInterrupt if this process was requested to end."""
         if self.requested_by is not None:
             raise PreemptionInterrupt(
-                f"stopped by {self.requested_by.name}; the same command goes on"
+                f"stopped by {self.requested_by.name}; the same command resumes"
             )
 
     def wait_for_request(self) -> bool:
@@ -239,7 +239,7 @@ def _log_preemption_request() -> None:
     if preemption.is_deferred:
         name = "a signal" if preemption.requested_by is None else preemption.requested_by.name
         logger.info(
-            "asked     by %s to end: finishes what it is at; SIGINT or SIGTERM again ends at once",
+            "signal    %s: stops after the work in progress; SIGINT or SIGTERM again stops at once",
             name,
         )
 

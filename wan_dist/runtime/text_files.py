@@ -42,7 +42,9 @@ def read_text_file(path: Path, *, max_bytes: int) -> str:
     """
     check_regular_file(path)
     if (num_bytes := path.stat().st_size) > max_bytes:
-        raise UnreadableFileError(f"it has {num_bytes} bytes, and texts {max_bytes} at most")
+        raise UnreadableFileError(
+            f"it has {num_bytes} bytes, and the limit for text files is {max_bytes}"
+        )
     try:
         with path.open("rb") as file:
             first_bytes = file.read(4)
@@ -76,5 +78,5 @@ def read_checkpoint_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}; download it again") from None
     if not isinstance(json_object, dict):
-        raise InputError(f"{path} is not a JSON object, as it should be; download it again")
+        raise InputError(f"{path} is not a JSON object; download it again")
     return json_object

@@ -94,7 +94,7 @@ def test_a_home_that_can_be_written_to_needs_nothing(
 @pytest.mark.usefixtures("nobody")
 def test_a_path_in_the_home_of_nobody_is_refused() -> None:
     with pytest.raises(
-        InputError, match=r"output\.dir=~/videos: no home folder of this user is known"
+        InputError, match=r"output\.dir=~/videos: the home folder of this user is unknown"
     ):
         read_config(["task=toy", "output.dir=~/videos"])
     config = read_config(["task=toy"])
@@ -148,4 +148,4 @@ def test_a_folder_for_temporary_files_may_be_missing(
 )
 def test_commands_say_so_too(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert launch(arguments) == 2
-    assert "no home folder of this user is known" in capsys.readouterr().err
+    assert "the home folder of this user is unknown" in capsys.readouterr().err

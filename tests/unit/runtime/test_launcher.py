@@ -89,8 +89,8 @@ def test_what_is_set_to_nothing_is_not_set(key: str, environment: dict[str, str]
         ),
         ({"SLURM_STEP_NODELIST": "gpu["}, "gpu[ in the environment is not Slurm's list of hosts"),
         ({"SLURM_JOB_ID": "job"}, "SLURM_JOB_ID=job"),
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 in the environment, but srun says 7"),
-        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 in the environment, but srun says 1"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 in the environment, but srun has set 7"),
+        ({"LOCAL_RANK": "0"}, "LOCAL_RANK=0 in the environment, but srun has set 1"),
     ],
 )
 def test_what_slurm_does_not_set_so_is_refused(

@@ -66,7 +66,7 @@ def test_what_asks_a_run_to_end(number: signal.Signals) -> None:
     with handle_signals():
         with (
             pytest.raises(
-                PreemptionInterrupt, match=f"stopped by {number.name}; the same command goes on"
+                PreemptionInterrupt, match=f"stopped by {number.name}; the same command resumes"
             ),
             preemption.interruptible(),
         ):
@@ -155,7 +155,7 @@ def test_the_command_keeps_its_code(
     monkeypatch.setattr(sys, "argv", ["wan_dist"])
     monkeypatch.setattr(run_config, "prepare_arguments", asked)
     assert run.main(["task=toy"]) == EXIT_PREEMPTED
-    assert "wan_dist: stopped by SIGHUP; the same command goes on" in capsys.readouterr().err
+    assert "wan_dist: stopped by SIGHUP; the same command resumes" in capsys.readouterr().err
 
 
 def test_an_error_keeps_its_code(
