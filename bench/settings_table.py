@@ -7,7 +7,8 @@ from launch.plan import plan_dry_run
 from wan_dist.config.schema import RunConfig, list_settings
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.workload import GIB
-from wan_dist.tasks.registry import TASKS, ImageInput, Task
+from wan_dist.tasks.base import Task
+from wan_dist.tasks.registry import TASKS
 from wan_dist.tasks.run_config import read_config
 
 _SECTION_TITLES = {
@@ -18,12 +19,6 @@ _SECTION_TITLES = {
     "cache": "cache",
     "sample": "sample",
     "output": "output",
-}
-_INPUTS = {
-    ImageInput.NONE: "`prompt`",
-    ImageInput.FIRST: "`prompt`, `image`",
-    ImageInput.OPTIONAL: "`prompt`, perhaps `image`",
-    ImageInput.FIRST_AND_LAST: "`prompt`, `first_frame`, `last_frame`",
 }
 _LARGE_GPU, _HOST = 139 * GIB, 256 * GIB
 
@@ -76,7 +71,14 @@ def list_overview_rows() -> Iterator[list[str]]:
         result = f"{config.size.replace('*', 'x')}, {count}"
         peaks = [_plan_peak(task, preset) for preset in ("fast", "minimal")]
         link = f"[{task.name}](docs/tasks.md#{task.name.lower().replace('.', '')})"
-        yield [link, _INPUTS[task.image_input], result, *(f"{peak:.1f}" for peak in peaks)]
+        yield [link, _list_inputs(task), result, *(f"{peak:.1f}" for peak in peaks)]
+
+
+def _list_inputs(task: Task) -> str:
+    keys = [f"`{key}`" for key in task.inputs.file_keys]
+    if keys and not task.inputs.is_required:
+        keys[0] = f"perhaps {keys[0]}"
+    return ", ".join(["`prompt`", *keys])
 
 
 def _read_task_config(task: Task, *settings: str) -> RunConfig:
