@@ -250,10 +250,20 @@ def _given(name: str, content: bytes, *says: str) -> Case:
     return Case(name, make, ("x.bin", *says))
 
 
+def _gguf(*fields: bytes | str | int, num_tensors: int = 0, num_values: int = 0) -> bytes:
+    """Return a GGUF file: fields are bytes, texts, or numbers of 32 bits."""
+    content = struct.pack("<4sIQQ", b"GGUF", 3, num_tensors, num_values)
+    for field in fields:
+        if isinstance(field, str):
+            content += struct.pack("<Q", len(field)) + field.encode()
+        else:
+            content += struct.pack("<I", field) if isinstance(field, int) else field
+    return content
+
+
 _DOWNLOAD = "download it again"
 _OTHERS = (
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "Git LFS pointer"),
-    (b"GGUF\3\0\0\0" + bytes(99), "GGUF"),
     (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(99), "ONNX"),
     (b"\n<!DOCTYPE html><html>404 Not Found</html>", "a page of HTML"),
     (b'{"weight_map": {"a": "b.safetensors"}}', "JSON"),
@@ -262,6 +272,50 @@ _OTHERS = (
     (b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
 )
 _NO_HEADER = "no readable safetensors header"
+_ENDLESS = struct.pack("<Q", 2**60)
+_GGUF_FILES = (
+    ("GGUF that ends after its magic number", b"GGUF", "no readable GGUF header"),
+    ("GGUF of another version", b"GGUF\0\0\0\3" + bytes(99), "version 50331648, not 2 or 3"),
+    ("GGUF of 2^60 tensors", _gguf(num_tensors=2**60), "cut off in its header"),
+    ("GGUF of 2^60 metadata values", _gguf("a", 4, 7, num_values=2**60), "cut off in its header"),
+    ("GGUF with an endless name", _gguf(_ENDLESS, num_values=1), "cut off in its header"),
+    ("GGUF with an endless array", _gguf("a", 9, 0, _ENDLESS, num_values=1), "cut off"),
+    ("GGUF with an endless array of texts", _gguf("a", 9, 8, _ENDLESS, num_values=1), "cut off"),
+    ("GGUF with arrays in an array", _gguf("a", 9, 9, _ENDLESS, num_values=1), "GGUF header"),
+    ("GGUF with a value of no type", _gguf("a", 99, 0, num_values=1), "GGUF header"),
+    ("GGUF of an alignment of 0", _gguf("general.alignment", 4, 0, num_values=1), "alignment of 0"),
+    ("GGUF of 99 dims", _gguf("a", 99, bytes(999), num_tensors=1), "99 dims"),
+    (
+        "GGUF of an unread type",
+        _gguf("a", 1, struct.pack("<QIQ", 256, 16, 0), bytes(99), num_tensors=1),
+        "IQ2_XXS, which is not read",
+    ),
+    (
+        "GGUF of an unknown type",
+        _gguf("a", 1, struct.pack("<QIQ", 4, 77, 0), bytes(99), num_tensors=1),
+        "type 77, which is not read",
+    ),
+    (
+        "GGUF whose tensor is not there",
+        _gguf("a", 1, struct.pack("<QIQ", 4, 0, 2**50), bytes(99), num_tensors=1),
+        "is truncated",
+    ),
+    (
+        "GGUF of half a block",
+        _gguf("a", 2, struct.pack("<QQIQ", 16, 2, 2, 0), bytes(99), num_tensors=1),
+        "no whole blocks of Q4_0",
+    ),
+    (
+        "GGUF that begins within a number",
+        _gguf("a", 1, struct.pack("<QIQ", 4, 0, 2), bytes(99), num_tensors=1),
+        "begins within a number",
+    ),
+    (
+        "GGUF of another model",
+        _gguf("general.architecture", 8, "flux", num_values=1),
+        "general.architecture is flux",
+    ),
+)
 _CODE = ("holds code", "not run")
 _NO_WEIGHTS = "cannot be read as PyTorch weights"
 _NO_TOKENIZER = "holds no tokenizer that can be read"
@@ -276,6 +330,7 @@ HEADERS = [
     ),
     *(_file(f"{what} as a VAE", VAE, content, _NO_WEIGHTS, what) for content, what in _OTHERS),
     *(_given(f"{what} as dit_file", content, what) for content, what in _OTHERS),
+    *(_given(name, content, what) for name, content, what in _GGUF_FILES),
     _file(
         "a transformer of zeros", TRANSFORMER, bytes(5000), _NO_HEADER, "not finished", _DOWNLOAD
     ),

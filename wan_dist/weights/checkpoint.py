@@ -108,7 +108,12 @@ class Component(Generic[Model, Dims]):
     def read_parameter_rows(self, name: str, indices: Sequence[int]) -> Tensor:
         """Return the rows of one parameter at ``indices``, on the CPU; nothing else of it is read."""
         (source,) = self.key_map.find_sources(name)
-        return torch.cat([self.files.read_rows(source.key, index, index + 1) for index in indices])
+        return torch.cat(
+            [
+                self.files.read_values(source.key, index, index + 1, torch.device("cpu"))
+                for index in indices
+            ]
+        )
 
 
 @dataclass(frozen=True)

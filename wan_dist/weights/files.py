@@ -1,54 +1,40 @@
 """Tensors in checkpoint files, as one table: names and shapes at once, values one at a time.
 
-Safetensors and PyTorch's own formats are read; code in a file is never run. Errors say what to do.
+Safetensors, PyTorch's own formats and GGUF are read; code in a file is never run. Errors say what to do.
 """
 
 import ctypes
-import json
-import math
 import mmap
-import pickle
 import re
-import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan_dist.runtime.errors import InputError, get_first_line
+from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import (
     UnreadableFileError,
     check_regular_file,
     read_checkpoint_json,
 )
-
-Shape = tuple[int, ...]
+from wan_dist.weights.gguf_blocks import BLOCK_FORMATS, decode_rows
+from wan_dist.weights.gguf_file import GgufFile
+from wan_dist.weights.pickle_file import PickleFile
+from wan_dist.weights.quantization import WeightScale, find_quantization, rotate_back
+from wan_dist.weights.safetensors_file import SafetensorsFile
+from wan_dist.weights.tensor_file import FLOAT_TYPES, TensorFile
+from wan_dist.weights.tensor_file import Shape as Shape
+from wan_dist.weights.tensor_file import format_first_ten as format_first_ten
 
 _LIBC = ctypes.CDLL(None)
-_MAX_HEADER_BYTES = 100_000_000
-"""Limit of the safetensors library."""
-_FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_TYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-_ZIP_MAGIC, _PICKLE_MAGIC = b"PK\3\4", b"\x80"
+_ZIP_MAGIC, _PICKLE_MAGIC, _GGUF_MAGIC = b"PK\3\4", b"\x80", b"GGUF"
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "module")
-"""Keys under which training programs store a model's tensors, beside optimizer states and the like."""
 _FOREIGN_FORMATS = (
     (
         rb"version https://git-lfs",
         "a Git LFS pointer, not the weights; fetch them with `git lfs pull` or `hf download`",
     ),
-    (rb"GGUF", "GGUF, which is not read; take the same weights in .safetensors"),
     (
         rb"\x08[\x01-\x1f][\x12\x1a:]",
         "ONNX, which is not read; take the same weights in .safetensors",
@@ -69,87 +55,133 @@ _FOREIGN_FORMATS = (
 
 
 class TensorFiles:
-    """The tensors of one or several files in safetensors or PyTorch's format, told apart by their content.
+    """The tensors of one or several files, whose formats are told apart by their content.
 
     Opening reads headers only, except for files of PyTorch before 1.6, and checks that each file is complete;
-    raises InputError with the file's name if one is not.
+    raises InputError with the file's name if one is not, or is quantised in a way that is not read.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         self.bytes_read = 0
         self.shapes: dict[str, Shape] = {}
+        """Shapes of the weights; what else the files hold, as scales of weights, is not among them."""
+        self.stored_names: tuple[str, ...] = ()
+        """Names of all tensors, also of those that are not weights."""
         self.non_float_types: dict[str, str] = {}
         """Tensors that cannot be weights, and their data types."""
+        self.metadata: dict[str, object] = {}
+        """What the files say beside their tensors."""
         self._type_names: dict[str, str] = {}
-        self._readers: dict[str, Any] = {}
-        self._is_mapped = not any(map(_is_legacy_pickle, self.paths))
+        self._readers: dict[str, TensorFile] = {}
+        self._scales: dict[str, WeightScale] = {}
+        self._is_mapped = True
         path_by_tensor: dict[str, Path] = {}
         for path in self.paths:
-            reader, shapes, type_names = _open_tensor_file(path)
-            if duplicate := next((name for name in shapes if name in path_by_tensor), None):
+            reader = _open_tensor_file(path)
+            if duplicate := next((name for name in reader.shapes if name in path_by_tensor), None):
                 raise InputError(
                     f"{path_by_tensor[duplicate]} and {path.name} both hold {duplicate}; "
                     "remove the file that is not of this checkpoint"
                 )
-            path_by_tensor |= dict.fromkeys(shapes, path)
-            self.shapes |= shapes
-            self.non_float_types |= {
-                name: type_name
-                for name, type_name in type_names.items()
-                if type_name not in _FLOAT_TYPES
-            }
-            self._type_names |= type_names
-            self._readers |= dict.fromkeys(shapes, reader)
-        self._check_scales()
+            path_by_tensor |= dict.fromkeys(reader.shapes, path)
+            self.shapes |= reader.shapes
+            self.metadata |= reader.metadata
+            self._type_names |= reader.type_names
+            self._readers |= dict.fromkeys(reader.shapes, reader)
+            self._is_mapped &= reader.is_mapped
+        self.stored_names = tuple(self.shapes)
+        self._find_quantization()
+
+    def _find_quantization(self) -> None:
+        try:
+            quantization = find_quantization(
+                self.shapes, self._type_names, self.metadata, self.peek
+            )
+        except InputError as error:
+            raise InputError(f"{self}: {error}") from None
+        self._scales = dict(quantization.scales)
+        for key in quantization.extra_keys:
+            del self.shapes[key]
+        self.non_float_types = {
+            name: type_name
+            for name in self.shapes
+            if (type_name := self._type_names[name]) not in FLOAT_TYPES
+            and not self.is_encoded(name)
+        }
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, in the file's dtype, on the CPU; pages are read from disk on first access."""
+        """Return one tensor as it is stored, on the CPU; pages are read from disk on first access."""
         return self._count_bytes_read(self.peek(name))
 
     def peek(self, name: str) -> Tensor:
         """Return one tensor of which few values will be inspected; ``bytes_read`` does not count it."""
-        reader = self._readers[name]
-        return reader[name] if isinstance(reader, dict) else reader.get_tensor(name)
+        return self._readers[name].read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return rows of one tensor, from ``start`` to before ``stop``; only their bytes are read."""
-        reader = self._readers[name]
-        tensor = reader[name] if isinstance(reader, dict) else reader.get_slice(name)
-        return self._count_bytes_read(tensor[start:stop])
+        """Return rows of one tensor as they are stored, from ``start`` to before ``stop``.
+
+        Only their bytes are read. Rows of GGUF's blocks are bytes, (n, bytes of a row).
+        """
+        return self._count_bytes_read(self._readers[name].read_rows(name, start, stop))
+
+    def read_values(self, name: str, start: int, stop: int, device: torch.device) -> Tensor:
+        """Return the values of rows of one tensor, from ``start`` to before ``stop``, on ``device``.
+
+        They are float32 where `is_encoded`, and computed on ``device``, else of the file's dtype. Raises
+        InputError for scales that are not finite.
+        """
+        stored_rows = self.read_rows(name, start, stop)
+        rows = stored_rows.to(device)
+        if (block_format := BLOCK_FORMATS.get(self._type_names[name])) is not None:
+            values = decode_rows(rows, block_format).view(len(rows), *self.shapes[name][1:])
+        elif (scale := self.read_scale(name, start, stop)) is not None:
+            values = rows.float() * scale.to(device).view(-1, *[1] * (rows.dim() - 1))
+            if size := self._scales[name].rotation_size:
+                values = rotate_back(values, size)
+        else:
+            values = rows
+        if values is not stored_rows:
+            self.release_pages(stored_rows)
+        return values
+
+    def is_encoded(self, name: str) -> bool:
+        """Whether values are computed from what is stored: 8-bit numbers with scales, or GGUF's blocks."""
+        return name in self._scales or self._type_names[name] in BLOCK_FORMATS
 
     def is_fp8(self, name: str) -> bool:
         """Whether the file stores this tensor in 8-bit floats (e4m3)."""
         return self._type_names[name] == "F8_E4M3"
 
+    def describe_encodings(self) -> str:
+        """Return what values depend on that no stored tensor shows; nothing for most files."""
+        encodings = {
+            name: (scale.rotation_size, self._type_names[name])
+            for name, scale in self._scales.items()
+            if scale.rotation_size
+        } | {
+            name: (self.shapes[name], type_name)
+            for name, type_name in self._type_names.items()
+            if type_name in BLOCK_FORMATS
+        }
+        return repr(sorted(encodings.items())) if encodings else ""
+
+    def get_type_name(self, name: str) -> str:
+        """Return a tensor's data type by its name in safetensors, of GGUF's blocks in llama.cpp."""
+        return self._type_names[name]
+
     def read_scale(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Return the factors that scale rows of an 8-bit tensor, (1, 1) or (n, 1); None without scales."""
-        if (key := self._find_scale_key(name)) is None:
+        """Return the factors of rows of an 8-bit tensor, (1, 1) or (n, 1), float32; None without scales."""
+        if (weight_scale := self._scales.get(name)) is None:
             return None
-        scale = self.read(key).float().reshape(-1, 1)
+        scale = self.read(weight_scale.key).float().reshape(-1, 1)
+        if not scale.isfinite().all():
+            raise InputError(f"{self}: {weight_scale.key} is not finite; download it again")
         return scale if len(scale) == 1 else scale[start:stop]
 
-    def _find_scale_key(self, name: str) -> str | None:
-        if self._type_names[name] not in ("F8_E4M3", "F8_E5M2"):
-            return None
-        stem = name.removesuffix("weight")
-        candidates = (f"{stem}scale_weight", f"{stem}weight_scale")
-        return next((key for key in candidates if self.shapes.get(key, (0,)) != (0,)), None)
-
-    def _check_scales(self) -> None:
-        """Raise InputError for scales that are neither one for the tensor nor one for each row."""
-        for name, shape in self.shapes.items():
-            if (key := self._find_scale_key(name)) is None:
-                continue
-            if math.prod(self.shapes[key]) not in (1, *shape[:1]):
-                raise InputError(
-                    f"{self}: {key} has shape {self.shapes[key]}; "
-                    f"scales of a tensor of {shape} are one, or one a row"
-                )
-
     def release_pages(self, tensor: Tensor) -> None:
-        """Return a tensor's pages to the system: until then they count as this process's memory."""
-        if not self._is_mapped:
+        """Return the pages of a tensor as stored to the system: until then they count as the process's."""
+        if not self._is_mapped or tensor.device.type != "cpu":
             return  # there is no file behind them
         start_address = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         num_bytes = tensor.data_ptr() + tensor.nbytes - start_address
@@ -214,12 +246,6 @@ def _list_shards(index_path: Path) -> list[str]:
     return sorted(set(shard_names))
 
 
-def format_first_ten(items: Sequence[str]) -> str:
-    """Return the first ten items and how many more there are."""
-    remainder = f" and {len(items) - 10} more" if len(items) > 10 else ""
-    return ", ".join(items[:10]) + remainder
-
-
 def _read_file_start(path: Path) -> bytes:
     try:
         check_regular_file(path)
@@ -231,13 +257,17 @@ def _read_file_start(path: Path) -> bytes:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def _open_tensor_file(path: Path) -> tuple[Any, dict[str, Shape], dict[str, str]]:
-    """Return a reader of tensors, their shapes and types; the suffix decides only for unknown signatures."""
+def _open_tensor_file(path: Path) -> TensorFile:
+    """Open a file of any format; the suffix decides only for unknown signatures."""
     file_start, is_pickle = _read_file_start(path), path.suffix.lower() in _PICKLE_SUFFIXES
+    if file_start.startswith(_GGUF_MAGIC):
+        return GgufFile(path)
     if file_start[8:9] == b"{":
-        return _open_safetensors(path)
-    if file_start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
-        return _open_pickle(path)
+        return SafetensorsFile(path)
+    # A bare pickle is PyTorch's format before 1.6, which cannot be memory-mapped.
+    is_legacy = file_start.startswith(_PICKLE_MAGIC)
+    if file_start.startswith(_ZIP_MAGIC) or is_legacy:
+        return PickleFile(path, is_legacy=is_legacy)
     descriptions = (
         description
         for signature, description in _FOREIGN_FORMATS
@@ -250,135 +280,4 @@ def _open_tensor_file(path: Path) -> tuple[Any, dict[str, Shape], dict[str, str]
             else "has no readable safetensors header"
         )
         raise InputError(f"{path} ({path.stat().st_size} bytes) {problem}: it is {description}")
-    return (_open_pickle if is_pickle else _open_safetensors)(path)
-
-
-def _is_legacy_pickle(path: Path) -> bool:
-    """Whether a file is a bare pickle, PyTorch's format before 1.6, which cannot be memory-mapped."""
-    file_start = _read_file_start(path)
-    return file_start.startswith(_PICKLE_MAGIC) and file_start[8:9] != b"{"
-
-
-def _open_safetensors(path: Path) -> tuple[Any, dict[str, Shape], dict[str, str]]:
-    """Return a reader of tensors, their shapes and types."""
-    header = _read_safetensors_header(path)
-    try:
-        # It checks that the tensors fill the file without gaps.
-        reader = safe_open(path, framework="pt")
-        entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-        return (
-            reader,
-            {name: tuple(entry["shape"]) for name, entry in entries},
-            {name: entry["dtype"] for name, entry in entries},
-        )
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} has no readable safetensors header; download it again ({get_first_line(error)})"
-        ) from None
-
-
-def _read_safetensors_header(path: Path) -> dict[str, Any]:
-    """Return a safetensors header; raises InputError for an unreadable one or a truncated file.
-
-    Format: 8 bytes of length, then JSON, then the data (huggingface/safetensors, README).
-    """
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        length_field = file.read(8)
-        header_bytes = struct.unpack("<Q", length_field)[0] if len(length_field) == 8 else 0
-        try:
-            is_plausible = 0 < header_bytes < min(file_bytes, _MAX_HEADER_BYTES)
-            header_text = file.read(header_bytes) if is_plausible else b""
-            header: dict[str, Any] = json.loads(header_text, object_pairs_hook=_reject_duplicates)
-            tensor_ends = [
-                entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-            ]
-            expected_bytes = 8 + header_bytes + max(tensor_ends, default=0)
-        except (
-            ValueError,
-            RecursionError,
-            TypeError,
-            AttributeError,
-            KeyError,
-            IndexError,
-        ) as error:
-            reason = f" ({error})" if isinstance(error, _DuplicateKeyError) else ""
-            raise InputError(
-                f"{path} ({file_bytes} bytes) has no readable safetensors header; "
-                f"download it again{reason}"
-            ) from None
-    if file_bytes < expected_bytes:
-        raise InputError(
-            f"{path} is truncated: {file_bytes} of {expected_bytes} bytes; download it again"
-        )
-    return header
-
-
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse duplicate tensor names: which of the two is meant would be a guess."""
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        raise _DuplicateKeyError("a name is given twice")
-    return entries
-
-
-def _open_pickle(path: Path) -> tuple[dict[str, Tensor], dict[str, Shape], dict[str, str]]:
-    """Return tensors, their shapes and types; code that a pickle may hold is not run."""
-    try:
-        # Opened by descriptor: torch reads every file whose name ends in .safetensors as safetensors.
-        with path.open("rb") as file:
-            content = torch.load(
-                f"/proc/self/fd/{file.fileno()}",
-                map_location="cpu",
-                weights_only=True,
-                mmap=not _is_legacy_pickle(path),
-            )
-    except (
-        Exception
-    ) as error:  # for a damaged file RuntimeError, UnpicklingError, EOFError or ValueError
-        if isinstance(error, pickle.UnpicklingError) and (
-            global_match := re.search(r"(?:GLOBAL|class|global) ([\w.]+)", str(error))
-        ):
-            reason = (
-                f"it holds code, {global_match[1]}, which is not run (weights_only); "
-                "take the weights as their publisher has them"
-            )
-        elif "TorchScript" in str(error):
-            reason = "it is a program of TorchScript; take the weights as their publisher has them"
-        else:
-            reason = f"download it again ({get_first_line(error)})"
-        raise InputError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; {reason}"
-        ) from None
-    wrapped_tensors = [
-        content[key]
-        for key in _WRAPPER_KEYS
-        if isinstance(content, dict) and _is_tensor_dict(content.get(key))
-    ]
-    tensors = wrapped_tensors[0] if len(wrapped_tensors) == 1 else content
-    if not _is_tensor_dict(tensors):
-        raise InputError(f"{path} is not a plain dictionary of tensors")
-    if unsupported_names := [
-        name
-        for name, value in tensors.items()
-        if value.layout != torch.strided or value.device.type != "cpu"
-    ]:
-        raise InputError(
-            f"{path} is not a plain dictionary of tensors: "
-            f"{format_first_ten(unsupported_names)} is sparse, or without values"
-        )
-    type_names = {
-        name: _TYPE_NAMES.get(value.dtype, str(value.dtype).removeprefix("torch."))
-        for name, value in tensors.items()
-    }
-    return tensors, {name: tuple(value.shape) for name, value in tensors.items()}, type_names
-
-
-def _is_tensor_dict(content: object) -> bool:
-    return isinstance(content, dict) and all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    )
+    return PickleFile(path, is_legacy=is_legacy) if is_pickle else SafetensorsFile(path)

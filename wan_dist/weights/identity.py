@@ -21,13 +21,14 @@ def hash_weights(tensor_files: Iterable[TensorFiles]) -> str:
     digest = hashlib.sha256()
     for files in tensor_files:
         is_small = sum(path.stat().st_size for path in files.paths) <= _WHOLE_BYTES
-        for name in sorted(files.shapes):
+        for name in sorted(files.stored_names):
             tensor = files.peek(name)
             digest.update(
                 f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()};".encode()
             )
             for piece in _sample_pieces(tensor, is_whole=is_small):
                 digest.update(piece.numpy().data)
+        digest.update(files.describe_encodings().encode())
         digest.update(b"|")
     return digest.hexdigest()
 

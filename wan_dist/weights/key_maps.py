@@ -102,18 +102,10 @@ def map_original_transformer(_: Collection[str]) -> KeyMap:
 
 
 _SINGLE_FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_FP8_EXTRA_SUFFIXES = (
-    "scaled_fp8",
-    ".scale_weight",
-    ".weight_scale",
-    ".scale_input",
-    ".input_scale",
-    ".comfy_quant",
-)
 
 
 def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
-    """Key map of a transformer in a single file: names of either layout, with or without a prefix, or fp8."""
+    """Key map of a transformer in a single file: names of either layout, with or without a prefix."""
     prefix = next(
         (prefix for prefix in _SINGLE_FILE_PREFIXES if any(key.startswith(prefix) for key in keys)),
         "",
@@ -123,10 +115,7 @@ def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
         if any(key.startswith(f"{prefix}condition_embedder.") for key in keys)
         else ()
     )
-    return KeyMap(
-        _map_transformer(lambda name: prefix + _apply_rename_table(name, table)).find_sources,
-        lambda key: key.endswith(_FP8_EXTRA_SUFFIXES),
-    )
+    return _map_transformer(lambda name: prefix + _apply_rename_table(name, table))
 
 
 def map_diffusers_transformer(_: Collection[str]) -> KeyMap:

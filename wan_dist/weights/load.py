@@ -19,7 +19,7 @@ from wan_dist.weights.files import Shape, TensorFiles, format_first_ten
 from wan_dist.weights.key_maps import KeyMap, TensorSource
 
 _ROWS_AT_ONCE = 512
-"""Rows that are quantised at once, which bounds the memory of their full-precision copy."""
+"""Rows that are quantised or decoded at once, which bounds the memory of their full-precision copy."""
 
 
 def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap) -> None:
@@ -182,7 +182,7 @@ def _fill_rows(
     """Fill a parameter of ``num_rows`` rows, or a quantised linear's parts, from row ``first_row`` on."""
     target, *scales = local_parts
     if not scales:
-        _copy_rows(target, first_row, num_rows, files, sources)
+        _copy_rows(target, first_row, num_rows, files, sources, device)
         return
     kind = find_quantization(target.dtype)
     if kind == "fp8" and all(files.is_fp8(source.key) for source in sources):
@@ -191,7 +191,7 @@ def _fill_rows(
     num_columns = target.shape[1] * (2 if kind == "int4" else 1)
     for start in range(0, len(target), _ROWS_AT_ONCE):
         rows = torch.empty(min(_ROWS_AT_ONCE, len(target) - start), num_columns, device=device)
-        _copy_rows(rows, first_row + start, num_rows, files, sources)
+        _copy_rows(rows, first_row + start, num_rows, files, sources, device)
         for part, values in zip(local_parts, quantize_rows(rows, kind).values(), strict=True):
             part[start : start + len(rows)].copy_(values)
 
@@ -205,17 +205,12 @@ def _copy_fp8_rows(
     sources: tuple[TensorSource, ...],
 ) -> None:
     """Copy the files' 8-bit weights unchanged, and their scales, which are 1 where the files have none."""
-    rows_per_source = num_rows // len(sources)
-    for index, source in enumerate(sources):
-        start = max(first_row, index * rows_per_source)
-        stop = min(first_row + len(weight), (index + 1) * rows_per_source)
-        if start >= stop:
-            continue
-        target_rows = slice(start - first_row, stop - first_row)
-        stored_start = start - index * rows_per_source
-        stored_rows = files.read_rows(source.key, stored_start, stored_start + stop - start)
+    for target_rows, source, start, stop in _list_row_ranges(
+        first_row, len(weight), num_rows, sources
+    ):
+        stored_rows = files.read_rows(source.key, start, stop)
         weight[target_rows].copy_(stored_rows)
-        scale = files.read_scale(source.key, stored_start, stored_start + stop - start)
+        scale = files.read_scale(source.key, start, stop)
         scales[target_rows] = 1.0 if scale is None else scale.to(scales.device)
         files.release_pages(stored_rows)
 
@@ -226,30 +221,58 @@ def _copy_rows(
     num_rows: int,
     files: TensorFiles,
     sources: tuple[TensorSource, ...],
+    device: torch.device,
 ) -> None:
     """Copy a parameter's rows from ``first_row`` on into ``target``.
 
-    The whole parameter has ``num_rows`` rows, which consist of ``sources`` in equal parts.
+    The whole parameter has ``num_rows`` rows, which consist of ``sources`` in equal parts. Stored values are
+    decoded on ``device``, some rows at a time.
+    """
+    for target_rows, source, start, stop in _list_row_ranges(
+        first_row, len(target), num_rows, sources
+    ):
+        is_encoded = files.is_encoded(source.key)
+        num_at_once = _ROWS_AT_ONCE if is_encoded else stop - start
+        for chunk_start in range(start, stop, num_at_once):
+            chunk_stop = min(chunk_start + num_at_once, stop)
+            values = _read_values(
+                files,
+                source.key,
+                slice(chunk_start, chunk_stop),
+                target.shape[1:],
+                device if is_encoded else target.device,
+            )
+            # The dtype is converted on the device: one pass, no copy on the host.
+            offset = target_rows.start + chunk_start - start
+            target[offset : offset + chunk_stop - chunk_start].copy_(values)
+            if not is_encoded:
+                files.release_pages(values)
+            del values  # before the next one is read
+
+
+def _read_values(
+    files: TensorFiles, key: str, rows: slice, row_shape: Shape, device: torch.device
+) -> Tensor:
+    """Return rows of a stored tensor, which may have more leading dims, of length 1, than the parameter."""
+    if len(files.shapes[key]) == len(row_shape) + 1:
+        return files.read_values(key, rows.start, rows.stop, device)
+    values = files.read_values(key, 0, files.shapes[key][0], device)
+    return values.reshape(-1, *row_shape)[rows]
+
+
+def _list_row_ranges(
+    first_row: int, num_target_rows: int, num_rows: int, sources: tuple[TensorSource, ...]
+) -> Iterator[tuple[slice, TensorSource, int, int]]:
+    """Yield the target's rows that each source has, the source, and start and stop in what is stored.
+
+    The target is rows of a parameter from ``first_row`` on, which has ``num_rows`` in all.
     """
     rows_per_source = num_rows // len(sources)
     for index, source in enumerate(sources):
         start = max(first_row, index * rows_per_source)
-        stop = min(first_row + len(target), (index + 1) * rows_per_source)
-        if start >= stop:
-            continue
-        # Within the stored tensor, of which the source may be one part.
-        stored_start = start - index * rows_per_source + source.part_index * rows_per_source
-        stored_stop = stored_start + stop - start
-        if len(files.shapes[source.key]) == target.dim():
-            stored_rows = files.read_rows(source.key, stored_start, stored_stop)
-        else:
-            stored_rows = files.read(source.key).reshape(-1, *target.shape[1:])
-            stored_rows = stored_rows[stored_start:stored_stop]
-        # The dtype is converted on the device: one pass, no copy on the host.
-        rows = stored_rows.to(target.device)
-        scale = files.read_scale(source.key, stored_start, stored_stop)
-        if scale is not None:
-            rows = rows.float() * scale.to(target.device)
-        target[start - first_row : stop - first_row].copy_(rows)
-        files.release_pages(stored_rows)
-        del stored_rows, rows  # before the next one is read
+        stop = min(first_row + num_target_rows, (index + 1) * rows_per_source)
+        if start < stop:
+            # Within the stored tensor, of which the source may be one part.
+            offset = (source.part_index - index) * rows_per_source
+            target_rows = slice(start - first_row, stop - first_row)
+            yield target_rows, source, start + offset, stop + offset
