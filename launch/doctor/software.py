@@ -13,6 +13,7 @@ from pathlib import Path
 from launch.doctor.findings import FAULT, NOTE, OK, Finding
 from launch.plan import plan_dry_run, resolve_hardware
 from wan_dist.config.schema import RunConfig
+from wan_dist.config.weight_files import list_weight_files
 from wan_dist.planning.hardware import find_gpus
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.tasks.registry import get_task
@@ -243,7 +244,9 @@ def check_task(config: RunConfig) -> Iterator[Finding]:
         from wan_dist.weights.hub import check_checkpoint_complete
 
         try:
-            check_checkpoint_complete(Path(config.ckpt_dir).expanduser(), task)
+            check_checkpoint_complete(
+                Path(config.ckpt_dir).expanduser(), task, list_weight_files(config)
+            )
         except InputError as error:
             advice = (
                 f"python -m launch fetch {task.name} {config.ckpt_dir} completes it, "

@@ -14,6 +14,7 @@ from torch.distributed import TCPStore
 from tests.conftest import FIXTURES, golden_folder, has_golden
 from tests.forked import run_together
 from tests.test_command import reference_arguments
+from tests.weight_files import make_comfyui_folder
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def test_any_spread_gives_the_reference_implementations_video(tmp_path: Path) ->
     assert max(errors.values()) < 1e-3
 
 
-def test_quantised_weights_are_the_same_on_any_ranks(tmp_path: Path) -> None:
+def test_weights_of_any_kind_are_the_same_on_any_ranks(tmp_path: Path) -> None:
+    """Quantised ones, and those of ComfyUI's files, also against a checkpoint of the same values."""
     spreads = {
         f"{kind}{suffix}": (num_ranks, [f"quant={kind}", *spread.split()])
         for kind in ("fp8", "int8", "int4")
@@ -177,6 +179,36 @@ def test_quantised_weights_are_the_same_on_any_ranks(tmp_path: Path) -> None:
         )
     }
     spreads["streamed"] = (2, ["quant=int4", "memory.dit=stream", "parallel.ring=2"])
+    expected = {name: name.removesuffix("-alone") + "-alone" for name in spreads}
+    expected["streamed"] = "int4-alone"
+    for kind in ("gguf", "scaled"):
+        models, plain = make_comfyui_folder(tmp_path / f"files-{kind}", is_gguf=kind == "gguf")
+        spreads |= {
+            f"{kind}-plain": (1, [f"ckpt_dir={plain}", "cache.dir=null"]),
+            f"{kind}-alone": (1, [f"ckpt_dir={models}", "cache.dir=null"]),
+            f"{kind}-sharded": (
+                2,
+                [
+                    f"ckpt_dir={models}",
+                    "cache.dir=null",
+                    "fsdp.dit=true",
+                    "fsdp.t5=true",
+                    "parallel.ulysses=2",
+                ],
+            ),
+            f"{kind}-disk": (
+                2,
+                [
+                    f"ckpt_dir={models}",
+                    "cache.dir=null",
+                    "memory.dit=disk",
+                    "memory.t5=stream",
+                    "parallel.cfg=2",
+                ],
+            ),
+        }
+        names = ("alone", "sharded", "disk")
+        expected |= {f"{kind}-{name}": f"{kind}-plain" for name in names}
     arguments = reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B")
     always = [*arguments, "dtype=float32", "device=cpu"]
     runs = {
@@ -188,6 +220,8 @@ def test_quantised_weights_are_the_same_on_any_ranks(tmp_path: Path) -> None:
     def video(folder: str) -> torch.Tensor:
         return load_file(tmp_path / folder / "out.safetensors")["video"]
 
-    for name in ("fp8", "int8", "int4", "streamed"):
-        alone = video("int4-alone" if name == "streamed" else f"{name}-alone")
-        torch.testing.assert_close(video(name), alone, rtol=0, atol=1e-3)
+    for name, reference in expected.items():
+        torch.testing.assert_close(video(name), video(reference), rtol=0, atol=1e-3)
+    whole = load_file(FIXTURES / "wan2.1-t2v/expected/unipc.safetensors")["video"]
+    for kind in ("gguf", "scaled"):  # the files' rounding is seen, so the files were read
+        assert 0.02 < (video(f"{kind}-alone") - whole).abs().max() < 1

@@ -16,9 +16,11 @@ Suffixes, of which the longest is that of a run that was ended, and temporary na
 _RESERVED_SUFFIXES = (".latents", ".state")
 """Suffixes of the files beside a video; a job of such a name could not be told apart from those."""
 PROMPT_KEYS = ("prompt", "negative_prompt")
+WEIGHT_FILE_KEYS = ("dit_file", "t5_file", "vae_file", "clip_file")
+"""Settings that name files of weights, used instead of a checkpoint's."""
 PATH_KEYS = (
     "ckpt_dir",
-    "dit_file",
+    *WEIGHT_FILE_KEYS,
     "image",
     "first_frame",
     "last_frame",

@@ -52,14 +52,33 @@ class RunConfig:
     task: str = _key(MISSING, "what to generate (required)", ALL_EFFECTS)
     ckpt_dir: str | None = _key(
         None,
-        "checkpoint folder; null: the task's repository from the Hugging Face cache, or downloaded",
+        "checkpoint folder, or ComfyUI's models folder; "
+        "null: the task's repository from the Hugging Face cache, or downloaded",
         Effect.WEIGHTS,
     )
     dit_file: str | None = _key(
         None,
-        "file of the transformer's weights, also fp8, used instead of ckpt_dir's; two "
+        "file of the transformer's weights, also fp8 or GGUF, used instead of ckpt_dir's; two "
         "experts: HIGH,LOW",
         Effect.WEIGHTS,
+    )
+    t5_file: str | None = _key(
+        None,
+        "file of the text encoder's weights, used instead of ckpt_dir's",
+        Effect.WEIGHTS,
+        is_new=True,
+    )
+    vae_file: str | None = _key(
+        None,
+        "file of the VAE's weights, used instead of ckpt_dir's",
+        Effect.WEIGHTS,
+        is_new=True,
+    )
+    clip_file: str | None = _key(
+        None,
+        "file of the image encoder's weights, used instead of ckpt_dir's",
+        Effect.WEIGHTS,
+        is_new=True,
     )
     prompt: str | None = _key(
         None,

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from wan_dist.config.checks import WEIGHT_FILE_KEYS
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
@@ -332,6 +333,7 @@ def _format_resume_command(
     settings = {
         "task": config.task,
         "ckpt_dir": checkpoint.folder,
+        **{key: value for key in WEIGHT_FILE_KEYS if (value := getattr(config, key)) is not None},
         "latents": latents_file,
         "output.dir": result_file.parent,
         "output.name": result_file.stem,

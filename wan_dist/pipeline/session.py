@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from wan_dist.config.checks import split_file_list
 from wan_dist.config.paths import find_packaged_folder
 from wan_dist.config.schema import RunConfig
+from wan_dist.config.weight_files import list_weight_files
 from wan_dist.models.attention import cross as cross_attention
 from wan_dist.models.attention.inner import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.dims import TransformerDims
@@ -36,11 +35,10 @@ from wan_dist.planning.residency import (
 )
 from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.log import logger
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.hub import find_checkpoint
-from wan_dist.weights.identity import hash_weights
+from wan_dist.weights.layout import list_file_settings
 
 T = TypeVar("T")
 
@@ -108,14 +106,10 @@ class Session:
         """Digests of the weights that its results depend on."""
         return WeightsDigests(self.checkpoint.digest, self.checkpoint.vae_digest)
 
-    @cached_property
+    @property
     def text_encoder_digest(self) -> str:
-        """Return a digest of the text encoder's weights and of its tokenizer's files."""
-        tokenizer = Path(self.checkpoint.tokenizer.name_or_path)
-        files = sorted(file for file in tokenizer.iterdir() if file.is_file())
-        return " ".join(
-            [hash_weights([self.checkpoint.text_encoder.files]), *map(hash_file, files)]
-        )
+        """Digest of the text encoder's weights and of its tokenizer."""
+        return self.checkpoint.text_encoder_digest
 
     def get_cache_slot(self, model_name: str, expert_index: int) -> str:
         """Return an expert's slot in the model cache; the experts share one where both cannot stay."""
@@ -218,24 +212,24 @@ def find_device(config: RunConfig) -> torch.device:
 
 def _open_checkpoint(config: RunConfig, plan: VideoPlan, groups: ProcessGroups) -> Checkpoint:
     """Open the checkpoint; the first rank of each node downloads what is missing."""
+    given_files = list_weight_files(config)
 
     def find_folder() -> Path:
         return (
             find_packaged_folder("toy", "toy/checkpoint")
             if plan.task.name == "toy"
-            else find_checkpoint(plan.task, area=plan.width * plan.height)
+            else find_checkpoint(plan.task, area=plan.width * plan.height, given_files=given_files)
         )
 
-    transformer_files = [] if config.dit_file is None else split_file_list(config.dit_file)
+    folder: Path | None = None
     if config.ckpt_dir is not None:
         folder = Path(config.ckpt_dir).expanduser()
-    else:  # it may have to be downloaded, for as long as that takes
+    elif not set(list_file_settings(plan.task)) <= set(given_files):
+        # it may have to be downloaded, for as long as that takes
         first_folder = find_folder() if groups.local_rank == 0 else None
         groups.coordinator.gather(None, "find the checkpoint, or download it")
         folder = find_folder() if first_folder is None else first_folder
-    return open_checkpoint(
-        folder, plan.task, getattr(torch, config.dtype), transformer_files=transformer_files
-    )
+    return open_checkpoint(folder, plan.task, getattr(torch, config.dtype), given_files=given_files)
 
 
 def _prepare_attention(

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from wan_dist.config.schema import RunConfig
+from wan_dist.config.weight_files import list_weight_files
 from wan_dist.models.dims import ModelDims
 from wan_dist.planning.base_arrangement import build_base_arrangement
 from wan_dist.planning.degrees import Degrees, check_attention_split, plan_degrees
@@ -330,20 +331,25 @@ def _choose_degrees(
     return degrees
 
 
+_TRANSFORMER_FOLDERS = (".", "high_noise_model", "transformer", "diffusion_models", "unet")
+
+
 def read_num_heads(config: RunConfig) -> int:
     """Return the number of attention heads of the transformer.
 
-    It is read from the checkpoint's config where that can be read, else it is that of the published model.
+    It is read from the config beside the transformer's file, or of the checkpoint, where that can be read,
+    else it is that of the published model.
     """
+    folders = [path.parent for path in list_weight_files(config).get("dit_file", [])]
     if config.ckpt_dir is not None:
-        for subfolder in (".", "high_noise_model", "transformer"):
-            try:
-                model_config = read_checkpoint_json(
-                    Path(config.ckpt_dir).expanduser() / subfolder / "config.json"
-                )
-                return int(model_config.get("num_heads") or model_config["num_attention_heads"])
-            except (ValueError, KeyError, TypeError):
-                continue  # whatever is wrong with the folder is said when it is opened
+        folder = Path(config.ckpt_dir).expanduser()
+        folders += [folder / name for name in _TRANSFORMER_FOLDERS]
+    for folder in folders:
+        try:
+            model_config = read_checkpoint_json(folder / "config.json")
+            return int(model_config.get("num_heads") or model_config["num_attention_heads"])
+        except (ValueError, KeyError, TypeError):
+            continue  # whatever is wrong with the folder is said when it is opened
     return get_task(config.task).transformer_dims.num_heads
 
 

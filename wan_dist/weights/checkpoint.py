@@ -24,19 +24,20 @@ from wan_dist.models.dims import (
 )
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
-from wan_dist.models.text_encoder import build_text_encoder, load_tokenizer
+from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.vae.model import WanVae
-from wan_dist.runtime.errors import InputError, get_first_line
-from wan_dist.runtime.file_hash import hash_file
-from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
+from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.log import logger
+from wan_dist.runtime.text_files import read_checkpoint_json
 from wan_dist.tasks.base import Task
 from wan_dist.weights import checkpoint_dims
-from wan_dist.weights.files import TensorFiles
+from wan_dist.weights.files import TensorFiles, format_first_ten
 from wan_dist.weights.identity import hash_weights
 from wan_dist.weights.key_maps import KeyMap
-from wan_dist.weights.layout import ComponentFiles, find_layout
+from wan_dist.weights.layout import NO_FILES, ComponentFiles, GivenFiles, find_layout
 from wan_dist.weights.load import check_keys, fill_model, fill_parameters
 from wan_dist.weights.streaming import StreamingOptions, stream_blocks
+from wan_dist.weights.tokenizer_files import open_tokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
 Dims = TypeVar("Dims")
@@ -128,23 +129,25 @@ class Checkpoint:
     image_encoder: Component[nn.Module, ImageEncoderDims] | None
     vae: Component[WanVae, VaeDims]
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_digests: tuple[str, ...]
+    """Digests of all that the tokenizer depends on."""
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the weights, of the dims, some of which no weight shows, and of the tokenizer's files."""
+        """Digest of the weights, of the dims, some of which no weight shows, and of the tokenizer."""
         components = (*self.transformers, self.text_encoder, self.vae, self.image_encoder)
         weights_digest = hash_weights(
             component.files for component in components if component is not None
         )
         component_dims = [component.dims for component in components if component is not None]
-        tokenizer_files = sorted(
-            file for file in Path(self.tokenizer.name_or_path).iterdir() if file.is_file()
-        )
         return hashlib.sha256(
-            repr(
-                (weights_digest, component_dims, [hash_file(file) for file in tokenizer_files])
-            ).encode()
+            repr((weights_digest, component_dims, list(self.tokenizer_digests))).encode()
         ).hexdigest()
+
+    @cached_property
+    def text_encoder_digest(self) -> str:
+        """Digest of the text encoder's weights and of its tokenizer."""
+        return " ".join([hash_weights([self.text_encoder.files]), *self.tokenizer_digests])
 
     @cached_property
     def vae_digest(self) -> str:
@@ -163,15 +166,25 @@ class Checkpoint:
 
 
 def open_checkpoint(
-    folder: Path, task: Task, dtype: torch.dtype, *, transformer_files: Sequence[Path] = ()
+    folder: Path | None,
+    task: Task,
+    dtype: torch.dtype,
+    *,
+    transformer_files: Sequence[Path] = (),
+    given_files: GivenFiles = NO_FILES,
 ) -> Checkpoint:
-    """Open a folder in either layout; every file is checked against its model, no weights are read.
+    """Open a folder in any layout; every file is checked against its model, no weights are read.
 
-    ``transformer_files`` hold the transformers' weights instead of the folder's. Raises InputError for what
-    is missing, damaged, or of another model or task.
+    ``given_files`` hold models' weights instead of the folder's, by the settings that name them
+    (``dit_file``: also as ``transformer_files``); ``folder`` may be None where all are given. Raises
+    InputError for what is missing, damaged, or of another model or task.
     """
-    layout = find_layout(folder, task, transformer_files)
-    transformer_pairs = [_open_transformer(part, dtype) for part in layout.transformers]
+    if transformer_files:
+        given_files = {**given_files, "dit_file": transformer_files}
+    layout = find_layout(folder, task, given_files)
+    transformer_pairs = [
+        _open_transformer(part, dtype, layout.transformer_configs) for part in layout.transformers
+    ]
     text_encoder = _open_component(
         layout.text_encoder,
         checkpoint_dims.infer_text_encoder_dims,
@@ -182,20 +195,23 @@ def open_checkpoint(
         image_encoder = _open_component(
             layout.image_encoder, checkpoint_dims.infer_image_encoder_dims, build_image_encoder
         )
+    vae = _open_component(layout.vae, checkpoint_dims.infer_vae_dims, WanVae)
+    found_tokenizer = open_tokenizer(layout.tokenizer_folder, text_encoder.files)
     checkpoint = Checkpoint(
-        folder=folder,
+        folder=layout.transformers[0].folder if folder is None else folder,
         transformers=tuple(transformer for transformer, _ in transformer_pairs),
         context_projections=tuple(projection for _, projection in transformer_pairs),
         text_encoder=text_encoder,
         image_encoder=image_encoder,
-        vae=_open_component(layout.vae, checkpoint_dims.infer_vae_dims, WanVae),
-        tokenizer=_open_tokenizer(layout.tokenizer_folder),
+        vae=vae,
+        tokenizer=found_tokenizer.tokenizer,
+        tokenizer_digests=found_tokenizer.digests,
     )
     _check_task(checkpoint, task)
     num_words, num_embeddings = len(checkpoint.tokenizer), text_encoder.dims.vocab_size
     if num_words > num_embeddings:
         raise InputError(
-            f"{layout.tokenizer_folder} has {num_words} words, "
+            f"{found_tokenizer.source} has {num_words} words, "
             f"and {text_encoder.files} {num_embeddings}: they do not belong together"
         )
     return checkpoint
@@ -212,16 +228,30 @@ def _open_component(
     component = Component(dims, lambda **options: build_model(dims, **options), files, key_map)
     with torch.device("meta"):
         check_keys([component.build_model()], files, key_map)
+    if component_files.setting is not None:
+        _log_unused_tensors(files, key_map)
     return component
 
 
+def _log_unused_tensors(files: TensorFiles, key_map: KeyMap) -> None:
+    """Name the modules whose tensors are not needed, as of a layer after the last one that is read."""
+    unused_modules = sorted(
+        {key.rpartition(".")[0] or key for key in files.shapes if key_map.is_ignored(key)}
+    )
+    if unused_modules:
+        logger.info("unused    in %s: %s", files, format_first_ten(unused_modules))
+
+
 def _open_transformer(
-    component_files: ComponentFiles, dtype: torch.dtype
+    component_files: ComponentFiles, dtype: torch.dtype, given_configs: Sequence[Path]
 ) -> tuple[
     Component[FusedTransformer, TransformerDims], Component[ContextProjection, TransformerDims]
 ]:
     """Open a transformer and its context projection, the two models that its files hold."""
     config, files, key_map = component_files.open()
+    if given_configs:
+        configs = [read_checkpoint_json(path) for path in given_configs if path.exists()]
+        config = checkpoint_dims.select_config_entries(configs, files, key_map)
     dims = checkpoint_dims.infer_transformer_dims(config, files, key_map)
     transformer = Component(
         dims, lambda **options: FusedTransformer(dims, dtype, **options), files, key_map
@@ -261,17 +291,3 @@ def _check_task(checkpoint: Checkpoint, task: Task) -> None:
             f"{checkpoint.vae.files} has {checkpoint.vae.dims.latent_dim} latent channels, "
             f"{task.name} needs {task.latent_channels}"
         )
-
-
-def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        for file in folder.iterdir():
-            if not file.is_dir():
-                check_regular_file(file)
-        return load_tokenizer(folder)
-    except UnreadableFileError as error:
-        raise InputError(f"{file} cannot be read: {error}; download it again") from None
-    except Exception as error:  # the libraries raise many types, tokenizers even Exception itself
-        raise InputError(
-            f"{folder} holds no tokenizer that can be read; download it again ({get_first_line(error)})"
-        ) from None

@@ -5,15 +5,18 @@ what shapes do not show, such as the number of heads.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from wan_dist.models.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.runtime.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles
 from wan_dist.weights.key_maps import KeyMap
 
+_HEAD_KEYS = ("num_heads", "num_attention_heads")
+_HEAD_DIM = 128
+"""Width of a head in all published transformers."""
 _MAX_LAYERS = 256
 """Six times as many as the published models have: a damaged file should not have a million layers built."""
 
@@ -92,17 +95,50 @@ class _ConfigReader:
         return InputError(f"config.json beside {self.files} says {problem}; download it again")
 
 
+class TransformerInputs(NamedTuple):
+    """What tells transformers of different tasks and sizes apart."""
+
+    dim: int
+    num_channels: int
+    has_images: bool
+
+
+def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> TransformerInputs:
+    """Return a transformer's width, its input channels and whether it has an image branch."""
+    shapes = _TensorShapes(files, key_map)
+    dim, num_channels = shapes.get_shape("patch_embedding.weight", 5)[:2]
+    return TransformerInputs(dim, num_channels, "img_emb.proj.0.weight" in shapes)
+
+
+def select_config_entries(
+    configs: Iterable[Mapping[str, Any]], files: TensorFiles, key_map: KeyMap
+) -> dict[str, Any]:
+    """Return what no tensor shows of the first config that is of a transformer of this width, if any."""
+    dim = infer_transformer_inputs(files, key_map).dim
+    for config in configs:
+        heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
+        width = heads * head_dim if type(heads) is type(head_dim) is int else config.get("dim")
+        if width == dim:
+            return {key: config[key] for key in (*_HEAD_KEYS, "eps", "text_len") if key in config}
+    return {}
+
+
 def infer_transformer_dims(
     config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
 ) -> TransformerDims:
     """Return the dims of a transformer; the config of either layout gives the number of heads."""
     shapes, config_reader = _TensorShapes(files, key_map), _ConfigReader(config, files)
     dim, in_dim, *patch = shapes.get_shape("patch_embedding.weight", 5)
-    num_heads = config_reader.read_positive_int("num_heads", "num_attention_heads", default=0)
+    num_heads = config_reader.read_positive_int(
+        *_HEAD_KEYS, default=0 if config else dim // _HEAD_DIM
+    )
     if not num_heads or dim % (2 * num_heads):
         raise InputError(
             f"config.json beside {files} gives no number of heads that divides {dim} evenly: "
             "it is not a Wan transformer's"
+            if config
+            else f"{files} is {dim} wide, which is no multiple of {_HEAD_DIM}, the width of a head; "
+            "if it is a Wan transformer, put its config.json beside it"
         )
     eps = config.get("eps", TransformerDims.eps)
     if type(eps) not in (int, float) or not 0 <= eps < 1:
@@ -152,7 +188,7 @@ def infer_text_encoder_dims(
     )
     return TextEncoderDims(
         num_layers=_ConfigReader(config, files).read_num_layers(
-            "num_layers", shapes.count_layer_indices(r"(?:^|\.)blocks?\.(\d+)\.")
+            "num_layers", shapes.count_layer_indices(r"(?:^|\.)bl(?:ocks?|k)\.(\d+)\.")
         ),
         dim=dim,
         ffn_dim=shapes.get_shape("block.0.layer.1.DenseReluDense.wi_1.weight", 2)[0],

@@ -32,8 +32,9 @@ FILE_KINDS = (
     FileKind(
         "t5_file",
         "a umT5 text encoder",
-        r"^(?:encoder\.)?block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight$"
-        r"|^blocks\.0\.pos_embedding\.embedding\.weight$|^enc\.blk\.0\.attn_rel_b\.weight$",
+        # T5 has the table in its first block only.
+        r"^(?:encoder\.)?block\.1\.layer\.0\.SelfAttention\.relative_attention_bias\.weight$"
+        r"|^blocks\.1\.pos_embedding\.embedding\.weight$|^enc\.blk\.1\.attn_rel_b\.weight$",
     ),
     FileKind(
         "vae_file",

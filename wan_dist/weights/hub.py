@@ -11,7 +11,7 @@ from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import preemption
 from wan_dist.tasks.base import Task
-from wan_dist.weights.layout import find_layout, list_download_patterns
+from wan_dist.weights.layout import NO_FILES, GivenFiles, find_layout, list_download_patterns
 
 _PROXY_VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 _MIRROR_VARIABLES = ("HF_ENDPOINT",)
@@ -28,30 +28,33 @@ def snapshot_download(repository: str, **options: Any) -> str:
     return huggingface_hub.snapshot_download(repository, **options)
 
 
-def find_checkpoint(task: Task, *, area: int) -> Path:
+def find_checkpoint(task: Task, *, area: int, given_files: GivenFiles = NO_FILES) -> Path:
     """Return the folder of the task's published checkpoint for videos of ``area`` pixels.
 
-    It is downloaded unless the cache holds all of it. Raises InputError, which tells what a folder must hold,
-    when it is neither there nor can be fetched.
+    It is downloaded unless the cache holds all of it, but for what ``given_files`` are used instead of.
+    Raises InputError, which tells what a folder must hold, when it is neither there nor can be fetched.
     """
-    repository, patterns = task.choose_repository(area), list_download_patterns(task)
+    repository, patterns = task.choose_repository(area), list_download_patterns(task, given_files)
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
-        for component_files in find_layout(folder, task).transformers:
-            component_files.open()  # a shard may be missing
+        for component_files in find_layout(folder, task, given_files).transformers:
+            if component_files.setting is None:
+                component_files.open()  # a shard may be missing
     except Exception:  # missing, incomplete or unreadable: the download says which
-        return download_checkpoint(task, area=area)
+        return download_checkpoint(task, area=area, given_files=given_files)
     return folder
 
 
-def download_checkpoint(task: Task, *, area: int, folder: Path | None = None) -> Path:
+def download_checkpoint(
+    task: Task, *, area: int, folder: Path | None = None, given_files: GivenFiles = NO_FILES
+) -> Path:
     """Download the task's published checkpoint for videos of ``area`` pixels and return its folder.
 
     ``folder``: where to, by default into the Hugging Face cache. Complete files are not fetched again. Raises
     InputError if it cannot be fetched. A signal ends the process at once: partial downloads stay on disk, and
     other processes would wait for the lock of the file that is being fetched.
     """
-    repository, patterns = task.choose_repository(area), list_download_patterns(task)
+    repository, patterns = task.choose_repository(area), list_download_patterns(task, given_files)
     logger.info("download  %s to %s", repository, folder or "the Hugging Face cache")
     try:
         with preemption.immediate_exit():
@@ -136,9 +139,9 @@ def _find_set_variable(variables: tuple[str, ...]) -> str | None:
     return None
 
 
-def check_checkpoint_complete(folder: Path, task: Task) -> None:
+def check_checkpoint_complete(folder: Path, task: Task, given_files: GivenFiles = NO_FILES) -> None:
     """Raise InputError unless all files of the task exist and their headers can be read."""
-    layout = find_layout(folder, task)
+    layout = find_layout(folder, task, given_files)
     for component_files in (
         *layout.transformers,
         layout.text_encoder,

@@ -211,6 +211,40 @@ def map_diffusers_text_encoder(keys: Collection[str]) -> KeyMap:
     )
 
 
+_LLAMA_UMT5_TABLE: _RenameTable = (
+    (r"embed_tokens\.", r"token_embd."),
+    (r"final_layer_norm\.", r"enc.output_norm."),
+    (r"block\.(\d+)\.layer\.0\.layer_norm\.", r"enc.blk.\1.attn_norm."),
+    (r"block\.(\d+)\.layer\.1\.layer_norm\.", r"enc.blk.\1.ffn_norm."),
+    (
+        r"block\.(\d+)\.layer\.0\.SelfAttention\.relative_attention_bias\.",
+        r"enc.blk.\1.attn_rel_b.",
+    ),
+    (r"block\.(\d+)\.layer\.0\.SelfAttention\.([qkvo])\.", r"enc.blk.\1.attn_\2."),
+    (r"block\.(\d+)\.layer\.1\.DenseReluDense\.wi_0\.", r"enc.blk.\1.ffn_gate."),
+    (r"block\.(\d+)\.layer\.1\.DenseReluDense\.wi_1\.", r"enc.blk.\1.ffn_up."),
+    (r"block\.(\d+)\.layer\.1\.DenseReluDense\.wo\.", r"enc.blk.\1.ffn_down."),
+)
+
+
+def map_single_file_text_encoder(keys: Collection[str]) -> KeyMap:
+    """Key map of umT5 in a single file, with the names of Wan, of transformers or of llama.cpp."""
+    if "token_embd.weight" in keys:
+        return KeyMap(lambda name: (TensorSource(_apply_rename_table(name, _LLAMA_UMT5_TABLE)),))
+    if "token_embedding.weight" in keys:
+        return map_original_text_encoder(keys)
+    key_map = map_diffusers_text_encoder(keys)
+    # The tokenizer, in ComfyUI's files.
+    return KeyMap(
+        key_map.find_sources, lambda key: key == "spiece_model" or key_map.is_ignored(key)
+    )
+
+
+def map_single_file_vae(keys: Collection[str]) -> KeyMap:
+    """Key map of a VAE in a single file, in either layout."""
+    return map_original_vae(keys) if "conv2.weight" in keys else map_diffusers_vae(keys)
+
+
 _ORIGINAL_CLIP_TABLE: _RenameTable = (
     (r"embeddings\.class_embedding", r"visual.cls_embedding"),
     (r"embeddings\.position_embedding\.weight", r"visual.pos_embedding"),
@@ -258,15 +292,18 @@ def map_diffusers_image_encoder(keys: Collection[str]) -> KeyMap:
     """
     prefix = "vision_model." if any(key.startswith("vision_model.") for key in keys) else ""
     last_layer = _find_last_layer(keys, r"encoder\.layers\.(\d+)\.")
-    unused_prefixes = tuple(
-        prefix + name
-        for name in (
-            "post_layernorm.",
-            f"encoder.layers.{last_layer}.",
-            "embeddings.position_ids",
-            "visual_projection.",
-        )
+    unused_prefixes = (
+        f"{prefix}post_layernorm.",
+        f"{prefix}encoder.layers.{last_layer}.",
+        f"{prefix}embeddings.position_ids",
+        "visual_projection.",
     )
     return KeyMap(
         lambda name: (TensorSource(prefix + name),), lambda key: key.startswith(unused_prefixes)
     )
+
+
+def map_single_file_image_encoder(keys: Collection[str]) -> KeyMap:
+    """Key map of CLIP in a single file, in either layout."""
+    is_original = any(key.startswith("visual.") for key in keys)
+    return map_original_image_encoder(keys) if is_original else map_diffusers_image_encoder(keys)

@@ -4,9 +4,10 @@ Original: files at the top, transformers of two experts in folders of their own.
 model. Which layout a folder has is decided by the files in it.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from wan_dist.runtime.errors import InputError
@@ -16,7 +17,8 @@ from wan_dist.runtime.text_files import (
     read_checkpoint_json,
 )
 from wan_dist.tasks.base import Task
-from wan_dist.weights import key_maps
+from wan_dist.weights import comfyui_folder, key_maps
+from wan_dist.weights.file_kinds import check_kind
 from wan_dist.weights.files import TensorFiles, open_sharded_weights
 from wan_dist.weights.key_maps import KeyMap
 
@@ -24,8 +26,26 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 """Suffixes of files of weights, in upper or lower case; the content, not the suffix, tells the format."""
+
+
+GivenFiles = Mapping[str, Sequence[Path]]
+"""Files of weights that are used instead of a folder's, by the settings that name them."""
+NO_FILES: GivenFiles = MappingProxyType({})
+_SINGLE_FILE_MAPS = {
+    "dit_file": key_maps.map_single_file_transformer,
+    "t5_file": key_maps.map_single_file_text_encoder,
+    "vae_file": key_maps.map_single_file_vae,
+    "clip_file": key_maps.map_single_file_image_encoder,
+}
+
+
+def list_file_settings(task: Task) -> list[str]:
+    """Return the settings that name files of the task's models."""
+    return [
+        setting for setting in _SINGLE_FILE_MAPS if setting != "clip_file" or task.has_image_encoder
+    ]
 
 
 @dataclass(frozen=True)
@@ -34,20 +54,28 @@ class ComponentFiles:
 
     folder: Path
     file_or_stem: str
-    """A file's name, or the stem of sharded ``.safetensors``; absolute: a file of any name."""
+    """A file's name, or the stem of sharded ``.safetensors``; with ``setting`` a path."""
     build_key_map: Callable[[Collection[str]], KeyMap]
     config_file: str | None = None
+    setting: str | None = None
+    """The setting that names the file; None: it is a published one, in its place in a folder."""
 
     def open(self) -> tuple[dict[str, Any], TensorFiles, KeyMap]:
         """Return config, files and key map; headers are read, weights are not.
 
-        Raises InputError for missing or damaged files.
+        Raises InputError for missing or damaged files, for a file of another kind than the setting takes, and
+        for models that their config says are quantised.
         """
+        if self.setting is not None:
+            files = TensorFiles([Path(self.file_or_stem)])
+            check_kind(files, self.setting)
+            return {}, files, self.build_key_map(files.shapes)
         config: dict[str, Any] = {}
         if self.config_file is not None:
             config = read_checkpoint_json(self.folder / self.config_file)
+            _check_not_quantized(config, self.folder / self.config_file)
         path = Path(self.file_or_stem)
-        is_file = path.is_absolute() or path.suffix.lower() in WEIGHT_SUFFIXES
+        is_file = path.suffix.lower() in WEIGHT_SUFFIXES
         files = (
             TensorFiles([self.folder / path])
             if is_file
@@ -65,7 +93,10 @@ class CheckpointLayout:
     text_encoder: ComponentFiles
     image_encoder: ComponentFiles | None
     vae: ComponentFiles
-    tokenizer_folder: Path
+    tokenizer_folder: Path | None = None
+    """None: the tokenizer is looked for in the text encoder's file and in the Hugging Face cache."""
+    transformer_configs: tuple[Path, ...] = ()
+    """Files that may say what the tensors of a transformer given by a setting do not."""
 
 
 def get_vae_file_name(task: Task) -> str:
@@ -73,52 +104,70 @@ def get_vae_file_name(task: Task) -> str:
     return "Wan2.2_VAE.pth" if task.latent_channels == 48 else "Wan2.1_VAE.pth"
 
 
-def list_download_patterns(task: Task) -> list[str]:
+def list_download_patterns(task: Task, given_files: GivenFiles = NO_FILES) -> list[str]:
     """Return glob patterns of all files that a run reads from the task's repository, and no others.
 
-    Published repositories are in the original layout.
+    Published repositories are in the original layout. ``given_files`` are used instead of some.
     """
     folders = ("high_noise_model/", "low_noise_model/") if task.expert_boundary else ("",)
     patterns = [
         f"{folder}{name}"
         for folder in folders
         for name in ("config.json", f"{WEIGHTS_STEM}*.safetensors*")
+        if name == "config.json" or "dit_file" not in given_files
     ]
-    patterns += [TEXT_ENCODER_FILE, get_vae_file_name(task), f"{TOKENIZER_FOLDER}/*"]
-    return [*patterns, IMAGE_ENCODER_FILE] if task.has_image_encoder else patterns
+    file_names = {"t5_file": TEXT_ENCODER_FILE, "vae_file": get_vae_file_name(task)}
+    if task.has_image_encoder:
+        file_names["clip_file"] = IMAGE_ENCODER_FILE
+    patterns += [name for setting, name in file_names.items() if setting not in given_files]
+    return [*patterns, f"{TOKENIZER_FOLDER}/*"]
 
 
 def find_layout(
-    folder: Path, task: Task, transformer_files: Sequence[Path] = ()
+    folder: Path | None, task: Task, given_files: GivenFiles = NO_FILES
 ) -> CheckpointLayout:
-    """Return the layout of a folder; raises InputError, with the files missing and found, if incomplete."""
+    """Return the files of a checkpoint: those of a folder, but for the given ones.
+
+    Raises InputError, with the files missing and found, if it is incomplete. ``folder`` may be None if files
+    of all models are given.
+    """
+    _check_given_files(given_files, task)
+    if folder is None:
+        return _build_layout_of_files(given_files, task)
     if not folder.is_dir():
         raise InputError(f"ckpt_dir={folder} is not a folder")
+    if comfyui_folder.is_comfyui_folder(folder):
+        found_files = comfyui_folder.find_files(folder, task, given_files)
+        return _build_layout_of_files(found_files, task, folder)
     is_diffusers = (folder / "model_index.json").exists() or (folder / "transformer").is_dir()
     layout = (
         _build_diffusers_layout(folder, task)
         if is_diffusers
         else _build_original_layout(folder, task)
     )
-    if transformer_files:
-        layout = replace(
-            layout, transformers=_replace_weight_files(layout.transformers, transformer_files)
-        )
+    layout = _use_given_files(layout, given_files)
+    _check_complete(layout, folder, task, given_files)
+    return layout
+
+
+def _check_complete(
+    layout: CheckpointLayout, folder: Path, task: Task, given_files: GivenFiles
+) -> None:
     components = (*layout.transformers, layout.text_encoder, layout.image_encoder, layout.vae)
     missing_files = [
         str(path.relative_to(folder))
         for component in components
         if component is not None and (path := _find_missing_file(component)) is not None
     ]
-    if not layout.tokenizer_folder.is_dir():
-        missing_files.append(str(layout.tokenizer_folder.relative_to(folder)))
+    tokenizer_folder = layout.tokenizer_folder
+    if tokenizer_folder and not tokenizer_folder.is_dir() and "t5_file" not in given_files:
+        missing_files.append(str(tokenizer_folder.relative_to(folder)))
     if missing_files:
         present_files = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
         raise InputError(
             f"{folder} is not a whole {task.name} checkpoint in the {layout.name} layout: "
             f"it has no {', '.join(missing_files)} (found: {present_files})"
         )
-    return layout
 
 
 def _build_original_layout(folder: Path, task: Task) -> CheckpointLayout:
@@ -192,38 +241,98 @@ def _build_diffusers_layout(folder: Path, task: Task) -> CheckpointLayout:
 
 def _find_missing_file(component: ComponentFiles) -> Path | None:
     """Return the first missing file of a model, as a pattern where it may be sharded."""
+    if component.setting is not None:
+        return None
     folder, file_or_stem = component.folder, component.file_or_stem
     if component.config_file is not None and not (folder / component.config_file).exists():
         return folder / component.config_file
-    if Path(file_or_stem).is_absolute() or any(folder.glob(f"{file_or_stem}*")):
+    if any(folder.glob(f"{file_or_stem}*")):
         return None
     is_file = file_or_stem.endswith(".pth")
     return folder / (file_or_stem if is_file else f"{file_or_stem}*.safetensors")
 
 
-def _replace_weight_files(
-    transformers: tuple[ComponentFiles, ...], paths: Sequence[Path]
-) -> tuple[ComponentFiles, ...]:
-    """Return the transformers with their weights in these files, one each."""
-    if len(paths) != len(transformers):
-        expected = "two, those for HIGH,LOW noise" if len(transformers) == 2 else "one"
-        raise InputError(f"dit_file: this task takes {expected}, not {len(paths)} files")
-    for path in paths:
-        if path.is_dir():
-            raise InputError(
-                f"dit_file={path} is a folder; give the file in it, "
-                "or ckpt_dir=FOLDER for a whole checkpoint"
-            )
-        try:
-            check_regular_file(path)
-        except UnreadableFileError as error:
-            raise InputError(f"dit_file={path} cannot be read: {error}") from None
-    pairs = zip(transformers, paths, strict=True)
-    return tuple(
-        replace(
-            component,
-            file_or_stem=str(path.absolute()),
-            build_key_map=key_maps.map_single_file_transformer,
+def _check_not_quantized(config: Mapping[str, Any], path: Path) -> None:
+    """Raise InputError for a model that a library has quantised in its own way."""
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method") or quantization.get("quant_algo") or "unknown"
+        raise InputError(
+            f"{path} says that the model is quantised with {method}, which is not read; "
+            "take the same model in bf16, fp16, fp8, int8 or GGUF"
         )
-        for component, path in pairs
+
+
+def _check_given_files(given_files: GivenFiles, task: Task) -> None:
+    """Raise InputError unless the settings' files can be opened, and are as many as the task has models."""
+    if "clip_file" in given_files and not task.has_image_encoder:
+        raise InputError(f"clip_file: {task.name} has no image encoder; leave it out")
+    for setting, paths in given_files.items():
+        num_expected = 2 if setting == "dit_file" and task.expert_boundary else 1
+        if len(paths) != num_expected:
+            expected = "two, those for HIGH,LOW noise" if num_expected == 2 else "one"
+            raise InputError(f"{setting}: this task takes {expected}, not {len(paths)} files")
+        for path in paths:
+            if path.is_dir():
+                raise InputError(
+                    f"{setting}={path} is a folder; give the file in it, "
+                    "or ckpt_dir=FOLDER for a whole checkpoint"
+                )
+            try:
+                check_regular_file(path)
+            except UnreadableFileError as error:
+                raise InputError(f"{setting}={path} cannot be read: {error}") from None
+
+
+def _use_file(setting: str, path: Path) -> ComponentFiles:
+    return ComponentFiles(
+        path.parent, str(path.absolute()), _SINGLE_FILE_MAPS[setting], setting=setting
+    )
+
+
+def _use_given_files(layout: CheckpointLayout, given_files: GivenFiles) -> CheckpointLayout:
+    """Return the layout with the given files instead of the folder's."""
+    components = {
+        setting: [_use_file(setting, path) for path in paths]
+        for setting, paths in given_files.items()
+    }
+    changes: dict[str, Any] = {
+        field: components[setting][0]
+        for setting, field in (
+            ("t5_file", "text_encoder"),
+            ("vae_file", "vae"),
+            ("clip_file", "image_encoder"),
+        )
+        if setting in components and getattr(layout, field) is not None
+    }
+    if transformers := components.get("dit_file"):
+        configs = [
+            transformer.folder / transformer.config_file
+            for transformer in layout.transformers
+            if transformer.config_file is not None
+        ]
+        changes["transformers"] = tuple(transformers)
+        changes["transformer_configs"] = (
+            *(transformer.folder / "config.json" for transformer in transformers),
+            *configs,
+        )
+    return replace(layout, **changes)
+
+
+def _build_layout_of_files(
+    given_files: GivenFiles, task: Task, folder: Path | None = None
+) -> CheckpointLayout:
+    """Return the layout of files that lie anywhere; ``folder`` may hold a tokenizer."""
+    transformers = tuple(_use_file("dit_file", path) for path in given_files["dit_file"])
+    tokenizer_folders = [folder / TOKENIZER_FOLDER, folder / "tokenizer"] if folder else []
+    return CheckpointLayout(
+        name="ComfyUI",
+        transformers=transformers,
+        text_encoder=_use_file("t5_file", given_files["t5_file"][0]),
+        image_encoder=_use_file("clip_file", given_files["clip_file"][0])
+        if task.has_image_encoder
+        else None,
+        vae=_use_file("vae_file", given_files["vae_file"][0]),
+        tokenizer_folder=next((path for path in tokenizer_folders if path.is_dir()), None),
+        transformer_configs=tuple(part.folder / "config.json" for part in transformers),
     )

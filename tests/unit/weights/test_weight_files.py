@@ -1,14 +1,26 @@
 """Weight files as people have them: fp8, int8 and GGUF of many programs, against the goldens' results."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from tests.conftest import SHARED_GOLDENS
+from tests.conftest import FIXTURES, SHARED_GOLDENS, golden_folder, relative_error
+from wan_dist.models.image_encoder import encode_images
+from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks
+from wan_dist.models.text_encoder import TextEncoder
+from wan_dist.models.vae.model import split_frames_into_chunks
+from wan_dist.pipeline.image_conditioning import convert_image_to_tensor
 from wan_dist.runtime.errors import InputError
+from wan_dist.sampling.solvers import make_solver
+from wan_dist.tasks.images import read_image
+from wan_dist.tasks.registry import TASKS
+from wan_dist.weights import key_maps
+from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.key_maps import KeyMap, TensorSource
 from wan_dist.weights.load import fill_parameters
@@ -195,3 +207,207 @@ def test_scales_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     files = TensorFiles([tmp_path / "m.safetensors"])
     with pytest.raises(InputError, match=r"m\.scale_weight is not finite"):
         read_all(files, "m.weight")
+
+
+SETTINGS = {"wan2.1-t2v": "dit_file", "umt5": "t5_file", "vae": "vae_file", "clip": "clip_file"}
+TRANSFORMER_CASES = [
+    name for name, case in EXPECTED["cases"].items() if case["model"] == "wan2.1-t2v"
+]
+ENCODER_CASES = [name for name, case in EXPECTED["cases"].items() if case["model"] == "umt5"]
+
+
+def open_with(name: str, folder: Path) -> Checkpoint:
+    """Open the golden checkpoint with one of the files, which is copied away from its name."""
+    case = EXPECTED["cases"][name]
+    path = folder / "x.bin"
+    shutil.copy(FILES / name, path)
+    if "config" in case:
+        (folder / "config.json").write_text(json.dumps(case["config"]))
+    setting = SETTINGS[case["model"]]
+    base, task = ("wan2.1-i2v", "i2v-14B") if setting == "clip_file" else ("wan2.1-t2v", "t2v-1.3B")
+    return open_checkpoint(
+        golden_folder(base), TASKS[task], torch.float32, given_files={setting: [path]}
+    )
+
+
+@pytest.mark.parametrize("name", EXPECTED["cases"])
+def test_weights_are_those_of_the_formulas(name: str, tmp_path: Path) -> None:
+    case = EXPECTED["cases"][name]
+    checkpoint = open_with(name, tmp_path)
+    components = {
+        "wan2.1-t2v": (checkpoint.transformers[0], checkpoint.context_projections[0]),
+        "umt5": (checkpoint.text_encoder,),
+        "vae": (checkpoint.vae,),
+        "clip": (checkpoint.image_encoder,),
+    }[case["model"]]
+    name_maps = {
+        "wan2.1-t2v": key_maps.map_original_transformer,
+        "umt5": key_maps.map_original_text_encoder,
+        "vae": key_maps.map_original_vae,
+        "clip": key_maps.map_diffusers_image_encoder,
+    }
+    find_names = name_maps[case["model"]](case["sums"]).find_sources
+    sums = {}
+    for component in components:
+        model = component.load(CPU)
+        for parameter_name, value in model.named_parameters():
+            sources = find_names(parameter_name)
+            for source, part in zip(sources, value.chunk(len(sources)), strict=True):
+                sums[source.key] = part.double().abs().sum().item()
+    unused = {
+        key
+        for key in case["sums"]
+        if case["model"] == "clip"
+        and key_maps.map_diffusers_image_encoder(case["sums"]).is_ignored(key)
+    }
+    assert sums == pytest.approx(
+        {key: value for key, value in case["sums"].items() if key not in unused}, rel=1e-5, abs=1e-6
+    )
+
+
+def velocity(checkpoint: Checkpoint) -> torch.Tensor:
+    golden = load_file(golden_folder("wan2.1-t2v") / "expected/unipc.safetensors")
+    run = json.loads((golden_folder("wan2.1-t2v") / "expected/unipc.json").read_text())
+    timestep = make_solver(run["solver"], run["steps"], run["shift"]).timesteps[0]
+    model = checkpoint.transformers[0].load(CPU)
+    contexts = checkpoint.context_projections[0].load(CPU)([golden["input.context"]], None)
+    latents = golden["step0.latent"].unsqueeze(0)
+    timesteps = torch.tensor([[timestep]])
+    (result,) = model(latents, timesteps, contexts, model.compute_rotary(latents))
+    return result[0]
+
+
+@pytest.fixture(scope="module")
+def outputs() -> Mapping[str, torch.Tensor]:
+    return load_file(FILES / "expected/files-outputs.safetensors")
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_CASES)
+def test_transformers_compute_what_they_should(
+    name: str, outputs: Mapping[str, torch.Tensor], tmp_path: Path
+) -> None:
+    assert relative_error(velocity(open_with(name, tmp_path)), outputs[name]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ENCODER_CASES)
+def test_text_encoders_compute_what_they_should(
+    name: str, outputs: Mapping[str, torch.Tensor], tmp_path: Path
+) -> None:
+    checkpoint = open_with(name, tmp_path)
+    encode = TextEncoder(
+        checkpoint.text_encoder.load(CPU), checkpoint.tokenizer, text_len=512, device=CPU
+    )
+    texts = json.loads((FIXTURES / "components/t5_texts.json").read_text(encoding="utf-8"))
+    for index in range(3):
+        expected = outputs[f"{name}/t5.{index}"]
+        torch.testing.assert_close(encode(texts[index]), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(not FILES.exists(), reason="the goldens are not beside this checkout")
+def test_vae_and_image_encoder_compute_what_they_should(
+    outputs: Mapping[str, torch.Tensor], tmp_path: Path
+) -> None:
+    name = "single/wan_2.1_vae.safetensors"
+    vae = open_with(name, tmp_path).vae.load(CPU)
+    components = load_file(FIXTURES / "components/wan21.safetensors")
+    latents = vae.encode(split_frames_into_chunks(components["vae21.video"].unsqueeze(0)))[0]
+    torch.testing.assert_close(latents, outputs[f"{name}/latent"], rtol=0, atol=1e-4)
+    frames = torch.cat(list(vae.decode(components["vae21.latent"].unsqueeze(0))), dim=2)[0, :, :5]
+    expected = outputs[f"{name}/decoded"].float()
+    torch.testing.assert_close(frames, expected, rtol=0, atol=5e-4)  # stored in float16
+    name = "single/clip_vision_h.safetensors"
+    encoder = open_with(name, tmp_path).image_encoder
+    assert encoder is not None
+    image = convert_image_to_tensor(
+        read_image(str(golden_folder("wan2.1-i2v") / "input.png"), "image")
+    )
+    features = encode_images(encoder.load(CPU), [image], image_size=224)
+    torch.testing.assert_close(features, outputs[f"{name}/clip_fea"], rtol=0, atol=1e-4)
+
+
+REFUSALS = {
+    "single/refuse/nvfp4.safetensors": "nvfp4",
+    "single/refuse/mxfp8.safetensors": "mxfp8",
+    "single/refuse/bnb-nf4.safetensors": "bitsandbytes nf4",
+    "single/refuse/scale-of-wrong-length.safetensors": r"weight_scale has shape \(32, 1\)",
+    "single/refuse/marker-without-scales.safetensors": r"scaled_fp8 says .* 16 have none",
+    "gguf/refuse/flux.gguf": "general.architecture is flux",
+    "gguf/refuse/truncated.gguf": "is truncated: 40000 of",
+    "gguf/refuse/not-gguf.gguf": "Git LFS pointer",
+}
+ROTATED = "single/refuse/int8-convrot.safetensors"
+"""Refused when the goldens were made, and read since."""
+
+
+def test_every_file_of_the_goldens_is_in_a_table() -> None:
+    assert set(EXPECTED["refuse"]) in (set(), {*REFUSALS, ROTATED})
+
+
+@pytest.mark.skipif(not FILES.exists(), reason="the goldens are not beside this checkout")
+@pytest.mark.parametrize("name", REFUSALS)
+def test_files_that_cannot_be_read_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=REFUSALS[name]) as caught:
+        open_checkpoint(
+            golden_folder("wan2.1-t2v"),
+            TASKS["t2v-1.3B"],
+            torch.float32,
+            given_files={"dit_file": [FILES / name]},
+        )
+    assert Path(name).name in str(caught.value)
+
+
+@pytest.mark.skipif(not FILES.exists(), reason="the goldens are not beside this checkout")
+def test_a_rotated_weight_is_not_its_stored_values() -> None:
+    files = TensorFiles([FILES / ROTATED])
+    values, stored = (
+        read(files, "blocks.0.self_attn.q.weight") for read in (read_all, TensorFiles.read)
+    )
+    assert not files.non_float_types
+    # the rotation keeps lengths, as its matrix is orthogonal
+    scaled = stored.float() * 0.001
+    torch.testing.assert_close(values.norm(dim=1), scaled.norm(dim=1))
+    assert relative_error(values, scaled) > 1
+
+
+@pytest.mark.parametrize("name", TRANSFORMER_CASES)
+@pytest.mark.parametrize("rows", [1, 7, 31])
+def test_rows_are_those_of_the_whole(name: str, rows: int) -> None:
+    files = TensorFiles([FILES / name])
+    for key, shape in files.shapes.items():
+        whole = read_all(files, key)
+        parts = [
+            files.read_values(key, start, min(start + rows, shape[0]), CPU)
+            for start in range(0, shape[0], rows)
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("quant", ["fp8", "int8", "int4"])
+@pytest.mark.skipif(not FILES.exists(), reason="the goldens are not beside this checkout")
+def test_gguf_is_quantised_anew(quant: str, tmp_path: Path) -> None:
+    """As a file of the same values in float32 is."""
+    component = open_with("gguf/all-types.gguf", tmp_path).transformers[0]
+
+    def prepare(model: torch.nn.Module) -> None:
+        quantize_blocks(model.layers().values(), quant)
+
+    plain = component.load(CPU)
+    quantized = component.load(CPU, prepare_model=prepare)
+    linears = [module for module in quantized.modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 4 * 6
+    limit = {"fp8": 0.04, "int8": 0.01, "int4": 0.1}[quant]
+    errors = [
+        relative_error(module.dequantize_rows(torch.float32), plain.get_submodule(name).weight)
+        for name, module in quantized.named_modules()
+        if isinstance(module, QuantizedLinear)
+    ]
+    assert 0 < max(errors) < limit
+
+
+@pytest.mark.skipif(not FILES.exists(), reason="the goldens are not beside this checkout")
+def test_the_bytes_read_of_gguf_are_those_of_its_blocks() -> None:
+    files = TensorFiles([FILES / "gguf/t2v-q8_0.gguf"])
+    read_all(files, "blocks.0.ffn.0.weight")
+    assert files.bytes_read == 128 * 64 // 32 * 34
+    files.read_values("blocks.0.ffn.0.weight", 5, 7, CPU)
+    assert files.bytes_read == 130 * 64 // 32 * 34
