@@ -208,6 +208,10 @@ PLACES = [
     setting("dit_file=.", says=("dit_file=. is a folder", "ckpt_dir=FOLDER")),
     setting("dit_file=,", says="dit_file=, cannot be read: No such file"),
     setting("dit_file=a.safetensors,b.safetensors", says="this task takes one, not 2 files"),
+    setting("t5_file=x.gguf", says="t5_file=x.gguf cannot be read: No such file"),
+    setting("vae_file=.", says=("vae_file=. is a folder", "ckpt_dir=FOLDER")),
+    setting("clip_file=x.safetensors", says="clip_file: toy has no image encoder"),
+    _with("vae_file is a text", "vae_file=x.pth", "x.pth (10 bytes) cannot be read", file="x.pth"),
     setting("last_frame=x.png", says="toy takes image=FILE, or none"),
     accepted(
         "output.name=-pipe:1 %d",

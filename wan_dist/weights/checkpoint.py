@@ -37,7 +37,7 @@ from wan_dist.weights.key_maps import KeyMap
 from wan_dist.weights.layout import NO_FILES, ComponentFiles, GivenFiles, find_layout
 from wan_dist.weights.load import check_keys, fill_model, fill_parameters
 from wan_dist.weights.streaming import StreamingOptions, stream_blocks
-from wan_dist.weights.tokenizer_files import open_tokenizer
+from wan_dist.weights.tokenizer_files import SENTENCEPIECE_KEY, open_tokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
 Dims = TypeVar("Dims")
@@ -197,6 +197,8 @@ def open_checkpoint(
         )
     vae = _open_component(layout.vae, checkpoint_dims.infer_vae_dims, WanVae)
     found_tokenizer = open_tokenizer(layout.tokenizer_folder, text_encoder.files)
+    if layout.tokenizer_folder is None:
+        logger.info("tokenizer from %s", found_tokenizer.source)
     checkpoint = Checkpoint(
         folder=layout.transformers[0].folder if folder is None else folder,
         transformers=tuple(transformer for transformer, _ in transformer_pairs),
@@ -227,19 +229,17 @@ def _open_component(
     dims = infer_dims(config, files, key_map)
     component = Component(dims, lambda **options: build_model(dims, **options), files, key_map)
     with torch.device("meta"):
-        check_keys([component.build_model()], files, key_map)
+        unused_keys = check_keys([component.build_model()], files, key_map)
     if component_files.setting is not None:
-        _log_unused_tensors(files, key_map)
+        _log_unused_tensors(files, unused_keys)
     return component
 
 
-def _log_unused_tensors(files: TensorFiles, key_map: KeyMap) -> None:
+def _log_unused_tensors(files: TensorFiles, keys: Sequence[str]) -> None:
     """Name the modules whose tensors are not needed, as of a layer after the last one that is read."""
-    unused_modules = sorted(
-        {key.rpartition(".")[0] or key for key in files.shapes if key_map.is_ignored(key)}
-    )
-    if unused_modules:
-        logger.info("unused    in %s: %s", files, format_first_ten(unused_modules))
+    modules = {key.rpartition(".")[0] or key for key in keys if key != SENTENCEPIECE_KEY}
+    if modules:
+        logger.info("unused    in %s: %s", files, format_first_ten(sorted(modules)))
 
 
 def _open_transformer(
@@ -283,7 +283,7 @@ def _check_task(checkpoint: Checkpoint, task: Task) -> None:
         ]
         if mismatches:
             raise InputError(
-                f"{checkpoint.folder} is not a {task.name} checkpoint: "
+                f"{component.files} is not a {task.name} checkpoint: "
                 f"its transformer has {', '.join(mismatches)}"
             )
     if checkpoint.vae.dims.latent_dim != task.latent_channels:

@@ -6,6 +6,7 @@ a time bounds host memory by the largest.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,15 @@ from wan_dist.weights.files import Shape, TensorFiles, format_first_ten
 from wan_dist.weights.key_maps import KeyMap, TensorSource
 
 _ROWS_AT_ONCE = 512
-"""Rows that are quantised or decoded at once, which bounds the memory of their full-precision copy."""
+"""Rows that are quantised at once, which bounds the memory of their full-precision copy."""
+_DECODED_VALUES_AT_ONCE = 2**21
+"""Values that are decoded at once; it takes some copies of them in float32."""
 
 
-def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap) -> None:
+def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap) -> list[str]:
     """Raise one InputError with all mismatches between the models' parameters and the files' tensors.
 
-    Names, shapes and types are compared; no tensor is read.
+    Names, shapes and types are compared; no tensor is read. Returns the keys that are not needed.
     """
     expected_keys: set[str] = set()
     missing_keys, misshapen_keys, mistyped_keys = [], [], []
@@ -45,9 +48,8 @@ def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap)
                 )
             elif source.key in files.non_float_types:
                 mistyped_keys.append(f"{source.key} ({files.non_float_types[source.key]})")
-    unexpected_keys = [
-        key for key in files.shapes if key not in expected_keys and not key_map.is_ignored(key)
-    ]
+    other_keys = [key for key in files.shapes if key not in expected_keys]
+    unexpected_keys = [key for key in other_keys if not key_map.is_ignored(key)]
     mismatches = [
         f"{len(items)} {kind}: {format_first_ten(items)}"
         for kind, items in (
@@ -63,6 +65,7 @@ def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap)
             f"{files} does not hold the tensors of a {type(models[0]).__name__}; "
             f"{'; '.join(mismatches)}"
         )
+    return other_keys
 
 
 def _is_shape_compatible(stored_shape: Shape, expected_shape: Shape) -> bool:
@@ -232,7 +235,9 @@ def _copy_rows(
         first_row, len(target), num_rows, sources
     ):
         is_encoded = files.is_encoded(source.key)
-        num_at_once = _ROWS_AT_ONCE if is_encoded else stop - start
+        num_at_once = stop - start
+        if is_encoded:
+            num_at_once = max(1, _DECODED_VALUES_AT_ONCE // prod(target.shape[1:]))
         for chunk_start in range(start, stop, num_at_once):
             chunk_stop = min(chunk_start + num_at_once, stop)
             values = _read_values(

@@ -19,7 +19,7 @@ from wan_dist.weights.files import TensorFiles
 
 TOKENIZER_REPOSITORY = "google/umt5-xxl"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_SENTENCEPIECE_KEY = "spiece_model"
+SENTENCEPIECE_KEY = "spiece_model"
 """Key under which ComfyUI's text encoders hold their tokenizer, as bytes."""
 _UNIGRAM = 1
 
@@ -89,8 +89,8 @@ def _find_cached_folder() -> Path | None:
 def _read_tokenizer(files: TensorFiles) -> PreTrainedTokenizerFast | None:
     """Return the tokenizer that a file of a text encoder holds, None if it holds none that can be read."""
     try:
-        if _SENTENCEPIECE_KEY in files.stored_names:
-            model = files.read(_SENTENCEPIECE_KEY).numpy().tobytes()
+        if SENTENCEPIECE_KEY in files.stored_names:
+            model = files.read(SENTENCEPIECE_KEY).numpy().tobytes()
             return _build_tokenizer(**_parse_sentencepiece_model(model))
         if files.metadata.get("tokenizer.ggml.model") == "t5":
             return _build_tokenizer(**_read_gguf_vocabulary(files.metadata))

@@ -434,6 +434,55 @@ def test_the_image_encoder_of_a_task_without_one_is_refused() -> None:
         open_models(WHOLE, {"clip_file": WHOLE / "config.json"})
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_encoders_in_8_bits_of_pytorchs_format(dtype: torch.dtype, tmp_path: Path) -> None:
+    """As LightX2V writes them, a scale for each row; CLIP's q, k and v are one matrix."""
+    folder = golden_folder("wan2.1-i2v")
+    files, plain = {}, Path(shutil.copytree(folder, tmp_path / "plain"))
+    for setting, name in (("t5_file", TEXT_ENCODER_FILE), ("clip_file", IMAGE_ENCODER_FILE)):
+        stored, values = {}, {}
+        for key, value in torch.load(folder / name, weights_only=True).items():
+            stored[key] = values[key] = value
+            if re.search(r"(attn|ffn|mlp).*weight$", key) and value.dim() == 2:
+                limit = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+                scale = value.float().abs().amax(1, keepdim=True) / limit
+                scaled = value.float() / scale
+                stored[key] = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+                stored[f"{key}_scale"] = scale
+                values[key] = stored[key].float() * scale
+        assert len(stored) > len(values)
+        files[setting] = [tmp_path / name]
+        torch.save(stored, tmp_path / name)
+        torch.save(values, plain / name)
+    task = TASKS["i2v-14B"]
+    found = open_checkpoint(folder, task, torch.float32, given_files=files)
+    expected = open_checkpoint(plain, task, torch.float32)
+    for name in ("text_encoder", "image_encoder"):
+        models = [getattr(checkpoint, name).load(CPU) for checkpoint in (found, expected)]
+        for value, wanted in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(value, wanted)
+
+
+def test_what_is_not_used_is_named(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clip = golden_folder("wan2.1-i2v").parent / "files/single/clip_vision_h.safetensors"
+    if not clip.exists():
+        pytest.skip("the goldens are not beside this checkout")
+    with caplog.at_level("INFO", logger="wan_dist"):
+        open_checkpoint(
+            golden_folder("wan2.1-i2v"),
+            TASKS["i2v-14B"],
+            torch.float32,
+            given_files={"clip_file": [clip]},
+        )
+    (line,) = [text for text in caplog.messages if text.startswith("unused")]
+    assert "visual_projection" in line
+    assert "vision_model.post_layernorm" in line
+    caplog.clear()
+    with caplog.at_level("INFO", logger="wan_dist"):
+        open_models(copied)
+    assert not [text for text in caplog.messages if text.startswith("unused")]
+
+
 def test_a_clip_tower_is_named() -> None:
     path = golden_folder("wan2.1-i2v") / IMAGE_ENCODER_FILE
     with pytest.raises(InputError, match=r"is a CLIP vision tower; use clip_file= for it"):
