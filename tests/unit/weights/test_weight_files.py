@@ -14,7 +14,7 @@ from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks
 from wan_dist.models.text_encoder import TextEncoder
 from wan_dist.models.vae.model import split_frames_into_chunks
-from wan_dist.pipeline.image_conditioning import convert_image_to_tensor
+from wan_dist.pipeline.conditioning.encoders import convert_image_to_tensor
 from wan_dist.runtime.errors import InputError
 from wan_dist.sampling.solvers import make_solver
 from wan_dist.tasks.images import read_image
