@@ -75,10 +75,10 @@ def list_overview_rows() -> Iterator[list[str]]:
 
 
 def _list_inputs(task: Task) -> str:
-    keys = [f"`{key}`" for key in task.inputs.file_keys]
-    if keys and not task.inputs.is_required:
-        keys[0] = f"perhaps {keys[0]}"
-    return ", ".join(["`prompt`", *keys])
+    keys = ["`prompt`", *(f"`{key}`" for key in task.inputs.file_keys)]
+    if task.inputs.file_keys and not task.inputs.is_required:
+        keys[-1] = f"perhaps {keys[-1]}"
+    return ", ".join(keys)
 
 
 def _read_task_config(task: Task, *settings: str) -> RunConfig:
