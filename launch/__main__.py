@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         return max(130, _report_failure("interrupted"))
     if lost_output_reason := find_output_error():
         return max(
-            exit_code, _report_failure(f"standard output is not whole: {lost_output_reason}")
+            exit_code, _report_failure(f"standard output is incomplete: {lost_output_reason}")
         )
     return exit_code
 
@@ -60,7 +60,7 @@ def _run_command(name: str = "--help", *arguments: str) -> int:
         )
         return 0
     if name not in COMMANDS:
-        raise InputError(f"there is no command {name!r}; there is run, {', '.join(COMMANDS)}")
+        raise InputError(f"unknown command {name!r}; commands are run, {', '.join(COMMANDS)}")
     command = COMMANDS[name]
     if {"--help", "-h"} & set(arguments):
         sys.stdout.write(f"{command.__doc__}\n")

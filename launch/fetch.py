@@ -22,11 +22,11 @@ def main(arguments: list[str]) -> None:
     options, positionals = split_arguments(arguments, ("size",))
     if not 1 <= len(positionals) <= 2 or any("=" in positional for positional in positionals):
         raise InputError(
-            "fetch takes a task and a folder, e.g. python -m launch fetch t2v-14B /shared/Wan2.1-T2V-14B"
+            "fetch needs a task and a folder, e.g. python -m launch fetch t2v-14B /shared/Wan2.1-T2V-14B"
         )
     task = get_task(positionals[0])
     if task.name == "toy":
-        raise InputError("task toy needs no download: its model is made when it is first used")
+        raise InputError("task=toy needs no download: its model comes with the program")
     folder = expand_user_path("folder", positionals[1]) if len(positionals) == 2 else None
     config = read_config(
         [f"task={task.name}", *(f"{key}={value}" for key, value in options.items())]
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     )
     checkpoint_setting = f"ckpt_dir={checkpoint_folder} " if folder is not None else ""
     sys.stdout.write(
-        f"{checkpoint_folder} is whole: {num_bytes / 1e9:.1f} GB of "
+        f"{checkpoint_folder} is complete: {num_bytes / 1e9:.1f} GB of "
         f"{task.choose_repository(width * height)}\n"
         f'python -m wan_dist.run task={task.name} {checkpoint_setting}size={width}*{height} prompt="..."\n'
     )

@@ -54,16 +54,16 @@ def read_results_folder(
     """Return the folder given to ``command``, its video records and its runs; raises InputError."""
     if len(arguments) != 1:
         raise InputError(
-            f"{command} takes the folder that the videos are in, e.g. python -m launch {command} outputs"
+            f"{command} needs the folder of the videos, e.g. python -m launch {command} outputs"
         )
     folder = expand_user_path("folder", arguments[0])
     if not folder.is_dir():
-        problem = "not a folder" if folder.exists() else "not there"
-        raise InputError(f"{folder} is {problem}; give the folder that the videos are in")
+        problem = "not a folder" if folder.exists() else "missing"
+        raise InputError(f"{folder} is {problem}; give the folder of the videos")
     records = read_records(folder)
     if not records:
         raise InputError(
-            f"{folder} has no records of videos; they lie beside them as NAME.json, in a run's output.dir"
+            f"{folder} has no records of videos (NAME.json); give the output.dir of a run"
         )
     return folder, records, read_runs(folder)
 
@@ -135,7 +135,7 @@ def _format_totals(records: Sequence[GalleryVideo], runs: Sequence[RunRecord]) -
         yield f"run {escape_unprintable(run_name)}: {_format_counts(run_records)}{time_text}{ranks_text}"
     seconds = sum(record.seconds or 0.0 for record in records)
     peak_texts = [
-        f"{max(peaks_of_kind):.1f} GiB of the {memory_kind} at most"
+        f"{max(peaks_of_kind):.1f} GiB peak of the {memory_kind}"
         for memory_kind in ("GPU", "host")
         if (peaks_of_kind := _list_peaks(records, memory_kind))
     ]

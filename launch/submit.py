@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
     settings = [setting for setting in settings if not setting.startswith("cluster.")]
     if "cluster" not in options:
         raise InputError(
-            "say what the nodes are like: cluster=h100, or a file of your own (--help has more)"
+            "cluster is missing; describe the nodes, e.g. cluster=h100, or a file of your own (see --help)"
         )
     cluster = load_cluster(options["cluster"], cluster_changes)
     python = "python" if cluster.setup else sys.executable
@@ -155,7 +155,7 @@ def _parse_node_counts(options: dict[str, str], cluster: ClusterConfig) -> tuple
     if gpus_per_node > cluster.gpus_per_node:
         raise InputError(
             f"gpus={gpus_per_node}: a node of cluster={options['cluster']} has "
-            f"{cluster.gpus_per_node}; nodes=COUNT takes several"
+            f"{cluster.gpus_per_node}; use nodes=COUNT for several nodes"
         )
     return num_nodes, gpus_per_node
 
@@ -166,7 +166,7 @@ def _plan_array(
     """Return the settings and the plan of each element of array=FILE, or of a sweep with array=sweep."""
     if is_sweep(settings) != (file_text == _SWEEP):
         raise InputError(
-            f"array={file_text}: array={_SWEEP} and --multirun go together, one element a combination; "
+            f"array={file_text}: array={_SWEEP} and --multirun belong together; "
             "--multirun alone is one job"
         )
     if file_text == _SWEEP:
@@ -207,8 +207,8 @@ def _warn_missing_checkpoint(config: RunConfig) -> None:
     folder = config.ckpt_dir
     if folder is not None and not Path(folder).expanduser().is_dir():
         sys.stderr.write(
-            f"note: ckpt_dir={folder} is not a folder here; "
-            f"the nodes must see one, or fetch={folder} makes it\n"
+            f"note: ckpt_dir={folder} is no folder on this machine; "
+            f"the nodes must have it, or use fetch={folder}\n"
         )
 
 
@@ -235,7 +235,7 @@ def _read_job_config(settings: list[str]) -> RunConfig:
     config = read_config(settings)
     if config is None:
         raise InputError(
-            "a flag that prints the configuration says nothing of several jobs; leave array=FILE out"
+            "a flag that prints the configuration cannot be combined with array=FILE; leave one of them out"
         )
     return config
 
@@ -300,7 +300,7 @@ def _build_fetch_arguments(folder: str, settings: list[str]) -> list[str]:
     values_by_key = dict(setting.partition("=")[::2] for setting in settings)
     if "ckpt_dir" in values_by_key:
         raise InputError(
-            f"fetch={folder} is where the checkpoint comes to be; "
+            f"fetch={folder} is the folder of the checkpoint; "
             f"leave ckpt_dir={values_by_key['ckpt_dir']} out"
         )
     size_arguments = [f"size={values_by_key['size']}"] if "size" in values_by_key else []
@@ -319,9 +319,8 @@ def _submit_script(script: str, *options: str) -> str:
         )
     except FileNotFoundError:
         raise InputError(
-            "there is no sbatch on this machine; "
-            "--dry-run prints the script, to be submitted where there is one"
+            "no sbatch found on this machine; --dry-run prints the script, to submit elsewhere"
         ) from None
     if result.returncode:
-        raise InputError(f"Slurm refuses it: {result.stderr.strip() or result.returncode}")
+        raise InputError(f"sbatch failed: {result.stderr.strip() or result.returncode}")
     return result.stdout.strip().partition(";")[0]

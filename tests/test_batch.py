@@ -135,7 +135,7 @@ def test_a_job_that_fails_leaves_the_others_alone(
     before = (out / "bad.json").stat().st_mtime_ns
     assert main(command) == 1, "it is still not there"
     assert (out / "bad.json").stat().st_mtime_ns == before, "but not tried again"
-    assert "1 failed before (retry_failed=true makes them again)" in capfd.readouterr().err
+    assert "1 failed before (retry_failed=true runs them again)" in capfd.readouterr().err
     assert main([*command, "retry_failed=true"]) == 1
     assert (out / "bad.json").stat().st_mtime_ns > before
     save_file({"latents": torch.zeros_like(bad)}, tmp_path / "bad.safetensors")
@@ -357,7 +357,7 @@ def test_what_only_frames_depend_on_is_made_again_from_latents(
     [
         (
             ['{"prompt": "a", "parallel.dp": 2}'],
-            "line 1: parallel.dp is of the whole run; give it on the command line",
+            "line 1: parallel.dp applies to the whole run; give it on the command line",
         ),
         (
             ['{"prompt": "a"}', '{"prompt": "b", "output.dir": "x"}'],

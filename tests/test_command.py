@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder
 from tests.unit.output.test_video_file import read_video
+from wan_dist.config.schema import list_settings
 from wan_dist.models.vae.video_state import VideoState
 from wan_dist.output.video_file import SaveError
 from wan_dist.pipeline import generate as generate_module
@@ -436,7 +437,7 @@ def test_a_black_video_is_never_written(
     [
         (
             [*TINY, "memory.vae=parallel"],
-            "memory.vae=parallel: there is one rank; memory.vae=whole works",
+            "memory.vae=parallel cannot be used: there is one rank; use memory.vae=whole",
         ),
         (
             [*TINY, "memory.vae=tield"],
@@ -449,7 +450,7 @@ def test_a_black_video_is_never_written(
         ([*TINY, "cache.steps=mag"], "cache.steps=mag is not one of easy, tea"),
         (
             ["task=t2v-A14B", "prompt=a", "cache.steps=tea"],
-            "cache.steps=tea has been fitted to the models of t2v-1.3B, t2v-14B, t2i-14B, i2v-14B, toy, "
+            "cache.steps=tea is fitted to the models of t2v-1.3B, t2v-14B, t2i-14B, i2v-14B, toy, "
             "not to that of t2v-A14B",
         ),
         ([*TINY, "cache.threshold=0"], "cache.threshold=0.0 must be above 0, e.g. 0.05"),
@@ -515,7 +516,11 @@ def test_models_are_on_the_device_one_after_the_other(
 def test_help_and_cfg(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     told = capsys.readouterr().out
-    assert "sample.guide_scale" in told
+    assert (
+        told.index("\nRequired:\n  task ") < told.index("\n  prompt ") < told.index("\nGeneral:\n")
+    )
+    assert re.search(r"\n  sample\.solver .*\[unipc\]\n", told)
+    assert all(told.count(f"\n  {key} ") == 1 for key in list_settings())
     assert "python -m wan_dist.run task=toy" in told
     assert main(["task=t2v-1.3B", "--cfg", "job", "prompt=a, b"]) == 0
     assert "prompt: a, b" in capsys.readouterr().out

@@ -20,7 +20,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,8 @@ from wan_dist.tasks.run_config import read_config
 if TYPE_CHECKING:
     from wan_dist.parallel.team import Coordinator
 
+_NO_DEFAULT = "???"
+"""OmegaConf's marker of a setting whose default is the task's."""
 _JOIN_TIMEOUT_SECONDS = 600.0
 """Seconds in which all ranks must join, if the settings do not say."""
 
@@ -71,18 +73,38 @@ USAGE_EXAMPLES = (
 
 def build_help_text() -> str:
     """Return the text that ``--help`` prints."""
-    key_lines = [
-        f"  {key:22} {setting.metadata['help']}" for key, setting in list_settings().items()
-    ]
     return "\n".join(
         [
-            "Make a video with the Wan models: python -m wan_dist.run task=NAME [key=value ...]",
-            f"\nTasks: {', '.join(TASKS)}\n\nKeys (a task sets its own defaults in conf/task/NAME.yaml):",
-            *key_lines,
+            "Generate a video with the Wan models: python -m wan_dist.run task=NAME [key=value ...]",
+            f"\nTasks: {', '.join(TASKS)}",
+            "\nA task sets its own defaults in conf/task/NAME.yaml; in brackets are those of all others.",
+            *_format_key_lines(),
             f"\nExamples:\n{USAGE_EXAMPLES}\n\n"
             "--hydra-help lists the flags of Hydra, which reads the configuration.",
         ]
     )
+
+
+def _format_key_lines() -> Iterator[str]:
+    """Yield the lines of all keys: those that every run needs first, then section by section."""
+    settings = list_settings()
+    required_keys = ("task", "prompt")
+    sections = dict.fromkeys(key.rpartition(".")[0] for key in settings)
+    groups = {"Required": required_keys} | {
+        section.capitalize() or "General": [
+            key
+            for key in settings
+            if key.rpartition(".")[0] == section and key not in required_keys
+        ]
+        for section in sections
+    }
+    for title, keys in groups.items():
+        yield f"\n{title}:"
+        for key in keys:
+            setting = settings[key]
+            has_default = setting.default not in (None, _NO_DEFAULT)
+            default_text = f" [{str(setting.default).lower()}]" if has_default else ""
+            yield f"  {key:24} {setting.metadata['help']}{default_text}"
 
 
 def main(arguments: list[str]) -> int:
@@ -119,7 +141,7 @@ def _report_failure(error: Exception | PreemptionInterrupt, ranks: RankLayout) -
     ):
         return _fail_with_message(
             EXIT_PREEMPTED,
-            f"{rank_failure.text}; the same command goes on",
+            f"{rank_failure.text}; the same command resumes",
             "",
             is_printed=is_first_rank,
         )
@@ -130,7 +152,7 @@ def _report_failure(error: Exception | PreemptionInterrupt, ranks: RankLayout) -
     if preemption.requested_by is not None and any(
         note.startswith("waiting for rank") for note in getattr(error, "__notes__", [])
     ):
-        message = "asked to end, as another rank was, which has; the same command goes on"
+        message = "stopped, as another rank was; the same command resumes"
         return _fail_with_message(EXIT_PREEMPTED, message, "", is_printed=is_first_rank)
     logger.error("the run failed", exc_info=error)
     schedule_launcher_kill()
@@ -148,8 +170,8 @@ def _prepare_rank() -> RankLayout:
     configure_logging()
     if is_srun_pty_shell():
         logger.info(
-            "ranks     one: srun's other tasks ended as this shell was opened; "
-            "`python -m launch local` takes all GPUs"
+            "ranks     1: srun's other tasks have ended with this shell; "
+            "use `python -m launch local` for all GPUs"
         )
     if note := configure_library_caches():
         logger.info("note      %s", note)
@@ -225,7 +247,7 @@ def _run_on_several_ranks(arguments: list[str], ranks: RankLayout) -> int:
 def _warn_unwritable_cache(config: RunConfig) -> None:
     if (folder := config.cache.resolve_folder()) is not None and not is_writable(folder):
         logger.info(
-            "note      cache.dir=%s cannot be written: prompt embeddings are not kept; name another folder",
+            "note      cache.dir=%s cannot be written: prompt embeddings are not cached; use another folder",
             folder,
         )
 

@@ -30,8 +30,8 @@ Below it Ulysses' all-to-all is so slow that a rank for each guidance pass (``pa
 faster.
 """
 _HANG_ADVICE = (
-    "GPUs that cannot reach each other's memory may wait for ever (consumer cards, PCIe, ACS or IOMMU "
-    "switched on): try again with NCCL_P2P_DISABLE=1; between nodes, name the interface: "
+    "GPUs without working peer access may hang (consumer cards, PCIe, ACS or IOMMU "
+    "enabled): try NCCL_P2P_DISABLE=1; between nodes, set the interface: "
     "NCCL_SOCKET_IFNAME=... GLOO_SOCKET_IFNAME=..."
 )
 
@@ -76,7 +76,7 @@ def check_exchange(findings: list[Finding]) -> list[tuple[str, list[Finding]]]:
 
 def _exit_on_timeout(rank_text: str) -> None:
     for line in Finding(
-        "exchange", f"{rank_text} has waited for {_LIMIT:.0f} s", FAULT, _HANG_ADVICE
+        "exchange", f"{rank_text} waited for more than {_LIMIT:.0f} s", FAULT, _HANG_ADVICE
     ).format_lines():
         sys.stderr.write(line + "\n")
     os._exit(1)
@@ -90,7 +90,7 @@ def _examine_exchange(axis: Axis, device: torch.device) -> Iterator[Finding]:
     )
     if num_wrong:
         advice = (
-            "the GPUs' direct path corrupts what is sent: "
+            "peer access between the GPUs corrupts data: "
             "run with NCCL_P2P_DISABLE=1, and update the driver"
         )
         yield Finding(
@@ -105,7 +105,7 @@ def _examine_exchange(axis: Axis, device: torch.device) -> Iterator[Finding]:
     gb_per_second = min(gather_objects(_measure_rate(axis, device), axis))
     message = (
         f"{axis.size} ranks by {dist.get_backend()}: "
-        f"all values right, {gb_per_second:.1f} GB/s a rank"
+        f"all values correct, {gb_per_second:.1f} GB/s a rank"
     )
     is_one_node = (ranks := read_rank_layout()).ranks_per_node == ranks.num_ranks
     if device.type == "cuda" and is_one_node and gb_per_second < _SLOW_GB_PER_SECOND:
@@ -113,7 +113,7 @@ def _examine_exchange(axis: Axis, device: torch.device) -> Iterator[Finding]:
             "exchange",
             message,
             NOTE,
-            "without NVLink: parallel.cfg=2, which sends least, is taken first; keep it",
+            "no NVLink: parallel.cfg=2 sends the least and is planned first; keep it",
         )
     else:
         yield Finding("exchange", message)

@@ -36,6 +36,6 @@ def run_checks(checks: Iterable[tuple[str, Check]]) -> Iterator[Finding]:
         except Exception as error:  # whatever is broken on this machine
             yield Finding(
                 subject,
-                f"could not be looked at: {type(error).__name__}: {get_first_line(error)}",
+                f"check failed: {type(error).__name__}: {get_first_line(error)}",
                 FAULT,
             )

@@ -43,10 +43,9 @@ def check_gpus() -> Iterator[Finding]:
     if os.environ.get("CUDA_VISIBLE_DEVICES") is not None and not filter_visible_gpus(
         _index_by_name(rows)
     ):
-        message = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r} leaves none of {len(rows)}"
-        yield Finding(
-            "GPUs", message, FAULT, "unset CUDA_VISIBLE_DEVICES, or name GPUs that are there"
-        )
+        setting = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
+        message = f"{setting} selects none of the {len(rows)} GPUs"
+        yield Finding("GPUs", message, FAULT, "unset CUDA_VISIBLE_DEVICES, or list existing GPUs")
         return
     for index, _, name, driver, total, free, num_errors in filter_visible_gpus(
         _index_by_name(rows)
@@ -54,7 +53,7 @@ def check_gpus() -> Iterator[Finding]:
         if not total.isdigit() or not free.isdigit():  # GPUs that share the host's memory
             yield Finding(
                 f"GPU {index}",
-                f"{name}, driver {driver}; nvidia-smi does not say how much memory it has",
+                f"{name}, driver {driver}; nvidia-smi does not report its memory",
                 NOTE,
             )
             continue
@@ -62,7 +61,7 @@ def check_gpus() -> Iterator[Finding]:
             f"{name}, {int(free) / 1024:.1f} of {int(total) / 1024:.1f} GiB free, driver {driver}"
         )
         if num_errors.isdigit() and int(num_errors):
-            advice = "its memory is failing: take another GPU (CUDA_VISIBLE_DEVICES), tell the administrator"
+            advice = "its memory is failing: use another (CUDA_VISIBLE_DEVICES), and tell the administrator"
             yield Finding(
                 f"GPU {index}", f"{message}; {num_errors} uncorrected memory errors", FAULT, advice
             )
@@ -78,11 +77,11 @@ def _report_missing_driver() -> Finding:
     if any(_DEVICE_FOLDER.glob("nvidia[0-9]*")):
         advice = "install the driver's tools, or in a container start it with --gpus all"
         return Finding(
-            "GPUs", "there are device files of NVIDIA's driver, but no nvidia-smi", NOTE, advice
+            "GPUs", "device files of NVIDIA's driver found, but no nvidia-smi", NOTE, advice
         )
     return Finding(
         "GPUs",
-        "no NVIDIA GPU is to be seen: runs will be on the CPU, for which only task=toy is small enough",
+        "no NVIDIA GPU found: runs use the CPU, for which only task=toy is small enough",
         NOTE,
     )
 
@@ -112,13 +111,13 @@ def check_processes() -> Iterator[Finding]:
         if hidden_mib > _MAX_USED_FRACTION * int(total):
             message = (
                 f"GPU {index}: {hidden_mib / 1024:.1f} GiB are used by processes "
-                "that cannot be seen from here (another container, or user)"
+                "that are not visible here (of another container or user)"
             )
             yield Finding(
                 "processes",
                 message,
                 FAULT,
-                "take other GPUs with CUDA_VISIBLE_DEVICES, or ask who runs there",
+                "use other GPUs with CUDA_VISIBLE_DEVICES, or ask who uses them",
             )
 
 
@@ -144,13 +143,13 @@ def _report_process(gpu_row: list[str], pid: int, used_mib: int) -> Finding:
     if is_mine and parent == "1" and "python" in command:
         return Finding(
             "processes",
-            f"{message}; what started it is gone",
+            f"{message}; its parent process has ended",
             verdict,
-            f"it is left over from a run of yours: kill {pid}",
+            f"it is left over from one of your runs: kill {pid}",
         )
     advice = (
         f"if you do not need it: kill {pid}"
         if is_mine
-        else "take other GPUs with CUDA_VISIBLE_DEVICES, or ask who runs there"
+        else "use other GPUs with CUDA_VISIBLE_DEVICES, or ask who uses them"
     )
     return Finding("processes", message, verdict, advice)

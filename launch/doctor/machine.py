@@ -31,7 +31,7 @@ def check_system() -> Iterator[Finding]:
         f"Python {platform.python_version()}, {os.cpu_count()} CPUs"
     )
     if sys.platform != "linux":
-        yield Finding("system", message, FAULT, "several ranks need Linux; on Windows use WSL2")
+        yield Finding("system", message, FAULT, "several ranks need Linux; use WSL2 on Windows")
     else:
         yield Finding("system", message)
 
@@ -40,11 +40,11 @@ def check_host_memory() -> Iterator[Finding]:
     """Check the host memory that a run may take, and the shared memory of the ranks (/dev/shm)."""
     host_bytes, host_limit = find_host_memory()
     num_gpus = len(find_gpus())
-    message = f"{host_bytes / GIB:.1f} GiB may be taken: {host_limit}"
+    message = f"{host_bytes / GIB:.1f} GiB available: {host_limit}"
     if host_bytes < _MIN_HOST_BYTES and num_gpus:
-        advice = "python -m launch plan task=... says what a run takes"
+        advice = "python -m launch plan task=... prints what a run needs"
         if "Slurm" in host_limit:
-            advice += "; ask for more with --mem"
+            advice += "; request more with --mem"
         yield Finding("host memory", message, NOTE, advice)
     else:
         yield Finding("host memory", message)
@@ -55,7 +55,7 @@ def check_host_memory() -> Iterator[Finding]:
     if usage.free < _MIN_SHARED_BYTES and num_gpus != 1:
         advice = (
             "several ranks may end with a bus error: "
-            "start the container with --shm-size=16g or --ipc=host, or clear out /dev/shm"
+            "start the container with --shm-size=16g or --ipc=host, or delete files in /dev/shm"
         )
         yield Finding("/dev/shm", message, FAULT if num_gpus else NOTE, advice)
     else:
@@ -68,14 +68,14 @@ def check_limits() -> Iterator[Finding]:
     if max_open_files < _MIN_OPEN_FILES:
         yield Finding(
             "limits",
-            f"only {max_open_files} files may be open",
+            f"the limit is {max_open_files} open files",
             NOTE,
             f"ulimit -n {_MIN_OPEN_FILES}, or more",
         )
     max_locked_bytes = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if list_infiniband_devices() and max_locked_bytes != resource.RLIM_INFINITY:
         message = (
-            f"{max_locked_bytes // 2**20} MiB of memory may be locked, and there is InfiniBand"
+            f"{max_locked_bytes // 2**20} MiB is the limit of locked memory, and InfiniBand is used"
         )
         yield Finding("limits", message, NOTE, "between nodes NCCL may need ulimit -l unlimited")
 
@@ -85,16 +85,15 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> Iterator[Fin
     for key in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         if "cudaMallocAsync" in environment.get(key, ""):
             advice = (
-                f"unset {key}: "
-                "with this allocator several ranks run out of memory in their exchanges"
+                f"unset {key}: with this allocator several ranks run out of memory in collectives"
             )
             yield Finding("variables", f"{key}={environment[key]}", FAULT, advice)
     cost_by_variable = {
-        "CUDA_LAUNCH_BLOCKING": "every kernel is waited for: slow",
-        "NCCL_P2P_DISABLE": "GPUs send through host memory: slow where they could reach each other",
-        "NCCL_SHM_DISABLE": "ranks of a node send through the network: slow",
-        "NCCL_IB_DISABLE": "nodes do not use InfiniBand: slow where there is some",
-        "HF_HUB_OFFLINE": "nothing can be downloaded: ckpt_dir must be given, or be in the cache",
+        "CUDA_LAUNCH_BLOCKING": "waits for every kernel: slow",
+        "NCCL_P2P_DISABLE": "GPUs send through host memory: slow if they have peer access",
+        "NCCL_SHM_DISABLE": "ranks of a node send over the network: slow",
+        "NCCL_IB_DISABLE": "nodes do not use InfiniBand: slow if they have it",
+        "HF_HUB_OFFLINE": "no downloads: set ckpt_dir, or have the checkpoint in the cache",
     }
     for key, cost in cost_by_variable.items():
         if environment.get(key, "0") not in ("0", ""):
@@ -102,13 +101,13 @@ def check_variables(environment: Mapping[str, str] = os.environ) -> Iterator[Fin
                 "variables",
                 f"{key}={environment[key]}: {cost}",
                 NOTE,
-                f"unset {key} unless it is meant",
+                f"unset {key}, unless it is intended",
             )
     if ffmpeg_path := environment.get("IMAGEIO_FFMPEG_EXE"):
         yield Finding(
             "variables",
             f"IMAGEIO_FFMPEG_EXE={ffmpeg_path} is used "
-            "instead of the ffmpeg that the package imageio-ffmpeg brings",
+            "instead of the ffmpeg in the package imageio-ffmpeg",
             NOTE,
         )
 
@@ -117,7 +116,7 @@ def check_network() -> Iterator[Finding]:
     """Check the network interfaces to other nodes."""
     addresses = [f"{name} {get_ipv4_address(name)}" for name in list_network_interfaces()]
     infiniband_text = ", ".join(list_infiniband_devices())
-    message = ", ".join(addresses) or "no network to other machines"
+    message = ", ".join(addresses) or "no network interface to other machines"
     if infiniband_text:
         message += f"; InfiniBand or RoCE: {infiniband_text}"
     yield Finding("network", message)

@@ -44,11 +44,11 @@ def check_torch() -> Iterator[Finding]:
             f"torch {'.'.join(map(str, _MIN_TORCH_VERSION))} or later is needed",
         )
     elif gpus and not torch.version.cuda:
-        yield Finding("torch", f"{message}, and there are GPUs", FAULT, _INSTALL_ADVICE)
+        yield Finding("torch", f"{message}, but GPUs were found", FAULT, _INSTALL_ADVICE)
     elif gpus and (cuda_error := _find_cuda_error()):
         yield Finding(
             "torch",
-            f"{message}, does not see the GPUs: {cuda_error}",
+            f"{message}, finds no GPU: {cuda_error}",
             FAULT,
             f"{_INSTALL_ADVICE}; or update the driver",
         )
@@ -103,7 +103,7 @@ def _check_gpu(gpu_index: int) -> Iterator[Finding]:
     except RuntimeError as error:
         advice = (
             "another process may hold the GPU (exclusive mode), or it fell off the bus: "
-            "nvidia-smi, then restart the machine"
+            "look at nvidia-smi, then restart the machine"
         )
         yield Finding(
             subject, f"{capability_text}, cannot compute: {get_first_line(error)}", FAULT, advice
@@ -113,15 +113,15 @@ def _check_gpu(gpu_index: int) -> Iterator[Finding]:
     if not relative_error < 1e-2:
         yield Finding(
             subject,
-            f"{capability_text}, computes wrongly: a product is off by {relative_error:.1g}",
+            f"{capability_text}, computes incorrectly: a product is off by {relative_error:.1g}",
             FAULT,
-            "its hardware may be failing; take another",
+            "its hardware may be failing; use another GPU",
         )
     elif capability < (8, 0):
-        advice = "no bfloat16 arithmetic: attention is done in float16, and all is slow"
+        advice = "no bfloat16 arithmetic: attention is computed in float16, and everything is slow"
         yield Finding(subject, capability_text, NOTE, advice)
     else:
-        yield Finding(subject, f"{capability_text}, multiplies rightly")
+        yield Finding(subject, f"{capability_text}, a matrix product is correct")
 
 
 def is_built_for(capability: tuple[int, int], architectures: list[str]) -> bool:
@@ -156,12 +156,14 @@ def _check_peer_access() -> Iterator[Finding]:
         first_gpu, second_gpu = unreachable_pairs[0]
         message = (
             f"NCCL {nccl_version}; GPUs {first_gpu} and {second_gpu} "
-            "cannot reach each other's memory and send through the host's"
+            "have no peer access and send through host memory"
         )
-        yield Finding("exchange", message, NOTE, f"{measure_advice}; parallel.cfg=2 sends least")
+        yield Finding(
+            "exchange", message, NOTE, f"{measure_advice}; parallel.cfg=2 sends the least"
+        )
     else:
         yield Finding(
-            "exchange", f"NCCL {nccl_version}; all GPUs reach each other's memory; {measure_advice}"
+            "exchange", f"NCCL {nccl_version}; all GPUs have peer access; {measure_advice}"
         )
 
 
@@ -178,7 +180,7 @@ def check_packages() -> Iterator[Finding]:
         )
         advice = (
             "pip install --upgrade wan-dist in an environment of its own; "
-            "packages of different years do not go together"
+            "versions of packages that are years apart are incompatible"
         )
         yield Finding("packages", message.strip(), FAULT, advice)
         return
@@ -204,7 +206,7 @@ def check_attention() -> Iterator[Finding]:
         "auto", device=device, dtype=torch.bfloat16, head_dim=128
     ).name
     if device.type == "cpu":
-        yield Finding("attention", f"auto takes {chosen_backend}")
+        yield Finding("attention", f"auto selects {chosen_backend}")
         return
     working_backends, failures = [], []
     for name in ATTENTION_BACKENDS[1:]:
@@ -216,8 +218,8 @@ def check_attention() -> Iterator[Finding]:
                 f"{name}, which changes the result" if name in EIGHT_BIT_BACKENDS else name
             )
     message = (
-        f"auto takes {chosen_backend}; {', '.join(working_backends)} work too; "
-        f"not {', '.join(failures) or 'one does not'}"
+        f"auto selects {chosen_backend}; {', '.join(working_backends) or 'no other'} also works; "
+        f"unavailable: {', '.join(failures) or 'none'}"
     )
     is_slow = torch.cuda.get_device_capability() >= (9, 0) and chosen_backend not in ("fa4", "fa3")
     verdict, advice = (NOTE, _ATTENTION_ADVICE) if is_slow else (OK, "")
@@ -250,11 +252,11 @@ def check_task(config: RunConfig) -> Iterator[Finding]:
         except InputError as error:
             advice = (
                 f"python -m launch fetch {task.name} {config.ckpt_dir} completes it, "
-                "where there is internet"
+                "on a machine with internet"
             )
             yield Finding("checkpoint", str(error), FAULT, advice)
             return
-        yield Finding("checkpoint", f"{config.ckpt_dir} is whole")
+        yield Finding("checkpoint", f"{config.ckpt_dir} is complete")
     hardware, ranks = resolve_hardware({})
     try:
         plan = plan_dry_run(config, hardware, ranks)
@@ -264,5 +266,5 @@ def check_task(config: RunConfig) -> Iterator[Finding]:
     gpu_gib = max(stage_memory.gpu_bytes for stage_memory in plan.stage_memories) / 2**30
     message = plan.arrangement.description
     if hardware.gpu_bytes:
-        message += f"; at most {gpu_gib:.1f} GiB of a GPU"
+        message += f"; peak {gpu_gib:.1f} GiB of a GPU"
     yield Finding("plan", message)

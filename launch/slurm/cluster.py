@@ -59,7 +59,7 @@ class ClusterConfig:
             parse_bytes(getattr(self, key), f"cluster.{key}")
         for key in ("gpus_per_node", "cpus_per_gpu", "tflops", "signal_seconds"):
             if getattr(self, key) <= 0:
-                raise InputError(f"cluster.{key}={getattr(self, key)}: it must be above 0")
+                raise InputError(f"cluster.{key}={getattr(self, key)} must be above 0")
         for key in ("fetch_time", "max_time"):
             if (time_text := getattr(self, key)) is not None:
                 parse_minutes(time_text, f"cluster.{key}")
@@ -69,7 +69,7 @@ class ClusterConfig:
             if isinstance(getattr(self, setting.name), str)
         ]
         if any("\n" in text for text in (*texts, *self.options)):
-            raise InputError("a line break in an option of Slurm's")
+            raise InputError("cluster: a Slurm option has a line break; remove it")
 
 
 def parse_minutes(text: str, key: str) -> int:
@@ -89,7 +89,7 @@ def load_cluster(name: str, changes: Sequence[str]) -> ClusterConfig:
     if not file.is_file():
         known_names = sorted(path.stem for path in _CLUSTER_FOLDER.glob("*.yaml"))
         raise InputError(
-            f"cluster={name}: there is {', '.join(known_names)}, "
+            f"cluster={name} is unknown; use {', '.join(known_names)}, "
             f"or a file of your own, cluster=mine.yaml{suggest_nearest(name, known_names)}"
         )
     try:

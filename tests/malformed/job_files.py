@@ -94,7 +94,7 @@ def _device(name: str) -> Case:
     return Case(
         name,
         lambda _: [name, *SETTINGS],
-        (f"{name} cannot be read as a file of jobs", "it is not a file"),
+        (f"{name} cannot be read as a job file", "it is not a file"),
         read=configs,
     )
 
@@ -146,12 +146,12 @@ _OTHER_KINDS = (
 )
 
 FILES = [
-    _refused("nothing", "a.txt", "", "holds no jobs"),
-    _refused("nothing but a mark of UTF-8", "a.txt", b"\xef\xbb\xbf", "holds no jobs"),
-    _refused("empty lines", "a.txt", "\n\r\n   \n\t\n", "holds no jobs"),
-    _refused("empty jsonl", "a.jsonl", "\n\n", "holds no jobs"),
-    _refused("empty csv", "a.csv", "", "holds no jobs"),
-    _refused("keys without rows", "a.csv", "prompt,seed\n", "holds no jobs"),
+    _refused("nothing", "a.txt", "", "has no jobs"),
+    _refused("nothing but a mark of UTF-8", "a.txt", b"\xef\xbb\xbf", "has no jobs"),
+    _refused("empty lines", "a.txt", "\n\r\n   \n\t\n", "has no jobs"),
+    _refused("empty jsonl", "a.jsonl", "\n\n", "has no jobs"),
+    _refused("empty csv", "a.csv", "", "has no jobs"),
+    _refused("keys without rows", "a.csv", "prompt,seed\n", "has no jobs"),
     _refused("comments in jsonl", "a.jsonl", "# a cat\n", "line 1: not JSON"),
     _refused("comments before jsonl", "a.jsonl", f"// cats\n{_line()}", "line 1: not JSON"),
     _place("a folder", Path.mkdir, "it is not a file"),
@@ -452,7 +452,7 @@ OBJECTS = [
         "line 4: unknown key 'promt'",
     ),
     _refused("a number in .json", "a.json", "5", "line 1: not an object"),
-    _refused("nothing in .json", "a.json", " \n", "holds no jobs"),
+    _refused("nothing in .json", "a.json", " \n", "has no jobs"),
     _refused("deep arrays in .json", "a.json", "[" * 100_000, "not JSON"),
     _refused(
         "an array over lines in .jsonl", "a.jsonl", _ARRAY, "line 1: not JSON", "read from .json"

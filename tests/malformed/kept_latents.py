@@ -61,7 +61,7 @@ def _right(name: str, tensors: dict[str, Tensor]) -> Case:
 
 
 WHOLE = save(_with(0.5))
-_NOT_READ = "cannot be read as kept latents"
+_NOT_READ = "cannot be read as saved latents"
 
 CASES = [
     _bytes("nothing", b"", _NOT_READ),
@@ -81,10 +81,10 @@ CASES = [
     _tensors(
         "another key",
         {"video": torch.zeros(16, 1, 2, 4)},
-        "holds no tensor called latents",
+        "has no tensor named latents",
         "video",
     ),
-    _tensors("no tensors", {}, "holds no tensor called latents"),
+    _tensors("no tensors", {}, "has no tensor named latents"),
     _bytes(
         "the progress of a run",
         save(_with(0.5), {"num_done": "3"}),

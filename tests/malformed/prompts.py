@@ -57,7 +57,13 @@ CASES = [
     _refused(
         "an escape code in a file's name", "@\x1b[31mx", "cannot read \\x1b[31mx", "No such file"
     ),
-    _refused("no file", "@missing", "cannot read missing", "No such file", "written with @@"),
+    _refused(
+        "no file",
+        "@missing",
+        "cannot read missing",
+        "No such file",
+        "write @@ for a text that begins with @",
+    ),
     _refused("no name of a file", "@", "prompt=@", "it is not a file"),
     _refused("a folder", "@.", "prompt=@.", "it is not a file"),
     _refused("a device", "@/dev/zero", "prompt=@/dev/zero", "it is not a file"),

@@ -48,7 +48,7 @@ KEYS = [
     setting("--multirun", "jobs=list.txt", says="jobs=FILE and --multirun"),
     setting("--multirun", "sede=1,2", says=("unknown key 'sede'", "did you mean 'seed'?")),
     setting("--multirun", "seed=[1,2", says="seed=[1,2"),
-    setting("--multirun", "parallel.cfg=1,2", says="parallel.cfg is of the whole run"),
+    setting("--multirun", "parallel.cfg=1,2", says="parallel.cfg applies to the whole run"),
     setting("-m", "seed=range(0,1000)", "sample.steps=range(1,1000)", says="combinations"),
     setting("+new.key=5", says="unknown key 'new.key'"),
     setting("~prompt", says="'~prompt'"),
@@ -139,7 +139,7 @@ SIZES = [
     setting(f"size={'1' * 5000}*16", says="is not width*height"),
     setting("size=${oc.env:HOME}", says="size=${oc.env:HOME} is not width*height"),
     setting("max_area=0", says="max_area=0 must be above 0"),
-    setting("max_area=512", says="max_area=512 is for tasks with an image"),
+    setting("max_area=512", says="max_area=512 needs an image"),
     setting("size=３３*16", says="is not width*height"),
 ]
 

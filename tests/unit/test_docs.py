@@ -2,6 +2,7 @@
 somewhere.
 """
 
+import ast
 import re
 import shlex
 import tomllib
@@ -270,6 +271,36 @@ def test_named_choices_are_listed() -> None:
         row = next(line for line in table.splitlines() if line.startswith(f"| `{group}`"))
         names = {file.stem for file in (CONFIG_FOLDER / group).glob("*.yaml")}
         assert names == set(re.findall(r"`([\w-]+)`", row)) - {group}
+
+
+OTHERS = {"Killed", "exitcode: -9", "bus error", "sm_120 is not compatible", "ffmpeg"}
+"""Messages of other programs."""
+
+
+def _messages(file: Path) -> list[str]:
+    """Return the texts in a file of code, with \\0 in place of what is filled in."""
+    return [
+        "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+        if isinstance(node, ast.JoinedStr)
+        else re.sub(r"%(?:\.\d)?[sdfe]", "\0", str(node.value))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.JoinedStr)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    ]
+
+
+def test_messages_that_are_explained_are_those_of_the_program() -> None:
+    messages = "\n".join(
+        message
+        for folder in ("wan_dist", "launch")
+        for file in (ROOT / folder).rglob("*.py")
+        for message in _messages(file)
+    )
+    page = TEXTS["docs/troubleshooting.md"]
+    shown = set(re.findall(r"\*`([^`]+)`\*?", page)) - OTHERS
+    patterns = {text: ".*".join(map(re.escape, text.split("..."))) for text in shown}
+    assert [text for text, pattern in patterns.items() if not re.search(pattern, messages)] == []
+    assert len(shown) >= 10
 
 
 def test_the_tour_names_short_files() -> None:

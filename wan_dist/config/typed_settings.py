@@ -20,11 +20,13 @@ def check_setting(key: str, value: object) -> None:
     check_setting_key(key)
     if is_text_key(key):
         if isinstance(value, bool | list):
-            raise InputError(f"{key}={json.dumps(value)} is not a text; write it in quotes")
+            raise InputError(f"{key}={json.dumps(value)} is not text; write it in quotes")
         if key in ("prompt", "negative_prompt"):
             check_prompt_length(key, str(value))
     elif "${" in json.dumps(value):
-        raise InputError(f"{key}={json.dumps(value)} has ${{ in it, and takes a value as it is")
+        raise InputError(
+            f"{key}={json.dumps(value)} contains ${{, which job files do not evaluate; write the value"
+        )
 
 
 def format_override(key: str, value: object) -> str:

@@ -39,7 +39,7 @@ class JobEvents:
             except OSError as error:
                 raise InputError(
                     f"output.events={self.target} cannot be written: {error.strerror}; "
-                    "name another file, or - for the output"
+                    "use another file, or - for standard output"
                 ) from None
 
     def write_event(self, event: str, **fields: Any) -> None:
@@ -67,7 +67,7 @@ class JobEvents:
         except OSError as error:
             if not self._has_warned:
                 logger.warning(
-                    "output.events=%s cannot be written (%s): some events are missing there",
+                    "output.events=%s cannot be written (%s): some events are lost",
                     self.target,
                     error.strerror,
                 )

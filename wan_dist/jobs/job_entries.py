@@ -74,8 +74,8 @@ def read_entries(file: Path) -> Iterator[JobEntry]:
             "save it as one of these, or rename it if it is one",
         )
         raise InputError(
-            f"{file} cannot be read as a file of jobs: it is {suffix}, "
-            f"and taken are {_SUPPORTED_FORMATS}; {hint}"
+            f"{file} cannot be read as a job file: it is {suffix}, "
+            f"and supported are {_SUPPORTED_FORMATS}; {hint}"
         )
     try:
         # byte order marks also inside the text, where files were concatenated
@@ -83,7 +83,7 @@ def read_entries(file: Path) -> Iterator[JobEntry]:
             "^\ufeff", "", read_text_file(file, max_bytes=_MAX_FILE_BYTES), flags=re.MULTILINE
         )
     except UnreadableFileError as error:
-        raise InputError(f"{file} cannot be read as a file of jobs: {error}") from None
+        raise InputError(f"{file} cannot be read as a job file: {error}") from None
     text_start = text[:100].lstrip().lower()
     if foreign_format := next(
         (
@@ -93,7 +93,7 @@ def read_entries(file: Path) -> Iterator[JobEntry]:
         ),
         None,
     ):
-        raise InputError(f"{file} cannot be read as a file of jobs: it is {foreign_format}")
+        raise InputError(f"{file} cannot be read as a job file: it is {foreign_format}")
     return reader_by_suffix[suffix](text, file)
 
 
@@ -103,7 +103,7 @@ def _parse_prompts(text: str, file: Path) -> Iterator[JobEntry]:
     if detected_format := _detect_other_format(first_line):
         hint = 'a prompt that looks so can be written in .jsonl, as {"prompt": "..."}'
         raise InputError(
-            f"{file} is named as a prompt a line, but begins as a {detected_format} file does: "
+            f"{file} has the suffix of one prompt per line, but begins as a {detected_format} file does: "
             f"{first_line[:60]}; rename it ({hint})"
         )
     for line_number, line in enumerate(text.split("\n"), 1):
@@ -199,7 +199,7 @@ def _reject_duplicate_keys(pairs: list[tuple[str, object]]) -> dict[str, object]
 
 
 def _reject_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is no number; leave the key out, or write null")
+    raise ValueError(f"{constant} is not a number; leave the key out, or write null")
 
 
 def _parse_table(text: str, file: Path) -> Iterator[JobEntry]:

@@ -52,7 +52,7 @@ class Job:
         for key in self.values:
             if is_run_only_key(key):
                 raise InputError(
-                    f"{self.location}: {key} is of the whole run; give it on the command line"
+                    f"{self.location}: {key} applies to the whole run; give it on the command line"
                 )
 
     @property
@@ -75,7 +75,7 @@ def read_jobs(file: Path) -> list[Job]:
     ]
     if not jobs:
         raise InputError(
-            f"{file} holds no jobs; it should have a prompt a line, or be .jsonl, .json or .csv"
+            f"{file} has no jobs; write one prompt per line, or use .jsonl, .json, .csv or .tsv"
         )
     jobs_by_result_name: dict[str, Job] = {}
     for job in jobs:
@@ -84,7 +84,7 @@ def read_jobs(file: Path) -> list[Job]:
             raise InputError(_format_name_conflict(job, same_name_job))
     if len(jobs_by_result_name) < len(jobs):
         logger.info(
-            "note      %s: lines that are the same as others, %d, are made once",
+            "note      %s: %d lines are duplicates, which are run once",
             file,
             len(jobs) - len(jobs_by_result_name),
         )

@@ -48,13 +48,13 @@ class JobQueue:
         hosts = coordinator.gather(socket.gethostname(), "open the output folder")
         if groups.replica.rank == 0 and not self.locks.is_visible():
             raise InputError(
-                f"output.dir={self.folder} of the first rank is not seen on {socket.gethostname()}; "
-                "take one that all nodes share"
+                f"output.dir={self.folder} is not visible on {socket.gethostname()}; "
+                "use a folder on a shared file system"
             )
         is_first_of_host = hosts.index(hosts[groups.rank]) == groups.rank
         if groups.rank and is_first_of_host and self.locks.acquire_probe():
             logger.warning(
-                "%s: locks hold on one node only: let no second run use it at the same time",
+                "%s: locks hold on one node only; do not use it in two runs at once",
                 self.folder,
             )
         coordinator.gather(None, "try the output folder's locks")
@@ -118,7 +118,7 @@ class JobQueue:
         outcomes = [self._read_outcome(job) for job in self.jobs]
         if self.locks.num_older_records:
             logger.info(
-                "note      %d records are of an earlier version of wan-dist: their jobs are made again",
+                "note      %d records are of an earlier version of wan-dist; their jobs are run again",
                 self.locks.num_older_records,
             )
         return outcomes
@@ -126,7 +126,7 @@ class JobQueue:
     def _log_remaining_jobs(self, outcomes: Sequence[str | None], *, retry_failed: bool) -> None:
         parts = [f"{outcomes.count(DONE)} done before"] if DONE in outcomes else []
         if FAILED in outcomes:
-            hint = "made again" if retry_failed else "retry_failed=true makes them again"
+            hint = "run again" if retry_failed else "retry_failed=true runs them again"
             parts.append(f"{outcomes.count(FAILED)} failed before ({hint})")
         num_replicas, replica_size = self.groups.dp.size, self.groups.replica.size
         ranks_text = f"{replica_size} rank{'s' if replica_size > 1 else ''}"

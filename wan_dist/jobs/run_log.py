@@ -168,7 +168,7 @@ class _PageProcess:
         self.is_busy = False
         if not line:
             self._stop_process()
-            raise ChildProcessError("the process that writes it has ended")
+            raise ChildProcessError("the process that writes the page has ended")
         response = json.loads(line)
         if response["fault"] is not None:
             raise ValueError(response["fault"])

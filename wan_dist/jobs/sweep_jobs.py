@@ -25,7 +25,7 @@ def make_sweep_jobs(arguments: Sequence[str]) -> tuple[list[Job], list[str]]:
     sweep = parse_sweep(arguments)
     for key in sweep.combinations[0]:
         if is_run_only_key(key):
-            raise InputError(f"--multirun: {key} is of the whole run and takes one value")
+            raise InputError(f"--multirun: {key} applies to the whole run and takes one value")
     jobs = []
     for number, combination in enumerate(sweep.combinations, start=1):
         values: dict[str, object] = {

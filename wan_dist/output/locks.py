@@ -78,7 +78,7 @@ class ResultLocks:
     def _proceed_without_lock(self, error: OSError) -> bool:
         if not self._has_warned:
             logger.warning(
-                "%s cannot be locked (%s): do not let two runs share it",
+                "%s cannot be locked (%s): do not use it in two runs at once",
                 self.folder,
                 error.strerror,
             )
@@ -143,14 +143,14 @@ class ResultLocks:
             return VideoRecord()
         except (OSError, UnreadableFileError) as error:
             logger.warning(
-                "%s cannot be read (%s); its job counts as not made",
+                "%s cannot be read (%s); its job is run again",
                 file,
                 getattr(error, "strerror", error),
             )
             return VideoRecord()
         except (ValueError, RecursionError):
             logger.warning(
-                "%s is damaged; %s, and its job is made again", file, quarantine_file(file)
+                "%s is damaged; %s, and its job is run again", file, quarantine_file(file)
             )
             return VideoRecord()
         return VideoRecord.from_json(content)

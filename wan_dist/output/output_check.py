@@ -62,7 +62,7 @@ def check_output_folder(folder: Path, estimates: Sequence[OutputEstimate]) -> No
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
         raise InputError(
-            f"output.dir={folder} cannot be written: {reason}; choose another output.dir"
+            f"output.dir={folder} cannot be written: {reason}; use another output.dir"
         ) from None
     finally:
         with suppress(OSError):
@@ -100,9 +100,9 @@ def _check_free_space(folder: Path, largest: OutputEstimate, probe_descriptor: i
 
 def _raise_no_space(folder: Path, required_bytes: int, reason: str) -> None:
     raise InputError(
-        f"output.dir={folder} has no room for the result: latents and video take "
+        f"output.dir={folder} has no room for the result: latents and video need "
         f"{_format_megabytes(required_bytes)} MB or more, and {reason}; "
-        "make room, or choose another output.dir"
+        "free some space, or use another output.dir"
     )
 
 
@@ -122,6 +122,6 @@ def _check_name_lengths(folder: Path, estimates: Sequence[OutputEstimate]) -> No
     if len(os.fsencode(longest_name)) > max_name_bytes:
         raise InputError(
             f"output.name={longest_name} has {len(os.fsencode(longest_name))} bytes; "
-            f"in output.dir={folder} names may have {max_name_bytes}, "
-            "as files have suffixes: give a shorter output.name"
+            f"the limit in output.dir={folder} is {max_name_bytes}, "
+            "as suffixes are added; give a shorter output.name"
         )

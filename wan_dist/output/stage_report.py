@@ -89,7 +89,8 @@ class StageReport:
         if measures_gpu:
             measurements |= self._measure_gpu_memory(earlier_peak_bytes)
         self.stages[name] = measurements
-        memory_text = f", GPU peak {measurements['peak_gpu_gib']:.1f} GiB" if measures_gpu else ""
+        peak_gib = measurements.get("peak_gpu_gib", 0.0)
+        memory_text = f", GPU peak {peak_gib:.1f} GiB" if peak_gib >= 0.05 else ""
         logger.log(
             self.log_level,
             "%-9s %6.1f s%s%s",
@@ -180,7 +181,7 @@ class StageReport:
             planned_gib = largest_comparison[f"planned_{key}_gib"]
             logger.log(
                 self.log_level,
-                "memory    %.1f GiB of the %s at most, in %s; planned %.1f",
+                "memory    peak %.1f GiB of the %s, in %s; planned %.1f",
                 largest_comparison[peak_key],
                 key,
                 stage,

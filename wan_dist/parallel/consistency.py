@@ -55,7 +55,8 @@ class ConsistencyCheck:
             ]
             if mismatched_ranks:
                 raise RuntimeError(
-                    f"ranks {mismatched_ranks} of the replica hold other latents than its first rank "
-                    f"at timestep {timestep}: the video would be noise (checksums {checksums})"
+                    f"ranks {mismatched_ranks} of the replica differ from its first rank in the latents "
+                    f"at timestep {timestep}, so the video would be noise (checksums {checksums}); "
+                    "check the GPUs with torchrun --nproc_per_node=COUNT -m launch doctor"
                 )
         return self.predict(latents, timestep)

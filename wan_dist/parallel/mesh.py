@@ -197,7 +197,7 @@ class ProcessGroups:
     def raise_if_aborted(self) -> None:
         """Raise RankError if the groups were aborted; called before results, then undefined, are saved."""
         if self.is_aborted:
-            raise RankError("another rank has failed in what is done together", is_final=False)
+            raise RankError("another rank has failed in joint work", is_final=False)
 
     def run_on_first_rank(self, make: Callable[[], T], purpose: str) -> T:
         """Return the result of ``make()``, called on the replica's first rank, on all its ranks.

@@ -66,7 +66,7 @@ def open_stores(
         if ranks.rank == 0 and not is_agent_store:
             raise InputError(
                 f"MASTER_ADDR={host} MASTER_PORT={port} cannot be listened on: "
-                f"{get_first_line(error)}; set another port"
+                f"{get_first_line(error)}; set another MASTER_PORT"
             ) from None
         error.add_note(f"waiting for rank 0 at {host}:{port}")
         raise

@@ -206,7 +206,7 @@ class Coordinator:
                     for rank in lost_ranks
                 )
                 raise RankError(
-                    f"no sign of life from rank {lost_text}, which was waited for to {purpose}"
+                    f"no heartbeat from rank {lost_text}, which others waited for to {purpose}"
                 )
             time.sleep(pause_seconds)
             pause_seconds = min(1.5 * pause_seconds, 0.1)
@@ -267,7 +267,7 @@ class Coordinator:
         if self._watched_work is not None and self.add_to_counter(
             f"{self._watched_work.key}/faults", 0
         ):
-            raise RankError("another rank has failed in what is done together", is_final=False)
+            raise RankError("another rank has failed in joint work", is_final=False)
         if not self.add_to_counter("faults", 0):
             return
         for rank in ranks:

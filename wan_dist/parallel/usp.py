@@ -24,22 +24,22 @@ _XFUSER_BACKENDS = {"fa4": "FLASH_4", "cudnn": "CUDNN", "flash": "SDPA_FLASH", "
 def check_usp(device: torch.device, attention: str) -> None:
     """Raise InputError if xfuser's USP cannot run on this device, or not with this attention kernel."""
     if device.type != "cuda":
-        raise InputError("parallel.usp=xfuser needs GPUs; parallel.usp=plain runs anywhere")
+        raise InputError("parallel.usp=xfuser needs GPUs; use parallel.usp=plain")
     for package in ("xfuser", "yunchang"):
         if importlib.util.find_spec(package) is None:
             raise InputError(
                 f"parallel.usp=xfuser: package {package} is not installed "
-                "(pip install wan-dist[usp]); or parallel.usp=plain"
+                "(pip install wan-dist[usp]); or use parallel.usp=plain"
             )
     if torch.cuda.get_device_capability(device) < (8, 0):
         raise InputError(
             "parallel.usp=xfuser: its ring and Ulysses need a GPU of Ampere or later; "
-            "parallel.usp=plain runs on any"
+            "use parallel.usp=plain"
         )
     if attention not in _XFUSER_BACKENDS:
         raise InputError(
-            f"parallel.usp=xfuser takes attention={', '.join(_XFUSER_BACKENDS)}, not {attention}; "
-            "parallel.usp=plain takes any"
+            f"parallel.usp=xfuser supports attention={', '.join(_XFUSER_BACKENDS)}, not {attention}; "
+            "use parallel.usp=plain"
         )
 
 

@@ -18,18 +18,14 @@ def build_base_arrangement(
     """
     if config.quant != "none" and config.memory.dit == "disk":
         raise InputError(
-            f"quant={config.quant} and memory.dit=disk: "
-            "the file's weights would be quantised anew each step; use memory.dit=stream"
+            f"quant={config.quant} and memory.dit=disk cannot be combined: "
+            "the weights would be quantised again in each step; use memory.dit=stream"
         )
     passes = config.memory.passes
     if passes == "together" and (degrees.cfg == 2 or not is_guided):
-        reason = (
-            "they are on ranks of their own with parallel.cfg=2"
-            if degrees.cfg == 2
-            else "guidance is off, so there is one"
-        )
+        reason = "with parallel.cfg=2 each rank has one" if degrees.cfg == 2 else "guidance is off"
         raise InputError(
-            f"memory.passes={passes} is about the two passes of guidance, and {reason}; leave it out"
+            f"memory.passes={passes} needs both guidance passes on a rank, but {reason}; leave it out"
         )
     is_large = task.transformer_dims.blocks_gib > 12
     return Arrangement(
@@ -56,12 +52,12 @@ def _decide_sharding(
     is_elsewhere = placement not in (None, "resident", "gpu")
     if requested and is_elsewhere:
         raise InputError(
-            f"fsdp.{model_key}=true keeps shards on the GPUs and memory.{model_key}={placement} does not; "
-            "leave one of them out"
+            f"fsdp.{model_key}=true and memory.{model_key}={placement} cannot be combined: "
+            "shards stay on the GPUs; leave one of them out"
         )
     if requested and degrees.ranks_per_replica == 1:
         raise InputError(
-            f"fsdp.{model_key}=true shards weights over several ranks, but there is one; "
+            f"fsdp.{model_key}=true needs several ranks to shard over, but there is one; "
             "leave it out, or start with torchrun"
         )
     return (
@@ -81,5 +77,5 @@ def _choose_vae_strategy(config: RunConfig, degrees: Degrees, latent_side: int) 
             if num_ranks == 1
             else f"{latent_side} latent pixels are too few for {num_ranks} ranks"
         )
-        raise InputError(f"memory.vae=parallel: {reason}; memory.vae=whole works")
+        raise InputError(f"memory.vae=parallel cannot be used: {reason}; use memory.vae=whole")
     return VaeStrategy(config.memory.vae or ("parallel" if can_split else "whole"))

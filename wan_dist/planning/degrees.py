@@ -33,13 +33,12 @@ class Degrees:
         return self.cfg * self.ring * self.ulysses
 
     @property
-    def settings_text(self) -> str:
-        """The degrees above 1 as command-line settings."""
-        parallel_degrees = {name: degree for name, degree in vars(self).items() if degree > 1}
-        return (
-            " ".join(f"parallel.{name}={degree}" for name, degree in parallel_degrees.items())
-            or "no parallel settings"
-        )
+    def advice(self) -> str:
+        """How to request these degrees, as an error suggests it."""
+        settings = [
+            f"parallel.{name}={degree}" for name, degree in vars(self).items() if degree > 1
+        ]
+        return f"use {' '.join(settings)}" if settings else "leave parallel.* unset"
 
     def __str__(self) -> str:
         return f"dp {self.dp} x cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
@@ -68,14 +67,12 @@ def plan_degrees(
     )
     for name, value in requested.items():
         if value is not None and value < 1:
-            raise InputError(f"parallel.{name}={value}: a degree is at least 1")
+            raise InputError(f"parallel.{name}={value} must be at least 1")
     default_degrees = _find_degrees(num_ranks, ranks_per_node, num_heads, is_guided, {"dp": 1})
     assert default_degrees is not None
-    suggestion = default_degrees.settings_text
+    suggestion = default_degrees.advice
     if cfg is not None and cfg > 2:
-        raise InputError(
-            f"parallel.cfg={cfg}: guidance has two branches, so parallel.cfg is 1 or 2"
-        )
+        raise InputError(f"parallel.cfg={cfg} must be 1 or 2: guidance has two passes")
     if cfg == 2 and not is_guided:
         raise InputError(
             "parallel.cfg=2 needs guidance, but sample.guide_scale=1 turns it off; use parallel.cfg=1"
@@ -86,7 +83,7 @@ def plan_degrees(
         )
         raise InputError(
             f"parallel.ulysses={ulysses} does not divide the {num_heads} heads "
-            f"(it may be {legal_degrees}); on {num_ranks} ranks use {suggestion}"
+            f"(it may be {legal_degrees}); on {num_ranks} rank{'s' if num_ranks > 1 else ''} {suggestion}"
         )
     degrees = _find_degrees(
         num_ranks,
@@ -97,8 +94,8 @@ def plan_degrees(
     )
     if degrees is None:
         raise InputError(
-            f"{requested_settings} does not fit {num_ranks} rank{'s' if num_ranks > 1 else ''}, "
-            f"whose number their product must divide; use {suggestion}"
+            f"{requested_settings} does not fit {num_ranks} rank{'s' if num_ranks > 1 else ''}: "
+            f"the product must divide their number; {suggestion}"
         )
     return degrees
 
@@ -109,20 +106,20 @@ def check_attention_split(
     """Raise InputError if attention with these settings cannot be split by these degrees."""
     if degrees.ring > 1 and attention in EIGHT_BIT_BACKENDS:
         raise InputError(
-            f"attention={attention} does not say by what the parts of a ring are merged; "
-            "parallel.ring=1, or another attention"
+            f"attention={attention} returns no log-sum-exp, which parallel.ring "
+            "needs to merge partial results; use parallel.ring=1, or another attention"
         )
     if usp != "xfuser":
         return
     if dtype == "float32":
         raise InputError(
-            "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32; "
-            "parallel.usp=plain takes both"
+            "parallel.usp=xfuser uses FlashAttention, which does not support dtype=float32; "
+            "use parallel.usp=plain"
         )
     if num_tokens % (num_sequence_parts := degrees.ring * degrees.ulysses):
         raise InputError(
             f"parallel.usp=xfuser cannot split {num_tokens} tokens evenly over {num_sequence_parts} ranks "
-            "and would attend to padding; parallel.usp=plain takes any number"
+            "and would attend to padding; use parallel.usp=plain"
         )
 
 

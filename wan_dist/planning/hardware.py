@@ -52,7 +52,7 @@ def parse_gpus(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"\s*(?:(\d+)\s*[x*×]\s*)?(.+)", text.lower())
     assert match is not None
     if match[1] == "0":
-        raise InputError(f"gpus={text}: at least one GPU, e.g. gpus=8x80GB")
+        raise InputError(f"gpus={text} must be at least one GPU, e.g. gpus=8x80GB")
     return int(match[1] or 1), parse_bytes(match[2], "gpus")
 
 

@@ -131,7 +131,7 @@ def choose_arrangement(
             f"memory.{key}={value}" for key, value in requested_settings.items()
         )
         raise InputError(
-            f"{problem}; without {settings_text} it would fit, with the {alternative.description}"
+            f"{problem}; without {settings_text} it fits, with the {alternative.description}"
         ) from None
 
 
@@ -307,7 +307,7 @@ def _choose_first_fitting(
     stage, shortages = short_stages[0]
     suggestion = _suggest_fewer_frames(workload, leanest, find_short_stages, shorten_workload)
     raise InputError(
-        f"{stage.name} would need {' and '.join(shortages)} "
+        f"stage {stage.name} needs {' and '.join(shortages)} "
         f"({leanest.description.replace('; ', ', ')}); {suggestion}"
     )
 
@@ -332,5 +332,5 @@ def _suggest_fewer_frames(
     reduction_index = bisect_left(frame_reductions, True, key=can_fit_with_fewer)
     if reduction_index < len(frame_reductions):
         num_latent_frames = workload.latent_shape[1] - frame_reductions[reduction_index]
-        return f"frame_num={4 * (num_latent_frames - 1) + 1} would fit, or a smaller size"
-    return "fewer frames would not help; a smaller size or more memory would"
+        return f"frame_num={4 * (num_latent_frames - 1) + 1} fits, or use a smaller size"
+    return "fewer frames do not help; use a smaller size, or more memory"

@@ -23,4 +23,4 @@ def format_memory_table(
             f"{stage.name:9} {stage.gpu_bytes / GIB:8.1f}  {parts:53} {stage.host_bytes / GIB:6.1f}"
         )
     gpu_text = f"{gpu_bytes / GIB:8.1f}" if gpu_bytes is not None else f"{'':8}"
-    return [*lines, f"{'there is':9} {gpu_text}  {'':53} {host_bytes / GIB:6.1f}"]
+    return [*lines, f"{'available':9} {gpu_text}  {'':53} {host_bytes / GIB:6.1f}"]

@@ -218,7 +218,7 @@ def _read_prompt(config: RunConfig, *, is_dry_run: bool) -> str | None:
     prompt = read_text_setting("prompt", config.prompt)
     if prompt is None and config.latents is None and not is_dry_run:
         raise InputError(
-            "prompt is missing; say what to show, "
+            "prompt is missing; describe the video, "
             'e.g. prompt="two cats boxing on a stage", or prompt=@file.txt'
         )
     return prompt
@@ -325,8 +325,8 @@ def _choose_degrees(
     )
     if degrees.dp > 1 and not is_job:
         raise InputError(
-            f"parallel.dp={degrees.dp}: replicas are for several videos (jobs=FILE), "
-            "and this run makes one; use parallel.dp=1"
+            f"parallel.dp={degrees.dp} needs several videos (jobs=FILE), "
+            "and this run generates one; use parallel.dp=1"
         )
     return degrees
 

@@ -57,9 +57,9 @@ def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
         for key in first_facts.files.keys() & other_facts.files.keys():
             if first_facts.files[key] != other_facts.files[key]:
                 raise InputError(
-                    f"{key}={first_facts.settings[key]} is another file on rank {rank} ({other_facts.host}) "
-                    f"than on rank 0 ({first_facts.host}); "
-                    "give all nodes the same, on a file system that they share"
+                    f"{key}={first_facts.settings[key]} differs between rank {rank} ({other_facts.host}) "
+                    f"and rank 0 ({first_facts.host}); "
+                    "use one file on a shared file system"
                 )
         if (first_facts.gpu is None) != (other_facts.gpu is None):
             rank_without_gpu, rank_with_gpu = (0, rank) if first_facts.gpu is None else (rank, 0)
@@ -77,7 +77,7 @@ def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
         ]
         if same_gpu_ranks:
             raise InputError(
-                f"ranks {same_gpu_ranks[0]} and {rank} on {other_facts.host} have the same GPU "
+                f"ranks {same_gpu_ranks[0]} and {rank} on {other_facts.host} use the same GPU "
                 f"({other_facts.gpu}); start one rank for each GPU, and leave "
                 "CUDA_VISIBLE_DEVICES to the launcher"
             )

@@ -116,7 +116,7 @@ def _check_requested_degrees(
         raise InputError(
             "parallel.cfg=2 needs guidance, but sample.guide_scale=1 turns it off in some jobs "
             f"({_describe_first_job(unguided_configs)}) and not in others; "
-            "use parallel.cfg=1, or a file of jobs for each"
+            "use parallel.cfg=1, or a job file for each"
         )
     ulysses = requested_degrees.get("ulysses", 1)
     unsuitable_configs = [
@@ -130,7 +130,7 @@ def _check_requested_degrees(
             f"parallel.ulysses={ulysses} does not divide the {read_num_heads(unsuitable_configs[0])} "
             f"heads of some jobs ({_describe_first_job(unsuitable_configs)}); "
             f"for all jobs it may be {legal_degrees}: use one of these, leave it out, "
-            "or use a file of jobs for each"
+            "or use a job file for each"
         )
 
 

@@ -30,20 +30,20 @@ def read_latents_size(file: str, task: Task) -> tuple[int, int, int]:
                 else ([], "")
             )
     except (UnreadableFileError, OSError, SafetensorError) as error:
-        raise InputError(f"latents={file} cannot be read as kept latents: {error}") from None
+        raise InputError(f"latents={file} cannot be read as saved latents: {error}") from None
     if latents_slice is None:
         raise InputError(
-            f"latents={file} holds no tensor called latents "
-            f"(but {', '.join(tensor_names[:5]) or 'none'}); kept latents do"
+            f"latents={file} has no tensor named latents "
+            f"(found: {', '.join(tensor_names[:5]) or 'none'}); give a file NAME.latents.safetensors of a run"
         )
     if "num_done" in metadata:
         raise InputError(
-            f"latents={file} is the progress of a run after {metadata['num_done']} steps; "
-            "the command that began it resumes it"
+            f"latents={file} is the saved progress of a run after {metadata['num_done']} steps; "
+            "give the command that started the run again, which resumes it"
         )
     if dtype not in _FLOAT_DTYPES:
         raise InputError(
-            f"latents={file} holds numbers of type {dtype}; {', '.join(_FLOAT_DTYPES)} work"
+            f"latents={file} has dtype {dtype}; supported are {', '.join(_FLOAT_DTYPES)}"
         )
     if len(shape) != 4 or shape[0] != task.latent_channels or 0 in shape:
         raise InputError(
@@ -56,7 +56,7 @@ def read_latents_size(file: str, task: Task) -> tuple[int, int, int]:
         )
     if max(shape[2] * task.vae_stride[1], shape[3] * task.vae_stride[2]) > MAX_VIDEO_SIDE:
         raise InputError(
-            f"latents={file} has shape {tuple(shape)}; videos have {MAX_VIDEO_SIDE} pixels a side at most"
+            f"latents={file} has shape {tuple(shape)}; the limit is {MAX_VIDEO_SIDE} pixels a side"
         )
     return (
         shape[3] * task.vae_stride[2],

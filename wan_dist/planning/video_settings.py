@@ -43,8 +43,8 @@ def choose_video_size(
     if not source_sizes:
         if config.max_area is not None:
             raise InputError(
-                f"max_area={config.max_area} is for tasks with an image; "
-                f"{task.name} without one takes size=width*height"
+                f"max_area={config.max_area} needs an image; "
+                f"for {task.name} without one use size=width*height"
             )
         return width, height, ""
     area = config.max_area or width * height
@@ -67,7 +67,7 @@ def get_guide_scales(config: RunConfig, task: Task) -> tuple[float, float]:
     if task.expert_boundary is None and scales[0] != scales[1]:
         raise InputError(
             f"sample.guide_scale={config.sample.guide_scale}: {task.name} has one transformer "
-            "and takes one number"
+            "and needs one number"
         )
     return scales
 
@@ -96,8 +96,8 @@ def choose_tea_fit(config: RunConfig, task: Task, area: int) -> TeaCacheFit | No
             name for name, other_task in TASKS.items() if other_task.tea_fits
         )
         raise InputError(
-            f"cache.steps=tea has been fitted to the models of {supported_names}, "
-            f"not to that of {task.name}; cache.steps=easy works"
+            f"cache.steps=tea is fitted to the models of {supported_names}, "
+            f"not to that of {task.name}; use cache.steps=easy"
         )
     tea_fit = task.tea_fits[0 if area <= AREA_480P else -1]
     return (
@@ -110,7 +110,7 @@ def choose_tea_fit(config: RunConfig, task: Task, area: int) -> TeaCacheFit | No
 def check_frame_num(frame_num: int, task: Task) -> None:
     """Raise InputError unless the task makes videos of ``frame_num`` frames."""
     if task.is_still and frame_num != 1:
-        raise InputError(f"frame_num={frame_num}: {task.name} makes one image, frame_num=1")
+        raise InputError(f"frame_num={frame_num} must be 1: {task.name} generates one image")
     stride = task.vae_stride[0]
     if frame_num < 1 or (frame_num - 1) % stride:
         nearest_below = max(frame_num - 1, 0) // stride * stride + 1
@@ -119,13 +119,11 @@ def check_frame_num(frame_num: int, task: Task) -> None:
             f"the nearest that work are {nearest_below} and {nearest_below + stride}"
         )
     if frame_num > _MAX_FRAMES:
-        raise InputError(
-            f"frame_num={frame_num}: more than {_MAX_FRAMES} frames are not made in one video"
-        )
+        raise InputError(f"frame_num={frame_num} must be at most {_MAX_FRAMES}")
     if frame_num < task.inputs.min_frame_num:
         raise InputError(
-            f"frame_num={frame_num}: a first and a last frame need at least "
-            f"frame_num={task.inputs.min_frame_num}"
+            f"frame_num={frame_num} must be at least {task.inputs.min_frame_num} "
+            "for a first and a last frame"
         )
 
 
@@ -133,7 +131,9 @@ def check_size(width: int, height: int, task: Task) -> None:
     """Raise InputError unless the task's models take width and height."""
     width_multiple, height_multiple = task.size_multiple
     if max(width, height) > MAX_VIDEO_SIDE:
-        raise InputError(f"size={width}*{height}: H.264 has {MAX_VIDEO_SIDE} pixels a side at most")
+        raise InputError(
+            f"size={width}*{height} must be at most {MAX_VIDEO_SIDE} pixels a side, for H.264"
+        )
     if width % width_multiple == 0 and height % height_multiple == 0:
         return
     smaller_width = max(width // width_multiple, 1) * width_multiple
@@ -162,7 +162,7 @@ def read_text_setting(key: str, value: str | None) -> str | None:
         text = read_text_file(path, max_bytes=MAX_PROMPT_CHARACTERS).strip()
     except UnreadableFileError as error:
         raise InputError(
-            f"{key}={value}: cannot read {path} ({error}); a text that begins with @ is written with @@"
+            f"{key}={value}: cannot read {path} ({error}); write @@ for a text that begins with @"
         ) from None
     except RuntimeError as error:
         raise InputError(f"{key}={value}: {error}") from None

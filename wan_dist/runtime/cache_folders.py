@@ -42,7 +42,7 @@ def configure_library_caches() -> str | None:
             os.environ.setdefault("HF_HOME", str(folder / "huggingface"))
     if home is None and not read_text_variable("XDG_CACHE_HOME"):
         return (
-            "no home folder is known, HOME is not set: prompt embeddings are not kept; "
+            "the home folder is unknown, as HOME is not set: prompt embeddings are not cached; "
             "cache.dir=FOLDER keeps them"
         )
     return None

@@ -75,8 +75,8 @@ def test_settings_of_each_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.txt", "", "holds no jobs"),
-        ("a.txt", "\n \n", "holds no jobs"),
+        ("a.txt", "", "has no jobs"),
+        ("a.txt", "\n \n", "has no jobs"),
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.jsonl", '{"prompt": "x"}\n{"prompt"', "line 2: not JSON"),
         ("a.jsonl", '["x"]', "line 1: not an object"),
@@ -87,7 +87,7 @@ def test_settings_of_each_line(tmp_path: Path) -> None:
             "line 2: unknown key 'promt'; did you mean 'prompt'",
         ),
         ("a.jsonl", '{"prompt": "x", "seed": -7}', "line 1: seed=-7"),
-        ("a.jsonl", '{"prompt": " "}', "line 1: the prompt is empty"),
+        ("a.jsonl", '{"prompt": " "}', "line 1: prompt is empty"),
         ("a.jsonl", '{"prompt": "x", "output.name": "../x"}', "line 1: output.name='../x'"),
         (
             "a.jsonl",

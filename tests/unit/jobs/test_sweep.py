@@ -76,7 +76,7 @@ def test_names_say_the_values_and_know_the_other_settings() -> None:
         (["sede=1,2"], "did you mean 'seed'"),
         (["seed=range(0,1000)", "sample.steps=range(1,1000)"], "combinations"),
         (["seed=[1,2"], "seed="),
-        (["parallel.cfg=1,2"], "parallel.cfg is of the whole run"),
+        (["parallel.cfg=1,2"], "parallel.cfg applies to the whole run"),
     ],
 )
 def test_what_cannot_be_swept_is_refused(arguments: list[str], said: str) -> None:

@@ -95,8 +95,8 @@ else:
     assert [finding.verdict for finding in found] == [FAULT, NOTE, FAULT]
     assert f"process {child} uses 27.3 GiB" in found[0].message
     assert f"kill {child}" in found[0].advice
-    assert "ask who runs there" in found[1].advice
-    assert "GPU 1: 19.5 GiB are used by processes that cannot be seen from here" in found[2].message
+    assert "ask who uses them" in found[1].advice
+    assert "GPU 1: 19.5 GiB are used by processes that are not visible here" in found[2].message
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_settings_that_are_wrong(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ranks_exchange() -> None:
     told = torchrun(2, "launch", "doctor")
     assert told.count("ok     system") == 1
-    assert "2 ranks by gloo: all values right" in told
+    assert "2 ranks by gloo: all values correct" in told
 
 
 def test_a_wrong_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

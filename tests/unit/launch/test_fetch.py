@@ -46,7 +46,7 @@ def test_it_says_how_to_use_what_came(
     assert main(["fetch", "t2v-1.3B", str(folder)]) == 0
     assert asked == ["Wan-AI/Wan2.1-T2V-1.3B"]
     said = capsys.readouterr().out
-    assert f"{folder} is whole" in said
+    assert f"{folder} is complete" in said
     assert (
         f'python -m wan_dist.run task=t2v-1.3B ckpt_dir={folder} size=832*480 prompt="..."' in said
     )
@@ -88,8 +88,8 @@ def test_a_truncated_file_is_found(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "fetch takes a task and a folder"),
-        (["t2v-14B", "a", "b"], "fetch takes a task and a folder"),
+        ([], "fetch needs a task and a folder"),
+        (["t2v-14B", "a", "b"], "fetch needs a task and a folder"),
         (["t2v-14", "a"], "there is no task 't2v-14'"),
         (["toy", "a"], "needs no download"),
         (["t2v-14B", "a", "size=big"], "size=big"),

@@ -135,7 +135,10 @@ def test_every_cluster_has_a_script(capsys: pytest.CaptureFixture[str]) -> None:
         ("cluster=h100 task=t2v-14B prompt=x fetch=/a ckpt_dir=/b", "leave ckpt_dir=/b out"),
         ("cluster=h100 task=t2v-14B array=nowhere.txt", "nowhere.txt cannot be read"),
         ("cluster=h100 task=i2v-14B array=prompts.txt", "prompts.txt, line 1: image is missing"),
-        ("cluster=h100 task=t2v-14B array=prompts.txt --cfg job", "says nothing of several jobs"),
+        (
+            "cluster=h100 task=t2v-14B array=prompts.txt --cfg job",
+            "cannot be combined with array=FILE",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -323,4 +326,4 @@ def test_an_array_of_a_sweep_needs_both(
     given: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["submit", "cluster=h100", "task=t2v-1.3B", "prompt=x", *given, "--dry-run"]) == 2
-    assert "array=sweep and --multirun go together" in capsys.readouterr().err
+    assert "array=sweep and --multirun belong together" in capsys.readouterr().err

@@ -41,7 +41,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_what_is_not_there_is_said(on_gpu: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         InputError,
-        match="attention=fa3 does not work here: package FlashAttention-3 is not installed; attention=auto",
+        match="attention=fa3 does not work here: package FlashAttention-3 is not installed; use",
     ):
         choose_attention("fa3", device=CUDA, **BFLOAT16)
     found = choose_attention("auto", device=CUDA, **BFLOAT16)

@@ -22,7 +22,7 @@ def trial(kernels: ModuleType | None) -> Tensor:
         (lambda: torch.full((3,), float("nan")), "fake_kernels are off by nan here"),
         (
             lambda: 1 / 0,
-            "fake_kernels do not work here, PyTorch does their work more slowly: division by zero",
+            "fake_kernels do not work here; using PyTorch, which is slower: division by zero",
         ),
     ],
 )

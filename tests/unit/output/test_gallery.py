@@ -484,7 +484,7 @@ def test_launch_runs(
         "status",
     ]
     assert [line.split()[0] for line in lines if line.startswith("job-")] == ["job-2", "job-10"]
-    assert lines[-1] == "2 videos, 1 failed, 37.5 s of work, 3.4 GiB of the GPU at most"
+    assert lines[-1] == "2 videos, 1 failed, 37.5 s of work, 3.4 GiB peak of the GPU"
     assert f"run {RUN}: 2 videos in 30.0 s on 2 ranks" in lines
     assert "out of memory" in told
 
@@ -510,9 +510,9 @@ def test_folders_that_are_none(
     (tmp_path / "empty").mkdir()
     for words, answer in (
         (["file"], "not a folder"),
-        (["none"], "not there"),
+        (["none"], "missing"),
         (["empty"], "no records"),
-        ([], "takes the folder"),
+        ([], "needs the folder"),
     ):
         assert main([name, *(str(tmp_path / word) for word in words)]) == 2
         told = capsys.readouterr().err

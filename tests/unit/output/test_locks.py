@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_locked_is_warned_of_once(
     assert all(locks.acquire(name) for name in "abc")
     locks.release("a")
     assert warnings_in(caplog) == [
-        f"{tmp_path} cannot be locked ({os.strerror(code)}): do not let two runs share it"
+        f"{tmp_path} cannot be locked ({os.strerror(code)}): do not use it in two runs at once"
     ]
     assert (tmp_path / ".a.01234567.partial.mp4").exists()  # another run may be writing it
     locks.close()
@@ -171,7 +171,7 @@ def test_a_damaged_record_is_set_aside(
     assert (tmp_path / "a.json.damaged").read_bytes() == content
     assert not (tmp_path / "a.json").exists()
     assert warnings_in(caplog) == [
-        f"{tmp_path}/a.json is damaged; it is kept as a.json.damaged, and its job is made again"
+        f"{tmp_path}/a.json is damaged; it is kept as a.json.damaged, and its job is run again"
     ]
     assert locks.read_outcome("a", "digest") is None
     assert len(warnings_in(caplog)) == 1
@@ -190,7 +190,7 @@ def test_what_is_no_file_is_not_read(
             (tmp_path / "a.json").write_text("{}")
         assert found.result() is None
     assert warnings_in(caplog) == [
-        f"{tmp_path}/a.json cannot be read (it is not a file); its job counts as not made"
+        f"{tmp_path}/a.json cannot be read (it is not a file); its job is run again"
     ]
 
 

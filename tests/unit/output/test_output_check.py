@@ -66,7 +66,7 @@ def test_too_little_room_is_said_with_both_numbers(
     set_free(2_500_000, monkeypatch)
     with pytest.raises(
         InputError,
-        match=r"output.dir=.*/out has no room .* take 3 MB or more, and only 2.5 MB are free; make room",
+        match=r"output.dir=.*/out has no room .* need 3 MB or more, and only 2.5 MB are free; free",
     ):
         check_output_folder(tmp_path / "out", [SMALL, LARGE])
     assert not list((tmp_path / "out").iterdir())
@@ -84,7 +84,7 @@ def test_a_quota_is_found(
     refuse_room(code, monkeypatch)
     with pytest.raises(
         InputError,
-        match=rf"take 3 MB or more, and the file system refuses it \({os.strerror(code)}\)",
+        match=rf"need 3 MB or more, and the file system refuses it \({os.strerror(code)}\)",
     ):
         check_output_folder(tmp_path, [LARGE])
     assert not encoded
@@ -148,7 +148,7 @@ def test_a_name_that_is_too_long_for_the_file_system(
     with pytest.raises(
         InputError,
         match=rf"output.name={names[1]} has 96 bytes; "
-        r"in output.dir=.* names may have 94, as files have suffixes",
+        r"the limit in output.dir=.* is 94, as suffixes are added",
     ):
         check_output_folder(tmp_path, [OutputEstimate(name, 80, 48, 16) for name in names])
     assert not list(tmp_path.iterdir())
@@ -191,7 +191,7 @@ def test_nothing_is_left_where_writing_fails(
     monkeypatch.setattr(os, "statvfs", fail)
     with pytest.raises(
         InputError,
-        match=f"output.dir=.* cannot be written: {os.strerror(code)}; choose another output.dir",
+        match=f"output.dir=.* cannot be written: {os.strerror(code)}; use another output.dir",
     ):
         check_output_folder(tmp_path, [LARGE])
     assert not list(tmp_path.iterdir())

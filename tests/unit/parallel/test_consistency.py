@@ -46,7 +46,7 @@ def test_ranks_that_hold_other_latents_are_named(monkeypatch: pytest.MonkeyPatch
     predict = ConsistencyCheck(lambda latents, timestep: latents, Axis(0, 3))
     with pytest.raises(
         RuntimeError,
-        match=r"ranks \[2\] of the replica hold other latents than its first rank at timestep 500",
+        match=r"ranks \[2\] of the replica differ from its first rank in the latents at timestep 500",
     ):
         predict(torch.full((1, 2, 3), torch.nan), 500)
     monkeypatch.setattr(agreement, "all_gather", lambda x, axis: torch.stack([x, x, x]))

@@ -148,12 +148,12 @@ def test_a_rank_without_a_sign_of_life_is_not_waited_for(
     make_coordinators: MakeCoordinators,
 ) -> None:
     first, second, _ = make_coordinators(4, missing=1)
-    with pytest.raises(RankError, match="no sign of life from rank 3 on an unknown host"):
+    with pytest.raises(RankError, match="no heartbeat from rank 3 on an unknown host"):
         first.wait_until(later(5), "plan", [0, 1, 2, 3], patience_seconds=0.3)
     kill(second)
     with pytest.raises(
         RankError,
-        match=rf"no sign of life from rank 1 on {socket.gethostname()}, which was waited for to plan",
+        match=rf"no heartbeat from rank 1 on {socket.gethostname()}, which others waited for to plan",
     ):
         first.wait_until(later(5), "plan", [0, 1, 2], patience_seconds=0.5)
 
@@ -247,7 +247,7 @@ def test_a_port_that_another_has_is_named(port: int) -> None:
         other.listen()
         with pytest.raises(
             InputError,
-            match=f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port} cannot be listened on: .*; set another port",
+            match=f"MASTER_ADDR=127.0.0.1 MASTER_PORT={port} cannot be listened on: ",
         ):
             Coordinator(RankLayout(0, 2, 0, 2), 2)
 

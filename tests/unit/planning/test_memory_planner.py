@@ -124,16 +124,16 @@ def test_planning_needs_no_torch() -> None:
     [
         (
             "task=i2v-14B size=832*480 gpus=24GB host=64GB memory.budget_gib=1",
-            "context would need 1.2 GiB of GPU memory, of which 1.0 can",
+            "context needs 1.2 GiB of GPU memory, of which 1.0 can",
         ),
         (
             "task=i2v-14B size=832*480 gpus=20GB host=64GB memory.dit=resident",
-            "it would fit, with the transformer streamed",
+            "it fits, with the transformer streamed",
         ),
         ("task=i2v-14B size=1280*720 gpus=8GB host=64GB memory.vae=whole frame_num=81", None),
         (
             "task=i2v-14B size=1280*720 gpus=6GB host=64GB memory.vae=whole",
-            "decode would need 6.7 GiB of GPU memory",
+            "decode needs 6.7 GiB of GPU memory",
         ),
         ("task=t2v-14B size=1280*720 gpus=4GB host=64GB", "frame_num="),
         (

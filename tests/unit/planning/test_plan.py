@@ -151,9 +151,9 @@ def test_the_last_frame_takes_the_shape_of_the_first(tmp_path: Path) -> None:
         (["task=flf2v-14B", "last_frame=IMAGE"], "first_frame is missing"),
         (
             ["task=flf2v-14B", "first_frame=IMAGE", "last_frame=IMAGE", "frame_num=1"],
-            "need at least frame_num=5",
+            "must be at least 5",
         ),
-        (["task=ti2v-5B", "max_area=1000"], "max_area=1000 is for tasks with an image"),
+        (["task=ti2v-5B", "max_area=1000"], "max_area=1000 needs an image"),
         (["task=ti2v-5B", "size=1280*720"], "the nearest that work are 1280*704 and 1280*736"),
         (
             ["task=ti2v-5B", "image=IMAGE", "max_area=10"],
@@ -161,7 +161,7 @@ def test_the_last_frame_takes_the_shape_of_the_first(tmp_path: Path) -> None:
         ),
         (
             ["task=t2v-14B", "sample.guide_scale=[3,4]"],
-            "t2v-14B has one transformer and takes one number",
+            "t2v-14B has one transformer and needs one number",
         ),
         (["task=t2v-A14B", "sample.guide_scale=[3]"], "is neither a number nor [low, high]"),
         (["task=t2v-A14B", "sample.guide_scale=high"], "is neither a number nor [low, high]"),
@@ -209,7 +209,7 @@ def test_token_counts(arguments: list[str], latent_shape: tuple[int, ...], num_t
             "frame_num=80 is not 4n + 1; the nearest that work are 77 and 81",
         ),
         (["task=toy", "frame_num=0"], "the nearest that work are 1 and 5"),
-        (["task=t2i-14B", "prompt=x", "frame_num=5"], "t2i-14B makes one image, frame_num=1"),
+        (["task=t2i-14B", "prompt=x", "frame_num=5"], "must be 1: t2i-14B generates one image"),
         (["task=toy", "size=830*480"], "the nearest that work are 816*480 and 832*480"),
         (["task=toy", "size=8*8"], "the nearest that work are 16*16 and 16*16"),
         (["task=toy", "size=0*480"], "size=0*480 is not width*height"),
@@ -231,7 +231,7 @@ def test_token_counts(arguments: list[str], latent_shape: tuple[int, ...], num_t
         (["task=toy", "fps=0"], "fps=0 must be at least 1"),
         (["task=toy", "seed=-2"], "seed=-2 must be 0 or larger, or -1"),
         (["task=toy", "output.name=a/b"], "folders go into output.dir"),
-        (["task=toy", "latents=nowhere.safetensors"], "cannot be read as kept latents"),
+        (["task=toy", "latents=nowhere.safetensors"], "cannot be read as saved latents"),
     ],
 )
 def test_bad_input_says_what_would_work(arguments: list[str], message: str) -> None:
@@ -358,26 +358,26 @@ def test_any_number_of_ranks_works(num_heads: int, guided: bool) -> None:
             "parallel.ring=4 x parallel.ulysses=2 does not fit 4 ranks",
         ),
         (3, ["parallel.cfg=2"], "parallel.cfg=2 does not fit 3 ranks"),
-        (4, ["parallel.cfg=4"], "guidance has two branches"),
+        (4, ["parallel.cfg=4"], "guidance has two passes"),
         (
             4,
             ["parallel.ring=2", "attention=8bit"],
-            "attention=8bit does not say by what the parts of a ring are merged; parallel.ring=1",
+            "attention=8bit returns no log-sum-exp, which parallel.ring needs to merge partial results",
         ),
         (
             4,
             ["parallel.usp=xfuser", "dtype=float32"],
-            "parallel.usp=xfuser attends by FlashAttention, which has no dtype=float32",
+            "parallel.usp=xfuser uses FlashAttention, which does not support dtype=float32",
         ),
         (4, ["parallel.cfg=2", "sample.guide_scale=1"], "parallel.cfg=2 needs guidance"),
-        (4, ["parallel.ring=0"], "parallel.ring=0: a degree is at least 1"),
+        (4, ["parallel.ring=0"], "parallel.ring=0 must be at least 1"),
         (
             4,
             ["parallel.dp=2"],
-            "replicas are for several videos (jobs=FILE), and this run makes one",
+            "needs several videos (jobs=FILE), and this run generates one",
         ),
-        (1, ["fsdp.dit=true"], "fsdp.dit=true shards weights over several ranks, but there is one"),
-        (1, ["fsdp.t5=true"], "fsdp.t5=true shards weights over several ranks, but there is one"),
+        (1, ["fsdp.dit=true"], "fsdp.dit=true needs several ranks to shard over, but there is one"),
+        (1, ["fsdp.t5=true"], "fsdp.t5=true needs several ranks to shard over, but there is one"),
         (1, ["parallel.ulysses=2"], "parallel.ulysses=2 does not fit 1 rank"),
     ],
 )

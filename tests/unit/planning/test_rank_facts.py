@@ -48,7 +48,7 @@ def test_another_jobs_file_is_refused_and_one_that_a_rank_does_not_see_is_not() 
     assert check_ranks_match([facts_of(0), facts_of(1, files={})]) == 70
     assert check_ranks_match([facts_of(0, files={}), facts_of(1)]) == 70
     with pytest.raises(
-        InputError, match=r"jobs=jobs.txt is another file on rank 1 \(two\) than on rank 0 \(one\)"
+        InputError, match=r"jobs=jobs.txt differs between rank 1 \(two\) and rank 0 \(one\)"
     ):
         check_ranks_match([facts_of(0), facts_of(1, "two", files={"jobs": "xyz"})])
 
@@ -57,7 +57,7 @@ def test_two_ranks_do_not_share_a_gpu() -> None:
     same = {"gpu": "GPU-0"}
     assert check_ranks_match([facts_of(0, **same), facts_of(1, "two", **same)]) == 70
     with pytest.raises(
-        InputError, match=r"ranks 1 and 2 on one have the same GPU \(GPU-1\).*CUDA_VISIBLE_DEVICES"
+        InputError, match=r"ranks 1 and 2 on one use the same GPU \(GPU-1\).*CUDA_VISIBLE_DEVICES"
     ):
         check_ranks_match([facts_of(0), facts_of(1), facts_of(2, gpu="GPU-1")])
 
@@ -105,7 +105,7 @@ def test_files_of_one_name_are_told_apart(
             Path("given").write_text(content)
         facts.append(collect_rank_facts(config_of(**{key: "given"}), None, None))
     assert check_ranks_match([facts[0], facts[2], facts[3]]) is None
-    with pytest.raises(InputError, match=f"{key}=given is another file on rank 1"):
+    with pytest.raises(InputError, match=f"{key}=given differs between rank 1"):
         check_ranks_match(facts)
 
 

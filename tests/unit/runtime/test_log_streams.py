@@ -167,5 +167,5 @@ def test_a_plan_that_cannot_be_printed(target: str, code: int) -> None:
         done = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == code
     assert done.stderr == (
-        "launch: error: standard output is not whole: No space left on device\n" if code else ""
+        "launch: error: standard output is incomplete: No space left on device\n" if code else ""
     )

@@ -125,9 +125,9 @@ def try_attention(
     """Try a kernel on a tiny tensor; return (kernel, "") or (None, why it does not work here)."""
     if name != "sdpa":
         if device.type != "cuda":
-            return None, f"needs a GPU, runs on {device.type}"
+            return None, f"needs a GPU, and the device is {device.type}"
         if dtype == torch.float32:
-            return None, "needs bfloat16 or float16, dtype is float32"
+            return None, "needs bfloat16 or float16, and dtype=float32"
     if name in BACKEND_REQUIREMENTS:
         module, package, gpu_generation, min_capability = BACKEND_REQUIREMENTS[name]
         if not _is_installed(module):

@@ -32,7 +32,7 @@ def attend_in_8bit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if torch.cuda.get_device_capability(q.device) != (9, 0) or q.shape[3] != 128:
         raise RuntimeError(
-            "needs a Hopper GPU and heads of 128 channels; attention=sage takes others"
+            "needs a Hopper GPU and heads of 128 channels; attention=sage supports others"
         )
     return _run_8bit_attention(
         importlib.import_module("wan_dist.models.attention.eight_bit_kernels"), q, k, v

@@ -68,19 +68,17 @@ def choose_attention(
     if name != "auto":
         kernel, error = try_attention(name, device=device, dtype=dtype, head_dim=head_dim)
         if kernel is None:
-            raise InputError(
-                f"attention={name} does not work here: {error}; attention=auto takes what does"
-            )
-        return InnerAttention(kernel, name, "asked for")
+            raise InputError(f"attention={name} does not work here: {error}; use attention=auto")
+        return InnerAttention(kernel, name, "requested")
     if device.type != "cuda" or dtype == torch.float32:
         return InnerAttention(
-            attend_with_sdpa, "sdpa", f"the one for {format_dtype(dtype)} on {device.type}"
+            attend_with_sdpa, "sdpa", f"used for {format_dtype(dtype)} on {device.type}"
         )
     if torch.cuda.get_device_capability(device) < (8, 0):
         return InnerAttention(
             attend_in_float16,
             "sdpa16",
-            "this GPU has no bfloat16 arithmetic, so it is done in float16",
+            "this GPU has no bfloat16 arithmetic: computed in float16",
         )
     errors: list[str] = []
     for candidate in BACKENDS_BY_SPEED:

@@ -37,14 +37,14 @@ def load_verified_kernels(
         Exception
     ) as error:  # Triton raises its own errors, subprocess', OSError, RuntimeError ...
         logger.warning(
-            "kernels   %s do not work here, PyTorch does their work more slowly: %s",
+            "kernels   %s do not work here; using PyTorch, which is slower: %s",
             module_name,
             get_first_line(error),
         )
         return None
     if not relative_error < _MAX_RELATIVE_ERROR:
         logger.warning(
-            "kernels   %s are off by %.1e here, PyTorch does their work more slowly",
+            "kernels   %s are off by %.1e here; using PyTorch, which is slower",
             module_name,
             relative_error,
         )

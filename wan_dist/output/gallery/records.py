@@ -125,8 +125,7 @@ def read_records(folder: Path, record_cache: RecordCache | None = None) -> list[
         file_names = list_file_names(folder)
     except OSError as fault:
         raise InputError(
-            f"{folder} cannot be looked through: {fault.strerror}; "
-            "give the folder that the videos are in"
+            f"{folder} cannot be read: {fault.strerror}; give the folder of the videos"
         ) from None
     previous_cache: RecordCache = {} if record_cache is None else record_cache
     current_cache: RecordCache = {}

@@ -74,7 +74,9 @@ def _tile_frames(video: Path, num_frames: int | None) -> Image.Image:
         num_frames = num_frames or imageio_ffmpeg.count_frames_and_secs(str(video.absolute()))[0]
         ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as fault:
-        raise SheetError(f"cannot make a sheet of {video}: it cannot be read as a video") from fault
+        raise SheetError(
+            f"cannot make a contact sheet of {video}: it cannot be read as a video"
+        ) from fault
     num_cells = SHEET_COLUMNS * SHEET_ROWS
     frame_indices = (
         sorted(
@@ -106,12 +108,12 @@ def _tile_frames(video: Path, num_frames: int | None) -> Image.Image:
         )
     except subprocess.TimeoutExpired as fault:
         raise SheetError(
-            f"cannot make a sheet of {video}: ffmpeg took more than {_FFMPEG_TIMEOUT_SECONDS} s"
+            f"cannot make a contact sheet of {video}: ffmpeg took more than {_FFMPEG_TIMEOUT_SECONDS} s"
         ) from fault
     if result.returncode or not result.stdout:
         last_words = result.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise SheetError(
-            f"cannot make a sheet of {video}: ffmpeg says {' '.join(last_words) or 'nothing'} "
+            f"cannot make a contact sheet of {video}: ffmpeg says {' '.join(last_words) or 'nothing'} "
             f"(exit code {result.returncode})"
         )
     return Image.open(io.BytesIO(result.stdout))

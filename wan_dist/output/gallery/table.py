@@ -27,7 +27,7 @@ def write_table(run: Path | str, records: Iterable[GalleryVideo]) -> Path:
     run_name = run.stem if isinstance(run, Path) else run
     run_records = [record for record in records if record.run == run_name]
     if not is_plain_name(run_name) or not run_records:
-        raise InputError(f"there are no records of a run {run_name!r}")
+        raise InputError(f"no records of run {run_name!r} found")
     table_path = (
         run.with_suffix(".csv")
         if isinstance(run, Path)
