@@ -13,14 +13,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from wan_dist.pipeline.video_pipeline import GeneratedVideo, VideoPipeline, open_pipeline
     from wan_dist.runtime.errors import InputError
+    from wan_dist.weights.components import load_text_encoder, load_transformer, load_vae
 
 __version__ = "0.1.0"
-__all__ = ["GeneratedVideo", "InputError", "VideoPipeline", "__version__", "open_pipeline"]
+__all__ = [
+    "GeneratedVideo",
+    "InputError",
+    "VideoPipeline",
+    "__version__",
+    "load_text_encoder",
+    "load_transformer",
+    "load_vae",
+    "open_pipeline",
+]
 
 _MODULE_BY_NAME = {
     "GeneratedVideo": "wan_dist.pipeline.video_pipeline",
     "InputError": "wan_dist.runtime.errors",
     "VideoPipeline": "wan_dist.pipeline.video_pipeline",
+    "load_text_encoder": "wan_dist.weights.components",
+    "load_transformer": "wan_dist.weights.components",
+    "load_vae": "wan_dist.weights.components",
     "open_pipeline": "wan_dist.pipeline.video_pipeline",
 }
 

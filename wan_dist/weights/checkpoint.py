@@ -183,19 +183,19 @@ def open_checkpoint(
         given_files = {**given_files, "dit_file": transformer_files}
     layout = find_layout(folder, task, given_files)
     transformer_pairs = [
-        _open_transformer(part, dtype, layout.transformer_configs) for part in layout.transformers
+        open_transformer(part, dtype, layout.transformer_configs) for part in layout.transformers
     ]
-    text_encoder = _open_component(
+    text_encoder = open_component(
         layout.text_encoder,
         checkpoint_dims.infer_text_encoder_dims,
         lambda dims: build_text_encoder(dims, dtype),
     )
     image_encoder = None
     if layout.image_encoder is not None:
-        image_encoder = _open_component(
+        image_encoder = open_component(
             layout.image_encoder, checkpoint_dims.infer_image_encoder_dims, build_image_encoder
         )
-    vae = _open_component(layout.vae, checkpoint_dims.infer_vae_dims, WanVae)
+    vae = open_component(layout.vae, checkpoint_dims.infer_vae_dims, WanVae)
     found_tokenizer = open_tokenizer(layout.tokenizer_folder, text_encoder.files)
     if layout.tokenizer_folder is None:
         logger.info("tokenizer from %s", found_tokenizer.source)
@@ -219,7 +219,7 @@ def open_checkpoint(
     return checkpoint
 
 
-def _open_component(
+def open_component(
     component_files: ComponentFiles,
     infer_dims: Callable[..., Dims],
     build_model: Callable[..., Model],
@@ -242,7 +242,7 @@ def _log_unused_tensors(files: TensorFiles, keys: Sequence[str]) -> None:
         logger.info("unused    in %s: %s", files, format_first_ten(sorted(modules)))
 
 
-def _open_transformer(
+def open_transformer(
     component_files: ComponentFiles, dtype: torch.dtype, given_configs: Sequence[Path]
 ) -> tuple[
     Component[FusedTransformer, TransformerDims], Component[ContextProjection, TransformerDims]

@@ -284,7 +284,8 @@ def _check_given_files(given_files: GivenFiles, task: Task) -> None:
                 raise InputError(f"{setting}={path} cannot be read: {error}") from None
 
 
-def _use_file(setting: str, path: Path) -> ComponentFiles:
+def use_file(setting: str, path: Path) -> ComponentFiles:
+    """Return the files of the model that a setting such as ``vae_file`` names."""
     return ComponentFiles(
         path.parent, str(path.absolute()), _SINGLE_FILE_MAPS[setting], setting=setting
     )
@@ -293,7 +294,7 @@ def _use_file(setting: str, path: Path) -> ComponentFiles:
 def _use_given_files(layout: CheckpointLayout, given_files: GivenFiles) -> CheckpointLayout:
     """Return the layout with the given files instead of the folder's."""
     components = {
-        setting: [_use_file(setting, path) for path in paths]
+        setting: [use_file(setting, path) for path in paths]
         for setting, paths in given_files.items()
     }
     changes: dict[str, Any] = {
@@ -323,16 +324,16 @@ def _build_layout_of_files(
     given_files: GivenFiles, task: Task, folder: Path | None = None
 ) -> CheckpointLayout:
     """Return the layout of files that lie anywhere; ``folder`` may hold a tokenizer."""
-    transformers = tuple(_use_file("dit_file", path) for path in given_files["dit_file"])
+    transformers = tuple(use_file("dit_file", path) for path in given_files["dit_file"])
     tokenizer_folders = [folder / TOKENIZER_FOLDER, folder / "tokenizer"] if folder else []
     return CheckpointLayout(
         name="ComfyUI",
         transformers=transformers,
-        text_encoder=_use_file("t5_file", given_files["t5_file"][0]),
-        image_encoder=_use_file("clip_file", given_files["clip_file"][0])
+        text_encoder=use_file("t5_file", given_files["t5_file"][0]),
+        image_encoder=use_file("clip_file", given_files["clip_file"][0])
         if task.has_image_encoder
         else None,
-        vae=_use_file("vae_file", given_files["vae_file"][0]),
+        vae=use_file("vae_file", given_files["vae_file"][0]),
         tokenizer_folder=next((path for path in tokenizer_folders if path.is_dir()), None),
         transformer_configs=tuple(part.folder / "config.json" for part in transformers),
     )
