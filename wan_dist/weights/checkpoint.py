@@ -5,7 +5,7 @@ Opening reads configs and headers only, so that a wrong or damaged folder is ref
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from wan_dist.config.loras import LoraSetting
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import (
     ImageEncoderDims,
@@ -33,9 +34,11 @@ from wan_dist.tasks.base import Task
 from wan_dist.weights import checkpoint_dims
 from wan_dist.weights.files import TensorFiles, format_first_ten
 from wan_dist.weights.identity import hash_weights
-from wan_dist.weights.key_maps import KeyMap
+from wan_dist.weights.key_maps import KeyMap, add_updates
 from wan_dist.weights.layout import NO_FILES, ComponentFiles, GivenFiles, find_layout
 from wan_dist.weights.load import check_keys, fill_model, fill_parameters
+from wan_dist.weights.lora import MergedLora, merge_loras
+from wan_dist.weights.lora_names import list_original_shapes
 from wan_dist.weights.streaming import StreamingOptions, stream_blocks
 from wan_dist.weights.tokenizer_files import SENTENCEPIECE_KEY, open_tokenizer
 
@@ -131,18 +134,28 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_digests: tuple[str, ...]
     """Digests of all that the tokenizer depends on."""
+    loras: tuple[MergedLora, ...] = ()
+    """LoRAs that are added to the transformers' weights as they are read."""
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the weights, of the dims, some of which no weight shows, and of the tokenizer."""
+        """Digest of the weights, of the dims, some of which no weight shows, and of the tokenizer.
+
+        Of the weights as they are used, with the LoRAs in their order.
+        """
         components = (*self.transformers, self.text_encoder, self.vae, self.image_encoder)
         weights_digest = hash_weights(
             component.files for component in components if component is not None
         )
         component_dims = [component.dims for component in components if component is not None]
-        return hashlib.sha256(
-            repr((weights_digest, component_dims, list(self.tokenizer_digests))).encode()
-        ).hexdigest()
+        depends_on: tuple[object, ...] = (
+            weights_digest,
+            component_dims,
+            list(self.tokenizer_digests),
+        )
+        if self.loras:
+            depends_on += ([lora.file.digest for lora in self.loras],)
+        return hashlib.sha256(repr(depends_on).encode()).hexdigest()
 
     @cached_property
     def text_encoder_digest(self) -> str:
@@ -172,12 +185,15 @@ def open_checkpoint(
     *,
     transformer_files: Sequence[Path] = (),
     given_files: GivenFiles = NO_FILES,
+    loras: Sequence[LoraSetting] = (),
+    allow_unmatched: bool = False,
 ) -> Checkpoint:
     """Open a folder in any layout; every file is checked against its model, no weights are read.
 
     ``given_files`` hold models' weights instead of the folder's, by the settings that name them
-    (``dit_file``: also as ``transformer_files``); ``folder`` may be None where all are given. Raises
-    InputError for what is missing, damaged, or of another model or task.
+    (``dit_file``: also as ``transformer_files``); ``folder`` may be None where all are given. ``loras`` are
+    added to the transformers' weights, with ``allow_unmatched`` also those that are made for more modules
+    than there are. Raises InputError for what is missing, damaged, or of another model or task.
     """
     if transformer_files:
         given_files = {**given_files, "dit_file": transformer_files}
@@ -210,6 +226,8 @@ def open_checkpoint(
         tokenizer_digests=found_tokenizer.digests,
     )
     _check_task(checkpoint, task)
+    if loras:
+        checkpoint = _add_loras(checkpoint, loras, allow_unmatched=allow_unmatched)
     num_words, num_embeddings = len(checkpoint.tokenizer), text_encoder.dims.vocab_size
     if num_words > num_embeddings:
         raise InputError(
@@ -260,6 +278,41 @@ def open_transformer(
     with torch.device("meta"):
         check_keys([transformer.build_model(), projection.build_model()], files, key_map)
     return transformer, projection
+
+
+def _add_loras(
+    checkpoint: Checkpoint, settings: Sequence[LoraSetting], *, allow_unmatched: bool
+) -> Checkpoint:
+    """Return the checkpoint with transformers and context projections to whose weights LoRAs are added."""
+    pairs = list(zip(checkpoint.transformers, checkpoint.context_projections, strict=True))
+    shapes = []
+    for components in pairs:
+        with torch.device("meta"):
+            models: list[nn.Module] = [component.build_model() for component in components]
+        shapes.append(
+            list_original_shapes(
+                (name, tuple(parameter.shape))
+                for model in models
+                for name, parameter in model.named_parameters()
+            )
+        )
+    merged_loras, updates = merge_loras(settings, shapes, allow_unmatched=allow_unmatched)
+
+    def merge(
+        component: Component[Model, TransformerDims], index: int
+    ) -> Component[Model, TransformerDims]:
+        return replace(component, key_map=add_updates(component.key_map, updates[index]))
+
+    return replace(
+        checkpoint,
+        transformers=tuple(
+            merge(transformer, index) for index, (transformer, _) in enumerate(pairs)
+        ),
+        context_projections=tuple(
+            merge(projection, index) for index, (_, projection) in enumerate(pairs)
+        ),
+        loras=tuple(merged_loras),
+    )
 
 
 def _check_task(checkpoint: Checkpoint, task: Task) -> None:

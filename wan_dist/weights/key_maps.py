@@ -5,8 +5,10 @@ which are modules of the transformers library. The Diffusers layout is the origi
 """
 
 import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+from wan_dist.weights.lora_updates import WeightUpdate
 
 KeyRenamer = Callable[[str], str]
 
@@ -18,6 +20,8 @@ class TensorSource:
     key: str
     part_index: int = 0
     num_parts: int = 1
+    update: WeightUpdate | None = None
+    """What LoRAs add to it."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,21 @@ def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
 def map_diffusers_transformer(_: Collection[str]) -> KeyMap:
     """Key map of the transformer in the Diffusers layout."""
     return _map_transformer(lambda name: _apply_rename_table(name, _DIFFUSERS_TRANSFORMER_TABLE))
+
+
+def add_updates(key_map: KeyMap, updates: Mapping[str, WeightUpdate]) -> KeyMap:
+    """Return a transformer's key map with updates of its tensors, which have their original names there."""
+    find_original_sources = map_original_transformer(()).find_sources
+
+    def find_sources(name: str) -> tuple[TensorSource, ...]:
+        return tuple(
+            replace(source, update=updates.get(original_source.key))
+            for source, original_source in zip(
+                key_map.find_sources(name), find_original_sources(name), strict=True
+            )
+        )
+
+    return replace(key_map, find_sources=find_sources)
 
 
 _DIFFUSERS_VAE_TABLE: _RenameTable = (

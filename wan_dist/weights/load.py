@@ -18,6 +18,7 @@ from wan_dist.models.kernels.quantized_linear import find_quantization, quantize
 from wan_dist.runtime.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles, format_first_ten
 from wan_dist.weights.key_maps import KeyMap, TensorSource
+from wan_dist.weights.lora_updates import MERGED_ROWS
 
 _ROWS_AT_ONCE = 512
 """Rows that are quantised at once, which bounds the memory of their full-precision copy."""
@@ -183,76 +184,96 @@ def _fill_rows(
     device: torch.device,
 ) -> None:
     """Fill a parameter of ``num_rows`` rows, or a quantised linear's parts, from row ``first_row`` on."""
-    target, *scales = local_parts
-    if not scales:
-        _copy_rows(target, first_row, num_rows, files, sources, device)
+    for target_rows, source, stored_start in _list_row_ranges(
+        first_row, len(local_parts[0]), num_rows, sources
+    ):
+        source_parts = [part[target_rows] for part in local_parts]
+        if len(source_parts) == 1:
+            _copy_rows(source_parts[0], stored_start, files, source, device)
+        else:
+            _quantize_rows(source_parts, stored_start, files, source, device)
+
+
+def _quantize_rows(
+    parts: Sequence[Tensor],
+    stored_start: int,
+    files: TensorFiles,
+    source: TensorSource,
+    device: torch.device,
+) -> None:
+    """Fill rows of a quantised linear's parts from those of ``source`` from ``stored_start`` on."""
+    weight, scales, *_ = parts
+    kind = find_quantization(weight.dtype)
+    if kind == "fp8" and files.is_fp8(source.key) and source.update is None:
+        _copy_fp8_rows(weight, scales, stored_start, files, source)
         return
-    kind = find_quantization(target.dtype)
-    if kind == "fp8" and all(files.is_fp8(source.key) for source in sources):
-        _copy_fp8_rows(target, scales[0], first_row, num_rows, files, sources)
-        return
-    num_columns = target.shape[1] * (2 if kind == "int4" else 1)
-    for start in range(0, len(target), _ROWS_AT_ONCE):
-        rows = torch.empty(min(_ROWS_AT_ONCE, len(target) - start), num_columns, device=device)
-        _copy_rows(rows, first_row + start, num_rows, files, sources, device)
-        for part, values in zip(local_parts, quantize_rows(rows, kind).values(), strict=True):
+    num_columns = weight.shape[1] * (2 if kind == "int4" else 1)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        rows = torch.empty(min(_ROWS_AT_ONCE, len(weight) - start), num_columns, device=device)
+        _copy_rows(rows, stored_start + start, files, source, device)
+        for part, values in zip(parts, quantize_rows(rows, kind).values(), strict=True):
             part[start : start + len(rows)].copy_(values)
 
 
 def _copy_fp8_rows(
-    weight: Tensor,
-    scales: Tensor,
-    first_row: int,
-    num_rows: int,
-    files: TensorFiles,
-    sources: tuple[TensorSource, ...],
+    weight: Tensor, scales: Tensor, stored_start: int, files: TensorFiles, source: TensorSource
 ) -> None:
     """Copy the files' 8-bit weights unchanged, and their scales, which are 1 where the files have none."""
-    for target_rows, source, start, stop in _list_row_ranges(
-        first_row, len(weight), num_rows, sources
-    ):
-        stored_rows = files.read_rows(source.key, start, stop)
-        weight[target_rows].copy_(stored_rows)
-        scale = files.read_scale(source.key, start, stop)
-        scales[target_rows] = 1.0 if scale is None else scale.to(scales.device)
-        files.release_pages(stored_rows)
+    stored_stop = stored_start + len(weight)
+    stored_rows = files.read_rows(source.key, stored_start, stored_stop)
+    weight.copy_(stored_rows)
+    scale = files.read_scale(source.key, stored_start, stored_stop)
+    scales[:] = 1.0 if scale is None else scale.to(scales.device)
+    files.release_pages(stored_rows)
 
 
 def _copy_rows(
     target: Tensor,
-    first_row: int,
-    num_rows: int,
+    stored_start: int,
     files: TensorFiles,
-    sources: tuple[TensorSource, ...],
+    source: TensorSource,
     device: torch.device,
 ) -> None:
-    """Copy a parameter's rows from ``first_row`` on into ``target``.
+    """Copy the rows of ``source`` from ``stored_start`` on into ``target``.
 
-    The whole parameter has ``num_rows`` rows, which consist of ``sources`` in equal parts. Stored values are
-    decoded on ``device``, some rows at a time.
+    Stored values are decoded, and what LoRAs add to them is computed, on ``device``, some rows at a time.
     """
-    for target_rows, source, start, stop in _list_row_ranges(
-        first_row, len(target), num_rows, sources
-    ):
-        is_encoded = files.is_encoded(source.key)
-        num_at_once = stop - start
-        if is_encoded:
-            num_at_once = max(1, _DECODED_VALUES_AT_ONCE // prod(target.shape[1:]))
-        for chunk_start in range(start, stop, num_at_once):
-            chunk_stop = min(chunk_start + num_at_once, stop)
-            values = _read_values(
-                files,
-                source.key,
-                slice(chunk_start, chunk_stop),
-                target.shape[1:],
-                device if is_encoded else target.device,
-            )
-            # The dtype is converted on the device: one pass, no copy on the host.
-            offset = target_rows.start + chunk_start - start
-            target[offset : offset + chunk_stop - chunk_start].copy_(values)
-            if not is_encoded:
-                files.release_pages(values)
-            del values  # before the next one is read
+    is_encoded, update = files.is_encoded(source.key), source.update
+    num_at_once = len(target)
+    if is_encoded:
+        num_at_once = max(1, _DECODED_VALUES_AT_ONCE // prod(target.shape[1:]))
+    if update is not None:
+        num_at_once = MERGED_ROWS
+
+    def read_values(start: int, stop: int) -> Tensor:
+        is_computed = is_encoded or update is not None
+        return _read_values(
+            files,
+            source.key,
+            slice(start, stop),
+            target.shape[1:],
+            device if is_computed else target.device,
+        )
+
+    def read_floats(start: int, stop: int) -> Tensor:
+        values = read_values(start, stop)
+        floats = values.float()
+        if not is_encoded:
+            files.release_pages(values)
+        return floats
+
+    for start in range(0, len(target), num_at_once):
+        target_rows = target[start : start + num_at_once]
+        first_row, end_row = stored_start + start, stored_start + start + len(target_rows)
+        if update is not None:
+            target_rows.copy_(update.merge_rows(read_floats, first_row, end_row))
+            continue
+        values = read_values(first_row, end_row)
+        # The dtype is converted on the device: one pass, no copy on the host.
+        target_rows.copy_(values)
+        if not is_encoded:
+            files.release_pages(values)
+        del values  # before the next one is read
 
 
 def _read_values(
@@ -267,8 +288,8 @@ def _read_values(
 
 def _list_row_ranges(
     first_row: int, num_target_rows: int, num_rows: int, sources: tuple[TensorSource, ...]
-) -> Iterator[tuple[slice, TensorSource, int, int]]:
-    """Yield the target's rows that each source has, the source, and start and stop in what is stored.
+) -> Iterator[tuple[slice, TensorSource, int]]:
+    """Yield the target's rows that each source has, the source, and the first row in what is stored.
 
     The target is rows of a parameter from ``first_row`` on, which has ``num_rows`` in all.
     """
@@ -280,4 +301,4 @@ def _list_row_ranges(
             # Within the stored tensor, of which the source may be one part.
             offset = (source.part_index - index) * rows_per_source
             target_rows = slice(start - first_row, stop - first_row)
-            yield target_rows, source, start + offset, stop + offset
+            yield target_rows, source, start + offset
