@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed import TCPStore
 
 from tests.conftest import FIXTURES, golden_folder, has_golden
 from tests.forked import run_together
 from tests.test_command import reference_arguments
+from tests.unit.weights.test_lora_merging import make_lora
 from tests.weight_files import make_comfyui_folder
 
 
@@ -169,7 +170,9 @@ def test_any_spread_gives_the_reference_implementations_video(tmp_path: Path) ->
 
 
 def test_weights_of_any_kind_are_the_same_on_any_ranks(tmp_path: Path) -> None:
-    """Quantised ones, and those of ComfyUI's files, also against a checkpoint of the same values."""
+    """Quantised ones, and those of ComfyUI's files, also against a checkpoint of the same values, and
+    those with a LoRA against a file with its weights.
+    """
     spreads = {
         f"{kind}{suffix}": (num_ranks, [f"quant={kind}", *spread.split()])
         for kind in ("fp8", "int8", "int4")
@@ -209,6 +212,17 @@ def test_weights_of_any_kind_are_the_same_on_any_ranks(tmp_path: Path) -> None:
         }
         names = ("alone", "sharded", "disk")
         expected |= {f"{kind}-{name}": f"{kind}-plain" for name in names}
+    lora, merged = make_lora(1)
+    lora_file, merged_file = tmp_path / "lora.safetensors", tmp_path / "merged.safetensors"
+    save_file(lora, lora_file)
+    save_file({key: value.float() for key, value in merged.items()}, merged_file)
+    with_lora = [f"lora={lora_file}", "lora_strength=0.5"]
+    spreads |= {
+        "lora-merged": (1, [f"dit_file={merged_file}"]),
+        "lora-sharded": (2, [*with_lora, "fsdp.dit=true", "parallel.ulysses=2"]),
+        "lora-streamed": (2, [*with_lora, "memory.dit=disk", "parallel.cfg=2"]),
+    }
+    expected |= dict.fromkeys(("lora-sharded", "lora-streamed"), "lora-merged")
     arguments = reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B")
     always = [*arguments, "dtype=float32", "device=cpu"]
     runs = {
@@ -225,3 +239,4 @@ def test_weights_of_any_kind_are_the_same_on_any_ranks(tmp_path: Path) -> None:
     whole = load_file(FIXTURES / "wan2.1-t2v/expected/unipc.safetensors")["video"]
     for kind in ("gguf", "scaled"):  # the files' rounding is seen, so the files were read
         assert 0.02 < (video(f"{kind}-alone") - whole).abs().max() < 1
+    assert (video("lora-merged") - whole).abs().mean() > 0.05

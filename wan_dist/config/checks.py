@@ -1,5 +1,6 @@
 """Validation of single settings; each check raises InputError."""
 
+import json
 import math
 import os
 import re
@@ -18,9 +19,12 @@ _RESERVED_SUFFIXES = (".latents", ".state")
 PROMPT_KEYS = ("prompt", "negative_prompt")
 WEIGHT_FILE_KEYS = ("dit_file", "t5_file", "vae_file", "clip_file")
 """Settings that name files of weights, used instead of a checkpoint's."""
+LORA_KEYS = ("lora", "lora_high", "lora_low")
+"""Settings that name LoRA files: of all transformers, and of one expert alone."""
 PATH_KEYS = (
     "ckpt_dir",
     *WEIGHT_FILE_KEYS,
+    *LORA_KEYS,
     "image",
     "first_frame",
     "last_frame",
@@ -48,7 +52,7 @@ def check_text(key: str, value: str) -> None:
 
 
 def check_path(key: str, value: str) -> None:
-    """Raise InputError unless ``value`` can be a path, for ``dit_file`` one or two."""
+    """Raise InputError unless ``value`` can be a path, or several where a setting takes them."""
     if not value.strip():
         raise InputError(
             f"{key} is empty; give a {'folder' if key.endswith('dir') else 'file'}, or leave it out"
@@ -56,6 +60,8 @@ def check_path(key: str, value: str) -> None:
     try:
         if key == "dit_file":
             split_file_list(value)
+        elif key in LORA_KEYS:
+            split_lora_files(value)
         else:
             Path(value.strip()).expanduser()
     except RuntimeError:
@@ -83,6 +89,23 @@ def split_file_list(value: str) -> list[Path]:
         (paths for paths in candidate_paths if paths and all(map(os.path.exists, paths))),
         candidate_paths[-1] or candidate_paths[0],
     )
+
+
+def split_lora_files(value: str) -> list[Path]:
+    """Return the files of a setting: ``FILE``, ``FILE,FILE`` or ``[FILE,FILE]``, also as a list of JSON.
+
+    A comma is part of a name where a file of that name exists; in JSON it always is.
+    """
+    text = value.strip()
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            names = json.loads(text)
+        except ValueError:
+            names = None
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return [Path(name).expanduser() for name in names]
+        text = text[1:-1]
+    return split_file_list(text)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from wan_dist.config.checks import split_file_list
+from wan_dist.config.checks import split_lora_files
 from wan_dist.runtime.errors import InputError
 
-LORA_KEYS = ("lora", "lora_high", "lora_low")
-"""Settings that name LoRA files: of all transformers, and of one expert alone."""
 EXPERTS = ("high", "low")
 """Experts of the tasks that have two, by the noise that they are for, in the order of their transformers."""
+UNMATCHED_CHOICES = ("error", "allow")
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,25 @@ class LoraSettings(Protocol):
 
 
 def list_loras(config: LoraSettings) -> list[LoraSetting]:
-    """Return the LoRA files, in the order of `LORA_KEYS`; raises InputError for strengths that do not fit."""
+    """Return the LoRA files, those of all transformers first.
+
+    Raises InputError for strengths that are no numbers, or not one for each file.
+    """
     return [
         *_pair_strengths("lora", config.lora, config.lora_strength, None),
         *_pair_strengths("lora_high", config.lora_high, config.lora_high_strength, "high"),
         *_pair_strengths("lora_low", config.lora_low, config.lora_low_strength, "low"),
     ]
+
+
+def check_experts(settings: Sequence[LoraSetting], *, has_experts: bool) -> None:
+    """Raise InputError for a LoRA of one expert where the task has one transformer for all noise."""
+    for setting in settings:
+        if setting.expert is not None and not has_experts:
+            raise InputError(
+                f"{setting}: this task has one transformer, not one for each kind of noise; "
+                f"use lora={setting.path}"
+            )
 
 
 def _pair_strengths(
@@ -72,20 +84,6 @@ def _pair_strengths(
         LoraSetting(key, path, float(value), expert)
         for path, value in zip(paths, strengths if paths else [], strict=True)
     ]
-
-
-def split_lora_files(value: str) -> list[Path]:
-    """Return the files of a setting: ``FILE``, ``FILE,FILE`` or ``[FILE,FILE]``, also as a list of JSON."""
-    text = value.strip()
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            names = json.loads(text)
-        except ValueError:
-            names = None
-        if isinstance(names, list) and all(isinstance(name, str) for name in names):
-            return [Path(name).expanduser() for name in names]
-        text = text[1:-1]
-    return split_file_list(text)
 
 
 def format_lora_files(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from wan_dist.config.checks import check_choice, check_text
+from wan_dist.config.loras import UNMATCHED_CHOICES, list_loras
 from wan_dist.config.sections import (
     DTYPES,
     CacheConfig,
@@ -78,6 +79,26 @@ class RunConfig:
         None,
         "file of the image encoder's weights, used instead of ckpt_dir's",
         Effect.WEIGHTS,
+        is_new=True,
+    )
+    lora: str | None = _key(
+        None, "LoRA files added to the weights: FILE or [FILE,FILE]", Effect.WEIGHTS, is_new=True
+    )
+    lora_strength: Any = _key(
+        1.0, "how strong lora is: a number, or one for each file", Effect.WEIGHTS, is_new=True
+    )
+    lora_high: str | None = _key(
+        None, "LoRA files of the high-noise expert alone", Effect.WEIGHTS, is_new=True
+    )
+    lora_high_strength: Any = _key(1.0, "how strong lora_high is", Effect.WEIGHTS, is_new=True)
+    lora_low: str | None = _key(
+        None, "LoRA files of the low-noise expert alone", Effect.WEIGHTS, is_new=True
+    )
+    lora_low_strength: Any = _key(1.0, "how strong lora_low is", Effect.WEIGHTS, is_new=True)
+    lora_unmatched: str = _key(
+        "error",
+        "parts of a LoRA that the model does not have: error or allow",
+        Effect.MODELS,
         is_new=True,
     )
     prompt: str | None = _key(
@@ -150,6 +171,8 @@ class RunConfig:
         check_choice("attention", self.attention, ATTENTION_BACKENDS)
         check_choice("device", self.device, DEVICES)
         check_choice("noise_device", self.noise_device, NOISE_DEVICES)
+        check_choice("lora_unmatched", self.lora_unmatched, UNMATCHED_CHOICES)
+        list_loras(self)
         self.parse_size()
         if self.fps < 1:
             raise InputError(f"fps={self.fps} must be at least 1")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from wan_dist.config.checks import LORA_KEYS, split_lora_files
+from wan_dist.config.loras import format_lora_files
 from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
 from wan_dist.config.schema import RunConfig
 from wan_dist.config.typed_settings import check_setting, format_override
@@ -25,6 +27,7 @@ _RUN_ONLY_KEYS = (
     "output.events",
 )
 _FILE_KEYS = ("image", "first_frame", "last_frame", "latents")
+"""Settings that name a file, relative to the job file; so do those of `LORA_KEYS`, also several."""
 
 
 def is_run_only_key(key: str) -> bool:
@@ -182,7 +185,9 @@ def _resolve_entry(entry: dict[str, object], file: Path, line: int) -> dict[str,
             check_setting(key, value)
         except InputError as error:
             raise InputError(f"{file}, line {line}: {error}") from None
-        if isinstance(value, str) and key in _FILE_KEYS:
+        if key in LORA_KEYS:
+            resolved_entry[key] = _resolve_lora_files(file, value)
+        elif isinstance(value, str) and key in _FILE_KEYS:
             resolved_entry[key] = _resolve_path(file, value)
         elif (
             isinstance(value, str)
@@ -201,3 +206,12 @@ def _resolve_entry(entry: dict[str, object], file: Path, line: int) -> dict[str,
 
 def _resolve_path(file: Path, name: str) -> str:
     return name if name.startswith("~") else str(file.parent / name)
+
+
+def _resolve_lora_files(file: Path, value: object) -> object:
+    """Return one or several LoRA files, a text or a list of JSON, with their folders."""
+    if isinstance(value, str) and value.strip():
+        value = list(map(str, split_lora_files(value)))
+    if isinstance(value, list):
+        return format_lora_files([_resolve_path(file, name) for name in value])
+    return value  # not a file, as is said when it is used

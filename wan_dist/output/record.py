@@ -31,6 +31,17 @@ class JobPosition(TypedDict):
     line: int | None
 
 
+class LoraEntry(TypedDict):
+    """A LoRA that was added to the weights."""
+
+    file: str
+    bytes: int | None
+    sha256: str
+    strength: float | None
+    expert: str | None
+    """high or low: the noise whose expert it was added to; None: every transformer."""
+
+
 def _get_texts_by_name(entry: Mapping[str, object], key: str) -> dict[str, str]:
     texts = get_object(entry, key)
     return {name: get_text(texts, name) for name in texts}
@@ -52,6 +63,20 @@ def _get_stages_of_ranks(entry: Mapping[str, object], key: str) -> list[Stages]:
 def _get_job_position(entry: Mapping[str, object], key: str) -> JobPosition | None:
     job = get_object(entry, key)
     return {"file": get_text(job, "file"), "line": get_integer(job, "line")} if job else None
+
+
+def _get_loras(entry: Mapping[str, object], key: str) -> list[LoraEntry]:
+    loras = [lora for lora in get_list(entry, key) if isinstance(lora, dict)]
+    return [
+        {
+            "file": get_text(lora, "file"),
+            "bytes": get_integer(lora, "bytes"),
+            "sha256": get_text(lora, "sha256"),
+            "strength": get_number(lora, "strength"),
+            "expert": get_text(lora, "expert") or None,
+        }
+        for lora in loras
+    ]
 
 
 def _parse_stages(stage_entries: object) -> Stages:
@@ -97,6 +122,8 @@ class VideoRecord:
     rank: int | None = json_field(get_integer)
     """First of the ranks that made the video."""
     checkpoint: str | None = json_field(get_text)
+    loras: list[LoraEntry] | None = json_field(_get_loras)
+    """In the order in which they were added; not set without any."""
     degrees: dict[str, int] | None = json_field(_get_integers_by_name)
     """Degrees of parallelism by axis."""
     attention: str | None = json_field(get_text)

@@ -16,7 +16,7 @@ from wan_dist.config.checks import WEIGHT_FILE_KEYS
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
-from wan_dist.output.record import DONE
+from wan_dist.output.record import DONE, LoraEntry
 from wan_dist.output.record_fields import describe_video, record_speed
 from wan_dist.output.stage_report import StageReport
 from wan_dist.output.video_file import convert_to_uint8, save_image, save_tensors, save_video
@@ -37,6 +37,7 @@ from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.log import add_log_file, logger
 from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 from wan_dist.weights.checkpoint import Checkpoint
+from wan_dist.weights.lora import MergedLora
 
 
 @torch.no_grad()
@@ -99,6 +100,8 @@ def prepare_video(
 
     run_plan, result_file = session.run_together(restore_and_plan, "begin a video")
     report.record.checkpoint = str(session.checkpoint.folder)
+    if session.checkpoint.loras and config.latents is None:
+        report.record.loras = [_describe_lora(lora) for lora in session.checkpoint.loras]
     report.record.degrees = asdict(plan.degrees)
     latents_file = (
         result_file.with_suffix(".latents.safetensors")
@@ -108,6 +111,17 @@ def prepare_video(
     return VideoInProgress(
         session, config, run_plan, report, resume_state, result_file, latents_file
     )
+
+
+def _describe_lora(lora: MergedLora) -> LoraEntry:
+    setting = lora.file.setting
+    return {
+        "file": str(setting.path),
+        "bytes": setting.path.stat().st_size,
+        "sha256": lora.file.hash,
+        "strength": setting.strength,
+        "expert": setting.expert,
+    }
 
 
 @torch.no_grad()

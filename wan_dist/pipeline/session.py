@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from wan_dist.config.loras import list_loras
 from wan_dist.config.paths import find_packaged_folder
 from wan_dist.config.schema import RunConfig
 from wan_dist.config.weight_files import list_weight_files
@@ -39,6 +40,7 @@ from wan_dist.runtime.log import logger
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.hub import find_checkpoint
 from wan_dist.weights.layout import list_file_settings
+from wan_dist.weights.lora import log_loras
 
 T = TypeVar("T")
 
@@ -162,8 +164,11 @@ def open_session(
     if mismatched_ranks := [
         rank for rank, (digest, *_) in enumerate(facts_by_rank) if digest != facts_by_rank[0][0]
     ]:
+        names = " or ".join(
+            map(str, [checkpoint.folder, *(lora.file.setting.path for lora in checkpoint.loras)])
+        )
         raise InputError(
-            f"{checkpoint.folder} holds other weights on rank {mismatched_ranks[0]} than on rank 0; "
+            f"{names} holds other weights on rank {mismatched_ranks[0]} than on rank 0; "
             "give all nodes the same files"
         )
     replica_facts = [facts_by_rank[rank] for rank in groups.replica_ranks]
@@ -229,7 +234,16 @@ def _open_checkpoint(config: RunConfig, plan: VideoPlan, groups: ProcessGroups) 
         first_folder = find_folder() if groups.local_rank == 0 else None
         groups.coordinator.gather(None, "find the checkpoint, or download it")
         folder = find_folder() if first_folder is None else first_folder
-    return open_checkpoint(folder, plan.task, getattr(torch, config.dtype), given_files=given_files)
+    checkpoint = open_checkpoint(
+        folder,
+        plan.task,
+        getattr(torch, config.dtype),
+        given_files=given_files,
+        loras=list_loras(config),
+        allow_unmatched=config.lora_unmatched == "allow",
+    )
+    log_loras(checkpoint.loras)
+    return checkpoint
 
 
 def _prepare_attention(

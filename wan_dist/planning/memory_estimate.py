@@ -230,8 +230,16 @@ def _estimate_context_stage(
     gpu_parts = {
         "weights": count_projection_bytes(dims, itemsize, num_blocks),
         "contexts": context_shard_bytes + all_context_bytes,
-    }
+    } | _list_merging_parts(workload, arrangement)
     return StageMemory("context", gpu_parts, process_parts | staging_parts)
+
+
+def _list_merging_parts(workload: Workload, arrangement: Arrangement) -> dict[str, int]:
+    """Return the memory of merging LoRAs where weights are read: of streamed blocks, several at once."""
+    if not workload.merging_bytes:
+        return {}
+    num_at_once = 1 if arrangement.dit == "resident" else STAGED_BLOCKS
+    return {"loras": num_at_once * workload.merging_bytes}
 
 
 def _estimate_load_stage(
@@ -252,7 +260,7 @@ def _estimate_load_stage(
         "weights": weight_bytes,
         "contexts": all_context_bytes,
         "staging": read_buffer_bytes,
-    }
+    } | _list_merging_parts(workload, arrangement)
     return StageMemory("load", gpu_parts, process_parts | staging_parts)
 
 
@@ -273,6 +281,8 @@ def _estimate_denoise_stage(
     if arrangement.shard_dit:
         gpu_parts["gathered"] = 2 * block_bytes
     gpu_parts["activations"] = estimate_activation_bytes(workload, arrangement)
+    if arrangement.dit != "resident":  # in the first step, or in each, blocks are still read
+        gpu_parts |= _list_merging_parts(workload, arrangement)
     if workload.quant in ("int8", "int4"):  # the weight of a linear, dequantised
         gpu_parts["workspace"] = dims.dim * max(3 * dims.dim, dims.ffn_dim) * itemsize
     host_parts = dict(process_parts)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from wan_dist.config.loras import check_experts, list_loras
 from wan_dist.config.schema import RunConfig
 from wan_dist.config.weight_files import list_weight_files
 from wan_dist.models.dims import ModelDims
@@ -20,6 +21,7 @@ from wan_dist.planning.base_arrangement import build_base_arrangement
 from wan_dist.planning.degrees import Degrees, check_attention_split, plan_degrees
 from wan_dist.planning.file_names import name_result
 from wan_dist.planning.hardware import Hardware
+from wan_dist.planning.lora_memory import estimate_merging_bytes
 from wan_dist.planning.memory_estimate import StageMemory, estimate_memory
 from wan_dist.planning.memory_planner import (
     Budget,
@@ -153,6 +155,7 @@ def make_plan(
     would work, if the fields do not fit together.
     """
     task = get_task(config.task)
+    check_experts(list_loras(config), has_experts=task.expert_boundary is not None)
     video = _read_video_input(config, task, image_size_reader, is_dry_run=is_dry_run)
     check_size(video.width, video.height, task)
     check_frame_num(video.frame_num, task)
@@ -306,6 +309,7 @@ def _build_workload(
         has_8bit_attention=config.attention == "8bit",
         itemsize=2 if config.dtype == "bfloat16" else 4,
         vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
+        merging_bytes=estimate_merging_bytes(list_loras(config), models.transformer),
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+from wan_dist.config.loras import list_loras
 from wan_dist.config.schema import RunConfig
 from wan_dist.planning.degrees import Degrees, plan_degrees
 from wan_dist.planning.hardware import Hardware
@@ -89,6 +90,7 @@ def _get_memory_key(config: RunConfig) -> tuple[object, ...]:
         config.t5_file,
         config.vae_file,
         config.clip_file,
+        repr(list_loras(config)),
         config.dtype,
         config.quant,
         config.attention,

@@ -77,6 +77,8 @@ class Workload:
     is_on_gpu: bool = True
     itemsize: int = HALF_BYTES
     vae_itemsize: int = HALF_BYTES
+    merging_bytes: int = 0
+    """Of merging LoRAs into one weight, on the device; see `estimate_merging_bytes`."""
 
     def get_vae_size(self, *, encode: bool) -> tuple[int, int, int]:
         """Return latent frames, rows and columns of what the VAE decodes, or encodes if ``encode``."""

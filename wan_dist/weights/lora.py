@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from wan_dist.config.loras import EXPERTS, LoraSetting
+from wan_dist.config.loras import EXPERTS, LoraSetting, check_experts
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.log import logger
@@ -213,12 +213,9 @@ def merge_loras(
     """
     all_updates: list[dict[str, list[Update]]] = [defaultdict(list) for _ in transformer_shapes]
     all_names = [ModuleNames(shapes) for shapes in transformer_shapes]
+    check_experts(settings, has_experts=len(all_names) > 1)
     loras = []
     for setting in settings:
-        if setting.expert is not None and len(all_names) == 1:
-            raise InputError(
-                f"{setting}: this task has one transformer, not one for each kind of noise; use lora"
-            )
         file = LoraFile(setting)
         indices = (
             range(len(all_names)) if setting.expert is None else [EXPERTS.index(setting.expert)]

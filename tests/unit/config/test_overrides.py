@@ -69,6 +69,7 @@ TEXTS = [
     "yes",
     "on",
     "null",
+    "allow",
     "None",
     "nan",
     "inf",
