@@ -255,7 +255,8 @@ class WeightUpdate:
         """Return merged rows (n, ...), float32; at most `MERGED_ROWS` should be asked for at once."""
         stored_rows = read_rows(start, stop)
         weight_rows = stored_rows.reshape(len(stored_rows), -1)
-        total = torch.zeros_like(weight_rows)
-        for update in self.updates:
+        first, *others = self.updates
+        total = first.compute_rows(weight_rows, start, read_rows)
+        for update in others:
             total += update.compute_rows(weight_rows, start, read_rows)
         return total.add_(weight_rows).reshape(stored_rows.shape)
