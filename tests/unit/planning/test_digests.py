@@ -41,6 +41,7 @@ DIFFERENT = {
 }
 OF_THE_RESULT = {"fps": 8, "output.save_tensor": True, "memory.vae_dtype": "bfloat16"}
 WITHOUT_EFFECT = {
+    "lora_unmatched": "allow",
     "parallel.timeout": 60.0,
     "parallel.load_timeout": 60.0,
     "parallel.dp": 1,
@@ -61,6 +62,7 @@ ELSEWHERE = {
     *("jobs", "parallel.cfg", "parallel.ring", "parallel.ulysses", "parallel.usp"),
     *("fsdp.dit", "fsdp.t5", "memory.t5", "memory.vae", "cache.size_gib"),
     *("memory.budget_gib", "memory.host_budget_gib"),
+    *("lora", "lora_strength", "lora_high", "lora_high_strength", "lora_low", "lora_low_strength"),
 }
 """Tried with their files, on several ranks, or together with another setting."""
 
