@@ -348,9 +348,9 @@ OBJECTS = [
         "an empty object", "a.jsonl", "{}\n" * 2 + '{"prompt": " "}', "line 3: prompt is empty"
     ),
     _refused(
-        "an array for a text", "a.jsonl", '{"prompt": ["a", "b"]}', "line 1: prompt=", "a text"
+        "an array for a text", "a.jsonl", '{"prompt": ["a", "b"]}', "line 1: prompt=", "is not text"
     ),
-    _refused("true for a text", "a.jsonl", '{"prompt": true}', "line 1: prompt=", "a text"),
+    _refused("true for a text", "a.jsonl", '{"prompt": true}', "line 1: prompt=", "is not text"),
     _refused("an array for a number", "a.jsonl", _line(seed=[1, 2]), "line 1: seed"),
     _refused("a text for a number", "a.jsonl", _line(seed="many"), "line 1: seed", "Integer"),
     _refused("true for a number", "a.jsonl", _line(seed=True), "line 1: seed"),
@@ -621,9 +621,9 @@ NAMES = [
     _named("x.2f1d0c9b8a7e.state", "end in .state"),
     _named("x" * 300, "300 bytes"),
     _named("猫" * 100, "300 bytes"),
-    _named(["x"], "a text"),
+    _named(["x"], "is not text"),
     _named({"x": 1}, "is an object"),
-    _named(True, "a text"),
+    _named(True, "is not text"),
     _refused(
         "two of a name",
         "a.csv",

@@ -88,7 +88,7 @@ CASES = [
     _bytes(
         "the progress of a run",
         save(_with(0.5), {"num_done": "3"}),
-        "is the progress of a run after 3 steps",
+        "is the saved progress of a run after 3 steps",
     ),
     _bytes("a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\n", _NOT_READ),
     _named(

@@ -104,7 +104,7 @@ NUMBERS = [
     setting(f"sample.guide_scale={'9' * 400}", says="sample.guide_scale"),
     setting("sample.guide_scale=[3.0]", says="is neither a number nor [low, high]"),
     setting("sample.guide_scale=[1,2,3]", says="is neither a number nor [low, high]"),
-    setting("sample.guide_scale=[3.0,4.0]", says="toy has one transformer and takes one number"),
+    setting("sample.guide_scale=[3.0,4.0]", says="toy has one transformer and needs one number"),
     setting("sample.guide_scale=strong", says="is neither a number nor [low, high]"),
     setting("sample.guide_scale=null", says="is neither a number nor [low, high]"),
     setting(
