@@ -4,12 +4,11 @@ Files are written under a temporary name and renamed when they are complete.
 """
 
 import contextlib
-import itertools
 import re
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
@@ -50,15 +49,49 @@ def convert_to_uint8(frames: Tensor) -> Tensor:
     )
 
 
-def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: int) -> None:
-    """Write uint8 chunks (n, H, W, 3) as they arrive to an mp4 (H.264, yuv420p).
+class VideoWriter:
+    """Writer of an mp4 (H.264, yuv420p), which is encoded while frames arrive.
 
-    ``path`` appears only when the file has all ``num_frames`` frames. Raises SaveError otherwise; an error
-    from ``chunks`` is passed on.
+    ``path`` appears only when the file has all ``num_frames`` frames. The methods raise SaveError.
     """
+
+    def __init__(self, path: Path, *, fps: int, num_frames: int) -> None:
+        self.num_written = 0
+        """Frames so far."""
+        self._encoding = _write_video(path, fps, num_frames)
+
+    def write(self, frames: Tensor) -> None:
+        """Add uint8 frames (n, H, W, 3), at least one."""
+        if self.num_written == 0:
+            next(self._encoding)
+        self._encoding.send(frames)
+        self.num_written += len(frames)
+
+    def finish(self) -> None:
+        """Complete the file, after all its frames."""
+        next(self._encoding, None)
+
+    def close(self) -> None:
+        """Remove what was written, unless it is finished."""
+        self._encoding.close()
+
+
+def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: int) -> None:
+    """Write uint8 chunks (n, H, W, 3) as they arrive; see `VideoWriter`.
+
+    An error from ``chunks`` is passed on.
+    """
+    with contextlib.closing(VideoWriter(path, fps=fps, num_frames=num_frames)) as writer:
+        for frames in chunks:
+            writer.write(frames)
+        writer.finish()
+
+
+def _write_video(path: Path, fps: int, num_frames: int) -> Generator[None, Tensor | None, None]:
+    """Write the frames that are sent to it, until None is; see `VideoWriter`."""
     try:
         with atomic_write(path) as temporary_file:
-            _encode_video(temporary_file, iter(chunks), fps)
+            yield from _encode_video(temporary_file, fps)
             num_written = _count_frames(temporary_file)
             if num_written != num_frames:
                 raise SaveError(
@@ -95,8 +128,9 @@ def _find_ffmpeg() -> str:
         raise SaveError(str(error).split(". ")[0]) from None
 
 
-def _encode_video(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
-    first_chunk = next(chunks)
+def _encode_video(path: Path, fps: int) -> Generator[None, Tensor | None, None]:
+    first_chunk = yield
+    assert first_chunk is not None
     height, width = first_chunk.shape[1:3]
     with (
         tempfile.TemporaryFile() as error_file,
@@ -113,7 +147,7 @@ def _encode_video(path: Path, chunks: Iterator[Tensor], fps: int) -> None:
         try:
             # a broken pipe: ffmpeg has ended; its exit code and last lines are read below
             with contextlib.suppress(BrokenPipeError):
-                _send_chunks(itertools.chain([first_chunk], chunks), ffmpeg.stdin, sender)
+                yield from _send_chunks(first_chunk, ffmpeg.stdin, sender)
         except BaseException:
             ffmpeg.kill()
             raise
@@ -139,13 +173,16 @@ def _build_encoding_command(path: Path, width: int, height: int, fps: int) -> li
     return [_find_ffmpeg(), *log_options, *input_options, *output_options]
 
 
-def _send_chunks(chunks: Iterable[Tensor], pipe: IO[bytes], sender: ThreadPoolExecutor) -> None:
+def _send_chunks(
+    chunk: Tensor | None, pipe: IO[bytes], sender: ThreadPoolExecutor
+) -> Generator[None, Tensor | None, None]:
     """Write chunks to a pipe in the sender's thread; at most ``_MAX_WAITING_CHUNKS`` wait for it."""
     pending_sends: deque[Future[None]] = deque()
-    for chunk in chunks:
+    while chunk is not None:
         pending_sends.append(sender.submit(_send_frames, *_copy_to_host(chunk), pipe))
         if len(pending_sends) > _MAX_WAITING_CHUNKS:
             pending_sends.popleft().result()
+        chunk = yield
     while pending_sends:
         pending_sends.popleft().result()
 
