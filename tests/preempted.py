@@ -1,7 +1,8 @@
 """Runs the command and asks it to end: ``python -m tests.preempted MOMENT RANK key=value ...``;
-MOMENT is a step, encode or decode.
+MOMENT is a step, encode or decode; "1 3" is the third time that step 1 is made.
 
-The rank with this number sends itself SIGUSR1 there, as Slurm would before a job's time is up.
+The rank with this number sends itself SIGUSR1 there, as Slurm would before a job's time is up, or another
+signal: "1 3 SIGKILL".
 """
 
 import os
@@ -15,25 +16,31 @@ from wan_dist.run import main
 from wan_dist.sampling import solvers
 
 
-def ask_at(moment: str) -> None:
-    """Have this process asked at that moment."""
+def ask_at(moment: str, num_times: str = "1", name: str = "SIGUSR1") -> None:
+    """Have this process asked at that moment, the last of so many times."""
+    times = iter(range(1, int(num_times) + 1))
+
+    def ask() -> None:
+        if next(times, None) == int(num_times):
+            os.kill(os.getpid(), signal.Signals[name])
+
     if moment in ("encode", "decode"):
-        place, name = (
+        place, function = (
             (denoising, "encode_conditioning") if moment == "encode" else (vae, "decode_latents")
         )
-        work = getattr(place, name)
+        work = getattr(place, function)
 
         def asked(*arguments: Any) -> Any:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            ask()
             return work(*arguments)
 
-        setattr(place, name, asked)
+        setattr(place, function, asked)
         return
     step = solvers.UniPC.step
 
     def asked_step(self: solvers.UniPC, index: int, *arguments: Any) -> Any:
         if index == int(moment):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            ask()
         return step(self, index, *arguments)
 
     solvers.UniPC.step = asked_step  # type: ignore[method-assign]
@@ -41,5 +48,5 @@ def ask_at(moment: str) -> None:
 
 if __name__ == "__main__":
     if os.environ.get("RANK", "0") == sys.argv[2]:
-        ask_at(sys.argv[1])
+        ask_at(*sys.argv[1].split())
     sys.exit(main(sys.argv[3:]))

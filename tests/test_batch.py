@@ -152,7 +152,7 @@ def test_a_full_disk_ends_the_run_and_not_each_job(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("wan_dist.pipeline.generate.save_video", full)
+        patch.setattr("wan_dist.output.result_writer.ResultWriter.write_clip", full)
         command = [
             *TINY,
             write_jobs(tmp_path / "jobs.jsonl", JOBS),

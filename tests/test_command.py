@@ -17,8 +17,8 @@ from tests.conftest import FIXTURES, golden_folder
 from tests.unit.output.test_video_file import read_video
 from wan_dist.config.schema import list_settings
 from wan_dist.models.vae.video_state import VideoState
+from wan_dist.output.result_writer import ResultWriter
 from wan_dist.output.video_file import SaveError
-from wan_dist.pipeline import generate as generate_module
 from wan_dist.run import main
 from wan_dist.tasks.registry import TASKS
 
@@ -203,7 +203,7 @@ def test_a_failed_save_keeps_the_latents_and_says_how_to_go_on(
         raise SaveError("cannot write: disk is full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate_module, "save_video", fail)
+        patch.setattr(ResultWriter, "write_clip", fail)
         assert main([*TINY, "output.name=two words", "output.save_latents=false"]) == 1
     out = tmp_path / "outputs"
     assert sorted(path.name for path in out.glob("two*")) == ["two words.latents.safetensors"]

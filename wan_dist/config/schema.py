@@ -128,6 +128,13 @@ class RunConfig:
         None, "area in pixels, instead of size, where there is an image", Effect.LATENTS
     )
     frame_num: int = _key(MISSING, "number of frames, 4n + 1", Effect.LATENTS)
+    clips: int = _key(
+        1,
+        "clips of frame_num frames that make the video, each from the last frame of the one before; "
+        "tasks with one image",
+        Effect.LATENTS,
+        is_new=True,
+    )
     fps: int = _key(MISSING, "frames per second of the video file", Effect.RESULT)
     seed: int = _key(42, "seed of the noise; -1 draws one and prints it", Effect.LATENTS)
     noise_device: str = _key(
@@ -174,6 +181,8 @@ class RunConfig:
         check_choice("lora_unmatched", self.lora_unmatched, UNMATCHED_CHOICES)
         list_loras(self)
         self.parse_size()
+        if self.clips < 1:
+            raise InputError(f"clips={self.clips}: a video has at least 1 clip")
         if self.fps < 1:
             raise InputError(f"fps={self.fps} must be at least 1")
         if self.fps > _MAX_FPS:

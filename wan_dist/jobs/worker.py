@@ -32,7 +32,8 @@ from wan_dist.parallel.mesh import (
 )
 from wan_dist.parallel.shared_work import describe_error
 from wan_dist.parallel.team import Coordinator
-from wan_dist.pipeline.denoise import VideoInProgress, make_latents
+from wan_dist.pipeline.clips import make_clips
+from wan_dist.pipeline.denoise import VideoInProgress
 from wan_dist.pipeline.generate import (
     decode_and_write,
     decode_to_host,
@@ -50,6 +51,7 @@ from wan_dist.runtime.durations import format_duration
 from wan_dist.runtime.errors import format_message
 from wan_dist.runtime.log import add_log_file, logger, show_announcements
 from wan_dist.sampling.solvers import make_solver
+from wan_dist.tasks.image_sizes import list_image_files
 
 _EMBEDDINGS_FOLDER = ".texts"
 """Folder of prompt embeddings, in the output folder, which all replicas see."""
@@ -227,12 +229,11 @@ class JobWorker:
             self._wait_for_write()
         frames: list[Tensor] = []
         try:
-            video = self._start_video(job, session, report)
-            latents = make_latents(video)
-            if session.has_memory_for_frames:
-                frames = decode_to_host(video, latents)
-            else:
-                decode_and_write(video, latents)
+            for video, latents in make_clips(self._start_video(job, session, report)):
+                if session.has_memory_for_frames and video.plan.is_last_clip:
+                    frames = decode_to_host(video, latents)
+                else:
+                    decode_and_write(video, latents)
         except Exception as error:
             self._wait_for_write()
             self._record_failure(job, report, error)
@@ -285,7 +286,7 @@ class JobWorker:
 
     def _finish_job(self, job: PlannedJob, video: VideoInProgress) -> None:
         """Release, count and announce a job that is done, and update the page."""
-        add_contact_sheet(video.result_file, video.plan.frame_num)
+        add_contact_sheet(video.result_file, video.plan.num_frames)
         self.queue.finish_job(job, "done")
         seconds = round(time.time() - video.report.began, 1)
         step_seconds = video.report.record.step_seconds
@@ -334,6 +335,12 @@ class JobWorker:
 
 def _list_timesteps(job: PlannedJob) -> list[tuple[int, bool]]:
     """Return a job's timesteps, each with whether the first frame is known (image to video)."""
-    has_known_frame = job.plan.task.inputs.has_known_first_frame and job.plan.num_images > 0
+    inputs = job.plan.task.inputs
+    has_image = bool(list_image_files(job.config))
     solver = make_solver(job.config.sample.solver, job.config.sample.steps, job.plan.shift)
-    return [(timestep, has_known_frame) for timestep in solver.timesteps]
+    first_frames = {has_image, has_image or job.plan.num_clips > 1}
+    return [
+        (timestep, is_known and inputs.has_known_first_frame)
+        for is_known in sorted(first_frames)
+        for timestep in solver.timesteps
+    ]

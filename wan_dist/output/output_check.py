@@ -40,13 +40,12 @@ class OutputEstimate:
 
 def estimate_output(plan: VideoPlan, *, saves_tensor: bool) -> OutputEstimate:
     """Return the disk space that a plan's video will take."""
-    num_pixels = plan.width * plan.height * plan.frame_num
+    num_pixels = plan.width * plan.height * plan.num_frames
     frames_bytes = int(num_pixels * _VIDEO_BYTES_PER_PIXEL) + (
         3 * 4 * num_pixels if saves_tensor else 0
     )
-    return OutputEstimate(
-        plan.name, plan.width, plan.height, plan.fps, 4 * prod(plan.latent_shape), frames_bytes
-    )
+    latents_bytes = plan.num_clips * 4 * prod(plan.latent_shape)
+    return OutputEstimate(plan.name, plan.width, plan.height, plan.fps, latents_bytes, frames_bytes)
 
 
 def check_output_folder(folder: Path, estimates: Sequence[OutputEstimate]) -> None:

@@ -114,6 +114,8 @@ class VideoRecord:
     width: int | None = json_field(get_integer)
     height: int | None = json_field(get_integer)
     num_frames: int | None = json_field(get_integer)
+    num_clips: int | None = json_field(get_integer)
+    """Clips of the video, if there are several; their stages are named STAGE clip2 and so on."""
     fps: int | None = json_field(get_integer)
     distance: list[str] | None = json_field(get_texts)
     """Settings in use that change the result beyond rounding errors, as quant=int8."""

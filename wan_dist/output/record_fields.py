@@ -13,7 +13,9 @@ def describe_video(record: VideoRecord, config: RunConfig, plan: VideoPlan) -> N
     record.seed = plan.seed
     record.width = plan.width
     record.height = plan.height
-    record.num_frames = plan.frame_num
+    record.num_frames = plan.num_frames
+    if plan.num_clips > 1:
+        record.num_clips = plan.num_clips
     record.fps = plan.fps
     record.distance = list_lossy_settings(config)
 

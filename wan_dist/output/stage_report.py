@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -41,6 +42,7 @@ class StageReport:
         self.start_time = time.perf_counter()
         self._memory_watch = HostMemoryWatch()
         self._open_stage_peak_bytes: list[int] = []
+        self._clip_suffix = ""
         self.stages: Stages = {}
         self.other_rank_stages: list[Stages] = []
         """Stages of the video's other ranks, before it is decoded."""
@@ -57,6 +59,12 @@ class StageReport:
         """Seconds since the epoch."""
         self.record.format = FORMAT_VERSION
 
+    def for_clip(self, number: int) -> Self:
+        """Return the report for a further clip, whose stages have its number in their names."""
+        report = copy.copy(self)
+        report._clip_suffix = f" clip{number}"
+        return report
+
     @contextmanager
     def measure_stage(
         self, name: str, detail: str = "", *, is_concurrent: bool = False
@@ -66,6 +74,7 @@ class StageReport:
         A stage that fails is not recorded, and its GPU peak counts for the stages around it. Of one that is
         ``is_concurrent`` with another video's stages, GPU memory is not recorded: it counts as theirs.
         """
+        name += self._clip_suffix
         measures_gpu = self.device.type == "cuda" and not is_concurrent
         if measures_gpu:
             self._restart_gpu_peak()
@@ -125,14 +134,23 @@ class StageReport:
             "outside_gpu_gib": round(outside_bytes / _GIB, 3),
         }
 
+    def sum_seconds(self, name: str) -> float:
+        """Return the seconds of a stage in all clips."""
+        return sum(
+            stage["seconds"]
+            for stage_name, stage in self.stages.items()
+            if stage_name.split()[0] == name
+        )
+
     def record_out_of_memory(self, name: str) -> None:
         """Record that a stage ran out of memory and used a fallback."""
         self.record.ran_out = [*(self.record.ran_out or ()), name]
 
     def record_read_speed(self, name: str, num_bytes: int) -> None:
         """Record and log how fast a finished stage has read this rank's shard of a file."""
-        gb_per_second = num_bytes / 1e9 / max(self.stages[name]["seconds"], 1e-3)
-        self.stages[name] |= {
+        stage = self.stages[name + self._clip_suffix]
+        gb_per_second = num_bytes / 1e9 / max(stage["seconds"], 1e-3)
+        stage |= {
             "read_gb": round(num_bytes / 1e9, 3),
             "gb_per_second": round(gb_per_second, 2),
         }

@@ -14,6 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from wan_dist.config.schema import RunConfig
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.output.result_writer import ResultWriter
 from wan_dist.output.stage_report import StageReport
 from wan_dist.output.video_file import save_tensors
 from wan_dist.parallel.collectives import broadcast, gather_objects, note_awaited_ranks
@@ -40,7 +41,7 @@ _SAVE_INTERVAL_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class VideoInProgress:
-    """A video that is being generated, with its session, settings, plan and files."""
+    """A video, or a clip of it, that is being generated, with its session, settings, plan and files."""
 
     session: Session
     config: RunConfig
@@ -49,6 +50,9 @@ class VideoInProgress:
     resume_state: ResumeState
     result_file: Path
     latents_file: Path
+    writer: ResultWriter
+    first_frame: Tensor | None = None
+    """Frame (3, H, W) in [-1, 1] that a further clip starts from, on the CPU."""
 
     @property
     def is_first(self) -> bool:
@@ -95,7 +99,7 @@ def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
     """
     session, config, plan = video.session, video.config, video.plan
     set_group_timeout(session.groups, config.parallel.load_timeout)
-    conditioning = encode_conditioning(session, config, plan, video.report)
+    conditioning = encode_conditioning(session, config, plan, video.report, video.first_frame)
     while True:
         try:
             latents = session.run_together(lambda: _run_denoising(video, conditioning), "denoise")
@@ -195,7 +199,7 @@ def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
     solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
     if initial_latents is None:
         noise = draw_initial_noise(
-            plan.latent_shape, seed=plan.seed, noise_device=config.noise_device, device=device
+            plan.latent_shape, seed=plan.noise_seed, noise_device=config.noise_device, device=device
         )
         initial_latents = broadcast(noise, video.session.groups.replica, device)
         assert initial_latents is not None
@@ -215,8 +219,8 @@ def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
 
 
 def _report_guessed_steps(report: StageReport, num_guessed: int, num_steps: int) -> None:
-    """Record and log how many steps the step cache guessed."""
-    report.record.guessed_steps = num_guessed
+    """Record and log how many steps the step cache guessed; the record has the sum of all clips."""
+    report.record.guessed_steps = (report.record.guessed_steps or 0) + num_guessed
     logger.log(report.log_level, "cache     %d of %d steps were guessed", num_guessed, num_steps)
 
 

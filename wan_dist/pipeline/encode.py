@@ -14,18 +14,30 @@ from wan_dist.pipeline.text_embeddings import embed_prompts
 from wan_dist.planning.plan import RunPlan
 from wan_dist.sampling.conditioning import Conditioning
 
-InputEncoder = Callable[[Session, RunConfig, RunPlan, StageReport], dict[str, Tensor]]
+InputEncoder = Callable[
+    [Session, RunConfig, RunPlan, StageReport, Tensor | None], dict[str, Tensor]
+]
 INPUT_ENCODERS: dict[str, InputEncoder] = {
     "image": image.encode_inputs,
     "known_first_frame": known_first_frame.encode_inputs,
 }
-"""By the kind of a task's inputs; each returns fields of `Conditioning`, at least on the first rank."""
+"""By the kind of a task's inputs; each returns fields of `Conditioning`, at least on the first rank.
+
+The last argument is the frame (3, H, W) in [-1, 1] that a further clip starts from, instead of the images.
+"""
 
 
 def encode_conditioning(
-    session: Session, config: RunConfig, plan: RunPlan, report: StageReport
+    session: Session,
+    config: RunConfig,
+    plan: RunPlan,
+    report: StageReport,
+    first_frame: Tensor | None = None,
 ) -> Conditioning:
-    """Return what is the same for all steps, on every rank; encoders not cached are off the device then."""
+    """Return what is the same for all steps, on every rank; encoders not cached are off the device then.
+
+    ``first_frame`` (3, H, W) in [-1, 1] is what a further clip starts from.
+    """
     axis = session.groups.replica
     optional_prompts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
     prompts = {name: text for name, text in optional_prompts.items() if text is not None}
@@ -34,12 +46,14 @@ def encode_conditioning(
         embeddings = embed_prompts(session, config, plan, prompts.values(), report)
         if axis.rank != 0:
             return {}
+        if not plan.is_last_clip:
+            session.prompt_embeddings |= embeddings
         return {name: embeddings[text].to(report.device) for name, text in prompts.items()}
 
     conditioning_tensors = session.run_together(encode_prompts, "encode the prompt")
-    if plan.images:
+    if plan.images or first_frame is not None:
         encode_inputs = INPUT_ENCODERS[plan.task.inputs.kind]
-        conditioning_tensors |= encode_inputs(session, config, plan, report)
+        conditioning_tensors |= encode_inputs(session, config, plan, report, first_frame)
 
     def broadcast_conditioning() -> dict[str, Tensor | None]:
         return {

@@ -18,18 +18,20 @@ from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
 from wan_dist.output.record import DONE, LoraEntry
 from wan_dist.output.record_fields import describe_video, record_speed
+from wan_dist.output.result_writer import ResultWriter
 from wan_dist.output.stage_report import StageReport
-from wan_dist.output.video_file import convert_to_uint8, save_image, save_tensors, save_video
 from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.consistency import is_set_on_any_rank
 from wan_dist.parallel.mesh import ProcessGroups, make_process_groups, process_group_session
 from wan_dist.parallel.team import Coordinator
 from wan_dist.pipeline import decode
+from wan_dist.pipeline.clips import make_clips
 from wan_dist.pipeline.decode import convert_to_float32_frames, convert_to_uint8_frames
-from wan_dist.pipeline.denoise import VideoInProgress, make_latents, read_latents
+from wan_dist.pipeline.denoise import VideoInProgress, read_latents
 from wan_dist.pipeline.out_of_memory import run_with_fallback
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
+from wan_dist.planning.file_names import name_latents
 from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.runtime.errors import get_first_line
@@ -65,7 +67,8 @@ def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator)
     with closing(ResultLocks(folder)) as locks, process_group_session(groups):
         resume_state = ResumeState(folder, config, plan, session.weights_digests, locks=locks)
         video = prepare_video(session, config, plan, report, resume_state)
-        decode_and_write(video, make_latents(video))
+        for clip, latents in make_clips(video):
+            decode_and_write(clip, latents)
         return video.result_file if video.is_first else None
 
 
@@ -104,12 +107,13 @@ def prepare_video(
         report.record.loras = [_describe_lora(lora) for lora in session.checkpoint.loras]
     report.record.degrees = asdict(plan.degrees)
     latents_file = (
-        result_file.with_suffix(".latents.safetensors")
+        result_file.with_name(name_latents(result_file.stem, 0))
         if config.latents is None
         else Path(config.latents).expanduser()
     )
+    writer = ResultWriter(run_plan, result_file, saves_tensor=config.output.save_tensor)
     return VideoInProgress(
-        session, config, run_plan, report, resume_state, result_file, latents_file
+        session, config, run_plan, report, resume_state, result_file, latents_file, writer
     )
 
 
@@ -126,24 +130,25 @@ def _describe_lora(lora: MergedLora) -> LoraEntry:
 
 @torch.no_grad()
 def decode_and_write(video: VideoInProgress, latents: Tensor) -> None:
-    """Decode and write the result and its record.
+    """Decode and write a clip, and after the last one the record.
 
     If decoding or writing fails, the latents are on disk and the log says how to resume from them.
     """
     with _recoverable_latents(video, latents):
-        _decode_with_fallback(video, latents, partial(_write_result, video))
-        video.session.run_together(
-            lambda: _finalize_video(video) if video.is_first else None,
-            "write the record",
-            uses_collectives=False,
-        )
+        _decode_with_fallback(video, latents, partial(video.writer.write_clip, video.plan))
+        if video.plan.is_last_clip:
+            video.session.run_together(
+                lambda: _finalize_video(video) if video.is_first else None,
+                "write the record",
+                uses_collectives=False,
+            )
 
 
 @torch.no_grad()
 def decode_to_host(video: VideoInProgress, latents: Tensor) -> list[Tensor]:
-    """Return the frames, chunks (n, H, W, 3), on the host of the first rank; the others return none.
+    """Return the frames of the last clip, chunks (n, H, W, 3), on the host of the first rank.
 
-    They are for `write_decoded_frames`. Fails as `decode_and_write` does.
+    The others return none. They are for `write_decoded_frames`. Fails as `decode_and_write` does.
     """
     frame_chunks: list[Tensor] = []
 
@@ -158,13 +163,13 @@ def decode_to_host(video: VideoInProgress, latents: Tensor) -> list[Tensor]:
 def write_decoded_frames(
     video: VideoInProgress, latents: Tensor, frame_chunks: Iterable[Tensor]
 ) -> None:
-    """Write the result from the frames of `decode_to_host`, and its record.
+    """Complete the result with the frames of `decode_to_host`, and its record.
 
     Runs on the first rank, while the next video is denoised.
     """
     with _recoverable_latents(video, latents):
         with video.report.measure_stage("save", is_concurrent=True):
-            _write_result(video, iter(frame_chunks))
+            video.writer.write_clip(video.plan, frame_chunks)
         _finalize_video(video)
 
 
@@ -178,6 +183,7 @@ def _recoverable_latents(video: VideoInProgress, latents: Tensor) -> Iterator[No
     try:
         yield
     except (Exception, PreemptionInterrupt) as error:
+        video.writer.close()
         # The signal may have ended ffmpeg first, whose error then comes before this process's request.
         if isinstance(error, PreemptionInterrupt) or preemption.wait_for_request():
             if video.is_first and config.latents is None:
@@ -188,7 +194,9 @@ def _recoverable_latents(video: VideoInProgress, latents: Tensor) -> Iterator[No
                 f"asked to end: stopped while decoding ({get_first_line(error)}); "
                 "the same command goes on from there"
             ) from error
-        if video.is_first:
+        if video.is_first and video.plan.num_clips > 1:
+            logger.error("the latents are kept; the same command goes on from them")
+        elif video.is_first:
             command = _format_resume_command(
                 config, video.session.checkpoint, video.latents_file, video.result_file
             )
@@ -210,9 +218,11 @@ def complete_record(video: VideoInProgress, result_file: Path | None) -> None:
     record.status = DONE
     record.file = None if result_file is None else str(result_file)
     record.arrangement = asdict(plan.arrangement)
-    if "denoise" in report.stages:
-        num_steps = video.config.sample.steps - video.resume_state.num_resumed_steps
-        record_speed(record, plan, report.stages["denoise"]["seconds"], num_steps)
+    if denoise_seconds := report.sum_seconds("denoise"):
+        num_steps = (
+            plan.num_clips * video.config.sample.steps - video.resume_state.num_resumed_steps
+        )
+        record_speed(record, plan, denoise_seconds, num_steps)
     record.digest = video.resume_state.result_digest
     record.latents_digest = video.resume_state.latents_digest
     record.video_digest = None if result_file is None else hash_file(result_file)
@@ -226,7 +236,9 @@ def _write_record(video: VideoInProgress) -> None:
     if config.latents is None:  # latents given by the user have no saved progress
         video.resume_state.remove_file()
         if not config.output.save_latents:
-            video.latents_file.unlink(missing_ok=True)
+            for clip_index in range(video.plan.num_clips):
+                latents_name = name_latents(video.result_file.stem, clip_index)
+                video.result_file.with_name(latents_name).unlink(missing_ok=True)
     logger.log(report.log_level, "saved     %s", video.result_file)
 
 
@@ -290,9 +302,8 @@ def _decode_with_strategy(
     is_parallel = strategy.name == "parallel"
     if axis.rank != 0 and not is_parallel:
         return  # the first rank decodes alone
-    convert_frames = (
-        convert_to_float32_frames if config.output.save_tensor else convert_to_uint8_frames
-    )
+    needs_floats = config.output.save_tensor or not video.plan.is_last_clip
+    convert_frames = convert_to_float32_frames if needs_floats else convert_to_uint8_frames
     stage_detail = f"VAE {strategy}, {frame_num} frame{'' if frame_num == 1 else 's'}"
     with (
         video.report.measure_stage("decode", stage_detail),
@@ -317,28 +328,6 @@ def _yield_verified_chunks(chunks: Iterator[Tensor], groups: ProcessGroups) -> I
         groups.raise_if_aborted()
         yield chunk
     groups.raise_if_aborted()
-
-
-def _write_result(video: VideoInProgress, frame_chunks: Iterator[Tensor]) -> None:
-    """Write frames (n, H, W, 3): uint8, or float32 in [-1, 1], which are saved as a tensor too."""
-    config, plan, result_file = video.config, video.plan, video.result_file
-    float_chunks: list[Tensor] = []
-
-    def convert_chunks() -> Iterator[Tensor]:
-        for chunk in frame_chunks:
-            if config.output.save_tensor:
-                float_chunks.append(chunk.cpu())
-            yield convert_to_uint8(chunk)
-
-    if plan.task.is_still:
-        save_image(result_file, next(convert_chunks())[0])
-    else:
-        save_video(result_file, convert_chunks(), fps=plan.fps, num_frames=plan.frame_num)
-    if float_chunks:
-        save_tensors(
-            result_file.with_suffix(".safetensors"),
-            {"video": torch.cat(float_chunks).permute(3, 0, 1, 2).contiguous()},
-        )
 
 
 def _format_resume_command(

@@ -21,11 +21,14 @@ from wan_dist.planning.digests import (
     compute_latents_digest,
     compute_result_digest,
 )
+from wan_dist.planning.file_names import name_latents
 from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.runtime.atomic_write import quarantine_file
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger
 
+FileContents = tuple[dict[str, str], dict[str, Tensor]]
+"""Header and tensors of a file."""
 _STEP_CACHE_PREFIX = "guesses."
 
 
@@ -70,6 +73,10 @@ class ResumeState:
         self.progress = DenoisingProgress()
         self.num_resumed_steps = 0
         """Steps that the resumed run had completed."""
+        self.clip_index = 0
+        """The clip that the progress is of, from 0."""
+        self._saved_clip_index = 0
+        """The clip that the file's progress is of."""
         self._is_resumed = False
 
     @cached_property
@@ -113,7 +120,7 @@ class ResumeState:
             None,
         )
 
-    def _read_file(self, file: Path) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+    def _read_file(self, file: Path) -> FileContents | None:
         """Return a file's header and tensors, None if its digest is another; a damaged one is quarantined."""
         try:
             with safe_open(file, "pt") as reader:
@@ -132,22 +139,36 @@ class ResumeState:
             )
             return None
 
-    def _read_saved_progress(self) -> tuple[dict[str, str], dict[str, Tensor]] | None:
+    def _read_saved_progress(self) -> FileContents | None:
         """Return the header and tensors of saved progress, else of saved latents after all steps, else None.
 
-        Saved latents are those of a video that was not finished, or of one of which only the decoding
-        changes.
+        Where the saved progress is of a further clip, they are of the first clip's saved latents.
         """
         state_file = self._find_file()
         contents = None if state_file is None else self._read_file(state_file)
-        if contents is not None and _is_valid_progress(*contents):
-            logger.info("goes on   after %s steps, from %s", contents[0]["num_done"], state_file)
-            self._is_resumed = True
+        if contents is None or not _is_valid_progress(*contents):
+            return self._read_saved_latents()
+        metadata, _ = contents
+        self._is_resumed = True
+        self._saved_clip_index = _get_clip_index(metadata)
+        clip_text = f"in clip {self._saved_clip_index + 1} " if self._saved_clip_index else ""
+        logger.info(
+            "goes on   %safter %s steps, from %s", clip_text, metadata["num_done"], state_file
+        )
+        if self._saved_clip_index == 0:
             return contents
-        latents_file = self.folder / f"{self.plan.name}.latents.safetensors"
+        self.plan = replace(self.plan, seed=int(metadata["seed"]), name=metadata["name"])
+        return self._read_saved_latents() or (metadata | {"num_done": "0"}, {})
+
+    def _read_saved_latents(self) -> FileContents | None:
+        """Return the header and tensors of the clip's saved latents, after all steps, None if there are none.
+
+        They are those of a video that was not finished, or of one of which only the decoding changes.
+        """
+        latents_file = self.folder / name_latents(self.plan.name, self.clip_index)
         if not latents_file.exists():
             return None
-        if not self.is_job and (
+        if not (self.is_job or self._is_resumed) and (
             (self.folder / f"{self.plan.name}.json").exists()
             or not self.locks.acquire(self.plan.name)
         ):
@@ -155,7 +176,11 @@ class ResumeState:
         contents = self._read_file(latents_file)
         if contents is None or "latents" not in contents[1]:
             return None
-        return {"seed": str(self.plan.seed)} | contents[0] | {
+        metadata = {"seed": str(self.plan.seed)} | contents[0]
+        # A drawn seed is in no digest.
+        if (self.clip_index or self._is_resumed) and metadata["seed"] != str(self.plan.seed):
+            return None
+        return metadata | {
             "num_done": str(self.config.sample.steps),
             "name": self.plan.name,
         }, contents[1]
@@ -212,6 +237,30 @@ class ResumeState:
         self.plan = replace(self.plan, seed=int(metadata["seed"]), name=metadata["name"])
         return self.plan
 
+    def begin_clip(self, clip_index: int, axis: Axis, device: torch.device) -> None:
+        """Restore the progress of a further clip on all ranks of the axis, or save that the clip begins."""
+        self.clip_index = clip_index
+        metadata, tensors = (self._read_clip_progress() if axis.rank == 0 else None) or (
+            {"num_done": "0"},
+            {},
+        )
+        self._broadcast_progress(int(metadata["num_done"]), tensors, axis, device)
+        self.num_resumed_steps += self.progress.num_done
+        if axis.rank == 0 and clip_index > self._saved_clip_index:
+            self.save_progress(self.progress)
+
+    def _read_clip_progress(self) -> FileContents | None:
+        """Return the header and tensors of a further clip's latents, else of its progress, else None."""
+        if (latents := self._read_saved_latents()) is not None:
+            return latents
+        contents = self._read_file(self.folder / f"{self.plan.name}{self._file_suffix}")
+        is_of_clip = (
+            contents is not None
+            and _is_valid_progress(*contents)
+            and _get_clip_index(contents[0]) == self.clip_index
+        )
+        return contents if is_of_clip else None
+
     def reserve_path(self, *, is_name_fixed: bool) -> Path:
         """Return the result's path, reserved for this process until it ends.
 
@@ -248,12 +297,17 @@ class ResumeState:
             "format": str(FORMAT_VERSION),
             "seed": str(self.plan.seed),
             "name": self.plan.name,
-        }
+        } | ({"clip": str(self.clip_index + 1)} if self.clip_index else {})
 
     def save_progress(self, progress: DenoisingProgress) -> bool:
-        """Save this progress in place of the one before; returns whether it did, and warns of an error."""
+        """Save this progress in place of the one before; returns whether it did, and warns of an error.
+
+        Progress of a later clip is kept while the clips before it are decoded again.
+        """
+        if self.clip_index < self._saved_clip_index:
+            return False
         try:
-            if not torch.isfinite(cast(Tensor, progress.latents)).all():
+            if progress.latents is not None and not torch.isfinite(progress.latents).all():
                 return False  # a run that resumes from them would fail each time
             tensors, metadata = (
                 self._collect_tensors(progress),
@@ -268,6 +322,7 @@ class ResumeState:
         except (RuntimeError, InputError) as error:
             logger.warning("progress cannot be kept: %s", get_first_line(error))
             return False
+        self._saved_clip_index = self.clip_index
         return True
 
     def remove_file(self) -> None:
@@ -277,13 +332,16 @@ class ResumeState:
 
 def _is_valid_progress(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a file that can be read holds progress to resume from."""
-    has_numbers = metadata.get("num_done", "").isdigit() and metadata.get("seed", "").isdigit()
-    return (
-        has_numbers
-        and "name" in metadata
-        and "latents" in tensors
-        and bool(torch.isfinite(tensors["latents"]).all())
-    )
+    numbers = (metadata.get("num_done", ""), metadata.get("seed", ""), metadata.get("clip", "1"))
+    if "name" not in metadata or not all(number.isdigit() for number in numbers):
+        return False
+    if "latents" not in tensors:  # a further clip that was about to begin
+        return metadata["num_done"] == "0" and _get_clip_index(metadata) > 0
+    return bool(torch.isfinite(tensors["latents"]).all())
+
+
+def _get_clip_index(metadata: Mapping[str, str]) -> int:
+    return int(metadata.get("clip", "1")) - 1
 
 
 def warn_about_old_states(folder: Path) -> None:

@@ -43,7 +43,7 @@ from wan_dist.runtime.launcher import translate_slurm_variables
 from wan_dist.runtime.network import choose_network_interface
 from wan_dist.tasks.run_config import read_config
 
-_COMMAND_KEYS = ("jobs", "retry_failed", "latents", "output.name", "output.events")
+_COMMAND_KEYS = ("jobs", "retry_failed", "latents", "clips", "output.name", "output.events")
 _DEGREE_KEYS = ("dp", "cfg", "ring", "ulysses")
 _CALL_EFFECTS = Effect.LATENTS | Effect.RESULT
 _FIXED_EFFECTS = Effect.WEIGHTS | Effect.MODELS
@@ -162,6 +162,8 @@ class VideoPipeline:
         """Return the pipeline's configuration with settings of one call."""
         for key, value in values.items():
             check_setting(key, value)
+            if key == "clips":
+                raise InputError("clips is for the command line; a pipeline makes one clip a call")
             setting = list_settings().get(key)
             effect = Effect.NOTHING if setting is None else setting.metadata["effect"]
             if not key.startswith("output.") and (

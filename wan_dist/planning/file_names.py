@@ -55,6 +55,12 @@ def _compute_settings_hash(config: RunConfig, prompt: str | None) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
 
 
+def name_latents(name: str, clip_index: int) -> str:
+    """Return the file name of a clip's latents beside the result ``name``."""
+    clip_suffix = f".clip{clip_index + 1}" if clip_index else ""
+    return f"{name}{clip_suffix}.latents.safetensors"
+
+
 def slugify_prompt(prompt: str) -> str:
     """Return the beginning of a prompt as part of a file name."""
     return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")

@@ -31,6 +31,7 @@ from wan_dist.planning.memory_planner import (
 )
 from wan_dist.planning.saved_latents import read_latents_size
 from wan_dist.planning.video_settings import (
+    check_clips,
     check_frame_num,
     check_size,
     choose_shift,
@@ -64,13 +65,19 @@ class VideoPlan:
     Those of a job that is only checked are not read.
     """
     num_images: int
+    """Images that a clip starts from; further clips start from a frame."""
     width: int
     height: int
     size_note: str
     """How the size came about, where that is not plain."""
     frame_num: int
+    """Frames of a clip."""
+    num_clips: int
+    clip_index: int = 0
+    """The clip that this plan is of, from 0."""
     fps: int
     seed: int
+    """Seed of the first clip's noise."""
     shift: float
     guide_scales: tuple[float, float]
     """For low and for high noise."""
@@ -85,6 +92,26 @@ class VideoPlan:
     """What does not depend on memory: sharding, and the VAE's first strategy."""
     name: str
     """File name of the results, without suffix."""
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of the video: each clip but the first repeats one, which is left out."""
+        return self.num_clips * (self.frame_num - 1) + 1
+
+    @property
+    def first_frame_index(self) -> int:
+        """Index in the video of the clip's first frame, which the clip before has as its last one."""
+        return self.clip_index * (self.frame_num - 1)
+
+    @property
+    def is_last_clip(self) -> bool:
+        """Whether the video ends with this clip."""
+        return self.clip_index == self.num_clips - 1
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the clip's noise: of the next clip it is the next number."""
+        return (self.seed + self.clip_index) % 2**64
 
     @property
     def size_advice(self) -> str | None:
@@ -108,10 +135,11 @@ class VideoPlan:
         size_text = f"{self.width}x{self.height}{self.size_note}"
         if self.task.is_still:
             return f"{self.task.name}: an image of {size_text}, seed {self.seed}"
-        seconds = self.frame_num / self.fps
+        seconds = self.num_frames / self.fps
+        clips_text = f" in {self.num_clips} clips" if self.num_clips > 1 else ""
         return (
-            f"{self.task.name}: {self.frame_num} frames of {size_text} at {self.fps} fps "
-            f"= {seconds:.1f} s of video, seed {self.seed}, {self.num_tokens} tokens"
+            f"{self.task.name}: {self.num_frames} frames of {size_text} at {self.fps} fps "
+            f"= {seconds:.1f} s of video{clips_text}, seed {self.seed}, {self.num_tokens} tokens"
         )
 
 
@@ -156,6 +184,7 @@ def make_plan(
     """
     task = get_task(config.task)
     check_experts(list_loras(config), has_experts=task.expert_boundary is not None)
+    check_clips(config, task)
     video = _read_video_input(config, task, image_size_reader, is_dry_run=is_dry_run)
     check_size(video.width, video.height, task)
     check_frame_num(video.frame_num, task)
@@ -179,11 +208,12 @@ def make_plan(
         prompt=prompt or "",
         negative_prompt=negative_prompt,
         images=video.images,
-        num_images=video.num_images,
+        num_images=max(video.num_images, 1 if config.clips > 1 else 0),
         width=video.width,
         height=video.height,
         size_note=video.size_note,
         frame_num=video.frame_num,
+        num_clips=config.clips,
         fps=config.fps,
         seed=seed,
         shift=choose_shift(config, task, area if config.max_area is None else config.max_area),

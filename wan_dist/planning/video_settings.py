@@ -127,6 +127,33 @@ def check_frame_num(frame_num: int, task: Task) -> None:
         )
 
 
+def check_clips(config: RunConfig, task: Task) -> None:
+    """Raise InputError unless the task makes videos of several clips, if several are requested."""
+    if config.clips == 1:
+        return
+    if config.latents is not None:
+        raise InputError(
+            f"clips={config.clips}: latents={config.latents} are those of one clip; leave clips out"
+        )
+    if not task.inputs.takes_clips:
+        supported_names = ", ".join(
+            name for name, other_task in TASKS.items() if other_task.inputs.takes_clips
+        )
+        raise InputError(
+            f"clips={config.clips}: further clips start from one image, and {task.name} takes "
+            f"{task.inputs.usage}; {supported_names} take clips"
+        )
+    if config.frame_num == 1:
+        raise InputError(
+            f"clips={config.clips}: further clips repeat one frame of the clip before, so they need "
+            f"frame_num={task.vae_stride[0] + 1} or more"
+        )
+    if config.clips * (config.frame_num - 1) >= _MAX_FRAMES:
+        raise InputError(
+            f"clips={config.clips}: more than {_MAX_FRAMES} frames are not made in one video"
+        )
+
+
 def check_size(width: int, height: int, task: Task) -> None:
     """Raise InputError unless the task's models take width and height."""
     width_multiple, height_multiple = task.size_multiple

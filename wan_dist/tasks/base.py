@@ -48,6 +48,11 @@ class TaskInputs:
     has_known_first_frame: bool = False
     """The image is the first latent frame, encoded alone, with a timestep of its own."""
 
+    @property
+    def takes_clips(self) -> bool:
+        """Whether a clip can start from a frame of the one before, as the input is one image."""
+        return len(self.file_keys) == 1
+
     def fit_size(
         self, image_size: tuple[int, int], area: int, size_multiple: tuple[int, int]
     ) -> tuple[int, int]:

@@ -28,6 +28,7 @@ DIFFERENT = {
     "negative_prompt": "blurry",
     "size": "80*64",
     "frame_num": 9,
+    "clips": 2,
     "noise_device": "cuda",
     "dtype": "bfloat16",
     "quant": "int8",

@@ -1,6 +1,6 @@
 """Encoding of a task's inputs by CLIP and by the VAE, on the ranks that the plan has do it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -25,22 +25,19 @@ MakeChunks = Callable[[], Iterator[Tensor]]
 
 def encode_image_features(
     image_encoder: Component[nn.Module, ImageEncoderDims],
+    images: Sequence[Tensor],
     plan: RunPlan,
     report: StageReport,
     model_cache: ModelCache,
 ) -> Tensor:
-    """Return the CLIP features (n, 257, image_dim) of the plan's n images."""
+    """Return the CLIP features (n, 257, image_dim) of n images (3, any, any) in [-1, 1]."""
     device = report.device if plan.arrangement.clip == "gpu" else torch.device("cpu")
     with report.measure_stage(
         "look",
-        f"CLIP on {device.type}, {len(plan.images)} image{'s' if len(plan.images) > 1 else ''}",
+        f"CLIP on {device.type}, {len(images)} image{'s' if len(images) > 1 else ''}",
     ):
         clip_model = model_cache.get_or_load("clip", device, lambda: image_encoder.load(device))
-        features = encode_images(
-            clip_model,
-            [convert_image_to_tensor(image) for image in plan.images],
-            image_size=image_encoder.dims.image_size,
-        )
+        features = encode_images(clip_model, list(images), image_size=image_encoder.dims.image_size)
         del clip_model
         free_memory()
     return features
@@ -98,8 +95,9 @@ def _encode_with_strategy(
     axis = session.groups.replica
     if axis.rank != 0 and strategy.name != "parallel":
         return None  # the first rank encodes alone
-    image_sizes = ", ".join(f"{image.width}x{image.height}" for image in plan.images)
-    with report.measure_stage("image", f"VAE {strategy}, {image_sizes}"):
+    image_sizes = [f"{image.width}x{image.height}" for image in plan.images]
+    image_text = ", ".join(image_sizes) or f"the last frame of clip {plan.clip_index}"
+    with report.measure_stage("image", f"VAE {strategy}, {image_text}"):
         vae_model = load_vae(
             session.checkpoint, config, strategy, report.device, session.model_cache
         )

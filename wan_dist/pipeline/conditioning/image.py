@@ -18,7 +18,11 @@ from wan_dist.planning.plan import RunPlan, VideoPlan
 
 
 def encode_inputs(
-    session: Session, config: RunConfig, plan: RunPlan, report: StageReport
+    session: Session,
+    config: RunConfig,
+    plan: RunPlan,
+    report: StageReport,
+    first_frame: Tensor | None,
 ) -> dict[str, Tensor]:
     """Return ``extra_channels``, and ``image_features`` where the model takes them, on the first rank."""
     conditioning_tensors: dict[str, Tensor] = {}
@@ -27,19 +31,25 @@ def encode_inputs(
     def encode_features() -> None:
         if session.groups.replica.rank == 0 and image_encoder is not None:
             conditioning_tensors["image_features"] = encode_image_features(
-                image_encoder, plan, report, session.model_cache
+                image_encoder, _list_images(plan, first_frame), plan, report, session.model_cache
             ).to(report.device)
 
     session.run_together(encode_features, "encode the image", uses_collectives=False)
-    latents = encode_latents(session, config, plan, report, lambda: _make_chunks(plan))
+    latents = encode_latents(session, config, plan, report, lambda: _make_chunks(plan, first_frame))
     if latents is not None:
         mask = make_image_mask(plan.latent_shape, has_last_image=len(plan.images) == 2)
         conditioning_tensors["extra_channels"] = torch.cat([mask.to(latents), latents], dim=1)
     return conditioning_tensors
 
 
-def _make_chunks(plan: VideoPlan) -> Iterator[Tensor]:
-    first_image, *last_images = (convert_image_to_tensor(image) for image in plan.images)
+def _list_images(plan: VideoPlan, first_frame: Tensor | None) -> list[Tensor]:
+    if first_frame is not None:
+        return [first_frame]
+    return [convert_image_to_tensor(image) for image in plan.images]
+
+
+def _make_chunks(plan: VideoPlan, first_frame: Tensor | None) -> Iterator[Tensor]:
+    first_image, *last_images = _list_images(plan, first_frame)
     return make_image_chunks(
         first_image,
         last_images[0] if last_images else None,

@@ -13,13 +13,20 @@ from wan_dist.tasks.images import crop_to_cover
 
 
 def encode_inputs(
-    session: Session, config: RunConfig, plan: RunPlan, report: StageReport
+    session: Session,
+    config: RunConfig,
+    plan: RunPlan,
+    report: StageReport,
+    first_frame: Tensor | None,
 ) -> dict[str, Tensor]:
     """Return ``known_latents`` on the ranks that encode the image."""
-    latents = encode_latents(session, config, plan, report, lambda: _make_chunks(plan))
+    latents = encode_latents(session, config, plan, report, lambda: _make_chunks(plan, first_frame))
     return {} if latents is None else {"known_latents": latents}
 
 
-def _make_chunks(plan: VideoPlan) -> Iterator[Tensor]:
-    first_frame = crop_to_cover(plan.images[0], (plan.width, plan.height))
-    return iter([convert_image_to_tensor(first_frame).unsqueeze(1).unsqueeze(0)])
+def _make_chunks(plan: VideoPlan, first_frame: Tensor | None) -> Iterator[Tensor]:
+    if first_frame is None:
+        first_frame = convert_image_to_tensor(
+            crop_to_cover(plan.images[0], (plan.width, plan.height))
+        )
+    return iter([first_frame.unsqueeze(1).unsqueeze(0)])

@@ -1,0 +1,56 @@
+"""Clips of a video: each further one starts from the last decoded frame of the one before."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from wan_dist.parallel.collectives import broadcast
+from wan_dist.pipeline.denoise import VideoInProgress, make_latents
+from wan_dist.planning.file_names import name_latents
+from wan_dist.runtime.log import logger
+
+
+@torch.no_grad()
+def make_clips(video: VideoInProgress) -> Iterator[tuple[VideoInProgress, Tensor]]:
+    """Encode and denoise each clip of the video, and yield it with its latents (C, T, h, w), on every rank.
+
+    The caller decodes and writes a clip before it takes the next one.
+    """
+    try:
+        yield video, make_latents(video)
+        for clip_index in range(1, video.plan.num_clips):
+            begin_clip = partial(_begin_clip, video, clip_index)
+            clip = video.session.run_together(begin_clip, "begin a clip")
+            yield clip, make_latents(clip)
+    except BaseException:
+        video.writer.close()
+        raise
+
+
+def _begin_clip(video: VideoInProgress, clip_index: int) -> VideoInProgress:
+    """Return a further clip, with its saved progress.
+
+    The frame goes to every rank as the decoder's float32: the 8 bits of the video file would lose some of it.
+    """
+    axis, device = video.session.groups.replica, video.session.device
+    first_frame = cast(Tensor, broadcast(video.writer.last_frame, axis, device)).cpu()
+    video.resume_state.begin_clip(clip_index, axis, device)
+    plan = replace(video.plan, clip_index=clip_index, images=())
+    logger.log(
+        video.report.log_level,
+        "clip      %d of %d, from frame %d",
+        clip_index + 1,
+        plan.num_clips,
+        plan.first_frame_index + 1,
+    )
+    return replace(
+        video,
+        plan=plan,
+        report=video.report.for_clip(clip_index + 1),
+        latents_file=video.result_file.with_name(name_latents(video.result_file.stem, clip_index)),
+        first_frame=first_frame,
+    )
