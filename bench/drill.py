@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,20 @@ _MOST_RUNS = 5
 """Runs after the last fault within which the remaining jobs have to be made."""
 
 Line = dict[str, Any]
+StartProcess = Callable[[Sequence[str], Mapping[str, str], Path], Run]
+"""Starts a run from its interpreter's arguments, additional variables and log."""
+
+
+def start_interpreter(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Run:
+    """Start an interpreter with these arguments and additional variables; append its output to ``log``."""
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-W", "ignore", *arguments],
+            cwd=_ROOT,
+            env=os.environ | environment,
+            stdout=file,
+            stderr=file,
+        )
 
 
 @dataclass
@@ -87,6 +101,10 @@ class Drill:
 
     None: each rank is one, so that a run without torchrun makes the same videos, bit-identical.
     """
+
+    start_process: StartProcess = start_interpreter
+    start_seconds: float = 8.0
+    """Longest time from a start to a fault: long enough that some are injected before the first step."""
 
     def __post_init__(self) -> None:
         self.lines = [self._line(number) for number in range(self.num_jobs)]
@@ -160,19 +178,11 @@ class Drill:
         return self._start(["-m", "wan_dist.run", *settings])
 
     def _start(self, command: list[str]) -> Run:
-        environment = (
-            os.environ | {"OMP_NUM_THREADS": "1"} | (self.fsync.environment if self.fsync else {})
-        )
-        with (self.folder / "log.txt").open("ab") as log:
-            log.write(f"---- {time.strftime('%H:%M:%S')} {' '.join(command[:6])}\n".encode())
-            log.flush()
-            run = subprocess.Popen(
-                [sys.executable, "-W", "ignore", *command],
-                cwd=_ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
+        environment = {"OMP_NUM_THREADS": "1"} | (self.fsync.environment if self.fsync else {})
+        log = self.folder / "log.txt"
+        with log.open("a") as file:
+            file.write(f"---- {time.strftime('%H:%M:%S')} {' '.join(command[:6])}\n")
+        run = self.start_process(command, environment, log)
         self.runs.append(run)
         return run
 
@@ -198,7 +208,7 @@ class Drill:
             self._await(run, num_done + round(self.chance.uniform(0, 1.5 * share)))
             if run.poll() is not None and kind not in BETWEEN_RUNS:
                 run = self._again(run)
-                time.sleep(self.chance.uniform(0, 8))  # also while it starts
+                time.sleep(self.chance.uniform(0, self.start_seconds))  # also while it starts
             with (self.folder / "log.txt").open("a") as log:
                 log.write(f"---- {time.strftime('%H:%M:%S')} fault: {kind}\n")
             FAULTS[kind](self, run)
@@ -384,7 +394,7 @@ def run_drill(drill: Drill) -> tuple[float, float]:
     return under_faults, alone
 
 
-def main() -> None:
+def main(start_process: StartProcess = start_interpreter, start_seconds: float = 8.0) -> None:
     """Run the drill and print what was found; exit code 1 if there are violations."""
     options = parse_arguments()
     with (
@@ -392,6 +402,7 @@ def main() -> None:
         small_disk(Path(name), options.jobs * 2**18 + 2**24) as disk,
     ):
         drill = make_drill(options, Path(name), disk, random.Random(options.seed))
+        drill.start_process, drill.start_seconds = start_process, start_seconds
         under_faults, alone = run_drill(drill)
         failures = drill.fsync.num_failures if drill.fsync else 0
     found = {

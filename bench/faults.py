@@ -10,15 +10,36 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from bench.drill import Drill
 
-Run = subprocess.Popen[bytes]
 _FILL_BYTES = 2**16
 _LIMIT = 120.0
 """Seconds within which a run has to end after a fault that ends it."""
+
+
+class Run(Protocol):
+    """A run's process: torchrun, or the only rank. ``subprocess.Popen`` is one."""
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        ...
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, None before the end is seen by `poll` or `wait`."""
+        ...
+
+    def poll(self) -> int | None:
+        """Return the exit code, None if the process is alive."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and return the exit code."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -158,7 +179,7 @@ def fill_disk(drill: "Drill", run: Run) -> None:
 def run_beside(drill: "Drill", run: Run) -> None:
     """Start the same command a second time beside the run, and end the second one."""
     other = drill.start(drill.disk, launched=drill.num_replicas is not None)
-    time.sleep(drill.chance.uniform(6, 12))
+    time.sleep(drill.start_seconds * drill.chance.uniform(0.75, 1.5))
     ranks = ranks_of(other)
     send_signal(other.pid, drill.chance.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
     await_end(other, ranks)

@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 from collections import Counter, defaultdict
@@ -51,6 +52,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of garbage collections, of which each run of the command does several."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else triton takes what is imported for leaks, and says so
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import FIXTURES, golden_folder
 from tests.forked import run_forked, run_ranks, run_together
 from tests.test_command import reference_arguments
-from tests.torchrun import torchrun
 from wan_dist.jobs import worker
 from wan_dist.pipeline.denoise import VideoInProgress
 from wan_dist.run import main
@@ -409,8 +408,7 @@ def test_replicas_share_the_jobs(
         f"output.dir={tmp_path}",
         f"output.events={events}",
     ]
-    run = torchrun if num_ranks == 2 else run_ranks
-    run(num_ranks, "wan_dist.run", *command)
+    run_ranks(num_ranks, "wan_dist.run", *command)
     made = videos(tmp_path)
     assert made.keys() == single.keys()
     for name, video in made.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.forked import run_forked, run_ranks
+from tests.forked import run_forked, run_ranks, run_torchrun
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
 from wan_dist.parallel.mesh import Axis
@@ -47,6 +47,10 @@ def start(num_ranks: int, module: str, *arguments: str) -> subprocess.CompletedP
     )
 
 
+def start_forked(_: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_forked(module, *arguments)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) -> None:
     whole, parted = (f"output.dir={tmp_path / name}" for name in ("whole", "parted"))
@@ -60,7 +64,8 @@ def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) ->
         num_ranks - 1 :
     ]:  # one rank that ends in encoding is for the others one that failed
         rank = "0" if moment == "decode" else str(num_ranks - 1)
-        stopped = start(num_ranks, "tests.preempted", moment, rank, *SETTINGS, parted)
+        run = start if moment == "2" else run_torchrun if num_ranks > 1 else start_forked
+        stopped = run(num_ranks, "tests.preempted", moment, rank, *SETTINGS, parted)
         assert stopped.returncode == (75 if num_ranks == 1 else 1)  # torchrun has codes of its own
         assert said in stopped.stderr, stopped.stderr[-2000:]
         assert not (tmp_path / "parted/clip.mp4").exists()

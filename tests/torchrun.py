@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.forked import HANG_SECONDS
+
 
 def torchrun(
-    num_ranks: int, module: str, *arguments: str, timeout: float = 240, code: int = 0
+    num_ranks: int, module: str, *arguments: str, timeout: float = HANG_SECONDS, code: int = 0
 ) -> str:
     """Run a module on this many ranks of this machine and return what it printed; fails, with the
     end of what it said, at another code.

@@ -17,4 +17,4 @@ def test_spread_attention_is_attention(attention: str, usp: str) -> None:
     num_ranks = min(torch.cuda.device_count(), 4)
     if num_ranks < 2:
         pytest.skip("one GPU")
-    print(torchrun(num_ranks, "tests.gpu.nccl_worker", attention, usp, timeout=180))
+    print(torchrun(num_ranks, "tests.gpu.nccl_worker", attention, usp))

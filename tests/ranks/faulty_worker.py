@@ -70,15 +70,16 @@ def main(table: Path, rank: int, num_ranks: int) -> None:
                 owner, name = METHODS[fault["place"]]
                 method = failing(getattr(owner, name), fault["call"], ERRORS[fault["kind"]], when)
                 patches.enter_context(patch.object(owner, name, method))
+            began = time.monotonic()
             try:
                 with limit_row_time():
                     code = run(arguments)
             except BaseException:
                 traceback.print_exc()
                 code = -1
-        outcomes.append(
-            (code, time.monotonic() - float(when.read_text()) if when.exists() else 0.0)
-        )
+        end = time.monotonic()
+        fault_time = float(when.read_text()) if when.exists() else end
+        outcomes.append((code, end - fault_time, end - began))
     table.with_name(f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 
 

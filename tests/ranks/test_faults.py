@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from tests.ranks.test_runs import run_workers
 
-SECONDS = 25.0
-"""From a fault to the end of a run that has little left to do; a collective would wait for
-parallel.timeout.
+TIMES = 10.0
+"""A run ends within this many times what it takes undisturbed, from a fault on; a collective would wait for
+parallel.timeout, which is much more.
 """
 TOY = [
     "task=toy",
@@ -24,7 +24,7 @@ TOY = [
     "frame_num=17",
     "sample.steps=4",
     "cache.dir=null",
-    "parallel.timeout=120",
+    "parallel.timeout=600",
 ]
 ONE = [*TOY, "prompt=a red circle", "output.name=out", "output.save_tensor=true"]
 
@@ -40,8 +40,8 @@ TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 def outcomes(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], str]:
-    """Run all rows, with gloo or NCCL; returns their folder, each rank's exit code and seconds
-    after the fault, and what was said.
+    """Run all rows, with gloo or NCCL; returns their folder, each rank's exit code, seconds
+    after the fault and seconds in all, and what was said.
     """
     folder = tmp_path_factory.mktemp(f"faults-{request.param}")
     Image.new("RGB", (64, 64), "blue").save(folder / "image.png")
@@ -80,14 +80,19 @@ def video(folder: Path, name: str) -> torch.Tensor:
     return load_file(folder / name / "out.safetensors")["video"]
 
 
+def check_end_time(ends: dict[str, Any], name: str) -> None:
+    undisturbed = max(seconds for _, _, seconds in ends["plain"])
+    assert 0 < max(seconds for _, seconds, _ in ends[name]) < TIMES * undisturbed
+
+
 @pytest.mark.parametrize(
     "name",
     ["decode, rank 1", "decode, rank 0", "denoise, rank 1", "denoise sharded", "encode, rank 1"],
 )
 def test_all_take_less_where_one_runs_out_of_memory(name: str, outcomes: Any) -> None:
     folder, ends, told = outcomes
-    assert [code for code, _ in ends[name]] == [0, 0], told
-    assert 0 < max(seconds for _, seconds in ends[name]) < SECONDS
+    assert [code for code, *_ in ends[name]] == [0, 0], told
+    check_end_time(ends, name)
     undisturbed = video(folder, "image" if name.startswith("encode") else "plain")
     assert (video(folder, name) - undisturbed).abs().max() < 1e-3
     assert not list((folder / name).glob("*.state.safetensors"))
@@ -95,18 +100,18 @@ def test_all_take_less_where_one_runs_out_of_memory(name: str, outcomes: Any) ->
 
 def test_an_error_of_one_rank_ends_the_run_and_keeps_its_steps(outcomes: Any) -> None:
     folder, ends, told = outcomes
-    assert [code for code, _ in ends["error in denoising"]] == [1, 1], told
-    assert 0 < max(seconds for _, seconds in ends["error in denoising"]) < SECONDS
+    assert [code for code, *_ in ends["error in denoising"]] == [1, 1], told
+    check_end_time(ends, "error in denoising")
     assert told.count("wan_dist: error: RuntimeError: as of cuDNN, on this rank alone") == 1
-    assert [code for code, _ in ends["again"]] == [0, 0], told
+    assert [code for code, *_ in ends["again"]] == [0, 0], told
     assert "goes on   after 2 steps" in told
     assert (video(folder, "error in denoising") - video(folder, "plain")).abs().max() < 1e-5
 
 
 def test_an_error_of_one_rank_fails_its_job_alone(outcomes: Any) -> None:
     folder, ends, told = outcomes
-    assert [code for code, _ in ends["error in a batch"]] == [1, 0], told
-    assert 0 < max(seconds for _, seconds in ends["error in a batch"]) < SECONDS
+    assert [code for code, *_ in ends["error in a batch"]] == [1, 0], told
+    check_end_time(ends, "error in a batch")
     records = [
         json.loads(file.read_text()) for file in (folder / "error in a batch").glob("*.json")
     ]

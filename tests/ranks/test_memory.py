@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bench.random_checkpoint import make_checkpoint
-from tests.torchrun import torchrun
+from tests.forked import run_ranks
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import ModelDims, TextEncoderDims, TransformerDims, VaeDims
 from wan_dist.models.fused_transformer import FusedTransformer
@@ -57,7 +57,7 @@ def big_checkpoint(folder: Path) -> int:
 
 def test_a_rank_holds_its_shard_and_little_more(tmp_path: Path) -> None:
     whole = big_checkpoint(tmp_path)
-    torchrun(NUM_RANKS, "tests.ranks.load_worker", str(tmp_path), str(NUM_RANKS))
+    run_ranks(NUM_RANKS, "tests.ranks.load_worker", str(tmp_path), str(NUM_RANKS))
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(NUM_RANKS)]
     print(f"{whole / GIB:.2f} GiB", json.dumps(ranks))
     assert whole > 1.6 * GIB

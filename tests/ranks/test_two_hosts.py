@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES
+from tests.forked import HANG_SECONDS
 from tests.test_command import reference_arguments
 
 SCRIPTS = Path(__file__).parents[3] / "shared" / "slurm"
@@ -86,7 +87,7 @@ def test_hosts_with_two_networks_and_misleading_names_find_each_other(
         f"output.dir={network / 'out'}",
     ]
     job = start(network, toy)
-    job.communicate(timeout=120)
+    job.communicate(timeout=HANG_SECONDS)
     told = logs(network)
     assert job.returncode == 0, told
     assert "network   eth0 of eth0, eth1;" in told["host1"]
@@ -120,7 +121,7 @@ def test_two_hosts_make_the_reference_implementations_video(network: Path) -> No
             f"output.dir={network / 'out'}",
         ],
     )
-    job.communicate(timeout=120)
+    job.communicate(timeout=HANG_SECONDS)
     told = logs(network)
     assert job.returncode == 0, told
     assert "dp 1 x cfg 1 x ring 2 x ulysses 2" in told["host1"]
@@ -146,7 +147,7 @@ def test_a_cut_link_ends_both_hosts_in_time(network: Path) -> None:
     time.sleep(2)
     subprocess.run(["bash", SCRIPTS / "netns_link.sh", "host2", "down"], check=True)
     cut = time.perf_counter()
-    job.communicate(timeout=90)
+    job.communicate(timeout=HANG_SECONDS)
     took = time.perf_counter() - cut
     assert job.returncode != 0
     for host, told in logs(network).items():
@@ -155,4 +156,6 @@ def test_a_cut_link_ends_both_hosts_in_time(network: Path) -> None:
         assert "; in stage denoise" in told
         assert "(waiting for rank" in told
     print(f"both ended {took:.0f} s after the cut")
-    assert took < 60  # the limit, 20 s of patience with torchrun, and what a busy machine adds
+    assert (
+        took < 180
+    )  # the limit, 20 s of patience with torchrun, and the rest; torchrun alone takes 924 s

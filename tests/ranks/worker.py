@@ -5,7 +5,6 @@ A row: a port, a number of ranks, arguments. Ranks from that number on sit the r
 """
 
 import faulthandler
-import gc
 import json
 import os
 import sys
@@ -16,16 +15,14 @@ from pathlib import Path
 
 import torch
 
+from tests.forked import HANG_SECONDS
 from wan_dist.run import main as run
-
-ROW_SECONDS = 240
-"""The longest that a row may take, on a busy machine too."""
 
 
 @contextmanager
 def limit_row_time() -> Iterator[None]:
     """End this process, with the stacks of its threads, if what it does takes too long."""
-    faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
     try:
         yield
     finally:
@@ -50,7 +47,6 @@ def run_row(rank: int, num_ranks: int, port: int, arguments: list[str]) -> int:
 
 def main(table: Path, rank: int, _: int) -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # runs collect garbage several times each: not in what the libraries hold
     codes = [
         run_row(rank, num_ranks, port, arguments) if rank < num_ranks else None
         for port, num_ranks, arguments in json.loads(table.read_text(encoding="utf-8"))

@@ -83,7 +83,7 @@ def later(seconds: float) -> Callable[[], bool]:
 
 
 def results(futures: list[Future[Any]]) -> list[Any]:
-    return [future.result(timeout=10) for future in futures]
+    return [future.result(timeout=120) for future in futures]
 
 
 def test_values_are_gathered_in_the_order_of_ranks(
@@ -138,7 +138,7 @@ def test_who_waits_for_a_rank_that_has_failed_learns_why(
         with pytest.raises(
             RankError, match=rf"image=a.png cannot be read \(rank 1 on {socket.gethostname()}\)"
         ) as raised:
-            future.result(timeout=10)
+            future.result(timeout=120)
         assert raised.value.fault == RankFailure(
             1, socket.gethostname(), "input", "image=a.png cannot be read"
         )

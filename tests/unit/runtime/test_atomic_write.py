@@ -114,7 +114,7 @@ def test_a_link_under_the_final_name_is_replaced_and_not_followed(tmp_path: Path
 
 
 def test_two_may_write_one_path_at_once(tmp_path: Path) -> None:
-    path, together = tmp_path / "a.json", threading.Barrier(2, timeout=10)
+    path, together = tmp_path / "a.json", threading.Barrier(2, timeout=120)
     faults: list[BaseException] = []
 
     def work(content: str) -> None:
