@@ -58,11 +58,14 @@ class ForkedProcess:
 
 
 class ForkServer:
-    """The process that commands are forked from, with these variables in its own environment too."""
+    """The process that commands are forked from, with these variables in its own environment too.
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    The words ``place`` are those of a command that runs the one after them elsewhere, as the same process.
+    """
+
+    def __init__(self, environment: Mapping[str, str], place: Sequence[str] = ()) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.forked"],
+            [*place, sys.executable, "-W", "ignore", "-m", "tests.forked"],
             cwd=ROOT,
             # no threads, which a fork would lose
             env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
@@ -184,7 +187,7 @@ def run_together(
 
 
 def serve() -> None:
-    """Fork for each command and answer with its process; for a process, with its exit code if it has ended."""
+    """Fork for each command and answer with its process id; for a process id, with its exit code or null."""
     for module in IMPORTED:
         importlib.import_module(module)
     gc.freeze()  # what is imported is not looked through by each command that collects garbage

@@ -35,8 +35,9 @@ def _handlers_are_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         module, "_log_preemption_request", lambda: None
     )  # it would when the test has ended
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    wakeup = signal.set_wakeup_fd(-1)
-    signal.set_wakeup_fd(wakeup)
+    wakeup = signal.set_wakeup_fd(
+        -1
+    )  # a run that was ended in another test goes on watching signals
     yield
     signal.set_wakeup_fd(wakeup)
     for number, handler in before.items():
