@@ -17,8 +17,8 @@ test: $(VENV)/.dev ## run the tests
 test-toy: $(VENV)/.dev ## score the tiny model on 64 captions, on one rank and on two; ten minutes on 2 cores
 	WAN_DIST_CAPTIONS=64 $(BIN)/python -m pytest tests/test_toy_videos.py
 
-test-slurm: $(VENV)/.dev ## submit the scripts of slurm/ to a Slurm on this machine
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_slurm.py -rs
+test-slurm: $(VENV)/.dev ## submit the scripts of slurm/ to a Slurm on this machine; as root, with munge slurmctld slurmd slurm-client
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 drill: $(VENV)/.runtime ## inject 60 faults into a run of 1000 jobs; half an hour on 2 cores
 	$(BIN)/python -m bench.drill

@@ -15,7 +15,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +99,20 @@ def held_out(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
     return [(scene, caption(scene, chance)) for scene in chance.sample(scenes, count)]
 
 
+def run_command(num_ranks: int, settings: Sequence[str], threads: int) -> None:
+    """Run the command on these ranks; raises RuntimeError if it fails."""
+    done = subprocess.run(
+        build_run_command(num_ranks, list(settings)),
+        cwd=_ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(settings)}: exit {done.returncode}\n{done.stderr[-2000:]}")
+
+
 def videos_of(
     asked: Sequence[tuple[Scene, str]],
     settings: Sequence[str],
@@ -106,8 +120,9 @@ def videos_of(
     num_ranks: int = 1,
     threads: int = 1,
     image: bool = False,
+    run: Callable[[int, Sequence[str], int], None] = run_command,
 ) -> list[Made]:
-    """Make a video of each caption in one run of the command.
+    """Make a video of each caption in one run of the command, which ``run`` starts.
 
     Several ranks compute each video together. With ``image`` each is given the first frame of a rendered
     video of its scene. Raises RuntimeError if the run fails.
@@ -132,15 +147,7 @@ def videos_of(
             "output.save_tensor=true",
             f"parallel.ulysses={num_ranks}",
         ]
-        command = build_run_command(num_ranks, ["task=toy", *shared, *settings])
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        done = subprocess.run(
-            command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(
-                f"{' '.join(settings)}: exit {done.returncode}\n{done.stderr[-2000:]}"
-            )
+        run(num_ranks, ["task=toy", *shared, *settings], threads)
         return [_made(folder, f"{number:03}") for number in range(len(asked))]
 
 

@@ -3,16 +3,23 @@ captions that it was not trained on.
 """
 
 import os
+from collections.abc import Sequence
 
 from bench.toy_quality import held_out, psnr, videos_of
+from tests.forked import run_ranks
 from toy.judge import judge
 
-ASKED = held_out(64)[: int(os.environ.get("WAN_DIST_CAPTIONS", "3"))]
+ASKED = held_out(64)[: int(os.environ.get("WAN_DIST_CAPTIONS", "2"))]
+
+
+def run_forked(num_ranks: int, settings: Sequence[str], _: int) -> None:
+    run_ranks(num_ranks, "wan_dist.run", *settings)
 
 
 def test_nine_of_ten_captions_are_shown_rightly() -> None:
     made = {
-        num_ranks: videos_of(ASKED, ["device=cpu"], num_ranks=num_ranks) for num_ranks in (1, 2)
+        num_ranks: videos_of(ASKED, ["device=cpu"], num_ranks=num_ranks, run=run_forked)
+        for num_ranks in (1, 2)
     }
     for num_ranks, videos in made.items():
         verdicts = {

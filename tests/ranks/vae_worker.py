@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
         axis = groups.replica
         cases = [
             *itertools.product(VAES.items(), SIZES, (1, 4)),
-            (("2.1", VAES["2.1"]), (5, 9), 21),
+            (("2.1", VAES["2.1"]), (5, 9), 9),
         ]
         for (name, dims), (rows, columns), num_latents in cases:
             vae = random_vae(dims)

@@ -28,8 +28,9 @@ TWO_TASKS = ["--gpus-per-node=2", "--ntasks-per-node=2", *SMALL]
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_scripts_are_sound(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", script], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck; Debian's package: shellcheck")
+    subprocess.run(["shellcheck", script], check=True)
 
 
 class Slurm:

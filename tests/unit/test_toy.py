@@ -67,7 +67,7 @@ def test_normalised_latents_have_the_published_moments() -> None:
 
 def test_what_is_drawn_is_judged_right() -> None:
     chance = random.Random(1)
-    scenes = [draw_scene(chance) for _ in range(60)] + chance.sample(list(all_scenes()), 60)
+    scenes = [draw_scene(chance) for _ in range(24)] + chance.sample(list(all_scenes()), 24)
     for scene, video in zip(scenes, render(scenes, chance, CPU), strict=True):
         frames = convert_to_uint8_frames(video).numpy()
         assert judge(frames, scene).right, (scene, judge(frames, scene).seen)
@@ -75,7 +75,7 @@ def test_what_is_drawn_is_judged_right() -> None:
 
 def test_what_is_wrong_is_judged_wrong() -> None:
     chance = random.Random(2)
-    scenes = chance.sample(list(all_scenes()), 10)
+    scenes = chance.sample(list(all_scenes()), 6)
     for scene, video in zip(scenes, render(scenes, chance, CPU), strict=True):
         frames = convert_to_uint8_frames(video).numpy()
         (thing,) = scene.things

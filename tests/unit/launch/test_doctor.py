@@ -17,7 +17,6 @@ from launch.doctor import exchange, gpus, machine, software
 from launch.doctor.findings import FAULT, NOTE, OK, Finding, run_checks
 from tests.conftest import FIXTURES
 from tests.forked import run_torchrun
-from tests.torchrun import torchrun
 from wan_dist.parallel.mesh import Axis
 
 H200 = "NVIDIA H200, 580.1"
@@ -181,7 +180,7 @@ def test_settings_that_are_wrong(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_ranks_exchange() -> None:
-    told = torchrun(2, "launch", "doctor")
+    told = run_torchrun(2, "launch", "doctor").stdout
     assert told.count("ok     system") == 1
     assert "2 ranks by gloo: all values correct" in told
 

@@ -1,4 +1,4 @@
-"""``python -m launch submit``: the scripts that it makes, and what it refuses. tests/test_slurm.py
+"""``python -m launch submit``: the scripts that it makes, and what it refuses. tests/slurm
 submits some.
 """
 
