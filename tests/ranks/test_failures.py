@@ -58,7 +58,7 @@ def start(program: list[str], folder: Path, **environment: str) -> subprocess.Po
 
 def nothing_is_left(group: int) -> bool:
     """Whether the process group has no live member."""
-    for _ in range(50):
+    for _ in range(600):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
