@@ -29,6 +29,8 @@ CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+# Ranks meet at a port that follows from the job: not at that of another cluster on this machine
+FirstJobId={first_job}
 SlurmUser=root
 AuthType=auth/munge
 # After cred_expire seconds a requeued job starts again: 120 by default
@@ -100,6 +102,7 @@ class Cluster:
             CONFIGURATION.format(
                 host=socket.gethostname().partition(".")[0],
                 port=first_port,
+                first_job=1 + os.getpid() % 80 * 20,
                 folder=self.folder,
                 nodes="\n".join(nodes),
                 names=",".join(NODES),

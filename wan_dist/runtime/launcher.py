@@ -16,6 +16,8 @@ from wan_dist.runtime.errors import InputError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LAUNCHER_GRACE_SECONDS = 20.0
+_parent_pid: int | None = None
+"""The process that started this rank, set by `set_parent_death_signal`."""
 _SHELL_NAMES = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh", "fish")
 
 _KILL_LAUNCHER_SCRIPT = """
@@ -170,6 +172,8 @@ def set_parent_death_signal() -> None:
 
     A torchrun that is killed does not end its ranks itself.
     """
+    global _parent_pid
+    _parent_pid = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -178,16 +182,18 @@ def schedule_launcher_kill() -> None:
     """Have the torchrun of this failed rank killed if it does not end by itself, unless it may restart ranks.
 
     A torchrun that has lost the rendezvous host waits for it for 15 minutes, and ignores SIGTERM meanwhile.
+    One that has died is not replaced by the process that has adopted its ranks.
     """
     can_restart = read_text_variable("TORCHELASTIC_RESTART_COUNT") != read_text_variable(
         "TORCHELASTIC_MAX_RESTARTS"
     )
-    if detect_launcher() == "torchrun" and not can_restart:
+    is_alive = os.getppid() == _parent_pid
+    if detect_launcher() == "torchrun" and is_alive and not can_restart:
         command = [
             sys.executable,
             "-c",
             _KILL_LAUNCHER_SCRIPT,
-            str(os.getppid()),
+            str(_parent_pid),
             str(_LAUNCHER_GRACE_SECONDS),
         ]
         subprocess.Popen(

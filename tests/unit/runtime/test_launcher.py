@@ -1,9 +1,11 @@
 """What a task of srun takes from Slurm in place of torchrun's variables."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from wan_dist.runtime import launcher
 from wan_dist.runtime.environment import read_rank_layout, sanitize_environment
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.launcher import expand_host_list, translate_slurm_variables
@@ -166,3 +168,21 @@ def test_ranks_of_torchrun_are_torchruns(environment: dict[str, str]) -> None:
 )
 def test_hosts_of_a_list(nodes: str, hosts: list[str]) -> None:
     assert expand_host_list(nodes) == hosts
+
+
+def test_who_has_adopted_a_rank_is_not_taken_for_its_launcher(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"):
+        monkeypatch.setenv(name, "0")
+    killed: list[str] = []
+    monkeypatch.setattr(launcher, "detect_launcher", lambda: "torchrun")
+    monkeypatch.setattr(
+        launcher.subprocess, "Popen", lambda command, **_: killed.append(command[3])
+    )
+    monkeypatch.setattr(launcher, "_parent_pid", os.getppid())
+    launcher.schedule_launcher_kill()
+    assert killed == [str(os.getppid())]
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    launcher.schedule_launcher_kill()
+    assert len(killed) == 1
