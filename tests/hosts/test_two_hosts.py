@@ -69,7 +69,7 @@ def test_hosts_with_two_networks_and_misleading_names_make_the_references_video(
             server.close()
     told = read_logs(tmp_path)
     assert codes == [0, 0], told
-    assert "network   eth0 of eth0, eth1;" in told["host1"]
+    assert "network   eth0 (found eth0, eth1);" in told["host1"]
     assert "dp 1 x cfg 1 x ring 2 x ulysses 2" in told["host1"]
     video = load_file(tmp_path / "out/out.safetensors")["video"]
     expected = load_file(FIXTURES / "wan2.1-t2v/expected/unipc.safetensors")["video"]
