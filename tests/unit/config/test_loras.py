@@ -146,7 +146,7 @@ def test_only_texts_are_files_of_a_job(tmp_path: Path) -> None:
     file = tmp_path / "jobs.jsonl"
     for value in ([1], True, ["a", None]):
         file.write_text(json.dumps({"prompt": "a cat", "lora": value}))
-        with pytest.raises(InputError, match="is not a text; write it in quotes"):
+        with pytest.raises(InputError, match="is not text; write it in quotes"):
             plan_jobs(read(f"jobs={file}", task="toy"), ["task=toy"], ranks=(1, 1), gpu_bytes=None)
 
 

@@ -42,13 +42,14 @@ def open_golden(
     *files: tuple[str | Path, float],
     expert: str | None = None,
     allow_unmatched: bool = False,
-    dtype: torch.dtype = torch.float32,
+    transformer: Path | None = None,
 ) -> Checkpoint:
     key = "lora" if expert is None else f"lora_{expert}"
     return open_checkpoint(
         golden_folder(model),
         TASKS[TASK_BY_MODEL[model]],
-        dtype,
+        torch.float32,
+        transformer_files=[transformer] if transformer else [],
         loras=[LoraSetting(key, FILES / file, strength, expert) for file, strength in files],
         allow_unmatched=allow_unmatched,
     )
@@ -196,3 +197,34 @@ def test_every_module_of_a_file_is_found(name: str) -> None:
     touched = {key.removesuffix(".weight").removesuffix(".bias") for key in case["sums"]}
     for lora in open_case(case).loras:
         assert f" of {len(touched)} modules, " in lora.description
+
+
+ENCODED = (
+    *("gguf/t2v-q8_0.gguf", "gguf/t2v-q5_1-prefix.gguf"),
+    *("single/lightx2v-int8.safetensors", "single/lightx2v-fp8.safetensors"),
+    *("single/kijai-fp8-scaled-e5m2.safetensors", "single/comfy-fp8-scaled.safetensors"),
+)
+
+
+@pytest.mark.parametrize("file", ENCODED)
+def test_updates_are_added_to_the_values_of_encoded_weights(file: str) -> None:
+    """Of their values, not of the numbers that are stored for them."""
+    if not FILES.exists():
+        pytest.skip("the goldens of LoRA files are not beside this checkout")
+    transformer = FILES / file
+    lora = ("lora/original-ab.safetensors", 1.0)
+    plain = read_weights(open_golden("wan2.1-t2v", transformer=transformer))
+    merged = read_weights(
+        open_golden("wan2.1-t2v", lora, transformer=transformer, allow_unmatched=True)
+    )
+    down_and_up = load_file(FILES / lora[0])
+    num_merged = 0
+    for key in plain:
+        module = f"diffusion_model.{key.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in down_and_up:
+            assert torch.equal(plain[key], merged[key]), key
+            continue
+        down, up = (down_and_up[f"{module}.lora_{part}.weight"].double() for part in "AB")
+        assert relative_error(merged[key], plain[key].double() + up @ down) < 1e-6
+        num_merged += 1
+    assert num_merged >= 10
