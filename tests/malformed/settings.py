@@ -215,7 +215,7 @@ PLACES = [
     setting("lora=", says="lora is empty"),
     setting("lora=x.safetensors", says="lora=x.safetensors cannot be read: No such file"),
     setting("lora=.", says="lora=."),
-    setting("lora=[~nobody-of-this-name/x]", says="no home folder of this user is known"),
+    setting("lora=[~nobody-of-this-name/x]", says="the home folder of this user is unknown"),
     _with(
         "lora is a pipe",
         "lora=x.safetensors",
