@@ -182,7 +182,7 @@ class RunConfig:
         list_loras(self)
         self.parse_size()
         if self.clips < 1:
-            raise InputError(f"clips={self.clips}: a video has at least 1 clip")
+            raise InputError(f"clips={self.clips} must be at least 1")
         if self.fps < 1:
             raise InputError(f"fps={self.fps} must be at least 1")
         if self.fps > _MAX_FPS:

@@ -199,7 +199,10 @@ def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
     solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
     if initial_latents is None:
         noise = draw_initial_noise(
-            plan.latent_shape, seed=plan.noise_seed, noise_device=config.noise_device, device=device
+            plan.latent_shape,
+            seed=(plan.seed + plan.clip_index) % 2**64,
+            noise_device=config.noise_device,
+            device=device,
         )
         initial_latents = broadcast(noise, video.session.groups.replica, device)
         assert initial_latents is not None

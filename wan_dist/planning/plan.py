@@ -65,7 +65,6 @@ class VideoPlan:
     Those of a job that is only checked are not read.
     """
     num_images: int
-    """Images that a clip starts from; further clips start from a frame."""
     width: int
     height: int
     size_note: str
@@ -107,11 +106,6 @@ class VideoPlan:
     def is_last_clip(self) -> bool:
         """Whether the video ends with this clip."""
         return self.clip_index == self.num_clips - 1
-
-    @property
-    def noise_seed(self) -> int:
-        """Seed of the clip's noise: of the next clip it is the next number."""
-        return (self.seed + self.clip_index) % 2**64
 
     @property
     def size_advice(self) -> str | None:
