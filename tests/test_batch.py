@@ -3,6 +3,7 @@ rank and on several.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -291,13 +292,13 @@ def test_an_image_that_vanishes_fails_its_job_alone(
     jobs: list[dict[str, object]] = [
         {"name": name, "prompt": "a red ball", "image": f"{name}.png"} for name in "abc"
     ]
-    make = worker.make_latents
+    make = worker.make_clips
 
-    def make_and_lose(video: VideoInProgress) -> torch.Tensor:
+    def make_and_lose(video: VideoInProgress) -> Iterator[tuple[VideoInProgress, torch.Tensor]]:
         (tmp_path / "b.png").unlink(missing_ok=True)
         return make(video)
 
-    monkeypatch.setattr(worker, "make_latents", make_and_lose)
+    monkeypatch.setattr(worker, "make_clips", make_and_lose)
     assert (
         main([*TINY, write_jobs(tmp_path / "jobs.jsonl", jobs), f"output.dir={tmp_path / 'out'}"])
         == 1
@@ -360,7 +361,7 @@ def test_what_only_frames_depend_on_is_made_again_from_latents(
         ),
         (
             ['{"prompt": "a"}', '{"prompt": "b", "output.dir": "x"}'],
-            "line 2: output.dir is of the whole run",
+            "line 2: output.dir applies to the whole run",
         ),
         (
             ['{"prompt": "a"}', '{"prompt": "b", "frame_num": 6}'],

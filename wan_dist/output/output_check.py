@@ -6,6 +6,7 @@ A run should not fail there after hours: permissions, free space, quota, name le
 import errno
 import os
 import secrets
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from wan_dist.planning.plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 
+_PROBE_NAME = "wan-dist-probe"
+_MAX_PROBE_SECONDS = 300.0
+"""Seconds that a check takes at most; files that are older were left by one that was killed."""
 _VIDEO_BYTES_PER_PIXEL = 0.03
 """Bytes per pixel of a frame, at least, at the encoder's rate factor; busy scenes take ten times as much."""
 _LONGEST_FILE_NAME = ".{}.0123456789ab.state.01234567.partial.safetensors"
@@ -51,10 +55,11 @@ def estimate_output(plan: VideoPlan, *, saves_tensor: bool) -> OutputEstimate:
 def check_output_folder(folder: Path, estimates: Sequence[OutputEstimate]) -> None:
     """Create the folder, check that the largest result fits, and encode two frames; raises InputError."""
     # a random name, as several runs may start in one folder at once
-    probe_file = folder / f".wan-dist-probe-{secrets.token_hex(4)}.mp4"
+    probe_file = folder / f".{_PROBE_NAME}-{secrets.token_hex(4)}.mp4"
     largest = max(estimates, key=lambda estimate: estimate.latents_bytes + estimate.frames_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_old_probes(folder)
         with probe_file.open("xb") as file:
             _check_free_space(folder, largest, file.fileno())
         _check_name_lengths(folder, estimates)
@@ -76,6 +81,14 @@ def check_output_folder(folder: Path, estimates: Sequence[OutputEstimate]) -> No
         ) from None
     finally:
         probe_file.unlink(missing_ok=True)
+
+
+def _remove_old_probes(folder: Path) -> None:
+    """Remove what checks of this kind have left that were killed; those of now may be at work."""
+    for file in folder.glob(f".*{_PROBE_NAME}-*"):
+        with suppress(OSError):
+            if time.time() - file.stat().st_mtime > _MAX_PROBE_SECONDS:
+                file.unlink()
 
 
 def _check_free_space(folder: Path, largest: OutputEstimate, probe_descriptor: int) -> None:

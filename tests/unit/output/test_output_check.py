@@ -60,6 +60,16 @@ def refuse_room(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "posix_fallocate", fail)
 
 
+def test_what_a_killed_check_has_left_is_removed_later(tmp_path: Path) -> None:
+    old, new = (tmp_path / f"..wan-dist-probe-{name}.1a2b.partial.mp4" for name in ("old", "new"))
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (1, 1))
+    check_output_folder(tmp_path, [OutputEstimate("video", 64, 64, 16)])
+    assert not old.exists()
+    assert new.exists()
+
+
 def test_too_little_room_is_said_with_both_numbers(
     tmp_path: Path, encoded: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
