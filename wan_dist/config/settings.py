@@ -24,6 +24,8 @@ class Effect(Flag):
     """The result made from given latents."""
 
 
+LOADING = Effect.WEIGHTS | Effect.MODELS
+"""What loaded models depend on."""
 ALL_EFFECTS = Effect.MODELS | Effect.LATENTS | Effect.RESULT
 
 

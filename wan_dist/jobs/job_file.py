@@ -16,6 +16,7 @@ from wan_dist.jobs.job_entries import KEY_ALIASES, read_entries
 from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
+from wan_dist.tasks.image_sizes import IMAGE_KEYS
 
 _RUN_ONLY_KEYS = (
     "jobs",
@@ -26,7 +27,7 @@ _RUN_ONLY_KEYS = (
     "output.dir",
     "output.events",
 )
-_FILE_KEYS = ("image", "first_frame", "last_frame", "latents")
+_FILE_KEYS = (*IMAGE_KEYS, "latents")
 """Settings that name a file, relative to the job file; so do those of `LORA_KEYS`, also several."""
 
 

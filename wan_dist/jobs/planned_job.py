@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from wan_dist.config.schema import RunConfig, read_settings
-from wan_dist.config.settings import Effect
+from wan_dist.config.settings import LOADING
 from wan_dist.config.sweep import is_sweep
 from wan_dist.jobs.job_file import Job, compose_job_configs, read_jobs
 from wan_dist.jobs.sweep_jobs import make_sweep_jobs
@@ -34,7 +34,7 @@ class PlannedJob:
     @property
     def model_key(self) -> str:
         """Key of the models that the job needs: equal for jobs that can use the same loaded ones."""
-        return repr(read_settings(self.config, Effect.WEIGHTS | Effect.MODELS))
+        return repr(read_settings(self.config, LOADING))
 
     @property
     def video_shape(self) -> tuple[int, ...]:

@@ -205,11 +205,12 @@ class ExpertPredictor:
             variant,
             lambda: self._load_transformer(expert_index, f"load{stage_suffix}", arrangement),
         )
-        if not arrangement.shard_dit and not model.has_time_embeddings(self._list_timestep_rows()):
+        timestep_rows = self._list_timestep_rows()
+        if not arrangement.shard_dit and not model.has_time_embeddings(timestep_rows):
             # The model was cached by a video with other timesteps.
             component = self.session.checkpoint.transformers[expert_index]
             time_layers = component.load_parts(TIME_LAYERS, self.report.device)
-            model.precompute_time_embeddings(self._list_timestep_rows(), time_layers)
+            model.precompute_time_embeddings(timestep_rows, time_layers)
         return model, contexts
 
     def _list_timestep_rows(self) -> list[Tensor]:

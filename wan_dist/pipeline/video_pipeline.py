@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
 from wan_dist.config.schema import RunConfig, list_settings
-from wan_dist.config.settings import Effect
+from wan_dist.config.settings import LOADING, Effect
 from wan_dist.config.typed_settings import check_setting, format_override
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
@@ -46,7 +46,6 @@ from wan_dist.tasks.run_config import read_config
 _COMMAND_KEYS = ("jobs", "retry_failed", "latents", "clips", "output.name", "output.events")
 _DEGREE_KEYS = ("dp", "cfg", "ring", "ulysses")
 _CALL_EFFECTS = Effect.LATENTS | Effect.RESULT
-_FIXED_EFFECTS = Effect.WEIGHTS | Effect.MODELS
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ class VideoPipeline:
             setting = list_settings().get(key)
             effect = Effect.NOTHING if setting is None else setting.metadata["effect"]
             if not key.startswith("output.") and (
-                effect & _FIXED_EFFECTS or not effect & _CALL_EFFECTS or not is_plain_key(key)
+                effect & LOADING or not effect & _CALL_EFFECTS or not is_plain_key(key)
             ):
                 raise InputError(f"{key} is of the whole pipeline; give it to open_pipeline")
         overrides = [(key, value, format_override(key, value)) for key, value in values.items()]

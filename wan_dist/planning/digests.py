@@ -14,7 +14,7 @@ from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
-from wan_dist.tasks.image_sizes import list_image_files
+from wan_dist.tasks.image_sizes import IMAGE_KEYS, list_image_files
 
 FORMAT_VERSION = 2
 """Format of digests, resume states and records; raised when one of another version would be misread."""
@@ -93,7 +93,7 @@ def compute_result_digest(
 def _read_new_settings(config: RunConfig, effect: Effect) -> dict[str, object]:
     """Return settings that earlier versions did not have, but for image files, whose content counts."""
     settings = read_settings(config, effect, is_new=True)
-    return {key: value for key, value in settings.items() if key not in list_image_files(config)}
+    return {key: value for key, value in settings.items() if key not in IMAGE_KEYS}
 
 
 def _compute_digest(depends_on: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
 
 MERGED_ROWS = 512
-"""Rows of a weight that are merged at once; as in weights/lora_updates.py."""
+"""Rows of a weight that are merged at once."""
 _ROWS_COPIES = 5
 """Copies of these rows in float32: as read, the sum of updates, an update, its parts."""
 _NUM_FACTORS = 2

@@ -10,8 +10,9 @@ from typing import Any
 from wan_dist.config.schema import RunConfig
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
+from wan_dist.tasks.image_sizes import IMAGE_KEYS
 
-_FILE_KEYS = ("jobs", "image", "first_frame", "last_frame", "latents")
+_FILE_KEYS = ("jobs", *IMAGE_KEYS, "latents")
 
 
 @dataclass(frozen=True)

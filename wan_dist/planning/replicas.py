@@ -3,8 +3,8 @@
 import math
 from dataclasses import replace
 
-from wan_dist.config.loras import list_loras
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.settings import LOADING
 from wan_dist.planning.degrees import Degrees, plan_degrees
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.plan import RunPlan, make_plan, plan_memory, read_num_heads
@@ -83,26 +83,8 @@ def assign_degrees(
 def _get_memory_key(config: RunConfig) -> tuple[object, ...]:
     """Return the key of all that degrees and memory depend on; jobs with the same key are planned once."""
     video_settings = (config.size, config.max_area, config.frame_num, config.latents is None)
-    model_settings = (
-        config.task,
-        config.ckpt_dir,
-        config.dit_file,
-        config.t5_file,
-        config.vae_file,
-        config.clip_file,
-        repr(list_loras(config)),
-        config.dtype,
-        config.quant,
-        config.attention,
-    )
-    return (
-        *video_settings,
-        *model_settings,
-        _is_guided(config),
-        repr(config.memory),
-        repr(config.fsdp),
-        repr(config.cache),
-    )
+    model_settings = repr(read_settings(config, LOADING))
+    return (*video_settings, model_settings, _is_guided(config), repr(config.cache))
 
 
 def _is_guided(config: RunConfig) -> bool:

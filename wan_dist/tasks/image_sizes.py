@@ -19,6 +19,8 @@ from wan_dist.tasks.registry import TASKS
 
 ImageSizeReader = Callable[[str, str], tuple[int, int]]
 """(file, setting that names it) -> (width, height): `read_image_size`, or the same with a cache."""
+IMAGE_KEYS = tuple(dict.fromkeys(key for task in TASKS.values() for key in task.inputs.file_keys))
+"""Settings that name an image of any task."""
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats whose headers and ends say enough; others are decoded."""
 _MAX_HEADER_PIXELS = 64 * 10**6
@@ -46,8 +48,7 @@ def read_image_size(file: str, key: str) -> tuple[int, int]:
 
 def list_image_files(config: RunConfig) -> dict[str, str]:
     """Return all image files of the settings, by setting."""
-    keys = dict.fromkeys(key for task in TASKS.values() for key in task.inputs.file_keys)
-    return {key: file for key in keys if (file := getattr(config, key)) is not None}
+    return {key: file for key in IMAGE_KEYS if (file := getattr(config, key)) is not None}
 
 
 def find_image_files(config: RunConfig, task: Task) -> dict[str, str]:

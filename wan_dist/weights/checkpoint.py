@@ -183,20 +183,17 @@ def open_checkpoint(
     task: Task,
     dtype: torch.dtype,
     *,
-    transformer_files: Sequence[Path] = (),
     given_files: GivenFiles = NO_FILES,
     loras: Sequence[LoraSetting] = (),
     allow_unmatched: bool = False,
 ) -> Checkpoint:
     """Open a folder in any layout; every file is checked against its model, no weights are read.
 
-    ``given_files`` hold models' weights instead of the folder's, by the settings that name them
-    (``dit_file``: also as ``transformer_files``); ``folder`` may be None where all are given. ``loras`` are
-    added to the transformers' weights, with ``allow_unmatched`` also those that are made for more modules
-    than there are. Raises InputError for what is missing, damaged, or of another model or task.
+    ``given_files`` hold models' weights instead of the folder's, by the settings that name them;
+    ``folder`` may be None where all are given. ``loras`` are added to the transformers' weights, with
+    ``allow_unmatched`` also those that are made for more modules than there are. Raises InputError for what
+    is missing, damaged, or of another model or task.
     """
-    if transformer_files:
-        given_files = {**given_files, "dit_file": transformer_files}
     layout = find_layout(folder, task, given_files)
     transformer_pairs = [
         open_transformer(part, dtype, layout.transformer_configs) for part in layout.transformers

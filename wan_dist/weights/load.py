@@ -15,10 +15,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from wan_dist.models.kernels.quantized_linear import QUANTIZED_PARTS as QUANTIZED_PARTS
 from wan_dist.models.kernels.quantized_linear import find_quantization, quantize_rows
+from wan_dist.planning.lora_memory import MERGED_ROWS
 from wan_dist.runtime.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles, format_first_ten
 from wan_dist.weights.key_maps import KeyMap, TensorSource
-from wan_dist.weights.lora_updates import MERGED_ROWS
 
 _ROWS_AT_ONCE = 512
 """Rows that are quantised at once, which bounds the memory of their full-precision copy."""

@@ -15,13 +15,11 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from wan_dist.planning.lora_memory import MERGED_ROWS
 from wan_dist.weights.files import TensorFiles
 
 RowReader = Callable[[int, int], Tensor]
 """(start, stop) -> these rows of a weight, float32, on the device that computes."""
-
-MERGED_ROWS = 512
-"""Rows of a weight that are merged at once."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +145,7 @@ class Kronecker:
 def _compute_whole(part: Factor | LowRank, device: torch.device) -> Tensor:
     if isinstance(part, Factor):
         return part.read(device)
-    return part.up.read(device) @ part.down.read(device)
+    return part.compute_rows(0, part.up.shape[0], device)
 
 
 @dataclass(frozen=True)

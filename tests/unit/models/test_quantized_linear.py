@@ -160,7 +160,7 @@ def test_files_in_fp8_load_as_they_are(
     meant = fp8_file(tmp_path / "fp8.safetensors", spelling, prefix)
     files = [tmp_path / "fp8.safetensors"]
     component = open_checkpoint(
-        FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32, transformer_files=files
+        FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32, given_files={"dit_file": files}
     ).transformers[0]
     model = component.load(
         CPU,
@@ -197,7 +197,7 @@ def test_scales_are_those_of_every_8_bit_float(file: str, quant: str, tmp_path: 
     )
     files = [tmp_path / file]
     component = open_checkpoint(
-        FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32, transformer_files=files
+        FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32, given_files={"dit_file": files}
     ).transformers[0]
     model = component.load(
         CPU,
@@ -234,5 +234,5 @@ def test_a_transformers_file_that_is_not_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             open_checkpoint(
-                FIXTURES / "wan2.1-t2v", TASKS[task], torch.float32, transformer_files=files
+                FIXTURES / "wan2.1-t2v", TASKS[task], torch.float32, given_files={"dit_file": files}
             )

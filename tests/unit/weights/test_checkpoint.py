@@ -252,7 +252,7 @@ def test_a_transformers_file_of_any_name(name: str, kind: str, folder: Path) -> 
     link.symlink_to(f"../blobs/{name}")
     for path in (link, folder / "blobs" / name):
         component = open_any_checkpoint(
-            folder, T2V, torch.float32, transformer_files=[path]
+            folder, T2V, torch.float32, given_files={"dit_file": [path]}
         ).transformers[0]
         found = component.load(CPU).state_dict()
         assert str(component.files) == str(path)
@@ -267,7 +267,7 @@ def test_a_transformers_file_with_the_names_of_diffusers(folder: Path) -> None:
     save_file(tensors, folder / "other.safetensors")
     wanted = open_checkpoint(folder, torch.float32).transformers[0].load(CPU).state_dict()
     component = open_any_checkpoint(
-        folder, T2V, torch.float32, transformer_files=[folder / "other.safetensors"]
+        folder, T2V, torch.float32, given_files={"dit_file": [folder / "other.safetensors"]}
     ).transformers[0]
     assert all(
         torch.equal(value, wanted[key]) for key, value in component.load(CPU).state_dict().items()

@@ -421,7 +421,9 @@ def test_fp8_in_bfloat16_runs_is_rounded_once(tmp_path: Path) -> None:
     stored, values = scale_to_fp8(whole, lambda name: whole[name].dim() == 2, torch.float8_e5m2)
     save_file(stored, tmp_path / "a.safetensors")
     model = (
-        open_checkpoint(WHOLE, T2V, torch.bfloat16, transformer_files=[tmp_path / "a.safetensors"])
+        open_checkpoint(
+            WHOLE, T2V, torch.bfloat16, given_files={"dit_file": [tmp_path / "a.safetensors"]}
+        )
         .transformers[0]
         .load(CPU)
     )

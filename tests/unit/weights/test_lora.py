@@ -49,7 +49,7 @@ def open_golden(
         golden_folder(model),
         TASKS[TASK_BY_MODEL[model]],
         torch.float32,
-        transformer_files=[transformer] if transformer else [],
+        given_files={"dit_file": [transformer]} if transformer else {},
         loras=[LoraSetting(key, FILES / file, strength, expert) for file, strength in files],
         allow_unmatched=allow_unmatched,
     )

@@ -120,7 +120,7 @@ def open_with(
         FOLDER,
         TASKS["t2v-1.3B"],
         dtype,
-        transformer_files=[transformer] if transformer else [],
+        given_files={"dit_file": [transformer]} if transformer else {},
         loras=[LoraSetting("lora", file, 0.5, None) for file in files],
     )
 
