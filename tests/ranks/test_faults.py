@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.ranks.test_runs import run_workers
+from tests.ranks.tables import run_workers
 
 TIMES = 10.0
 """A run ends within this many times what it takes undisturbed, from a fault on; a collective would wait for

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed import TCPStore
 
 from tests.conftest import FIXTURES, golden_folder, has_golden
-from tests.forked import run_together
+from tests.ranks.tables import run_workers
 from tests.test_command import reference_arguments
 from tests.unit.weights.test_lora_merging import make_lora
 from tests.weight_files import make_comfyui_folder
@@ -105,34 +104,6 @@ def run_all(runs: Mapping[str, Run], folder: Path) -> None:
         name: (0,) * run.num_ranks + (None,) * (most_ranks - run.num_ranks)
         for name, run in runs.items()
     }, told
-
-
-def run_workers(module: str, table: list[list[object]], num_ranks: int, folder: Path) -> str:
-    """Run a module on this many ranks, which do the rows of a table one after the other; returns
-    what they printed.
-
-    Each row has a store of its own, held open here as torchrun's agent does, so that no row can
-    find its port taken.
-    """
-    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in table]
-    file = folder / "table.json"
-    file.write_text(
-        json.dumps([[store.port, *row] for store, row in zip(stores, table, strict=True)]),
-        encoding="utf-8",
-    )
-    environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "XDG_CACHE_HOME": str(folder / "cache"),
-    }
-    done = run_together(
-        [[module, str(file), str(rank), str(num_ranks)] for rank in range(num_ranks)],
-        [environment] * num_ranks,
-    )
-    told = "\n".join(one.stdout + one.stderr for one in done)
-    assert [one.returncode for one in done] == [0] * num_ranks, told
-    return told
 
 
 def test_any_spread_gives_the_reference_implementations_video(tmp_path: Path) -> None:

@@ -1,37 +1,38 @@
 """Memory of merging LoRAs into weights as they are read, from the headers of the files; no torch."""
 
+import math
 from collections.abc import Sequence
 from math import prod
 
 from safetensors import SafetensorError, safe_open
 
 from wan_dist.config.loras import LoraSetting
-from wan_dist.models.dims import TransformerDims
 from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
 
-MERGED_ROWS = 512
-"""Rows of a weight that are merged at once."""
-_ROWS_COPIES = 5
-"""Copies of these rows in float32: as read, the sum of updates, an update, its parts."""
-_NUM_FACTORS = 2
-"""Factors of an update in float32 at once."""
+MERGED_VALUES = 2**23
+"""Values of a weight that are merged at once."""
+_NUM_COPIES = 5
+"""Copies of these values in float32: as read, the sum of updates, an update, its parts."""
 _DIFFERENCE_SUFFIXES = (".diff", ".diff_b", ".diff_m")
 
 
-def estimate_merging_bytes(settings: Sequence[LoraSetting], dims: TransformerDims) -> int:
+def count_merged_rows(num_columns: int) -> int:
+    """Return how many rows of a weight are merged at once."""
+    return max(1, MERGED_VALUES // num_columns)
+
+
+def estimate_merging_bytes(settings: Sequence[LoraSetting]) -> int:
     """Return the bytes on the device while one weight is read and merged, 0 without LoRAs.
 
-    The files are mapped, not held: of each, the factors of the module in question are read. Raises
-    InputError for a file that cannot be read.
+    The files are mapped, not held: of each, one factor of the module in question is held, and rows of the
+    other are read. Raises InputError for a file that cannot be read.
     """
     if not settings:
         return 0
-    rows_bytes = MERGED_ROWS * max(dims.dim, dims.ffn_dim) * FLOAT_BYTES
-    return _ROWS_COPIES * rows_bytes + _NUM_FACTORS * max(
-        map(_count_largest_factor_bytes, settings)
-    )
+    factor_bytes = [_count_largest_factor_bytes(setting) for setting in settings]
+    return _NUM_COPIES * MERGED_VALUES * FLOAT_BYTES + sum(factor_bytes) + max(factor_bytes)
 
 
 def _count_largest_factor_bytes(setting: LoraSetting) -> int:
@@ -49,7 +50,7 @@ def _count_largest_factor_bytes(setting: LoraSetting) -> int:
         return setting.path.stat().st_size
     return FLOAT_BYTES * max(
         (
-            prod([MERGED_ROWS, *shape[1:]] if key.endswith(_DIFFERENCE_SUFFIXES) else shape)
+            min(prod(shape), MERGED_VALUES if key.endswith(_DIFFERENCE_SUFFIXES) else math.inf)
             for key, shape in shapes.items()
         ),
         default=0,

@@ -333,7 +333,7 @@ def _build_workload(
         has_8bit_attention=config.attention == "8bit",
         itemsize=2 if config.dtype == "bfloat16" else 4,
         vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
-        merging_bytes=estimate_merging_bytes(list_loras(config), models.transformer),
+        merging_bytes=estimate_merging_bytes(list_loras(config)),
     )
 
 

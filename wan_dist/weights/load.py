@@ -5,6 +5,7 @@ a time bounds host memory by the largest.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from math import prod
 
@@ -15,15 +16,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from wan_dist.models.kernels.quantized_linear import QUANTIZED_PARTS as QUANTIZED_PARTS
 from wan_dist.models.kernels.quantized_linear import find_quantization, quantize_rows
-from wan_dist.planning.lora_memory import MERGED_ROWS
+from wan_dist.planning.lora_memory import count_merged_rows
 from wan_dist.runtime.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles, format_first_ten
 from wan_dist.weights.key_maps import KeyMap, TensorSource
 
-_ROWS_AT_ONCE = 512
-"""Rows that are quantised at once, which bounds the memory of their full-precision copy."""
-_DECODED_VALUES_AT_ONCE = 2**21
-"""Values that are decoded at once; it takes some copies of them in float32."""
+_VALUES_AT_ONCE = 2**22
+"""Values that are decoded or quantised at once; it takes some copies of them in float32."""
 
 
 def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap) -> list[str]:
@@ -188,6 +187,8 @@ def _fill_rows(
         first_row, len(local_parts[0]), num_rows, sources
     ):
         source_parts = [part[target_rows] for part in local_parts]
+        if source.update is not None:
+            source = replace(source, update=source.update.hold(device))
         if len(source_parts) == 1:
             _copy_rows(source_parts[0], stored_start, files, source, device)
         else:
@@ -208,11 +209,16 @@ def _quantize_rows(
         _copy_fp8_rows(weight, scales, stored_start, files, source)
         return
     num_columns = weight.shape[1] * (2 if kind == "int4" else 1)
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        rows = torch.empty(min(_ROWS_AT_ONCE, len(weight) - start), num_columns, device=device)
+    num_at_once = _count_rows_at_once(num_columns)
+    for start in range(0, len(weight), num_at_once):
+        rows = torch.empty(min(num_at_once, len(weight) - start), num_columns, device=device)
         _copy_rows(rows, stored_start + start, files, source, device)
         for part, values in zip(parts, quantize_rows(rows, kind).values(), strict=True):
             part[start : start + len(rows)].copy_(values)
+
+
+def _count_rows_at_once(num_columns: int) -> int:
+    return max(1, _VALUES_AT_ONCE // num_columns)
 
 
 def _copy_fp8_rows(
@@ -241,9 +247,9 @@ def _copy_rows(
     is_encoded, update = files.is_encoded(source.key), source.update
     num_at_once = len(target)
     if is_encoded:
-        num_at_once = max(1, _DECODED_VALUES_AT_ONCE // prod(target.shape[1:]))
+        num_at_once = _count_rows_at_once(prod(target.shape[1:]))
     if update is not None:
-        num_at_once = MERGED_ROWS
+        num_at_once = count_merged_rows(prod(target.shape[1:]))
 
     def read_values(start: int, stop: int) -> Tensor:
         is_computed = is_encoded or update is not None

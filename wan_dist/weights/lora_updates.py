@@ -9,13 +9,13 @@ Sources: LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), LoHa and LoKr (LyCO
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from wan_dist.planning.lora_memory import MERGED_ROWS
+from wan_dist.planning.lora_memory import count_merged_rows
 from wan_dist.weights.files import TensorFiles
 
 RowReader = Callable[[int, int], Tensor]
@@ -28,6 +28,8 @@ class Factor:
 
     files: TensorFiles
     key: str
+    values: Tensor | None = field(default=None, compare=False)
+    """The matrix, float32 on the device, once it is held."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,8 +41,14 @@ class Factor:
         """Return the matrix, float32."""
         return self.read_rows(0, self.shape[0], device)
 
+    def hold(self, device: torch.device) -> Self:
+        """Return it with its values in memory, for a matrix that is read more than once."""
+        return self if self.values is not None else replace(self, values=self.read(device))
+
     def read_rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Return some rows of it, float32."""
+        if self.values is not None:
+            return self.values[start:stop]
         rows = self.files.read_values(self.key, start, stop, device)
         return rows.float().reshape(len(rows), -1)
 
@@ -57,6 +65,9 @@ class Delta(Protocol):
     @property
     def rank(self) -> int | None:
         """What alpha is divided by; None where alpha does not count."""
+
+    def hold(self, device: torch.device) -> Self:
+        """Return it with what every row needs in memory on ``device``."""
 
     def compute_rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """Return rows (n, in) of it, float32."""
@@ -81,6 +92,10 @@ class LowRank:
         """See `Delta`."""
         return self.down.shape[0]
 
+    def hold(self, device: torch.device) -> Self:
+        """See `Delta`."""
+        return replace(self, down=self.down.hold(device))
+
     def compute_rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Delta`."""
         return self.up.read_rows(start, stop, device) @ self.down.read(device)
@@ -103,6 +118,10 @@ class Hadamard:
     def rank(self) -> int | None:
         """See `Delta`."""
         return self.first.rank
+
+    def hold(self, device: torch.device) -> Self:
+        """See `Delta`."""
+        return replace(self, first=self.first.hold(device), second=self.second.hold(device))
 
     def compute_rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Delta`."""
@@ -133,6 +152,10 @@ class Kronecker:
         """See `Delta`."""
         ranks = [part.rank for part in (self.right, self.left) if isinstance(part, LowRank)]
         return ranks[0] if ranks else None
+
+    def hold(self, device: torch.device) -> Self:
+        """See `Delta`."""
+        return replace(self, left=self.left.hold(device), right=self.right.hold(device))
 
     def compute_rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Delta`."""
@@ -168,6 +191,10 @@ class Difference:
         """See `Delta`."""
         return None
 
+    def hold(self, device: torch.device) -> Self:
+        """See `Delta`."""
+        return self  # each row is read once
+
     def compute_rows(self, start: int, stop: int, device: torch.device) -> Tensor:
         """See `Delta`."""
         if self.values.shape[0] == self.num_rows:
@@ -193,8 +220,9 @@ class Magnitude:
             return rows * (wanted / _avoid_zero(rows.norm(dim=1, keepdim=True)))
         if not self._column_lengths:
             squares = torch.zeros(1, rows.shape[1], dtype=torch.float64)
-            for first in range(0, num_rows, MERGED_ROWS):
-                some_rows = compute_rows(first, min(first + MERGED_ROWS, num_rows))
+            num_at_once = count_merged_rows(rows.shape[1])
+            for first in range(0, num_rows, num_at_once):
+                some_rows = compute_rows(first, min(first + num_at_once, num_rows))
                 squares += some_rows.double().square().sum(dim=0, keepdim=True).cpu()
             self._column_lengths.append(squares.sqrt().float())
         wanted = self.lengths.read(rows.device).reshape(1, -1)
@@ -223,6 +251,10 @@ class Update:
         """What it is called."""
         return self.delta.kind if self.magnitude is None else f"DoRA of {self.delta.kind}"
 
+    def hold(self, device: torch.device) -> Self:
+        """See `Delta`."""
+        return replace(self, delta=self.delta.hold(device))
+
     def compute_rows(self, weight_rows: Tensor, start: int, read_rows: RowReader) -> Tensor:
         """Return the update (n, in) of some rows of the weight, which ``read_rows`` reads."""
         device, stop = weight_rows.device, start + len(weight_rows)
@@ -249,8 +281,12 @@ class WeightUpdate:
 
     updates: tuple[Update, ...]
 
+    def hold(self, device: torch.device) -> Self:
+        """Return it with what every row needs in memory on ``device``, while one weight is filled."""
+        return replace(self, updates=tuple(update.hold(device) for update in self.updates))
+
     def merge_rows(self, read_rows: RowReader, start: int, stop: int) -> Tensor:
-        """Return merged rows (n, ...), float32; at most `MERGED_ROWS` should be asked for at once."""
+        """Return merged rows (n, ...), float32; see `count_merged_rows` for how many to ask for at once."""
         stored_rows = read_rows(start, stop)
         weight_rows = stored_rows.reshape(len(stored_rows), -1)
         first, *others = self.updates

@@ -18,10 +18,11 @@ from wan_dist.config.loras import LoraSetting
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.kernels.quantized_linear import quantize_blocks, quantize_rows
+from wan_dist.planning import lora_memory
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
-from wan_dist.weights import load, lora_updates
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
+from wan_dist.weights.load import _fill_rows as fill_rows
 from wan_dist.weights.load import fill_parameters
 from wan_dist.weights.streaming import StreamingOptions
 
@@ -103,14 +104,13 @@ def lora_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(params=[512, 7])
-def _rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[2**23, 300])
+def _values_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of these small weights some, too, are merged in several parts."""
-    for module in (load, lora_updates):
-        monkeypatch.setattr(module, "MERGED_ROWS", request.param)
+    monkeypatch.setattr(lora_memory, "MERGED_VALUES", request.param)
 
 
-in_parts = pytest.mark.usefixtures("_rows_at_once")
+in_parts = pytest.mark.usefixtures("_values_at_once")
 
 
 def open_with(
@@ -209,7 +209,7 @@ def test_rows_of_a_shard_are_those_of_the_whole(name: str, lora_file: Path) -> N
     starts = sorted({0, len(whole) // 5, len(whole) // 2, len(whole)})
     for start, stop in pairwise(starts):
         part = torch.empty_like(whole[start:stop])
-        load._fill_rows([part], start, len(whole), component.files, sources, CPU)
+        fill_rows([part], start, len(whole), component.files, sources, CPU)
         torch.testing.assert_close(part, whole[start:stop], rtol=1e-6, atol=1e-6)
 
 
