@@ -23,6 +23,22 @@ def compose_config(arguments: list[str]) -> RunConfig | None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed
     register_schema()
+    has_flags = any(argument.startswith("-") for argument in arguments)
+    try:
+        config = _run_hydra_command(arguments) if has_flags else _compose_overrides(arguments)
+        return None if config is None else cast(RunConfig, OmegaConf.to_object(config))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(explain_config_error(error)) from None
+
+
+def _compose_overrides(overrides: list[str]) -> DictConfig:
+    """Return the composed configuration; `hydra.main` composes it twice, first for ``hydra.mode`` alone."""
+    with hydra.initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        return hydra.compose("config", overrides)
+
+
+def _run_hydra_command(arguments: list[str]) -> DictConfig | None:
+    """Have Hydra act on arguments with flags of its own; returns None where they only print."""
     composed_configs: list[DictConfig] = []
 
     def capture_config(config: DictConfig) -> None:
@@ -33,11 +49,7 @@ def compose_config(arguments: list[str]) -> RunConfig | None:
         hydra.main(version_base="1.3", config_path=str(CONFIG_FOLDER), config_name="config")(
             capture_config
         )()
-        return (
-            cast(RunConfig, OmegaConf.to_object(composed_configs[0])) if composed_configs else None
-        )
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(explain_config_error(error)) from None
+        return composed_configs[0] if composed_configs else None
     finally:
         sys.argv[1:] = own_arguments
 

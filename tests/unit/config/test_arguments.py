@@ -68,6 +68,32 @@ def test_quotes_for_hydra_still_work(typed: str, expected: str) -> None:
     assert (config.prompt or "two cats boxing on a stage") == expected
 
 
+@pytest.mark.parametrize(
+    "setting", ["seed=7", "memory=auto", "sample.guide_scale=[3,4]", "fps=${seed}"]
+)
+def test_a_run_flag_changes_nothing(setting: str) -> None:
+    """Flags are left to Hydra's own command; without them the configuration is composed here."""
+    prepared = prepare_arguments(["task=toy", setting])
+    config = compose_config(prepared)
+    assert config is not None
+    assert compose_config([*prepared, "--run"]) == config
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("seed=a", "seed: Value 'a' of type 'str' could not be converted to Integer"),
+        ("seed=1,2", "Ambiguous value for argument 'seed=1,2': a setting takes one value"),
+        ("memory=nope", "In 'config': Could not find 'memory/nope'"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--run"]])
+def test_what_hydra_refuses_is_one_line(argument: str, message: str, flags: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        compose_config([*prepare_arguments(["task=toy", argument]), *flags])
+    assert str(caught.value) == message
+
+
 def test_flags_may_stand_anywhere() -> None:
     assert prepare_arguments(["--cfg", "job", "task=toy", "--resolve", "seed=1"]) == [
         "task=toy",
