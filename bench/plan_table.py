@@ -49,7 +49,6 @@ def build_workload(row: dict[str, Any], folder: Path) -> Workload:
     assert config is not None
     plan = plan_memory(
         make_plan(config, ranks=(row["ranks"], row["ranks"])),
-        config,
         Hardware(139 * GIB, 200 * GIB, ""),
         get_task(task).model_dims,
         lambda text: min(512, len(clean_prompt(text).encode()) + 1),

@@ -52,7 +52,6 @@ def plan_dry_run(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) 
     """
     return plan_memory(
         make_plan(config, ranks=ranks, is_dry_run=True),
-        config,
         hardware,
         get_task(config.task).model_dims,
     )

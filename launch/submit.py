@@ -270,9 +270,7 @@ def _arrange_plan(
     plan: VideoPlan, config: RunConfig, cluster: ClusterConfig, error_prefix: str
 ) -> RunPlan:
     try:
-        return plan_memory(
-            plan, config, _build_hardware(config, cluster), get_task(config.task).model_dims
-        )
+        return plan_memory(plan, _build_hardware(config, cluster), get_task(config.task).model_dims)
     except InputError as error:
         raise InputError(f"{error_prefix}{error}") from None
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wan_dist.config.schema import RunConfig, list_settings
+from wan_dist.config.schema import RunConfig, list_settings, read_all_settings
 from wan_dist.jobs.planned_job import PlannedJob, has_jobs, plan_jobs
 from wan_dist.planning.plan import VideoPlan, make_plan
 from wan_dist.planning.rank_facts import check_ranks_match, collect_rank_facts
@@ -220,7 +220,7 @@ def _run_on_several_ranks(arguments: list[str], ranks: RankLayout) -> int:
             return 0
         _warn_unwritable_cache(config)
         rank_facts = collect_rank_facts(
-            config, find_gpu_id(config.device), find_gpu_bytes(config.device)
+            read_all_settings(config), find_gpu_id(config.device), find_gpu_bytes(config.device)
         )
         min_gpu_bytes = check_ranks_match(coordinator.gather(rank_facts, "start"))
         planned_work = coordinator.run_on_first_rank(

@@ -31,6 +31,12 @@ ONLY_IN = {
     "xfuser": {"parallel/usp"},
     "jinja2": {"output/gallery"},
 }
+TAKES_THE_WHOLE_CONFIG = {"planning/plan.py make_plan"}
+"""Functions below the pipeline that take a run's whole configuration; all others take what they use of it."""
+BELOW_THE_PIPELINE = (
+    *("runtime", "models", "tasks", "planning"),
+    *("weights", "sampling", "parallel", "output"),
+)
 NO_TORCH = ("runtime", "config", "tasks", "planning", "output/gallery")
 
 
@@ -81,6 +87,52 @@ def test_libraries_stay_in_their_place() -> None:
                     if f"{name}.".startswith(f"{library}.")
                 ]
     assert not strays
+
+
+def _list_config_takers(source: str) -> list[str]:
+    """Return the functions with a parameter, and the classes with a field, whose type has RunConfig in it."""
+    takers = []
+    for node in ast.walk(ast.parse(source)):
+        types: list[ast.expr | None] = []
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            types = [
+                argument.annotation
+                for argument in ast.walk(node.args)
+                if isinstance(argument, ast.arg)
+            ]
+        elif isinstance(node, ast.ClassDef):
+            types = [item.annotation for item in node.body if isinstance(item, ast.AnnAssign)]
+        else:
+            continue
+        if any(annotation and "RunConfig" in ast.unparse(annotation) for annotation in types):
+            takers.append(node.name)
+    return takers
+
+
+def test_below_the_pipeline_functions_take_what_they_use() -> None:
+    found = {
+        f"{path.relative_to(PACKAGE)} {name}"
+        for path in _files()
+        if _package_of(path) in BELOW_THE_PIPELINE
+        for name in _list_config_takers(path.read_text(encoding="utf-8"))
+    }
+    assert found == TAKES_THE_WHOLE_CONFIG
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def f(config: RunConfig) -> int: ...", ["f"]),
+        ("def f(*, configs: 'list[schema.RunConfig]' = ()): ...", ["f"]),
+        (
+            "class A:\n    config: RunConfig | None\n    def g(self, *all: RunConfig): ...",
+            ["A", "g"],
+        ),
+        ("def f(memory: MemoryConfig) -> RunConfig: ...", []),
+    ],
+)
+def test_config_takers_are_found(source: str, expected: list[str]) -> None:
+    assert _list_config_takers(source) == expected
 
 
 @pytest.mark.parametrize("package", NO_TORCH)

@@ -24,7 +24,7 @@ from wan_dist.config.sections import (
     ParallelConfig,
     SampleConfig,
 )
-from wan_dist.config.settings import ALL_EFFECTS, Effect, collect_settings
+from wan_dist.config.settings import ALL_EFFECTS, Effect, SettingValues, collect_settings
 from wan_dist.config.settings import add_setting as _key
 from wan_dist.runtime.errors import InputError
 
@@ -227,24 +227,26 @@ def list_settings() -> dict[str, Field[Any]]:
     return collect_settings(RunConfig)
 
 
-def read_settings(
-    config: RunConfig, effect: Effect, *, is_new: bool | None = None
-) -> dict[str, Any]:
-    """Return the settings with one of these effects, by dotted key, without new ones at their default.
+def read_all_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the values of all settings by dotted key."""
+    return {key: attrgetter(key)(config) for key in list_settings()}
 
-    ``is_new`` selects those that earlier versions did not have, or those that they had; None: both.
-    """
-    values: dict[str, Any] = {}
-    for key, setting in list_settings().items():
-        value = attrgetter(key)(config)
-        is_left_out = setting.metadata["is_new"] and value == setting.default
-        if (
-            setting.metadata["effect"] & effect
-            and not is_left_out
-            and is_new in (None, setting.metadata["is_new"])
-        ):
-            values[key] = value
-    return values
+
+def read_settings(config: RunConfig, effect: Effect) -> dict[str, Any]:
+    """Return the settings with one of these effects, by dotted key, without new ones at their default."""
+    settings = list_settings()
+    return {
+        key: value
+        for key, value in read_all_settings(config).items()
+        if settings[key].metadata["effect"] & effect
+        and not (settings[key].metadata["is_new"] and value == settings[key].default)
+    }
+
+
+def select_new_settings(values: SettingValues) -> dict[str, Any]:
+    """Return those settings that earlier versions did not have."""
+    settings = list_settings()
+    return {key: value for key, value in values.items() if settings[key].metadata["is_new"]}
 
 
 def register_schema() -> None:

@@ -4,6 +4,7 @@ The effects are the one list from which the digests, the names of results and th
 follow (`planning/digests.py`, `planning/file_names.py`, `jobs/planned_job.py`).
 """
 
+from collections.abc import Mapping
 from dataclasses import Field, field, fields, is_dataclass
 from enum import Flag, auto
 from typing import Any
@@ -26,7 +27,12 @@ class Effect(Flag):
 
 LOADING = Effect.WEIGHTS | Effect.MODELS
 """What loaded models depend on."""
+OUTPUTS = Effect.WEIGHTS | Effect.LATENTS | Effect.RESULT
+"""What a run's files depend on."""
 ALL_EFFECTS = Effect.MODELS | Effect.LATENTS | Effect.RESULT
+
+SettingValues = Mapping[str, Any]
+"""Values of settings by dotted key."""
 
 
 def add_setting(

@@ -7,14 +7,15 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.settings import Effect
 from wan_dist.jobs.events import JobEvents
 from wan_dist.jobs.failure_policy import FailurePolicy
 from wan_dist.jobs.planned_job import PlannedJob, sort_by_model
@@ -101,7 +102,7 @@ class JobWorker:
         self.folder = Path(self.config.output.dir).expanduser()
         self.is_first = self.groups.replica.rank == 0
         self.coordinator = self.groups.coordinator
-        self.report = StageReport(self.config, self.device)
+        self.report = StageReport(asdict(self.config), self.device)
         self.failure_policy = FailurePolicy()
         self.queue = JobQueue(
             self.groups,
@@ -188,8 +189,8 @@ class JobWorker:
             if not jobs:
                 continue
             largest_job = max(jobs, key=lambda job: job.plan.num_tokens)
-            session.choose_resident_models(largest_job.plan, largest_job.config)
-            plan = session.plan_memory(largest_job.plan, largest_job.config)
+            session.choose_resident_models(largest_job.plan)
+            plan = session.plan_memory(largest_job.plan)
             self.run_log.plans.append(plan)
             saves_tensor = any(job.config.output.save_tensor for job in jobs)
             bytes_per_value = FLOAT_BYTES if saves_tensor else 1
@@ -218,8 +219,8 @@ class JobWorker:
         for model_key, other_session in self.sessions.items():
             if model_key != job.model_key:
                 other_session.model_cache.clear()
-        report = StageReport(job.config, self.device, quiet=True)
-        describe_video(report.record, job.config, job.plan)
+        report = StageReport(asdict(job.config), self.device, quiet=True)
+        describe_video(report.record, job.plan)
         report.record.run = self.run_id
         report.record.job = {"file": str(job.source.file), "line": job.source.line}
         report.record.rank = self.groups.rank
@@ -336,7 +337,7 @@ class JobWorker:
 def _list_timesteps(job: PlannedJob) -> list[tuple[int, bool]]:
     """Return a job's timesteps, each with whether the first frame is known (image to video)."""
     inputs = job.plan.task.inputs
-    has_image = bool(list_image_files(job.config))
+    has_image = bool(list_image_files(read_settings(job.config, Effect.LATENTS)))
     solver = make_solver(job.config.sample.solver, job.config.sample.steps, job.plan.shift)
     first_frames = {has_image, has_image or job.plan.num_clips > 1}
     return [

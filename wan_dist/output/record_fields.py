@@ -1,12 +1,13 @@
 """Record fields that follow from a video's settings and plan: what it is, lossy settings, and speed."""
 
-from wan_dist.config.schema import EIGHT_BIT_BACKENDS, RunConfig
+from wan_dist.config.model_settings import ModelSettings
+from wan_dist.config.schema import EIGHT_BIT_BACKENDS
 from wan_dist.output.record import VideoRecord
 from wan_dist.planning.flops import count_forward_flops
 from wan_dist.planning.plan import RunPlan, VideoPlan
 
 
-def describe_video(record: VideoRecord, config: RunConfig, plan: VideoPlan) -> None:
+def describe_video(record: VideoRecord, plan: VideoPlan) -> None:
     """Set the fields that identify a video, made or not: name, prompt, seed, size and lossy settings."""
     record.name = plan.name
     record.prompt = plan.prompt
@@ -17,15 +18,15 @@ def describe_video(record: VideoRecord, config: RunConfig, plan: VideoPlan) -> N
     if plan.num_clips > 1:
         record.num_clips = plan.num_clips
     record.fps = plan.fps
-    record.distance = list_lossy_settings(config)
+    record.distance = list_lossy_settings(plan.model_settings)
 
 
-def list_lossy_settings(config: RunConfig) -> list[str]:
+def list_lossy_settings(settings: ModelSettings) -> list[str]:
     """Return the settings that change a result beyond rounding errors."""
     lossy_settings = {
-        "quant": config.quant if config.quant != "none" else None,
-        "attention": config.attention if config.attention in EIGHT_BIT_BACKENDS else None,
-        "cache.steps": config.cache.steps,
+        "quant": settings.quant if settings.quant != "none" else None,
+        "attention": settings.attention if settings.attention in EIGHT_BIT_BACKENDS else None,
+        "cache.steps": settings.step_cache,
     }
     return [f"{key}={value}" for key, value in lossy_settings.items() if value is not None]
 

@@ -7,15 +7,13 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 
 from wan_dist import __version__
-from wan_dist.config.schema import RunConfig
 from wan_dist.output.host_memory import HostMemoryWatch, read_peak_host_bytes
 from wan_dist.output.record import Stages, VideoRecord
 from wan_dist.planning.digests import FORMAT_VERSION
@@ -29,14 +27,17 @@ _GIB = 2**30
 class StageReport:
     """Collects the stages of one video.
 
-    ``record`` has the fields so far, without the stages; a ``quiet`` report logs at level DEBUG only.
+    ``settings`` are all settings, in sections, for the record. ``record`` has the fields so far, without the
+    stages; a ``quiet`` report logs at level DEBUG only.
 
     ``host_gib`` of a stage is the peak of the process's private host memory during it. ``peak_host_gib`` is
     the peak resident set of the process so far. It includes mapped pages of the weight files, which the
     system reclaims when it needs the memory.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, *, quiet: bool = False) -> None:
+    def __init__(
+        self, settings: dict[str, Any], device: torch.device, *, quiet: bool = False
+    ) -> None:
         self.device = device
         self.log_level = logging.DEBUG if quiet else logging.INFO
         self.start_time = time.perf_counter()
@@ -47,7 +48,7 @@ class StageReport:
         self.other_rank_stages: list[Stages] = []
         """Stages of the video's other ranks, before it is decoded."""
         self.record = VideoRecord()
-        self.record.config = asdict(config)
+        self.record.config = settings
         self.record.versions = {
             "wan-dist": __version__,
             "python": platform.python_version(),

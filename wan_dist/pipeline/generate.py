@@ -56,7 +56,7 @@ def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator)
     logger.info(plan.summary)
     if plan.size_advice:
         logger.info("note      %s", plan.size_advice)
-    report = StageReport(config, device)
+    report = StageReport(asdict(config), device)
     with report.measure_stage("check", f"output {folder}"):
         if groups.rank == 0:
             check_output_folder(
@@ -92,7 +92,7 @@ def prepare_video(
         if config.latents is not None:
             # Latents that cannot be used raise here, before anything is written.
             read_latents(Path(config.latents).expanduser())
-        run_plan = session.plan_memory(resumed_plan, config, quiet=quiet)
+        run_plan = session.plan_memory(resumed_plan, quiet=quiet)
         result_path = (
             resume_state.reserve_path(is_name_fixed=config.output.name is not None)
             if session.groups.replica.rank == 0
@@ -214,7 +214,7 @@ def complete_record(video: VideoInProgress, result_file: Path | None) -> None:
     """Set what is known of a video once it is decoded: what it is, its digests, speed and memory."""
     plan, report = video.plan, video.report
     record = report.record
-    describe_video(record, video.config, plan)
+    describe_video(record, plan)
     record.status = DONE
     record.file = None if result_file is None else str(result_file)
     record.arrangement = asdict(plan.arrangement)

@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.settings import Effect
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.video_file import save_tensors
 from wan_dist.parallel.collectives import broadcast, broadcast_object
@@ -82,16 +83,14 @@ class ResumeState:
     @cached_property
     def latents_digest(self) -> str:
         """Digest of all that the latents depend on."""
-        return compute_latents_digest(
-            self.config, self.plan, self.weights_digests, is_job=self.is_job
-        )
+        settings = read_settings(self.config, Effect.LATENTS)
+        return compute_latents_digest(settings, self.plan, self.weights_digests, is_job=self.is_job)
 
     @cached_property
     def result_digest(self) -> str:
         """Digest of all that the result depends on."""
-        return compute_result_digest(
-            self.config, self.plan, self.latents_digest, self.weights_digests
-        )
+        settings = read_settings(self.config, Effect.RESULT)
+        return compute_result_digest(settings, self.plan, self.latents_digest, self.weights_digests)
 
     @property
     def _file_suffix(self) -> str:

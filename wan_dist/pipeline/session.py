@@ -94,10 +94,10 @@ class Session:
         self.keeps_both_experts = False
         self.model_cache.clear()
 
-    def choose_resident_models(self, plan: VideoPlan, config: RunConfig) -> None:
+    def choose_resident_models(self, plan: VideoPlan) -> None:
         """Decide which models stay loaded after a video of this plan, on all ranks of the replica alike."""
         self.model_cache.is_persistent = False
-        run_plan = self.plan_memory(plan, config, quiet=True)
+        run_plan = self.plan_memory(plan, quiet=True)
         self.keeps_both_experts = can_keep_experts(run_plan)
         self.model_cache.is_persistent = can_keep_models(run_plan)
         if not self.model_cache.is_persistent:
@@ -117,7 +117,7 @@ class Session:
         """Return an expert's slot in the model cache; the experts share one where both cannot stay."""
         return f"{model_name} {expert_index}" if self.keeps_both_experts else model_name
 
-    def plan_memory(self, plan: VideoPlan, config: RunConfig, *, quiet: bool = False) -> RunPlan:
+    def plan_memory(self, plan: VideoPlan, *, quiet: bool = False) -> RunPlan:
         """Return the plan with the arrangement for the available memory, the same on all ranks, and log it.
 
         Where models stay loaded, each stage's memory includes them.
@@ -126,7 +126,6 @@ class Session:
         models, tokenizer = self.checkpoint.model_dims, self.checkpoint.tokenizer
         run_plan = plan_memory(
             plan,
-            config,
             self.hardware,
             models,
             lambda text: len(tokenize_prompt(tokenizer, text, text_len)),

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
-from wan_dist.config.schema import RunConfig, list_settings
+from wan_dist.config.schema import RunConfig, list_settings, read_all_settings
 from wan_dist.config.settings import LOADING, Effect
 from wan_dist.config.typed_settings import check_setting, format_override
 from wan_dist.output.locks import ResultLocks
@@ -127,7 +127,7 @@ class VideoPipeline:
     def plan(self, prompt: str = "", **settings: Any) -> RunPlan:
         """Return what `__call__` would do: sizes, arrangement of the models, memory of each stage."""
         config = self._override_config({"prompt": prompt or None} | flatten_settings(settings))
-        return self._session.plan_memory(self._plan_video(config, is_dry_run=True), config)
+        return self._session.plan_memory(self._plan_video(config, is_dry_run=True))
 
     def close(self) -> None:
         """Free the models and end the process groups; waits for the other ranks to close too."""
@@ -145,7 +145,7 @@ class VideoPipeline:
     def _open_session(self) -> Session:
         config, coordinator = self._config, self._coordinator
         facts = collect_rank_facts(
-            config, find_gpu_id(config.device), find_gpu_bytes(config.device)
+            read_all_settings(config), find_gpu_id(config.device), find_gpu_bytes(config.device)
         )
         check_ranks_match(coordinator.gather(facts, "open the pipeline"))
         plan = self._plan_video(config, is_dry_run=True)
@@ -200,10 +200,8 @@ class VideoPipeline:
             check_output_folder(
                 folder, [estimate_output(plan, saves_tensor=config.output.save_tensor)]
             )
-        session.run_together(
-            lambda: session.choose_resident_models(plan, config), "plan the memory"
-        )
-        report = StageReport(config, session.device)
+        session.run_together(lambda: session.choose_resident_models(plan), "plan the memory")
+        report = StageReport(asdict(config), session.device)
         with closing(ResultLocks(folder)) as locks:
             resume_state = ResumeState(folder, config, plan, session.weights_digests, locks=locks)
             video = prepare_video(session, config, plan, report, resume_state, quiet=True)

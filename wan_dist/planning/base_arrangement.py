@@ -1,6 +1,6 @@
 """Base arrangement: sharding and the VAE's first strategy, which do not depend on memory; no torch."""
 
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.sections import FsdpConfig, MemoryConfig
 from wan_dist.planning.degrees import MIN_STRIP_PIXELS, Degrees
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.planning.workload import Arrangement
@@ -8,32 +8,36 @@ from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.base import Task
 
 
+def check_placements(
+    memory: MemoryConfig, quant: str, degrees: Degrees, *, is_guided: bool
+) -> None:
+    """Raise InputError for settings of ``memory`` that contradict the quantisation or the guidance."""
+    if quant != "none" and memory.dit == "disk":
+        raise InputError(
+            f"quant={quant} and memory.dit=disk cannot be combined: "
+            "the weights would be quantised again in each step; use memory.dit=stream"
+        )
+    passes = memory.passes
+    if passes == "together" and (degrees.cfg == 2 or not is_guided):
+        reason = "with parallel.cfg=2 each rank has one" if degrees.cfg == 2 else "guidance is off"
+        raise InputError(
+            f"memory.passes={passes} needs both guidance passes on a rank, but {reason}; leave it out"
+        )
+
+
 def build_base_arrangement(
-    config: RunConfig, task: Task, degrees: Degrees, latent_side: int, *, is_guided: bool
+    memory: MemoryConfig, fsdp: FsdpConfig, task: Task, degrees: Degrees, latent_side: int
 ) -> Arrangement:
     """Return what does not depend on memory: whether weights are sharded, and the VAE's first strategy.
 
     ``latent_side``: the larger of the latents' height and width. Raises InputError for settings of ``memory``
     and ``fsdp`` that contradict each other or the degrees.
     """
-    if config.quant != "none" and config.memory.dit == "disk":
-        raise InputError(
-            f"quant={config.quant} and memory.dit=disk cannot be combined: "
-            "the weights would be quantised again in each step; use memory.dit=stream"
-        )
-    passes = config.memory.passes
-    if passes == "together" and (degrees.cfg == 2 or not is_guided):
-        reason = "with parallel.cfg=2 each rank has one" if degrees.cfg == 2 else "guidance is off"
-        raise InputError(
-            f"memory.passes={passes} needs both guidance passes on a rank, but {reason}; leave it out"
-        )
     is_large = task.transformer_dims.blocks_gib > 12
     return Arrangement(
-        shard_dit=_decide_sharding(
-            "dit", config.fsdp.dit, config.memory.dit, degrees, default=is_large
-        ),
-        shard_t5=_decide_sharding("t5", config.fsdp.t5, config.memory.t5, degrees, default=False),
-        vae=_choose_vae_strategy(config, degrees, latent_side),
+        shard_dit=_decide_sharding("dit", fsdp.dit, memory.dit, degrees, default=is_large),
+        shard_t5=_decide_sharding("t5", fsdp.t5, memory.t5, degrees, default=False),
+        vae=_choose_vae_strategy(memory.vae, degrees, latent_side),
     )
 
 
@@ -67,15 +71,15 @@ def _decide_sharding(
     )
 
 
-def _choose_vae_strategy(config: RunConfig, degrees: Degrees, latent_side: int) -> VaeStrategy:
+def _choose_vae_strategy(requested: str | None, degrees: Degrees, latent_side: int) -> VaeStrategy:
     """Return the VAE's first strategy; ranks split the latents' larger side, ``latent_side``."""
     num_ranks = degrees.ranks_per_replica
     can_split = num_ranks > 1 and latent_side >= MIN_STRIP_PIXELS * num_ranks
-    if config.memory.vae == "parallel" and not can_split:
+    if requested == "parallel" and not can_split:
         reason = (
             "there is one rank"
             if num_ranks == 1
             else f"{latent_side} latent pixels are too few for {num_ranks} ranks"
         )
         raise InputError(f"memory.vae=parallel cannot be used: {reason}; use memory.vae=whole")
-    return VaeStrategy(config.memory.vae or ("parallel" if can_split else "whole"))
+    return VaeStrategy(requested or ("parallel" if can_split else "whole"))

@@ -1,12 +1,18 @@
 """Parallel degrees: the number of ranks on each mesh axis, planned or checked if requested; no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from wan_dist.config.schema import EIGHT_BIT_BACKENDS
+from wan_dist.config.sections import ParallelConfig
 from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.text_files import read_checkpoint_json
+from wan_dist.tasks.base import Task
 
 MIN_STRIP_PIXELS = 2
 """Least latent pixels of a rank's strip of a video that is split: the widest halo that a neighbour needs."""
+_TRANSFORMER_FOLDERS = (".", "high_noise_model", "transformer", "diffusion_models", "unet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +104,53 @@ def plan_degrees(
             f"the product must divide their number; {suggestion}"
         )
     return degrees
+
+
+def choose_degrees(
+    parallel: ParallelConfig,
+    ranks: tuple[int, int],
+    num_heads: int,
+    *,
+    is_guided: bool,
+    is_job: bool,
+) -> Degrees:
+    """Return the degrees of all axes; raises InputError for those that do not fit the ranks or the run."""
+    num_ranks, ranks_per_node = ranks
+    degrees = plan_degrees(
+        num_ranks,
+        ranks_per_node=ranks_per_node,
+        num_heads=num_heads,
+        is_guided=is_guided,
+        dp=parallel.dp,
+        cfg=parallel.cfg,
+        ring=parallel.ring,
+        ulysses=parallel.ulysses,
+    )
+    if degrees.dp > 1 and not is_job:
+        raise InputError(
+            f"parallel.dp={degrees.dp} needs several videos (jobs=FILE), "
+            "and this run generates one; use parallel.dp=1"
+        )
+    return degrees
+
+
+def read_num_heads(task: Task, ckpt_dir: str | None, transformer_files: Sequence[Path]) -> int:
+    """Return the number of attention heads of the transformer.
+
+    It is read from the config beside the transformer's files, or of the checkpoint, where that can be read,
+    else it is that of the task's published model.
+    """
+    folders = [path.parent for path in transformer_files]
+    if ckpt_dir is not None:
+        folder = Path(ckpt_dir).expanduser()
+        folders += [folder / name for name in _TRANSFORMER_FOLDERS]
+    for folder in folders:
+        try:
+            model_config = read_checkpoint_json(folder / "config.json")
+            return int(model_config.get("num_heads") or model_config["num_attention_heads"])
+        except (ValueError, KeyError, TypeError):
+            continue  # whatever is wrong with the folder is said when it is opened
+    return task.transformer_dims.num_heads
 
 
 def check_attention_split(

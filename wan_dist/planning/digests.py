@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from wan_dist.config.schema import RunConfig, read_settings
-from wan_dist.config.settings import Effect
+from wan_dist.config.schema import select_new_settings
+from wan_dist.config.settings import SettingValues
 from wan_dist.planning.plan import VideoPlan
 from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
@@ -31,40 +31,46 @@ class WeightsDigests:
 
 
 def compute_latents_digest(
-    config: RunConfig, plan: VideoPlan, weights_digests: WeightsDigests, *, is_job: bool
+    settings: SettingValues, plan: VideoPlan, weights_digests: WeightsDigests, *, is_job: bool
 ) -> str:
     """Return the digest of all that a video's latents depend on.
 
-    The name is part of it, so that two runs of the same settings each have a resume state of their own.
-    Raises InputError for an image or latents that cannot be read.
+    ``settings``: those with `Effect.LATENTS`. The name is part of it, so that two runs of the same settings
+    each have a resume state of their own. Raises InputError for an image or latents that cannot be read.
     """
-    if config.latents is not None:
+    name = settings["output.name"]
+    if (latents_file := settings["latents"]) is not None:
         return _compute_digest(
-            {"latents": _compute_file_digest("latents", config.latents), "name": config.output.name}
+            {"latents": _compute_file_digest("latents", latents_file), "name": name}
         )
-    sample = config.sample
+    step_cache = settings["cache.steps"]
     depends_on: dict[str, object] = {
         "weights": weights_digests.checkpoint_digest,
-        "task": config.task,
+        "task": settings["task"],
         "prompt": plan.prompt,
         "negative_prompt": plan.negative_prompt,
         "images": {
-            key: _compute_file_digest(key, file) for key, file in list_image_files(config).items()
+            key: _compute_file_digest(key, file) for key, file in list_image_files(settings).items()
         },
         "size": (plan.width, plan.height, plan.frame_num),
-        "seed": config.seed,
-        "noise_device": config.noise_device,
-        "dtype": (config.dtype, config.memory.vae_dtype if plan.num_images else None),
-        "quant": config.quant,
-        "attention": config.attention,
-        "sample": (sample.solver, sample.steps, plan.shift, plan.guide_scales),
-        "cache": (config.cache.steps, config.cache.threshold if config.cache.steps else None),
-        "name": config.output.name,
+        "seed": settings["seed"],
+        "noise_device": settings["noise_device"],
+        "dtype": (settings["dtype"], settings["memory.vae_dtype"] if plan.num_images else None),
+        "quant": settings["quant"],
+        "attention": settings["attention"],
+        "sample": (
+            settings["sample.solver"],
+            settings["sample.steps"],
+            plan.shift,
+            plan.guide_scales,
+        ),
+        "cache": (step_cache, settings["cache.threshold"] if step_cache else None),
+        "name": name,
     }
-    depends_on |= _read_new_settings(config, Effect.LATENTS)
+    depends_on |= _select_new_settings(settings)
     # A random seed is drawn anew by each submission, but not when Slurm requeues it; for a job, once for its
     # line of the file of jobs.
-    if config.seed == -1 and not is_job:
+    if settings["seed"] == -1 and not is_job:
         depends_on["job"] = (
             read_text_variable("SLURM_JOB_ID"),
             read_text_variable("SLURM_ARRAY_TASK_ID"),
@@ -73,27 +79,30 @@ def compute_latents_digest(
 
 
 def compute_result_digest(
-    config: RunConfig, plan: VideoPlan, latents: str, weights_digests: WeightsDigests
+    settings: SettingValues, plan: VideoPlan, latents: str, weights_digests: WeightsDigests
 ) -> str:
-    """Return the digest of all that a result's files depend on; ``latents`` is the digest of its latents."""
+    """Return the digest of all that a result's files depend on.
+
+    ``settings``: those with `Effect.RESULT`; ``latents``: the digest of its latents.
+    """
     file_type = "png" if plan.task.is_still else "mp4"
-    vae_settings = (weights_digests.vae_digest, config.dtype, config.memory.vae_dtype)
+    vae_settings = (weights_digests.vae_digest, settings["dtype"], settings["memory.vae_dtype"])
     return _compute_digest(
         {
             "latents": latents,
             "kind": file_type,
             "fps": plan.fps,
-            "tensor": config.output.save_tensor,
+            "tensor": settings["output.save_tensor"],
             "vae": vae_settings,
-            **_read_new_settings(config, Effect.RESULT),
+            **_select_new_settings(settings),
         }
     )
 
 
-def _read_new_settings(config: RunConfig, effect: Effect) -> dict[str, object]:
+def _select_new_settings(settings: SettingValues) -> dict[str, object]:
     """Return settings that earlier versions did not have, but for image files, whose content counts."""
-    settings = read_settings(config, effect, is_new=True)
-    return {key: value for key, value in settings.items() if key not in IMAGE_KEYS}
+    new_settings = select_new_settings(settings)
+    return {key: value for key, value in new_settings.items() if key not in IMAGE_KEYS}
 
 
 def _compute_digest(depends_on: Mapping[str, object]) -> str:

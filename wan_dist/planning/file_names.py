@@ -6,53 +6,52 @@ import re
 from pathlib import Path
 
 from wan_dist.config.checks import check_file_name
-from wan_dist.config.schema import RunConfig, read_settings
-from wan_dist.config.settings import Effect
+from wan_dist.config.settings import SettingValues
 
 _EARLIER_CACHE_SETTINGS = {"dir": "auto", "size_gib": 1.0}
 """Defaults of settings without effect, which are hashed so that names stay those of earlier versions."""
 
 
-def name_result(config: RunConfig, prompt: str | None, seed: int) -> str:
+def name_result(settings: SettingValues, prompt: str | None, seed: int) -> str:
     """Return the file name of a result, without suffix.
 
-    It is the requested name, or that of the saved latents, or one made of task, prompt, seed and a hash
-    of the settings. Raises InputError if the latents' name is no name for a file.
+    ``settings``: those that a run's files depend on, `OUTPUTS`; ``prompt`` and ``seed`` as resolved. It
+    is the requested name, or that of the saved latents, or one made of task, prompt, seed and a hash of the
+    settings. Raises InputError if the latents' name is no name for a file.
     """
-    if config.output.name is not None:
-        return config.output.name.removesuffix(".mp4").removesuffix(".png")
-    if config.latents is not None:
-        name = Path(config.latents).name.removesuffix(".safetensors").removesuffix(".latents")
+    requested_name: str | None = settings["output.name"]
+    if requested_name is not None:
+        return requested_name.removesuffix(".mp4").removesuffix(".png")
+    if settings["latents"] is not None:
+        name = Path(settings["latents"]).name.removesuffix(".safetensors").removesuffix(".latents")
         check_file_name("output.name (from latents)", name)
         return name
     return "_".join(
         part
         for part in (
-            config.task,
+            settings["task"],
             slugify_prompt(prompt or ""),
             str(seed),
-            _compute_settings_hash(config, prompt),
+            _compute_settings_hash(settings, prompt),
         )
         if part
     )
 
 
-def _compute_settings_hash(config: RunConfig, prompt: str | None) -> str:
+def _compute_settings_hash(settings: SettingValues, prompt: str | None) -> str:
     """Return a hash that tells apart runs whose prompts begin alike or whose other settings differ."""
     sections: dict[str, dict[str, object]] = {}
-    for key, value in read_settings(
-        config, Effect.WEIGHTS | Effect.LATENTS | Effect.RESULT
-    ).items():
+    for key, value in settings.items():
         section, _, name = key.rpartition(".")
         sections.setdefault(section, {})[name] = value
-    settings = sections.pop("") | {
+    hashed_settings = sections.pop("") | {
         "sample": sections["sample"],
         "cache": sections["cache"] | _EARLIER_CACHE_SETTINGS,
         "prompt": prompt,
-        "tensor": config.output.save_tensor,
-        "vae_dtype": config.memory.vae_dtype,
+        "tensor": settings["output.save_tensor"],
+        "vae_dtype": settings["memory.vae_dtype"],
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+    return hashlib.sha256(json.dumps(hashed_settings, sort_keys=True).encode()).hexdigest()[:6]
 
 
 def name_latents(name: str, clip_index: int) -> str:

@@ -8,17 +8,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
-from pathlib import Path
-from typing import NamedTuple
 
 from PIL import Image
 
-from wan_dist.config.loras import check_experts, list_loras
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.loras import check_experts
+from wan_dist.config.model_settings import ModelSettings, collect_model_settings
+from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.settings import OUTPUTS
 from wan_dist.config.weight_files import list_weight_files
 from wan_dist.models.dims import ModelDims
-from wan_dist.planning.base_arrangement import build_base_arrangement
-from wan_dist.planning.degrees import Degrees, check_attention_split, plan_degrees
+from wan_dist.planning.base_arrangement import build_base_arrangement, check_placements
+from wan_dist.planning.degrees import (
+    Degrees,
+    check_attention_split,
+    choose_degrees,
+    read_num_heads,
+)
 from wan_dist.planning.file_names import name_result
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.lora_memory import estimate_merging_bytes
@@ -29,25 +34,20 @@ from wan_dist.planning.memory_planner import (
     choose_vae_strategies,
     compute_budget,
 )
-from wan_dist.planning.saved_latents import read_latents_size
 from wan_dist.planning.video_settings import (
-    check_clips,
-    check_frame_num,
-    check_size,
+    VideoInput,
+    VideoSettings,
     choose_shift,
     choose_tea_fit,
-    choose_video_size,
     get_guide_scales,
-    read_images,
-    read_or_blank_images,
     read_text_setting,
+    read_video_input,
 )
 from wan_dist.planning.workload import Arrangement, Workload
 from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.text_files import read_checkpoint_json
 from wan_dist.tasks.base import Task, TeaCacheFit
-from wan_dist.tasks.image_sizes import ImageSizeReader, read_image_sizes
+from wan_dist.tasks.image_sizes import ImageSizeReader, list_image_files
 from wan_dist.tasks.registry import get_task
 
 
@@ -89,6 +89,9 @@ class VideoPlan:
     ranks_per_node: int
     base_arrangement: Arrangement
     """What does not depend on memory: sharding, and the VAE's first strategy."""
+    model_settings: ModelSettings
+    has_saved_latents: bool
+    """Latents of an earlier run are decoded, so that nothing but the VAE is needed."""
     name: str
     """File name of the results, without suffix."""
 
@@ -150,17 +153,6 @@ class RunPlan(VideoPlan):
     """Predicted memory of each stage."""
 
 
-class _VideoInput(NamedTuple):
-    """Size of a video, and the images that it starts from."""
-
-    width: int
-    height: int
-    frame_num: int
-    size_note: str = ""
-    images: tuple[Image.Image, ...] = ()
-    num_images: int = 0
-
-
 def make_plan(
     config: RunConfig,
     *,
@@ -177,26 +169,35 @@ def make_plan(
     would work, if the fields do not fit together.
     """
     task = get_task(config.task)
-    check_experts(list_loras(config), has_experts=task.expert_boundary is not None)
-    check_clips(config, task)
-    video = _read_video_input(config, task, image_size_reader, is_dry_run=is_dry_run)
-    check_size(video.width, video.height, task)
-    check_frame_num(video.frame_num, task)
-    prompt = _read_prompt(config, is_dry_run=is_dry_run)
-    seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
-    guide_scales = get_guide_scales(config, task)
-    is_guided = guide_scales != (1, 1)
-    num_ranks, ranks_per_node = ranks or read_started_ranks()
-    degrees = _choose_degrees(config, num_ranks, ranks_per_node, is_guided=is_guided, is_job=is_job)
-    latent_shape = _compute_latent_shape(video, task)
-    num_tokens = prod(
-        size // patch for size, patch in zip(latent_shape[1:], task.patch_size, strict=True)
+    model_settings = collect_model_settings(config)
+    check_experts(model_settings.loras, has_experts=task.expert_boundary is not None)
+    settings = read_settings(config, OUTPUTS)
+    video_settings = VideoSettings(
+        size=config.parse_size(),
+        max_area=config.max_area,
+        frame_num=config.frame_num,
+        num_clips=config.clips,
+        image_files=list_image_files(settings),
+        latents_file=config.latents,
     )
+    video = read_video_input(video_settings, task, image_size_reader, is_dry_run=is_dry_run)
+    prompt = _read_prompt(config.prompt, is_required=config.latents is None and not is_dry_run)
+    seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
+    guide_scales = get_guide_scales(config.sample, task)
+    is_guided = guide_scales != (1, 1)
+    ranks = ranks or read_started_ranks()
+    num_heads = read_num_heads(task, config.ckpt_dir, list_weight_files(config).get("dit_file", []))
+    degrees = choose_degrees(config.parallel, ranks, num_heads, is_guided=is_guided, is_job=is_job)
+    latent_shape = _compute_latent_shape(video, task)
+    num_tokens = _count_tokens(latent_shape, task)
     check_attention_split(degrees, num_tokens, config.attention, config.dtype, config.parallel.usp)
-    negative_prompt = None
-    if is_guided:
-        negative_prompt = read_text_setting("negative_prompt", config.negative_prompt) or ""
-    area = video.width * video.height
+    negative_prompt = _read_negative_prompt(config.negative_prompt) if is_guided else None
+    shift = choose_shift(config.sample, task, config.max_area or video.area)
+    tea_fit = choose_tea_fit(config.cache, task, video.area)
+    check_placements(config.memory, config.quant, degrees, is_guided=is_guided)
+    base_arrangement = build_base_arrangement(
+        config.memory, config.fsdp, task, degrees, latent_side=max(latent_shape[2:])
+    )
     return VideoPlan(
         task=task,
         prompt=prompt or "",
@@ -210,40 +211,24 @@ def make_plan(
         num_clips=config.clips,
         fps=config.fps,
         seed=seed,
-        shift=choose_shift(config, task, area if config.max_area is None else config.max_area),
+        shift=shift,
         guide_scales=guide_scales,
-        tea_fit=choose_tea_fit(config, task, area),
+        tea_fit=tea_fit,
         latent_shape=latent_shape,
         num_tokens=num_tokens,
         degrees=degrees,
-        ranks_per_node=ranks_per_node,
-        base_arrangement=build_base_arrangement(
-            config, task, degrees, max(latent_shape[2:]), is_guided=is_guided
-        ),
-        name=name_result(config, prompt, seed),
+        ranks_per_node=ranks[1],
+        base_arrangement=base_arrangement,
+        model_settings=model_settings,
+        has_saved_latents=config.latents is not None,
+        name=name_result(settings, prompt, seed),
     )
 
 
-def _read_video_input(
-    config: RunConfig, task: Task, image_size_reader: ImageSizeReader | None, *, is_dry_run: bool
-) -> _VideoInput:
-    """Return the size of the video, of saved latents or of settings and images, and the images if decoded."""
-    if config.latents is not None:
-        return _VideoInput(*read_latents_size(config.latents, task))
-    images: tuple[Image.Image, ...] = ()
-    if image_size_reader is not None:
-        source_sizes = read_image_sizes(config, task, image_size_reader)
-    else:
-        images = read_or_blank_images(config, task) if is_dry_run else read_images(config, task)
-        source_sizes = [image.size for image in images]
-    width, height, size_note = choose_video_size(config, task, source_sizes)
-    return _VideoInput(width, height, config.frame_num, size_note, images, len(source_sizes))
-
-
-def _read_prompt(config: RunConfig, *, is_dry_run: bool) -> str | None:
-    """Return the prompt; raises InputError if it is missing, unless saved latents or a dry run need none."""
-    prompt = read_text_setting("prompt", config.prompt)
-    if prompt is None and config.latents is None and not is_dry_run:
+def _read_prompt(value: str | None, *, is_required: bool) -> str | None:
+    """Return the prompt of the setting's value; raises InputError if it is required and missing."""
+    prompt = read_text_setting("prompt", value)
+    if prompt is None and is_required:
         raise InputError(
             "prompt is missing; describe the video, "
             'e.g. prompt="two cats boxing on a stage", or prompt=@file.txt'
@@ -251,12 +236,24 @@ def _read_prompt(config: RunConfig, *, is_dry_run: bool) -> str | None:
     return prompt
 
 
-def _compute_latent_shape(video: _VideoInput, task: Task) -> tuple[int, int, int, int]:
+def _read_negative_prompt(value: str | None) -> str:
+    """Return the negative prompt of the setting's value, empty where there is none."""
+    return read_text_setting("negative_prompt", value) or ""
+
+
+def _compute_latent_shape(video: VideoInput, task: Task) -> tuple[int, int, int, int]:
     """Return the shape (C, T, h, w) of the video's latents."""
     frame_stride, row_stride, column_stride = task.vae_stride
     latent_frames = (video.frame_num - 1) // frame_stride + 1
     rows, columns = video.height // row_stride, video.width // column_stride
     return task.latent_channels, latent_frames, rows, columns
+
+
+def _count_tokens(latent_shape: tuple[int, int, int, int], task: Task) -> int:
+    """Return the number of tokens of latents (C, T, h, w)."""
+    return prod(
+        size // patch for size, patch in zip(latent_shape[1:], task.patch_size, strict=True)
+    )
 
 
 def read_started_ranks() -> tuple[int, int]:
@@ -271,7 +268,6 @@ def _estimate_num_tokens(text: str) -> int:
 
 def plan_memory(
     plan: VideoPlan,
-    config: RunConfig,
     hardware: Hardware,
     models: ModelDims,
     count_tokens: Callable[[str], int] = _estimate_num_tokens,
@@ -280,19 +276,20 @@ def plan_memory(
 
     Raises InputError if nothing fits, with what would.
     """
-    workload = _build_workload(plan, config, hardware, models, count_tokens)
-    budget = compute_budget(hardware, config.memory, plan.degrees.num_ranks)
+    workload = _build_workload(plan, hardware, models, count_tokens)
+    memory_settings = plan.model_settings.memory
+    budget = compute_budget(hardware, memory_settings, plan.degrees.num_ranks)
     shorten_workload = partial(_shorten_workload, workload)
-    if config.latents is not None:  # nothing but the VAE is needed
+    if plan.has_saved_latents:
         arrangement = choose_vae_strategies(
-            workload, config.memory, plan.base_arrangement, budget, shorten_workload
+            workload, memory_settings, plan.base_arrangement, budget, shorten_workload
         )
         stages = [
             stage for stage in estimate_memory(workload, arrangement) if stage.name == "decode"
         ]
     else:
         arrangement = choose_arrangement(
-            workload, config.memory, plan.base_arrangement, budget, shorten_workload
+            workload, memory_settings, plan.base_arrangement, budget, shorten_workload
         )
         stages = estimate_memory(workload, arrangement)
     return RunPlan(
@@ -306,7 +303,6 @@ def plan_memory(
 
 def _build_workload(
     plan: VideoPlan,
-    config: RunConfig,
     hardware: Hardware,
     models: ModelDims,
     count_tokens: Callable[[str], int],
@@ -314,7 +310,8 @@ def _build_workload(
     """Return the workload of one replica: sizes and settings that memory depends on."""
     texts = [text for text in (plan.prompt, plan.negative_prompt) if text is not None]
     is_on_gpu = hardware.gpu_bytes is not None
-    vae_dtype = config.memory.vae_dtype or (config.dtype if is_on_gpu else "float32")
+    settings = plan.model_settings
+    vae_dtype = settings.memory.vae_dtype or (settings.dtype if is_on_gpu else "float32")
     return Workload(
         model_dims=models,
         latent_shape=plan.latent_shape,
@@ -328,57 +325,13 @@ def _build_workload(
         cfg_degree=plan.degrees.cfg,
         num_sequence_parts=plan.degrees.ring * plan.degrees.ulysses,
         ranks_per_node=plan.ranks_per_node,
-        quant=config.quant,
+        quant=settings.quant,
         is_on_gpu=is_on_gpu,
-        has_8bit_attention=config.attention == "8bit",
-        itemsize=2 if config.dtype == "bfloat16" else 4,
+        has_8bit_attention=settings.attention == "8bit",
+        itemsize=2 if settings.dtype == "bfloat16" else 4,
         vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
-        merging_bytes=estimate_merging_bytes(list_loras(config)),
+        merging_bytes=estimate_merging_bytes(settings.loras),
     )
-
-
-def _choose_degrees(
-    config: RunConfig, num_ranks: int, ranks_per_node: int, *, is_guided: bool, is_job: bool
-) -> Degrees:
-    """Return the degrees of all axes; raises InputError for those that do not fit the ranks or the run."""
-    degrees = plan_degrees(
-        num_ranks,
-        ranks_per_node=ranks_per_node,
-        num_heads=read_num_heads(config),
-        is_guided=is_guided,
-        dp=config.parallel.dp,
-        cfg=config.parallel.cfg,
-        ring=config.parallel.ring,
-        ulysses=config.parallel.ulysses,
-    )
-    if degrees.dp > 1 and not is_job:
-        raise InputError(
-            f"parallel.dp={degrees.dp} needs several videos (jobs=FILE), "
-            "and this run generates one; use parallel.dp=1"
-        )
-    return degrees
-
-
-_TRANSFORMER_FOLDERS = (".", "high_noise_model", "transformer", "diffusion_models", "unet")
-
-
-def read_num_heads(config: RunConfig) -> int:
-    """Return the number of attention heads of the transformer.
-
-    It is read from the config beside the transformer's file, or of the checkpoint, where that can be read,
-    else it is that of the published model.
-    """
-    folders = [path.parent for path in list_weight_files(config).get("dit_file", [])]
-    if config.ckpt_dir is not None:
-        folder = Path(config.ckpt_dir).expanduser()
-        folders += [folder / name for name in _TRANSFORMER_FOLDERS]
-    for folder in folders:
-        try:
-            model_config = read_checkpoint_json(folder / "config.json")
-            return int(model_config.get("num_heads") or model_config["num_attention_heads"])
-        except (ValueError, KeyError, TypeError):
-            continue  # whatever is wrong with the folder is said when it is opened
-    return get_task(config.task).transformer_dims.num_heads
 
 
 def _shorten_workload(workload: Workload, num_fewer_frames: int) -> Workload | None:

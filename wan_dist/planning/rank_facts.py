@@ -3,11 +3,10 @@
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.settings import SettingValues
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.tasks.image_sizes import IMAGE_KEYS
@@ -29,16 +28,21 @@ class RankFacts:
     host: str = field(default_factory=socket.gethostname)
 
 
-def collect_rank_facts(config: RunConfig, gpu: str | None, gpu_bytes: int | None) -> RankFacts:
-    """Return this rank's facts; a file that it does not see, or cannot read, is left out."""
+def collect_rank_facts(
+    settings: SettingValues, gpu: str | None, gpu_bytes: int | None
+) -> RankFacts:
+    """Return this rank's facts; a file that it does not see, or cannot read, is left out.
+
+    ``settings``: see `read_all_settings`.
+    """
     file_digests = {}
     for key in _FILE_KEYS:
-        if (file_name := getattr(config, key)) is None:
+        if (file_name := settings[key]) is None:
             continue
         with suppress(OSError):  # planning says what is wrong with it
             if (path := Path(file_name).expanduser()).is_file():
                 file_digests[key] = hash_file(path)
-    return RankFacts(_flatten_settings(asdict(config)), file_digests, gpu, gpu_bytes)
+    return RankFacts(dict(settings), file_digests, gpu, gpu_bytes)
 
 
 def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
@@ -87,14 +91,3 @@ def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
         if first_facts.gpu_bytes is None
         else min(other_facts.gpu_bytes or 0 for other_facts in facts_by_rank)
     )
-
-
-def _flatten_settings(section: dict[str, Any], prefix: str = "") -> dict[str, object]:
-    flat_settings: dict[str, object] = {}
-    for key, value in section.items():
-        flat_settings |= (
-            _flatten_settings(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {prefix + key: value}
-        )
-    return flat_settings

@@ -1,56 +1,129 @@
 """Video settings resolved for a task: size, frames, texts, images; and the checks that cross fields."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
 from wan_dist.config.checks import MAX_PROMPT_CHARACTERS
-from wan_dist.config.schema import RunConfig
-from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE
+from wan_dist.config.sections import CacheConfig, SampleConfig
+from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE, read_latents_size
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
 from wan_dist.tasks.base import AREA_480P, Task, TeaCacheFit
-from wan_dist.tasks.image_sizes import find_image_files, list_image_files
+from wan_dist.tasks.image_sizes import ImageSizeReader, check_image_files, read_image_sizes
 from wan_dist.tasks.images import read_image
 from wan_dist.tasks.registry import TASKS
 
 _MAX_FRAMES = 10**6 + 1
 
 
-def read_or_blank_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
-    """Return the images of the settings, or as many blank ones of the video's size as the task needs."""
-    if list_image_files(config) or not task.inputs.is_required:
-        return read_images(config, task)
-    return tuple(Image.new("RGB", config.parse_size()) for _ in task.inputs.file_keys)
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """What is requested of a video's frames."""
+
+    size: tuple[int, int]
+    """(width, height) in pixels; with an image, an area."""
+    max_area: int | None
+    """In pixels, instead of the size, where there is an image."""
+    frame_num: int
+    num_clips: int
+    image_files: dict[str, str]
+    """By setting, see `list_image_files`."""
+    latents_file: str | None
+    """Saved latents, which have their own size and number of frames."""
 
 
-def read_images(config: RunConfig, task: Task) -> tuple[Image.Image, ...]:
+class VideoInput(NamedTuple):
+    """Size of a video, and the images that it starts from."""
+
+    width: int
+    height: int
+    frame_num: int
+    size_note: str = ""
+    images: tuple[Image.Image, ...] = ()
+    num_images: int = 0
+
+    @property
+    def area(self) -> int:
+        """Pixels of a frame."""
+        return self.width * self.height
+
+
+def read_video_input(
+    settings: VideoSettings,
+    task: Task,
+    image_size_reader: ImageSizeReader | None,
+    *,
+    is_dry_run: bool,
+) -> VideoInput:
+    """Return the size of the video, of saved latents or of settings and images, and the images if decoded.
+
+    Raises InputError for one that the task does not make.
+    """
+    _check_clips(settings, task)
+    video = _resolve_video_size(settings, task, image_size_reader, is_dry_run=is_dry_run)
+    _check_size(video.width, video.height, task)
+    _check_frame_num(video.frame_num, task)
+    return video
+
+
+def _resolve_video_size(
+    settings: VideoSettings,
+    task: Task,
+    image_size_reader: ImageSizeReader | None,
+    *,
+    is_dry_run: bool,
+) -> VideoInput:
+    if settings.latents_file is not None:
+        return VideoInput(*read_latents_size(settings.latents_file, task))
+    images: tuple[Image.Image, ...] = ()
+    if image_size_reader is not None:
+        source_sizes = read_image_sizes(settings.image_files, task, image_size_reader)
+    else:
+        needs_blanks = is_dry_run and not settings.image_files and task.inputs.is_required
+        images = (
+            _make_blank_images(settings, task) if needs_blanks else _read_images(settings, task)
+        )
+        source_sizes = [image.size for image in images]
+    width, height, size_note = _choose_video_size(settings, task, source_sizes)
+    return VideoInput(width, height, settings.frame_num, size_note, images, len(source_sizes))
+
+
+def _make_blank_images(settings: VideoSettings, task: Task) -> tuple[Image.Image, ...]:
+    """Return blank images of the video's size, as many as the task needs."""
+    return tuple(Image.new("RGB", settings.size) for _ in task.inputs.file_keys)
+
+
+def _read_images(settings: VideoSettings, task: Task) -> tuple[Image.Image, ...]:
     """Return the images the task starts from; raises InputError for one missing, unreadable or unexpected."""
-    images = tuple(read_image(file, key) for key, file in find_image_files(config, task).items())
+    check_image_files(settings.image_files, task)
+    images = tuple(read_image(file, key) for key, file in settings.image_files.items())
     return task.inputs.prepare_images(images)
 
 
-def choose_video_size(
-    config: RunConfig, task: Task, source_sizes: Sequence[tuple[int, int]]
+def _choose_video_size(
+    settings: VideoSettings, task: Task, source_sizes: Sequence[tuple[int, int]]
 ) -> tuple[int, int, str]:
     """Return width, height and a note on how they came about, empty where that is plain.
 
     With an image, the size of the settings is an area, and the image gives the aspect. Raises InputError for
     ``max_area`` without an image.
     """
-    width, height = config.parse_size()
+    (width, height), max_area = settings.size, settings.max_area
     if not source_sizes:
-        if config.max_area is not None:
+        if max_area is not None:
             raise InputError(
-                f"max_area={config.max_area} needs an image; "
+                f"max_area={max_area} needs an image; "
                 f"for {task.name} without one use size=width*height"
             )
         return width, height, ""
-    area = config.max_area or width * height
+    area = max_area or width * height
     image_width, image_height = source_sizes[0]
     fitted_size = task.inputs.fit_size(source_sizes[0], area, task.size_multiple)
-    requested_size = f"max_area={config.max_area}" if config.max_area else f"size={width}*{height}"
+    requested_size = f"max_area={max_area}" if max_area else f"size={width}*{height}"
     if fitted_size == (width, height):
         return width, height, ""
     image_size = f"{image_width}x{image_height}"
@@ -58,24 +131,24 @@ def choose_video_size(
     return *fitted_size, size_note
 
 
-def get_guide_scales(config: RunConfig, task: Task) -> tuple[float, float]:
+def get_guide_scales(sample: SampleConfig, task: Task) -> tuple[float, float]:
     """Return the guidance scales for (low, high) noise.
 
     Raises InputError for two different scales if the task has one transformer.
     """
-    scales = config.sample.parse_guide_scales()
+    scales = sample.parse_guide_scales()
     if task.expert_boundary is None and scales[0] != scales[1]:
         raise InputError(
-            f"sample.guide_scale={config.sample.guide_scale}: {task.name} has one transformer "
+            f"sample.guide_scale={sample.guide_scale}: {task.name} has one transformer "
             "and needs one number"
         )
     return scales
 
 
-def choose_shift(config: RunConfig, task: Task, area: int) -> float:
+def choose_shift(sample: SampleConfig, task: Task, area: int) -> float:
     """Return the shift of the noise schedule: the user's, or the task's for an area in pixels."""
-    if config.sample.shift is not None:
-        return config.sample.shift
+    if sample.shift is not None:
+        return sample.shift
     if task.default_shifts is None:
         raise InputError(
             f"sample.shift is null, but {task.name} has no default by size; "
@@ -84,12 +157,12 @@ def choose_shift(config: RunConfig, task: Task, area: int) -> float:
     return task.default_shifts[0] if area <= AREA_480P else task.default_shifts[1]
 
 
-def choose_tea_fit(config: RunConfig, task: Task, area: int) -> TeaCacheFit | None:
+def choose_tea_fit(cache: CacheConfig, task: Task, area: int) -> TeaCacheFit | None:
     """Return TeaCache's fit to the task's model, None where it is not requested.
 
     ``area``: pixels of a frame. Raises InputError for a task whose model it has not been fitted to.
     """
-    if config.cache.steps != "tea":
+    if cache.steps != "tea":
         return None
     if not task.tea_fits:
         supported_names = ", ".join(
@@ -100,14 +173,10 @@ def choose_tea_fit(config: RunConfig, task: Task, area: int) -> TeaCacheFit | No
             f"not to that of {task.name}; use cache.steps=easy"
         )
     tea_fit = task.tea_fits[0 if area <= AREA_480P else -1]
-    return (
-        tea_fit
-        if config.cache.threshold is None
-        else tea_fit._replace(threshold=config.cache.threshold)
-    )
+    return tea_fit if cache.threshold is None else tea_fit._replace(threshold=cache.threshold)
 
 
-def check_frame_num(frame_num: int, task: Task) -> None:
+def _check_frame_num(frame_num: int, task: Task) -> None:
     """Raise InputError unless the task makes videos of ``frame_num`` frames."""
     if task.is_still and frame_num != 1:
         raise InputError(f"frame_num={frame_num} must be 1: {task.name} generates one image")
@@ -127,34 +196,35 @@ def check_frame_num(frame_num: int, task: Task) -> None:
         )
 
 
-def check_clips(config: RunConfig, task: Task) -> None:
+def _check_clips(settings: VideoSettings, task: Task) -> None:
     """Raise InputError unless the task makes videos of several clips, if several are requested."""
-    if config.clips == 1:
+    num_clips, frame_num = settings.num_clips, settings.frame_num
+    if num_clips == 1:
         return
-    if config.latents is not None:
+    if settings.latents_file is not None:
         raise InputError(
-            f"clips={config.clips}: latents={config.latents} are those of one clip; leave clips out"
+            f"clips={num_clips}: latents={settings.latents_file} are those of one clip; leave clips out"
         )
     if not task.inputs.takes_clips:
         supported_names = ", ".join(
             name for name, other_task in TASKS.items() if other_task.inputs.takes_clips
         )
         raise InputError(
-            f"clips={config.clips}: further clips start from one image, and {task.name} takes "
+            f"clips={num_clips}: further clips start from one image, and {task.name} takes "
             f"{task.inputs.usage}; {supported_names} take clips"
         )
-    if config.frame_num == 1:
+    if frame_num == 1:
         raise InputError(
-            f"clips={config.clips}: further clips repeat one frame of the clip before, so they need "
+            f"clips={num_clips}: further clips repeat one frame of the clip before, so they need "
             f"frame_num={task.vae_stride[0] + 1} or more"
         )
-    if config.clips * (config.frame_num - 1) >= _MAX_FRAMES:
+    if num_clips * (frame_num - 1) >= _MAX_FRAMES:
         raise InputError(
-            f"clips={config.clips}: more than {_MAX_FRAMES} frames are not made in one video"
+            f"clips={num_clips}: more than {_MAX_FRAMES} frames are not made in one video"
         )
 
 
-def check_size(width: int, height: int, task: Task) -> None:
+def _check_size(width: int, height: int, task: Task) -> None:
     """Raise InputError unless the task's models take width and height."""
     width_multiple, height_multiple = task.size_multiple
     if max(width, height) > MAX_VIDEO_SIDE:

@@ -4,13 +4,13 @@ Headers, because to decode the images of many jobs takes long.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.settings import SettingValues
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import check_regular_file
 from wan_dist.tasks.base import Task
@@ -46,15 +46,18 @@ def read_image_size(file: str, key: str) -> tuple[int, int]:
     return read_image(file, key).size if size is None else size
 
 
-def list_image_files(config: RunConfig) -> dict[str, str]:
+def list_image_files(settings: SettingValues) -> dict[str, str]:
     """Return all image files of the settings, by setting."""
-    return {key: file for key in IMAGE_KEYS if (file := getattr(config, key)) is not None}
+    return {key: file for key in IMAGE_KEYS if (file := settings[key]) is not None}
 
 
-def find_image_files(config: RunConfig, task: Task) -> dict[str, str]:
-    """Return a task's input image files by setting; raises InputError for missing or unexpected ones."""
-    file_by_key, inputs = list_image_files(config), task.inputs
-    if unexpected_keys := [key for key in file_by_key if key not in inputs.file_keys]:
+def check_image_files(image_files: Mapping[str, str], task: Task) -> None:
+    """Raise InputError for images that the task needs and are missing, and for unexpected ones.
+
+    ``image_files``: see `list_image_files`.
+    """
+    inputs = task.inputs
+    if unexpected_keys := [key for key in image_files if key not in inputs.file_keys]:
         accepting_tasks = [
             name
             for name, other_task in TASKS.items()
@@ -64,20 +67,20 @@ def find_image_files(config: RunConfig, task: Task) -> dict[str, str]:
             f"{unexpected_keys[0]} is given, but {task.name} takes {inputs.usage}; "
             f"{', '.join(accepting_tasks)} would take {unexpected_keys[0]}"
         )
-    missing_keys = [key for key in inputs.file_keys if key not in file_by_key]
+    missing_keys = [key for key in inputs.file_keys if key not in image_files]
     if missing_keys and inputs.is_required:
         verb = "is" if len(missing_keys) == 1 else "are"
         raise InputError(
             f"{' and '.join(missing_keys)} {verb} missing: {task.name} takes {inputs.usage}"
         )
-    return file_by_key
 
 
 def read_image_sizes(
-    config: RunConfig, task: Task, image_size_reader: ImageSizeReader
+    image_files: Mapping[str, str], task: Task, image_size_reader: ImageSizeReader
 ) -> list[tuple[int, int]]:
     """Return the sizes of the task's input images; raises InputError where they do not fit together."""
-    sizes = [image_size_reader(file, key) for key, file in find_image_files(config, task).items()]
+    check_image_files(image_files, task)
+    sizes = [image_size_reader(file, key) for key, file in image_files.items()]
     task.inputs.check_image_sizes(sizes)
     return sizes
 

@@ -157,7 +157,7 @@ def test_the_plan_counts_what_merging_takes(tmp_path: Path) -> None:
         config = read(*settings, task="t2v-14B")
         plan = make_plan(config, ranks=(1, 1))
         models = get_task("t2v-14B").model_dims
-        found = plan_memory(plan, config, Hardware(80 * 2**30, 256 * 2**30), models)
+        found = plan_memory(plan, Hardware(80 * 2**30, 256 * 2**30), models)
         return {stage.name: stage for stage in found.stage_memories}
 
     rows, factors = 5 * 2**23 * 4, 2 * 2**23 * 4
@@ -181,7 +181,6 @@ def test_the_plan_names_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"lora=.*gone.safetensors cannot be read: No such file"):
         plan_memory(
             make_plan(config, ranks=(1, 1)),
-            config,
             Hardware(80 * 2**30, 256 * 2**30),
             get_task(config.task).model_dims,
         )

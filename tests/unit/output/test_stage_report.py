@@ -1,6 +1,6 @@
 """Stage report: peaks of GPU memory with nested stages, on a CUDA memory counter that the test drives."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> FakeCudaMemory:
 def report(memory: FakeCudaMemory) -> StageReport:
     config = read_config(["task=t2v-1.3B", "prompt=x", "ckpt_dir=x"])
     assert config is not None
-    return StageReport(config, torch.device("cuda"), quiet=True)
+    return StageReport(asdict(config), torch.device("cuda"), quiet=True)
 
 
 def get_peak(report: StageReport, stage: str) -> float:

@@ -5,6 +5,7 @@ that do not see them.
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,7 @@ def quiet_report() -> Any:
 
     config = read_config(TINY)
     assert config is not None
-    return StageReport(config, CPU, quiet=True)
+    return StageReport(asdict(config), CPU, quiet=True)
 
 
 def test_blocks_are_read_once_a_chunk_and_the_result_is_the_same(

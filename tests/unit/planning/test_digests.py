@@ -13,13 +13,13 @@ from wan_dist.config import schema
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
 from wan_dist.config.overrides import override_config
-from wan_dist.config.schema import RunConfig, list_settings
+from wan_dist.config.schema import RunConfig, list_settings, read_settings
 from wan_dist.config.sections import OutputConfig
 from wan_dist.config.settings import Effect, add_setting
 from wan_dist.output.video_file import save_tensors
 from wan_dist.planning import digests
-from wan_dist.planning.digests import WeightsDigests, compute_latents_digest, compute_result_digest
-from wan_dist.planning.plan import make_plan
+from wan_dist.planning.digests import WeightsDigests
+from wan_dist.planning.plan import VideoPlan, make_plan
 from wan_dist.runtime.errors import InputError
 
 DIFFERENT = {
@@ -80,6 +80,20 @@ def first() -> RunConfig:
 
 
 WEIGHTS = WeightsDigests("all", "vae")
+
+
+def compute_latents_digest(
+    config: RunConfig, plan: VideoPlan, weights: WeightsDigests, *, is_job: bool = False
+) -> str:
+    settings = read_settings(config, Effect.LATENTS)
+    return digests.compute_latents_digest(settings, plan, weights, is_job=is_job)
+
+
+def compute_result_digest(
+    config: RunConfig, plan: VideoPlan, latents: str, weights: WeightsDigests
+) -> str:
+    settings = read_settings(config, Effect.RESULT)
+    return digests.compute_result_digest(settings, plan, latents, weights)
 
 
 def both(
@@ -195,7 +209,7 @@ def test_which_frame_an_image_is_counts(tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "red").save(file)
     plan = make_plan(first())
     found = {
-        compute_latents_digest(replace(first(), **{key: str(file)}), plan, WEIGHTS, is_job=False)
+        compute_latents_digest(replace(first(), **{key: str(file)}), plan, WEIGHTS)
         for key in ("image", "first_frame", "last_frame")
     }
     assert len(found) == 3
@@ -221,7 +235,7 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"image=.*gone.png cannot be read: No such file or directory"
     ):
-        compute_latents_digest(config, plan, WEIGHTS, is_job=False)
+        compute_latents_digest(config, plan, WEIGHTS)
 
 
 def test_a_seed_that_is_drawn_is_drawn_once_for_a_job_of_slurm(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import RunConfig, read_all_settings
 from wan_dist.config.sections import OutputConfig, ParallelConfig
 from wan_dist.planning.rank_facts import RankFacts, check_ranks_match, collect_rank_facts
 from wan_dist.runtime.errors import InputError
@@ -23,8 +23,10 @@ def facts_of(rank: int, host: str = "one", **changed: object) -> RankFacts:
     return replace(made, **changed)  # type: ignore[arg-type]
 
 
-def config_of(**settings: object) -> RunConfig:
-    return RunConfig(task="toy", size="64*64", frame_num=5, fps=16, **settings)  # type: ignore[arg-type]
+def settings_of(**changed: object) -> dict[str, object]:
+    return read_all_settings(
+        RunConfig(task="toy", size="64*64", frame_num=5, fps=16, **changed)  # type: ignore[arg-type]
+    )
 
 
 def test_the_least_memory_is_planned_with() -> None:
@@ -75,10 +77,10 @@ def test_a_rank_with_no_gpu_among_others_is_named(without: int) -> None:
 
 
 def test_settings_are_compared_with_their_dotted_keys() -> None:
-    first = config_of(output=OutputConfig(dir="a"), parallel=ParallelConfig(timeout=60))
+    first = settings_of(output=OutputConfig(dir="a"), parallel=ParallelConfig(timeout=60))
     facts = [
         collect_rank_facts(first, "GPU-0", 90),
-        collect_rank_facts(config_of(output=OutputConfig(dir="b")), "GPU-1", 80),
+        collect_rank_facts(settings_of(output=OutputConfig(dir="b")), "GPU-1", 80),
     ]
     assert facts[0].settings["parallel.timeout"] == 60
     with pytest.raises(InputError, match=r"parallel.timeout is 60 on rank 0 and 600.0 on rank 1"):
@@ -86,7 +88,7 @@ def test_settings_are_compared_with_their_dotted_keys() -> None:
     with pytest.raises(InputError, match=r"output.dir is a on rank 0 and b on rank 1"):
         check_ranks_match(
             [
-                collect_rank_facts(config_of(output=OutputConfig(dir=name)), None, None)
+                collect_rank_facts(settings_of(output=OutputConfig(dir=name)), None, None)
                 for name in "ab"
             ]
         )
@@ -103,7 +105,7 @@ def test_files_of_one_name_are_told_apart(
         monkeypatch.chdir(node)
         if content is not None:
             Path("given").write_text(content)
-        facts.append(collect_rank_facts(config_of(**{key: "given"}), None, None))
+        facts.append(collect_rank_facts(settings_of(**{key: "given"}), None, None))
     assert check_ranks_match([facts[0], facts[2], facts[3]]) is None
     with pytest.raises(InputError, match=f"{key}=given differs between rank 1"):
         check_ranks_match(facts)
@@ -120,4 +122,4 @@ def test_a_file_that_cannot_be_read_is_no_fact(
     (tmp_path / "forbidden").write_text("")
     monkeypatch.setattr(Path, "open", forbid)
     for name in ("a" * 300, str(tmp_path / "forbidden"), str(tmp_path), "missing"):
-        assert collect_rank_facts(config_of(image=name), None, None).files == {}
+        assert collect_rank_facts(settings_of(image=name), None, None).files == {}

@@ -1,18 +1,11 @@
-"""How ranks are cut into replicas for a file of jobs, and which models stay between videos."""
-
-from dataclasses import replace
-from pathlib import Path
+"""How ranks are cut into replicas for a file of jobs."""
 
 import pytest
-from PIL import Image
 
 from wan_dist.config.schema import RunConfig
-from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.plan import make_plan, plan_memory
-from wan_dist.planning.replicas import assign_degrees
-from wan_dist.planning.residency import can_buffer_frames, can_keep_experts, can_keep_models
+from wan_dist.jobs.replicas import assign_degrees
+from wan_dist.planning.plan import make_plan
 from wan_dist.runtime.errors import InputError
-from wan_dist.tasks.registry import get_task
 from wan_dist.tasks.run_config import read_config
 
 GIB = 2**30
@@ -117,69 +110,3 @@ def test_given_degrees_that_suit_some_jobs_are_refused_in_either_order(
     for order in (jobs, jobs[::-1]):
         with pytest.raises(InputError, match=message):
             assign_degrees(order, 16, 8, 24 * GIB)
-
-
-@pytest.mark.parametrize(
-    ("settings", "gib", "host", "stay"),
-    [
-        ("task=t2v-14B", 80, 100, True),
-        ("task=t2v-14B memory.dit=resident", 40, 100, True),
-        ("task=t2v-14B memory.dit=resident", 31, 100, False),  # not while a video is decoded
-        ("task=t2v-14B", 24, 100, True),  # streamed: the host has the weights
-        ("task=t2v-14B", 24, 23.6, False),  # but not what decoding takes too
-        ("task=t2v-14B memory.dit=disk", 80, 100, False),
-        ("task=i2v-14B image=in.png", 48, 100, True),
-        ("task=toy", None, 8, True),
-    ],
-)
-def test_which_models_stay(
-    settings: str,
-    gib: int | None,
-    host: float,
-    stay: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (832, 480)).save("in.png")
-    own = config(*settings.split())
-    hardware = Hardware(None if gib is None else gib * GIB, int(host * GIB))
-    plan = plan_memory(make_plan(own), own, hardware, get_task(own.task).model_dims)
-    assert can_keep_models(plan) is stay
-    assert not can_keep_experts(plan)  # there is one
-    if gib is not None and stay:
-        less = replace(
-            plan, budget=replace(plan.budget, gpu_bytes=plan.stage_memories[-2].gpu_bytes)
-        )
-        assert not can_keep_models(less)
-
-
-@pytest.mark.parametrize(
-    ("settings", "gib", "stay"),
-    [("", 80, True), ("", 52, False), ("memory.dit=stream", 80, False), ("quant=fp8", 48, True)],
-)
-def test_when_both_experts_stay(settings: str, gib: int, stay: bool) -> None:
-    own = config("task=t2v-A14B", "size=832*480", *settings.split())
-    plan = plan_memory(
-        make_plan(own), own, Hardware(gib * GIB, 100 * GIB), get_task(own.task).model_dims
-    )
-    assert can_keep_experts(plan) is stay
-    if stay:
-        assert can_buffer_frames(plan, 4)
-        assert (
-            plan.stage_memories[-2].gpu_bytes + plan.stage_memories[-2].gpu_parts["weights"]
-            < gib * GIB
-        )
-
-
-def test_frames_wait_where_the_host_has_room() -> None:
-    own = config("task=t2v-1.3B", "size=832*480")
-    plan = plan_memory(
-        make_plan(own), own, Hardware(80 * GIB, 100 * GIB), get_task(own.task).model_dims
-    )
-    most, frames = max(use.host_bytes for use in plan.stage_memories), 81 * 832 * 480 * 3
-    for host, does in ((most + 2 * frames, True), (most + 2 * frames - 1, False)):
-        assert (
-            can_buffer_frames(replace(plan, budget=replace(plan.budget, host_bytes=host)), 1)
-            is does
-        )

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import LOADING
-from wan_dist.planning.degrees import Degrees, plan_degrees
+from wan_dist.config.weight_files import list_weight_files
+from wan_dist.planning.degrees import Degrees, plan_degrees, read_num_heads
 from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.plan import RunPlan, make_plan, plan_memory, read_num_heads
+from wan_dist.planning.plan import RunPlan, make_plan, plan_memory
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.image_sizes import ImageSizeReader
 from wan_dist.tasks.registry import get_task
@@ -41,7 +42,7 @@ def assign_degrees(
         if (degree := getattr(parallel_config, key)) is not None
     }
     config_by_kind = {_get_memory_key(config): config for config in configs}
-    num_heads = math.gcd(*(read_num_heads(config) for config in config_by_kind.values()))
+    num_heads = math.gcd(*(_read_num_heads(config) for config in config_by_kind.values()))
     is_guided = all(map(_is_guided, config_by_kind.values()))
     if num_ranks == 1 or requested_degrees:
         _check_requested_degrees(requested_degrees, list(config_by_kind.values()), num_heads)
@@ -87,6 +88,12 @@ def _get_memory_key(config: RunConfig) -> tuple[object, ...]:
     return (*video_settings, model_settings, _is_guided(config), repr(config.cache))
 
 
+def _read_num_heads(config: RunConfig) -> int:
+    return read_num_heads(
+        get_task(config.task), config.ckpt_dir, list_weight_files(config).get("dit_file", [])
+    )
+
+
 def _is_guided(config: RunConfig) -> bool:
     return config.sample.parse_guide_scales() != (1, 1)
 
@@ -104,14 +111,14 @@ def _check_requested_degrees(
         )
     ulysses = requested_degrees.get("ulysses", 1)
     unsuitable_configs = [
-        config for config in configs if ulysses > 0 and read_num_heads(config) % ulysses
+        config for config in configs if ulysses > 0 and _read_num_heads(config) % ulysses
     ]
-    if unsuitable_configs and len(set(map(read_num_heads, configs))) > 1:
+    if unsuitable_configs and len(set(map(_read_num_heads, configs))) > 1:
         legal_degrees = ", ".join(
             str(degree) for degree in range(1, num_heads + 1) if num_heads % degree == 0
         )
         raise InputError(
-            f"parallel.ulysses={ulysses} does not divide the {read_num_heads(unsuitable_configs[0])} "
+            f"parallel.ulysses={ulysses} does not divide the {_read_num_heads(unsuitable_configs[0])} "
             f"heads of some jobs ({_describe_first_job(unsuitable_configs)}); "
             f"for all jobs it may be {legal_degrees}: use one of these, leave it out, "
             "or use a job file for each"
@@ -131,7 +138,7 @@ def _plan_if_it_fits(
     """Return the plan with the degrees of ``config``, None if it does not fit."""
     try:
         plan = make_plan(config, ranks=ranks, is_job=True, image_size_reader=image_size_reader)
-        return plan_memory(plan, config, hardware, get_task(config.task).model_dims)
+        return plan_memory(plan, hardware, get_task(config.task).model_dims)
     except InputError:
         return None
 
