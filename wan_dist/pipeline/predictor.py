@@ -29,9 +29,8 @@ from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.log import logger
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.guidance import ExpertSwitch, Guidance, VelocityPredictor, make_timestep_rows
-from wan_dist.sampling.solvers import Solver
+from wan_dist.sampling.solvers import NUM_TRAIN_TIMESTEPS, Solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache, VelocityFunction
-from wan_dist.tasks.registry import NUM_TRAIN_TIMESTEPS
 from wan_dist.weights.streaming import StreamingOptions
 
 

@@ -10,7 +10,8 @@ from abc import ABC, abstractmethod
 import numpy as np
 from torch import Tensor
 
-from wan_dist.tasks.registry import NUM_TRAIN_TIMESTEPS
+NUM_TRAIN_TIMESTEPS = 1000
+"""Noise levels that the models are trained on."""
 
 
 def compute_shifted_sigmas(num_steps: int, shift: float, *, largest_sigma: float) -> list[float]:

@@ -10,7 +10,6 @@ from wan_dist.runtime.errors import InputError, suggest_nearest
 from wan_dist.tasks import image, known_first_frame, text
 from wan_dist.tasks.base import Task
 
-NUM_TRAIN_TIMESTEPS = 1000
 TASKS = {task.name: task for task in (*text.TASKS, *image.TASKS, *known_first_frame.TASKS)}
 UNSUPPORTED_TASKS = ("vace-1.3B", "vace-14B", "s2v-14B", "animate-14B")
 
