@@ -86,7 +86,9 @@ def timed_steps() -> Iterator[list[float]]:
     seconds: list[float] = []
     call = VelocityPredictor.__call__
 
-    def timed(self: VelocityPredictor, latents: torch.Tensor, timestep: int) -> list[torch.Tensor]:
+    def timed(
+        self: VelocityPredictor, latents: torch.Tensor, timestep: float
+    ) -> list[torch.Tensor]:
         _wait()
         start = time.perf_counter()
         found = call(self, latents, timestep)

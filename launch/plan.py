@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> None:
     ranks_text = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
     lines = [
         plan.summary,
+        *plan.notes,
         ranks_text + plan.arrangement.description,
         "",
         *format_memory_table(plan.stage_memories, plan.budget.gpu_bytes, plan.budget.host_bytes),

@@ -226,6 +226,7 @@ def _format_notes(
         count_text = f"{len(plans)} videos: "
     return [
         first_plan.summary,
+        *first_plan.notes,
         ranks_text + first_plan.arrangement.description,
         f"{count_text}{memory_gib} GiB of a node, up to {format_minutes(minutes)}",
     ]

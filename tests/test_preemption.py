@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.forked import run_forked, run_ranks, run_torchrun
+from tests.sampling import make_plain_solver
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
 from wan_dist.parallel.mesh import Axis
@@ -19,7 +20,7 @@ from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
 from wan_dist.planning.digests import WeightsDigests
 from wan_dist.planning.plan import make_plan
 from wan_dist.run import main
-from wan_dist.sampling.solvers import SOLVERS, make_solver
+from wan_dist.sampling.solvers import SOLVERS
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = WeightsDigests("weights", "vae")
@@ -102,10 +103,11 @@ def test_guessed_steps_go_on_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_done", [1, 2, 3, 5])
 def test_a_solver_goes_on(name: str, num_done: int) -> None:
     torch.manual_seed(0)
-    velocities = torch.randn(6, 1, 4, 2, 3, 3)
-    through, before, after = (make_solver(name, 6, 5.0) for _ in range(3))
+    velocities = torch.randn(4 if name.startswith("rcm") else 6, 1, 4, 2, 3, 3)
+    num_done = min(num_done, len(velocities) - 1)
+    through, before, after = (make_plain_solver(name, len(velocities), 5.0) for _ in range(3))
     latents = other = torch.randn(1, 4, 2, 3, 3)
-    for index in range(6):
+    for index in range(len(velocities)):
         latents = through.step(index, latents, velocities[index])
         if index == num_done:
             after.restore(num_done, before.state())

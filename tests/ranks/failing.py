@@ -18,5 +18,5 @@ class Breaking(Euler):
 
 
 if __name__ == "__main__":
-    denoising.make_solver = lambda _, steps, shift: Breaking(steps, shift)
+    denoising.make_solver = lambda _, schedule, noise: Breaking(schedule, noise)
     sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@ reference implementation, the error names the key to use.
 
 from wan_dist.config.hydra_quoting import quote_if_needed
 from wan_dist.config.schema import list_settings
+from wan_dist.config.settings import GROUP_KEYS
 from wan_dist.runtime.errors import InputError, suggest_nearest
 
 REFERENCE_FLAG_KEYS = {
@@ -120,4 +121,4 @@ def check_setting_key(name: str) -> None:
 def is_text_key(key: str) -> bool:
     """Return whether a key's values are text, which is taken literally."""
     setting = list_settings().get(key)
-    return setting is not None and setting.type in (str, str | None) and key != "task"
+    return setting is not None and setting.type in (str, str | None) and key not in GROUP_KEYS

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from wan_dist.config.arguments import is_text_key, prepare_arguments
 from wan_dist.config.schema import RunConfig, list_settings
+from wan_dist.config.settings import GROUP_KEYS
 from wan_dist.runtime.errors import InputError
 
 _MISSING_MARKER = "???"
@@ -30,9 +31,9 @@ class HydraRequiredError(ValueError):
 def is_plain_key(key: str) -> bool:
     """Return whether a key changes one value and nothing else.
 
-    All do but sections and ``task``, which chooses files of defaults.
+    All do but sections, and ``task`` and ``preset``, which choose files of defaults.
     """
-    return key in list_settings() and key != "task"
+    return key in list_settings() and key not in GROUP_KEYS
 
 
 def override_config(config: RunConfig, settings: Iterable[tuple[str, object, str]]) -> RunConfig:

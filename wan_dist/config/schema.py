@@ -43,6 +43,7 @@ ATTENTION_BACKENDS = (
 QUANTIZATIONS = ("none", "fp8", "int8", "int4")
 DEVICES = ("auto", "cuda", "cpu")
 NOISE_DEVICES = ("cpu", "cuda")
+NOISE_LAYOUTS = ("channels_first", "frames_first")
 _MAX_FPS = 1000
 
 
@@ -51,6 +52,9 @@ class RunConfig:
     """Settings of a run. ``null`` means: the task's default, or chosen by the program."""
 
     task: str = _key(MISSING, "what to generate (required)", ALL_EFFECTS)
+    preset: str | None = _key(
+        None, "few-step model whose sampling settings are used, e.g. lightx2v-4step; null: none"
+    )
     ckpt_dir: str | None = _key(
         None,
         "checkpoint folder, or ComfyUI's models folder; "
@@ -142,6 +146,13 @@ class RunConfig:
         "where the noise is drawn: cpu (the same everywhere) or cuda (the reference's on a GPU)",
         Effect.LATENTS,
     )
+    noise_layout: str = _key(
+        "channels_first",
+        "order in which the noise's numbers are drawn: channels_first, or frames_first as FastWan's "
+        "and CausVid's samplers",
+        Effect.LATENTS,
+        is_new=True,
+    )
     device: str = _key("auto", "auto, cuda or cpu")
     dtype: str = _key("bfloat16", "bfloat16, or float32 for comparisons", ALL_EFFECTS)
     quant: str = _key(
@@ -178,6 +189,7 @@ class RunConfig:
         check_choice("attention", self.attention, ATTENTION_BACKENDS)
         check_choice("device", self.device, DEVICES)
         check_choice("noise_device", self.noise_device, NOISE_DEVICES)
+        check_choice("noise_layout", self.noise_layout, NOISE_LAYOUTS)
         check_choice("lora_unmatched", self.lora_unmatched, UNMATCHED_CHOICES)
         list_loras(self)
         self.parse_size()

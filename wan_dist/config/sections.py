@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from wan_dist.config.checks import check_choice, check_file_name, check_positive
+from wan_dist.config.noise_levels import check_sigmas, check_timesteps
 from wan_dist.config.paths import find_user_cache
 from wan_dist.config.settings import ALL_EFFECTS, Effect
 from wan_dist.config.settings import add_setting as _key
 from wan_dist.runtime.errors import InputError
 
-SOLVERS = ("unipc", "dpm++", "euler")
+SOLVERS = ("unipc", "dpm++", "euler", "lcm", "rcm", "rcm_ode")
 DTYPES = ("bfloat16", "float32")
 STEP_CACHES = ("easy", "tea")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
@@ -27,12 +28,36 @@ _MAX_TIMEOUT_SECONDS = 365 * 86400
 class SampleConfig:
     """How the latents are denoised."""
 
-    solver: str = _key("unipc", "unipc, dpm++ or euler", Effect.LATENTS)
+    solver: str = _key(
+        "unipc",
+        "unipc, dpm++ or euler; for few-step models euler, lcm (new noise at each step, as DMD), "
+        "rcm or rcm_ode",
+        Effect.LATENTS,
+    )
     steps: int = _key(50, "denoising steps", Effect.LATENTS)
     shift: float | None = _key(
         None,
         "shift of the noise schedule: larger spends more steps on strong noise; null: by the size",
         Effect.LATENTS,
+    )
+    sigmas: Any = _key(
+        None,
+        "noise levels of the steps, from 1 down, instead of steps and shift, e.g. [1.0,0.76,0.52]",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    timesteps: Any = _key(
+        None,
+        "what the model is told of a noise level, 1000 times it: integer, float or bfloat16, or a "
+        "list of numbers; null: as the solver's models were trained",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    sigma_max: float | None = _key(
+        None,
+        "largest noise of rcm and rcm_ode, as a ratio to the video; null: 80, or 200 for i2v-A14B",
+        Effect.LATENTS,
+        is_new=True,
     )
     guide_scale: Any = _key(
         5.0,
@@ -42,6 +67,10 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_choice("sample.solver", self.solver, SOLVERS)
+        check_sigmas(self.sigmas)
+        check_timesteps(self.timesteps)
+        if self.sigmas is not None:
+            self.steps = len(self.sigmas)
         if self.steps < 1:
             raise InputError(f"sample.steps={self.steps} must be at least 1")
         if self.steps > MAX_STEPS:
@@ -50,6 +79,7 @@ class SampleConfig:
                 "the number of noise levels that the models are trained on"
             )
         check_positive("sample.shift", self.shift, hint=" (published defaults are 3.0 to 16.0)")
+        check_positive("sample.sigma_max", self.sigma_max, hint=" (published: 80 to 1600)")
         self.parse_guide_scales()
 
     def parse_guide_scales(self) -> tuple[float, float]:

@@ -25,6 +25,8 @@ class Effect(Flag):
     """The result made from given latents."""
 
 
+GROUP_KEYS = ("task", "preset")
+"""Settings that choose a file of conf/ with defaults of other settings."""
 LOADING = Effect.WEIGHTS | Effect.MODELS
 """What loaded models depend on."""
 OUTPUTS = Effect.WEIGHTS | Effect.LATENTS | Effect.RESULT

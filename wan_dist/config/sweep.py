@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from wan_dist.config.arguments import check_setting_key, is_text_key
 from wan_dist.config.checks import PATH_KEYS, PROMPT_KEYS
 from wan_dist.config.schema import list_settings
+from wan_dist.config.settings import GROUP_KEYS
 from wan_dist.runtime.errors import InputError
 
 _SWEEP_FLAGS = ("--multirun", "-m")
@@ -81,7 +82,7 @@ def _read_choices(setting: str) -> list[str]:
     if not equals or key.startswith("-") or key in _FREE_TEXT_KEYS:
         return [text]
     check_setting_key(key.lstrip("+"))
-    if is_text_key(key) or key not in list_settings() or key == "task":
+    if is_text_key(key) or key not in list_settings() or key in GROUP_KEYS:
         values = [value.strip() for value in text.split(",") if value.strip()]
         return list(dict.fromkeys(values)) or [text]
     try:

@@ -51,7 +51,6 @@ from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.durations import format_duration
 from wan_dist.runtime.errors import format_message
 from wan_dist.runtime.log import add_log_file, logger, show_announcements
-from wan_dist.sampling.solvers import make_solver
 from wan_dist.tasks.image_sizes import list_image_files
 
 _EMBEDDINGS_FOLDER = ".texts"
@@ -334,14 +333,13 @@ class JobWorker:
         return 1 if num_failed else 0
 
 
-def _list_timesteps(job: PlannedJob) -> list[tuple[int, bool]]:
+def _list_timesteps(job: PlannedJob) -> list[tuple[float, bool]]:
     """Return a job's timesteps, each with whether the first frame is known (image to video)."""
     inputs = job.plan.task.inputs
     has_image = bool(list_image_files(read_settings(job.config, Effect.LATENTS)))
-    solver = make_solver(job.config.sample.solver, job.config.sample.steps, job.plan.shift)
     first_frames = {has_image, has_image or job.plan.num_clips > 1}
     return [
         (timestep, is_known and inputs.has_known_first_frame)
         for is_known in sorted(first_frames)
-        for timestep in solver.timesteps
+        for timestep in job.plan.sampling.schedule.timesteps
     ]

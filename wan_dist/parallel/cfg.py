@@ -17,7 +17,7 @@ class ParallelGuidance:
     def __init__(self, velocities: VelocityPredictor, *, scale: float, axis: Axis) -> None:
         self.velocities, self.scale, self.axis = velocities, scale, axis
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32, the same on both ranks."""
         conditional, unconditional = all_gather(self.velocities(latents, timestep)[0], self.axis)
         return (

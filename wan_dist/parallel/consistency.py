@@ -45,7 +45,7 @@ class ConsistencyCheck:
         self.axis = axis
         self.num_checks_left = 2
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Return the prediction; raises RuntimeError, which names the ranks, if their latents differ."""
         if self.axis.size > 1 and self.num_checks_left:
             self.num_checks_left -= 1

@@ -32,7 +32,7 @@ from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import denoise_latents
-from wan_dist.sampling.noise import draw_initial_noise
+from wan_dist.sampling.noise import NoiseSource
 from wan_dist.sampling.solvers import Solver, make_solver
 
 _SAVE_INTERVAL_SECONDS = 120.0
@@ -195,20 +195,25 @@ def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
     """Return the solver and latents (1, C, T, h, w) to start from: of saved progress, or initial noise."""
     config, plan, device = video.config, video.plan, video.report.device
     progress = video.resume_state.progress
-    initial_latents = progress.latents
-    solver = make_solver(config.sample.solver, config.sample.steps, plan.shift)
-    if initial_latents is None:
-        noise = draw_initial_noise(
-            plan.latent_shape,
-            seed=(plan.seed + plan.clip_index) % 2**64,
-            noise_device=config.noise_device,
-            device=device,
-        )
-        initial_latents = broadcast(noise, video.session.groups.replica, device)
-        assert initial_latents is not None
-    else:
-        solver.restore(progress.num_done, progress.solver_state)
-    return solver, initial_latents.unsqueeze(0)
+
+    def share_noise(noise: Tensor) -> Tensor:
+        shared = broadcast(noise.to(device), video.session.groups.replica, device)
+        assert shared is not None
+        return shared
+
+    noise = NoiseSource(
+        plan.latent_shape,
+        seed=(plan.seed + plan.clip_index) % 2**64,
+        device=config.noise_device,
+        frames_first=config.noise_layout == "frames_first",
+        share=share_noise,
+    )
+    solver = make_solver(config.sample.solver, plan.sampling.schedule, noise)
+    if progress.latents is None:
+        return solver, solver.scale_initial_noise(noise.draw())
+    noise.skip(1)
+    solver.restore(progress.num_done, progress.solver_state)
+    return solver, progress.latents.unsqueeze(0)
 
 
 def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:

@@ -48,7 +48,7 @@ class FallbackPredictor:
         self._predictor: VelocityFunction | None = None
         self._run_with_fallback(self._get_predictor)
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Return what the transformer predicts."""
         return self._run_with_fallback(lambda: self._get_predictor()(latents, timestep))
 

@@ -54,8 +54,10 @@ def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator)
     if plan.degrees.num_ranks > 1:
         add_log_file(folder / "logs" / plan.name)
     logger.info(plan.summary)
-    if plan.size_advice:
-        logger.info("note      %s", plan.size_advice)
+    if config.preset is not None:
+        logger.info("preset    %s: %s", config.preset, plan.sampling.description)
+    for note in plan.notes:
+        logger.info("note      %s", note)
     report = StageReport(asdict(config), device)
     with report.measure_stage("check", f"output {folder}"):
         if groups.rank == 0:

@@ -24,12 +24,13 @@ from wan_dist.pipeline.out_of_memory import ensure_ranks_can_allocate, free_memo
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.memory_estimate import estimate_activation_bytes
 from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
+from wan_dist.planning.noise_schedule import NUM_TRAIN_TIMESTEPS
 from wan_dist.planning.plan import RunPlan
 from wan_dist.planning.workload import Arrangement
 from wan_dist.runtime.log import logger
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.guidance import ExpertSwitch, Guidance, VelocityPredictor, make_timestep_rows
-from wan_dist.sampling.solvers import NUM_TRAIN_TIMESTEPS, Solver
+from wan_dist.sampling.solvers import Solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache, VelocityFunction
 from wan_dist.weights.streaming import StreamingOptions
 
@@ -62,7 +63,7 @@ class ExpertPredictor:
 
     def build_predictor(self) -> VelocityFunction:
         """Return the run's prediction: of one transformer, or the high-noise, then the low-noise expert."""
-        low_scale, high_scale = self.plan.guide_scales
+        low_scale, high_scale = self.plan.sampling.guide_scales
         if self.plan.task.expert_boundary is None:
             return self.open_expert(0, "", high_scale, len(self.solver), self.num_done)
         boundary = self.plan.task.expert_boundary * NUM_TRAIN_TIMESTEPS

@@ -61,8 +61,8 @@ def compute_latents_digest(
         "sample": (
             settings["sample.solver"],
             settings["sample.steps"],
-            plan.shift,
-            plan.guide_scales,
+            plan.sampling.shift,
+            plan.sampling.guide_scales,
         ),
         "cache": (step_cache, settings["cache.threshold"] if step_cache else None),
         "name": name,

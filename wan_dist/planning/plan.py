@@ -15,7 +15,7 @@ from wan_dist.config.loras import check_experts
 from wan_dist.config.model_settings import ModelSettings, collect_model_settings
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import OUTPUTS
-from wan_dist.config.weight_files import list_weight_files
+from wan_dist.config.weight_files import list_model_files, list_weight_files
 from wan_dist.models.dims import ModelDims
 from wan_dist.planning.base_arrangement import build_base_arrangement, check_placements
 from wan_dist.planning.degrees import (
@@ -24,6 +24,7 @@ from wan_dist.planning.degrees import (
     choose_degrees,
     read_num_heads,
 )
+from wan_dist.planning.few_steps import advise_on_steps
 from wan_dist.planning.file_names import name_result
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.lora_memory import estimate_merging_bytes
@@ -34,12 +35,11 @@ from wan_dist.planning.memory_planner import (
     choose_vae_strategies,
     compute_budget,
 )
+from wan_dist.planning.sampling_plan import SamplingPlan, plan_sampling
 from wan_dist.planning.video_settings import (
     VideoInput,
     VideoSettings,
-    choose_shift,
     choose_tea_fit,
-    get_guide_scales,
     read_text_setting,
     read_video_input,
 )
@@ -77,9 +77,9 @@ class VideoPlan:
     fps: int
     seed: int
     """Seed of the first clip's noise."""
-    shift: float
-    guide_scales: tuple[float, float]
-    """For low and for high noise."""
+    sampling: SamplingPlan
+    steps_advice: str | None
+    """A warning about the number of steps, or guidance, for the model at hand."""
     tea_fit: TeaCacheFit | None
     """TeaCache's, if it is requested."""
     latent_shape: tuple[int, int, int, int]
@@ -125,6 +125,11 @@ class VideoPlan:
             f"{self.task.name} was published for the sizes {size_list}; "
             f"{self.width}*{self.height} works but may look worse"
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings about the settings, a line each."""
+        return [note for note in (self.size_advice, self.steps_advice) if note is not None]
 
     @property
     def summary(self) -> str:
@@ -183,8 +188,8 @@ def make_plan(
     video = read_video_input(video_settings, task, image_size_reader, is_dry_run=is_dry_run)
     prompt = _read_prompt(config.prompt, is_required=config.latents is None and not is_dry_run)
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
-    guide_scales = get_guide_scales(config.sample, task)
-    is_guided = guide_scales != (1, 1)
+    sampling = plan_sampling(config.sample, task, config.max_area or video.area)
+    is_guided = sampling.is_guided
     ranks = ranks or read_started_ranks()
     num_heads = read_num_heads(task, config.ckpt_dir, list_weight_files(config).get("dit_file", []))
     degrees = choose_degrees(config.parallel, ranks, num_heads, is_guided=is_guided, is_job=is_job)
@@ -192,8 +197,8 @@ def make_plan(
     num_tokens = _count_tokens(latent_shape, task)
     check_attention_split(degrees, num_tokens, config.attention, config.dtype, config.parallel.usp)
     negative_prompt = _read_negative_prompt(config.negative_prompt) if is_guided else None
-    shift = choose_shift(config.sample, task, config.max_area or video.area)
     tea_fit = choose_tea_fit(config.cache, task, video.area)
+    model_files = list_model_files(config) if task.repository else None
     check_placements(config.memory, config.quant, degrees, is_guided=is_guided)
     base_arrangement = build_base_arrangement(
         config.memory, config.fsdp, task, degrees, latent_side=max(latent_shape[2:])
@@ -211,8 +216,8 @@ def make_plan(
         num_clips=config.clips,
         fps=config.fps,
         seed=seed,
-        shift=shift,
-        guide_scales=guide_scales,
+        sampling=sampling,
+        steps_advice=advise_on_steps(config.sample, sampling, model_files, config.preset),
         tea_fit=tea_fit,
         latent_shape=latent_shape,
         num_tokens=num_tokens,

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from wan_dist.config.checks import MAX_PROMPT_CHARACTERS
-from wan_dist.config.sections import CacheConfig, SampleConfig
+from wan_dist.config.sections import CacheConfig
 from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE, read_latents_size
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
@@ -129,32 +129,6 @@ def _choose_video_size(
     image_size = f"{image_width}x{image_height}"
     size_note = f" ({requested_size} is an area, the image of {image_size} gives the aspect)"
     return *fitted_size, size_note
-
-
-def get_guide_scales(sample: SampleConfig, task: Task) -> tuple[float, float]:
-    """Return the guidance scales for (low, high) noise.
-
-    Raises InputError for two different scales if the task has one transformer.
-    """
-    scales = sample.parse_guide_scales()
-    if task.expert_boundary is None and scales[0] != scales[1]:
-        raise InputError(
-            f"sample.guide_scale={sample.guide_scale}: {task.name} has one transformer "
-            "and needs one number"
-        )
-    return scales
-
-
-def choose_shift(sample: SampleConfig, task: Task, area: int) -> float:
-    """Return the shift of the noise schedule: the user's, or the task's for an area in pixels."""
-    if sample.shift is not None:
-        return sample.shift
-    if task.default_shifts is None:
-        raise InputError(
-            f"sample.shift is null, but {task.name} has no default by size; "
-            "published defaults are 3.0 to 16.0"
-        )
-    return task.default_shifts[0] if area <= AREA_480P else task.default_shifts[1]
 
 
 def choose_tea_fit(cache: CacheConfig, task: Task, area: int) -> TeaCacheFit | None:

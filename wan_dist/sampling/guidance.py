@@ -41,7 +41,7 @@ class VelocityPredictor:
         self.has_known_frame = conditioning.known_latents is not None
         self.rotary = model.compute_rotary(latents)
 
-    def __call__(self, latents: Tensor, timestep: int) -> list[Tensor]:
+    def __call__(self, latents: Tensor, timestep: float) -> list[Tensor]:
         """Return the velocity (B, C, T, h, w), float32, for each context."""
         timesteps = make_timestep_rows(timestep, has_known_frame=self.has_known_frame)
         if self.extra_channels is not None:
@@ -54,7 +54,7 @@ class VelocityPredictor:
         return velocities
 
 
-def make_timestep_rows(timestep: int, *, has_known_frame: bool) -> Tensor:
+def make_timestep_rows(timestep: float, *, has_known_frame: bool) -> Tensor:
     """Return the timesteps (1, R) of a video's tokens: 0 for a known first frame, which has no noise."""
     return torch.tensor([(0, timestep) if has_known_frame else (timestep,)])
 
@@ -70,7 +70,7 @@ class Guidance:
     def __init__(self, velocity_predictor: VelocityPredictor, *, scale: float) -> None:
         self.velocity_predictor, self.scale = velocity_predictor, scale
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Return the guided velocity (B, C, T, h, w), float32."""
         conditional, *unconditional = self.velocity_predictor(latents, timestep)
         return (
@@ -104,7 +104,7 @@ class ExpertSwitch:
             else {}
         )
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Return the velocity by this timestep's expert: the high-noise one at the boundary and above."""
         is_high = timestep >= self.boundary
         if not is_high:

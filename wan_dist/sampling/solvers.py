@@ -1,4 +1,4 @@
-"""Flow-matching solvers with the shifted schedules of the reference implementation.
+"""Flow-matching solvers: those of the reference implementation, and those of few-step models.
 
 x_σ = (1 - σ) x₀ + σ ε and the model predicts the velocity v = ε - x₀, so x₀ = x - σ v. With α = 1 - σ and
 λ = log α - log σ. Coefficients are computed in float64 from float32 sigmas; latents stay in their own dtype.
@@ -7,21 +7,10 @@ x_σ = (1 - σ) x₀ + σ ε and the model predicts the velocity v = ε - x₀, 
 import math
 from abc import ABC, abstractmethod
 
-import numpy as np
 from torch import Tensor
 
-NUM_TRAIN_TIMESTEPS = 1000
-"""Noise levels that the models are trained on."""
-
-
-def compute_shifted_sigmas(num_steps: int, shift: float, *, largest_sigma: float) -> list[float]:
-    """Return ``num_steps`` decreasing noise levels and a final 0.
-
-    They are s σ / (1 + (s - 1) σ), s being the shift and σ evenly spaced from ``largest_sigma`` to 0.
-    """
-    sigmas = np.linspace(largest_sigma, 0, num_steps + 1)[:-1]
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    return [*sigmas.tolist(), 0.0]
+from wan_dist.planning.noise_schedule import NoiseSchedule
+from wan_dist.sampling.noise import NoiseSource
 
 
 def _compute_half_log_snr(sigma: float) -> float:
@@ -32,18 +21,22 @@ def _compute_half_log_snr(sigma: float) -> float:
 
 
 class Solver(ABC):
-    """Solver of the flow ODE, from noise to data along a fixed schedule.
+    """Solver from noise to data along a fixed schedule.
 
-    ``timesteps`` are the model's inputs: 1000 σ truncated to an integer, as in the reference. ``sigmas``
-    has one entry more, the final 0.
+    ``timesteps`` are the model's inputs. ``sigmas`` has one entry more, the final 0. ``noise`` has given the
+    initial noise, and gives more to solvers that add noise between steps.
     """
 
-    largest_sigma = 1.0
+    starts_below_noise = False
+    """Whether initial latents are the noise times the first σ, which is less than 1."""
 
-    def __init__(self, num_steps: int, shift: float) -> None:
-        exact_sigmas = compute_shifted_sigmas(num_steps, shift, largest_sigma=self.largest_sigma)
-        self.timesteps = [int(sigma * NUM_TRAIN_TIMESTEPS) for sigma in exact_sigmas[:-1]]
-        self.sigmas = np.asarray(exact_sigmas, dtype=np.float32).tolist()
+    def __init__(self, schedule: NoiseSchedule, noise: NoiseSource) -> None:
+        self.timesteps, self.sigmas = schedule.timesteps, schedule.sigmas
+        self.noise = noise
+
+    def scale_initial_noise(self, noise: Tensor) -> Tensor:
+        """Return the initial latents, from standard normal noise."""
+        return noise * self.sigmas[0] if self.starts_below_noise else noise
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -72,11 +65,40 @@ class Euler(Solver):
         return latents + (self.sigmas[index + 1] - self.sigmas[index]) * velocity
 
 
+class Renoising(Solver):
+    """x₀ by one prediction, and new noise on it: how DMD and consistency models are sampled (LCM's sampler).
+
+    x = (1 - σ') (x - σ v) + σ' n (arXiv:2303.01469, algorithm 1; arXiv:2405.14867).
+    """
+
+    def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
+        """See `Solver.step`."""
+        next_sigma = self.sigmas[index + 1]
+        x0 = latents - self.sigmas[index] * velocity
+        return x0 if next_sigma == 0 else (1 - next_sigma) * x0 + next_sigma * self.noise.draw()
+
+    def restore(self, num_done: int, state: dict[str, Tensor]) -> None:
+        """See `Solver.restore`; the noise of the steps that are done is drawn again."""
+        self.noise.skip(num_done)
+
+
+class Rcm(Renoising):
+    """rCM's sampler (arXiv:2510.08431): `Renoising` that starts at less than noise alone."""
+
+    starts_below_noise = True
+
+
+class RcmOde(Euler):
+    """rCM's sampler without new noise: sharper, and less robust to errors of the model."""
+
+    starts_below_noise = True
+
+
 class DpmSolverPlusPlus(Solver):
     """DPM-Solver++(2M), midpoint (arXiv:2211.01095, algorithm 2); first and last step are of first order."""
 
-    def __init__(self, num_steps: int, shift: float) -> None:
-        super().__init__(num_steps, shift)
+    def __init__(self, schedule: NoiseSchedule, noise: NoiseSource) -> None:
+        super().__init__(schedule, noise)
         self._previous_x0: Tensor | None = None
 
     def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
@@ -105,11 +127,8 @@ class DpmSolverPlusPlus(Solver):
 class UniPC(Solver):
     """UniPC of order 2 in data prediction with B(h) = e^h - 1 (arXiv:2302.04867, algorithms 5 and 8)."""
 
-    # The reference starts from the largest sigma of its float32 training schedule, not from 1.
-    largest_sigma = float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))
-
-    def __init__(self, num_steps: int, shift: float) -> None:
-        super().__init__(num_steps, shift)
+    def __init__(self, schedule: NoiseSchedule, noise: NoiseSource) -> None:
+        super().__init__(schedule, noise)
         self._x0_history: list[Tensor] = []
         self._start_latents: Tensor | None = None  # from which the last prediction started
         self._order = 1
@@ -180,9 +199,16 @@ class UniPC(Solver):
         )
 
 
-SOLVERS: dict[str, type[Solver]] = {"unipc": UniPC, "dpm++": DpmSolverPlusPlus, "euler": Euler}
+SOLVERS: dict[str, type[Solver]] = {
+    "unipc": UniPC,
+    "dpm++": DpmSolverPlusPlus,
+    "euler": Euler,
+    "lcm": Renoising,
+    "rcm": Rcm,
+    "rcm_ode": RcmOde,
+}
 
 
-def make_solver(name: str, num_steps: int, shift: float) -> Solver:
+def make_solver(name: str, schedule: NoiseSchedule, noise: NoiseSource) -> Solver:
     """Return a fresh solver for one run."""
-    return SOLVERS[name](num_steps, shift)
+    return SOLVERS[name](schedule, noise)

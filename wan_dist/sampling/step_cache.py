@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wan_dist.tasks.base import TeaCacheFit
 
-VelocityFunction = Callable[[Tensor, int], Tensor]
+VelocityFunction = Callable[[Tensor, float], Tensor]
 """(latents (B, C, T, h, w), timestep) -> velocity of the same shape."""
 
 
@@ -43,7 +43,7 @@ class EasyCache:
         self._previous_step: tuple[Tensor, Tensor] | None = None
         self._velocity_offset: Tensor | float = 0.0
 
-    def __call__(self, latents: Tensor, timestep: int) -> Tensor:
+    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
         """Return the velocity, computed or guessed."""
         step, self._next_step = self._next_step, self._next_step + 1
         if self._decide_to_guess(step, latents):

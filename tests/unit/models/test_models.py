@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder, relative_error
+from tests.sampling import make_plain_solver
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.attention.rotary import apply_rotary, compute_rotary_tables
 from wan_dist.models.context import ContextProjection
@@ -19,7 +20,6 @@ from wan_dist.models.vae.model import WanVae, split_frames_into_chunks
 from wan_dist.models.vae.video_state import VideoState
 from wan_dist.pipeline.conditioning.encoders import convert_image_to_tensor
 from wan_dist.pipeline.conditioning.image import make_image_chunks, make_image_mask
-from wan_dist.sampling.solvers import make_solver
 from wan_dist.tasks.images import read_image
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
@@ -116,7 +116,7 @@ def test_every_step_of_the_transformer(
     # Not the file's own timesteps: of two for a step, where an image is given, it holds the first, which
     # is always 0.
     for step, timestep in enumerate(
-        make_solver(run["solver"], run["steps"], run["shift"]).timesteps
+        make_plain_solver(run["solver"], run["steps"], run["shift"]).timesteps
     ):
         expert = 0 if timestep >= boundary else 1
         latents = (

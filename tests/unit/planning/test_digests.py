@@ -37,6 +37,10 @@ DIFFERENT = {
     "sample.solver": "euler",
     "sample.shift": 4.0,
     "sample.guide_scale": 3.0,
+    "sample.sigmas": [1.0, 0.5],
+    "sample.timesteps": "float",
+    "sample.sigma_max": 200.0,
+    "noise_layout": "frames_first",
     "cache.steps": "easy",
     "output.name": "other",
 }
@@ -60,6 +64,7 @@ WITHOUT_EFFECT = {
 ELSEWHERE = {
     *("task", "ckpt_dir", "dit_file", "image", "first_frame", "last_frame", "max_area", "latents"),
     *("t5_file", "vae_file", "clip_file"),
+    "preset",
     *("jobs", "parallel.cfg", "parallel.ring", "parallel.ulysses", "parallel.usp"),
     *("fsdp.dit", "fsdp.t5", "memory.t5", "memory.vae", "cache.size_gib"),
     *("memory.budget_gib", "memory.host_budget_gib"),

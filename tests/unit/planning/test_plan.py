@@ -59,8 +59,8 @@ def test_defaults_are_the_published_ones(task: str, image: str) -> None:
         made.fps,
         sample.solver,
         sample.steps,
-        made.shift,
-        made.guide_scales,
+        made.sampling.shift,
+        made.sampling.guide_scales,
     )
     assert found == PUBLISHED[task]
     assert made.negative_prompt is not None
@@ -76,13 +76,17 @@ def test_every_task_is_in_the_table() -> None:
 
 def test_the_shift_of_i2v_follows_the_size(image: str) -> None:
     shifts = {
-        size: plan("task=i2v-14B", f"image={image}", "prompt=x", size).shift
+        size: plan("task=i2v-14B", f"image={image}", "prompt=x", size).sampling.shift
         for size in ("size=832*480", "size=1280*720")
     }
     assert shifts == {"size=832*480": 3.0, "size=1280*720": 5.0}
-    assert plan("task=i2v-14B", f"image={image}", "prompt=x", "max_area=399360").shift == 3.0
     assert (
-        plan("task=i2v-14B", f"image={image}", "prompt=x", "size=832*480", "sample.shift=7").shift
+        plan("task=i2v-14B", f"image={image}", "prompt=x", "max_area=399360").sampling.shift == 3.0
+    )
+    assert (
+        plan(
+            "task=i2v-14B", f"image={image}", "prompt=x", "size=832*480", "sample.shift=7"
+        ).sampling.shift
         == 7.0
     )
 
@@ -180,7 +184,10 @@ def test_bad_images_say_what_would_work(
 
 
 def test_one_scale_is_for_both_experts() -> None:
-    assert plan("task=t2v-A14B", "prompt=x", "sample.guide_scale=2").guide_scales == (2.0, 2.0)
+    assert plan("task=t2v-A14B", "prompt=x", "sample.guide_scale=2").sampling.guide_scales == (
+        2.0,
+        2.0,
+    )
     assert plan("task=t2v-A14B", "prompt=x", "sample.guide_scale=1").negative_prompt is None
     assert plan("task=t2v-A14B", "prompt=x", "sample.guide_scale=[1,2]").negative_prompt is not None
 
@@ -225,7 +232,7 @@ def test_token_counts(arguments: list[str], latent_shape: tuple[int, ...], num_t
         (["task=toy", "sample.shift=0"], "sample.shift=0.0 must be above 0"),
         (
             ["task=toy", "sample.solver=dpm"],
-            "is not one of unipc, dpm++, euler; did you mean 'dpm++'?",
+            "is not one of unipc, dpm++, euler, lcm, rcm, rcm_ode; did you mean 'dpm++'?",
         ),
         (["task=toy", "dtype=bf16"], "is not one of bfloat16, float32; did you mean 'bfloat16'?"),
         (["task=toy", "fps=0"], "fps=0 must be at least 1"),

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from tests.conftest import relative_error
+from tests.sampling import make_plain_solver
 from wan_dist.sampling.denoise import denoise_latents
-from wan_dist.sampling.solvers import make_solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache
 from wan_dist.tasks.base import TeaCacheFit
 
@@ -18,7 +18,7 @@ def flow(latents: Tensor, timestep: int) -> Tensor:
 
 def denoised(threshold: float, **options: object) -> tuple[Tensor, list[int], int]:
     """Return the result of 40 steps, the steps that were computed and the number of those guessed."""
-    solver, computed, guesses = make_solver("euler", 40, 3.0), [], []
+    solver, computed, guesses = make_plain_solver("euler", 40, 3.0), [], []
 
     def predict(latents: Tensor, timestep: int) -> Tensor:
         computed.append(solver.timesteps.index(timestep))

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.conftest import SHARED_GOLDENS, golden_folder, relative_error
+from tests.sampling import make_plain_solver
 from wan_dist.config.loras import LoraSetting
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.runtime.errors import InputError
-from wan_dist.sampling.solvers import make_solver
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.key_maps import map_original_transformer
@@ -109,7 +109,7 @@ def test_outputs_are_those_of_the_merged_model(name: str) -> None:
     if "input.y" in golden:
         latents = torch.cat([latents, golden["input.y"]])
     contexts = projection([golden["input.context"]], golden.get("input.clip_fea"))
-    timestep = make_solver(run["solver"], run["steps"], run["shift"]).timesteps[step]
+    timestep = make_plain_solver(run["solver"], run["steps"], run["shift"]).timesteps[step]
     timesteps = torch.tensor([[timestep]])
     (velocity,) = model(latents.unsqueeze(0), timesteps, contexts, rotary)
     expected = load_file(FILES / "expected/lora-outputs.safetensors")[case["output_of"]]

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import FIXTURES, SHARED_GOLDENS, golden_folder, relative_error
+from tests.sampling import make_plain_solver
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks
 from wan_dist.models.text_encoder import TextEncoder
 from wan_dist.models.vae.model import split_frames_into_chunks
 from wan_dist.pipeline.conditioning.encoders import convert_image_to_tensor
 from wan_dist.runtime.errors import InputError
-from wan_dist.sampling.solvers import make_solver
 from wan_dist.tasks.images import read_image
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights import key_maps
@@ -268,7 +268,7 @@ def test_weights_are_those_of_the_formulas(name: str, tmp_path: Path) -> None:
 def velocity(checkpoint: Checkpoint) -> torch.Tensor:
     golden = load_file(golden_folder("wan2.1-t2v") / "expected/unipc.safetensors")
     run = json.loads((golden_folder("wan2.1-t2v") / "expected/unipc.json").read_text())
-    timestep = make_solver(run["solver"], run["steps"], run["shift"]).timesteps[0]
+    timestep = make_plain_solver(run["solver"], run["steps"], run["shift"]).timesteps[0]
     model = checkpoint.transformers[0].load(CPU)
     contexts = checkpoint.context_projections[0].load(CPU)([golden["input.context"]], None)
     latents = golden["step0.latent"].unsqueeze(0)

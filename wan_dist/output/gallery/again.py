@@ -4,6 +4,7 @@ import json
 import shlex
 
 from wan_dist.config.hydra_quoting import quote_if_needed, quote_text
+from wan_dist.config.settings import GROUP_KEYS
 from wan_dist.output.gallery.records import GalleryVideo
 
 _DEFAULT_SETTINGS: dict[str, object] = {"quant": "none", "attention": "auto", "noise_device": "cpu"}
@@ -41,5 +42,5 @@ def _format_setting(key: str, value: object) -> str:
     if key == "prompt" and value.startswith("@"):
         value = f"@{value}"  # escaped: the prompt itself, not the name of a file
     # text in quotes, or the word null, that Hydra would read as something else
-    needs_quotes = key != "task" and quote_if_needed(value) == value
+    needs_quotes = key not in GROUP_KEYS and quote_if_needed(value) == value
     return f"{key}={quote_text(value) if needs_quotes else value}"
