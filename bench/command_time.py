@@ -7,7 +7,8 @@
 Starts the command as a user does, in a process of its own, and reads the clock as its lines arrive. Prints of
 each run when its first line came, when each stage began and how long it took, and when the command had ended;
 of several videos (a file of jobs) the seconds from one finished file to the next. ``--times`` repeats it:
-what the first has to compile or to read from disk, later ones find in caches. Writes bench/results/command-time.json.
+what the first has to compile or to read from disk, later ones find in caches. Writes the file
+bench/results/command-time.json.
 """
 
 import argparse

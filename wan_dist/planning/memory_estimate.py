@@ -20,6 +20,7 @@ from wan_dist.planning.parameter_bytes import (
     count_transformer_bytes,
     count_vae_weight_bytes,
 )
+from wan_dist.planning.read_memory import NUM_READERS, READING_GPU_BYTES, READING_HOST_BYTES
 from wan_dist.planning.vae_memory import VaeStrategy, estimate_vae_bytes
 from wan_dist.planning.workload import FLOAT_BYTES, GIB, Arrangement, Workload
 
@@ -171,6 +172,7 @@ def estimate_memory(workload: Workload, arrangement: Arrangement) -> list[StageM
 def _estimate_process_bytes(workload: Workload, *, has_vae_kernels: bool) -> int:
     """Return the host memory of a node's processes without what they compute with."""
     rank_bytes = PROCESS_HOST_BYTES[workload.is_on_gpu]
+    rank_bytes += READING_HOST_BYTES if workload.is_on_gpu else 0
     if workload.num_ranks > 1:
         rank_bytes += NCCL_HOST_BYTES[workload.is_on_gpu]
     if has_vae_kernels:
@@ -238,7 +240,7 @@ def _list_merging_parts(workload: Workload, arrangement: Arrangement) -> dict[st
     """Return the memory of merging LoRAs where weights are read: of streamed blocks, several at once."""
     if not workload.merging_bytes:
         return {}
-    num_at_once = 1 if arrangement.dit == "resident" else STAGED_BLOCKS
+    num_at_once = NUM_READERS if arrangement.dit == "resident" else STAGED_BLOCKS
     return {"loras": num_at_once * workload.merging_bytes}
 
 
@@ -251,8 +253,8 @@ def _estimate_load_stage(
     if not arrangement.shard_dit:  # deleted once the timesteps are embedded
         weight_bytes += count_time_embedding_bytes(dims)
     read_buffer_bytes, staging_parts = 0, {}
-    if arrangement.dit == "resident":  # the largest tensor, before it is copied to its place
-        read_buffer_bytes = dims.dim * dims.ffn_dim * itemsize
+    if arrangement.dit == "resident":
+        read_buffer_bytes = READING_GPU_BYTES
     else:  # blocks that stay on the host come later
         block_bytes = count_block_bytes(dims, itemsize)
         staging_parts["staging"] = STAGED_BLOCKS * block_bytes * workload.ranks_per_node

@@ -6,6 +6,7 @@ Safetensors, PyTorch's own formats and GGUF are read; code in a file is never ru
 import ctypes
 import mmap
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from wan_dist.runtime.text_files import (
     check_regular_file,
     read_checkpoint_json,
 )
+from wan_dist.weights.device_copy import copy_to_device
 from wan_dist.weights.gguf_blocks import BLOCK_FORMATS, decode_rows
 from wan_dist.weights.gguf_file import GgufFile
 from wan_dist.weights.pickle_file import PickleFile
@@ -63,7 +65,7 @@ class TensorFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
-        self.bytes_read = 0
+        self.bytes_read, self._count_lock = 0, threading.Lock()
         self.shapes: dict[str, Shape] = {}
         """Shapes of the weights; what else the files hold, as scales of weights, is not among them."""
         self.stored_names: tuple[str, ...] = ()
@@ -132,7 +134,7 @@ class TensorFiles:
         InputError for scales that are not finite.
         """
         stored_rows = self.read_rows(name, start, stop)
-        rows = stored_rows.to(device)
+        rows = copy_to_device(stored_rows, device)
         if (block_format := BLOCK_FORMATS.get(self._type_names[name])) is not None:
             values = decode_rows(rows, block_format).view(len(rows), *self.shapes[name][1:])
         elif (scale := self.read_scale(name, start, stop)) is not None:
@@ -191,7 +193,8 @@ class TensorFiles:
             )
 
     def _count_bytes_read(self, tensor: Tensor) -> Tensor:
-        self.bytes_read += tensor.nbytes
+        with self._count_lock:
+            self.bytes_read += tensor.nbytes
         return tensor
 
     def __str__(self) -> str:

@@ -6,6 +6,7 @@ a time bounds host memory by the largest.
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from math import prod
 
@@ -17,12 +18,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from wan_dist.models.kernels.quantized_linear import QUANTIZED_PARTS as QUANTIZED_PARTS
 from wan_dist.models.kernels.quantized_linear import find_quantization, quantize_rows
 from wan_dist.planning.lora_memory import count_merged_rows
+from wan_dist.planning.read_memory import READ_VALUES
 from wan_dist.runtime.errors import InputError
+from wan_dist.weights.device_copy import copy_to_device, run_readers
 from wan_dist.weights.files import Shape, TensorFiles, format_first_ten
 from wan_dist.weights.key_maps import KeyMap, TensorSource
-
-_VALUES_AT_ONCE = 2**22
-"""Values that are decoded or quantised at once; it takes some copies of them in float32."""
 
 
 def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap) -> list[str]:
@@ -90,8 +90,8 @@ def fill_model(
     """Give the model's meta parameters the files' values, in each parameter's own dtype, on ``device``.
 
     Parameters whose names begin with one of ``skip_prefixes`` are not changed. Of a sharded parameter only
-    this rank's rows are read. Memory holds at most the model and one tensor of the files. `check_keys` must
-    have passed.
+    this rank's rows are read. Memory holds at most the model and some rows of a few tensors, see
+    `planning/read_memory.py`. `check_keys` must have passed.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         model.to_empty(device=device)
@@ -100,20 +100,25 @@ def fill_model(
         for name, parameter in model.named_parameters()
         if not name.startswith(skip_prefixes)
     }
-    for name, part_names in _group_quantized_parts(parameters):
-        parts_by_name = {key: parameters[key] for key in part_names}
-        local_parts = {key: _get_local(part, device) for key, part in parts_by_name.items()}
-        _fill_rows(
-            list(local_parts.values()),
-            _find_first_row(parameters[name]),
-            parameters[name].shape[0],
-            files,
-            key_map.find_sources(name),
-            device,
-        )
-        for key, part in parts_by_name.items():
-            if not isinstance(part, DTensor):
-                _set_tensor(model, key, nn.Parameter(local_parts[key], requires_grad=False))
+    local_parts = {key: _get_local(part, device) for key, part in parameters.items()}
+    run_readers(
+        [
+            partial(
+                _fill_rows,
+                [local_parts[key] for key in part_names],
+                _find_first_row(parameters[name]),
+                parameters[name].shape[0],
+                files,
+                key_map.find_sources(name),
+                device,
+            )
+            for name, part_names in _group_quantized_parts(parameters)
+        ],
+        device,
+    )
+    for key, part in parameters.items():
+        if not isinstance(part, DTensor):
+            _set_tensor(model, key, nn.Parameter(local_parts[key], requires_grad=False))
     for name, buffer in list(model.named_buffers()):
         _set_tensor(model, name, buffer.to(device))
     return model.eval().requires_grad_(False)
@@ -218,7 +223,7 @@ def _quantize_rows(
 
 
 def _count_rows_at_once(num_columns: int) -> int:
-    return max(1, _VALUES_AT_ONCE // num_columns)
+    return max(1, READ_VALUES // num_columns)
 
 
 def _copy_fp8_rows(
@@ -227,7 +232,7 @@ def _copy_fp8_rows(
     """Copy the files' 8-bit weights unchanged, and their scales, which are 1 where the files have none."""
     stored_stop = stored_start + len(weight)
     stored_rows = files.read_rows(source.key, stored_start, stored_stop)
-    weight.copy_(stored_rows)
+    weight.copy_(copy_to_device(stored_rows, weight.device))
     scale = files.read_scale(source.key, stored_start, stored_stop)
     scales[:] = 1.0 if scale is None else scale.to(scales.device)
     files.release_pages(stored_rows)
@@ -246,7 +251,7 @@ def _copy_rows(
     """
     is_encoded, update = files.is_encoded(source.key), source.update
     num_at_once = len(target)
-    if is_encoded:
+    if is_encoded or target.is_cuda:
         num_at_once = _count_rows_at_once(prod(target.shape[1:]))
     if update is not None:
         num_at_once = count_merged_rows(prod(target.shape[1:]))

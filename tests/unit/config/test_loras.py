@@ -162,7 +162,7 @@ def test_the_plan_counts_what_merging_takes(tmp_path: Path) -> None:
 
     rows, factors = 5 * 2**23 * 4, 2 * 2**23 * 4
     for placement, num_at_once, has_part in (
-        ("resident", 1, False),
+        ("resident", 4, False),
         ("stream", 3, True),
         ("disk", 3, True),
     ):

@@ -150,7 +150,7 @@ def test_planning_needs_no_torch() -> None:
         ("task=t2v-14B size=1280*720 gpus=4GB host=64GB", "frame_num="),
         (
             "task=t2v-14B gpus=80GB host=1GB",
-            "2.2 GiB of host memory, of which 1.0 can be used (host)",
+            "2.3 GiB of host memory, of which 1.0 can be used (host)",
         ),
         (
             "task=t2v-14B gpus=24GB host=16GB memory.dit=stream",

@@ -1,7 +1,9 @@
 import json
 import shutil
+import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from wan_dist.weights import hub
 from wan_dist.weights import key_maps as names
 from wan_dist.weights.checkpoint import Checkpoint
 from wan_dist.weights.checkpoint import open_checkpoint as open_any_checkpoint
+from wan_dist.weights.device_copy import run_readers
 from wan_dist.weights.files import Shape, TensorFiles, open_sharded_weights
 from wan_dist.weights.hub import find_checkpoint
 from wan_dist.weights.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
@@ -528,3 +531,31 @@ def test_each_size_has_its_checkpoint() -> None:
     assert task.choose_repository(832 * 480) == "Wan-AI/Wan2.1-I2V-14B-480P"
     assert task.choose_repository(1280 * 720) == "Wan-AI/Wan2.1-I2V-14B-720P"
     assert TASKS["t2v-A14B"].choose_repository(832 * 480) == "Wan-AI/Wan2.2-T2V-A14B"
+
+
+@pytest.mark.parametrize("num_readers", [1, 3])
+def test_readers_stop_at_the_first_error(num_readers: int) -> None:
+    begun: list[int] = []
+
+    def read(number: int) -> None:
+        begun.append(number)
+        if number == 2:
+            raise InputError("damaged")
+        time.sleep(0.01)
+
+    with pytest.raises(InputError, match="damaged"):
+        run_readers([partial(read, number) for number in range(100)], CPU, num_readers=num_readers)
+    assert len(begun) < 20
+
+
+def test_several_readers_fill_a_model_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    component = open_any_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["t2v-1.3B"], torch.float32)
+    alone = component.transformers[0].load(CPU).state_dict()
+    monkeypatch.setattr(
+        "wan_dist.weights.load.run_readers",
+        lambda tasks, device: run_readers(tasks, device, num_readers=4),
+    )
+    together = component.transformers[0].load(CPU)
+    assert not any(parameter.requires_grad for parameter in together.parameters())
+    for name, value in together.state_dict().items():
+        assert torch.equal(value, alone[name]), name
