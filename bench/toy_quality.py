@@ -11,7 +11,6 @@ have 128 channels, the toy's 32.
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,9 @@ from safetensors.torch import load_file
 
 from bench.record import Record
 from launch.local import build_run_command
-from toy.judge import Verdict, judge
-from toy.render import render
-from toy.scenes import Scene, all_scenes, caption
+from toy.held_out import draw_first_frame, draw_held_out
+from toy.judge import Verdict, judge, psnr
+from toy.scenes import Scene
 from wan_dist.output.record import VideoRecord
 from wan_dist.pipeline.decode import convert_to_uint8_frames
 
@@ -92,13 +91,6 @@ class Made:
     """Steps that were computed, not taken from the step cache."""
 
 
-def held_out(count: int, seed: int = 0) -> list[tuple[Scene, str]]:
-    """Return ``count`` scenes that were held out of training, with a caption each."""
-    chance = random.Random(seed)
-    scenes = [scene for scene in all_scenes() if scene.is_held_out]
-    return [(scene, caption(scene, chance)) for scene in chance.sample(scenes, count)]
-
-
 def run_command(num_ranks: int, settings: Sequence[str], threads: int) -> None:
     """Run the command on these ranks; raises RuntimeError if it fails."""
     done = subprocess.run(
@@ -133,8 +125,7 @@ def videos_of(
         for number, (scene, text) in enumerate(asked):
             jobs.append({"name": f"{number:03}", "prompt": text, "seed": number})
             if image:
-                drawn = render([scene], random.Random(number), torch.device("cpu"))
-                Image.fromarray(convert_to_uint8_frames(drawn[0])[0].numpy()).save(
+                Image.fromarray(draw_first_frame(scene, number).numpy()).save(
                     folder / f"{number:03}.first.png"
                 )
                 jobs[-1]["image"] = f"{number:03}.first.png"
@@ -162,12 +153,6 @@ def _made(folder: Path, name: str) -> Made:
     )
 
 
-def psnr(video: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
-    """Return the peak signal-to-noise ratio in dB, at most 78."""
-    error = np.square(video.astype(np.float64) - reference).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-3)))
-
-
 def main() -> None:
     """Score each configuration."""
     parser = argparse.ArgumentParser(
@@ -193,7 +178,7 @@ def main() -> None:
         way for way in WAYS if way.name == "float32" or not options.only or options.only in way.name
     ]
     ways = [way for way in ways if not way.gpu or torch.cuda.is_available()]
-    asked = held_out(options.captions)
+    asked = draw_held_out(options.captions)
     given = [] if options.checkpoint is None else [f"ckpt_dir={options.checkpoint.resolve()}"]
     threads = max(1, (os.cpu_count() or 1) // options.at_once // options.ranks)
     record = None if options.out is None else Record(options.out, ("way", "ranks", "captions"))

@@ -5,11 +5,12 @@ captions that it was not trained on.
 import os
 from collections.abc import Sequence
 
-from bench.toy_quality import held_out, psnr, videos_of
+from bench.toy_quality import videos_of
 from tests.forked import run_ranks
-from toy.judge import judge
+from toy.held_out import draw_held_out
+from toy.judge import judge, psnr
 
-ASKED = held_out(64)[: int(os.environ.get("WAN_DIST_CAPTIONS", "2"))]
+ASKED = draw_held_out(64)[: int(os.environ.get("WAN_DIST_CAPTIONS", "2"))]
 
 
 def run_forked(num_ranks: int, settings: Sequence[str], _: int) -> None:

@@ -1,11 +1,14 @@
 """Optimizer of the toy model: Muon for matrices, AdamW for the rest; a step is captured as a CUDA graph."""
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Result = TypeVar("Result")
 _MOMENTUM = 0.95
 _DECAY = 0.01
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -42,22 +45,24 @@ class Descent:
         shapes, rest = defaultdict(list), []
         for name, parameter in named:
             (shapes[parameter.shape] if is_matrix(name, parameter) else rest).append(parameter)
-        device = rest[0].device
+        self._parameters = [*rest, *(matrix for matrices in shapes.values() for matrix in matrices)]
+        device = self._parameters[0].device
         self.rate = torch.zeros((), device=device)
         self._groups = [
             (matrices, [torch.zeros_like(matrix) for matrix in matrices])
             for matrices in shapes.values()
         ]
-        self._parameters = [*rest, *(matrix for matrices in shapes.values() for matrix in matrices)]
         is_cuda = device.type == "cuda"
-        self._rest = torch.optim.AdamW(
-            rest,
-            lr=self.rate,
-            betas=(0.9, 0.98),
-            weight_decay=_DECAY,
-            fused=True,
-            capturable=is_cuda,
-        )
+        self._rest = None
+        if rest:  # a LoRA has matrices alone
+            self._rest = torch.optim.AdamW(
+                rest,
+                lr=self.rate,
+                betas=(0.9, 0.98),
+                weight_decay=_DECAY,
+                fused=True,
+                capturable=is_cuda,
+            )
 
     def step(self, loss: Tensor) -> None:
         """Update the parameters by the loss's gradient, clipped to a norm of 1."""
@@ -65,7 +70,8 @@ class Descent:
             parameter.grad = None
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._rest.step()
+        if self._rest is not None:
+            self._rest.step()
         with torch.no_grad():
             for matrices, momenta in self._groups:
                 self._step_matrices(matrices, momenta)
@@ -81,7 +87,44 @@ class Descent:
         torch._foreach_sub_(matrices, list(changes))
 
 
-def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def is_block_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is updated by Muon: the matrices of all blocks."""
+    return (
+        parameter.dim() == 2
+        and (".blocks." in name or ".block." in name)
+        and "relative_attention_bias" not in name
+    )
+
+
+def compute_rate(step: int, steps: int, peak: float) -> float:
+    """Return the learning rate: up for a fortieth of the steps, then down along a cosine."""
+    warm = max(1, steps // 40)
+    fraction = max(0, step - warm) / max(1, steps - warm)
+    return peak * min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * fraction)) + 1e-6
+
+
+class Averages:
+    """Exponential averages of parameters over about 1 / (1 - decay) updates, of fewer at first."""
+
+    def __init__(self, parameters: Sequence[Tensor], decay: float) -> None:
+        self.parameters = [parameter.detach() for parameter in parameters]
+        self.decay = decay
+        self.values = [parameter.clone() for parameter in self.parameters]
+        self._num_updates = 0
+
+    def update(self) -> None:
+        """Add the parameters' present values."""
+        decay = min(self.decay, (self._num_updates + 1) / (self._num_updates + 10))
+        torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
+        self._num_updates += 1
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        """Give the parameters the averages."""
+        torch._foreach_copy_(self.parameters, self.values)
+
+
+def recorded(step: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
     """Return a function that does ``step``: on a GPU a CUDA graph, captured after three steps."""
     if device.type != "cuda":
         return step
@@ -95,7 +138,7 @@ def recorded(step: Callable[[], Tensor], device: torch.device) -> Callable[[], T
     with torch.cuda.graph(graph):
         result = step()
 
-    def again() -> Tensor:
+    def again() -> Result:
         graph.replay()
         return result
 

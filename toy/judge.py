@@ -54,6 +54,12 @@ def judge(frames: NDArray[np.uint8], scene: Scene) -> Verdict:
     )
 
 
+def psnr(video: NDArray[np.uint8], reference: NDArray[np.uint8]) -> float:
+    """Return the peak signal-to-noise ratio in dB, at most 78."""
+    error = np.square(video.astype(np.float64) - reference).mean()
+    return float(10 * np.log10(255**2 / max(error, 1e-3)))
+
+
 def motion_of(mask: NDArray[np.bool_]) -> str:
     """Return how the shape in a mask (F, H, W) moves.
 

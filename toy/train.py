@@ -7,11 +7,9 @@ Runs on one GPU and writes the checkpoint.
 """
 
 import argparse
-import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -20,27 +18,29 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from toy.descent import Descent, recorded
+from toy.denoiser import (
+    DIMS,
+    TEXT_ENCODER_NAME,
+    TRANSFORMER_FILE,
+    VAE_FILE,
+    Denoiser,
+    autocast,
+    embed_captions,
+    list_denoiser_tensors,
+    list_token_ids,
+    load_vae,
+)
+from toy.descent import Averages, Descent, compute_rate, is_block_matrix, recorded
 from toy.render import NUM_FRAMES, SIZE, render
 from toy.scenes import caption, draw_scene
 from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
-from wan_dist.models.context import ContextProjection
-from wan_dist.models.text_encoder import build_text_encoder, tokenize_prompt
-from wan_dist.models.transformer import WanTransformer
+from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.vae.model import WanVae
 from wan_dist.models.vae.plain import decode_latents, encode_moments
-from wan_dist.tasks.registry import TASKS
-from wan_dist.weights.files import TensorFiles
-from wan_dist.weights.key_maps import (
-    map_original_text_encoder,
-    map_original_transformer,
-    map_original_vae,
-)
-from wan_dist.weights.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, WEIGHTS_STEM
-from wan_dist.weights.load import fill_model
+from wan_dist.weights.key_maps import map_original_text_encoder, map_original_vae
+from wan_dist.weights.layout import TOKENIZER_FOLDER
 from wan_dist.weights.write import export_tensors, write_transformer_config
 
-DIMS = TASKS["toy"].model_dims
 _DIVERGENCE = 3e-4
 """Weight of the KL divergence in the VAE's loss."""
 _EMPHASIS = 5.0
@@ -86,12 +86,10 @@ def main() -> None:
         train_vae(vae, options.vae_steps, chance, device)
         save(
             export_tensors(halved(vae), map_original_vae([])),
-            options.folder / "Wan2.1_VAE.safetensors",
+            options.folder / VAE_FILE,
         )
     else:
-        with torch.device("meta"):
-            vae = WanVae(DIMS.vae)
-        fill_model(vae, TensorFiles([options.vae]), map_original_vae([]), device)
+        vae = load_vae(device, options.vae)
     print(f"VAE: {time.perf_counter() - begun:.0f} s", flush=True)
     torch.manual_seed(options.seed + 1)  # whether the VAE was trained now or before
     chance = random.Random(options.seed + 1)
@@ -111,19 +109,6 @@ def halved(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def save(tensors: Iterable[tuple[str, Tensor]], file: Path) -> None:
     """Write tensors into a safetensors file."""
     save_file({name: tensor.contiguous() for name, tensor in tensors}, file)
-
-
-def _autocast(device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
-    )
-
-
-def _rate(step: int, steps: int, peak: float) -> float:
-    """Return the learning rate: up for a fortieth of the steps, then down along a cosine."""
-    warm = max(1, steps // 40)
-    fraction = max(0, step - warm) / max(1, steps - warm)
-    return peak * min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * fraction)) + 1e-6
 
 
 def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.device) -> None:
@@ -156,9 +141,9 @@ def train_vae(vae: WanVae, steps: int, chance: random.Random, device: torch.devi
         noise = torch.randn(
             batch, DIMS.vae.latent_dim, NUM_FRAMES // 4 + 1, SIZE // 8, SIZE // 8, device=device
         )
-        with _autocast(device):
+        with autocast(device):
             loss, squared = compiled(video, noise)
-        descent.rate.fill_(_rate(step, steps, _VAE_RATE))
+        descent.rate.fill_(compute_rate(step, steps, _VAE_RATE))
         descent.step(loss)
         if step % 200 == 0 or step == steps - 1:
             print(
@@ -175,7 +160,7 @@ def normalise(vae: WanVae, chance: random.Random, device: torch.device) -> None:
     The scale is folded into the convolutions before and after the latents.
     """
     scenes = [draw_scene(chance) for _ in range(64 if device.type == "cuda" else 4)]
-    with _autocast(device):
+    with autocast(device):
         mean, _ = encode_moments(vae, render(scenes, chance, device))
     mu, sigma = mean.mean((0, 2, 3, 4)), mean.std((0, 2, 3, 4))
     wanted_mean, wanted_std = (moment.flatten() for moment in vae.get_latent_statistics(mean))
@@ -215,24 +200,21 @@ def make_clips(
     device: torch.device,
 ) -> Clips:
     """Return encoded videos with captions."""
-    text_len = DIMS.transformer.text_len
-
-    def ids(text: str) -> list[int]:
-        found = tokenize_prompt(tokenizer, text, text_len)
-        return found + [0] * (text_len - len(found))
-
     latents, texts = [], []
     for start in range(0, count, 64):
         scenes = [draw_scene(chance) for _ in range(min(64, count - start))]
-        with _autocast(device):
+        with autocast(device):
             found, _ = encode_moments(vae, render(scenes, chance, device))
         mean, std = vae.get_latent_statistics(found)
         latents.append(((found - mean) / std).bfloat16())
-        texts += [[ids(caption(scene, chance)) for _ in range(2)] for scene in scenes]
+        texts += [
+            [list_token_ids(tokenizer, caption(scene, chance)) for _ in range(2)]
+            for scene in scenes
+        ]
     return (
         torch.cat(latents),
         torch.tensor(texts, device=device),
-        torch.tensor(ids(""), device=device),
+        torch.tensor(list_token_ids(tokenizer, ""), device=device),
     )
 
 
@@ -241,29 +223,23 @@ def train_transformer(
 ) -> None:
     """Train text encoder and transformer, and write an average of the last steps' weights."""
     text_encoder = build_text_encoder(DIMS.text_encoder, torch.float32).to(device).eval()
-    projection, transformer = (
-        kind(DIMS.transformer, torch.float32).to(device)
-        for kind in (ContextProjection, WanTransformer)
-    )
-    _initialise(projection, transformer)
+    denoiser = Denoiser().to(device)
+    _initialise(denoiser.projection, denoiser.transformer)
     for name, parameter in text_encoder.named_parameters():
         if "relative_attention_bias" in name:
             # With the usual 0.09 it takes long to learn which noun a colour stands before.
             nn.init.normal_(parameter, std=1.5)
-    everything = nn.ModuleDict(
-        {"text_encoder": text_encoder, "projection": projection, "transformer": transformer}
-    )
-    parameters = list(everything.parameters())
-    averages = [parameter.detach().clone() for parameter in parameters]
-    descent = Descent(everything.named_parameters(), _is_matrix)
+    everything = nn.ModuleDict({"text_encoder": text_encoder, "denoiser": denoiser})
+    averages = Averages(list(everything.parameters()), decay=0.995)
+    descent = Descent(everything.named_parameters(), is_block_matrix)
     loss_of = _flow_matching(
-        text_encoder, projection, transformer, transformer.compute_rotary(clips[0][:1])
+        text_encoder, denoiser, denoiser.transformer.compute_rotary(clips[0][:1])
     )
     compiled = torch.compile(loss_of) if device.type == "cuda" else loss_of
 
     def descend() -> Tensor:
         drawn = _draw(clips, batch)
-        with _autocast(device):
+        with autocast(device):
             loss = compiled(*drawn)
         descent.step(loss)
         return loss.detach()
@@ -272,24 +248,17 @@ def train_transformer(
     one_step = recorded(descend, device)
     for step in range(steps):
         # The cosine's last fifth is left out: the average does the same.
-        descent.rate.fill_(_rate(step, steps * 5 // 4, _RATE))
+        descent.rate.fill_(compute_rate(step, steps * 5 // 4, _RATE))
         loss = one_step()
         if step % _STEPS_AN_AVERAGE == 0:
-            times = step // _STEPS_AN_AVERAGE
-            torch._foreach_lerp_(
-                averages,
-                [parameter.detach() for parameter in parameters],
-                1 - min(0.995, (times + 1) / (times + 10)),
-            )
+            averages.update()
         if step % 250 == 0 or step == steps - 1:
             print(
                 f"step {step} loss {loss.item():.4f} {time.perf_counter() - begun:.0f} s",
                 flush=True,
             )
-    with torch.no_grad():
-        for parameter, average in zip(parameters, averages, strict=True):
-            parameter.copy_(average)
-    write_transformer(text_encoder, projection, transformer, folder)
+    averages.copy_to_parameters()
+    write_transformer(text_encoder, denoiser, folder)
 
 
 def _draw(clips: Clips, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -309,10 +278,7 @@ def _draw(clips: Clips, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 def _flow_matching(
-    text_encoder: nn.Module,
-    projection: ContextProjection,
-    transformer: WanTransformer,
-    rotary: tuple[Tensor, Tensor],
+    text_encoder: nn.Module, denoiser: Denoiser, rotary: tuple[Tensor, Tensor]
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return the flow matching loss (arXiv:2210.02747) of a `_draw`; the velocity is noise minus latents.
 
@@ -320,21 +286,11 @@ def _flow_matching(
     """
 
     def loss_of(x: Tensor, noise: Tensor, level: Tensor, given: Tensor, ids: Tensor) -> Tensor:
-        mask = ids != 0
-        embedded = text_encoder(
-            input_ids=ids, attention_mask=mask
-        ).last_hidden_state * mask.unsqueeze(-1)
+        contexts = denoiser.project(embed_captions(text_encoder, ids))
         mixed = x + level.view(-1, 1, 1, 1, 1) * (noise - x)
         first = torch.where(given.view(-1, 1, 1, 1, 1), x[:, :, :1], mixed[:, :, :1])
-        timesteps = 1000 * torch.stack([torch.where(given, 0, level), level], dim=1)
-        (context,) = projection([embedded])
-        blocks = range(len(transformer.blocks))
-        found = transformer(
-            torch.cat([first, mixed[:, :, 1:]], dim=2),
-            timesteps,
-            [context.select_block(index) for index in blocks],
-            rotary,
-        )
+        latents = torch.cat([first, mixed[:, :, 1:]], dim=2)
+        found = denoiser(latents, level, given, contexts, rotary)
         error = (found - (noise - x)).square()
         return (
             error[:, :, 1:].mean()
@@ -344,30 +300,15 @@ def _flow_matching(
     return loss_of
 
 
-def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is updated by Muon: the matrices of all blocks."""
-    return (
-        parameter.dim() == 2
-        and (".blocks." in name or ".block." in name)
-        and "relative_attention_bias" not in name
-    )
-
-
-def write_transformer(
-    text_encoder: nn.Module,
-    projection: ContextProjection,
-    transformer: WanTransformer,
-    folder: Path,
-) -> None:
+def write_transformer(text_encoder: nn.Module, denoiser: Denoiser, folder: Path) -> None:
     """Write the models in bfloat16, with the transformer's configuration."""
-    keys = map_original_transformer([])
     save(
-        [*export_tensors(halved(transformer), keys), *export_tensors(halved(projection), keys)],
-        folder / f"{WEIGHTS_STEM}.safetensors",
+        list_denoiser_tensors(denoiser.named_parameters()),
+        folder / TRANSFORMER_FILE,
     )
     save(
         export_tensors(halved(text_encoder), map_original_text_encoder([])),
-        folder / Path(TEXT_ENCODER_FILE).with_suffix(".safetensors"),
+        folder / TEXT_ENCODER_NAME,
     )
     write_transformer_config(DIMS.transformer, folder)
 
