@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
 
-from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
+from toy.tokenizer import SPECIAL_TOKENS, add_end_mark, save_tokenizer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import ModelDims
 from wan_dist.models.fused_transformer import FusedTransformer
@@ -89,7 +88,7 @@ def make_checkpoint(
         folder / f"Wan2.{2 if dims.vae.residual else 1}_VAE.pth",
     )
     write_transformer_config(dims.transformer, place)
-    _byte_tokenizer().save_pretrained(folder / TOKENIZER_FOLDER)
+    save_tokenizer(_make_byte_tokenizer(), folder / TOKENIZER_FOLDER)
 
 
 def _stored_tensors(
@@ -111,7 +110,7 @@ def _stored_tensors(
     return export_tensors(drawn(), keys)
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def _make_byte_tokenizer() -> Tokenizer:
     """Return a tokenizer of bytes, so that it takes any text, with an end mark."""
     alphabet = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(
@@ -120,4 +119,4 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
         )
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return with_end_mark(tokenizer)
+    return add_end_mark(tokenizer)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from wan_dist.config.loras import LoraSetting
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.text_encoder import build_text_encoder, load_tokenizer, tokenize_prompt
+from wan_dist.models.text_encoder import build_text_encoder, tokenize_prompt
 from wan_dist.models.transformer import WanTransformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.tasks.registry import TASKS
@@ -26,6 +26,7 @@ from wan_dist.weights.key_maps import (
 from wan_dist.weights.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER, WEIGHTS_STEM
 from wan_dist.weights.load import fill_model
 from wan_dist.weights.lora import merge_loras
+from wan_dist.weights.tokenizer_files import load_tokenizer
 from wan_dist.weights.write import export_tensors
 
 DIMS = TASKS["toy"].model_dims
@@ -70,11 +71,11 @@ class Denoiser(nn.Module):
 def embed_captions(text_encoder: nn.Module, ids: Tensor) -> Tensor:
     """Return embedded captions (B, n, text_dim) of tokens (B, n); the rows of padding are zeros."""
     mask = ids != 0
-    states = text_encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+    states = text_encoder(ids, mask)
     return cast(Tensor, states * mask.unsqueeze(-1))
 
 
-def list_token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def list_token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return a caption's tokens, padded with 0 to the models' length."""
     text_len = DIMS.transformer.text_len
     ids = tokenize_prompt(tokenizer, text, text_len)
@@ -93,7 +94,7 @@ class CaptionEncoder:
     """A text encoder with its tokenizer."""
 
     encoder: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     device: torch.device
 
     @torch.no_grad()

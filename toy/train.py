@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from toy.denoiser import (
     DIMS,
@@ -33,7 +32,7 @@ from toy.denoiser import (
 from toy.descent import Averages, Descent, compute_rate, is_block_matrix, recorded
 from toy.render import NUM_FRAMES, SIZE, render
 from toy.scenes import caption, draw_scene
-from toy.tokenizer import SPECIAL_TOKENS, with_end_mark
+from toy.tokenizer import SPECIAL_TOKENS, add_end_mark, save_tokenizer
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.vae.model import WanVae
 from wan_dist.models.vae.plain import decode_latents, encode_moments
@@ -94,7 +93,7 @@ def main() -> None:
     torch.manual_seed(options.seed + 1)  # whether the VAE was trained now or before
     chance = random.Random(options.seed + 1)
     tokenizer = make_tokenizer(random.Random(options.seed))
-    tokenizer.save_pretrained(options.folder / TOKENIZER_FOLDER)
+    save_tokenizer(tokenizer, options.folder / TOKENIZER_FOLDER)
     clips = make_clips(vae, tokenizer, options.clips, chance, device)
     print(f"clips: {time.perf_counter() - begun:.0f} s", flush=True)
     train_transformer(clips, options.steps, options.batch, device, options.folder)
@@ -173,7 +172,7 @@ def normalise(vae: WanVae, chance: random.Random, device: torch.device) -> None:
     vae.conv2.weight /= scale.view(1, -1, 1, 1, 1)
 
 
-def make_tokenizer(chance: random.Random, num_captions: int = 20000) -> PreTrainedTokenizerFast:
+def make_tokenizer(chance: random.Random, num_captions: int = 20000) -> Tokenizer:
     """Return a byte-level BPE tokenizer trained on captions; it takes any text."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
@@ -188,13 +187,13 @@ def make_tokenizer(chance: random.Random, num_captions: int = 20000) -> PreTrain
     tokenizer.train_from_iterator(
         (caption(draw_scene(chance), chance) for _ in range(num_captions)), trainer
     )
-    return with_end_mark(tokenizer)
+    return add_end_mark(tokenizer)
 
 
 @torch.no_grad()
 def make_clips(
     vae: WanVae,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     count: int,
     chance: random.Random,
     device: torch.device,
@@ -218,6 +217,21 @@ def make_clips(
     )
 
 
+def _initialise_text_encoder(text_encoder: nn.Module) -> None:
+    """Draw the weights as T5's are (its initialisation is a part of its unscaled attention)."""
+    dims = DIMS.text_encoder
+    for name, parameter in text_encoder.named_parameters():
+        if "relative_attention_bias" in name:
+            # With the usual 0.09 it takes long to learn which noun a colour stands before.
+            nn.init.normal_(parameter, std=1.5)
+        elif name.endswith("SelfAttention.q.weight"):
+            nn.init.normal_(parameter, std=(dims.dim * dims.head_dim) ** -0.5)
+        elif "embed_tokens" in name:
+            nn.init.normal_(parameter)
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+
+
 def train_transformer(
     clips: Clips, steps: int, batch: int, device: torch.device, folder: Path
 ) -> None:
@@ -225,10 +239,7 @@ def train_transformer(
     text_encoder = build_text_encoder(DIMS.text_encoder, torch.float32).to(device).eval()
     denoiser = Denoiser().to(device)
     _initialise(denoiser.projection, denoiser.transformer)
-    for name, parameter in text_encoder.named_parameters():
-        if "relative_attention_bias" in name:
-            # With the usual 0.09 it takes long to learn which noun a colour stands before.
-            nn.init.normal_(parameter, std=1.5)
+    _initialise_text_encoder(text_encoder)
     everything = nn.ModuleDict({"text_encoder": text_encoder, "denoiser": denoiser})
     averages = Averages(list(everything.parameters()), decay=0.995)
     descent = Descent(everything.named_parameters(), is_block_matrix)

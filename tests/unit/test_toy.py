@@ -12,6 +12,7 @@ from toy.descent import Descent
 from toy.judge import judge
 from toy.render import render
 from toy.scenes import COLORS, MOTIONS, SHAPES, Scene, all_scenes, caption, draw_scene
+from toy.tokenizer import save_tokenizer
 from wan_dist.models.dims import VaeDims
 from wan_dist.models.vae.model import WanVae, split_frames_into_chunks
 from wan_dist.models.vae.plain import decode_latents, encode_moments
@@ -105,11 +106,11 @@ def test_captions_fit_the_tokenizer() -> None:
     chance = random.Random(4)
     tokenizer = train.make_tokenizer(random.Random(0), 2000)
     texts = [caption(draw_scene(chance), chance) for _ in range(300)]
-    assert max(len(tokenizer(text).input_ids) for text in texts) <= train.DIMS.transformer.text_len
-    assert len({tuple(tokenizer(text).input_ids) for text in texts}) == len(
+    assert max(len(tokenizer.encode(text).ids) for text in texts) <= train.DIMS.transformer.text_len
+    assert len({tuple(tokenizer.encode(text).ids) for text in texts}) == len(
         {text.lower() for text in texts}
     )
-    assert tokenizer("A red STAR 🐈").input_ids[:3] == tokenizer("a red star").input_ids[:3]
+    assert tokenizer.encode("A red STAR 🐈").ids[:3] == tokenizer.encode("a red star").ids[:3]
 
 
 def test_matrices_go_down_as_with_pytorchs_muon() -> None:
@@ -149,7 +150,7 @@ def test_training_writes_a_checkpoint_that_is_read(tmp_path: Path) -> None:
         torch.ones(64, dtype=torch.long),
     )
     (tmp_path / TOKENIZER_FOLDER).mkdir(parents=True)
-    train.make_tokenizer(random.Random(0), 500).save_pretrained(tmp_path / TOKENIZER_FOLDER)
+    save_tokenizer(train.make_tokenizer(random.Random(0), 500), tmp_path / TOKENIZER_FOLDER)
     train.save(
         export_tensors(train.halved(WanVae(train.DIMS.vae)), map_original_vae([])),
         tmp_path / "Wan2.1_VAE.safetensors",

@@ -1,10 +1,10 @@
-"""CLIP image encoder of Wan2.1's image tasks (transformers' modules)."""
+"""CLIP image encoder of Wan2.1's image tasks."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from wan_dist.models.clip import ClipVision
 from wan_dist.models.dims import ImageEncoderDims
 
 # CLIP's normalisation of RGB in [0, 1] (openai/CLIP, clip.py).
@@ -13,26 +13,8 @@ _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build_image_encoder(dims: ImageEncoderDims) -> nn.Module:
-    """Return the vision tower in float32 up to the penultimate layer, whose output Wan uses."""
-    config = CLIPVisionConfig(
-        hidden_size=dims.dim,
-        intermediate_size=dims.ffn_dim,
-        num_hidden_layers=dims.num_layers - 1,
-        num_attention_heads=dims.num_heads,
-        patch_size=dims.patch,
-        image_size=dims.image_size,
-        hidden_act="gelu",
-    )
-    model = CLIPVisionModel(config)
-    # Releases of transformers differ in whether the tower is wrapped.
-    tower = getattr(model, "vision_model", model)
-    tower.post_layernorm = (
-        nn.Identity()
-    )  # only the pooled output, which is not used, goes through it
-    # No checkpoint has this buffer, so it must hold its values even if the rest is built on meta.
-    num_positions = (dims.image_size // dims.patch) ** 2 + 1
-    tower.embeddings.position_ids = torch.arange(num_positions, device="cpu").unsqueeze(0)
-    return tower
+    """Return the vision tower, without values where the default device is meta."""
+    return ClipVision(dims)
 
 
 def encode_images(encoder: nn.Module, images: list[Tensor], *, image_size: int) -> Tensor:
@@ -58,4 +40,5 @@ def encode_images(encoder: nn.Module, images: list[Tensor], *, image_size: int) 
         for channel_values in (_CLIP_MEAN, _CLIP_STD)
     )
     pixels = (resized_images * 0.5 + 0.5 - mean) / std
-    return encoder(pixel_values=pixels.to(device)).last_hidden_state
+    features: Tensor = encoder(pixels.to(device))
+    return features

@@ -1,16 +1,16 @@
-"""umT5 text encoder (transformers' modules), prompt cleaning and tokenizer."""
+"""umT5 text encoder with its tokenizer, and prompt cleaning."""
 
 import html
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import ftfy
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5Config, UMT5EncoderModel
 
 from wan_dist.models.dims import TextEncoderDims
+from wan_dist.models.umt5 import Umt5Encoder
 
 _MAX_CHUNK_TOKENS = 2**15
 """Tokens whose states are on the host at once: 256 MiB of umT5-XXL in bfloat16."""
@@ -28,19 +28,8 @@ def clean_prompt(text: str) -> str:
 
 
 def build_text_encoder(dims: TextEncoderDims, dtype: torch.dtype) -> nn.Module:
-    """Return umT5's encoder stack in ``dtype``, without values where the default device is meta."""
-    config = UMT5Config(
-        vocab_size=dims.vocab_size,
-        d_model=dims.dim,
-        d_kv=dims.head_dim,
-        d_ff=dims.ffn_dim,
-        num_layers=dims.num_layers,
-        num_heads=dims.num_heads,
-        relative_attention_num_buckets=dims.num_buckets,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=True,
-    )
-    return UMT5EncoderModel(config).encoder.to(dtype)
+    """Return umT5's encoder in ``dtype``, without values where the default device is meta."""
+    return Umt5Encoder(dims).to(dtype)
 
 
 def list_encoder_layers(encoder: nn.Module) -> dict[str, nn.Module]:
@@ -49,22 +38,14 @@ def list_encoder_layers(encoder: nn.Module) -> dict[str, nn.Module]:
     return {f"block.{name}": block for name, block in blocks.named_children()}
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in a local folder.
-
-    Code that the folder may contain is never run, and the user is not prompted to allow it.
-    """
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, text_len: int) -> list[int]:
+def tokenize_prompt(tokenizer: Tokenizer, prompt: str, text_len: int) -> list[int]:
     """Return the token ids of the cleaned prompt with its end-of-text token, at most ``text_len``."""
-    ids: list[int] = tokenizer(clean_prompt(prompt), truncation=True, max_length=text_len).input_ids
-    return ids
+    ids: list[int] = tokenizer.encode(clean_prompt(prompt)).ids
+    return ids if len(ids) <= text_len else [*ids[: text_len - 1], ids[-1]]
 
 
 def split_prompts_into_chunks(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], text_len: int, device: torch.device
+    tokenizer: Tokenizer, prompts: Sequence[str], text_len: int, device: torch.device
 ) -> list[list[str]]:
     """Return the prompts in order, in chunks that are each encoded by `TextEncoder.encode_by_block`.
 
@@ -97,7 +78,7 @@ class TextEncoder:
     def __init__(
         self,
         encoder: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         *,
         text_len: int,
         device: torch.device,
@@ -115,7 +96,8 @@ class TextEncoder:
         ids = torch.tensor(
             [tokenize_prompt(self.tokenizer, prompt, self.text_len)], device=self.device
         )
-        return self.encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        embedding: Tensor = self.encoder(ids)[0]
+        return embedding
 
     def encode_by_block(self, prompts: Sequence[str]) -> list[Tensor]:
         """Return the prompts' embeddings (n, text_dim) on the host; same values as `__call__`.
@@ -144,17 +126,14 @@ def _run_block(block: nn.Module, states: Sequence[Tensor], device: torch.device)
     The block is called once, since its weights may be freed after that.
     """
 
-    def extract_state(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-        return (output[0] if isinstance(output, tuple) else output).cpu()
-
     def compute_others(*_: object) -> None:
-        other_states.extend(extract_state(block.forward(state.to(device))) for state in states[1:])
+        other_states.extend(block.forward(state.to(device)).cpu() for state in states[1:])
 
     other_states: list[Tensor] = []
     # Before the hooks that free the weights.
     hook = block.register_forward_hook(compute_others, prepend=True)
     try:
-        first_state = extract_state(block(states[0].to(device)))
+        first_state = block(states[0].to(device)).cpu()
     finally:
         hook.remove()
     return [first_state, *other_states]

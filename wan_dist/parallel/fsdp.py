@@ -2,10 +2,13 @@
 
 import itertools
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
@@ -15,6 +18,8 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) 
     block (norms, modulation) are replicated: they are small, and of another dtype than the matrices, which
     would slow down every all-gather.
     """
+    from torch.distributed.fsdp import fully_shard  # which takes seconds
+
     model.requires_grad_(False)  # then one FSDP unit may hold parameters of several dtypes
     sharded_blocks = []
     for block in blocks:
@@ -36,7 +41,7 @@ def apply_fsdp(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) 
         _prefetch_weights(module, next_module)
 
 
-def _prefetch_weights(module: FSDPModule, next_module: FSDPModule) -> None:
+def _prefetch_weights(module: "FSDPModule", next_module: "FSDPModule") -> None:
     """Start to all-gather the weights of ``next_module`` when the forward pass of ``module`` starts.
 
     Unlike `set_modules_to_forward_prefetch`, this frees the buffer of a block's all-gather as soon as the

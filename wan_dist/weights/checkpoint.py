@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from wan_dist.config.loras import LoraSetting
 from wan_dist.models.context import ContextProjection
@@ -131,7 +131,7 @@ class Checkpoint:
     text_encoder: Component[nn.Module, TextEncoderDims]
     image_encoder: Component[nn.Module, ImageEncoderDims] | None
     vae: Component[WanVae, VaeDims]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     tokenizer_digests: tuple[str, ...]
     """Digests of all that the tokenizer depends on."""
     loras: tuple[MergedLora, ...] = ()
@@ -225,7 +225,7 @@ def open_checkpoint(
     _check_task(checkpoint, task)
     if loras:
         checkpoint = _add_loras(checkpoint, loras, allow_unmatched=allow_unmatched)
-    num_words, num_embeddings = len(checkpoint.tokenizer), text_encoder.dims.vocab_size
+    num_words, num_embeddings = checkpoint.tokenizer.get_vocab_size(), text_encoder.dims.vocab_size
     if num_words > num_embeddings:
         raise InputError(
             f"{found_tokenizer.source} has {num_words} words, "

@@ -4,16 +4,16 @@ Strict: `check_keys` refuses tensors that are missing, unexpected, misshapen or 
 a time bounds host memory by the largest.
 """
 
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from math import prod
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from wan_dist.models.kernels.quantized_linear import QUANTIZED_PARTS as QUANTIZED_PARTS
 from wan_dist.models.kernels.quantized_linear import find_quantization, quantize_rows
@@ -23,6 +23,9 @@ from wan_dist.runtime.errors import InputError
 from wan_dist.weights.device_copy import copy_to_device, run_readers
 from wan_dist.weights.files import Shape, TensorFiles, format_first_ten
 from wan_dist.weights.key_maps import KeyMap, TensorSource
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap) -> list[str]:
@@ -93,7 +96,7 @@ def fill_model(
     this rank's rows are read. Memory holds at most the model and some rows of a few tensors, see
     `planning/read_memory.py`. `check_keys` must have passed.
     """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(map(_is_sharded, model.parameters())):
         model.to_empty(device=device)
     parameters = {
         name: parameter
@@ -117,24 +120,34 @@ def fill_model(
         device,
     )
     for key, part in parameters.items():
-        if not isinstance(part, DTensor):
+        if not _is_sharded(part):
             _set_tensor(model, key, nn.Parameter(local_parts[key], requires_grad=False))
     for name, buffer in list(model.named_buffers()):
         _set_tensor(model, name, buffer.to(device))
     return model.eval().requires_grad_(False)
 
 
+def _is_sharded(parameter: Tensor) -> "TypeGuard[DTensor]":
+    """Whether FSDP shards a parameter."""
+    # Its import takes 2 s, and without it there are none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(parameter, module.DTensor)
+
+
 def _get_local(parameter: Tensor, device: torch.device) -> Tensor:
     """Return the tensor to fill: this rank's shard of a sharded parameter, else a new one on ``device``."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local()
-    return torch.empty_like(parameter, device=device)
+    if _is_sharded(parameter):
+        return cast(Tensor, parameter.to_local())
+    # Not empty_like, which imports sympy for a meta tensor.
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
 
 
 def _find_first_row(parameter: Tensor) -> int:
     """Return the row of the whole parameter with which this rank's shard begins, 0 without sharding."""
-    if not isinstance(parameter, DTensor):
+    if not _is_sharded(parameter):
         return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     _, global_offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from wan_dist.models.text_encoder import load_tokenizer
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.log import logger
@@ -19,6 +17,7 @@ from wan_dist.weights.files import TensorFiles
 
 TOKENIZER_REPOSITORY = "google/umt5-xxl"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_SENTENCEPIECE_FILE = "spiece.model"
 SENTENCEPIECE_KEY = "spiece_model"
 """Key under which ComfyUI's text encoders hold their tokenizer, as bytes."""
 _UNIGRAM = 1
@@ -28,7 +27,7 @@ _UNIGRAM = 1
 class OpenTokenizer:
     """A tokenizer, where it is from, and digests of all that it depends on."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     source: str
     digests: tuple[str, ...]
 
@@ -41,7 +40,7 @@ def open_tokenizer(folder: Path | None, text_encoder_files: TensorFiles) -> Open
     if folder is not None and folder.is_dir():
         return _open_folder(folder)
     if (tokenizer := _read_tokenizer(text_encoder_files)) is not None:
-        content = tokenizer.backend_tokenizer.to_str()
+        content = tokenizer.to_str()
         return OpenTokenizer(
             tokenizer, str(text_encoder_files), (hashlib.sha256(content.encode()).hexdigest(),)
         )
@@ -71,6 +70,26 @@ def _open_folder(folder: Path) -> OpenTokenizer:
     return OpenTokenizer(tokenizer, str(folder), tuple(hash_file(file) for file in files))
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of tokenizer.json, of spiece.model or of other files; raises what libraries do.
+
+    Code that the folder may contain is never run.
+    """
+    if (file := folder / _TOKENIZER_FILES[0]).exists():
+        tokenizer = Tokenizer.from_file(str(file))
+    elif (file := folder / _SENTENCEPIECE_FILE).exists():
+        tokenizer = _build_tokenizer(**_parse_sentencepiece_model(file.read_bytes()))
+    else:
+        from transformers import AutoTokenizer  # which takes seconds
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
 def _find_cached_folder() -> Path | None:
     """Return the folder of the published tokenizer in the Hugging Face cache."""
     import huggingface_hub  # environment variables can make even its import fail
@@ -86,7 +105,7 @@ def _find_cached_folder() -> Path | None:
     return folder if (folder / _TOKENIZER_FILES[0]).exists() else None
 
 
-def _read_tokenizer(files: TensorFiles) -> PreTrainedTokenizerFast | None:
+def _read_tokenizer(files: TensorFiles) -> Tokenizer | None:
     """Return the tokenizer that a file of a text encoder holds, None if it holds none that can be read."""
     try:
         if SENTENCEPIECE_KEY in files.stored_names:
@@ -105,7 +124,7 @@ def _read_tokenizer(files: TensorFiles) -> PreTrainedTokenizerFast | None:
 
 def _build_tokenizer(
     pieces: Sequence[tuple[str, float]], unknown_id: int, end_id: int, pad_id: int, charsmap: bytes
-) -> PreTrainedTokenizerFast:
+) -> Tokenizer:
     """Return a tokenizer as google/umt5-xxl's tokenizer.json has it: Unigram without byte fallback."""
     tokenizer = Tokenizer(models.Unigram(list(pieces), unk_id=unknown_id, byte_fallback=False))
     if charsmap:
@@ -116,12 +135,8 @@ def _build_tokenizer(
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", end], special_tokens=[(end, end_id)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=end,
-        unk_token=pieces[unknown_id][0],
-        pad_token=pieces[pad_id][0],
-    )
+    tokenizer.add_special_tokens([end, pieces[unknown_id][0], pieces[pad_id][0]])
+    return tokenizer
 
 
 def _read_gguf_vocabulary(metadata: dict[str, Any]) -> dict[str, Any]:

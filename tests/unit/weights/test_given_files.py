@@ -289,8 +289,8 @@ def test_the_tokenizer_of_a_text_encoders_file(tmp_path: Path) -> None:
     found = tokenizer_files.open_tokenizer(None, files)
     assert len(TEXTS) > 5
     for text, ids in TEXTS.items():
-        assert found.tokenizer(text).input_ids == ids
-    assert (found.tokenizer.pad_token_id, found.tokenizer.eos_token_id) == (0, 1)
+        assert found.tokenizer.encode(text).ids == ids
+    assert [found.tokenizer.token_to_id(token) for token in ("<pad>", "</s>")] == [0, 1]
     assert found.source == str(tmp_path / "t5.safetensors")
     again = tokenizer_files.open_tokenizer(None, files)
     assert again.digests == found.digests
@@ -312,7 +312,7 @@ def test_the_tokenizer_of_gguf(tmp_path: Path) -> None:
     write_gguf(tmp_path / "a.gguf", {"a.weight": torch.zeros(2, 32)}, "t5encoder", add_metadata=add)
     found = tokenizer_files.open_tokenizer(None, TensorFiles([tmp_path / "a.gguf"]))
     for text, ids in TEXTS.items():
-        assert found.tokenizer(text).input_ids == ids
+        assert found.tokenizer.encode(text).ids == ids
 
 
 @pytest.mark.parametrize("content", [b"", b"not a sentencepiece model", bytes(99), b"\x0a\xff\xff"])
