@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES, golden_folder
+from tests.forked import run_ranks
 from tests.unit.output.test_video_file import read_video
 from wan_dist.config.schema import list_settings
 from wan_dist.models.vae.video_state import VideoState
@@ -140,10 +141,71 @@ def test_the_toy_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"saved     outputs/{stem}.mp4" in told
 
 
+def list_results(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("[!.]*")}
+
+
+@pytest.mark.parametrize("named", [[], ["output.name=mine"]])
+def test_a_finished_run_started_again_says_so(
+    named: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nothing is loaded, and no file changes; what was removed or asked for since is made."""
+    outputs, settings = tmp_path / "outputs", [*TINY, *named]
+    assert main([*settings, "output.save_latents=false"]) == 0
+    assert main(settings) == 0  # with its latents now
+    (latents,) = outputs.glob("*.latents.safetensors")
+    result = outputs / latents.name.removesuffix(".latents.safetensors")
+    digest = json.loads(result.with_suffix(".json").read_text())["digest"]
+    capsys.readouterr()
+    before = list_results(outputs)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "wan_dist.weights.checkpoint.Component.load",
+            lambda *_, **__: pytest.fail("a model was loaded"),
+        )
+        assert main(settings) == 0
+    told = capsys.readouterr().err
+    assert f"done      outputs/{result.name}.mp4: " in told
+    assert f"digest {digest}" in told
+    assert "seed=" in told
+    assert "output.name=" in told
+    assert list_results(outputs) == before
+    result.with_suffix(".mp4").write_bytes(b"cut short")
+    assert main(settings) == 0
+    assert list_results(outputs) != before
+
+
+def test_a_finished_run_is_found_on_two_ranks(tmp_path: Path) -> None:
+    first, again = (
+        run_ranks(2, "wan_dist.run", *TINY, f"output.dir={tmp_path / 'outputs'}") for _ in range(2)
+    )
+    assert [one.returncode for one in (*first, *again)] == [0, 0, 0, 0]
+    assert "the same settings" not in first[0].stderr
+    assert [one.stderr.count("with the same settings") for one in again] == [1, 0]
+    assert len(list((tmp_path / "outputs").glob("*.mp4"))) == 1
+
+
 def test_a_made_up_name_never_overwrites(tmp_path: Path) -> None:
-    assert main(TINY) == main(TINY) == 0
-    assert len(list((tmp_path / "outputs").glob("*.mp4"))) == 2
-    assert len(list((tmp_path / "outputs").glob("*.latents.safetensors"))) == 2
+    """A video of other weights has another digest under the same name."""
+    assert main(TINY) == 0
+    (file,) = (tmp_path / "outputs").glob("*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"digest": "0123456789ab"}))
+    for _ in range(2):  # the numbered one is found too
+        assert main(TINY) == 0
+        videos = {path.name for path in (tmp_path / "outputs").glob("*.mp4")}
+        assert videos == {f"{file.stem}.mp4", f"{file.stem}_2.mp4"}
+        assert len(list((tmp_path / "outputs").glob("*.latents.safetensors"))) == 2
+
+
+def test_a_drawn_seed_gives_another_video_each_time(tmp_path: Path) -> None:
+    seeds = set()
+    for _ in range(2):
+        assert main([*TINY, "output.name=mine", "seed=-1"]) == 0
+        seeds.add(json.loads((tmp_path / "outputs/mine.json").read_text())["seed"])
+    assert len(seeds) == 2
 
 
 def test_the_same_seed_gives_the_same_video(tmp_path: Path) -> None:

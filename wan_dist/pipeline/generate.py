@@ -46,7 +46,8 @@ from wan_dist.weights.lora import MergedLora
 def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator) -> Path | None:
     """Generate one video on all ranks of the run; the first rank returns its path, the others None.
 
-    Raises InputError for what is wrong with checkpoint or output folder, before weights are read.
+    A video that an earlier run has made with the same settings is not made again. Raises InputError for what
+    is wrong with checkpoint or output folder, before weights are read.
     """
     device = find_device(config)
     groups = make_process_groups(plan.degrees, coordinator, device, config.parallel.timeout)
@@ -66,12 +67,30 @@ def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator)
             )
             warn_about_old_states(folder)
         session = open_session(config, plan, groups, device)
-    with closing(ResultLocks(folder)) as locks, process_group_session(groups):
+    with closing(ResultLocks(folder)) as locks:
         resume_state = ResumeState(folder, config, plan, session.weights_digests, locks=locks)
-        video = prepare_video(session, config, plan, report, resume_state)
-        for clip, latents in make_clips(video):
-            decode_and_write(clip, latents)
-        return video.result_file if video.is_first else None
+        finished_file = coordinator.run_on_first_rank(
+            resume_state.find_finished_result, "look for what is done"
+        )
+        if finished_file is not None:
+            _report_finished_result(finished_file, resume_state.result_digest)
+            return finished_file if groups.rank == 0 else None
+        with process_group_session(groups):
+            video = prepare_video(session, config, plan, report, resume_state)
+            for clip, latents in make_clips(video):
+                decode_and_write(clip, latents)
+            return video.result_file if video.is_first else None
+
+
+def _report_finished_result(file: Path, digest: str) -> None:
+    logger.info(
+        "done      %s: an earlier run made it with the same settings (digest %s in its record)",
+        file,
+        digest,
+    )
+    logger.info(
+        "note      seed=NUMBER makes another one, output.name=NAME this one again under another name"
+    )
 
 
 def prepare_video(

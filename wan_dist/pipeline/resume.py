@@ -13,6 +13,7 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import Effect
 from wan_dist.output.locks import ResultLocks
+from wan_dist.output.record import DONE
 from wan_dist.output.video_file import save_tensors
 from wan_dist.parallel.collectives import broadcast, broadcast_object
 from wan_dist.parallel.mesh import Axis
@@ -282,6 +283,35 @@ class ResumeState:
             number += 1
             path = self.folder / f"{self.plan.name}_{number}{suffix}"
         return path
+
+    def find_finished_result(self) -> Path | None:
+        """Return the file of a finished result of these settings, None if there is none.
+
+        A numbered one is found too. A seed that is drawn anew asks for another result each time.
+        """
+        if self.config.seed == -1 and self.config.latents is None:
+            return None
+        suffix = ".png" if self.plan.task.is_still else ".mp4"
+        name, number = self.plan.name, 1
+        while (path := self.folder / f"{name}{suffix}").exists():
+            is_done = self.locks.read_outcome(name, self.result_digest) == DONE
+            if is_done and self._has_requested_latents(name):
+                return path
+            if self.config.output.name is not None:
+                return None  # the name that was chosen is used again
+            number += 1
+            name = f"{self.plan.name}_{number}"
+        return None
+
+    def _has_requested_latents(self, name: str) -> bool:
+        return (
+            not self.config.output.save_latents
+            or self.config.latents is not None
+            or all(
+                (self.folder / name_latents(name, clip_index)).exists()
+                for clip_index in range(self.plan.num_clips)
+            )
+        )
 
     def rename_plan(self, plan: RunPlan, name: str) -> RunPlan:
         """Return the plan with the name that was reserved."""
