@@ -40,7 +40,7 @@ from wan_dist.output.record import DONE, VideoRecord
 from wan_dist.runtime.file_hash import hash_file
 
 _ROOT = Path(__file__).parents[1]
-_COMMON = ["task=toy", "dtype=float32", "size=64*48", "frame_num=9", "parallel.timeout=15"]
+_COMMON = ["task=toy", "dtype=float32", "size=64x48", "frame_num=9", "parallel.timeout=15"]
 _SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _ENDS = {0, 1, 75, *(-number for number in _SIGNALS), *(128 + number for number in _SIGNALS)}
 """Exit codes that a run under faults may have: done, failed, preempted, or a signal's."""

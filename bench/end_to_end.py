@@ -1,8 +1,8 @@
 """End-to-end time of a run by stage, from command to video, with a random checkpoint at full size.
 
     python bench/checkpoint.py --task i2v-14B CHECKPOINTS/i2v-14B
-    python -m bench.end_to_end CHECKPOINTS --task i2v-14B size=832*480 sample.steps=4
-    torchrun --nproc_per_node=2 -m bench.end_to_end CHECKPOINTS --task i2v-14B size=832*480 sample.steps=4
+    python -m bench.end_to_end CHECKPOINTS --task i2v-14B size=832x480 sample.steps=4
+    torchrun --nproc_per_node=2 -m bench.end_to_end CHECKPOINTS --task i2v-14B size=832x480 sample.steps=4
 
 Prints each stage's seconds, and an estimate for the task's own number of steps from the fastest step after
 the first; writes bench/results/end-to-end-TASK-SIZE-GPUS.json.

@@ -53,7 +53,7 @@ ROWS = (
         "t2v-1.3B",
         "memory.t5=stream memory.dit=stream memory.slice_tokens=2048 memory.passes=apart",
     ),
-    Row("1.3B", "t2v-1.3B", "size=480*480 frame_num=33 memory.dit=stream memory.budget_gib=6"),
+    Row("1.3B", "t2v-1.3B", "size=480x480 frame_num=33 memory.dit=stream memory.budget_gib=6"),
     Row("1.3B", "t2v-1.3B", "memory.vae=tiled memory.slice_tokens=8192"),
     Row("1.3B", "t2v-1.3B", "memory.dit=disk memory.t5=stream quant=none frame_num=41"),
     Row("1.3B", "t2v-1.3B", "quant=int8 memory.vae=whole frame_num=121"),
@@ -62,20 +62,20 @@ ROWS = (
     Row("5B", "ti2v-5B", "frame_num=121 memory.budget_gib=5.2", 2),
     Row("5B", "ti2v-5B", "frame_num=121 quant=fp8"),
     Row("5B", "ti2v-5B", "frame_num=121 memory=low image=IMAGE"),
-    Row("14B", "i2v-14B", "size=832*480", 2),
-    Row("14B", "i2v-14B", "size=832*480 memory.dit=stream", 2),
-    Row("14B", "i2v-14B", "size=832*480 memory=low", 2),
-    Row("14B", "i2v-14B", "size=832*480 memory=minimal memory.budget_gib=3.4", 2),
-    Row("14B", "i2v-14B", "size=832*480 quant=fp8", 2),
-    Row("14B", "i2v-14B", "size=832*480 quant=int8", 2),
-    Row("14B", "i2v-14B", "size=832*480 quant=int4", 2),
-    Row("14B", "i2v-14B", "size=832*480 quant=int4 memory.dit=stream", 2),
-    Row("14B", "i2v-14B", "size=832*480 memory.budget_gib=22", 2),
-    Row("14B", "i2v-14B", "size=1280*720 memory.slice_tokens=8192"),
-    Row("ranks", "i2v-14B", "size=832*480", 2),
-    Row("ranks", "i2v-14B", "size=832*480 parallel.cfg=1 fsdp.dit=false", 2),
-    Row("ranks", "i2v-14B", "size=832*480 memory.dit=stream", 2),
-    Row("ranks", "i2v-14B", "size=832*480 quant=fp8", 2),
+    Row("14B", "i2v-14B", "size=832x480", 2),
+    Row("14B", "i2v-14B", "size=832x480 memory.dit=stream", 2),
+    Row("14B", "i2v-14B", "size=832x480 memory=low", 2),
+    Row("14B", "i2v-14B", "size=832x480 memory=minimal memory.budget_gib=3.4", 2),
+    Row("14B", "i2v-14B", "size=832x480 quant=fp8", 2),
+    Row("14B", "i2v-14B", "size=832x480 quant=int8", 2),
+    Row("14B", "i2v-14B", "size=832x480 quant=int4", 2),
+    Row("14B", "i2v-14B", "size=832x480 quant=int4 memory.dit=stream", 2),
+    Row("14B", "i2v-14B", "size=832x480 memory.budget_gib=22", 2),
+    Row("14B", "i2v-14B", "size=1280x720 memory.slice_tokens=8192"),
+    Row("ranks", "i2v-14B", "size=832x480", 2),
+    Row("ranks", "i2v-14B", "size=832x480 parallel.cfg=1 fsdp.dit=false", 2),
+    Row("ranks", "i2v-14B", "size=832x480 memory.dit=stream", 2),
+    Row("ranks", "i2v-14B", "size=832x480 quant=fp8", 2),
     Row("ranks", "t2v-1.3B", ""),
 )
 
@@ -141,7 +141,7 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
     """Run a row; returns the seconds of its steps and the memory in its record."""
     width, height = 1280, 704
     if "size=" in row.settings:
-        width, height = re.findall(r"size=(\d+)\*(\d+)", row.settings)[-1]
+        width, height = re.findall(r"size=(\d+)x(\d+)", row.settings)[-1]
     image = noise_image((int(width), int(height)), out)
     settings = [
         f"task={row.task}",

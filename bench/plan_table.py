@@ -24,8 +24,8 @@ _GPUS = ("6GB", "8GB", "16GB", "24GB", "48GB")
 _TASKS = {
     "t2v-1.3B 832x480": ["task=t2v-1.3B"],
     "ti2v-5B 1280x704": ["task=ti2v-5B"],
-    "t2v-14B 832x480": ["task=t2v-14B", "size=832*480"],
-    "t2v-14B 1280x720": ["task=t2v-14B", "size=1280*720"],
+    "t2v-14B 832x480": ["task=t2v-14B", "size=832x480"],
+    "t2v-14B 1280x720": ["task=t2v-14B", "size=1280x720"],
 }
 _DIT_WORDS = {"resident": "resident", "stream": "streamed", "disk": "from disk"}
 
@@ -35,9 +35,9 @@ def build_workload(row: dict[str, Any], folder: Path) -> Workload:
 
     Its tokens are the bytes of the prompts, as a random checkpoint's are. ``folder`` gets its image.
     """
-    task, *settings = row["row"].split()
+    task, *settings = row["row"].replace("*", "x").split()
     width, height = 832, 480
-    if task == "ti2v-5B" or "size=1280*720" in settings:
+    if task == "ti2v-5B" or "size=1280x720" in settings:
         width, height = 1280, 704 if task == "ti2v-5B" else 720
     image = folder / "image.png"
     Image.new("RGB", (width, height)).save(image)

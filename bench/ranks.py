@@ -1,6 +1,6 @@
 """Step time of a published transformer on several GPUs, for each parallel layout, beside diffusers.
 
-    torchrun --nproc_per_node=4 -m bench.ranks --task i2v-14B --size 832*480 --frames 81 --peer
+    torchrun --nproc_per_node=4 -m bench.ranks --task i2v-14B --size 832x480 --frames 81 --peer
 
 Random weights at full size, bfloat16, both guidance passes in a step. Prints a table and writes
 bench/results/NAME.json.
@@ -9,6 +9,7 @@ bench/results/NAME.json.
 import argparse
 import gc
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--task", default="i2v-14B", choices=[name for name in TASKS if name != "toy"]
     )
-    parser.add_argument("--size", default="832*480")
+    parser.add_argument("--size", default="832x480")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--attention", default="auto")
@@ -162,7 +163,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the peer's blocks")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
-    width, height = (int(side) for side in options.size.split("*"))
+    width, height = (int(side) for side in re.split("[*x]", options.size))
     select_local_device("cuda")
     num_ranks, task = read_rank_layout().num_ranks, TASKS[options.task]
     runs: list[Callable[[], dict[str, object]]] = [

@@ -54,10 +54,9 @@ def list_task_rows() -> Iterator[list[str]]:
         )
         low, high = config.sample.parse_guide_scales()
         guidance = f"{low:g}" if low == high else f"{low:g} low, {high:g} high noise"
-        size = config.size.replace("*", "x")
         counts = [config.frame_num, config.fps, config.sample.steps]
         multiple = str(task.size_multiple[0])
-        yield [f"`{task.name}`", size, *map(str, counts), shift_text, guidance, multiple]
+        yield [f"`{task.name}`", config.size, *map(str, counts), shift_text, guidance, multiple]
 
 
 def list_overview_rows() -> Iterator[list[str]]:
@@ -68,7 +67,7 @@ def list_overview_rows() -> Iterator[list[str]]:
             continue
         config = _read_task_config(task)
         count = f"{config.frame_num} frames" if config.frame_num > 1 else "one image"
-        result = f"{config.size.replace('*', 'x')}, {count}"
+        result = f"{config.size}, {count}"
         peaks = [_plan_peak(task, preset) for preset in ("fast", "minimal")]
         link = f"[{task.name}](docs/tasks.md#{task.name.lower().replace('.', '')})"
         yield [link, _list_inputs(task), result, *(f"{peak:.1f}" for peak in peaks)]

@@ -1,6 +1,6 @@
 """Step time and peak memory of a published transformer on one GPU, beside diffusers.
 
-    python -m bench.step --task i2v-14B --size 832*480 --frames 81
+    python -m bench.step --task i2v-14B --size 832x480 --frames 81
     python -m bench.step --task i2v-14B --attention fa4 cudnn --quant none fp8 --peer compiled
 
 Random weights at full size, bfloat16. A step is both guidance passes, with an image where the task takes one.
@@ -9,6 +9,7 @@ Prints a table and writes bench/results/NAME.json.
 
 import argparse
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -96,7 +97,7 @@ def main() -> None:
         default="t2v-14B",
         choices=[name for name, task in TASKS.items() if task.transformer_dims],
     )
-    parser.add_argument("--size", default="832*480")
+    parser.add_argument("--size", default="832x480")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--attention", nargs="*", default=["auto"])
@@ -105,7 +106,7 @@ def main() -> None:
     parser.add_argument("--peer", nargs="*", choices=["eager", "compiled"], default=[])
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
-    width, height = (int(side) for side in options.size.split("*"))
+    width, height = (int(side) for side in re.split("[*x]", options.size))
     record = Record(
         options.out / f"step-{options.task}-{width}x{height}x{options.frames}.json", ["what"]
     )
@@ -120,7 +121,7 @@ def main() -> None:
         for how in options.peer
     ]
     print(
-        f"{options.task} {options.size}*{options.frames} on {torch.cuda.get_device_name()}, "
+        f"{options.task} {width}x{height}x{options.frames} on {torch.cuda.get_device_name()}, "
         f"torch {torch.__version__}, bfloat16",
         flush=True,
     )

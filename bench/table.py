@@ -231,9 +231,10 @@ def memory() -> list[str]:
                 is_comparable = stage not in row.get("ran_out", ())
                 plan_text = f"{planned[stage]:.1f}" if is_comparable else "ran out"
                 peaks += [plan_text, f"{measured[stage]['peak_gpu_gib']:.1f}"]
+            name = row["row"].replace("*", "x")
             step = f"{row['seconds'][-1]:.2f}" if len(row["seconds"]) > 1 else ""
             rows.append(
-                [f"`{row['row']}`", str(row["ranks"]), _ATTENTION[row["attention"]], *peaks, step]
+                [f"`{name}`", str(row["ranks"]), _ATTENTION[row["attention"]], *peaks, step]
             )
     titles = [
         "",

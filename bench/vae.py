@@ -1,7 +1,7 @@
 """VAE time, peak memory and distance from float32 at full size with random weights, beside diffusers.
 
-    python bench/vae.py --sizes 832*480*81 1280*720*81 --peer
-    torchrun --nproc_per_node=4 bench/vae.py --sizes 832*480*81
+    python bench/vae.py --sizes 832x480x81 1280x720x81 --peer
+    torchrun --nproc_per_node=4 bench/vae.py --sizes 832x480x81
 
 Prints a line for each strategy and writes bench/results/vae-NAME.json. A time is the best of several runs,
 after the first ("ready"), from latents on the GPU to uint8 frames on the GPU of the first rank, or from
@@ -10,6 +10,7 @@ frames on the GPU to latents.
 
 import argparse
 import os
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -235,7 +236,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--sizes", nargs="+", default=["832*480*81", "1280*720*81"], help="width*height*frames"
+        "--sizes", nargs="+", default=["832x480x81", "1280x720x81"], help="WIDTHxHEIGHTxFRAMES"
     )
     parser.add_argument("--vae", default="2.1", choices=DIMS)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
@@ -262,7 +263,7 @@ def main() -> None:
 
     with open_process_groups(Degrees(ulysses=num_ranks), device, timeout_seconds=300) as groups:
         for size in options.sizes:
-            width, height, frames = (int(number) for number in size.split("*"))
+            width, height, frames = (int(number) for number in re.split("[*x]", size))
             bench = Bench(options.vae, (width, height, frames), groups.replica, options, save)
             for dtype in options.dtypes:
                 bench.ours(dtype)

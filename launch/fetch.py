@@ -1,7 +1,7 @@
 """Download the checkpoint of a task, and nothing else; an interrupted download resumes.
 
     python -m launch fetch t2v-14B /shared/Wan2.1-T2V-14B
-    python -m launch fetch i2v-14B /shared/Wan2.1-I2V-14B-720P size=1280*720   # the one for this size
+    python -m launch fetch i2v-14B /shared/Wan2.1-I2V-14B-720P size=1280x720   # the one for this size
     python -m launch fetch t2v-1.3B                                            # into Hugging Face's cache
 
 For machines whose nodes have no internet. Files are complete when it ends: sizes are compared with the

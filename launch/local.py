@@ -1,7 +1,7 @@
 """Run on all GPUs of this machine: checks the settings, then starts torchrun.
 
     python -m launch local task=i2v-14B image=cat.jpg prompt="A cat on a surfboard"
-    python -m launch local ranks=4 task=t2v-14B prompt=@prompt.txt size=832*480
+    python -m launch local ranks=4 task=t2v-14B prompt=@prompt.txt size=832x480
     python -m launch local ranks=2 task=toy              # two processes on the CPU, where there is no GPU
 
 Keys are those of a run, and: ranks=COUNT, by default one for each GPU. The command and the variables that it

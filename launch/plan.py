@@ -1,6 +1,6 @@
 """Plan a run without running it: its arrangement, and the memory of each of its stages.
 
-    python -m launch plan task=i2v-14B size=1280*720 gpus=8x80GB host=512GB
+    python -m launch plan task=i2v-14B size=1280x720 gpus=8x80GB host=512GB
     python -m launch plan task=t2v-1.3B gpus=8GB host=16GB
     python -m launch plan task=t2v-14B                      # for this machine
 

@@ -63,7 +63,7 @@ USAGE_EXAMPLES = (
     "  python -m wan_dist.run task=toy\n"
     '  python -m wan_dist.run task=t2v-1.3B prompt="Two cats, boxing on a stage" seed=7\n'
     "  python -m wan_dist.run task=t2v-14B ckpt_dir=/models/Wan2.1-T2V-14B prompt=@prompt.txt"
-    " size=832*480 sample.steps=30\n"
+    " size=832x480 sample.steps=30\n"
     "  python -m wan_dist.run task=t2v-1.3B latents=outputs/NAME.latents.safetensors"
     "     # decode again, without denoising\n"
     "  torchrun --nproc_per_node=8 -m wan_dist.run task=t2v-14B jobs=prompts.txt output.dir=videos"

@@ -14,17 +14,17 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs")
 pipeline = wan_dist.open_pipeline("toy", dtype="float32")
 
 # %% What a call will do, before it is done: sizes, arrangement of the models, memory of each stage.
-plan = pipeline.plan(size="64*64", frame_num=17)
+plan = pipeline.plan(size="64x64", frame_num=17)
 print(plan.summary)
 print(plan.arrangement.description)
 
 # %% A video. Settings are those of the command line; sections are dictionaries.
-video = pipeline("a red circle", seed=7, size="64*64", frame_num=17, sample={"steps": 8})
+video = pipeline("a red circle", seed=7, size="64x64", frame_num=17, sample={"steps": 8})
 video.save(folder / "circle.mp4")
 
 # %% The models stay loaded: another prompt, seed or number of steps takes the steps and a decode.
 for seed in (1, 2):
-    video = pipeline("a blue star", seed=seed, size="64*64", frame_num=17, sample={"steps": 4})
+    video = pipeline("a blue star", seed=seed, size="64x64", frame_num=17, sample={"steps": 4})
     video.save(folder / f"star-{seed}.mp4")
 
 # %% Frames and latents are at hand; under torchrun the first rank has the frames.

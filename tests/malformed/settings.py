@@ -126,21 +126,21 @@ NUMBERS = [
 ]
 
 SIZES = [
-    setting("size=0*0", says="size=0*0 is not width*height"),
-    setting("size=00*16", says="size=00*16 is not width*height"),
-    setting("size=10x", says="size=10x is not width*height"),
-    setting("size=", says="size= is not width*height"),
-    setting("size=-32*16", says="size=-32*16 is not width*height"),
-    setting("size=32*16*8", says="size=32*16*8 is not width*height"),
-    setting("size=1e3*16", says="size=1e3*16 is not width*height"),
-    setting("size=33*16", says=("size=33*16", "32*16 and 48*16")),
-    setting("size=1000000000*1000000000", says=("size=1000000000*1000000000", "16384")),
-    setting("size=16400*16", says=("size=16400*16", "16384")),
-    setting(f"size={'1' * 5000}*16", says="is not width*height"),
-    setting("size=${oc.env:HOME}", says="size=${oc.env:HOME} is not width*height"),
+    setting("size=0*0", says="size=0*0 is not WIDTHxHEIGHT"),
+    setting("size=00*16", says="size=00*16 is not WIDTHxHEIGHT"),
+    setting("size=10x", says="size=10x is not WIDTHxHEIGHT"),
+    setting("size=", says="size= is not WIDTHxHEIGHT"),
+    setting("size=-32*16", says="size=-32*16 is not WIDTHxHEIGHT"),
+    setting("size=32*16*8", says="size=32*16*8 is not WIDTHxHEIGHT"),
+    setting("size=1e3*16", says="size=1e3*16 is not WIDTHxHEIGHT"),
+    setting("size=33*16", says=("size=33x16", "32x16 and 48x16")),
+    setting("size=1000000000*1000000000", says=("size=1000000000x1000000000", "16384")),
+    setting("size=16400*16", says=("size=16400x16", "16384")),
+    setting(f"size={'1' * 5000}*16", says="is not WIDTHxHEIGHT"),
+    setting("size=${oc.env:HOME}", says="size=${oc.env:HOME} is not WIDTHxHEIGHT"),
     setting("max_area=0", says="max_area=0 must be above 0"),
     setting("max_area=512", says="max_area=512 needs an image"),
-    setting("size=３３*16", says="is not width*height"),
+    setting("size=３３*16", says="is not WIDTHxHEIGHT"),
 ]
 
 PLACES = [

@@ -124,7 +124,7 @@ class RunConfig:
     )
     size: str = _key(
         MISSING,
-        "width*height in pixels, as 832*480 or 832x480; "
+        "WIDTHxHEIGHT in pixels, as 832x480 (* is accepted too); "
         "with an image an area, which keeps the image's aspect",
         Effect.LATENTS,
     )
@@ -220,7 +220,7 @@ class RunConfig:
         """Return ``size`` as (width, height) in pixels; raises InputError."""
         match = re.fullmatch(r"([1-9][0-9]{0,9})[*xX×]([1-9][0-9]{0,9})", self.size.strip())
         if not match:
-            raise InputError(f"size={self.size} is not width*height, e.g. size=832*480")
+            raise InputError(f"size={self.size} is not WIDTHxHEIGHT, e.g. size=832x480")
         return int(match[1]), int(match[2])
 
 

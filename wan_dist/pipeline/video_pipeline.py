@@ -108,7 +108,7 @@ class VideoPipeline:
         """Generate one video.
 
         ``settings`` are those of the command line that do not change the models: ``seed=7``,
-        ``frame_num=81``, ``size="832*480"``, ``sample={"steps": 4}``, ``first_frame=``. With
+        ``frame_num=81``, ``size="832x480"``, ``sample={"steps": 4}``, ``first_frame=``. With
         ``output={"dir": FOLDER}`` video, latents and record are written there too, and an interrupted call
         resumes from the steps that are done. Raises InputError for settings that do not work.
         """

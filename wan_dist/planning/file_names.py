@@ -45,6 +45,8 @@ def _compute_settings_hash(settings: SettingValues, prompt: str | None) -> str:
         section, _, name = key.rpartition(".")
         sections.setdefault(section, {})[name] = value
     hashed_settings = sections.pop("") | {
+        # as earlier versions wrote it, so that names stay theirs
+        "size": re.sub("[xX×]", "*", settings["size"].strip()),
         "sample": sections["sample"],
         "cache": sections["cache"] | _EARLIER_CACHE_SETTINGS,
         "prompt": prompt,

@@ -117,13 +117,13 @@ def _choose_video_size(
         if max_area is not None:
             raise InputError(
                 f"max_area={max_area} needs an image; "
-                f"for {task.name} without one use size=width*height"
+                f"for {task.name} without one use size=WIDTHxHEIGHT"
             )
         return width, height, ""
     area = max_area or width * height
     image_width, image_height = source_sizes[0]
     fitted_size = task.inputs.fit_size(source_sizes[0], area, task.size_multiple)
-    requested_size = f"max_area={max_area}" if max_area else f"size={width}*{height}"
+    requested_size = f"max_area={max_area}" if max_area else f"size={width}x{height}"
     if fitted_size == (width, height):
         return width, height, ""
     image_size = f"{image_width}x{image_height}"
@@ -203,7 +203,7 @@ def _check_size(width: int, height: int, task: Task) -> None:
     width_multiple, height_multiple = task.size_multiple
     if max(width, height) > MAX_VIDEO_SIDE:
         raise InputError(
-            f"size={width}*{height} must be at most {MAX_VIDEO_SIDE} pixels a side, for H.264"
+            f"size={width}x{height} must be at most {MAX_VIDEO_SIDE} pixels a side, for H.264"
         )
     if width % width_multiple == 0 and height % height_multiple == 0:
         return
@@ -212,9 +212,9 @@ def _check_size(width: int, height: int, task: Task) -> None:
     larger_width = -(-width // width_multiple) * width_multiple
     larger_height = -(-height // height_multiple) * height_multiple
     raise InputError(
-        f"size={width}*{height}: the width must be a multiple of {width_multiple} "
+        f"size={width}x{height}: the width must be a multiple of {width_multiple} "
         f"and the height of {height_multiple}; the nearest that work are "
-        f"{smaller_width}*{smaller_height} and {larger_width}*{larger_height}"
+        f"{smaller_width}x{smaller_height} and {larger_width}x{larger_height}"
     )
 
 

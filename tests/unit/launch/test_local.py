@@ -147,7 +147,7 @@ def test_what_is_set_stays(started: dict[str, object], monkeypatch: pytest.Monke
         (["ranks=none", "task=toy"], "ranks=none is not a number of processes"),
         (["ranks=3", "task=toy", "parallel.ulysses=2"], "parallel.ulysses=2 does not fit 3 ranks"),
         (["ranks=2", "task=i2v-14B", "prompt=x"], "image"),
-        (["ranks=2", "task=toy", "size=1*1"], "size=1*1"),
+        (["ranks=2", "task=toy", "size=1*1"], "size=1x1"),
         (["ranks=2"], "task"),
     ],
 )

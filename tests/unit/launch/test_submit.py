@@ -177,7 +177,7 @@ def test_a_thousand_lines_are_checked_soon(place: Path, capsys: pytest.CaptureFi
     jobs[998]["size"] = "833*480"
     (place / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
     assert main(["submit", "cluster=h100", "array=jobs.jsonl", "task=t2v-14B"]) == 2
-    assert "jobs.jsonl, line 999: size=833*480" in capsys.readouterr().err
+    assert "jobs.jsonl, line 999: size=833x480" in capsys.readouterr().err
 
 
 def test_a_file_of_videos_is_one_job(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,14 +23,14 @@ def plan(*arguments: str) -> VideoPlan:
 
 # Rows of the published table: size, frames, fps, solver, steps, shift, guidance for low and high noise.
 PUBLISHED = {
-    "t2v-1.3B": ("832*480", 81, 16, "unipc", 50, 5.0, (5.0, 5.0)),
-    "t2v-14B": ("1280*720", 81, 16, "unipc", 50, 5.0, (5.0, 5.0)),
-    "t2i-14B": ("1024*1024", 1, 16, "unipc", 50, 5.0, (5.0, 5.0)),
-    "i2v-14B": ("1280*720", 81, 16, "unipc", 40, 5.0, (5.0, 5.0)),
-    "flf2v-14B": ("1280*720", 81, 16, "unipc", 50, 16.0, (5.0, 5.0)),
-    "t2v-A14B": ("1280*720", 81, 16, "unipc", 40, 12.0, (3.0, 4.0)),
-    "i2v-A14B": ("1280*720", 81, 16, "unipc", 40, 5.0, (3.5, 3.5)),
-    "ti2v-5B": ("1280*704", 121, 24, "unipc", 50, 5.0, (5.0, 5.0)),
+    "t2v-1.3B": ("832x480", 81, 16, "unipc", 50, 5.0, (5.0, 5.0)),
+    "t2v-14B": ("1280x720", 81, 16, "unipc", 50, 5.0, (5.0, 5.0)),
+    "t2i-14B": ("1024x1024", 1, 16, "unipc", 50, 5.0, (5.0, 5.0)),
+    "i2v-14B": ("1280x720", 81, 16, "unipc", 40, 5.0, (5.0, 5.0)),
+    "flf2v-14B": ("1280x720", 81, 16, "unipc", 50, 16.0, (5.0, 5.0)),
+    "t2v-A14B": ("1280x720", 81, 16, "unipc", 40, 12.0, (3.0, 4.0)),
+    "i2v-A14B": ("1280x720", 81, 16, "unipc", 40, 5.0, (3.5, 3.5)),
+    "ti2v-5B": ("1280x704", 121, 24, "unipc", 50, 5.0, (5.0, 5.0)),
 }
 BOUNDARIES = {"t2v-A14B": 0.875, "i2v-A14B": 0.9}
 PREFIXES = {"i2v-14B": "镜头晃动，", "flf2v-14B": "镜头切换，镜头晃动，"}
@@ -95,7 +95,7 @@ def test_a_size_with_an_image_is_an_area(image: str) -> None:
     made = plan("task=i2v-14B", f"image={image}", "prompt=x", "size=832*480")
     assert (made.width, made.height) == (832, 464)
     assert (
-        "81 frames of 832x464 (size=832*480 is an area, the image of 1920x1080 gives the aspect)"
+        "81 frames of 832x464 (size=832x480 is an area, the image of 1920x1080 gives the aspect)"
         in made.summary
     )
     assert made.size_advice is None
@@ -158,7 +158,7 @@ def test_the_last_frame_takes_the_shape_of_the_first(tmp_path: Path) -> None:
             "must be at least 5",
         ),
         (["task=ti2v-5B", "max_area=1000"], "max_area=1000 needs an image"),
-        (["task=ti2v-5B", "size=1280*720"], "the nearest that work are 1280*704 and 1280*736"),
+        (["task=ti2v-5B", "size=1280*720"], "the nearest that work are 1280x704 and 1280x736"),
         (
             ["task=ti2v-5B", "image=IMAGE", "max_area=10"],
             "an area of 10 pixels is too small for this image's shape",
@@ -217,10 +217,10 @@ def test_token_counts(arguments: list[str], latent_shape: tuple[int, ...], num_t
         ),
         (["task=toy", "frame_num=0"], "the nearest that work are 1 and 5"),
         (["task=t2i-14B", "prompt=x", "frame_num=5"], "must be 1: t2i-14B generates one image"),
-        (["task=toy", "size=830*480"], "the nearest that work are 816*480 and 832*480"),
-        (["task=toy", "size=8*8"], "the nearest that work are 16*16 and 16*16"),
-        (["task=toy", "size=0*480"], "size=0*480 is not width*height"),
-        (["task=toy", "size=big"], "size=big is not width*height, e.g. size=832*480"),
+        (["task=toy", "size=830*480"], "the nearest that work are 816x480 and 832x480"),
+        (["task=toy", "size=8*8"], "the nearest that work are 16x16 and 16x16"),
+        (["task=toy", "size=0*480"], "size=0*480 is not WIDTHxHEIGHT"),
+        (["task=toy", "size=big"], "size=big is not WIDTHxHEIGHT, e.g. size=832x480"),
         (["task=toy", "prompt="], "prompt is empty"),
         (["task=toy", "prompt=  "], "prompt is empty"),
         (["task=t2v-14B"], "prompt is missing"),
@@ -261,6 +261,12 @@ def test_a_drawn_seed_is_known() -> None:
     seeds = {plan("task=toy", "seed=-1").seed for _ in range(3)}
     assert len(seeds) == 3
     assert min(seeds) >= 0
+
+
+@pytest.mark.parametrize("size", [[], ["size=128x128"], ["size=128*128"]])
+def test_names_are_those_of_earlier_versions(size: list[str]) -> None:
+    """However the size is written, the name is the one that 16655d2 gave for 128*128."""
+    assert plan("task=toy", "prompt=a red circle", *size).name == "toy_a-red-circle_42_3e4325"
 
 
 def test_names_are_safe_file_names() -> None:
