@@ -50,5 +50,5 @@ def main(arguments: list[str]) -> None:
     sys.stdout.write(
         f"{checkpoint_folder} is complete: {num_bytes / 1e9:.1f} GB of "
         f"{task.choose_repository(width * height)}\n"
-        f'python -m wan_dist.run task={task.name} {checkpoint_setting}size={width}*{height} prompt="..."\n'
+        f'python -m wan_dist.run task={task.name} {checkpoint_setting}size={width}x{height} prompt="..."\n'
     )

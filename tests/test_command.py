@@ -138,6 +138,12 @@ def test_the_toy_needs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str
     told = capsys.readouterr().err
     assert "toy: 5 frames of 64x48 at 16 fps = 0.3 s of video, seed 42" in told
     assert "2/2 steps" in told
+    assert "0.0" not in re.sub(r"s/it, .*|planned .*", "", told)  # no table of zeros
+    assert all(
+        re.match(r"\[\d\d:\d\d:\d\d\] [a-z]+ ", line)
+        for line in told.split("\n")
+        if line[:1] == "["
+    )
     assert f"saved     outputs/{stem}.mp4" in told
 
 

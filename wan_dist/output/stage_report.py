@@ -22,6 +22,8 @@ from wan_dist.runtime.log import logger
 
 _RECORDED_PACKAGES = ("transformers", "safetensors", "hydra-core", "imageio-ffmpeg", "numpy")
 _GIB = 2**30
+_MIN_LOGGED = 0.05
+"""Seconds, GB or GiB; less would be printed as 0.0, which says nothing."""
 
 
 class StageReport:
@@ -99,16 +101,20 @@ class StageReport:
         if measures_gpu:
             measurements |= self._measure_gpu_memory(earlier_peak_bytes)
         self.stages[name] = measurements
-        peak_gib = measurements.get("peak_gpu_gib", 0.0)
-        memory_text = f", GPU peak {peak_gib:.1f} GiB" if peak_gib >= 0.05 else ""
-        logger.log(
-            self.log_level,
-            "%-9s %6.1f s%s%s",
-            name,
-            measurements["seconds"],
-            memory_text,
-            f"  {detail}" if detail else "",
-        )
+        self._log_stage(name, measurements, detail)
+
+    def _log_stage(self, name: str, measurements: dict[str, float], detail: str) -> None:
+        """Log a line in columns: name, seconds, peak of a GPU's memory, detail; no zeros."""
+        seconds, peak_gib = measurements["seconds"], measurements.get("peak_gpu_gib", 0.0)
+        has_peak = peak_gib >= _MIN_LOGGED
+        if seconds < _MIN_LOGGED and not has_peak:
+            return
+        memory_text = f"  GPU {peak_gib:5.1f} GiB" if has_peak else ""
+        if self.device.type == "cuda":
+            memory_text = f"{memory_text:15}"
+        width = min(6, max(15 - len(name), 0))  # a long name takes some of the column of seconds
+        text = f"{name:9} {seconds:{width}.1f} s{memory_text}  {detail}"
+        logger.log(self.log_level, "%s", text.rstrip())
 
     def _restart_gpu_peak(self) -> None:
         """Reset CUDA's peak counter for a new stage; the stages that are open keep the peak so far."""
@@ -155,7 +161,10 @@ class StageReport:
             "read_gb": round(num_bytes / 1e9, 3),
             "gb_per_second": round(gb_per_second, 2),
         }
-        logger.log(self.log_level, "read      %.1f GB at %.1f GB/s", num_bytes / 1e9, gb_per_second)
+        if stage["read_gb"] >= _MIN_LOGGED:
+            logger.log(
+                self.log_level, "read      %.1f GB at %.1f GB/s", num_bytes / 1e9, gb_per_second
+            )
 
     def compare_memory(self, stage_memories: Sequence[StageMemory], ranks_per_node: int) -> None:
         """Record a rank's planned GiB beside the measured peaks over all ranks, and log the largest.

@@ -54,7 +54,7 @@ def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator)
     folder = Path(config.output.dir).expanduser()
     if plan.degrees.num_ranks > 1:
         add_log_file(folder / "logs" / plan.name)
-    logger.info(plan.summary)
+    logger.info("video     %s", plan.summary)
     if config.preset is not None:
         logger.info("preset    %s: %s", config.preset, plan.sampling.description)
     for note in plan.notes:

@@ -34,7 +34,7 @@ from wan_dist.planning.residency import (
     can_keep_models,
     plan_resident_models,
 )
-from wan_dist.planning.workload import Arrangement
+from wan_dist.planning.workload import GIB, Arrangement
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
@@ -135,10 +135,11 @@ class Session:
             run_plan = plan_resident_models(run_plan, num_experts=num_experts)
         if not quiet:
             logger.info("plan      %s", run_plan.arrangement.description)
-            for line in format_memory_table(
-                run_plan.stage_memories, run_plan.budget.gpu_bytes, run_plan.budget.host_bytes
-            ):
-                logger.info("          %s", line)
+            stages, budget = run_plan.stage_memories, run_plan.budget
+            # that of a tiny model is no matter, and would be printed as zeros
+            if max(stage.gpu_bytes for stage in stages) >= GIB:
+                for line in format_memory_table(stages, budget.gpu_bytes, budget.host_bytes):
+                    logger.info("          %s", line)
         return run_plan
 
 

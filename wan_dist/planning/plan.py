@@ -120,10 +120,10 @@ class VideoPlan:
             published_areas
         ):
             return None
-        size_list = ", ".join(f"{width}*{height}" for width, height in self.task.published_sizes)
+        size_list = ", ".join(f"{width}x{height}" for width, height in self.task.published_sizes)
         return (
             f"{self.task.name} was published for the sizes {size_list}; "
-            f"{self.width}*{self.height} works but may look worse"
+            f"{self.width}x{self.height} works but may look worse"
         )
 
     @property

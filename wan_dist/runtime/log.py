@@ -117,15 +117,26 @@ def add_log_file(folder: Path) -> None:
 
 def _build_log_formatter() -> logging.Formatter:
     ranks = read_rank_layout()
-    rank_label = f" rank {ranks.rank}" if ranks.num_ranks > 1 else ""
+    num_digits = len(
+        str(ranks.num_ranks - 1)
+    )  # the same for all, so that lines of all ranks line up
+    rank_label = f" rank {ranks.rank:{num_digits}}" if ranks.num_ranks > 1 else ""
     return _EscapingFormatter(f"[%(asctime)s{rank_label}] %(message)s", datefmt="%H:%M:%S")
+
+
+_LEVEL_LABELS = {logging.WARNING: "warning   ", logging.ERROR: "error     "}
 
 
 class _EscapingFormatter(logging.Formatter):
     """Log formatter that escapes unprintable characters; tracebacks keep their lines.
 
-    File names and prompts come from others, and a terminal must not interpret them.
+    File names and prompts come from others, and a terminal must not interpret them. A warning or an error
+    has its level in the column where other lines name the stage.
     """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  # logging's name
+        record.message = _LEVEL_LABELS.get(record.levelno, "") + record.message
+        return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(escape_unprintable(line) for line in super().format(record).split("\n"))

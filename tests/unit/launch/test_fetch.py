@@ -48,7 +48,7 @@ def test_it_says_how_to_use_what_came(
     said = capsys.readouterr().out
     assert f"{folder} is complete" in said
     assert (
-        f'python -m wan_dist.run task=t2v-1.3B ckpt_dir={folder} size=832*480 prompt="..."' in said
+        f'python -m wan_dist.run task=t2v-1.3B ckpt_dir={folder} size=832x480 prompt="..."' in said
     )
 
 

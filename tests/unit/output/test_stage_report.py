@@ -1,11 +1,13 @@
 """Stage report: peaks of GPU memory with nested stages, on a CUDA memory counter that the test drives."""
 
+import logging
 from dataclasses import asdict, dataclass
 
 import pytest
 import torch
 
 from wan_dist.output.stage_report import StageReport
+from wan_dist.runtime.log import logger
 from wan_dist.tasks.run_config import read_config
 
 GIB = 2**30
@@ -109,3 +111,32 @@ def test_a_stage_that_is_concurrent_has_no_gpu_memory(
             memory.use(4)
     assert "peak_gpu_gib" not in report.stages["save"]
     assert get_peak(report, "outer") == 4
+
+
+def test_log_lines_have_columns(
+    report: StageReport,
+    memory: FakeCudaMemory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Seconds, memory and details of all stages begin in the same columns; 0.0 is not printed."""
+    monkeypatch.setattr(logger, "propagate", True)
+    report.log_level = logging.INFO
+    now = [0.0]
+    monkeypatch.setattr("wan_dist.output.stage_report.time.perf_counter", lambda: now[0])
+    with caplog.at_level(logging.INFO, logger="wan_dist"):
+        for name, seconds, gib, detail in (
+            ("text", 12.34, 70, "umT5"),
+            ("check", 2.0, 0, "output x"),
+            ("context high", 1.5, 2, "keys"),
+            ("quick", 0.04, 0, "nothing"),
+        ):
+            with report.measure_stage(name, detail):
+                memory.use(gib)
+                now[0] += seconds
+        report.record_read_speed("quick", 10**7)
+    assert [line.getMessage() for line in caplog.records] == [
+        "text        12.3 s  GPU  70.0 GiB  umT5",
+        "check        2.0 s                 output x",
+        "context high 1.5 s  GPU   2.0 GiB  keys",
+    ]

@@ -12,8 +12,9 @@ import pytest
 
 from wan_dist.jobs import events as module
 from wan_dist.jobs.events import JobEvents
+from wan_dist.runtime.environment import RankLayout
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.log import add_log_file, logger
+from wan_dist.runtime.log import add_log_file, configure_logging, logger
 
 PRINTING = """
 import sys
@@ -64,6 +65,24 @@ def test_what_can_be_written_is(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.splitlines()) == (0, ["out"] * 3)
     assert done.stderr.count("] log\n") == 3
     assert "3/3" in done.stderr
+
+
+def test_lines_of_all_ranks_and_levels_have_their_text_in_one_column(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ranks = [RankLayout(rank, 12, rank, 12) for rank in (0, 11)]
+    for layout in ranks:
+        monkeypatch.setattr("wan_dist.runtime.log.read_rank_layout", lambda layout=layout: layout)
+        configure_logging()
+        logger.info("note      text")
+        logger.warning("text")
+        logger.error("text")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[line.index("]") + 2 :].split()[0] for line in lines] == [
+        *("note", "warning", "error"),
+        "error",  # other ranks print errors only
+    ]
+    assert len({line.index("text") for line in lines}) == 1
 
 
 def test_a_log_file_on_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
