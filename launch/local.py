@@ -81,7 +81,7 @@ def build_run_command(num_ranks: int, settings: list[str]) -> list[str]:
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "wan_dist.parallel.torchrun",
         "--nnodes=1",
         f"--nproc_per_node={num_ranks}",
         *rendezvous_options,

@@ -143,7 +143,10 @@ def test_a_run_that_is_stopped_goes_on_in_its_clip(
 ) -> None:
     """In a step of the second clip; one rank is also killed in the third, then stopped in decoding it."""
     settings = [*TOY, "clips=3", f"output.dir={tmp_path}", "output.name=clip"]
-    said = [f"goes on   in clip {text} steps" for text in ("2 after 2", "3 after 0", "3 after 3")]
+    said = [
+        f"resume    clip {clip} continues from step {step} of 3 ("
+        for clip, step in ((2, 2), (3, 0), (3, 3))
+    ]
     moments = ["1 2", "1 1 SIGKILL", "decode 3"] if num_ranks == 1 else ["1 2"]
     for index, moment in enumerate(moments):
         command = ["tests.preempted", moment, "0", *settings]
@@ -223,7 +226,9 @@ def test_a_failed_write_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr("wan_dist.output.result_writer.VideoWriter", FullWriter)
         assert main(settings) == 1
-    assert "the latents are kept; the same command goes on from them" in capsys.readouterr().err
+    assert (
+        "the latents are saved; run the same command again to continue" in capsys.readouterr().err
+    )
     assert not list(tmp_path.glob(".*.partial*"))
     monkeypatch.setattr(
         "wan_dist.pipeline.denoise.encode_conditioning",

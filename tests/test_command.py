@@ -280,7 +280,7 @@ def test_a_failed_save_keeps_the_latents_and_says_how_to_go_on(
         "wan_dist: error: SaveError: cannot write: disk is full (in stage decode"
     )
     command = shlex.split(
-        next(line for line in told.splitlines() if "the latents are kept" in line).partition(
+        next(line for line in told.splitlines() if "the latents are saved" in line).partition(
             "with: "
         )[2]
     )

@@ -1,4 +1,4 @@
-"""A run that is asked to end goes on where it stopped when the same command is given again, and
+"""A run that received a signal continues where it stopped when the same command is given again, and
 makes the same video to the bit.
 """
 
@@ -57,9 +57,9 @@ def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) ->
     whole, parted = (f"output.dir={tmp_path / name}" for name in ("whole", "parted"))
     run_ranks(num_ranks, "wan_dist.run", *SETTINGS, whole)
     moments = {
-        "encode": "stopped by SIGUSR1",
+        "encode": "received SIGUSR1",
         "2": "after step 3 of 6",
-        "decode": "stopped by SIGUSR1",
+        "decode": "received SIGUSR1",
     }
     for moment, said in list(moments.items())[
         num_ranks - 1 :
@@ -74,7 +74,7 @@ def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) ->
             moment != "encode"
         )
     last, *_ = run_ranks(num_ranks, "wan_dist.run", *SETTINGS, parted)
-    assert "goes on   after 6 steps" in last.stderr
+    assert "resume    continues from step 6 of 6 (" in last.stderr
     assert (tmp_path / "parted/clip.mp4").read_bytes() == (tmp_path / "whole/clip.mp4").read_bytes()
     assert not list((tmp_path / "parted").glob("*.state.safetensors"))
 

@@ -1,12 +1,13 @@
 """Command-line entry point of a run: ``python -m wan_dist.run task=... prompt=...``.
 
-Exit codes: 0 done, 1 the run failed, 2 invalid input, 75 requested to end early.
+Exit codes: 0 done, 1 the run failed, 2 invalid input, 75 received a signal to end early.
 """
 
 import atexit
 import gc
 
 from wan_dist.runtime.signals import (
+    CONTINUE_ADVICE,
     EXIT_PREEMPTED,
     PreemptionInterrupt,
     exit_on_signal,
@@ -38,6 +39,7 @@ from wan_dist.runtime.environment import (
     detect_launcher,
     read_rank_layout,
     sanitize_environment,
+    silence_library_warnings,
 )
 from wan_dist.runtime.errors import InputError, format_message
 from wan_dist.runtime.launcher import (
@@ -118,6 +120,7 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(build_help_text() + "\n")
         return 0
     ranks = RankLayout()
+    silence_library_warnings(os.environ)
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         # memory that one stage frees can be used by the next, whatever the sizes of its tensors
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -145,7 +148,9 @@ def _report_failure(error: Exception | PreemptionInterrupt, ranks: RankLayout) -
     ):
         return _fail_with_message(
             EXIT_PREEMPTED,
-            f"{rank_failure.text}; the same command resumes",
+            rank_failure.text
+            if rank_failure.text.endswith(CONTINUE_ADVICE)
+            else f"{rank_failure.text}; {CONTINUE_ADVICE}",
             "",
             is_printed=is_first_rank,
         )
@@ -156,7 +161,7 @@ def _report_failure(error: Exception | PreemptionInterrupt, ranks: RankLayout) -
     if preemption.requested_by is not None and any(
         note.startswith("waiting for rank") for note in getattr(error, "__notes__", [])
     ):
-        message = "stopped, as another rank was; the same command resumes"
+        message = f"{preemption.describe_request()}; {CONTINUE_ADVICE}"
         return _fail_with_message(EXIT_PREEMPTED, message, "", is_printed=is_first_rank)
     logger.error("the run failed", exc_info=error)
     schedule_launcher_kill()
@@ -333,6 +338,7 @@ def _write_torchrun_error(exit_code: int, message: str, *, delay_seconds: int = 
     if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         error_entry = {
             "message": message,
+            "errorCode": exit_code,  # a rank that torchrun ends meanwhile has another one
             "extraInfo": {
                 "py_callstack": message,
                 "timestamp": str(int(time.time()) + delay_seconds),

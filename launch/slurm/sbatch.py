@@ -12,7 +12,7 @@ srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 --label \\
 """
 REQUEUE_SCRIPT = r"""code=$?
 mark=.wan-$SLURM_JOB_ID.requeued # what the last attempt has left, and how many in a row have left nothing new
-if ((code == 75)); then          # asked to end early: the same job goes on from what was kept
+if ((code == 75)); then          # ended early by a signal: the same job continues from the saved state
     folder=outputs name='' texts=${XDG_CACHE_HOME:-${HOME:-}/.cache}/wan-dist/prompts
     for setting in "${settings[@]}"; do
         case $setting in

@@ -110,7 +110,7 @@ def test_a_cut_link_ends_both_hosts_in_time(tmp_path: Path) -> None:
     with network_in(tmp_path) as network:
         torchruns = [start_torchrun(network, host, tmp_path, toy) for host in HOSTS]
         end = time.monotonic() + HANG_SECONDS
-        while "] load  " not in read_logs(tmp_path)["host1"]:
+        while "] attention" not in read_logs(tmp_path)["host1"]:
             assert all(torchrun.poll() is None for torchrun in torchruns), read_logs(tmp_path)
             assert time.monotonic() < end, read_logs(tmp_path)
             time.sleep(0.2)

@@ -4,6 +4,7 @@ names the cause.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.forked import HANG_SECONDS, run_ranks, run_torchrun, start_ranks
 from wan_dist.run import main
+from wan_dist.runtime.signals import EXIT_PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 TOY = [
@@ -28,18 +30,12 @@ TOY = [
 ]
 
 
-def start(program: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+def start(
+    program: list[str], folder: Path, launcher: str = "torch.distributed.run", **environment: str
+) -> subprocess.Popen[str]:
     """Start two ranks under torchrun, in a process group of their own."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        *program,
-    ]
+    options = ["--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, "-W", "ignore", "-m", launcher, *options, *program]
     settings = (
         os.environ
         | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
@@ -142,19 +138,62 @@ def test_bad_input_is_said_once() -> None:
     assert told.count("wan_dist: error: frame_num=6 is not 4n + 1") == 1
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_leaves_no_process(how: signal.Signals, tmp_path: Path) -> None:
-    job = start(["-m", "wan_dist.run", *TOY, "frame_num=33", "sample.steps=1000"], tmp_path)
+LOCAL = "wan_dist.parallel.torchrun"
+"""What `launch local` starts."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["wan_dist.run", *TOY, "frame_num=6"], 2, "frame_num=6 is not 4n + 1"),
+        (["wan_dist.run", *TOY, "ckpt_dir=none"], 2, "ckpt_dir=none is not a folder"),
+        (["tests.ranks.failing", *TOY], 1, "RuntimeError: this rank broke"),
+    ],
+)
+def test_a_launcher_adds_nothing_to_what_ranks_say(
+    arguments: list[str], code: int, message: str, tmp_path: Path
+) -> None:
+    job = start(["-m", *arguments], tmp_path, LOCAL, BREAK_RANK="1")
+    told, _ = job.communicate(timeout=HANG_SECONDS)
+    assert job.returncode == code, told
+    assert told.count(f"wan_dist: error: {message}") == 1, told
+    assert "elastic" not in told  # neither torchrun's log nor its traceback
+
+
+def test_a_rank_that_is_killed_early_is_named(tmp_path: Path) -> None:
+    kill = "import os; os.kill(os.getpid(), 9)"
+    (tmp_path / "killed.py").write_text(f"if __import__('os').environ['RANK'] == '1': {kill}\n")
+    job = start(["-m", "killed"], tmp_path, LOCAL, PYTHONPATH=f"{ROOT}:{tmp_path}")
+    told, _ = job.communicate(timeout=HANG_SECONDS)
+    assert job.returncode == 128 + signal.SIGKILL
+    assert re.fullmatch(r"wan_dist: error: rank 1 \(process \d+\) was killed by SIGKILL\n", told), (
+        told
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "launcher"),
+    [
+        (signal.SIGINT, "torch.distributed.run"),
+        (signal.SIGTERM, "torch.distributed.run"),
+        (signal.SIGTERM, LOCAL),
+    ],
+)
+def test_stopping_leaves_no_process(how: signal.Signals, launcher: str, tmp_path: Path) -> None:
+    settings = [*TOY, "frame_num=33", "sample.steps=1000"]
+    job = start(["-m", "wan_dist.run", *settings], tmp_path, launcher)
     assert job.stdout is not None
     for line in iter(job.stdout.readline, ""):
-        if "] load  " in line:
+        if "] attention" in line:
             break
     else:
         pytest.fail("it has ended")
     time.sleep(1)  # it is denoising now
     os.kill(job.pid, how)
-    job.communicate(timeout=HANG_SECONDS)
-    assert job.returncode != 0
+    told, _ = job.communicate(timeout=HANG_SECONDS)
+    assert job.returncode == (EXIT_PREEMPTED if launcher == LOCAL else 1), told
+    assert ("Traceback" in told) == (launcher != LOCAL), told
+    assert told.count("run the same command again") == 1, told
     assert not list(tmp_path.glob("outputs/*.mp4")), (
         "it was to end long before its 1000 steps are done"
     )

@@ -104,7 +104,7 @@ def test_an_error_of_one_rank_ends_the_run_and_keeps_its_steps(outcomes: Any) ->
     check_end_time(ends, "error in denoising")
     assert told.count("wan_dist: error: RuntimeError: as of cuDNN, on this rank alone") == 1
     assert [code for code, *_ in ends["again"]] == [0, 0], told
-    assert "goes on   after 2 steps" in told
+    assert "resume    continues from step 2 of " in told
     assert (video(folder, "error in denoising") - video(folder, "plain")).abs().max() < 1e-5
 
 

@@ -29,7 +29,7 @@ from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer
 from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
-from wan_dist.runtime.signals import PreemptionInterrupt, preemption
+from wan_dist.runtime.signals import CONTINUE_ADVICE, PreemptionInterrupt, preemption
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import denoise_latents
 from wan_dist.sampling.noise import NoiseSource
@@ -110,7 +110,7 @@ def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
         free_memory()
         session.run_together(
             lambda: video.resume_state.synchronize_progress(session.groups.replica, session.device),
-            "go on from the same step",
+            "continue from the same step",
         )
     return latents.squeeze(0)
 
@@ -134,7 +134,7 @@ def _apply_next_fallback(video: VideoInProgress, error: torch.OutOfMemoryError) 
     session.apply_fallback(fallbacks[0], video.report)
     transformer_text = fallbacks[0].description.partition(";")[0]
     logger.warning(
-        "denoising ran out of GPU memory (%s); it goes on after step %d with the %s",
+        "denoising ran out of GPU memory (%s); it continues from step %d with the %s",
         error,
         video.resume_state.progress.num_done,
         transformer_text,
@@ -260,8 +260,8 @@ class ProgressSaver:
             self.save_progress()
         if is_requested:
             raise PreemptionInterrupt(
-                f"asked to end: stopped after step {num_done} of {len(solver)}; "
-                "the same command goes on from there"
+                f"{preemption.describe_request()}: stopped after step {num_done} of {len(solver)}; "
+                f"{CONTINUE_ADVICE}"
             )
 
     def save_progress(self) -> None:

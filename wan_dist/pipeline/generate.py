@@ -37,7 +37,7 @@ from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.log import add_log_file, logger
-from wan_dist.runtime.signals import PreemptionInterrupt, preemption
+from wan_dist.runtime.signals import CONTINUE_ADVICE, PreemptionInterrupt, preemption
 from wan_dist.weights.checkpoint import Checkpoint
 from wan_dist.weights.lora import MergedLora
 
@@ -212,16 +212,16 @@ def _recoverable_latents(video: VideoInProgress, latents: Tensor) -> Iterator[No
             if isinstance(error, PreemptionInterrupt):
                 raise
             raise PreemptionInterrupt(
-                f"asked to end: stopped while decoding ({get_first_line(error)}); "
-                "the same command goes on from there"
+                f"{preemption.describe_request()}: stopped while decoding ({get_first_line(error)}); "
+                f"{CONTINUE_ADVICE}"
             ) from error
         if video.is_first and video.plan.num_clips > 1:
-            logger.error("the latents are kept; the same command goes on from them")
+            logger.error("the latents are saved; %s", CONTINUE_ADVICE)
         elif video.is_first:
             command = _format_resume_command(
                 config, video.session.checkpoint, video.latents_file, video.result_file
             )
-            logger.error("the latents are kept; make the video from them with: %s", command)
+            logger.error("the latents are saved; decode them with: %s", command)
         raise
 
 
@@ -297,7 +297,7 @@ def _choose_strategies(video: VideoInProgress, latents: Tensor) -> list[VaeStrat
     axis = session.groups.replica
     if is_set_on_any_rank(preemption.requested_by is not None, axis, latents.device):
         raise PreemptionInterrupt(
-            "asked to end: stopped before decoding; the same command goes on from there"
+            f"{preemption.describe_request()}: stopped before decoding; {CONTINUE_ADVICE}"
         )
     if not torch.isfinite(latents).all():
         raise FloatingPointError("the latents are not finite: the video would be black")

@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, cast
 
+from wan_dist.runtime.environment import silence_library_warnings
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.launcher import set_parent_death_signal
 
@@ -87,6 +88,7 @@ class PipelineProcesses:
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
         }
+        silence_library_warnings(environment)
         descriptor = other_end.fileno()
         command = [sys.executable, "-m", "wan_dist.pipeline.rank_processes", str(descriptor)]
         # Ctrl-C ends the call in this program, which then ends the processes.

@@ -132,7 +132,7 @@ class ResumeState:
             return None
         except (OSError, SafetensorError, KeyError) as error:
             logger.warning(
-                "%s is damaged (%s); %s, and its steps are made again",
+                "%s is damaged (%s); %s, and its steps are computed again",
                 file,
                 get_first_line(error),
                 quarantine_file(file),
@@ -151,9 +151,13 @@ class ResumeState:
         metadata, _ = contents
         self._is_resumed = True
         self._saved_clip_index = _get_clip_index(metadata)
-        clip_text = f"in clip {self._saved_clip_index + 1} " if self._saved_clip_index else ""
+        clip_text = f"clip {self._saved_clip_index + 1} " if self._saved_clip_index else ""
         logger.info(
-            "goes on   %safter %s steps, from %s", clip_text, metadata["num_done"], state_file
+            "resume    %scontinues from step %s of %d (%s)",
+            clip_text,
+            metadata["num_done"],
+            self.config.sample.steps,
+            state_file,
         )
         if self._saved_clip_index == 0:
             return contents
@@ -277,8 +281,8 @@ class ResumeState:
         ):
             if is_name_fixed:
                 raise InputError(
-                    f"output.name={path.stem}: another run is making it in {self.folder}; "
-                    "wait for that one, or take another output.name"
+                    f"output.name={path.stem}: another run is generating it in {self.folder}; "
+                    "wait for that run, or use another output.name"
                 )
             number += 1
             path = self.folder / f"{self.plan.name}_{number}{suffix}"
@@ -349,7 +353,7 @@ class ResumeState:
             )
         # A disk that is full, a GPU that is in error, an image that is gone.
         except (RuntimeError, InputError) as error:
-            logger.warning("progress cannot be kept: %s", get_first_line(error))
+            logger.warning("the progress cannot be saved: %s", get_first_line(error))
             return False
         self._saved_clip_index = self.clip_index
         return True
@@ -383,7 +387,7 @@ def warn_about_old_states(folder: Path) -> None:
             continue  # damaged: the run that it belongs to warns of it
         if metadata.get("format") != str(FORMAT_VERSION):
             logger.warning(
-                "%s is of an earlier version of wan-dist and is not gone on from; "
-                "remove it, or use that version",
+                "%s was saved by an earlier version of wan-dist, which alone can resume from it; "
+                "use that version, or remove the file",
                 file,
             )

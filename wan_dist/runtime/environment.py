@@ -8,7 +8,7 @@ empty string, as .env and compose files leave it, counts as not set.
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -99,6 +99,15 @@ def sanitize_environment() -> None:
                 f"HF_ENDPOINT={endpoint} in the environment is not a URL such as "
                 "https://huggingface.co; unset HF_ENDPOINT, or correct it"
             )
+
+
+def silence_library_warnings(environ: MutableMapping[str, str]) -> None:
+    """Have PyTorch's C++ code log errors only, unless the variables ask for more; before it is imported.
+
+    Its warnings are for developers, as that of NCCL about unbatched sends between ranks, once for each pair.
+    """
+    if "TORCH_DISTRIBUTED_DEBUG" not in environ:
+        environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def read_rank_layout(environ: Mapping[str, str] | None = None) -> RankLayout:

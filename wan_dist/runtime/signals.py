@@ -20,6 +20,8 @@ from wan_dist.runtime.log import logger
 
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
+CONTINUE_ADVICE = "run the same command again to continue"
+"""End of the message of a run that was requested to end."""
 _PREEMPTION_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _FORCE_EXIT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -59,9 +61,7 @@ class Preemption:
         if self.requested_by is None:
             self.requested_by = signal.Signals(signal_number)
             if self.is_immediate:
-                _exit_at_once(
-                    EXIT_PREEMPTED, f"stopped by {self.requested_by.name}; the same command resumes"
-                )
+                _exit_at_once(EXIT_PREEMPTED, f"{self.describe_request()}; {CONTINUE_ADVICE}")
             if not self.is_deferred:
                 self.raise_if_requested()
 
@@ -103,9 +103,13 @@ class Preemption:
     def raise_if_requested(self) -> None:
         """Raise PreemptionInterrupt if this process was requested to end."""
         if self.requested_by is not None:
-            raise PreemptionInterrupt(
-                f"stopped by {self.requested_by.name}; the same command resumes"
-            )
+            raise PreemptionInterrupt(f"{self.describe_request()}; {CONTINUE_ADVICE}")
+
+    def describe_request(self) -> str:
+        """Return which signal this process has received, or that another rank has received one."""
+        if self.requested_by is None:
+            return "another rank received a signal"
+        return f"received {self.requested_by.name}"
 
     def wait_for_request(self) -> bool:
         """Wait up to 0.5 s for a signal, and return whether there is one.
@@ -152,7 +156,7 @@ def exit_on_signal() -> None:
 
 def _exit_before_start(signal_number: int, frame: FrameType | None) -> None:
     _exit_at_once(
-        EXIT_PREEMPTED, f"stopped by {signal.Signals(signal_number).name} before it began"
+        EXIT_PREEMPTED, f"received {signal.Signals(signal_number).name} before the run began"
     )
 
 
@@ -216,7 +220,7 @@ def _watch_signals(read_end: int) -> None:
             if exit_forced_at is not None and now - exit_forced_at > _DUPLICATE_SIGNAL_SECONDS:
                 _exit_at_once(
                     128 + signal_number,
-                    f"ended at once: {signal.Signals(signal_number).name} came again",
+                    f"received {signal.Signals(signal_number).name} again: ended at once",
                 )
             exit_forced_at = now if exit_forced_at is None else exit_forced_at
         if signal_number in _FORWARDED_SIGNALS and read_rank_layout().num_ranks > 1:
@@ -239,7 +243,7 @@ def _log_preemption_request() -> None:
     if preemption.is_deferred:
         name = "a signal" if preemption.requested_by is None else preemption.requested_by.name
         logger.info(
-            "signal    %s: stops after the work in progress; SIGINT or SIGTERM again stops at once",
+            "signal    received %s: stops after the current step; a second SIGINT or SIGTERM stops at once",
             name,
         )
 

@@ -46,7 +46,7 @@ def test_a_rank_for_each_gpu(
     with pytest.raises(StartedError):
         main(["local", *given, "task=toy", "prompt=it's here"])
     launcher = (
-        ["-m", "torch.distributed.run", "--nnodes=1", f"--nproc_per_node={num_ranks}"]
+        ["-m", "wan_dist.parallel.torchrun", "--nnodes=1", f"--nproc_per_node={num_ranks}"]
         if num_ranks > 1
         else []
     )

@@ -91,7 +91,7 @@ def test_a_state_that_is_cut_short_is_set_aside(
     assert (again.plan.seed, again.plan.name, again.progress.latents) == (7, "clip", None)
     (warning,) = warnings_in(caplog)
     assert warning.startswith(f"{file} is damaged (")
-    assert warning.endswith(f"it is kept as {file.name}.damaged, and its steps are made again")
+    assert warning.endswith(f"it is kept as {file.name}.damaged, and its steps are computed again")
     assert {path.name for path in tmp_path.iterdir()} - {".jobs.lock"} == {f"{file.name}.damaged"}
     assert again.save_progress(progress(5))
     assert num_done(kept(tmp_path, is_job=True)) == 5
@@ -201,7 +201,8 @@ def test_states_of_an_earlier_version_are_named(
     ):
         save_file({"latents": torch.zeros(1)}, file, facts)
     warn_about_old_states(tmp_path)
-    said = "is of an earlier version of wan-dist and is not gone on from; remove it, or use that version"
+    said = "was saved by an earlier version of wan-dist, which alone can resume from it; "
+    said += "use that version, or remove the file"
     assert sorted(warnings_in(caplog)) == [f"{file} {said}" for file in older]
 
 
@@ -216,7 +217,7 @@ def test_a_full_disk_leaves_the_state_before(
         patched.setattr(Path, "write_bytes", full)
         assert not kept(tmp_path).save_progress(progress(5))
     (warning,) = warnings_in(caplog)
-    assert warning.startswith("progress cannot be kept: cannot write ")
+    assert warning.startswith("the progress cannot be saved: cannot write ")
     assert "No space left on device" in warning
     assert [path.name for path in tmp_path.iterdir()] == [state_in(tmp_path).name]
     assert num_done(kept(tmp_path)) == 3
@@ -230,5 +231,5 @@ def test_an_image_that_is_gone_keeps_no_progress(
     (tmp_path / "a.png").unlink()
     assert not first.save_progress(progress())
     assert warnings_in(caplog) == [
-        f"progress cannot be kept: image={tmp_path / 'a.png'} cannot be read: No such file or directory"
+        f"the progress cannot be saved: image={tmp_path / 'a.png'} cannot be read: No such file or directory"
     ]

@@ -1,5 +1,8 @@
 """The variables of a launcher: all of a set or none, and none that contradict each other."""
 
+import subprocess
+import sys
+
 import pytest
 
 from wan_dist.run import main
@@ -8,6 +11,7 @@ from wan_dist.runtime.environment import (
     detect_launcher,
     read_number_variable,
     read_rank_layout,
+    silence_library_warnings,
 )
 from wan_dist.runtime.errors import InputError
 
@@ -19,6 +23,36 @@ WHOLE = {
     "MASTER_ADDR": "10.0.0.1",
     "MASTER_PORT": "29500",
 }
+
+
+CONNECT_TO_NOBODY = """
+import os, sys
+from datetime import timedelta
+from wan_dist.runtime.environment import silence_library_warnings
+if sys.argv[1:]:
+    silence_library_warnings(os.environ)
+from torch.distributed import TCPStore
+try:
+    TCPStore("127.0.0.1", 1, is_master=False, timeout=timedelta(seconds=1))
+except Exception as error:
+    print(type(error).__name__)
+"""
+"""A program whose C++ code logs warnings: nothing listens at port 1."""
+
+
+def test_warnings_of_pytorchs_cpp_code_are_not_printed() -> None:
+    command = [sys.executable, "-c", CONNECT_TO_NOBODY]
+    loud, quiet = (
+        subprocess.run([*command, *words], capture_output=True, text=True, check=True)
+        for words in ([], ["quiet"])
+    )
+    assert "[W" in loud.stderr
+    assert "[W" not in quiet.stderr
+    assert loud.stdout == quiet.stdout != ""
+    for environ in ({"TORCH_CPP_LOG_LEVEL": "INFO"}, {"TORCH_DISTRIBUTED_DEBUG": "DETAIL"}):
+        asked = dict(environ)
+        silence_library_warnings(environ)
+        assert environ == asked
 
 
 def test_a_whole_set() -> None:

@@ -67,7 +67,7 @@ def test_what_asks_a_run_to_end(number: signal.Signals) -> None:
     with handle_signals():
         with (
             pytest.raises(
-                PreemptionInterrupt, match=f"stopped by {number.name}; the same command resumes"
+                PreemptionInterrupt, match=f"received {number.name}; run the same command again"
             ),
             preemption.interruptible(),
         ):
@@ -101,7 +101,7 @@ def test_while_modules_are_imported_it_just_ends(
         send(number)
     time.sleep(0.01)
     assert ends == [EXIT_PREEMPTED] * 4
-    assert "stopped by SIGHUP before it began" in capfd.readouterr().err
+    assert "received SIGHUP before the run began" in capfd.readouterr().err
 
 
 def test_what_is_ignored_stays_ignored(ends: list[int]) -> None:
@@ -156,7 +156,10 @@ def test_the_command_keeps_its_code(
     monkeypatch.setattr(sys, "argv", ["wan_dist"])
     monkeypatch.setattr(run_config, "prepare_arguments", asked)
     assert run.main(["task=toy"]) == EXIT_PREEMPTED
-    assert "wan_dist: stopped by SIGHUP; the same command resumes" in capsys.readouterr().err
+    assert (
+        "wan_dist: received SIGHUP; run the same command again to continue"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_error_keeps_its_code(
