@@ -10,6 +10,10 @@ Names are imported when they are used: importing the package alone does not impo
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from wan_dist.runtime.python_version import check_python_version
+
+check_python_version()
+
 if TYPE_CHECKING:
     from wan_dist.pipeline.video_pipeline import GeneratedVideo, VideoPipeline, open_pipeline
     from wan_dist.runtime.errors import InputError

@@ -15,6 +15,7 @@ from launch.plan import plan_dry_run, resolve_hardware
 from wan_dist.config.schema import RunConfig
 from wan_dist.config.weight_files import list_weight_files
 from wan_dist.planning.hardware import find_gpus
+from wan_dist.runtime.c_compiler import explain_missing_compiler
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.tasks.registry import get_task
 
@@ -24,6 +25,7 @@ _ATTENTION_ADVICE = "pip install --pre flash-attn-4: a step took 10 % less with 
 _INSTALL_ADVICE = (
     "install the build of torch for this driver's CUDA: pytorch.org/get-started has the command"
 )
+_COMPILER_ADVICE = "Triton's kernels need one; without them PyTorch computes the same, slower"
 
 
 def check_torch() -> Iterator[Finding]:
@@ -44,7 +46,9 @@ def check_torch() -> Iterator[Finding]:
             f"torch {'.'.join(map(str, _MIN_TORCH_VERSION))} or later is needed",
         )
     elif gpus and not torch.version.cuda:
-        yield Finding("torch", f"{message}, but GPUs were found", FAULT, _INSTALL_ADVICE)
+        from wan_dist.parallel.local_gpu import CUDA_PYTORCH_COMMAND
+
+        yield Finding("torch", f"{message}, but GPUs were found", FAULT, CUDA_PYTORCH_COMMAND)
     elif gpus and (cuda_error := _find_cuda_error()):
         yield Finding(
             "torch",
@@ -54,6 +58,8 @@ def check_torch() -> Iterator[Finding]:
         )
     else:
         yield Finding("torch", message)
+    if gpus and (problem := explain_missing_compiler()):
+        yield Finding("compiler", problem, NOTE, _COMPILER_ADVICE)
     for gpu_index in range(torch.cuda.device_count() if torch.version.cuda else 0):
         yield from _check_gpu(gpu_index)
     if torch.cuda.device_count() > 1:

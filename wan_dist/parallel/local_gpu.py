@@ -3,7 +3,23 @@
 import torch
 
 from wan_dist.parallel.mesh import select_local_device
+from wan_dist.planning.hardware import find_gpus
 from wan_dist.runtime.environment import read_text_variable
+from wan_dist.runtime.errors import InputError
+
+CUDA_PYTORCH_COMMAND = (
+    "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+)
+
+
+def check_pytorch_build() -> None:
+    """Raise InputError for a PyTorch built for CPUs on a machine with an NVIDIA GPU."""
+    if torch.version.cuda or torch.version.hip or not find_gpus():
+        return
+    raise InputError(
+        f"this machine has an NVIDIA GPU, but PyTorch {torch.__version__} is built for CPUs; "
+        f"{CUDA_PYTORCH_COMMAND} (docs/install.md), or device=cpu"
+    )
 
 
 def find_gpu_bytes(device_setting: str) -> int | None:

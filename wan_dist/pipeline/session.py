@@ -19,6 +19,7 @@ from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import tokenize_prompt
 from wan_dist.output.stage_report import StageReport
+from wan_dist.parallel.local_gpu import check_pytorch_build
 from wan_dist.parallel.mesh import Axis, ProcessGroups, select_local_device
 from wan_dist.parallel.shared_work import run_together
 from wan_dist.parallel.usp import check_usp
@@ -189,8 +190,13 @@ def open_session(
 
 
 def find_device(config: RunConfig) -> torch.device:
-    """Return this rank's device, with its memory limited to the budget if there is one."""
+    """Return this rank's device, with its memory limited to the budget if there is one.
+
+    Raises InputError for a device that PyTorch does not find.
+    """
     has_gpu = torch.cuda.is_available()
+    if config.device != "cpu" and not has_gpu:
+        check_pytorch_build()
     if "cuda" in (config.device, config.noise_device) and not has_gpu:
         key = "device" if config.device == "cuda" else "noise_device"
         raise InputError(

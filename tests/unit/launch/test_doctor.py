@@ -17,7 +17,10 @@ from launch.doctor import exchange, gpus, machine, software
 from launch.doctor.findings import FAULT, NOTE, OK, Finding, run_checks
 from tests.conftest import FIXTURES
 from tests.forked import run_torchrun
+from wan_dist import run
 from wan_dist.parallel.mesh import Axis
+from wan_dist.pipeline.session import find_device
+from wan_dist.tasks.run_config import read_config
 
 H200 = "NVIDIA H200, 580.1"
 
@@ -70,6 +73,28 @@ def test_a_driver_that_does_not_answer(nvidia_smi: Callable[[str], None]) -> Non
     assert finding.verdict == FAULT
     assert "version mismatch" in finding.message
     assert "restart the machine" in finding.advice
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a PyTorch built for CPUs")
+def test_a_pytorch_for_cpus_beside_a_gpu_is_refused(
+    nvidia_smi: Callable[[str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before anything is opened or written; device=cpu asks for it, and hidden GPUs are not meant."""
+    nvidia_smi("echo '0, GPU-0, NVIDIA H200, 143771, 143000'")
+    (finding,) = [found for found in software.check_torch() if found.subject == "torch"]
+    assert (finding.verdict, "pip install" in finding.advice) == (FAULT, True)
+    settings = ["task=toy", f"output.dir={tmp_path / 'outputs'}"]
+    assert run.main(settings) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "is built for CPUs; pip install --force-reinstall torch --index-url " in told
+    assert not (tmp_path / "outputs").exists()
+    assert find_device(read_config([*settings, "device=cpu"])).type == "cpu"  # type: ignore[arg-type]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert find_device(read_config(settings)).type == "cpu"  # type: ignore[arg-type]
 
 
 def test_what_others_hold(nvidia_smi: Callable[[str], None]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wan_dist.models.attention import eight_bit
+from wan_dist.runtime.c_compiler import explain_missing_compiler
 from wan_dist.runtime.errors import get_first_line
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -147,7 +148,7 @@ def try_attention(
                 .item()
             )
     except Exception as error:  # kernels that are compiled here raise their compilers' own errors
-        return None, get_first_line(error)
+        return None, explain_missing_compiler() or get_first_line(error)
     return (
         (kernel, "")
         if max_error < _LOSSY_TOLERANCES.get(name, 2e-2)

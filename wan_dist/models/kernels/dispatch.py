@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from wan_dist.runtime.c_compiler import explain_missing_compiler
 from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.log import logger
 
@@ -37,14 +38,14 @@ def load_verified_kernels(
         Exception
     ) as error:  # Triton raises its own errors, subprocess', OSError, RuntimeError ...
         logger.warning(
-            "kernels   %s do not work here; using PyTorch, which is slower: %s",
+            "kernels %s do not work here; using PyTorch, which is slower: %s",
             module_name,
-            get_first_line(error),
+            explain_missing_compiler() or get_first_line(error),
         )
         return None
     if not relative_error < _MAX_RELATIVE_ERROR:
         logger.warning(
-            "kernels   %s are off by %.1e here; using PyTorch, which is slower",
+            "kernels %s are off by %.1e here; using PyTorch, which is slower",
             module_name,
             relative_error,
         )
