@@ -361,12 +361,13 @@ def test_a_prompt_seen_before_needs_no_text_encoder(
 
     settings = [*TINY, "output.save_tensor=true", "prompt=a red circle"]
     assert main([*settings, "output.name=a"]) == 0
-    assert "seen before" not in capsys.readouterr().err
+    assert "from the cache" not in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(text_embeddings, "TextEncoder", None)
         assert main([*settings, "output.name=b"]) == 0
         assert (
-            f"seen before, kept in {tmp_path / 'cache/wan-dist/prompts'}" in capsys.readouterr().err
+            f"read from the cache in {tmp_path / 'cache/wan-dist/prompts'}"
+            in capsys.readouterr().err
         )
         for changed in ("cache.dir=null", "cache.dir=other", "prompt=a blue circle"):
             assert main([*settings, changed]) == 1  # it is needed there
@@ -531,7 +532,7 @@ def test_a_black_video_is_never_written(
         (["task=toy", "ckpt_dir=nowhere"], "ckpt_dir=nowhere is not a folder"),
         (
             ["task=toy", "ckpt_dir=."],
-            "is not a whole toy checkpoint in the original layout: it has no config.json",
+            "is not a complete toy checkpoint in the original layout: it has no config.json",
         ),
         (["task=toy", "output.dir=/proc/nowhere"], "output.dir=/proc/nowhere cannot be written"),
         (

@@ -102,9 +102,9 @@ def test_a_video_is_saved(pipeline: wan_dist.VideoPipeline, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"quant": "fp8"}, "quant is of the whole pipeline"),
-        ({"parallel": {"cfg": 2}}, "parallel.cfg is of the whole pipeline"),
-        ({"jobs": "a.txt"}, "jobs is of the whole pipeline"),
+        ({"quant": "fp8"}, "quant applies to the whole pipeline"),
+        ({"parallel": {"cfg": 2}}, "parallel.cfg applies to the whole pipeline"),
+        ({"jobs": "a.txt"}, "jobs applies to the whole pipeline"),
         ({"clips": 2}, "clips is for the command line; a pipeline makes one clip a call"),
         ({"frame_num": 8}, "frame_num=8 is not 4n"),
         ({"steps": 8}, "did you mean 'sample.steps'"),

@@ -288,12 +288,12 @@ _GGUF_FILES = (
     (
         "GGUF of an unread type",
         _gguf("a", 1, struct.pack("<QIQ", 256, 16, 0), bytes(99), num_tensors=1),
-        "IQ2_XXS, which is not read",
+        "IQ2_XXS, which is not supported",
     ),
     (
         "GGUF of an unknown type",
         _gguf("a", 1, struct.pack("<QIQ", 4, 77, 0), bytes(99), num_tensors=1),
-        "type 77, which is not read",
+        "type 77, which is not supported",
     ),
     (
         "GGUF whose tensor is not there",
@@ -303,7 +303,7 @@ _GGUF_FILES = (
     (
         "GGUF of half a block",
         _gguf("a", 2, struct.pack("<QQIQ", 16, 2, 2, 0), bytes(99), num_tensors=1),
-        "no whole blocks of Q4_0",
+        "not a multiple of the block size of Q4_0",
     ),
     (
         "GGUF that begins within a number",
@@ -318,7 +318,7 @@ _GGUF_FILES = (
 )
 _CODE = ("holds code", "not run")
 _NO_WEIGHTS = "cannot be read as PyTorch weights"
-_NO_TOKENIZER = "holds no tokenizer that can be read"
+_NO_TOKENIZER = "has no readable tokenizer"
 
 HEADERS = [
     _file("a transformer of nothing", TRANSFORMER, b"", "(0 bytes)", _NO_HEADER),
@@ -417,7 +417,7 @@ TENSORS = [
     _tensors(
         "a VAE of nothing",
         lambda tensors: tensors.clear(),
-        "holds no encoder.conv1.weight",
+        "has no encoder.conv1.weight",
         file=VAE,
     ),
     _tensors(
@@ -597,13 +597,13 @@ FOLDERS = [
         "VAE and text encoder swapped",
         _swapped(VAE, TEXT_ENCODER_FILE),
         TEXT_ENCODER_FILE,
-        "holds no token_embedding.weight",
+        "has no token_embedding.weight",
     ),
     _case(
         "the text encoder twice",
         lambda folder: shutil.copy(folder / TEXT_ENCODER_FILE, folder / VAE),
         VAE,
-        "holds no encoder.conv1.weight",
+        "has no encoder.conv1.weight",
     ),
     _case(
         "an empty folder",
@@ -614,7 +614,7 @@ FOLDERS = [
     _case(
         "a folder of another task",
         lambda _: None,
-        "is not a whole t2v-A14B checkpoint",
+        "is not a complete t2v-A14B checkpoint",
         task="t2v-A14B",
         in_run=True,
     ),

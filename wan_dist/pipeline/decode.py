@@ -95,7 +95,7 @@ def find_vae_strategies(
     if strategies[0].name != planned_strategy.name:
         operation = "encode" if is_encoding else "decode"
         logger.warning(
-            "no room to %s %s beside what is on the GPU; %s instead, with the same result",
+            "not enough free GPU memory to %s %s; using %s, with the same result",
             operation,
             planned_strategy,
             strategies[0],

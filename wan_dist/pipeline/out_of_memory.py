@@ -89,4 +89,4 @@ def run_with_fallback(
             warning_note,
             strategies[index + 1],
         )
-    raise ValueError("there are no ways")
+    raise ValueError("no strategies are given")

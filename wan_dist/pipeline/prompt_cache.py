@@ -100,7 +100,7 @@ class PromptCache:
         self._is_full = self._free_bytes < num_bytes
         if self._is_full:
             logger.warning(
-                "cache.size_gib=%.3g holds no more texts of this run: the others are held in memory, "
-                "and are encoded again if the run is interrupted; a larger cache.size_gib keeps them",
+                "cache.size_gib=%.3g is full: the other prompt embeddings of this run stay in memory, "
+                "and are computed again if the run is interrupted; a larger cache.size_gib avoids that",
                 self.limit_bytes / 2**30,
             )

@@ -169,8 +169,8 @@ def open_session(
             map(str, [checkpoint.folder, *(lora.file.setting.path for lora in checkpoint.loras)])
         )
         raise InputError(
-            f"{names} holds other weights on rank {mismatched_ranks[0]} than on rank 0; "
-            "give all nodes the same files"
+            f"{names} has different weights on rank {mismatched_ranks[0]} and on rank 0; "
+            "use the same files on all nodes"
         )
     replica_facts = [facts_by_rank[rank] for rank in groups.replica_ranks]
     lowest_host_facts = min(replica_facts, key=lambda facts: facts[2])

@@ -53,7 +53,9 @@ def embed_prompts(
         store_embedding,
     )
     if cached_embeddings and not new_embeddings and cache is not None:
-        logger.log(report.log_level, "text      seen before, kept in %s", cache.folder)
+        logger.log(
+            report.log_level, "text      prompt embeddings read from the cache in %s", cache.folder
+        )
     return cached_embeddings | new_embeddings
 
 

@@ -168,7 +168,7 @@ class VideoPipeline:
             if not key.startswith("output.") and (
                 effect & LOADING or not effect & _CALL_EFFECTS or not is_plain_key(key)
             ):
-                raise InputError(f"{key} is of the whole pipeline; give it to open_pipeline")
+                raise InputError(f"{key} applies to the whole pipeline; pass it to open_pipeline")
         overrides = [(key, value, format_override(key, value)) for key, value in values.items()]
         try:
             return override_config(self._config, overrides)
@@ -275,8 +275,8 @@ def open_pipeline(
     if gpus is not None:
         if gpus < 1 or read_rank_layout().num_ranks > 1:
             raise InputError(
-                f"gpus={gpus}: a number from 1 on, in a program that no launcher has started "
-                "on several ranks"
+                f"gpus={gpus}: must be at least 1, in a program that was not "
+                "started on several ranks by a launcher"
             )
         return PipelineProcesses(task, gpus, values)
     sanitize_environment()

@@ -62,7 +62,7 @@ def check_tiff_tags(source_image: Image.Image) -> None:
         )
     if 2 in np.atleast_1d(tags.get(_SAMPLE_FORMAT_TAG, 1)):
         raise PixelError(
-            "it holds numbers with signs, of which none is said to be white; "
+            "it has signed numbers, and no white point is given; "
             "save it with 8 or 16 bits a channel"
         )
 
@@ -73,7 +73,7 @@ def _convert_to_8_bits(image: Image.Image, source_image: Image.Image) -> Image.I
     if image.mode == "F" or (image.mode == "I" and tags):
         number_type = "floats" if image.mode == "F" else "whole numbers"
         raise PixelError(
-            f"it holds 32-bit {number_type}, of which none is said to be white; "
+            f"it has 32-bit {number_type}, and no white point is given; "
             "save it with 8 or 16 bits a channel"
         )
     if image.mode in ("La", "RGBa"):  # premultiplied with alpha

@@ -72,7 +72,7 @@ _FOREIGN_FORMATS = (
     ),
     (
         rb"II\*\0|MM\0\*|II\+\0|MM\0\+",
-        "TIFF of a kind that is not read, such as floats",
+        "TIFF of a kind that is not supported, such as floats",
         "save it with 8 bits a channel",
     ),
 )
@@ -148,7 +148,7 @@ def _read_rgb(path: Path) -> tuple[Image.Image, list[str]]:
             if profile_name:
                 notes.append(f"its colours are converted from {profile_name} to sRGB")
             if source_image.format != "MPO" and _has_several_frames(source_image):
-                notes.append("of its frames the first is taken")
+                notes.append("its first frame is used")
     return image, notes
 
 
@@ -172,7 +172,7 @@ def _open_image(path: Path) -> Image.Image:
             num_pixels, max_pixels = int(re.findall("[0-9]+", str(error))[0]), _MAX_PIXELS
         raise PixelError(
             f"it has {_round_to_megapixels(num_pixels)} megapixels, "
-            f"and {_round_to_megapixels(max_pixels)} are taken; make it smaller"
+            f"and {_round_to_megapixels(max_pixels)} are accepted; scale it down"
         ) from None
 
 

@@ -31,5 +31,5 @@ def require_task(arguments: Iterable[str]) -> None:
         argument.partition("=")[2] for argument in arguments if argument.startswith("task=")
     ]
     if not task_names:
-        raise InputError(f"say what to generate: task=NAME, one of {', '.join(TASKS)} (see --help)")
+        raise InputError(f"task is missing: give task=NAME, one of {', '.join(TASKS)} (see --help)")
     get_task(task_names[-1])

@@ -228,8 +228,8 @@ def open_checkpoint(
     num_words, num_embeddings = checkpoint.tokenizer.get_vocab_size(), text_encoder.dims.vocab_size
     if num_words > num_embeddings:
         raise InputError(
-            f"{found_tokenizer.source} has {num_words} words, "
-            f"and {text_encoder.files} {num_embeddings}: they do not belong together"
+            f"{found_tokenizer.source} has {num_words} entries, "
+            f"and {text_encoder.files} embeds {num_embeddings}: they come from different checkpoints"
         )
     return checkpoint
 

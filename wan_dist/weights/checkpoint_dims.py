@@ -39,7 +39,7 @@ class _TensorShapes:
         """Return a shape of at least ``min_rank`` dims, none of length 0; raises InputError otherwise."""
         key = self.key_map.find_sources(name)[0].key
         if key not in self.files.shapes:
-            raise InputError(f"{self.files} holds no {key}: it is not of the kind expected there")
+            raise InputError(f"{self.files} has no {key}: it is not the expected kind of model")
         shape = self.files.shapes[key]
         if len(shape) < min_rank or 0 in shape:
             raise self._make_rank_error(name, shape, min_rank)
@@ -52,7 +52,7 @@ class _TensorShapes:
     def _make_rank_error(self, name: str, shape: Shape, rank: int) -> InputError:
         key = self.key_map.find_sources(name)[0].key
         description = f"{self.files} holds {key} of shape {shape}, not of {rank} dims"
-        return InputError(f"{description}: it is not of the kind expected there")
+        return InputError(f"{description}: it is not the expected kind of model")
 
     def __contains__(self, name: str) -> bool:
         return self.key_map.find_sources(name)[0].key in self.files.shapes

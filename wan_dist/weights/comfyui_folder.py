@@ -63,8 +63,8 @@ def _choose_files(folder: Path, setting: str, task: Task) -> list[Path]:
     if not suitable_paths:
         reasons = [f"{path.name}: {problem}" for path, problem in problems.items()]
         raise InputError(
-            f"ckpt_dir={folder} is a folder of ComfyUI's, and in {names} is no file for {task.name} "
-            f"({format_first_ten(reasons) or 'it holds none'}); {setting}=FILE names one elsewhere"
+            f"ckpt_dir={folder} is a ComfyUI folder, and {names} has no file for {task.name} "
+            f"({format_first_ten(reasons) or 'it is empty'}); {setting}=FILE names one elsewhere"
         )
     found = format_first_ten([str(path.relative_to(folder)) for path in suitable_paths])
     reason = (
@@ -74,7 +74,7 @@ def _choose_files(folder: Path, setting: str, task: Task) -> list[Path]:
     )
     choice = "HIGH,LOW" if needs_two else "FILE"
     raise InputError(
-        f"ckpt_dir={folder} is a folder of ComfyUI's: {reason} ({found}); say it with {setting}={choice}"
+        f"ckpt_dir={folder} is a ComfyUI folder: {reason} ({found}); choose with {setting}={choice}"
     )
 
 

@@ -85,9 +85,7 @@ def load_transformer(
 
 def _find_layout(source: str | Path, task: str | None) -> CheckpointLayout:
     if task is None:
-        raise InputError(
-            f"{source} is a folder; say of which task it is the checkpoint (task=NAME)"
-        )
+        raise InputError(f"{source} is a folder; give the task of this checkpoint (task=NAME)")
     return find_layout(Path(source).expanduser(), get_task(task))
 
 

@@ -39,7 +39,7 @@ _FOREIGN_FORMATS = (
     ),
     (
         rb"\x08[\x01-\x1f][\x12\x1a:]",
-        "ONNX, which is not read; take the same weights in .safetensors",
+        "ONNX, which is not supported; use the same weights in .safetensors",
     ),
     (
         rb"\s*<(?i:!doctype|html|\?xml)",
@@ -49,7 +49,7 @@ _FOREIGN_FORMATS = (
     (rb"\x1f\x8b|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|BZh|Rar!|.{257}ustar", "packed; unpack it"),
     (
         rb"\x89HDF|\x93NUMPY",
-        "of HDF5 or NumPy, which are not read; take the same weights in .safetensors",
+        "of HDF5 or NumPy, which are not supported; use the same weights in .safetensors",
     ),
     (rb"\0{512}", "empty where it should begin: its download was not finished; download it again"),
 )
@@ -83,7 +83,7 @@ class TensorFiles:
             reader = _open_tensor_file(path)
             if duplicate := next((name for name in reader.shapes if name in path_by_tensor), None):
                 raise InputError(
-                    f"{path_by_tensor[duplicate]} and {path.name} both hold {duplicate}; "
+                    f"{path_by_tensor[duplicate]} and {path.name} both have {duplicate}; "
                     "remove the file that is not of this checkpoint"
                 )
             path_by_tensor |= dict.fromkeys(reader.shapes, path)
@@ -227,7 +227,7 @@ def open_sharded_weights(folder: Path, stem: str) -> TensorFiles:
         path for path in folder.glob(f"{stem}.*") if path.suffix.lower() in _PICKLE_SUFFIXES
     )
     if not paths:
-        raise InputError(f"{folder} holds no {stem}*.safetensors; is the download complete?")
+        raise InputError(f"{folder} has no {stem}*.safetensors; is the download complete?")
     return TensorFiles(paths)
 
 

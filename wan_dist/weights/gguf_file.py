@@ -143,8 +143,8 @@ class GgufFile:
         known_types = (*_PLAIN_DTYPES, *BLOCK_FORMATS)
         if foreign_types := sorted(set(self.type_names.values()) - set(known_types)):
             raise InputError(
-                f"{path} has tensors of {format_first_ten(foreign_types)}, which is not read; "
-                f"take a file of {', '.join(known_types)}"
+                f"{path} has tensors of {format_first_ten(foreign_types)}, which is not supported; "
+                f"use a file of {', '.join(known_types)}"
             )
         for name, type_name in self.type_names.items():
             num_values = prod(self.shapes[name][1:])
@@ -152,8 +152,8 @@ class GgufFile:
                 not self.shapes[name] or num_values % BLOCK_FORMATS[type_name].num_values
             ):
                 raise InputError(
-                    f"{path}: rows of {name} {self.shapes[name]} are no whole blocks of {type_name}; "
-                    "download it again"
+                    f"{path}: rows of {name} {self.shapes[name]} are not "
+                    f"a multiple of the block size of {type_name}; download it again"
                 )
             if (
                 type_name in _PLAIN_DTYPES

@@ -65,7 +65,7 @@ def download_checkpoint(
             f"{_explain_download_error(error)}; or where there is internet "
             f"run `python -m launch fetch {task.name} FOLDER` "
             f"or `hf download {repository} --local-dir FOLDER`, then pass ckpt_dir=FOLDER; "
-            f"it must hold {', '.join(patterns)}"
+            f"it must have {', '.join(patterns)}"
         ) from None
 
 
@@ -84,7 +84,7 @@ def _explain_download_error(error: Exception) -> str:
             "or do without, as public files need none"
         )
     if _has_disk_error(causes, _DISK_FULL_ERRNOS):
-        return f"{message}; make room, or have HF_HOME=FOLDER name a disk that has some"
+        return f"{message}; free some space, or set HF_HOME=FOLDER to a disk with enough"
     if _has_disk_error(causes, _NO_PERMISSION_ERRNOS):
         return f"{message}; have HF_HOME=FOLDER name a folder that you may write to"
     proxy, mirror, certificates = (

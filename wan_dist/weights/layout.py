@@ -165,7 +165,7 @@ def _check_complete(
     if missing_files:
         present_files = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
         raise InputError(
-            f"{folder} is not a whole {task.name} checkpoint in the {layout.name} layout: "
+            f"{folder} is not a complete {task.name} checkpoint in the {layout.name} layout: "
             f"it has no {', '.join(missing_files)} (found: {present_files})"
         )
 
@@ -258,8 +258,8 @@ def _check_not_quantized(config: Mapping[str, Any], path: Path) -> None:
     if isinstance(quantization, dict):
         method = quantization.get("quant_method") or quantization.get("quant_algo") or "unknown"
         raise InputError(
-            f"{path} says that the model is quantised with {method}, which is not read; "
-            "take the same model in bf16, fp16, fp8, int8 or GGUF"
+            f"{path} says that the model is quantised with {method}, which is not supported; "
+            "use the same model in bf16, fp16, fp8, int8 or GGUF"
         )
 
 
@@ -276,7 +276,7 @@ def _check_given_files(given_files: GivenFiles, task: Task) -> None:
             if path.is_dir():
                 raise InputError(
                     f"{setting}={path} is a folder; give the file in it, "
-                    "or ckpt_dir=FOLDER for a whole checkpoint"
+                    "or ckpt_dir=FOLDER for a complete checkpoint"
                 )
             try:
                 check_regular_file(path)

@@ -65,7 +65,7 @@ def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap)
     ]
     if mismatches:
         raise InputError(
-            f"{files} does not hold the tensors of a {type(models[0]).__name__}; "
+            f"{files} does not have the tensors of a {type(models[0]).__name__}; "
             f"{'; '.join(mismatches)}"
         )
     return other_keys

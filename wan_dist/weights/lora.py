@@ -92,9 +92,9 @@ class LoraFile:
         if path.name.startswith(_PEFT_STEM) and config_path.exists():
             config = read_checkpoint_json(config_path)
             if (peft_type := str(config.get("peft_type", "LORA")).upper()) not in _PEFT_TYPES:
-                raise InputError(f"{self.setting} is peft's {peft_type}, which is not read")
+                raise InputError(f"{self.setting} is peft's {peft_type}, which is not supported")
             if config.get("fan_in_fan_out"):
-                raise InputError(f"{self.setting} has fan_in_fan_out=true, which is not read")
+                raise InputError(f"{self.setting} has fan_in_fan_out=true, which is not supported")
             return config
         return self._read_header_config()
 
@@ -114,7 +114,7 @@ class LoraFile:
     def _check_kind(self) -> None:
         if kind := find_refused_kind(self.keys):
             raise InputError(
-                f"{self.setting} is {kind}, which is not read; LoRA, LoHa, LoKr, DoRA and whole "
+                f"{self.setting} is {kind}, which is not supported; LoRA, LoHa, LoKr, DoRA and full "
                 "differences are"
             )
         if any(key is not None and key.role != "alpha" for key in self.keys.values()):
@@ -124,7 +124,7 @@ class LoraFile:
                 f"{self.setting} is {file_kind.description}, not a LoRA; use {file_kind.setting}= for it"
             )
         raise InputError(
-            f"{self.setting} holds no tensors of a LoRA (found: {format_first_ten(sorted(self.keys))})"
+            f"{self.setting} has no tensors of a LoRA (found: {format_first_ten(sorted(self.keys))})"
         )
 
     def _explain_misfits(self, match: LoraMatch, names: ModuleNames) -> str:
@@ -138,7 +138,9 @@ class LoraFile:
             )
         is_wider_input = any(text.startswith("patch_embedding ") for text in match.misfits)
         hint = (
-            "; LoRAs that give the model more input channels are not read" if is_wider_input else ""
+            "; LoRAs that give the model more input channels are not supported"
+            if is_wider_input
+            else ""
         )
         return f"{self.setting} does not fit this model; {misfits}{hint}"
 

@@ -88,10 +88,10 @@ def _load_content(path: Path, *, is_legacy: bool) -> Any:
         ):
             reason = (
                 f"it holds code, {global_match[1]}, which is not run (weights_only); "
-                "take the weights as their publisher has them"
+                "use the weights as published"
             )
         elif "TorchScript" in str(error):
-            reason = "it is a program of TorchScript; take the weights as their publisher has them"
+            reason = "it is a program of TorchScript; use the weights as published"
         else:
             reason = f"download it again ({get_first_line(error)})"
         raise InputError(

@@ -90,8 +90,8 @@ def _check_foreign_keys(keys: Iterable[str]) -> None:
 
 def _make_format_error(description: str, key: str) -> InputError:
     return InputError(
-        f"it is quantised as {description}, which is not read ({key}); "
-        "take the same model in bf16, fp16, fp8, int8 or GGUF"
+        f"it is quantised as {description}, which is not supported ({key}); "
+        "use the same model in bf16, fp16, fp8, int8 or GGUF"
     )
 
 
@@ -197,7 +197,7 @@ def _check_all_scaled(
         raise InputError(
             f"{source} that 8-bit weights have scales, and {len(described_names)} have none: "
             f"{format_first_ten(described_names)}; without them the values are wrong; "
-            "download it again, or take another file of the model"
+            "download it again, or use another file of the model"
         )
 
 

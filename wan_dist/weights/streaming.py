@@ -183,7 +183,7 @@ class BlockStreamer:
         turn = self._num_started - len(self._pending_copies)
         if turn == self._end_turn:
             raise RuntimeError(
-                f"streamed blocks are called once more than the {self._end_turn} times that were said"
+                f"streamed blocks are called once more than the {self._end_turn} times that were announced"
             )
         if (expected_index := turn % len(self._layouts)) != index:
             raise RuntimeError(

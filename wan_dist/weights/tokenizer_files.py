@@ -64,7 +64,7 @@ def _open_folder(folder: Path) -> OpenTokenizer:
         raise InputError(f"{file} cannot be read: {error}; download it again") from None
     except Exception as error:  # the libraries raise many types, tokenizers even Exception itself
         raise InputError(
-            f"{folder} holds no tokenizer that can be read; download it again ({get_first_line(error)})"
+            f"{folder} has no readable tokenizer; download it again ({get_first_line(error)})"
         ) from None
     files = sorted(file for file in folder.iterdir() if file.is_file())
     return OpenTokenizer(tokenizer, str(folder), tuple(hash_file(file) for file in files))
@@ -115,7 +115,7 @@ def _read_tokenizer(files: TensorFiles) -> Tokenizer | None:
             return _build_tokenizer(**_read_gguf_vocabulary(files.metadata))
     except Exception as error:  # tokenizers raises Exception itself
         logger.warning(
-            "the tokenizer in %s cannot be read, another is looked for (%s)",
+            "the tokenizer in %s cannot be read, looking for another one (%s)",
             files,
             get_first_line(error),
         )

@@ -62,7 +62,7 @@ def test_it_fetches_the_checkpoint_for_the_size(
     assert main(["fetch", "i2v-14B", str(tmp_path), f"size={size}"]) == 2
     assert asked == [repository]
     assert (
-        "is not a whole i2v-14B checkpoint" in capsys.readouterr().err
+        "is not a complete i2v-14B checkpoint" in capsys.readouterr().err
     )  # the tiny one has no image encoder
 
 
@@ -151,11 +151,11 @@ def full_disk() -> Exception:
             {"HF_TOKEN": "hf_secret"},
             ["401 Client Error", "a token is refused", "HF_TOKEN"],
         ),
-        (full_disk(), {}, ["No space left on device; make room", "HF_HOME=FOLDER"]),
+        (full_disk(), {}, ["No space left on device; free some space", "HF_HOME=FOLDER"]),
         (
             RuntimeError("IO Error: No space left on device (os error 28)"),
             {},
-            ["(os error 28); make room"],
+            ["(os error 28); free some space"],
         ),
         (
             PermissionError(errno.EACCES, "Permission denied", "/cache"),

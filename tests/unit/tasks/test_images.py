@@ -182,9 +182,9 @@ def tiff(bits: int, kind: int, values: bytes, photometric: int = 1, **tags: int)
         (tiff(32, 3, struct.pack("<4f", 0, 0.2, 0.4, 1)), "32-bit floats"),
         (b"Pf 2 2 -1\n" + struct.pack("<4f", 0, 0.2, 0.4, 1), "32-bit floats"),
         (tiff(32, 1, struct.pack("<4I", 0, 51, 102, 2**32 - 1)), "32-bit whole numbers"),
-        (tiff(16, 2, struct.pack("<4h", 0, 51, -5, 9)), "with signs"),
-        (tiff(8, 2, struct.pack("<4b", 0, 51, -5, 9)), "with signs"),
-        (tiff(64, 3, struct.pack("<4d", 0, 0.2, 0.4, 1)), "TIFF of a kind that is not read"),
+        (tiff(16, 2, struct.pack("<4h", 0, 51, -5, 9)), "signed numbers"),
+        (tiff(8, 2, struct.pack("<4b", 0, 51, -5, 9)), "signed numbers"),
+        (tiff(64, 3, struct.pack("<4d", 0, 0.2, 0.4, 1)), "TIFF of a kind that is not supported"),
         (tiff(8, 1, bytes(4), _254=1), "a camera's RAW"),
         (tiff(8, 1, bytes(4), _50706=0x01040000), "a camera's RAW"),
     ],
@@ -342,7 +342,7 @@ def test_large_photos_are_read_at_a_fraction(
     Image.fromarray(GRADIENT).save(tmp_path / "x.jpg", quality=95, exif=exif)
     assert read(tmp_path / "x.jpg").shape == (15, 10, 3)
     Image.fromarray(GRADIENT).save(tmp_path / "x.png")
-    with pytest.raises(InputError, match="it has 0 megapixels, and 0 are taken; make it smaller"):
+    with pytest.raises(InputError, match="it has 0 megapixels, and 0 are accepted; scale it down"):
         read(tmp_path / "x.png")
 
 

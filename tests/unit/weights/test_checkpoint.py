@@ -327,7 +327,7 @@ def test_a_folder_that_lacks_something(folder: Path, name: str) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     message = _refusal(folder)
     assert message.startswith(
-        f"{folder} is not a whole t2v-1.3B checkpoint in the original layout: it has no {name} (found: "
+        f"{folder} is not a complete t2v-1.3B checkpoint in the original layout: it has no {name} (found: "
     )
 
 
@@ -341,16 +341,16 @@ def test_a_broken_config(folder: Path) -> None:
 def test_a_broken_tokenizer(folder: Path) -> None:
     for file in (folder / TOKENIZER_FOLDER).iterdir():
         file.write_text("{}")
-    assert "holds no tokenizer that can be read" in _refusal(folder)
+    assert "has no readable tokenizer" in _refusal(folder)
     for file in (folder / TOKENIZER_FOLDER).iterdir():
         file.unlink()
-    assert "holds no tokenizer that can be read" in _refusal(folder)
+    assert "has no readable tokenizer" in _refusal(folder)
 
 
 def test_weights_of_another_model(folder: Path) -> None:
     shutil.copy(folder / VAE, folder / TEXT_ENCODER_FILE)
     assert (
-        f"{TEXT_ENCODER_FILE} holds no token_embedding.weight: it is not of the kind expected there"
+        f"{TEXT_ENCODER_FILE} has no token_embedding.weight: it is not the expected kind of model"
         in _refusal(folder)
     )
 
@@ -359,7 +359,7 @@ def test_a_half_downloaded_diffusers_folder(folder: Path) -> None:
     (folder / "model_index.json").write_text("{}")
     message = _refusal(folder)
     assert (
-        "is not a whole t2v-1.3B checkpoint in the Diffusers layout: it has no transformer/config.json"
+        "is not a complete t2v-1.3B checkpoint in the Diffusers layout: it has no transformer/config.json"
         in message
     )
     assert "text_encoder/config.json, vae/config.json, tokenizer (found: " in message

@@ -46,7 +46,7 @@ def test_a_transformer_predicts() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("", {}, "say of which task"),
+        ("", {}, "give the task of this checkpoint"),
         ("missing", {}, "neither a file nor a folder"),
         ("", {"task": "toy", "expert": 1}, "has 1 transformers"),
     ],

@@ -246,7 +246,7 @@ def test_experts_must_be_named(copied: Path) -> None:
 
 def test_folders_that_are_not_there(copied: Path) -> None:
     shutil.rmtree(copied / "vae")
-    with pytest.raises(InputError, match=r"vae/ is no file for t2v-1.3B \(it holds none\)"):
+    with pytest.raises(InputError, match=r"vae/ has no file for t2v-1.3B \(it is empty\)"):
         open_models(copied)
 
 

@@ -147,10 +147,10 @@ REFUSALS = {
     "(transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
     "wider-input": "does not fit this model; 1 of its modules do not fit: "
     "patch_embedding is a difference of (64, 36, 1, 2, 2), not of (64, 16, 1, 2, 2); "
-    "LoRAs that give the model more input channels are not read",
+    "LoRAs that give the model more input channels are not supported",
     "not-finite": "has numbers that are not finite (in diffusion_model.blocks.0.self_attn.q.lora_A.weight)",
-    "oft": "is OFT, which rotates weights, which is not read",
-    "empty": "holds no tensors of a LoRA (found: step)",
+    "oft": "is OFT, which rotates weights, which is not supported",
+    "empty": "has no tensors of a LoRA (found: step)",
     "whole-model": "is a transformer, not a LoRA; use dit_file= for it",
 }
 
