@@ -26,7 +26,7 @@ def test_a_run_of_an_earlier_version_resumes(
     assert main([*TOY, "jobs=prompts.txt", "output.dir=out", "cache.dir=null"]) == 0
     told = capsys.readouterr().err
     assert "jobs      2: 1 done before, 1 to make" in told
-    assert f"after 4 steps, from out/{STOPPED}." in told
+    assert f"continues from step 4 of 6 (out/{STOPPED}." in told
     assert (tmp_path / f"out/{DONE}.mp4").read_bytes() == before
     assert json.loads((tmp_path / f"out/{STOPPED}.json").read_text())["status"] == "done"
     assert not list((tmp_path / "out").glob("*.state.safetensors"))
