@@ -102,12 +102,12 @@ def _write_video(path: Path, fps: int, num_frames: int) -> Generator[None, Tenso
 
 
 def _count_frames(path: Path) -> int:
-    """Decode a video and return its number of frames; raises SaveError.
+    """Return how many frames a video's container holds, by reading all of it; raises SaveError.
 
     ffmpeg runs in a process group of its own, which Ctrl-C does not reach.
     """
     input_options = ["-nostdin", "-i", str(path.absolute())]
-    command = [_find_ffmpeg(), *input_options, "-map", "0:v:0", "-f", "null", "-"]
+    command = [_find_ffmpeg(), *input_options, "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
     completed_process = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
     )

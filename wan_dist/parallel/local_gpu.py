@@ -1,5 +1,8 @@
 """The GPU of this rank: its memory, and what identifies it among those of the host."""
 
+import contextlib
+import threading
+
 import torch
 
 from wan_dist.parallel.mesh import select_local_device
@@ -37,3 +40,18 @@ def find_gpu_id(device_setting: str) -> str | None:
     if visible_device.startswith("MIG-"):
         return visible_device
     return str(torch.cuda.get_device_properties(select_local_device("cuda")).uuid)
+
+
+def create_context_early(device_setting: str) -> None:
+    """Begin to create this rank's CUDA context in a thread, as that takes a second without Python.
+
+    What fails there fails again where the GPU is used, and is told there.
+    """
+    if device_setting == "cpu" or not torch.cuda.is_available():
+        return
+
+    def create_context() -> None:
+        with contextlib.suppress(Exception):
+            torch.zeros(1, device=select_local_device("cuda"))
+
+    threading.Thread(target=create_context, name="cuda-context", daemon=True).start()

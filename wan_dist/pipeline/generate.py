@@ -36,7 +36,7 @@ from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.file_hash import hash_file
-from wan_dist.runtime.log import add_log_file, logger
+from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import CONTINUE_ADVICE, PreemptionInterrupt, preemption
 from wan_dist.weights.checkpoint import Checkpoint
 from wan_dist.weights.lora import MergedLora
@@ -52,13 +52,6 @@ def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator)
     device = find_device(config)
     groups = make_process_groups(plan.degrees, coordinator, device, config.parallel.timeout)
     folder = Path(config.output.dir).expanduser()
-    if plan.degrees.num_ranks > 1:
-        add_log_file(folder / "logs" / plan.name)
-    logger.info("video     %s", plan.summary)
-    if config.preset is not None:
-        logger.info("preset    %s: %s", config.preset, plan.sampling.description)
-    for note in plan.notes:
-        logger.info("note      %s", note)
     report = StageReport(asdict(config), device)
     with report.measure_stage("check", f"output {folder}"):
         if groups.rank == 0:

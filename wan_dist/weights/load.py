@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from math import prod
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +137,7 @@ def _is_sharded(parameter: Tensor) -> "TypeGuard[DTensor]":
 def _get_local(parameter: Tensor, device: torch.device) -> Tensor:
     """Return the tensor to fill: this rank's shard of a sharded parameter, else a new one on ``device``."""
     if _is_sharded(parameter):
-        return cast(Tensor, parameter.to_local())
+        return parameter.to_local()
     # Not empty_like, which imports sympy for a meta tensor.
     return torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
 
