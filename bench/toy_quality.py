@@ -78,6 +78,16 @@ WAYS = (
         for solver in ("unipc", "dpm++", "euler")
         for steps in (4, 8, 12, 20, 50)
     ),
+    *(
+        Way(
+            f"euler, {steps} steps, no guidance",
+            (
+                *("dtype=float32", "sample.solver=euler", f"sample.steps={steps}"),
+                *("sample.timesteps=float", "sample.guide_scale=1"),
+            ),
+        )
+        for steps in (1, 2, 4)
+    ),
 )
 
 

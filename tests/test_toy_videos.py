@@ -5,7 +5,7 @@ captions that it was not trained on.
 import os
 from collections.abc import Sequence
 
-from bench.toy_quality import videos_of
+from bench.toy_quality import Made, videos_of
 from tests.forked import run_ranks
 from toy.held_out import draw_held_out
 from toy.judge import judge, psnr
@@ -17,18 +17,32 @@ def run_forked(num_ranks: int, settings: Sequence[str], _: int) -> None:
     run_ranks(num_ranks, "wan_dist.run", *settings)
 
 
+FEW_STEPS = [
+    *("sample.solver=euler", "sample.steps=4", "sample.timesteps=float", "sample.guide_scale=1"),
+]
+
+
+def list_wrong(videos: Sequence[Made]) -> dict[str, str]:
+    """Return what is seen in the videos that do not show their caption, by caption."""
+    verdicts = {
+        text: judge(video.frames, scene) for (scene, text), video in zip(ASKED, videos, strict=True)
+    }
+    return {text: verdict.seen for text, verdict in verdicts.items() if not verdict.right}
+
+
 def test_nine_of_ten_captions_are_shown_rightly() -> None:
     made = {
         num_ranks: videos_of(ASKED, ["device=cpu"], num_ranks=num_ranks, run=run_forked)
         for num_ranks in (1, 2)
     }
     for num_ranks, videos in made.items():
-        verdicts = {
-            text: judge(video.frames, scene)
-            for (scene, text), video in zip(ASKED, videos, strict=True)
-        }
-        wrong = {text: verdict.seen for text, verdict in verdicts.items() if not verdict.right}
-        assert len(wrong) <= 0.1 * len(ASKED), (num_ranks, wrong)
+        assert len(wrong := list_wrong(videos)) <= 0.1 * len(ASKED), (num_ranks, wrong)
     assert (
         min(psnr(one.frames, other.frames) for one, other in zip(*made.values(), strict=True)) > 50
     )
+
+
+def test_four_steps_without_guidance_show_their_captions_too() -> None:
+    """60 of 64, as a distilled model would; with guidance, 4 steps of UniPC show 51."""
+    wrong = list_wrong(videos_of(ASKED, ["device=cpu", *FEW_STEPS], run=run_forked))
+    assert len(wrong) <= 4 * len(ASKED) / 64, wrong
