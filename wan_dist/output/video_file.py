@@ -107,18 +107,19 @@ def _count_frames(path: Path) -> int:
     ffmpeg runs in a process group of its own, which Ctrl-C does not reach.
     """
     input_options = ["-nostdin", "-i", str(path.absolute())]
-    command = [_find_ffmpeg(), *input_options, "-map", "0:v:0", "-c", "copy", "-f", "null", "-"]
+    output_options = ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]  # a line for each frame
+    command = [_find_ffmpeg(), "-v", "error", *input_options, *output_options]
     completed_process = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
     )
-    frame_counts = re.findall(rb"frame=\s*(\d+)", completed_process.stderr)
-    if completed_process.returncode or not frame_counts:
+    num_frames = len(re.findall(rb"^\d", completed_process.stdout, re.MULTILINE))
+    if completed_process.returncode or not num_frames:
         last_lines = completed_process.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise SaveError(
             f"cannot read {path} again: ffmpeg says {' '.join(last_lines) or 'nothing'} "
             f"(exit code {completed_process.returncode})"
         )
-    return int(frame_counts[-1])
+    return num_frames
 
 
 def _find_ffmpeg() -> str:
