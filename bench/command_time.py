@@ -74,13 +74,15 @@ def run_once(options: argparse.Namespace, number: int) -> dict[str, object]:
     first_line = next((seconds for seconds, line in lines if line.startswith("[")), None)
     files = sorted(folder.glob("*.mp4"), key=lambda file: file.stat().st_mtime)
     finished = [round(file.stat().st_mtime - start, 2) for file in files]
-    stages = json.loads(files[0].with_suffix(".json").read_text())["stages"]
+    records = [json.loads(file.with_suffix(".json").read_text()) for file in files]
+    stages = records[0]["stages"]
     return {
         "first_line": first_line,
         "stages": {
             name: [round(stage["began"] - start, 2), round(stage["seconds"], 2)]
             for name, stage in stages.items()
         },
+        "step_seconds": [record["step_seconds"] for record in records],
         "video_finished": finished,
         "following": [round(later - sooner, 2) for sooner, later in itertools.pairwise(finished)],
         "ended": round(end, 2),
@@ -127,6 +129,7 @@ def main() -> None:
     for number in range(options.times):
         run = run_once(options, number)
         print(f"{what}, run {number + 1}\n{describe_run(run)}", flush=True)
+        del run["log"]
         record.add({"what": what, "time": number + 1, **run})
 
 

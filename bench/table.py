@@ -264,6 +264,48 @@ def end_to_end() -> list[str]:
     return _format_table([*titles, "a step", "decode and write", "in all"], rows)
 
 
+def few_steps() -> list[str]:
+    """Return when runs of few steps had done what, from the command on."""
+    rows = []
+    for row in _load("command-time")["rows"]:
+        task, _, rest = row["what"].partition(" ")
+        settings = re.sub(r" ?(cache.dir=null|\d+ videos|\d+ GPUs)", "", rest)
+        step = min(row["step_seconds"])
+        decode = row["stages"]["decode"][1] + row["stages"].get("save", [0, 0])[1]
+        following = f"{min(row['following']):.1f}" if row["following"] else ""
+        rows.append(
+            [
+                f"{task} `{settings}`, run {row['time']}",
+                f"{row['first_line']:.1f}",
+                f"{row['stages']['denoise'][0]:.1f}",
+                f"{row['stages']['denoise'][1]:.1f}",
+                f"{step:.2f}",
+                f"{decode:.1f}",
+                f"{row['video_finished'][0]:.1f}",
+                following,
+            ]
+        )
+    titles = ["one H200", "first line at", "steps begin at", "steps take", "best s/it"]
+    return _format_table([*titles, "decode and write", "video at", "each following video"], rows)
+
+
+def weight_files() -> list[str]:
+    """Return load time, peak and step time of a transformer from files of each kind."""
+    rows = []
+    for row in _load("weight-files-i2v-14B")["rows"]:
+        memory = row["memory"]["denoise"]
+        rows.append(
+            [
+                row["what"],
+                f"{row['stages']['load']['seconds']:.1f}",
+                f"{memory['planned_gpu_gib']:.1f}",
+                f"{memory['peak_gpu_gib']:.1f}",
+                f"{min(row['step_seconds'][1:]):.2f}",
+            ]
+        )
+    return _format_table(["file", "load, s", "GiB, planned", "measured", "s/it"], rows)
+
+
 def first_runs() -> list[str]:
     """Return the seconds of whole runs of the first version."""
     rows = []
@@ -354,6 +396,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         vae_tiles,
         memory,
         end_to_end,
+        few_steps,
+        weight_files,
         first_runs,
         lossy,
         drills,
