@@ -95,6 +95,18 @@ class _ConfigReader:
         return InputError(f"config.json beside {self.files} says {problem}; download it again")
 
 
+def _get_patch_shape(shapes: _TensorShapes) -> Shape:
+    """Return the shape (D, C, pt, py, px) of a transformer's patch embedding.
+
+    rCM stores it as a linear (D, C * patch volume), whose patches are those of all published models.
+    """
+    shape = shapes.get_shape_of_min_rank("patch_embedding.weight", 2)
+    patch = TransformerDims.patch
+    if len(shape) == 2 and shape[1] % prod(patch) == 0:
+        return (shape[0], shape[1] // prod(patch), *patch)
+    return shapes.get_shape("patch_embedding.weight", 5)
+
+
 class TransformerInputs(NamedTuple):
     """What tells transformers of different tasks and sizes apart."""
 
@@ -106,7 +118,7 @@ class TransformerInputs(NamedTuple):
 def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> TransformerInputs:
     """Return a transformer's width, its input channels and whether it has an image branch."""
     shapes = _TensorShapes(files, key_map)
-    dim, num_channels = shapes.get_shape("patch_embedding.weight", 5)[:2]
+    dim, num_channels = _get_patch_shape(shapes)[:2]
     return TransformerInputs(dim, num_channels, "img_emb.proj.0.weight" in shapes)
 
 
@@ -128,7 +140,7 @@ def infer_transformer_dims(
 ) -> TransformerDims:
     """Return the dims of a transformer; the config of either layout gives the number of heads."""
     shapes, config_reader = _TensorShapes(files, key_map), _ConfigReader(config, files)
-    dim, in_dim, *patch = shapes.get_shape("patch_embedding.weight", 5)
+    dim, in_dim, *patch = _get_patch_shape(shapes)
     num_heads = config_reader.read_positive_int(
         *_HEAD_KEYS, default=0 if config else dim // _HEAD_DIM
     )

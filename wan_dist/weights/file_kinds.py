@@ -27,7 +27,7 @@ FILE_KINDS = (
     FileKind(
         "dit_file",
         "a transformer",
-        r"(?:^|\.)blocks\.0\.(?:self_attn\.q|attn1\.to_q)\.weight$",
+        r"(?:^|\.)blocks\.0\.(?:self_attn\.q|attn1\.to_q)\.(?:int8_)?weight$",
     ),
     FileKind(
         "t5_file",
@@ -58,6 +58,16 @@ _OTHER_TASKS = (
     (r"(?:^|\.)(?:double_blocks|transformer_blocks|joint_blocks)\.0\.", "a model other than Wan"),
 )
 """Keys that transformers of tasks have that are not among those of this program, and their names."""
+
+_TRAINED_ATTENTIONS = (
+    (
+        r"\.attn_op\.local_attn\.proj_l\.",
+        "sparse-linear attention (SLA)",
+        "an rCM checkpoint",
+    ),
+    (r"\.to_gate_compress\.", "video sparse attention (VSA)", "its FullAttn checkpoint"),
+)
+"""Keys of layers that belong to attention that a model was trained with, its name, and what to take."""
 
 
 def find_kind(keys: Collection[str]) -> FileKind | None:
@@ -92,3 +102,14 @@ def check_kind(files: TensorFiles, setting: str) -> None:
             f"{setting}={files} is not {expected_kind.description}: it has none of the keys of one "
             f"(it begins with {', '.join(sorted(files.shapes)[:3]) or 'nothing'})"
         )
+
+
+def check_attention(files: TensorFiles) -> None:
+    """Raise InputError for a transformer that was trained with attention that is not computed here."""
+    for pattern, name, replacement in _TRAINED_ATTENTIONS:
+        if key := next((key for key in files.shapes if re.search(pattern, key)), None):
+            raise InputError(
+                f"{files} is a transformer that was trained with {name}, which this version does not "
+                f"compute (it has {key}); with dense attention instead videos would be blurred; "
+                f"take {replacement} or another few-step model (docs/few-steps.md)"
+            )

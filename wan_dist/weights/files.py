@@ -23,7 +23,7 @@ from wan_dist.weights.device_copy import copy_to_device
 from wan_dist.weights.gguf_blocks import BLOCK_FORMATS, decode_rows
 from wan_dist.weights.gguf_file import GgufFile
 from wan_dist.weights.pickle_file import PickleFile
-from wan_dist.weights.quantization import WeightScale, find_quantization, rotate_back
+from wan_dist.weights.quantization import WeightScale, find_quantization
 from wan_dist.weights.safetensors_file import SafetensorsFile
 from wan_dist.weights.tensor_file import FLOAT_TYPES, TensorFile
 from wan_dist.weights.tensor_file import Shape as Shape
@@ -138,9 +138,7 @@ class TensorFiles:
         if (block_format := BLOCK_FORMATS.get(self._type_names[name])) is not None:
             values = decode_rows(rows, block_format).view(len(rows), *self.shapes[name][1:])
         elif (scale := self.read_scale(name, start, stop)) is not None:
-            values = rows.float() * scale.to(device).view(-1, *[1] * (rows.dim() - 1))
-            if size := self._scales[name].rotation_size:
-                values = rotate_back(values, size)
+            values = self._scales[name].decode_rows(rows, scale.to(device))
         else:
             values = rows
         if values is not stored_rows:
@@ -173,13 +171,16 @@ class TensorFiles:
         return self._type_names[name]
 
     def read_scale(self, name: str, start: int, stop: int) -> Tensor | None:
-        """Return the factors of rows of an 8-bit tensor, (1, 1) or (n, 1), float32; None without scales."""
+        """Return the factors of rows of an 8-bit tensor, float32; None without scales.
+
+        They are (1, 1), (n, 1) or, of tiles, (n, k).
+        """
         if (weight_scale := self._scales.get(name)) is None:
             return None
-        scale = self.read(weight_scale.key).float().reshape(-1, 1)
+        scale = self.read(weight_scale.key).float()
         if not scale.isfinite().all():
             raise InputError(f"{self}: {weight_scale.key} is not finite; download it again")
-        return scale if len(scale) == 1 else scale[start:stop]
+        return weight_scale.select_rows(scale, start, stop)
 
     def release_pages(self, tensor: Tensor) -> None:
         """Return the pages of a tensor as stored to the system: until then they count as the process's."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 from wan_dist.weights.lora_updates import WeightUpdate
+from wan_dist.weights.quantization import INT8_TILES_NAME
 
 KeyRenamer = Callable[[str], str]
 
@@ -49,10 +50,11 @@ def _keep_name(name: str) -> str:
     return name
 
 
-def _map_transformer(rename_key: KeyRenamer) -> KeyMap:
+def _map_transformer(rename_key: KeyRenamer, keys: Collection[str]) -> KeyMap:
     """Return a transformer's key map, given how to rename the keys of the original layout.
 
     q, k, v of self-attention and k, v of cross-attention are one linear here, and separate in checkpoints.
+    Weights that TurboDiffusion has quantised are under names of their own among ``keys``.
     """
     fused_linears = {
         ".self_attn.qkv.": ("self_attn.q", "self_attn.k", "self_attn.v"),
@@ -60,14 +62,17 @@ def _map_transformer(rename_key: KeyRenamer) -> KeyMap:
         ".cross_attn.kv_img.": ("cross_attn.k_img", "cross_attn.v_img"),
     }
 
+    def find_source(name: str) -> TensorSource:
+        key = rename_key(name)
+        quantized_key = f"{key.removesuffix('weight')}{INT8_TILES_NAME}"
+        return TensorSource(quantized_key if quantized_key in keys else key)
+
     def find_sources(name: str) -> tuple[TensorSource, ...]:
         for fused_name, part_names in fused_linears.items():
             if fused_name in name:
                 prefix, suffix = name.split(fused_name)
-                return tuple(
-                    TensorSource(rename_key(f"{prefix}.{part}.{suffix}")) for part in part_names
-                )
-        return (TensorSource(rename_key(name)),)
+                return tuple(find_source(f"{prefix}.{part}.{suffix}") for part in part_names)
+        return (find_source(name),)
 
     return KeyMap(find_sources)
 
@@ -100,12 +105,13 @@ _DIFFUSERS_TRANSFORMER_TABLE: _RenameTable = (
 )
 
 
-def map_original_transformer(_: Collection[str]) -> KeyMap:
+def map_original_transformer(keys: Collection[str]) -> KeyMap:
     """Key map of the transformer in the original layout."""
-    return _map_transformer(_keep_name)
+    return _map_transformer(_keep_name, keys)
 
 
-_SINGLE_FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_SINGLE_FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
+"""Of ComfyUI, and of rCM."""
 
 
 def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
@@ -119,12 +125,14 @@ def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
         if any(key.startswith(f"{prefix}condition_embedder.") for key in keys)
         else ()
     )
-    return _map_transformer(lambda name: prefix + _apply_rename_table(name, table))
+    return _map_transformer(lambda name: prefix + _apply_rename_table(name, table), keys)
 
 
-def map_diffusers_transformer(_: Collection[str]) -> KeyMap:
+def map_diffusers_transformer(keys: Collection[str]) -> KeyMap:
     """Key map of the transformer in the Diffusers layout."""
-    return _map_transformer(lambda name: _apply_rename_table(name, _DIFFUSERS_TRANSFORMER_TABLE))
+    return _map_transformer(
+        lambda name: _apply_rename_table(name, _DIFFUSERS_TRANSFORMER_TABLE), keys
+    )
 
 
 def add_updates(key_map: KeyMap, updates: Mapping[str, WeightUpdate]) -> KeyMap:

@@ -72,7 +72,12 @@ def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap)
 
 
 def _is_shape_compatible(stored_shape: Shape, expected_shape: Shape) -> bool:
-    """Whether the shapes are equal except for leading dims of length 1, which some checkpoints have."""
+    """Whether the shapes are equal but for leading dims of length 1, which some checkpoints have.
+
+    A convolution whose stride is its kernel may be stored as the linear that it is, as rCM does.
+    """
+    if len(expected_shape) == 5 and stored_shape == (expected_shape[0], prod(expected_shape[1:])):
+        return True
     num_extra_dims = len(stored_shape) - len(expected_shape)
     return (
         num_extra_dims >= 0
@@ -303,9 +308,12 @@ def _copy_rows(
 def _read_values(
     files: TensorFiles, key: str, rows: slice, row_shape: Shape, device: torch.device
 ) -> Tensor:
-    """Return rows of a stored tensor, which may have more leading dims, of length 1, than the parameter."""
-    if len(files.shapes[key]) == len(row_shape) + 1:
+    """Return rows of a stored tensor, whose shape may differ as `check_keys` allows."""
+    num_stored_dims = len(files.shapes[key])
+    if num_stored_dims == len(row_shape) + 1:
         return files.read_values(key, rows.start, rows.stop, device)
+    if num_stored_dims == 2 and len(row_shape) == 4:  # a convolution as a linear
+        return files.read_values(key, rows.start, rows.stop, device).view(-1, *row_shape)
     values = files.read_values(key, 0, files.shapes[key][0], device)
     return values.reshape(-1, *row_shape)[rows]
 

@@ -1,7 +1,8 @@
 """Scales and rotations of 8-bit weights in files, as ComfyUI, LightX2V and others store them.
 
-Weights are stored value * scale in float32, with one scale for the tensor or one for each row. Which
-formats there are, and their keys: comfy/quant_ops.py of ComfyUI and comfy_kitchen.
+Weights are stored value * scale in float32, with one scale for the tensor, for each row, or in
+TurboDiffusion's files for each tile of 128 x 128. Which formats there are, and their keys:
+comfy/quant_ops.py of ComfyUI and comfy_kitchen.
 """
 
 import json
@@ -21,6 +22,9 @@ from wan_dist.weights.tensor_file import Shape, format_first_ten
 _EIGHT_BIT_TYPES = ("F8_E4M3", "F8_E5M2", "I8")
 _SCALE_TYPES = ("F64", "F32", "F16", "BF16")
 _SCALE_NAMES = ("scale_weight", "weight_scale")
+INT8_TILES_NAME = "int8_weight"
+"""Name, instead of ``weight``, of a weight that TurboDiffusion has quantised; its scales are ``scale``."""
+_TILE_SIZE = 128
 _ACTIVATION_SCALE_NAMES = ("scale_input", "input_scale")
 _FORMATS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "int8_tensorwise": "I8"}
 """ComfyUI's names of the formats that are read, and the types of their tensors."""
@@ -39,10 +43,33 @@ _FOREIGN_KEYS = (
 
 @dataclass(frozen=True)
 class WeightScale:
-    """Where the scales of an 8-bit weight are, and in groups of how many columns it is rotated (0: not)."""
+    """Where the scales of an 8-bit weight are, and how they apply."""
 
     key: str
     rotation_size: int = 0
+    """In groups of how many columns the weight is rotated; 0: it is not."""
+    tile_size: int = 0
+    """Rows and columns of the tiles that have a scale each; 0: one for the tensor, or for each row."""
+
+    def select_rows(self, scales: Tensor, start: int, stop: int) -> Tensor:
+        """Return the scales of a weight's rows from ``start`` to before ``stop``: (1, 1), (n, 1) or (n, k).
+
+        k is the number of tiles of a row.
+        """
+        if self.tile_size:
+            return scales[torch.arange(start, stop) // self.tile_size]
+        scales = scales.reshape(-1, 1)
+        return scales if len(scales) == 1 else scales[start:stop]
+
+    def decode_rows(self, rows: Tensor, scales: Tensor) -> Tensor:
+        """Return rows (n, ...) of a weight, float32, from what is stored and the scales of `select_rows`."""
+        matrix = rows.reshape(len(rows), -1)
+        if self.tile_size:
+            scales = scales.repeat_interleave(self.tile_size, dim=1)[:, : matrix.shape[1]]
+        values = matrix.float() * scales
+        if self.rotation_size:
+            values = rotate_back(values, self.rotation_size)
+        return values.view(rows.shape)
 
 
 @dataclass(frozen=True)
@@ -72,8 +99,9 @@ def find_quantization(
     for name, type_name in type_names.items():
         if type_name in _EIGHT_BIT_TYPES and (key := _find_scale_key(name, shapes)):
             rotation_size = _check_format(name, type_name, shapes[name], formats)
-            _check_scale(name, key, shapes, type_names)
-            scales[name] = WeightScale(key, rotation_size)
+            tile_size = _TILE_SIZE if _is_tiled(name) else 0
+            _check_scale(name, key, shapes, type_names, tile_size)
+            scales[name] = WeightScale(key, rotation_size, tile_size)
     marker_keys = [key for key in shapes if key.rpartition(".")[2] == "scaled_fp8"]
     _check_all_scaled(shapes, type_names, scales, formats, has_marker=bool(marker_keys))
     activation_keys = [key for key in shapes if key.rpartition(".")[2] in _ACTIVATION_SCALE_NAMES]
@@ -99,9 +127,14 @@ def _get_module(name: str) -> str:
     return name.removesuffix("weight").removesuffix(".")
 
 
+def _is_tiled(name: str) -> bool:
+    return name.rpartition(".")[2] == INT8_TILES_NAME
+
+
 def _find_scale_key(name: str, shapes: Mapping[str, Shape]) -> str | None:
-    stem = name.removesuffix("weight")
-    return next((key for part in _SCALE_NAMES if (key := f"{stem}{part}") in shapes), None)
+    stem = name.removesuffix(INT8_TILES_NAME if _is_tiled(name) else "weight")
+    scale_names = ("scale",) if _is_tiled(name) else _SCALE_NAMES
+    return next((key for part in scale_names if (key := f"{stem}{part}") in shapes), None)
 
 
 def _read_layer_formats(
@@ -161,14 +194,25 @@ def _check_format(
 
 
 def _check_scale(
-    name: str, key: str, shapes: Mapping[str, Shape], type_names: Mapping[str, str]
+    name: str,
+    key: str,
+    shapes: Mapping[str, Shape],
+    type_names: Mapping[str, str],
+    tile_size: int,
 ) -> None:
-    """Raise InputError for scales that are neither one for the tensor nor one for each row."""
+    """Raise InputError for scales that are not one for the tensor, one for each row or one for each tile."""
     if type_names[key] not in _SCALE_TYPES:
         # One exponent for 32 values, or a scale in 8 bits for 16: OCP's microscaling formats.
         description = "nvfp4" if type_names[key] == "F8_E4M3" else "mxfp8"
         raise _make_format_error(description, key)
-    if prod(shapes[key]) not in (1, *shapes[name][:1]):
+    if tile_size:
+        num_tiles = tuple(-(-length // tile_size) for length in shapes[name])
+        if len(num_tiles) != 2 or shapes[key] != num_tiles:
+            raise InputError(
+                f"{key} has shape {shapes[key]}; a tensor of {shapes[name]} in tiles of {tile_size} "
+                f"x {tile_size} has scales of {num_tiles}; download it again"
+            )
+    elif prod(shapes[key]) not in (1, *shapes[name][:1]):
         raise InputError(
             f"{key} has shape {shapes[key]}; "
             f"scales of a tensor of {shapes[name]} are one, or one a row"
@@ -190,7 +234,9 @@ def _check_all_scaled(
         if type_name in _EIGHT_BIT_TYPES and name not in scales and len(shapes[name]) == 2
     ]
     described_names = [
-        name for name in unscaled_names if has_marker or _get_module(name) in formats
+        name
+        for name in unscaled_names
+        if has_marker or _get_module(name) in formats or _is_tiled(name)
     ]
     if described_names:
         source = "its key scaled_fp8 says" if has_marker else "its quantisation is said to be such"
