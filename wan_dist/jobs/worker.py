@@ -333,13 +333,13 @@ class JobWorker:
         return 1 if num_failed else 0
 
 
-def _list_timesteps(job: PlannedJob) -> list[tuple[float, bool]]:
-    """Return a job's timesteps, each with whether the first frame is known (image to video)."""
+def _list_timesteps(job: PlannedJob) -> list[tuple[float, float, bool]]:
+    """Return a job's timesteps, each with the next and whether the first frame is known (image to video)."""
     inputs = job.plan.task.inputs
     has_image = bool(list_image_files(read_settings(job.config, Effect.LATENTS)))
     first_frames = {has_image, has_image or job.plan.num_clips > 1}
     return [
-        (timestep, is_known and inputs.has_known_first_frame)
+        (*timesteps, is_known and inputs.has_known_first_frame)
         for is_known in sorted(first_frames)
-        for timestep in job.plan.sampling.schedule.timesteps
+        for timesteps in job.plan.sampling.schedule.next_timesteps.items()
     ]

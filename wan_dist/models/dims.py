@@ -1,7 +1,7 @@
 """Hyperparameters of the models, as read from a checkpoint."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,11 @@ class TransformerDims:
     """Width of the image features; 0: cross-attention has no image branch."""
     image_positions: int = 0
     """Length of the position embedding over the features of several images; 0: none."""
+    takes_next_timestep: bool = field(default=False, repr=False)
+    """Whether the model is also told the timestep of the step that follows (MeanFlow, arXiv:2505.13447).
+
+    Not in ``repr``, of which digests of earlier runs are made: the weights show it.
+    """
 
     @property
     def head_dim(self) -> int:

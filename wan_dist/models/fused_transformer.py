@@ -76,8 +76,10 @@ class FusedOutputHead(OutputHead):
         )
 
 
-TIME_LAYERS = ("time_embedding", "time_projection")
-"""Names of the layers that embed timesteps."""
+def list_time_layers(dims: TransformerDims) -> list[str]:
+    """Return the names of the layers that embed timesteps."""
+    next_layers = ["time_embedding_r"] if dims.takes_next_timestep else []
+    return ["time_embedding", *next_layers, "time_projection"]
 
 
 class FusedTransformer(WanTransformer):
@@ -121,13 +123,13 @@ class FusedTransformer(WanTransformer):
         return (block.self_attn for block in self.layers().values())
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """See `WanTransformer.embed_timesteps`; timesteps (B, R) are on the CPU."""
+        """See `WanTransformer.embed_timesteps`; timesteps are on the CPU."""
         if self.time_embeddings:
             return self.time_embeddings[str(timesteps.tolist())]
         return super().embed_timesteps(timesteps)
 
     def has_time_embeddings(self, timesteps: Iterable[Tensor]) -> bool:
-        """Whether all of these timesteps (B, R) can be embedded."""
+        """Whether all of these timesteps, as of `embed_timesteps`, can be embedded."""
         return not self.time_embeddings or all(
             str(timestep_rows.tolist()) in self.time_embeddings for timestep_rows in timesteps
         )
@@ -135,10 +137,10 @@ class FusedTransformer(WanTransformer):
     def precompute_time_embeddings(
         self, timesteps: Iterable[Tensor], time_layers: Mapping[str, nn.Module] | None = None
     ) -> None:
-        """Embed these timesteps (B, R) now, then delete the timestep layers.
+        """Embed these timesteps, as of `embed_timesteps`, now, then delete the timestep layers.
 
         In float32 they are as large as a block. No other timesteps can be embedded after that, unless
-        ``time_layers`` brings the layers again, by the names in `TIME_LAYERS`.
+        ``time_layers`` brings the layers again, by the names of `list_time_layers`.
         """
         for name, layer in (time_layers or {}).items():
             setattr(self, name, layer)
@@ -147,7 +149,7 @@ class FusedTransformer(WanTransformer):
             str(timestep_rows.tolist()): self.embed_timesteps(timestep_rows)
             for timestep_rows in timesteps
         }
-        for name in TIME_LAYERS:
+        for name in list_time_layers(self.dims):
             delattr(self, name)
 
     def forward(  # type: ignore[override]  # a velocity for each context
@@ -161,10 +163,10 @@ class FusedTransformer(WanTransformer):
         """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
         timesteps (B, 1) on the CPU, or (B, 2) where the first latent frame has a timestep of its own, the
-        first of the two. T, h, w must be multiples of the patch. ``contexts`` come from `ContextProjection`,
-        ``rotary`` from `compute_rotary`. All contexts go through a block before the next block runs, so
-        that its weights are gathered or fetched only once. With a ``residual_cache``, a step may reuse
-        what the blocks added in an earlier step.
+        first of the two; a last dim may be added, see `embed_timesteps`. T, h, w must be multiples of the
+        patch. ``contexts`` come from `ContextProjection`, ``rotary`` from `compute_rotary`. All contexts go
+        through a block before the next block runs, so that its weights are gathered or fetched only once.
+        With a ``residual_cache``, a step may reuse what the blocks added in an earlier step.
         """
         time, block_time = self.embed_timesteps(timesteps)
         x = self.patch_embedding(latents)

@@ -155,6 +155,38 @@ class OutputHead(nn.Module):
         return cast(Tensor, self.head(modulate(x, shift, scale, self.eps)))
 
 
+class TimeEmbedding(nn.Sequential):
+    """Embedding of timesteps: cosine and sine waves, then two linears with a SiLU between them."""
+
+    def __init__(self, dims: TransformerDims) -> None:
+        super().__init__(
+            nn.Linear(dims.freq_dim, dims.dim), nn.SiLU(), nn.Linear(dims.dim, dims.dim)
+        )
+        self.num_frequencies = dims.freq_dim // 2
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """timesteps (B, R) in [0, 1000] -> (B, R, D), float32."""
+        exponents = torch.arange(self.num_frequencies, dtype=torch.float64, device=timesteps.device)
+        angles = timesteps.double().unsqueeze(-1) * 10000.0 ** (-exponents / self.num_frequencies)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+        return cast(Tensor, super().forward(waves))
+
+
+class TimeProjection(nn.Sequential):
+    """Projection of timestep embeddings to the blocks' modulation: a linear of their activations' sum."""
+
+    def __init__(self, dims: TransformerDims) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(dims.dim, 6 * dims.dim))
+
+    def forward(self, embedding: Tensor, next_embedding: Tensor | None = None) -> Tensor:
+        """Embeddings (B, R, D) -> (B, R, 6, D)."""
+        activation, linear = self
+        activated = activation(embedding)
+        if next_embedding is not None:
+            activated = activated + activation(next_embedding)
+        return cast(Tensor, linear(activated).unflatten(-1, (6, -1)))
+
+
 class WanTransformer(nn.Module):
     """Predicts the velocity of noisy video latents for a prompt and images."""
 
@@ -163,10 +195,10 @@ class WanTransformer(nn.Module):
         self.dims = dims
         self.dtype = dtype
         self.patch_embedding = PatchEmbedding(dims, dtype)
-        self.time_embedding = nn.Sequential(
-            nn.Linear(dims.freq_dim, dims.dim), nn.SiLU(), nn.Linear(dims.dim, dims.dim)
-        )
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dims.dim, 6 * dims.dim))
+        self.time_embedding = TimeEmbedding(dims)
+        if dims.takes_next_timestep:
+            self.time_embedding_r = TimeEmbedding(dims)
+        self.time_projection = TimeProjection(dims)
         self.blocks = nn.ModuleList(TransformerBlock(dims, dtype) for _ in range(dims.num_layers))
         self.head = OutputHead(dims)
 
@@ -180,15 +212,16 @@ class WanTransformer(nn.Module):
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings (B, R, D) for the head and (B, R, 6, D) for the blocks, float32.
 
-        timesteps (B, R) in [0, 1000].
+        timesteps (B, R) in [0, 1000]; (B, R, 2), each with the timestep of the step that follows, 0 at the
+        last one, for a model that takes it. The head is not told the latter.
         """
         timesteps = timesteps.to(self.head.head.weight.device)
-        num_frequencies = self.dims.freq_dim // 2
-        exponents = torch.arange(num_frequencies, dtype=torch.float64, device=timesteps.device)
-        angles = timesteps.double().unsqueeze(-1) * 10000.0 ** (-exponents / num_frequencies)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-        embedding = self.time_embedding(waves)
-        return embedding, self.time_projection(embedding).unflatten(-1, (6, self.dims.dim))
+        if not self.dims.takes_next_timestep:
+            embedding = self.time_embedding(timesteps)
+            return embedding, self.time_projection(embedding)
+        timesteps, next_timesteps = timesteps.unbind(-1)
+        embedding = self.time_embedding(timesteps)
+        return embedding, self.time_projection(embedding, self.time_embedding_r(next_timesteps))
 
     def count_segment_tokens(self, latents: Tensor, num_timesteps: int) -> tuple[int, ...]:
         """Return how many tokens of latents (B, C, T, h, w) each timestep is for.
@@ -209,8 +242,9 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         """Return the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
-        timesteps (B, R): see `count_segment_tokens`. ``contexts``: each block's k and v, see
-        `ContextKV.select_block`; ``rotary`` from `compute_rotary`. T, h, w are multiples of the patch.
+        timesteps (B, R) or (B, R, 2): see `count_segment_tokens` and `embed_timesteps`. ``contexts``: each
+        block's k and v, see `ContextKV.select_block`; ``rotary`` from `compute_rotary`. T, h, w are multiples
+        of the patch.
         """
         time, block_time = self.embed_timesteps(timesteps)
         segments = self.count_segment_tokens(latents, timesteps.shape[1])

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_block import ContextKV
-from wan_dist.models.fused_transformer import TIME_LAYERS, FusedTransformer
+from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.apply import parallelize_transformer
@@ -205,23 +206,28 @@ class ExpertPredictor:
             variant,
             lambda: self._load_transformer(expert_index, f"load{stage_suffix}", arrangement),
         )
-        timestep_rows = self._list_timestep_rows()
+        timestep_rows = self._list_timestep_rows(model.dims)
         if not arrangement.shard_dit and not model.has_time_embeddings(timestep_rows):
             # The model was cached by a video with other timesteps.
             component = self.session.checkpoint.transformers[expert_index]
-            time_layers = component.load_parts(TIME_LAYERS, self.report.device)
+            time_layers = component.load_parts(list_time_layers(component.dims), self.report.device)
             model.precompute_time_embeddings(timestep_rows, time_layers)
         return model, contexts
 
-    def _list_timestep_rows(self) -> list[Tensor]:
-        """Return the timesteps (1, R) that the transformer will be called with."""
+    def _list_timestep_rows(self, dims: TransformerDims) -> list[Tensor]:
+        """Return the timesteps (1, R), or (1, R, 2), that the transformer will be called with."""
         has_known_latents = self.conditioning.known_latents is not None
         timesteps = self.session.possible_timesteps or [
-            (timestep, has_known_latents) for timestep in self.solver.timesteps
+            (timestep, next_timestep, has_known_latents)
+            for timestep, next_timestep in self.plan.sampling.schedule.next_timesteps.items()
         ]
+        distinct_timesteps = dict.fromkeys(
+            (timestep, next_timestep if dims.takes_next_timestep else None, is_known)
+            for timestep, next_timestep, is_known in timesteps
+        )
         return [
-            make_timestep_rows(timestep, has_known_frame=is_known)
-            for timestep, is_known in dict.fromkeys(timesteps)
+            make_timestep_rows(timestep, next_timestep, has_known_frame=is_known)
+            for timestep, next_timestep, is_known in distinct_timesteps
         ]
 
     def _build_guidance(
@@ -248,6 +254,9 @@ class ExpertPredictor:
             self.noise,
             separate_contexts=arrangement.passes == "apart",
             tea_cache=self._make_tea_cache(num_done),
+            next_timesteps=self.plan.sampling.schedule.next_timesteps
+            if model.dims.takes_next_timestep
+            else None,
         )
         return (
             ParallelGuidance(velocities, scale=guide_scale, axis=cfg_axis)
@@ -315,7 +324,7 @@ class ExpertPredictor:
                 inner_attention=self.attention,
             )
             if not arrangement.shard_dit:
-                model.precompute_time_embeddings(self._list_timestep_rows())
+                model.precompute_time_embeddings(self._list_timestep_rows(model.dims))
         if streaming is None:
             self.report.record_read_speed(stage_name, component.files.bytes_read - bytes_before)
         return model

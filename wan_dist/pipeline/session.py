@@ -64,8 +64,10 @@ class Session:
     """Cache of a batch's other embeddings, on that rank too."""
     shared_prompt_cache: PromptCache | None = None
     """Cache of embeddings that other replicas have made, in prompt caches that this rank does not see."""
-    possible_timesteps: tuple[tuple[float, bool], ...] = ()
-    """Timesteps of all videos, and whether a first frame is known; a single video needs only its own."""
+    possible_timesteps: tuple[tuple[float, float, bool], ...] = ()
+    """Timesteps of all videos, each with the next one and whether a first frame is known; a single video
+    needs only its own.
+    """
     fallback_arrangement: Arrangement | None = None
     """The fallback in use, where memory ran out."""
     keeps_both_experts: bool = False

@@ -35,6 +35,11 @@ class NoiseSchedule:
     sigmas: tuple[float, ...]
     """Noise level at each step, decreasing, and a final 0."""
 
+    @property
+    def next_timesteps(self) -> dict[float, float]:
+        """By each timestep that of the step that follows, 0 for the last: some models are told both."""
+        return dict(zip(self.timesteps, (*self.timesteps[1:], 0.0), strict=True))
+
     def __len__(self) -> int:
         return len(self.timesteps)
 

@@ -37,7 +37,9 @@ def count_all_blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> 
 
 def count_time_embedding_bytes(dims: TransformerDims) -> int:
     """Return the bytes of the timestep embedding and its projection, float32."""
-    return (dims.freq_dim + 1 + dims.dim + 1 + 6 * (dims.dim + 1)) * dims.dim * FLOAT_BYTES
+    num_embeddings = 1 + dims.takes_next_timestep
+    num_embedding_rows = num_embeddings * (dims.freq_dim + 1 + dims.dim + 1)
+    return (num_embedding_rows + 6 * (dims.dim + 1)) * dims.dim * FLOAT_BYTES
 
 
 def count_transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:

@@ -1,6 +1,6 @@
 """Velocity prediction: classifier-free guidance, and the switch between two experts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ class VelocityPredictor:
 
     ``separate_contexts``: one context after the other passes through the whole model, rather than all
     together through each block. ``tea_cache`` decides at which steps the blocks are not computed, and
-    their residual of the last computed step is added to the tokens instead.
+    their residual of the last computed step is added to the tokens instead. ``next_timesteps``: for a model
+    that is told of them, `NoiseSchedule.next_timesteps`.
     """
 
     def __init__(
@@ -28,8 +29,10 @@ class VelocityPredictor:
         *,
         separate_contexts: bool = False,
         tea_cache: TeaCache | None = None,
+        next_timesteps: Mapping[float, float] | None = None,
     ) -> None:
         self.model = model
+        self.next_timesteps = next_timesteps or {}
         self.tea_cache = tea_cache
         self.context_groups = (
             [[context] for context in contexts] if separate_contexts else [contexts]
@@ -43,7 +46,9 @@ class VelocityPredictor:
 
     def __call__(self, latents: Tensor, timestep: float) -> list[Tensor]:
         """Return the velocity (B, C, T, h, w), float32, for each context."""
-        timesteps = make_timestep_rows(timestep, has_known_frame=self.has_known_frame)
+        timesteps = make_timestep_rows(
+            timestep, self.next_timesteps.get(timestep), has_known_frame=self.has_known_frame
+        )
         if self.extra_channels is not None:
             latents = torch.cat([latents, self.extra_channels], dim=1)
         velocities: list[Tensor] = []
@@ -54,9 +59,19 @@ class VelocityPredictor:
         return velocities
 
 
-def make_timestep_rows(timestep: float, *, has_known_frame: bool) -> Tensor:
-    """Return the timesteps (1, R) of a video's tokens: 0 for a known first frame, which has no noise."""
-    return torch.tensor([(0, timestep) if has_known_frame else (timestep,)])
+def make_timestep_rows(
+    timestep: float, next_timestep: float | None = None, *, has_known_frame: bool
+) -> Tensor:
+    """Return the timesteps (1, R) of a video's tokens: 0 for a known first frame, which has no noise.
+
+    With ``next_timestep`` they are (1, R, 2); see `WanTransformer.embed_timesteps`.
+    """
+    rows = torch.tensor([(0, timestep) if has_known_frame else (timestep,)])
+    if next_timestep is None:
+        return rows
+    return torch.stack(
+        [rows, make_timestep_rows(next_timestep, has_known_frame=has_known_frame)], -1
+    )
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -173,6 +173,7 @@ def infer_transformer_dims(
         eps=eps,
         image_dim=shapes.get_size_or_zero("img_emb.proj.0.weight", rank=1, dim=0),
         image_positions=shapes.get_size_or_zero("img_emb.emb_pos", rank=3, dim=1),
+        takes_next_timestep="time_embedding_r.0.weight" in shapes,
     )
 
 

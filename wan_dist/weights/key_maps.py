@@ -82,6 +82,8 @@ _DIFFUSERS_TRANSFORMER_TABLE: _RenameTable = (
     (r"text_embedding\.2\.", r"condition_embedder.text_embedder.linear_2."),
     (r"time_embedding\.0\.", r"condition_embedder.time_embedder.linear_1."),
     (r"time_embedding\.2\.", r"condition_embedder.time_embedder.linear_2."),
+    (r"time_embedding_r\.0\.", r"condition_embedder.time_embedder_r.linear_1."),
+    (r"time_embedding_r\.2\.", r"condition_embedder.time_embedder_r.linear_2."),
     (r"time_projection\.1\.", r"condition_embedder.time_proj."),
     (r"img_emb\.proj\.0\.", r"condition_embedder.image_embedder.norm1."),
     (r"img_emb\.proj\.1\.", r"condition_embedder.image_embedder.ff.net.0.proj."),

@@ -11,7 +11,7 @@ from wan_dist.models.attention.rotary import apply_rotary, compute_rotary_tables
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims, VaeDims
 from wan_dist.models.fused_block import ContextKV
-from wan_dist.models.fused_transformer import TIME_LAYERS, FusedTransformer
+from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
 from wan_dist.models.image_encoder import encode_images
 from wan_dist.models.text_encoder import TextEncoder, clean_prompt
 from wan_dist.models.transformer import PatchEmbedding
@@ -275,7 +275,7 @@ def test_timesteps_embedded_ahead_are_the_same() -> None:
     )
     contexts, rotary = tiny_contexts(3), model.compute_rotary(latents)
     expected = [model(latents, each, contexts, rotary)[0] for each in timesteps]
-    time_layers = {name: getattr(model, name) for name in TIME_LAYERS}
+    time_layers = {name: getattr(model, name) for name in list_time_layers(model.dims)}
     model.precompute_time_embeddings(timesteps[1:])
     assert model.has_time_embeddings(timesteps[1:])
     assert not model.has_time_embeddings(timesteps)

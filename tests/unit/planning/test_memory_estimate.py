@@ -1,11 +1,13 @@
 """Predicted bytes of the models against the models themselves, on meta."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.fused_transformer import FusedTransformer
+from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels import transformer_ops
@@ -41,6 +43,16 @@ def test_bytes_of_weights_are_exact(task: object, dtype: torch.dtype) -> None:
     assert parameter_bytes.count_text_block_bytes(
         task.text_encoder_dims, dtype.itemsize
     ) == size_of(text.get_submodule("block.0"))  # type: ignore[attr-defined]
+
+
+def test_bytes_of_a_second_time_embedding_are_counted() -> None:
+    dims = replace(TASKS["t2v-14B"].transformer_dims, takes_next_timestep=True)
+    with torch.device("meta"):
+        model = FusedTransformer(dims, torch.bfloat16)
+    assert parameter_bytes.count_transformer_bytes(dims, 2) == size_of(model)
+    time_layers = [model.get_submodule(name) for name in list_time_layers(dims)]
+    assert len(time_layers) == 3
+    assert parameter_bytes.count_time_embedding_bytes(dims) == sum(map(size_of, time_layers))
 
 
 def test_bytes_of_the_image_encoder_are_exact() -> None:
