@@ -24,6 +24,7 @@ from wan_dist.config.schema import list_settings
 from wan_dist.run import USAGE_EXAMPLES
 from wan_dist.tasks.registry import TASKS, get_task
 from wan_dist.tasks.run_config import read_config
+from wan_dist.weights.published_files import PUBLISHED_FILES
 
 ROOT = Path(__file__).parents[2]
 CHINESE = ROOT / "README.zh-CN.md"
@@ -88,7 +89,9 @@ def test_commands_of_launch_that_are_shown_are_composed(command: str) -> None:
         return
     assert name in launch.COMMANDS
     if name == "fetch":
-        assert get_task(next(word for word in words if "=" not in word).replace("TASK", "toy"))
+        fetched = [word for word in words if "=" not in word]
+        if fetched and fetched[0] not in PUBLISHED_FILES:
+            assert get_task(fetched[0].replace("TASK", "toy"))
         return
     if name in ("runs", "gallery"):
         assert len(words) == 1

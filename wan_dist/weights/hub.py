@@ -1,8 +1,8 @@
-"""Hugging Face download of a task's published checkpoint, unless the cache holds it."""
+"""Hugging Face download of published checkpoints and files, unless the cache holds them."""
 
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,11 @@ from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import preemption
 from wan_dist.tasks.base import Task
+from wan_dist.tasks.registry import get_task
+from wan_dist.weights.file_kinds import find_kind
+from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.layout import NO_FILES, GivenFiles, find_layout, list_download_patterns
+from wan_dist.weights.published_files import PublishedFiles
 
 _PROXY_VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 _MIRROR_VARIABLES = ("HF_ENDPOINT",)
@@ -51,14 +55,11 @@ def download_checkpoint(
     """Download the task's published checkpoint for videos of ``area`` pixels and return its folder.
 
     ``folder``: where to, by default into the Hugging Face cache. Complete files are not fetched again. Raises
-    InputError if it cannot be fetched. A signal ends the process at once: partial downloads stay on disk, and
-    other processes would wait for the lock of the file that is being fetched.
+    InputError if it cannot be fetched.
     """
     repository, patterns = task.choose_repository(area), list_download_patterns(task, given_files)
-    logger.info("download  %s to %s", repository, folder or "the Hugging Face cache")
     try:
-        with preemption.immediate_exit():
-            return Path(snapshot_download(repository, allow_patterns=patterns, local_dir=folder))
+        return _download(repository, patterns, folder)
     except Exception as error:  # of the hub's client, of what it sends requests with, of the disk
         raise InputError(
             f"the checkpoint of {task.name} is not on this machine and could not be downloaded: "
@@ -67,6 +68,50 @@ def download_checkpoint(
             f"or `hf download {repository} --local-dir FOLDER`, then pass ckpt_dir=FOLDER; "
             f"it must have {', '.join(patterns)}"
         ) from None
+
+
+def _download(repository: str, patterns: Sequence[str], folder: Path | None) -> Path:
+    """Download the files of these patterns and return their folder.
+
+    A signal ends the process at once: partial downloads stay on disk, and other processes would wait for the
+    lock of the file that is being fetched.
+    """
+    logger.info("download  %s to %s", repository, folder or "the Hugging Face cache")
+    with preemption.immediate_exit():
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), local_dir=folder))
+
+
+def download_files(files: PublishedFiles, *, folder: Path | None = None) -> Path:
+    """Download published files and return the folder that holds them; otherwise as `download_checkpoint`."""
+    try:
+        return _download(files.repository, files.patterns, folder)
+    except Exception as error:  # as above
+        raise InputError(
+            f"{files.name} could not be downloaded: {_explain_download_error(error)}; "
+            f"or where there is internet run `python -m launch fetch {files.name} FOLDER` "
+            f"or `hf download {files.repository} {' '.join(files.patterns)} --local-dir FOLDER`"
+        ) from None
+
+
+def check_files_complete(folder: Path, files: PublishedFiles) -> None:
+    """Raise InputError unless all files exist, are of their settings' kinds, and have whole headers."""
+    if "ckpt_dir" in files.files:
+        check_checkpoint_complete(folder, get_task(files.task))
+        return
+    for setting, names in files.files.items():
+        for name in names:
+            if not (folder / name).is_file():
+                raise InputError(
+                    f"{folder} has no {name}: {files.repository} no longer publishes it under this name; "
+                    f"look there for another, and give it as {setting}=FILE"
+                )
+            kind = find_kind(TensorFiles([folder / name]).shapes)
+            expected_setting = "lora" if setting.startswith("lora") else setting
+            if kind is None or kind.setting != expected_setting:
+                found = "of an unknown kind" if kind is None else kind.description
+                raise InputError(
+                    f"{folder / name} is {found}, not for {setting}=; download it again"
+                )
 
 
 def _explain_download_error(error: Exception) -> str:

@@ -2,21 +2,31 @@
 
 import errno
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import save_file
 
 from launch.__main__ import main
-from tests.conftest import FIXTURES
+from tests.conftest import FIXTURES, golden_folder
+from wan_dist.planning.few_steps import find_few_step_model
 from wan_dist.runtime import signals as preemption
 from wan_dist.runtime.environment import sanitize_environment
 from wan_dist.runtime.log import logger
+from wan_dist.tasks.registry import TASKS
+from wan_dist.tasks.run_config import read_config
 from wan_dist.weights import hub
+from wan_dist.weights.published_files import PUBLISHED_FILES
 
 
 @pytest.fixture
@@ -88,9 +98,15 @@ def test_a_truncated_file_is_found(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "fetch needs a task and a folder"),
+        (["size=832*480"], "fetch needs a task and a folder"),
         (["t2v-14B", "a", "b"], "fetch needs a task and a folder"),
         (["t2v-14", "a"], "there is no task 't2v-14'"),
+        (["lightx", "a"], "few-step models: lightx2v-4step-t2v-14B, "),
+        (
+            ["lightx2v-4step", "a"],
+            "is published for several tasks: say lightx2v-4step-t2v-14B or lightx2v-4step-i2v-14B or ",
+        ),
+        (["lightx2v-4step-t2v-14B", "a", "size=832*480"], "leave size=832*480 out"),
         (["toy", "a"], "needs no download"),
         (["t2v-14B", "a", "size=big"], "size=big"),
     ],
@@ -101,6 +117,121 @@ def test_bad_input(
     assert main(["fetch", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not asked
+
+
+@pytest.mark.parametrize("arguments", [[], ["lightning2"]])
+def test_what_there_is_is_listed(
+    arguments: list[str], asked: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fetch", *arguments]) == (2 if arguments else 0)
+    captured = capsys.readouterr()
+    text = captured.err if arguments else captured.out
+    for name in (*PUBLISHED_FILES, *TASKS):
+        assert name == "toy" or name in text
+    assert not asked
+
+
+LORA_TENSORS = {
+    "diffusion_model.blocks.0.ffn.0.lora_down.weight": torch.zeros(2, 64),
+    "diffusion_model.blocks.0.ffn.0.lora_up.weight": torch.zeros(128, 2),
+}
+
+
+@pytest.fixture
+def patterns_asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Patterns that were asked for by repository; tiny files of these names come."""
+    found: dict[str, list[str]] = {}
+
+    def snapshot(repository: str, *, allow_patterns: list[str], local_dir: Path) -> str:
+        found[repository] = allow_patterns
+        if repository.startswith("FastVideo/"):
+            shutil.copytree(golden_folder("diffusers") / "wan2.2-ti2v-5b", local_dir)
+            return str(local_dir)
+        for name in allow_patterns:
+            file = local_dir / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            if "lora" in name.lower():
+                save_file(LORA_TENSORS, file)
+            else:
+                shutil.copy(FIXTURES / "wan2.1-t2v/diffusion_pytorch_model.safetensors", file)
+        return str(local_dir)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    return found
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_files_of_few_step_models_come_with_the_command_that_uses_them(
+    name: str,
+    patterns_asked: dict[str, list[str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "files"
+    files = PUBLISHED_FILES[name]
+    assert main(["fetch", name, str(folder)]) == 0
+    assert patterns_asked == {files.repository: files.patterns}
+    *_, command = capsys.readouterr().out.splitlines()
+    _, arguments = command.split("python -m wan_dist.run ")
+    config = read_config(shlex.split(arguments))
+    assert config is not None
+    assert (config.task, config.preset) == (files.task, files.preset)
+    for path in re.findall(rf"{re.escape(str(folder))}[^, ]*", command):
+        assert Path(path).exists()
+    is_pair = TASKS[files.task].expert_boundary is not None
+    assert sum(map(len, files.files.values())) == (2 if is_pair else 1) or "ckpt_dir" in files.files
+    if config.dit_file or config.lora or config.lora_high:
+        name_of_file = Path(files.patterns[0])
+        assert find_few_step_model([folder / name_of_file]) == (name_of_file.name, files.preset)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.unlink(), "no longer publishes it under this name"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-9]), "truncated"),
+        (
+            lambda file: shutil.copy(
+                FIXTURES / "wan2.1-t2v/diffusion_pytorch_model.safetensors", file
+            ),
+            "is a transformer, not for lora=",
+        ),
+    ],
+)
+def test_files_that_are_not_whole_or_not_those_are_found(
+    change: Callable[[Path], object],
+    message: str,
+    patterns_asked: dict[str, list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    come = hub.snapshot_download
+
+    def spoil(repository: str, **options: Any) -> str:
+        folder = come(repository, **options)
+        change(Path(folder) / options["allow_patterns"][0])
+        return folder
+
+    monkeypatch.setattr(hub, "snapshot_download", spoil)
+    assert main(["fetch", "lightx2v-4step-t2v-14B", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_failed_download_of_files_says_what_to_run_where_there_is_internet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> str:
+        raise RuntimeError("404")
+
+    monkeypatch.setattr(hub, "snapshot_download", fails)
+    assert main(["fetch", "fusionx-8step-t2v-14B", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "404" in told
+    assert (
+        "`hf download vrgamedevgirl84/Wan14BT2VFusioniX "
+        "FusionX_LoRa/Wan2.1_T2V_14B_FusionX_LoRA.safetensors --local-dir FOLDER`" in told
+    )
 
 
 class RefusedError(Exception):
