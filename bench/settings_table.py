@@ -4,12 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from launch.plan import plan_dry_run
+from wan_dist.config.compose import CONFIG_FOLDER
 from wan_dist.config.schema import RunConfig, list_settings
 from wan_dist.planning.hardware import Hardware
+from wan_dist.planning.sampling_plan import plan_sampling
 from wan_dist.planning.workload import GIB
 from wan_dist.tasks.base import Task
 from wan_dist.tasks.registry import TASKS
 from wan_dist.tasks.run_config import read_config
+from wan_dist.weights.published_files import PUBLISHED_FILES
 
 _SECTION_TITLES = {
     "": "General",
@@ -57,6 +60,31 @@ def list_task_rows() -> Iterator[list[str]]:
         counts = [config.frame_num, config.fps, config.sample.steps]
         multiple = str(task.size_multiple[0])
         yield [f"`{task.name}`", config.size, *map(str, counts), shift_text, guidance, multiple]
+
+
+def list_preset_rows() -> Iterator[list[str]]:
+    """Yield the titles, then for each preset what it is for and how it samples; as for t2v-14B."""
+    yield ["preset", "for", "solver", "steps", "shift", "timesteps that the model is told"]
+    task = TASKS["t2v-14B"]
+    for file in sorted((CONFIG_FOLDER / "preset").glob("*.yaml")):
+        if file.stem == "none":
+            continue
+        config = _read_task_config(task, f"preset={file.stem}")
+        width, height = config.parse_size()
+        sampling = plan_sampling(config.sample, task, width * height)
+        _, comment, *_ = file.read_text(encoding="utf-8").splitlines()
+        purpose = comment.removeprefix("# ").partition(": ")[0]
+        has_shift = "shift" in sampling.description
+        timesteps = ", ".join(f"{timestep:.4g}" for timestep in sampling.schedule.timesteps)
+        counts = [str(config.sample.steps), f"{sampling.shift:g}" if has_shift else ""]
+        yield [f"`{file.stem}`", purpose, f"`{config.sample.solver}`", *counts, timesteps]
+
+
+def list_published_rows() -> Iterator[list[str]]:
+    """Yield the titles, then the name and the repository of each of the published files."""
+    yield ["name", "files", "preset", "repository"]
+    for files in PUBLISHED_FILES.values():
+        yield [f"`{files.name}`", files.description, f"`{files.preset}`", files.repository]
 
 
 def list_overview_rows() -> Iterator[list[str]]:

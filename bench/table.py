@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.plan_table import list_gpu_rows, plan_peaks
-from bench.settings_table import list_overview_rows, list_setting_lines, list_task_rows
+from bench.settings_table import (
+    list_overview_rows,
+    list_preset_rows,
+    list_published_rows,
+    list_setting_lines,
+    list_task_rows,
+)
 
 RESULTS = Path(__file__).parent / "results"
 _ROOT = Path(__file__).parents[1]
@@ -379,6 +385,18 @@ def overview() -> list[str]:
     return _format_table(titles, rows)
 
 
+def presets() -> list[str]:
+    """Return the presets of few-step models."""
+    titles, *rows = list_preset_rows()
+    return _format_table(titles, rows)
+
+
+def published() -> list[str]:
+    """Return the files that fetch knows by short names."""
+    titles, *rows = list_published_rows()
+    return _format_table(titles, rows)
+
+
 def settings() -> list[str]:
     """Return all keys by section."""
     return list(list_setting_lines())[:-1]
@@ -404,6 +422,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         gpus,
         tasks,
         overview,
+        presets,
+        published,
         settings,
     )
 }
