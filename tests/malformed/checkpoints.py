@@ -218,9 +218,18 @@ def _longer_vocabulary(folder: Path) -> None:
 def _code_of_its_own(folder: Path) -> None:
     """Name a class in a Python file beside it, as checkpoints may that run their own code."""
     (folder / "code.py").write_text("import os\nos.system('touch ran')\nclass T: pass\n")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}, "tokenizer_class": "T"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    config = {"auto_map": {"AutoTokenizer": ["code.T", "code.T"]}, "tokenizer_class": "T"}
+    _only_config(json.dumps(config))(folder)
+
+
+def _only_config(text: str) -> Callable[[Path], None]:
+    """Of a folder without tokenizer.json, which is read alone where it is there."""
+
+    def change(folder: Path) -> None:
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").write_text(text)
+
+    return change
 
 
 def _loop(path: Path) -> None:
@@ -655,12 +664,12 @@ TOKENIZERS = [
     _tokenizer("no tokenizer", lambda folder: (folder / "tokenizer.json").unlink(), _NO_TOKENIZER),
     _tokenizer(
         "a broken tokenizer_config",
-        lambda folder: (folder / "tokenizer_config.json").write_text('{"a'),
+        _only_config('{"a'),
         _NO_TOKENIZER,
     ),
     _tokenizer(
         "a tokenizer_config that is an array",
-        lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+        _only_config("[]"),
         _NO_TOKENIZER,
     ),
     _tokenizer("a tokenizer with code of its own", _code_of_its_own, _NO_TOKENIZER),
