@@ -8,6 +8,7 @@ signal: "1 3 SIGKILL".
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from wan_dist.pipeline import decode as vae
@@ -36,14 +37,19 @@ def ask_at(moment: str, num_times: str = "1", name: str = "SIGUSR1") -> None:
 
         setattr(place, function, asked)
         return
-    step = solvers.UniPC.step
+    for solver in (solvers.UniPC, solvers.Renoising):
+        ask_in_step(solver, int(moment), ask)
 
-    def asked_step(self: solvers.UniPC, index: int, *arguments: Any) -> Any:
-        if index == int(moment):
+
+def ask_in_step(solver: type[solvers.Solver], asked_index: int, ask: Callable[[], None]) -> None:
+    step = solver.step
+
+    def asked_step(self: solvers.Solver, index: int, *arguments: Any) -> Any:
+        if index == asked_index:
             ask()
         return step(self, index, *arguments)
 
-    solvers.UniPC.step = asked_step  # type: ignore[method-assign]
+    solver.step = asked_step  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.forked import run_forked, run_ranks, run_torchrun
 from tests.sampling import make_plain_solver
@@ -97,6 +98,24 @@ def test_guessed_steps_go_on_too(tmp_path: Path) -> None:
     assert main([*settings, parted]) == 0
     assert json.loads((tmp_path / "whole/clip.json").read_text())["guessed_steps"] > 4
     assert (tmp_path / "parted/clip.mp4").read_bytes() == (tmp_path / "whole/clip.mp4").read_bytes()
+
+
+def test_noise_between_steps_resumes_bit_for_bit(tmp_path: Path) -> None:
+    settings = [
+        *("task=toy", "frame_num=5", "size=64x64", "output.name=clip", "dtype=float32"),
+        *("sample.solver=lcm", "sample.steps=5", "sample.guide_scale=1"),
+    ]
+    whole, parted = (f"output.dir={tmp_path / name}" for name in ("whole", "parted"))
+    assert main([*settings, whole]) == 0
+    for moment in ("1", "3"):
+        stopped = run_forked("tests.preempted", moment, "0", *settings, parted)
+        assert stopped.returncode == 75, stopped.stderr
+    assert main([*settings, parted]) == 0
+    assert (tmp_path / "parted/clip.mp4").read_bytes() == (tmp_path / "whole/clip.mp4").read_bytes()
+    latents = [
+        load_file(tmp_path / f"{name}/clip.latents.safetensors") for name in ("whole", "parted")
+    ]
+    assert torch.equal(latents[0]["latents"], latents[1]["latents"])
 
 
 @pytest.mark.parametrize("name", SOLVERS)

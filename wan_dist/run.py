@@ -198,8 +198,7 @@ def _run_on_one_rank(arguments: list[str]) -> int:
         return 0
     _warn_unwritable_cache(config)
     planned_work = _plan_work(config, arguments, RankLayout(), _find_own_gpu_bytes)
-    if isinstance(planned_work, VideoPlan):
-        _announce_video(config, planned_work)  # before torch is imported
+    _announce_work(config, planned_work)  # before torch is imported
     from wan_dist.parallel.team import Coordinator
 
     return _start_run(
@@ -235,8 +234,7 @@ def _run_on_several_ranks(arguments: list[str], ranks: RankLayout) -> int:
             lambda: _plan_work(config, arguments, ranks, lambda _: min_gpu_bytes),
             "check the settings",
         )
-        if isinstance(planned_work, VideoPlan):
-            _announce_video(config, planned_work)
+        _announce_work(config, planned_work)
         # the run acts on signals where ranks work together: elsewhere, the others would not learn of it
         with preemption.deferred():
             return _start_run(config, planned_work, arguments, coordinator)
@@ -309,14 +307,18 @@ def _start_run(
     return run_jobs(config, planned_work, arguments, coordinator)
 
 
-def _announce_video(config: RunConfig, plan: VideoPlan) -> None:
-    """Log what will be made, before the imports of what makes it."""
-    if plan.degrees.num_ranks > 1:
-        add_log_file(Path(config.output.dir).expanduser() / "logs" / plan.name)
-    logger.info("video     %s", plan.summary)
-    if config.preset is not None:
-        logger.info("preset    %s: %s", config.preset, plan.sampling.description)
-    for note in plan.notes:
+def _announce_work(config: RunConfig, planned_work: VideoPlan | list[PlannedJob]) -> None:
+    """Log what will be made, before the imports of what makes it; of jobs, what their settings ask about."""
+    if isinstance(planned_work, VideoPlan):
+        plans = [planned_work]
+        if planned_work.degrees.num_ranks > 1:
+            add_log_file(Path(config.output.dir).expanduser() / "logs" / planned_work.name)
+        logger.info("video     %s", planned_work.summary)
+    else:
+        plans = [job.plan for job in planned_work]
+    if config.preset is not None and plans:
+        logger.info("preset    %s: %s", config.preset, plans[0].sampling.description)
+    for note in dict.fromkeys(note for plan in plans for note in plan.notes):
         logger.info("note      %s", note)
 
 
