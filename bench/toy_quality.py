@@ -81,10 +81,7 @@ WAYS = (
     *(
         Way(
             f"euler, {steps} steps, no guidance",
-            (
-                *("dtype=float32", "sample.solver=euler", f"sample.steps={steps}"),
-                *("sample.timesteps=float", "sample.guide_scale=1"),
-            ),
+            ("dtype=float32", "preset=toy-4step", f"sample.steps={steps}"),
         )
         for steps in (1, 2, 4)
     ),

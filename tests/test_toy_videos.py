@@ -17,11 +17,6 @@ def run_forked(num_ranks: int, settings: Sequence[str], _: int) -> None:
     run_ranks(num_ranks, "wan_dist.run", *settings)
 
 
-FEW_STEPS = [
-    *("sample.solver=euler", "sample.steps=4", "sample.timesteps=float", "sample.guide_scale=1"),
-]
-
-
 def list_wrong(videos: Sequence[Made]) -> dict[str, str]:
     """Return what is seen in the videos that do not show their caption, by caption."""
     verdicts = {
@@ -44,5 +39,5 @@ def test_nine_of_ten_captions_are_shown_rightly() -> None:
 
 def test_four_steps_without_guidance_show_their_captions_too() -> None:
     """60 of 64, as a distilled model would; with guidance, 4 steps of UniPC show 51."""
-    wrong = list_wrong(videos_of(ASKED, ["device=cpu", *FEW_STEPS], run=run_forked))
+    wrong = list_wrong(videos_of(ASKED, ["device=cpu", "preset=toy-4step"], run=run_forked))
     assert len(wrong) <= 4 * len(ASKED) / 64, wrong
