@@ -33,6 +33,12 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What earlier tests, or the user's runs, have encoded must not stand in for encoding it."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _keyboard_signals_are_not_ignored() -> None:
     """A shell ignores them in what it starts in the background, and so would all that is started here."""
     defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGQUIT: signal.SIG_DFL}

@@ -225,11 +225,11 @@ class CacheConfig:
 
     dir: str | None = _key(
         "auto",
-        "folder of cached prompt embeddings; auto: wan-dist/prompts in the user's "
-        "cache; null: no cache",
+        "folder of cached prompt embeddings and encoded images; auto: wan-dist/prompts in the "
+        "user's cache; null: no cache",
     )
     size_gib: float = _key(
-        1.0, "limit of that folder's size, in GiB; the least recently used embeddings are removed"
+        1.0, "limit of that folder's size, in GiB; the least recently used files are removed"
     )
     steps: str | None = _key(
         None,

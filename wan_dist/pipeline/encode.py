@@ -9,9 +9,11 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast
 from wan_dist.pipeline.conditioning import image, known_first_frame
+from wan_dist.pipeline.input_cache import InputCache
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.text_embeddings import embed_prompts
 from wan_dist.planning.plan import RunPlan
+from wan_dist.runtime.log import logger
 from wan_dist.sampling.conditioning import Conditioning
 
 InputEncoder = Callable[
@@ -25,6 +27,25 @@ INPUT_ENCODERS: dict[str, InputEncoder] = {
 
 The last argument is the frame (3, H, W) in [-1, 1] that a further clip starts from, instead of the images.
 """
+
+
+def _encode_images(
+    session: Session, config: RunConfig, plan: RunPlan, report: StageReport
+) -> dict[str, Tensor]:
+    """Return what the images are encoded to, as in `INPUT_ENCODERS`, from the cache if they were before."""
+    cache = session.run_together(lambda: InputCache(session, config, plan), "read the images")
+    cached = session.run_together(cache.find, "look for encoded images")
+    if cached is not None:
+        logger.log(
+            report.log_level, "image     read from the cache in %s", config.cache.resolve_folder()
+        )
+        return {name: tensor.to(report.device) for name, tensor in cached.items()}
+    tensors = INPUT_ENCODERS[plan.task.inputs.kind](session, config, plan, report, None)
+    if "image" not in (
+        report.record.ran_out or ()
+    ):  # else it was encoded in another way than planned
+        cache.store(tensors)
+    return tensors
 
 
 def encode_conditioning(
@@ -51,9 +72,11 @@ def encode_conditioning(
         return {name: embeddings[text].to(report.device) for name, text in prompts.items()}
 
     conditioning_tensors = session.run_together(encode_prompts, "encode the prompt")
-    if plan.images or first_frame is not None:
+    if first_frame is not None:
         encode_inputs = INPUT_ENCODERS[plan.task.inputs.kind]
         conditioning_tensors |= encode_inputs(session, config, plan, report, first_frame)
+    elif plan.images:
+        conditioning_tensors |= _encode_images(session, config, plan, report)
 
     def broadcast_conditioning() -> dict[str, Tensor | None]:
         return {

@@ -1,106 +1,37 @@
 """Prompt embeddings cached on disk, so that a prompt seen before does not need the text encoder."""
 
-import contextlib
-import hashlib
-import json
-import os
-import time
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from wan_dist.models.text_encoder import clean_prompt
-from wan_dist.output.video_file import SaveError, save_tensors
-from wan_dist.runtime.log import logger
+from wan_dist.pipeline.tensor_cache import TensorCache
 
-_HEADER_BYTES = 80
-"""Bytes of a file besides its values."""
-_MAX_FOLDER_SCANS = 64
-"""Upper limit of the folder's scans while the cache is filled once."""
-_CLOCK_SKEW_NANOSECONDS = 5 * 10**9
-"""Nanoseconds by which a file system's clock may be behind."""
+_NAME = "context"
 
 
 class PromptCache:
-    """Embeddings by prompt, of one text encoder; several ranks and runs may use one folder at once.
+    """Embeddings by prompt, of one text encoder; see `TensorCache`.
 
-    ``identity`` identifies the encoder: whatever changes embeddings must be in it. Where files take more
-    than ``limit_bytes``, the least recently used are evicted, but none that was used since this process
-    started: a batch embeds all its prompts first, and the first ones should still be there for their jobs.
+    ``identity`` identifies the encoder: whatever changes embeddings must be in it.
     """
 
     def __init__(self, folder: Path, identity: str, limit_bytes: int) -> None:
-        self.folder, self.identity, self.limit_bytes = folder, identity, limit_bytes
-        self._opened_nanoseconds = time.time_ns() - _CLOCK_SKEW_NANOSECONDS
-        self._free_bytes = 0
-        """Bytes that may be stored before the folder is scanned again."""
-        self._is_full = False
+        self.tensors = TensorCache(folder, identity, limit_bytes)
 
-    def _get_file(self, prompt: str) -> Path:
-        key = hashlib.sha256(json.dumps([self.identity, clean_prompt(prompt)]).encode()).hexdigest()
-        return self.folder / f"{key}.safetensors"
+    @property
+    def folder(self) -> Path:
+        """Where the embeddings are."""
+        return self.tensors.folder
 
     def has(self, prompt: str) -> bool:
         """Whether the embedding of a prompt is cached, which then counts as used just now."""
-        try:
-            os.utime(self._get_file(prompt))
-        except OSError:
-            return False
-        return True
+        return self.tensors.has(clean_prompt(prompt))
 
     def get(self, prompt: str) -> Tensor | None:
         """Return the embedding (n, text_dim) of a prompt, None if it is not cached."""
-        file = self._get_file(prompt)
-        try:
-            context = load_file(file)["context"]
-        except (OSError, SafetensorError, KeyError):
-            return None  # not there, or being deleted, or damaged: it is encoded again
-        with contextlib.suppress(OSError):  # another user's cache, which this one may only read
-            os.utime(file)  # used just now
-        return context
+        return (self.tensors.get(clean_prompt(prompt)) or {}).get(_NAME)
 
     def put(self, prompt: str, context: Tensor) -> bool:
         """Store the embedding of a prompt; returns whether it fits and the folder can be written."""
-        num_bytes = context.nbytes + _HEADER_BYTES
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if num_bytes > self._free_bytes:
-                self._evict_unused(num_bytes)
-            if num_bytes > self._free_bytes:
-                return False
-            save_tensors(self._get_file(prompt), {"context": context.cpu().contiguous()})
-        except (OSError, SaveError):
-            return False
-        self._free_bytes -= num_bytes
-        return True
-
-    def _evict_unused(self, num_bytes: int) -> None:
-        """Delete the least recently used files until so many bytes fit, and a few more, to scan rarely."""
-        if self._is_full:
-            return
-        files = []
-        with os.scandir(self.folder) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):  # another run has deleted it
-                    if entry.name.endswith(".safetensors"):
-                        files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-        total_bytes = sum(file_bytes for _, file_bytes, _ in files)
-        wanted_bytes = max(num_bytes, self.limit_bytes // _MAX_FOLDER_SCANS)
-        for used_nanoseconds, file_bytes, path in sorted(files):
-            if (
-                total_bytes + wanted_bytes <= self.limit_bytes
-                or used_nanoseconds >= self._opened_nanoseconds
-            ):
-                break
-            Path(path).unlink(missing_ok=True)
-            total_bytes -= file_bytes
-        self._free_bytes = min(self.limit_bytes - total_bytes, wanted_bytes)
-        self._is_full = self._free_bytes < num_bytes
-        if self._is_full:
-            logger.warning(
-                "cache.size_gib=%.3g is full: the other prompt embeddings of this run stay in memory, "
-                "and are computed again if the run is interrupted; a larger cache.size_gib avoids that",
-                self.limit_bytes / 2**30,
-            )
+        return self.tensors.put(clean_prompt(prompt), {_NAME: context})

@@ -168,6 +168,11 @@ class Checkpoint:
         """Digest of the VAE's weights alone."""
         return hash_weights([self.vae.files])
 
+    @cached_property
+    def image_encoder_digest(self) -> str:
+        """Digest of the image encoder's weights alone, empty without one."""
+        return "" if self.image_encoder is None else hash_weights([self.image_encoder.files])
+
     @property
     def model_dims(self) -> ModelDims:
         """Dims of the models."""

@@ -27,7 +27,7 @@ def test_the_longest_unused_go_first(tmp_path: Path) -> None:
     cache = PromptCache(tmp_path, "a", 3 * 600)  # a file has 448 bytes of values
     for number, prompt in enumerate("abc"):
         cache.put(prompt, CONTEXT)
-        os.utime(cache._get_file(prompt), (number, number))
+        os.utime(cache.tensors.get_file(prompt), (number, number))
     assert cache.get("a") is not None  # used just now
     cache.put("d", CONTEXT)
     assert [cache.get(prompt) is not None for prompt in "abcd"] == [True, False, True, True]
@@ -60,7 +60,7 @@ def test_what_this_process_has_used_stays(tmp_path: Path) -> None:
 def test_damage_and_folders_that_cannot_be_written_are_no_errors(tmp_path: Path) -> None:
     cache = PromptCache(tmp_path, "a", 10**9)
     cache.put("x", CONTEXT)
-    cache._get_file("x").write_bytes(b"not safetensors")
+    cache.tensors.get_file("x").write_bytes(b"not safetensors")
     assert cache.get("x") is None
     (tmp_path / "file").touch()
     PromptCache(tmp_path / "file", "a", 10**9).put("x", CONTEXT)

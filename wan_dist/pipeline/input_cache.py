@@ -1,0 +1,59 @@
+"""Cache of encoded images: a batch that varies the prompt or the seed encodes its image once."""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+from torch import Tensor
+
+from wan_dist.config.schema import RunConfig
+from wan_dist.parallel.collectives import broadcast_object
+from wan_dist.pipeline.session import Session
+from wan_dist.pipeline.tensor_cache import TensorCache
+from wan_dist.planning.plan import RunPlan
+
+
+class InputCache:
+    """What a plan's images were encoded to, on the replica's first rank."""
+
+    def __init__(self, session: Session, config: RunConfig, plan: RunPlan) -> None:
+        self.axis = session.groups.replica
+        folder = config.cache.resolve_folder()
+        self._cache: TensorCache | None = None
+        if folder is not None and self.axis.rank == 0 and plan.images:
+            self._key = _describe_images(session, plan)
+            self._cache = _open_cache(folder, int(config.cache.size_gib * 2**30))
+
+    def find(self) -> dict[str, Tensor] | None:
+        """Return the tensors on the first rank, and none on others; None on all if they are not cached."""
+        tensors = None if self._cache is None else self._cache.get(self._key)
+        is_found = broadcast_object(tensors is not None, self.axis)
+        return (tensors or {}) if is_found else None
+
+    def store(self, tensors: dict[str, Tensor]) -> None:
+        """Store the tensors that the first rank has."""
+        if self._cache is not None:
+            self._cache.put(self._key, tensors)
+
+
+def _describe_images(session: Session, plan: RunPlan) -> str:
+    """Return all that encoded images depend on: pixels, size, models, and how these are run."""
+    checkpoint, settings = session.checkpoint, plan.model_settings
+    pixels = [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in plan.images]
+    depends_on = (
+        pixels,
+        (plan.task.inputs.kind, plan.width, plan.height, plan.frame_num),
+        checkpoint.vae_digest,
+        checkpoint.image_encoder_digest,
+        (settings.dtype, settings.memory.vae_dtype, session.device.type),
+        (plan.arrangement.clip, str(plan.arrangement.image)),
+        session.groups.replica.size,
+    )
+    return json.dumps(depends_on)
+
+
+@lru_cache
+def _open_cache(folder: Path, limit_bytes: int) -> TensorCache:
+    """Return a cache that records, for as long as the process lives, what was used."""
+    return TensorCache(folder, "images", limit_bytes)
