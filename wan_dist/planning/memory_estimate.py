@@ -37,7 +37,7 @@ SCORE_BYTES = 2**26
 
 As in models/attention/log_sum_exp.py.
 """
-PROCESS_HOST_BYTES = {True: int(1.15 * GIB), False: int(0.32 * GIB)}
+PROCESS_HOST_BYTES = {True: int(1.15 * GIB), False: int(0.2 * GIB)}
 """Host memory of any process, by whether it has a GPU: interpreter and libraries, with a GPU its driver."""
 NCCL_HOST_BYTES = {True: int(0.35 * GIB), False: 0}
 """Host memory that NCCL keeps for each of several ranks, by whether they have GPUs."""
