@@ -191,7 +191,7 @@ PLACES = [
         says="ckpt_dir=\\x1b]0;title\\x07 is not a folder",
         name="an escape code in ckpt_dir",
     ),
-    _with("ckpt_dir is a file", "ckpt_dir=x", "ckpt_dir=x is not a folder", file="x"),
+    _with("ckpt_dir is a file", "ckpt_dir=x", "ckpt_dir=x is a file; give its folder", file="x"),
     _with(
         "dit_file is a text",
         "dit_file=x.safetensors",

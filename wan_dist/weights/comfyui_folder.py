@@ -81,7 +81,7 @@ def _choose_files(folder: Path, setting: str, task: Task) -> list[Path]:
 def _find_problem(path: Path, setting: str, task: Task) -> str | None:
     """Return why a file is not the one that the task needs, None for one that is."""
     try:
-        files = TensorFiles([path])
+        files = TensorFiles([path], setting=setting)
         kind = find_kind(files.shapes)
         if kind is None or kind.setting != setting:
             return "of an unknown kind" if kind is None else kind.description
@@ -119,6 +119,7 @@ def _prefer_published_width(paths: list[Path], setting: str, task: Task) -> list
     published_paths = [
         path
         for path in paths
-        if _infer_transformer_inputs(TensorFiles([path])).dim == task.transformer_dims.dim
+        if _infer_transformer_inputs(TensorFiles([path], setting=setting)).dim
+        == task.transformer_dims.dim
     ]
     return published_paths or paths

@@ -19,6 +19,7 @@ from wan_dist.runtime.text_files import (
     check_regular_file,
     read_checkpoint_json,
 )
+from wan_dist.weights.combined_file import select_model
 from wan_dist.weights.device_copy import copy_to_device
 from wan_dist.weights.gguf_blocks import BLOCK_FORMATS, decode_rows
 from wan_dist.weights.gguf_file import GgufFile
@@ -60,10 +61,11 @@ class TensorFiles:
     """The tensors of one or several files, whose formats are told apart by their content.
 
     Opening reads headers only, except for files of PyTorch before 1.6, and checks that each file is complete;
-    raises InputError with the file's name if one is not, or is quantised in a way that is not read.
+    raises InputError with the file's name if one is not, or is quantised in a way that is not read. Of a file
+    that holds several models, only the one that ``setting``, such as ``vae_file``, names is opened.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], *, setting: str | None = None) -> None:
         self.paths = tuple(paths)
         self.bytes_read, self._count_lock = 0, threading.Lock()
         self.shapes: dict[str, Shape] = {}
@@ -81,6 +83,8 @@ class TensorFiles:
         path_by_tensor: dict[str, Path] = {}
         for path in self.paths:
             reader = _open_tensor_file(path)
+            if setting is not None:
+                reader = select_model(reader, path, setting)
             if duplicate := next((name for name in reader.shapes if name in path_by_tensor), None):
                 raise InputError(
                     f"{path_by_tensor[duplicate]} and {path.name} both have {duplicate}; "

@@ -67,7 +67,7 @@ class ComponentFiles:
         for models that their config says are quantised.
         """
         if self.setting is not None:
-            files = TensorFiles([Path(self.file_or_stem)])
+            files = TensorFiles([Path(self.file_or_stem)], setting=self.setting)
             check_kind(files, self.setting)
             return {}, files, self.build_key_map(files.shapes)
         config: dict[str, Any] = {}
@@ -134,6 +134,11 @@ def find_layout(
     _check_given_files(given_files, task)
     if folder is None:
         return _build_layout_of_files(given_files, task)
+    if folder.is_file():
+        raise InputError(
+            f"ckpt_dir={folder} is a file; give its folder, or the file as dit_file=, "
+            "and as t5_file= and vae_file= too if it holds all models"
+        )
     if not folder.is_dir():
         raise InputError(f"ckpt_dir={folder} is not a folder")
     if comfyui_folder.is_comfyui_folder(folder):

@@ -489,3 +489,76 @@ def test_a_clip_tower_is_named() -> None:
     path = golden_folder("wan2.1-i2v") / IMAGE_ENCODER_FILE
     with pytest.raises(InputError, match=r"is a CLIP vision tower; use clip_file= for it"):
         open_models(WHOLE, {"vae_file": path})
+
+
+@pytest.fixture(scope="module")
+def combined(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ComfyUI's files in one: the transformer is cast to fp8, and the text encoder has scales."""
+    transformer = {
+        key: value.to(torch.float8_e4m3fn) if key.endswith("ffn.0.weight") else value
+        for key, value in load_file(WHOLE / TRANSFORMER_FILE).items()
+    }
+    encoder = load_file(next((models / "text_encoders").glob("*.safetensors")))
+    encoder_prefix = "text_encoders.umt5xxl.transformer."
+    tensors = {f"model.diffusion_model.{key}": value for key, value in transformer.items()}
+    tensors |= {f"{encoder_prefix}{key}": value for key, value in encoder.items()}
+    tensors |= {
+        f"vae.{key}": value for key, value in load_file(models / "vae/c.safetensors").items()
+    }
+    del tensors[f"{encoder_prefix}spiece_model"]
+    tensors["text_encoders.spiece_model"] = _sentencepiece_model()
+    tensors["text_encoders.umt5xxl.logit_scale"] = torch.tensor(4.6)  # which no text encoder needs
+    folder = tmp_path_factory.mktemp("combined")
+    save_file(tensors, folder / "all.safetensors")
+    save_file(transformer, folder / "transformer.safetensors")
+    shutil.copy(WHOLE / "config.json", folder)
+    return folder / "all.safetensors"
+
+
+def test_models_are_read_from_a_file_of_all(combined: Path, models: Path) -> None:
+    alone = {"dit_file": combined.with_name("transformer.safetensors")}
+    alone["t5_file"] = next((models / "text_encoders").glob("*.safetensors"))
+    found = open_models(None, dict.fromkeys(("dit_file", "t5_file", "vae_file"), combined))
+    assert found.tokenizer.encode(next(iter(TEXTS))).ids == next(iter(TEXTS.values()))
+    expected = open_models(models, alone)
+    values, expected_values = weights_of(found), weights_of(expected)
+    assert values.keys() == expected_values.keys()
+    for name, value in values.items():
+        assert torch.equal(value, expected_values[name]), name
+    assert found.vae_digest == expected.vae_digest
+    transformer_alone = open_models(models, {"dit_file": combined}).transformers[0]
+    assert transformer_alone.dims == expected.transformers[0].dims
+
+
+def test_what_a_file_of_all_does_not_hold_is_named(combined: Path, tmp_path: Path) -> None:
+    tensors = load_file(combined)
+    for key in [key for key in tensors if key.startswith("vae.")]:
+        del tensors[key]
+    save_file(tensors, tmp_path / "two.safetensors")
+    with pytest.raises(
+        InputError,
+        match=r"vae_file=.* holds a transformer and a text encoder in one file, and not a VAE; "
+        r"it can be given as dit_file=, t5_file=, and a VAE in a file",
+    ):
+        open_models(WHOLE, {"vae_file": tmp_path / "two.safetensors"})
+    with pytest.raises(InputError, match=r"ckpt_dir=.* is a file; .*dit_file=.*t5_file="):
+        open_models(combined)
+
+
+def test_quantised_modules_of_a_file_of_all_are_found_in_its_header(tmp_path: Path) -> None:
+    tensors = {
+        "model.diffusion_model.m.weight": torch.ones(4, 4).to(torch.float8_e4m3fn),
+        "model.diffusion_model.m.weight_scale": torch.tensor(0.5),
+        "vae.m.weight": torch.ones(4, 4),
+    }
+    for format_name in ("float8_e4m3fn", "float8_e5m2"):
+        layers = {"model.diffusion_model.m": {"format": format_name}}
+        metadata = {"_quantization_metadata": json.dumps({"layers": layers})}
+        save_file(tensors, tmp_path / f"{format_name}.safetensors", metadata)
+    files = TensorFiles([tmp_path / "float8_e4m3fn.safetensors"], setting="dit_file")
+    assert list(files.shapes) == ["m.weight"]
+    assert torch.equal(files.read_values("m.weight", 0, 4, CPU), torch.full((4, 4), 0.5))
+    with pytest.raises(InputError, match="said to be float8_e5m2"):
+        TensorFiles([tmp_path / "float8_e5m2.safetensors"], setting="dit_file")
+    others = TensorFiles([tmp_path / "float8_e5m2.safetensors"], setting="vae_file")
+    assert list(others.shapes) == ["m.weight"]
