@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -90,6 +91,33 @@ def test_a_folder_gets_the_files_and_resumes(
     assert (first.latents - second.latents).abs().max() == 0
 
 
+@pytest.mark.parametrize("writes_output", [True, False])
+def test_clips_are_the_commands(
+    writes_output: bool, pipeline: wan_dist.VideoPipeline, tmp_path: Path
+) -> None:
+    settings = [f"output.dir={tmp_path}", "output.name=video", "output.save_tensor=true"]
+    settings += ["task=toy", "dtype=float32", "device=cpu", "cache.dir=null", "prompt=a red ball"]
+    settings += ["seed=7", "size=64*48", "frame_num=9", "sample.steps=3", "clips=3"]
+    assert main(settings) == 0
+    expected = load_file(tmp_path / "video.safetensors")["video"].permute(1, 2, 3, 0)
+    output = {"output": {"dir": tmp_path / "called"}} if writes_output else {}
+    video = pipeline("a red ball", clips=3, **output, **VIDEO)
+    assert video.frames is not None
+    assert video.frames.shape == (25, 48, 64, 3)
+    difference = np.abs(video.frames - (expected.numpy() + 1) * 127.5).max()
+    assert difference <= 0.5 + 1e-3  # rounding alone
+    names = ("video", "video.clip2", "video.clip3")
+    latents = [load_file(tmp_path / f"{name}.latents.safetensors")["latents"] for name in names]
+    assert torch.equal(video.latents, torch.cat(latents, dim=1))
+    assert (video.record.num_clips, video.record.num_frames) == (3, 25)
+    assert {"denoise", "denoise clip3"} <= set(video.record.stages)
+    video.save(tmp_path / "saved.mp4")
+    files = [tmp_path / "saved.mp4", *(tmp_path / "called").glob("*.mp4")]
+    assert len(files) == 1 + writes_output
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "video.mp4").read_bytes()
+
+
 def test_a_video_is_saved(pipeline: wan_dist.VideoPipeline, tmp_path: Path) -> None:
     video = pipeline("a red ball", **VIDEO)
     video.save(tmp_path / "new" / "video.mp4")
@@ -105,7 +133,7 @@ def test_a_video_is_saved(pipeline: wan_dist.VideoPipeline, tmp_path: Path) -> N
         ({"quant": "fp8"}, "quant applies to the whole pipeline"),
         ({"parallel": {"cfg": 2}}, "parallel.cfg applies to the whole pipeline"),
         ({"jobs": "a.txt"}, "jobs applies to the whole pipeline"),
-        ({"clips": 2}, "clips is for the command line; a pipeline makes one clip a call"),
+        ({"clips": 2, "frame_num": 1}, "clips=2: further clips repeat one frame"),
         ({"frame_num": 8}, "frame_num=8 is not 4n"),
         ({"steps": 8}, "did you mean 'sample.steps'"),
         ({"sample": {"steps": "many"}}, "many"),
@@ -146,6 +174,9 @@ def test_processes_make_the_same_video(
     alone, together = pipeline("a red ball", **VIDEO), processes("a red ball", **VIDEO)
     assert (alone.latents - together.latents).abs().max() < 1e-4
     assert together.record.degrees["cfg"] == 2
+    clips = [opened("a red ball", clips=2, **VIDEO) for opened in (pipeline, processes)]
+    assert clips[1].frames.shape == (17, 48, 64, 3)
+    assert (clips[0].latents - clips[1].latents).abs().max() < 1e-4
     with pytest.raises(wan_dist.InputError, match="frame_num=8 is not 4n"):
         processes("a red ball", frame_num=8)
     again = processes("a red ball", **VIDEO)

@@ -31,9 +31,9 @@ class ResultWriter:
             if len(new_frames := chunk[num_known_frames:]):
                 self._write_frames(plan, new_frames)
             num_known_frames = max(0, num_known_frames - len(chunk))
-            last_frame = chunk[-1]
+            last_chunk = chunk
         if not plan.is_last_clip:
-            self.last_frame = last_frame.permute(2, 0, 1).cpu()
+            self.set_last_frame(last_chunk)
             return
         if not plan.task.is_still:
             self._video_writer.finish()
@@ -42,6 +42,10 @@ class ResultWriter:
                 self._file.with_suffix(".safetensors"),
                 {"video": torch.cat(self._float_chunks).permute(3, 0, 1, 2).contiguous()},
             )
+
+    def set_last_frame(self, chunk: Tensor) -> None:
+        """Set the frame that the next clip starts from, given a clip's last chunk (n, H, W, 3)."""
+        self.last_frame = chunk[-1].permute(2, 0, 1).cpu()
 
     def _write_frames(self, plan: VideoPlan, frames: Tensor) -> None:
         if self._saves_tensor:

@@ -160,9 +160,10 @@ def decode_and_write(video: VideoInProgress, latents: Tensor) -> None:
 
 @torch.no_grad()
 def decode_to_host(video: VideoInProgress, latents: Tensor) -> list[Tensor]:
-    """Return the frames of the last clip, chunks (n, H, W, 3), on the host of the first rank.
+    """Return the frames of a clip, chunks (n, H, W, 3), on the host of the first rank.
 
-    The others return none. They are for `write_decoded_frames`. Fails as `decode_and_write` does.
+    The others return none. They are uint8, or float32 in [-1, 1] where a tensor is saved or another clip
+    follows, and are for `write_decoded_frames`. Fails as `decode_and_write` does.
     """
     frame_chunks: list[Tensor] = []
 
@@ -177,14 +178,15 @@ def decode_to_host(video: VideoInProgress, latents: Tensor) -> list[Tensor]:
 def write_decoded_frames(
     video: VideoInProgress, latents: Tensor, frame_chunks: Iterable[Tensor]
 ) -> None:
-    """Complete the result with the frames of `decode_to_host`, and its record.
+    """Write a clip's frames from `decode_to_host`, and after the last one the record.
 
-    Runs on the first rank, while the next video is denoised.
+    Runs on the first rank, in `jobs.worker` while the next video is denoised.
     """
     with _recoverable_latents(video, latents):
         with video.report.measure_stage("save", is_concurrent=True):
             video.writer.write_clip(video.plan, frame_chunks)
-        _finalize_video(video)
+        if video.plan.is_last_clip:
+            _finalize_video(video)
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from wan_dist.output.video_file import convert_to_uint8, save_image, save_video
 from wan_dist.parallel.local_gpu import find_gpu_bytes, find_gpu_id
 from wan_dist.parallel.mesh import make_process_groups, process_group_session
 from wan_dist.parallel.team import Coordinator
-from wan_dist.pipeline.denoise import VideoInProgress, make_latents
+from wan_dist.pipeline.clips import make_clips
+from wan_dist.pipeline.denoise import VideoInProgress
 from wan_dist.pipeline.generate import (
     complete_record,
     decode_to_host,
@@ -43,7 +44,7 @@ from wan_dist.runtime.launcher import translate_slurm_variables
 from wan_dist.runtime.network import choose_network_interface
 from wan_dist.tasks.run_config import read_config
 
-_COMMAND_KEYS = ("jobs", "retry_failed", "latents", "clips", "output.name", "output.events")
+_COMMAND_KEYS = ("jobs", "retry_failed", "latents", "output.name", "output.events")
 _DEGREE_KEYS = ("dp", "cfg", "ring", "ulysses")
 _CALL_EFFECTS = Effect.LATENTS | Effect.RESULT
 
@@ -56,9 +57,9 @@ class GeneratedVideo:
     """
 
     frames: np.ndarray[Any, Any] | None
-    """(F, H, W, 3), uint8."""
+    """(F, H, W, 3), uint8; of several clips without the frame that each repeats of the one before."""
     latents: Tensor
-    """(C, T, h, w), float32, on the CPU."""
+    """(C, T, h, w), float32, on the CPU; of several clips one after another along T."""
     record: VideoRecord
     """Settings, seed, seconds and memory of each stage."""
     fps: int
@@ -108,7 +109,7 @@ class VideoPipeline:
         """Generate one video.
 
         ``settings`` are those of the command line that do not change the models: ``seed=7``,
-        ``frame_num=81``, ``size="832x480"``, ``sample={"steps": 4}``, ``first_frame=``. With
+        ``frame_num=81``, ``size="832x480"``, ``sample={"steps": 4}``, ``first_frame=``, ``clips=3``. With
         ``output={"dir": FOLDER}`` video, latents and record are written there too, and an interrupted call
         resumes from the steps that are done. Raises InputError for settings that do not work.
         """
@@ -161,8 +162,6 @@ class VideoPipeline:
         """Return the pipeline's configuration with settings of one call."""
         for key, value in values.items():
             check_setting(key, value)
-            if key == "clips":
-                raise InputError("clips is for the command line; a pipeline makes one clip a call")
             setting = list_settings().get(key)
             effect = Effect.NOTHING if setting is None else setting.metadata["effect"]
             if not key.startswith("output.") and (
@@ -205,17 +204,22 @@ class VideoPipeline:
         with closing(ResultLocks(folder)) as locks:
             resume_state = ResumeState(folder, config, plan, session.weights_digests, locks=locks)
             video = prepare_video(session, config, plan, report, resume_state, quiet=True)
-            latents = make_latents(video)
-            frame_chunks = decode_to_host(video, latents)
-            self._finish(video, latents, frame_chunks, writes_output=writes_output)
-        frames = (
-            np.concatenate([convert_to_uint8(chunk).numpy() for chunk in frame_chunks])
-            if video.is_first
-            else None
+            clip_frames, clip_latents = [], []
+            for clip, latents in make_clips(video):
+                frame_chunks = decode_to_host(clip, latents)
+                self._finish_clip(clip, latents, frame_chunks, writes_output=writes_output)
+                clip_latents.append(latents.cpu())
+                if video.is_first:
+                    frames = torch.cat([convert_to_uint8(chunk) for chunk in frame_chunks])
+                    clip_frames.append(frames[1:] if clip.plan.clip_index else frames)
+        return GeneratedVideo(
+            torch.cat(clip_frames).numpy() if video.is_first else None,
+            torch.cat(clip_latents, dim=1),
+            report.build_record(),
+            plan.fps,
         )
-        return GeneratedVideo(frames, latents.cpu(), report.build_record(), plan.fps)
 
-    def _finish(
+    def _finish_clip(
         self,
         video: VideoInProgress,
         latents: Tensor,
@@ -228,8 +232,10 @@ class VideoPipeline:
                 return
             if writes_output:
                 write_decoded_frames(video, latents, frame_chunks)
-            else:
+            elif video.plan.is_last_clip:
                 complete_record(video, None)
+            else:
+                video.writer.set_last_frame(frame_chunks[-1])
 
         self._session.run_together(write_or_complete, "write the video", uses_collectives=False)
 
