@@ -383,7 +383,7 @@ def test_all_lines_are_checked_first(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_asked_run_goes_on(single: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_a_run_requested_to_stop_resumes(single: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """The first job was in its second step, and the others are not begun."""
     command = [*TINY, write_jobs(tmp_path / "jobs.jsonl", JOBS), f"output.dir={tmp_path}"]
     done = run_forked("tests.preempted", "1", "0", *command)

@@ -70,7 +70,7 @@ def test_a_further_clip_is_what_a_run_from_the_last_frame_gives(
     assert not torch.allclose(frames[:, 5:9], frames[:, 9:13], atol=1e-2)
 
 
-def test_latents_of_each_clip_and_one_record_are_kept(three_clips: Path, tmp_path: Path) -> None:
+def test_latents_of_each_clip_and_one_record_are_saved(three_clips: Path, tmp_path: Path) -> None:
     assert names_in(three_clips) == [
         *("clip.clip2.latents.safetensors", "clip.clip3.latents.safetensors", "clip.json"),
         *("clip.latents.safetensors", "clip.mp4", "clip.safetensors"),
@@ -138,7 +138,7 @@ def test_tasks_with_image_channels_take_clips(
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_a_run_that_is_stopped_goes_on_in_its_clip(
+def test_a_stopped_run_resumes_in_its_clip(
     num_ranks: int, three_clips: Path, tmp_path: Path
 ) -> None:
     """In a step of the second clip; one rank is also killed in the third, then stopped in decoding it."""
@@ -214,7 +214,7 @@ def test_a_decoder_without_memory_writes_no_frame_twice(
     )
 
 
-def test_a_failed_write_says_how_to_go_on(
+def test_a_failed_write_says_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = [*TOY, "clips=2", f"output.dir={tmp_path}", "output.name=clip"]

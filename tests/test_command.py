@@ -262,7 +262,7 @@ def test_t2i_saves_a_png(tmp_path: Path) -> None:
     assert not list((tmp_path / "outputs").glob("*.mp4"))
 
 
-def test_a_failed_save_keeps_the_latents_and_says_how_to_go_on(
+def test_a_failed_save_keeps_the_latents_and_says_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*TINY, "output.name=whole", "output.save_tensor=true"]) == 0
@@ -294,7 +294,7 @@ def test_a_failed_save_keeps_the_latents_and_says_how_to_go_on(
 
 
 @pytest.mark.parametrize(("num_failing", "told"), [(1, "in 2 tiles"), (6, "on the CPU")])
-def test_a_decoder_without_memory_goes_on_with_less(
+def test_a_decoder_without_memory_falls_back(
     num_failing: int,
     told: str,
     tmp_path: Path,

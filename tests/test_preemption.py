@@ -54,7 +54,7 @@ def start_forked(_: int, module: str, *arguments: str) -> subprocess.CompletedPr
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) -> None:
+def test_a_run_resumes_with_the_same_video(num_ranks: int, tmp_path: Path) -> None:
     whole, parted = (f"output.dir={tmp_path / name}" for name in ("whole", "parted"))
     run_ranks(num_ranks, "wan_dist.run", *SETTINGS, whole)
     moments = {
@@ -80,7 +80,7 @@ def test_it_goes_on_and_the_video_is_the_same(num_ranks: int, tmp_path: Path) ->
     assert not list((tmp_path / "parted").glob("*.state.safetensors"))
 
 
-def test_guessed_steps_go_on_too(tmp_path: Path) -> None:
+def test_guessed_steps_resume_too(tmp_path: Path) -> None:
     settings = [
         "task=toy",
         "frame_num=5",
@@ -120,7 +120,7 @@ def test_noise_between_steps_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("num_done", [1, 2, 3, 5])
-def test_a_solver_goes_on(name: str, num_done: int) -> None:
+def test_a_solver_resumes(name: str, num_done: int) -> None:
     torch.manual_seed(0)
     velocities = torch.randn(4 if name.startswith("rcm") else 6, 1, 4, 2, 3, 3)
     num_done = min(num_done, len(velocities) - 1)
@@ -140,7 +140,7 @@ def kept(folder: Path, *settings: str) -> ResumeState:
     return ResumeState(folder, config, make_plan(config), WEIGHTS)
 
 
-def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:
+def test_progress_is_found_by_the_settings_that_matter(tmp_path: Path) -> None:
     progress = DenoisingProgress(3, torch.randn(4, 2, 3, 3), {"start": torch.randn(1, 4, 2, 3, 3)})
     assert kept(tmp_path, "seed=7").save_progress(progress)
     (file,) = tmp_path.glob("*.state.safetensors")
@@ -166,7 +166,7 @@ def test_what_is_kept_is_found_by_the_settings_that_matter(tmp_path: Path) -> No
     again.remove_file()
 
 
-def test_what_a_job_has_kept_is_found_without_looking_through_the_folder(
+def test_a_jobs_progress_is_found_without_scanning_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -188,7 +188,7 @@ def test_what_a_job_has_kept_is_found_without_looking_through_the_folder(
     assert not file.exists()
 
 
-def test_a_drawn_seed_is_kept(tmp_path: Path) -> None:
+def test_a_drawn_seed_is_saved(tmp_path: Path) -> None:
     first = kept(tmp_path, "seed=-1")
     first.save_progress(DenoisingProgress(2, torch.zeros(4, 2, 3, 3)))
     second = kept(tmp_path, "seed=-1")

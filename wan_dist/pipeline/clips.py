@@ -1,4 +1,4 @@
-"""Clips of a video: each further one starts from the last decoded frame of the one before."""
+"""Clips of a video: each clip after the first starts from the last decoded frame of the previous one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +18,7 @@ from wan_dist.runtime.log import logger
 def make_clips(video: VideoInProgress) -> Iterator[tuple[VideoInProgress, Tensor]]:
     """Encode and denoise each clip of the video, and yield it with its latents (C, T, h, w), on every rank.
 
-    The caller decodes and writes a clip before it takes the next one.
+    The caller decodes and writes a clip before it requests the next one.
     """
     try:
         yield video, make_latents(video)
@@ -32,9 +32,9 @@ def make_clips(video: VideoInProgress) -> Iterator[tuple[VideoInProgress, Tensor
 
 
 def _begin_clip(video: VideoInProgress, clip_index: int) -> VideoInProgress:
-    """Return a further clip, with its saved progress.
+    """Return the next clip, with its saved progress restored.
 
-    The frame goes to every rank as the decoder's float32: the 8 bits of the video file would lose some of it.
+    The frame goes to every rank as the decoder's float32: the 8 bits of the video file would lose precision.
     """
     axis, device = video.session.groups.replica, video.session.device
     first_frame = cast(Tensor, broadcast(video.writer.last_frame, axis, device)).cpu()

@@ -23,12 +23,12 @@ def project_context_kv(
     """Return a transformer's cross-attention keys and values of the prompt (and negative one) on every rank.
 
     Each rank of the replica reads and computes its shard of the blocks, and the shards are all-gathered.
-    Where weights are streamed, or the model cache does not keep them, they are off the device on return.
+    Where weights are streamed, or the model cache does not hold them, they are off the device on return.
     """
     component, axis = session.checkpoint.context_projections[expert_index], session.groups.replica
     num_blocks = component.dims.num_layers
     blocks_per_rank = -(-num_blocks // axis.size)
-    # Shards are of one size, as the all-gather needs: the last ones are filled up with the last block.
+    # Shards are of one size, as the all-gather needs: the last ones are padded with the last block.
     block_indices = [
         min(index, num_blocks - 1)
         for index in range(axis.rank * blocks_per_rank, (axis.rank + 1) * blocks_per_rank)

@@ -113,7 +113,7 @@ def choose_vae_strategies(
     *,
     is_encoding: bool = False,
 ) -> list[VaeStrategy]:
-    """Return `find_vae_strategies`, after evicting the cached models if only the CPU were left otherwise."""
+    """Return `find_vae_strategies`, after evicting cached models if otherwise only the CPU would be left."""
     strategies = find_vae_strategies(config, plan, dims, device, axis, is_encoding=is_encoding)
     # Loading the transformer again takes less time than the VAE on the CPU.
     if strategies[0].name == "cpu" and config.memory.vae is None:
@@ -124,9 +124,9 @@ def choose_vae_strategies(
 
 @contextmanager
 def cudnn_autotuning(dims: VaeDims, strategy: VaeStrategy) -> Iterator[None]:
-    """Let cuDNN benchmark a few kernels for each convolution shape where that pays.
+    """Let cuDNN benchmark a few kernels for each convolution shape where that is faster.
 
-    That takes memory, and a second. Its default choice is a fifth slower where channels are not in
+    That takes memory, and a second. Its default choice is 20 % slower where channels are not in
     multiples of 64 (VAE 2.1), and as fast as any where they are (bench/NOTES.md).
     """
     previous_settings = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit

@@ -1,4 +1,4 @@
-"""Denoising of one video to its latents, with progress recorded after each step to resume from."""
+"""Denoising of one video to its latents, with progress recorded after each step for resuming."""
 
 import sys
 import time
@@ -52,7 +52,7 @@ class VideoInProgress:
     latents_file: Path
     writer: ResultWriter
     first_frame: Tensor | None = None
-    """Frame (3, H, W) in [-1, 1] that a further clip starts from, on the CPU."""
+    """Frame (3, H, W) in [-1, 1] that a clip after the first starts from, on the CPU."""
 
     @property
     def is_first(self) -> bool:
@@ -94,8 +94,8 @@ def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
     """Return the latents (C, T, h, w), float32, on every rank; models not cached are off the device then.
 
     Resumes from saved progress and, where memory ran out on one of several ranks, from the last completed
-    step, with an arrangement that takes less. Raises PreemptionInterrupt after a step when this or another
-    rank was requested to stop.
+    step, with an arrangement that needs less memory. Raises PreemptionInterrupt after a step when this or
+    another rank was requested to stop.
     """
     session, config, plan = video.session, video.config, video.plan
     set_group_timeout(session.groups, config.parallel.load_timeout)
@@ -143,7 +143,7 @@ def _apply_next_fallback(video: VideoInProgress, error: torch.OutOfMemoryError) 
 
 
 def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor:
-    """Return the latents (1, C, T, h, w) after the steps that are left; see `_denoise_with_fallback`."""
+    """Return the latents (1, C, T, h, w) after the remaining steps; see `_denoise_with_fallback`."""
     session, report, resume_state = video.session, video.report, video.resume_state
     groups, num_done = session.groups, resume_state.progress.num_done
     solver, initial_latents = _prepare_sampling(video)
@@ -184,7 +184,7 @@ def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor
         )
         if video.config.cache.steps is not None:
             _report_guessed_steps(report, expert_predictor.step_counts["guessed"], len(solver))
-        del predict  # it holds the transformer
+        del predict  # the exception holds the transformer
         if not session.model_cache.is_persistent:
             free_memory()
     report.other_rank_stages = gather_objects(report.stages, groups.replica)[1:]
@@ -217,7 +217,7 @@ def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
 
 
 def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
-    """Record and log the attention kernel, and how several ranks are arranged."""
+    """Record and log the attention kernel, and the parallel degrees of several ranks."""
     plan, report = video.plan, video.report
     report.record.attention = attention.name
     logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)

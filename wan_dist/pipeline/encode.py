@@ -1,4 +1,4 @@
-"""Conditioning from text and images: encoded once in a replica, and broadcast from its first rank."""
+"""Conditioning from text and images: encoded once per replica and broadcast from its first rank."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -55,9 +55,9 @@ def encode_conditioning(
     report: StageReport,
     first_frame: Tensor | None = None,
 ) -> Conditioning:
-    """Return what is the same for all steps, on every rank; encoders not cached are off the device then.
+    """Return the conditioning of all steps, on every rank; encoders not cached are then off the device.
 
-    ``first_frame`` (3, H, W) in [-1, 1] is what a further clip starts from.
+    ``first_frame`` (3, H, W) in [-1, 1] is the frame that a clip after the first starts from.
     """
     axis = session.groups.replica
     optional_prompts = {"context": plan.prompt, "negative_context": plan.negative_prompt}

@@ -1,4 +1,4 @@
-"""Velocity prediction that falls back to an arrangement of less memory where the GPU's runs out."""
+"""Velocity prediction that falls back to an arrangement with less memory if the GPU's is exhausted."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -49,7 +49,7 @@ class FallbackPredictor:
         self._run_with_fallback(self._get_predictor)
 
     def __call__(self, latents: Tensor, timestep: float) -> Tensor:
-        """Return what the transformer predicts."""
+        """Return the transformer's prediction."""
         return self._run_with_fallback(lambda: self._get_predictor()(latents, timestep))
 
     def _get_predictor(self) -> VelocityFunction:
@@ -83,7 +83,7 @@ def _describe_transformer(arrangement: Arrangement) -> str:
 
 
 def _suggest_smaller_setting(arrangement: Arrangement, *, can_split_passes: bool) -> str:
-    """Return, in words, a setting with which the transformer would take less memory."""
+    """Return a description of a setting with which the transformer needs less memory."""
     fallbacks = list_fallbacks(arrangement, MemoryConfig(), can_split_passes=can_split_passes)[:1]
     settings = [
         f"memory.{key}={getattr(fallback, key)}"

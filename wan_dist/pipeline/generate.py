@@ -46,8 +46,8 @@ from wan_dist.weights.lora import MergedLora
 def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator) -> Path | None:
     """Generate one video on all ranks of the run; the first rank returns its path, the others None.
 
-    A video that an earlier run has made with the same settings is not made again. Raises InputError for what
-    is wrong with checkpoint or output folder, before weights are read.
+    A video that an earlier run generated with the same settings is not generated again. Raises InputError for
+    what is wrong with checkpoint or output folder, before weights are read.
     """
     device = find_device(config)
     groups = make_process_groups(plan.degrees, coordinator, device, config.parallel.timeout)
@@ -104,7 +104,7 @@ def prepare_video(
             else plan
         )
         if config.latents is not None:
-            # Latents that cannot be used raise here, before anything is written.
+            # Unusable latents raise here, before anything is written.
             read_latents(Path(config.latents).expanduser())
         run_plan = session.plan_memory(resumed_plan, quiet=quiet)
         result_path = (
@@ -221,13 +221,13 @@ def _recoverable_latents(video: VideoInProgress, latents: Tensor) -> Iterator[No
 
 
 def _finalize_video(video: VideoInProgress) -> None:
-    """Write the record, and remove what was saved for a failure; a signal is deferred until that is done."""
+    """Write the record, and remove the saved progress; signals are deferred until then."""
     with preemption.deferred():
         _write_record(video)
 
 
 def complete_record(video: VideoInProgress, result_file: Path | None) -> None:
-    """Set what is known of a video once it is decoded: what it is, its digests, speed and memory."""
+    """Set the record's fields of a decoded video: description, digests, speed and memory."""
     plan, report = video.plan, video.report
     record = report.record
     describe_video(record, plan)
@@ -261,7 +261,7 @@ def _write_record(video: VideoInProgress) -> None:
 def _decode_with_fallback(
     video: VideoInProgress, latents: Tensor, consume_frames: Callable[[Iterator[Tensor]], None]
 ) -> None:
-    """Decode latents (C, T, h, w), and again with the next strategy where memory runs out.
+    """Decode latents (C, T, h, w); falls back to the next strategy when memory runs out.
 
     ``consume_frames`` is called on the first rank with an iterator of the frames as they are ready.
     """
@@ -338,7 +338,7 @@ def _decode_with_strategy(
 def _yield_verified_chunks(chunks: Iterator[Tensor], groups: ProcessGroups) -> Iterator[Tensor]:
     """Yield frames while the process groups are intact; raises RankError.
 
-    After an abort, what was gathered from other ranks may not be what they sent.
+    After an abort, data gathered from other ranks may be corrupt.
     """
     for chunk in chunks:
         groups.raise_if_aborted()

@@ -1,4 +1,4 @@
-"""Cache of loaded models, from one video to the next."""
+"""Cache of loaded models, reused from one video to the next."""
 
 from collections.abc import Callable, Hashable
 from typing import TypeVar, cast
@@ -11,9 +11,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class ModelCache:
-    """Cache with one slot for each kind of model; another variant in a slot evicts the one before.
+    """Cache with one slot for each kind of model; another variant in a slot evicts the previous one.
 
-    A cache that is not persistent holds nothing, and loads the model anew each time.
+    A cache that is not persistent holds nothing, and reloads the model each time.
     """
 
     def __init__(self, *, is_persistent: bool = False) -> None:

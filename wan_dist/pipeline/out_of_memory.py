@@ -1,4 +1,4 @@
-"""Free GPU memory: measured and probed on all ranks, and the fallback where it runs out."""
+"""Free GPU memory: measured and probed on all ranks, and the fallback when it runs out."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def run_with_fallback(
     purpose: str,
     warning_note: str = "",
 ) -> int:
-    """Run ``work`` with the first strategy, and with the next where memory ran out; returns how often it did.
+    """Run ``work`` with the first strategy, after out of memory with the next; returns how many failed.
 
     Raises torch.OutOfMemoryError after the last one. ``purpose`` and ``warning_note`` are for the warning.
     """

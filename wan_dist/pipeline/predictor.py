@@ -1,4 +1,4 @@
-"""Velocity prediction by a run's transformers, each loaded when its first timestep comes."""
+"""Velocity prediction by a run's transformers, each loaded at its first timestep."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -103,7 +103,7 @@ class ExpertPredictor:
         others waiting.
         """
         can_split_passes = guide_scale != 1 and self.conditioning.negative_context is not None
-        # What one of several ranks meets alone ends the run.
+        # An error on only one of several ranks ends the run.
         error_type = (
             torch.OutOfMemoryError if self.groups.replica.size == 1 else OutOfMemoryOnRankError
         )
@@ -135,7 +135,7 @@ class ExpertPredictor:
     def _list_arrangements(self, *, can_split_passes: bool) -> list[Arrangement]:
         """Return the arrangements to try, in order.
 
-        They start at the planned one, or at the fallback that the session has come to.
+        They start at the planned one, or at the session's current fallback.
         """
         planned, session_fallback = self.plan.arrangement, self.session.fallback_arrangement
         arrangements = [
@@ -145,7 +145,7 @@ class ExpertPredictor:
         if session_fallback is None:
             return arrangements
         current = replace_transformer_part(planned, session_fallback)
-        # The video before this one found that those before the current one take too much.
+        # The previous video found that earlier arrangements need too much memory.
         return (
             arrangements[arrangements.index(current) :] if current in arrangements else arrangements
         )
@@ -154,7 +154,7 @@ class ExpertPredictor:
         self.session.apply_fallback(arrangement, self.report)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state of the step cache in use, for a run that resumes."""
+        """Return the state of the step cache in use, for resuming."""
         caches = [
             cache for reference in reversed(self.step_caches) if (cache := reference()) is not None
         ]
@@ -172,7 +172,7 @@ class ExpertPredictor:
         groups = self.groups
         set_group_timeout(groups, self.config.parallel.load_timeout)
         if not self.session.model_cache.is_persistent:
-            free_memory()  # of the transformer before
+            free_memory()  # of the previous transformer
         model, contexts = self._load_model_and_contexts(expert_index, stage_suffix, arrangement)
         model.set_slice_tokens(arrangement.slice_tokens)
         if groups.replica.size > 1:

@@ -1,4 +1,4 @@
-"""Prompt embeddings cached on disk, so that a prompt seen before does not need the text encoder."""
+"""Prompt embeddings cached on disk, so that a repeated prompt does not need the text encoder."""
 
 from pathlib import Path
 

@@ -20,7 +20,7 @@ from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.launcher import set_parent_death_signal
 
 _CLOSE_SECONDS = 60.0
-"""Seconds that the processes have to end by themselves."""
+"""Seconds that the processes have to exit by themselves."""
 
 
 class PipelineError(RuntimeError):
@@ -56,7 +56,7 @@ class PipelineProcesses:
         return self._request("plan", prompt, settings)
 
     def close(self) -> None:
-        """End the processes; those that do not end by themselves are killed."""
+        """End the processes; those that do not exit by themselves are killed."""
         for connection in self._connections:
             with contextlib.suppress(OSError):
                 connection.close()
@@ -142,7 +142,7 @@ class PipelineProcesses:
 
 
 def serve_requests(connection: Connection) -> None:
-    """Answer the requests of a program until it closes the connection, or fails to open the pipeline."""
+    """Answer a program's requests until it closes the connection or the pipeline cannot be opened."""
     from wan_dist.pipeline.video_pipeline import open_pipeline
 
     def answer(work: Callable[[], Any]) -> Any:

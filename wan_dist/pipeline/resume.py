@@ -76,9 +76,9 @@ class ResumeState:
         self.num_resumed_steps = 0
         """Steps that the resumed run had completed."""
         self.clip_index = 0
-        """The clip that the progress is of, from 0."""
+        """Index of the clip that the progress belongs to, from 0."""
         self._saved_clip_index = 0
-        """The clip that the file's progress is of."""
+        """Index of the clip that the file's progress belongs to."""
         self._is_resumed = False
 
     @cached_property
@@ -291,7 +291,7 @@ class ResumeState:
     def find_finished_result(self) -> Path | None:
         """Return the file of a finished result of these settings, None if there is none.
 
-        A numbered one is found too. A seed that is drawn anew asks for another result each time.
+        A numbered one is found too. With a drawn seed each run makes another result.
         """
         if self.config.seed == -1 and self.config.latents is None:
             return None
@@ -333,15 +333,15 @@ class ResumeState:
         } | ({"clip": str(self.clip_index + 1)} if self.clip_index else {})
 
     def save_progress(self, progress: DenoisingProgress) -> bool:
-        """Save this progress in place of the one before; returns whether it did, and warns of an error.
+        """Replace the saved progress with this; returns whether it was saved, and warns of an error.
 
-        Progress of a later clip is kept while the clips before it are decoded again.
+        Progress of a later clip is not overwritten while the clips before it are decoded again.
         """
         if self.clip_index < self._saved_clip_index:
             return False
         try:
             if progress.latents is not None and not torch.isfinite(progress.latents).all():
-                return False  # a run that resumes from them would fail each time
+                return False  # each run that resumes from them would fail
             tensors, metadata = (
                 self._collect_tensors(progress),
                 self.metadata | {"num_done": str(progress.num_done)},
@@ -351,7 +351,7 @@ class ResumeState:
                 {key: tensor.cpu().contiguous() for key, tensor in tensors.items()},
                 metadata,
             )
-        # A disk that is full, a GPU that is in error, an image that is gone.
+        # A full disk, a GPU in an error state, a deleted image.
         except (RuntimeError, InputError) as error:
             logger.warning("the progress cannot be saved: %s", get_first_line(error))
             return False
@@ -368,7 +368,7 @@ def _is_valid_progress(metadata: Mapping[str, str], tensors: Mapping[str, Tensor
     numbers = (metadata.get("num_done", ""), metadata.get("seed", ""), metadata.get("clip", "1"))
     if "name" not in metadata or not all(number.isdigit() for number in numbers):
         return False
-    if "latents" not in tensors:  # a further clip that was about to begin
+    if "latents" not in tensors:  # a further clip that has not started
         return metadata["num_done"] == "0" and _get_clip_index(metadata) > 0
     return bool(torch.isfinite(tensors["latents"]).all())
 

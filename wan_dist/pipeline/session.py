@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 @dataclass
 class Session:
-    """What consecutive videos of one checkpoint share."""
+    """State shared by consecutive videos of one checkpoint."""
 
     groups: ProcessGroups
     device: torch.device
@@ -91,7 +91,7 @@ class Session:
             raise
 
     def apply_fallback(self, arrangement: Arrangement, report: StageReport) -> None:
-        """Use an arrangement from now on, on all ranks of the replica: memory ran out with the one before."""
+        """Use another arrangement from now on, on all ranks of the replica, after out of memory."""
         report.record.stepped_down_to = asdict(arrangement)
         self.fallback_arrangement = arrangement
         self.keeps_both_experts = False
@@ -139,7 +139,7 @@ class Session:
         if not quiet:
             logger.info("plan      %s", run_plan.arrangement.description)
             stages, budget = run_plan.stage_memories, run_plan.budget
-            # that of a tiny model is no matter, and would be printed as zeros
+            # a tiny model's memory does not matter, and would be printed as zeros
             if max(stage.gpu_bytes for stage in stages) >= GIB:
                 for line in format_memory_table(stages, budget.gpu_bytes, budget.host_bytes):
                     logger.info("          %s", line)
@@ -238,7 +238,7 @@ def _open_checkpoint(config: RunConfig, plan: VideoPlan, groups: ProcessGroups) 
     if config.ckpt_dir is not None:
         folder = Path(config.ckpt_dir).expanduser()
     elif not set(list_file_settings(plan.task)) <= set(given_files):
-        # it may have to be downloaded, for as long as that takes
+        # it may have to be downloaded, which has no time limit
         first_folder = find_folder() if groups.local_rank == 0 else None
         groups.coordinator.gather(None, "find the checkpoint, or download it")
         folder = find_folder() if first_folder is None else first_folder

@@ -30,7 +30,7 @@ def embed_prompts(
 ) -> dict[str, Tensor]:
     """Return the embeddings by prompt on the host of the replica's first rank; encode those not found.
 
-    The other ranks return an empty dict, at once, while the first one may encode for long.
+    The other ranks return an empty dict at once; the first one may take long to encode.
     """
     cache = _open_prompt_cache(session, config, report.device)
     cached_embeddings = {
@@ -116,7 +116,7 @@ def _list_missing_prompts(
 
 
 def _find_embedding(session: Session, cache: PromptCache | None, prompt: str) -> Tensor | None:
-    """Return an embedding that this batch or an earlier run has made, None if there is none."""
+    """Return an embedding that this batch or an earlier run computed, None if there is none."""
     if prompt in session.prompt_embeddings:
         return session.prompt_embeddings[prompt]
     caches = [
@@ -147,7 +147,7 @@ def _open_prompt_cache(
 
 @lru_cache
 def _open_prompt_cache_once(folder: Path, identity: str, limit_bytes: int) -> PromptCache:
-    """Return a cache that records, for as long as the process lives, what was used."""
+    """Return a cache that records, for the lifetime of the process, which entries were used."""
     return PromptCache(folder, identity, limit_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Tiled VAE encoding and decoding, one tile after the other, so that less of a video is in memory at once.
+"""Tiled VAE encoding and decoding, one tile at a time, so that less of a video is in memory at once.
 
 The result is exact, because tiles overlap enough. A tile is a part of the frames' larger side, through all
 of the video. What looks at whole frames, the middle block's attention, is at the latents' size, so small,
@@ -95,7 +95,7 @@ def encode_tiles(
 
 
 def _copy_to_host(x: Tensor) -> Tensor:
-    """Start to copy x to the host; whatever its device does later comes after that."""
+    """Start a copy of x to the host; later work on its device is ordered after it."""
     return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
 
 

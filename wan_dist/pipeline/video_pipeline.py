@@ -111,7 +111,7 @@ class VideoPipeline:
         ``settings`` are those of the command line that do not change the models: ``seed=7``,
         ``frame_num=81``, ``size="832x480"``, ``sample={"steps": 4}``, ``first_frame=``, ``clips=3``. With
         ``output={"dir": FOLDER}`` video, latents and record are written there too, and an interrupted call
-        resumes from the steps that are done. Raises InputError for settings that do not work.
+        resumes from its completed steps. Raises InputError for settings that do not work.
         """
         with tempfile.TemporaryDirectory(prefix="wan-dist-") as work_folder:
             if isinstance(image, Image.Image):
@@ -150,7 +150,7 @@ class VideoPipeline:
         )
         check_ranks_match(coordinator.gather(facts, "open the pipeline"))
         plan = self._plan_video(config, is_dry_run=True)
-        for key in _DEGREE_KEYS:  # a video has to fit the groups that are opened here
+        for key in _DEGREE_KEYS:  # each video uses the process groups that are opened here
             setattr(config.parallel, key, getattr(plan.degrees, key))
         device = find_device(config)
         groups = make_process_groups(plan.degrees, coordinator, device, config.parallel.timeout)
@@ -262,7 +262,7 @@ def open_pipeline(
     gpus: int | None = None,
     **settings: Any,
 ) -> VideoPipeline | PipelineProcesses:
-    """Open the models of a task: checked at once, loaded with the first video, kept for the next ones.
+    """Open the models of a task: checked at once, loaded with the first video, and reused by later ones.
 
     ``settings`` are those of the command line, sections as dictionaries: ``dtype="float32"``,
     ``quant="fp8"``, ``memory={"dit": "stream"}``, ``parallel={"ulysses": 2}``. Without ``ckpt_dir`` the

@@ -1,1 +1,1 @@
-"""What each task takes and makes, and images as people have them; no torch."""
+"""Inputs and outputs of each task, and decoding of input images; no torch."""

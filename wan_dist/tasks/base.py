@@ -1,4 +1,4 @@
-"""A task: what it takes and what its published models determine; no torch.
+"""A task: its inputs, and the settings that its published models determine; no torch.
 
 Each kind of inputs is a pair of modules of one name: here what the inputs are and the tasks that take them,
 in `pipeline.conditioning` how they become conditioning of the transformer.
@@ -35,7 +35,7 @@ class TeaCacheFit(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskInputs:
-    """What a task takes beside the prompt: nothing, unless a subclass says otherwise."""
+    """A task's inputs beside the prompt: none, unless a subclass overrides this."""
 
     kind: str = "text"
     """Name of the module in `tasks`, and of its pair in `pipeline.conditioning`."""
@@ -46,7 +46,7 @@ class TaskInputs:
     is_required: bool = False
     min_frame_num: int = 1
     has_known_first_frame: bool = False
-    """The image is the first latent frame, encoded alone, with a timestep of its own."""
+    """The image is the first latent frame, encoded alone, with its own timestep."""
 
     @property
     def takes_clips(self) -> bool:
@@ -69,7 +69,7 @@ class TaskInputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One kind of generation, with what its published models determine.
+    """One kind of generation, with the settings that its published models determine.
 
     ``published_sizes`` are (width, height) pairs; others work if their sides are multiples of
     ``size_multiple``.
@@ -82,7 +82,7 @@ class Task:
     """Another checkpoint of the same task, for areas up to 480P."""
     transformer_dims: TransformerDims
     inputs: TaskInputs = TaskInputs()
-    """What it takes beside the prompt."""
+    """Its inputs beside the prompt."""
     expert_boundary: float | None = None
     """Noise level of the switch between two experts, as a fraction of the timesteps; None without experts."""
     default_shifts: tuple[float, float] | None = None

@@ -1,6 +1,6 @@
 """Input images of a task and their sizes, read from the headers. No torch.
 
-Headers, because to decode the images of many jobs takes long.
+Headers, because decoding the images of many jobs takes long.
 """
 
 import struct
@@ -22,7 +22,7 @@ ImageSizeReader = Callable[[str, str], tuple[int, int]]
 IMAGE_KEYS = tuple(dict.fromkeys(key for task in TASKS.values() for key in task.inputs.file_keys))
 """Settings that name an image of any task."""
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP")
-"""Formats whose headers and ends say enough; others are decoded."""
+"""Formats that headers and ends of files suffice for; others are decoded."""
 _MAX_HEADER_PIXELS = 64 * 10**6
 """Larger images may be read at a fraction of their size, so they are decoded."""
 _TAIL_BYTES = 4096

@@ -28,7 +28,7 @@ _READABLE_FORMATS = (
     "TGA",
     "ICO",
 )
-"""Not all that Pillow knows: for PostScript it would run a program. HEIF needs a plugin."""
+"""Not all of Pillow's formats: for PostScript it would run a program. HEIF needs a plugin."""
 _MAX_PIXELS = 2 * (2**30 // 12)
 """Pillow's default limit, above which it raises DecompressionBombError."""
 _MAX_JPEG_PIXELS = 2**29
@@ -95,7 +95,7 @@ def read_image(file: str, key: str) -> Image.Image:
         image, notes = _read_rgb(path)
     except PixelError as error:
         raise InputError(f"{key}={file} cannot be read as an image: {error}") from None
-    except Exception as error:  # Pillow's readers raise many types for what is broken
+    except Exception as error:  # Pillow's readers raise many types for damaged files
         raise InputError(
             f"{key}={file} cannot be read as an image{_explain_unreadable(path, error)}"
         ) from None

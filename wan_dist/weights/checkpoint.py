@@ -67,7 +67,7 @@ class Component(Generic[Model, Dims]):
         """Return the model on ``device``; ``options`` go to its constructor.
 
         ``prepare_model`` may shard it, on the meta device, before it is filled. With ``streaming`` the
-        weights of its blocks stay on the host or on disk and are copied to the device in turn.
+        weights of its blocks stay on the host or on disk and are copied to the device one after another.
         """
         with torch.device("meta"):
             model = self.build_model(**options)
@@ -140,7 +140,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the weights, of the dims, some of which no weight shows, and of the tokenizer.
+        """Digest of the weights, of the dims (some cannot be inferred from weights) and of the tokenizer.
 
         Of the weights as they are used, with the LoRAs in their order.
         """
@@ -257,7 +257,7 @@ def open_component(
 
 
 def _log_unused_tensors(files: TensorFiles, keys: Sequence[str]) -> None:
-    """Name the modules whose tensors are not needed, as of a layer after the last one that is read."""
+    """Log the modules whose tensors are not needed, such as a layer after the last one that is read."""
     modules = {key.rpartition(".")[0] or key for key in keys if key != SENTENCEPIECE_KEY}
     if modules:
         logger.info("unused    in %s: %s", files, format_first_ten(sorted(modules)))

@@ -84,7 +84,7 @@ class _ConfigReader:
     def read_num_layers(self, key: str, num_stored: int) -> int:
         """Return the configured number of layers, by default that of the stored ones.
 
-        `check_keys` tells later whether all of them are stored.
+        `check_keys` checks later whether all of them are stored.
         """
         return self.read_positive_int(
             key, default=min(num_stored, _MAX_LAYERS), maximum=_MAX_LAYERS
@@ -108,7 +108,7 @@ def _get_patch_shape(shapes: _TensorShapes) -> Shape:
 
 
 class TransformerInputs(NamedTuple):
-    """What tells transformers of different tasks and sizes apart."""
+    """The dims that distinguish transformers of different tasks and sizes."""
 
     dim: int
     num_channels: int
@@ -125,7 +125,7 @@ def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> Transformer
 def select_config_entries(
     configs: Iterable[Mapping[str, Any]], files: TensorFiles, key_map: KeyMap
 ) -> dict[str, Any]:
-    """Return what no tensor shows of the first config that is of a transformer of this width, if any."""
+    """Return the entries that tensors do not show, from the first config of this width, if any."""
     dim = infer_transformer_inputs(files, key_map).dim
     for config in configs:
         heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
@@ -178,7 +178,7 @@ def infer_transformer_dims(
 
 
 def infer_vae_dims(_: Mapping[str, Any], files: TensorFiles, key_map: KeyMap) -> VaeDims:
-    """Return the dims of VAE 2.1 or VAE 2.2, which its input channels tell apart."""
+    """Return the dims of VAE 2.1 or VAE 2.2, distinguished by its input channels."""
     shapes = _TensorShapes(files, key_map)
     dim, pixel_channels = shapes.get_shape("encoder.conv1.weight", 5)[:2]
     return VaeDims(

@@ -15,7 +15,7 @@ _FOLDERS = {
     "vae_file": ("vae",),
     "clip_file": ("clip_vision",),
 }
-"""Folders by the settings that name a file in them; each second one is the older name."""
+"""Folders by the setting that names a file in them; the second is the older name."""
 _SUFFIXES = (".safetensors", ".sft", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 
 

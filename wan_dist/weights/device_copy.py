@@ -16,7 +16,7 @@ from wan_dist.planning.read_memory import NUM_READERS, PINNED_CHUNK_BYTES
 
 
 class _ChunkBuffers(threading.local):
-    """Two page-locked buffers of this thread: while one is on its way, the other is filled."""
+    """Two page-locked buffers of this thread: while one is being copied, the other is filled."""
 
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
@@ -33,7 +33,7 @@ class _ChunkBuffers(threading.local):
         return self.buffers[self.index]
 
     def record_copy(self) -> None:
-        """Note that a copy out of the buffer that was taken last has been started."""
+        """Record that a copy from the last returned buffer has been started."""
         self.copy_events[self.index].record()
 
 
@@ -51,7 +51,7 @@ def copy_to_device(source: Tensor, device: torch.device) -> Tensor:
         for start in range(0, len(source_bytes), PINNED_CHUNK_BYTES):
             part = source_bytes[start : start + PINNED_CHUNK_BYTES]
             buffer = _BUFFERS.take()[: len(part)]
-            np.copyto(buffer.numpy(), part.numpy())  # PyTorch's copy would start threads of its own
+            np.copyto(buffer.numpy(), part.numpy())  # PyTorch's copy would start its own threads
             target_bytes[start : start + len(part)].copy_(buffer, non_blocking=True)
             _BUFFERS.record_copy()
     return target

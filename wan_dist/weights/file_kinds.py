@@ -1,4 +1,4 @@
-"""Kinds of weight files, told apart by the names of their tensors, never by their own names."""
+"""Kinds of weight files, distinguished by the names of their tensors, never by file names."""
 
 import re
 from collections.abc import Collection
@@ -10,7 +10,7 @@ from wan_dist.weights.files import TensorFiles
 
 @dataclass(frozen=True)
 class FileKind:
-    """What a file holds, the setting that takes it, and what only keys of such files match."""
+    """A kind of model: the setting for its file, its description, and a pattern that only its keys match."""
 
     setting: str
     description: str
@@ -57,7 +57,7 @@ _OTHER_TASKS = (
     (r"(?:^|\.)vace_(?:blocks|patch_embedding)\.", "VACE"),
     (r"(?:^|\.)(?:double_blocks|transformer_blocks|joint_blocks)\.0\.", "a model other than Wan"),
 )
-"""Keys that transformers of tasks have that are not among those of this program, and their names."""
+"""Patterns of keys that only transformers of unsupported tasks have, and the tasks' names."""
 
 _TRAINED_ATTENTIONS = (
     (

@@ -58,7 +58,7 @@ _FOREIGN_FORMATS = (
 
 
 class TensorFiles:
-    """The tensors of one or several files, whose formats are told apart by their content.
+    """The tensors of one or several files, whose formats are detected by their content.
 
     Opening reads headers only, except for files of PyTorch before 1.6, and checks that each file is complete;
     raises InputError with the file's name if one is not, or is quantised in a way that is not read. Of a file
@@ -69,13 +69,13 @@ class TensorFiles:
         self.paths = tuple(paths)
         self.bytes_read, self._count_lock = 0, threading.Lock()
         self.shapes: dict[str, Shape] = {}
-        """Shapes of the weights; what else the files hold, as scales of weights, is not among them."""
+        """Shapes of the weights; other tensors, such as scales of weights, are not included."""
         self.stored_names: tuple[str, ...] = ()
         """Names of all tensors, also of those that are not weights."""
         self.non_float_types: dict[str, str] = {}
         """Tensors that cannot be weights, and their data types."""
         self.metadata: dict[str, object] = {}
-        """What the files say beside their tensors."""
+        """Metadata of the files."""
         self._type_names: dict[str, str] = {}
         self._readers: dict[str, TensorFile] = {}
         self._scales: dict[str, WeightScale] = {}
@@ -158,7 +158,7 @@ class TensorFiles:
         return self._type_names[name] == "F8_E4M3"
 
     def describe_encodings(self) -> str:
-        """Return what values depend on that no stored tensor shows; nothing for most files."""
+        """Return what values depend on beside the stored tensors; empty for most files."""
         encodings = {
             name: (scale.rotation_size, self._type_names[name])
             for name, scale in self._scales.items()
@@ -187,7 +187,7 @@ class TensorFiles:
         return weight_scale.select_rows(scale, start, stop)
 
     def release_pages(self, tensor: Tensor) -> None:
-        """Return the pages of a tensor as stored to the system: until then they count as the process's."""
+        """Return a stored tensor's pages to the system: until then they count as the process's memory."""
         if not self._is_mapped or tensor.device.type != "cpu":
             return  # there is no file behind them
         start_address = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -180,7 +180,7 @@ def _get_type_name(number: int) -> str:
 def _find_original_shape(name: str, shape: Shape, metadata: dict[str, Any]) -> Shape:
     """Return a tensor's shape before it was folded for the container's limit of four dims.
 
-    ComfyUI-GGUF's converter tells it in the metadata.
+    ComfyUI-GGUF's converter stores it in the metadata.
     """
     original_shape = metadata.get(f"comfy.gguf.orig_shape.{name}")
     if original_shape is None:

@@ -36,7 +36,7 @@ def find_checkpoint(task: Task, *, area: int, given_files: GivenFiles = NO_FILES
     """Return the folder of the task's published checkpoint for videos of ``area`` pixels.
 
     It is downloaded unless the cache holds all of it, but for what ``given_files`` are used instead of.
-    Raises InputError, which tells what a folder must hold, when it is neither there nor can be fetched.
+    Raises InputError, with the files that a folder must hold, if it is neither cached nor can be fetched.
     """
     repository, patterns = task.choose_repository(area), list_download_patterns(task, given_files)
     try:
@@ -44,7 +44,7 @@ def find_checkpoint(task: Task, *, area: int, given_files: GivenFiles = NO_FILES
         for component_files in find_layout(folder, task, given_files).transformers:
             if component_files.setting is None:
                 component_files.open()  # a shard may be missing
-    except Exception:  # missing, incomplete or unreadable: the download says which
+    except Exception:  # missing, incomplete or unreadable: the download's error says which
         return download_checkpoint(task, area=area, given_files=given_files)
     return folder
 

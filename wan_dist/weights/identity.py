@@ -17,7 +17,7 @@ _NUM_PIECES, _PIECE_BYTES = 8, 2**12
 
 
 def hash_weights(tensor_files: Iterable[TensorFiles]) -> str:
-    """Return a digest of the tensors' names, dtypes, shapes and values, whatever files they lie in."""
+    """Return a digest of the tensors' names, dtypes, shapes and values, not of the files' names."""
     digest = hashlib.sha256()
     for files in tensor_files:
         is_small = sum(path.stat().st_size for path in files.paths) <= _WHOLE_BYTES

@@ -22,7 +22,7 @@ class TensorSource:
     part_index: int = 0
     num_parts: int = 1
     update: WeightUpdate | None = None
-    """What LoRAs add to it."""
+    """The update that LoRAs add to it."""
 
 
 @dataclass(frozen=True)

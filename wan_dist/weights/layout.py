@@ -27,7 +27,7 @@ TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
-"""Suffixes of files of weights, in upper or lower case; the content, not the suffix, tells the format."""
+"""Suffixes of files of weights, in upper or lower case; the format is detected by content, not by suffix."""
 
 
 GivenFiles = Mapping[str, Sequence[Path]]
@@ -96,7 +96,7 @@ class CheckpointLayout:
     tokenizer_folder: Path | None = None
     """None: the tokenizer is looked for in the text encoder's file and in the Hugging Face cache."""
     transformer_configs: tuple[Path, ...] = ()
-    """Files that may say what the tensors of a transformer given by a setting do not."""
+    """Configs that may give what the tensors of a transformer named by a setting do not show."""
 
 
 def get_vae_file_name(task: Task) -> str:
@@ -328,7 +328,7 @@ def _use_given_files(layout: CheckpointLayout, given_files: GivenFiles) -> Check
 def _build_layout_of_files(
     given_files: GivenFiles, task: Task, folder: Path | None = None
 ) -> CheckpointLayout:
-    """Return the layout of files that lie anywhere; ``folder`` may hold a tokenizer."""
+    """Return the layout of files in any folders; ``folder`` may hold a tokenizer."""
     transformers = tuple(use_file("dit_file", path) for path in given_files["dit_file"])
     tokenizer_folders = [folder / TOKENIZER_FOLDER, folder / "tokenizer"] if folder else []
     return CheckpointLayout(

@@ -56,7 +56,7 @@ class LoraFile:
 
     @property
     def digest(self) -> str:
-        """Digest of all that decides what it does to a weight."""
+        """Digest of everything that its updates depend on."""
         config_text = json.dumps(self.config, sort_keys=True)
         return repr((self.hash, config_text, self.setting.strength, self.setting.expert))
 
@@ -86,7 +86,7 @@ class LoraFile:
         return match
 
     def _read_config(self) -> dict[str, Any]:
-        """Return the training configuration that peft keeps beside the file, or diffusers in its header."""
+        """Return the training configuration that peft stores beside the file, or diffusers in its header."""
         path = self.setting.path
         config_path = path.parent / _PEFT_CONFIG
         if path.name.startswith(_PEFT_STEM) and config_path.exists():
@@ -156,7 +156,7 @@ class LoraFile:
             self.files.release_pages(values)
 
     def describe(self, matches: Sequence[LoraMatch]) -> str:
-        """Return in one line what was found in it and where it goes."""
+        """Return one line that describes its kind, modules and expert."""
         updates = [
             update for match in matches for some in match.updates.values() for update in some
         ]
@@ -185,7 +185,7 @@ def _format_range(name: str, numbers: set[Any]) -> str:
 
 
 def describe_unmatched(match: LoraMatch) -> str:
-    """Return what of a file fits nothing, grouped by why."""
+    """Return the file's unmatched tensors, grouped by reason."""
     return "; ".join(
         f"{len(keys)} tensor{'' if len(keys) == 1 else 's'} {reason} ({', '.join(sorted(keys)[:2])}"
         f"{', ...' if len(keys) > 2 else ''})"

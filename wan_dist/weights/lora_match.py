@@ -31,7 +31,7 @@ _WHOLE_SETS = (
     ("lokr_w1_a", "lokr_w1_b"),
     ("lokr_w2_a", "lokr_w2_b"),
 )
-"""Parts that are of no use without each other."""
+"""Parts that require each other."""
 _PUBLIC_NAMES = {"down": "lora_A (lora_down)", "up": "lora_B (lora_up)", "magnitude": "dora_scale"}
 
 
@@ -49,7 +49,7 @@ class ModuleParts:
 
 @dataclass
 class LoraMatch:
-    """What a LoRA file does to one transformer."""
+    """The updates of one transformer by a LoRA file, and what does not match."""
 
     updates: dict[str, list[Update]] = field(default_factory=lambda: defaultdict(list))
     """By the parameters' names in the original layout, at strength 1."""
@@ -59,7 +59,7 @@ class LoraMatch:
     """Layouts whose names the file has: original, Diffusers."""
     alphas: set[float] = field(default_factory=set)
     unmatched: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    """Keys that fit nothing, by what they are, as "of an image branch that this model does not have"."""
+    """Unmatched keys, by what they are, as "of an image branch that this model does not have"."""
     incomplete: list[str] = field(default_factory=list)
     """Modules that lack tensors or have some twice, and which."""
     misfits: list[str] = field(default_factory=list)
@@ -101,7 +101,7 @@ def _group_by_module(
     names: ModuleNames,
     match: LoraMatch,
 ) -> list[ModuleParts]:
-    """Return the tensors of each module; what fits none, or is not of floats, is added to ``match``."""
+    """Return the tensors of each module; unmatched and non-float tensors are added to ``match``."""
     parts_by_module: dict[str, ModuleParts] = {}
     for key, parsed_key in keys.items():
         if parsed_key is None:

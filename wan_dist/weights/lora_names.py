@@ -20,7 +20,7 @@ _TEXT_ENCODER_PATTERN = re.compile(
     r"(?:base_model\.model\.)?(?:lora_te\d?_|lora_text_encoder|text_encoder)"
 )
 _ADAPTER = r"(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?"
-"""What may follow: the adapter's name in peft's files, and ``.weight``."""
+"""Optional suffix: the adapter's name in peft's files, and ``.weight``."""
 _ROLE_PATTERNS = tuple(
     (re.compile(rf"(?P<stem>.+?){pattern}"), role)
     for pattern, role in (
@@ -56,7 +56,7 @@ _REFUSED_PATTERNS = tuple(
         (r"\.(?:smooth_factor|proj_down|proj_up)$", "Nunchaku"),
     )
 )
-"""Kinds of updates that are not read, by what their tensors are called."""
+"""Kinds of updates that are not supported, by patterns of their keys."""
 _FOREIGN_PARTS = (
     (
         r"_[kv]_img$|_add_[kv]_proj$|norm_k_img|norm_added_k|img_emb|image_embedder",

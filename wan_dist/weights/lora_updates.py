@@ -29,7 +29,7 @@ class Factor:
     files: TensorFiles
     key: str
     values: Tensor | None = field(default=None, compare=False)
-    """The matrix, float32 on the device, once it is held."""
+    """The matrix, float32 on the device, after `hold`."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,7 +54,7 @@ class Factor:
 
 
 class Delta(Protocol):
-    """What is added to a weight, but for a factor."""
+    """The update of a weight, without its scale."""
 
     kind: ClassVar[str]
 
@@ -248,7 +248,7 @@ class Update:
 
     @property
     def kind(self) -> str:
-        """What it is called."""
+        """Name of its kind."""
         return self.delta.kind if self.magnitude is None else f"DoRA of {self.delta.kind}"
 
     def hold(self, device: torch.device) -> Self:

@@ -38,7 +38,7 @@ _FOREIGN_KEYS = (
     (r"_quantizer\._", "NVIDIA ModelOpt"),
     (r"_weight_qdata$|\.weight_qdata$", "torchao"),
 )
-"""Keys that only files of formats have that are not read, and the formats."""
+"""Patterns of keys that only files of unsupported formats have, and the formats' names."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Weight streaming: blocks' weights stay on the host or on disk and are copied to the device in turn.
+"""Weight streaming: blocks' weights stay on the host or on disk and are copied to the device block by block.
 
 A block's weights are one flat array on the host. On the device there are two such arrays (slots), of which
 the blocks' parameters are views: while one block computes, the next one's weights are copied to the other
@@ -52,7 +52,7 @@ class BlockReader:
     """
 
     num_ahead = 3
-    """Reads at once: one alone is slower than disks are, and page-locking takes its time."""
+    """Reads at once: one alone is slower than disks are, and page-locking takes time."""
 
     def __init__(
         self,

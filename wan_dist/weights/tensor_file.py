@@ -1,4 +1,4 @@
-"""What files of tensors have in common, whatever their format."""
+"""The interface of tensor files of all formats."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ FLOAT_TYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 class TensorFile(Protocol):
-    """One open file: names, shapes and types of its tensors; values are read when they are asked for."""
+    """One open file: names, shapes and types of its tensors; values are read on request."""
 
     @property
     def shapes(self) -> Mapping[str, Shape]:
@@ -23,7 +23,7 @@ class TensorFile(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What the file says beside its tensors."""
+        """The file's metadata."""
 
     @property
     def is_mapped(self) -> bool:

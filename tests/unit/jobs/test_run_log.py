@@ -104,7 +104,7 @@ def test_a_process_that_fails_is_said_and_ends_nothing(
     kept.write_page(STANDING, has_ended=True)
 
 
-def test_a_run_that_is_asked_to_end_does_not_write_a_long_page(
+def test_a_run_requested_to_stop_does_not_write_a_long_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preemption, "requested_by", 15)

@@ -12,7 +12,7 @@ from wan_dist.pipeline.prompt_cache import PromptCache
 CONTEXT = torch.randn(7, 16)
 
 
-def test_what_was_kept_is_found_again(tmp_path: Path) -> None:
+def test_stored_embeddings_are_found_again(tmp_path: Path) -> None:
     cache = PromptCache(tmp_path, "a", 10**9)
     assert cache.get("two cats") is None
     cache.put("two cats", CONTEXT)

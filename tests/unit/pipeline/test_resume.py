@@ -124,7 +124,7 @@ def test_a_newer_state_replaces_the_older_one(tmp_path: Path) -> None:
     ]
 
 
-def test_a_state_that_another_run_is_at_is_left_to_it(tmp_path: Path) -> None:
+def test_progress_in_use_by_another_run_is_not_taken(tmp_path: Path) -> None:
     assert kept(tmp_path).save_progress(progress())
     other = ResultLocks(tmp_path)
     assert other.acquire("clip")

@@ -113,7 +113,7 @@ def test_blocks_are_read_once_a_chunk_and_the_result_is_the_same(
 
 
 @pytest.mark.parametrize("place", ["cpu", "stream"])
-def test_a_run_that_is_ended_among_its_texts_goes_on_there(
+def test_a_run_stopped_among_its_texts_resumes_there(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At each attempt three more texts, or two chunks of two, until all are there."""

@@ -288,7 +288,7 @@ def test_names_are_safe_file_names() -> None:
     assert plan("task=toy", "output.name=clip.mp4").name == "clip"
 
 
-def test_kept_latents_decide_the_size(tmp_path: Path) -> None:
+def test_saved_latents_decide_the_size(tmp_path: Path) -> None:
     file = tmp_path / "x.latents.safetensors"
     save_file({"latents": torch.zeros(16, 3, 6, 10)}, file)
     made = plan("task=t2v-14B", f"latents={file}")

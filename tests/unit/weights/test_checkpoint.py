@@ -214,7 +214,7 @@ NAMES = [VAE, "Wan2.1_VAE.PTH", "wan2.1_vae.safetensors", "Wan2.1_VAE.ckpt", "Wa
     ("name", "kind"),
     [*zip(NAMES, SAVED, strict=True), (VAE, "safetensors"), (NAMES[2], "before 1.6")],
 )
-def test_files_are_told_apart_by_what_is_in_them(name: str, kind: str, folder: Path) -> None:
+def test_files_are_distinguished_by_content(name: str, kind: str, folder: Path) -> None:
     wanted = open_checkpoint(folder, torch.float32).vae.load(CPU).state_dict()
     tensors = torch.load(folder / VAE, weights_only=True)
     (folder / VAE).unlink()

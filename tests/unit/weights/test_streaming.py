@@ -106,7 +106,7 @@ def test_little_is_read_ahead() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("from_disk", [False, True])
-def test_nothing_is_left_when_the_model_goes(from_disk: bool) -> None:
+def test_buffers_are_freed_with_the_model(from_disk: bool) -> None:
     model = Blocks(4)
     other, _ = streamed(model, from_disk=from_disk)
     other(torch.ones(1, 6))

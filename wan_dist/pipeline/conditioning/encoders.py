@@ -1,4 +1,4 @@
-"""Encoding of a task's inputs by CLIP and by the VAE, on the ranks that the plan has do it."""
+"""Encoding of a task's inputs with CLIP and the VAE, on the ranks that the plan assigns."""
 
 from collections.abc import Callable, Iterator, Sequence
 
