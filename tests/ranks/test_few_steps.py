@@ -58,22 +58,22 @@ def test_noise_between_steps_is_the_same_on_any_ranks(tmp_path: Path) -> None:
         *("dtype=float32", "sample.guide_scale=1", "cache.dir=null"),
     ]
     samplers = {
-        "lcm": ["sample.solver=lcm", "sample.steps=4"],
-        "rcm": ["preset=rcm-4step"],
-        "frames": ["preset=fastwan-3step"],
+        "lcm": (["sample.solver=lcm", "sample.steps=4"], ("1", "2-ulysses", "4")),
+        "rcm": (["preset=rcm-4step"], ("1",)),
+        "frames": (["preset=fastwan-3step"], ("1", "2-sharded")),
     }
     runs = {
-        f"{name}-{spread}": Run(num_ranks, [*settings, *sampler, *extra.split()])
-        for name, sampler in samplers.items()
-        for spread, (num_ranks, extra) in SPREADS.items()
-        if spread != "1-streamed"
+        f"{name}-{spread}": Run(
+            SPREADS[spread][0], [*settings, *sampler, *SPREADS[spread][1].split()]
+        )
+        for name, (sampler, spreads) in samplers.items()
+        for spread in spreads
     }
     for name, run in runs.items():
         run.arguments.append(f"output.dir={tmp_path / name}")
     run_all(runs, tmp_path)
-    for name in samplers:
+    for name, (_, spreads) in samplers.items():
         alone = read_latents(tmp_path / f"{name}-1")
-        for spread in SPREADS:
-            if f"{name}-{spread}" in runs:
-                assert relative_error(read_latents(tmp_path / f"{name}-{spread}"), alone) < 1e-4
+        for spread in spreads:
+            assert relative_error(read_latents(tmp_path / f"{name}-{spread}"), alone) < 1e-4
     assert relative_error(read_latents(tmp_path / "lcm-1"), read_latents(tmp_path / "rcm-1")) > 0.01
