@@ -66,7 +66,7 @@ def read_video_input(
     _check_clips(settings, task)
     video = _resolve_video_size(settings, task, image_size_reader, is_dry_run=is_dry_run)
     _check_size(video.width, video.height, task)
-    _check_frame_num(video.frame_num, task)
+    _check_frame_num(video.frame_num, task, video.num_images)
     return video
 
 
@@ -150,8 +150,8 @@ def choose_tea_fit(cache: CacheConfig, task: Task, area: int) -> TeaCacheFit | N
     return tea_fit if cache.threshold is None else tea_fit._replace(threshold=cache.threshold)
 
 
-def _check_frame_num(frame_num: int, task: Task) -> None:
-    """Raise InputError unless the task makes videos of ``frame_num`` frames."""
+def _check_frame_num(frame_num: int, task: Task, num_images: int) -> None:
+    """Raise InputError unless the task makes videos of ``frame_num`` frames from so many images."""
     if task.is_still and frame_num != 1:
         raise InputError(f"frame_num={frame_num} must be 1: {task.name} generates one image")
     stride = task.vae_stride[0]
@@ -163,10 +163,9 @@ def _check_frame_num(frame_num: int, task: Task) -> None:
         )
     if frame_num > _MAX_FRAMES:
         raise InputError(f"frame_num={frame_num} must be at most {_MAX_FRAMES}")
-    if frame_num < task.inputs.min_frame_num:
+    if frame_num < (min_frame_num := task.inputs.find_min_frame_num(num_images)):
         raise InputError(
-            f"frame_num={frame_num} must be at least {task.inputs.min_frame_num} "
-            "for a first and a last frame"
+            f"frame_num={frame_num} must be at least {min_frame_num} for a first and a last frame"
         )
 
 
@@ -178,6 +177,11 @@ def _check_clips(settings: VideoSettings, task: Task) -> None:
     if settings.latents_file is not None:
         raise InputError(
             f"clips={num_clips}: latents={settings.latents_file} are those of one clip; leave clips out"
+        )
+    if len(settings.image_files) > 1 and task.inputs.takes_clips:
+        raise InputError(
+            f"clips={num_clips}: further clips start from one image, and "
+            f"{' and '.join(settings.image_files)} are given; give image=FILE, or leave clips out"
         )
     if not task.inputs.takes_clips:
         supported_names = ", ".join(

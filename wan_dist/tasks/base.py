@@ -4,7 +4,7 @@ Each kind of inputs is a pair of modules of one name: here what the inputs are a
 in `pipeline.conditioning` how they become conditioning of the transformer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,12 +41,22 @@ class TaskInputs:
     """Name of the module in `tasks`, and of its pair in `pipeline.conditioning`."""
     file_keys: tuple[str, ...] = ()
     """Settings that name image files; their content is part of the digest."""
+    alternative_keys: tuple[str, ...] = ()
+    """Settings that may be given instead of all ``file_keys``."""
     usage: str = "no image"
     """The settings as a user writes them."""
     is_required: bool = False
-    min_frame_num: int = 1
     has_known_first_frame: bool = False
     """The image is the first latent frame, encoded alone, with its own timestep."""
+
+    def choose_keys(self, given_keys: Collection[str]) -> tuple[str, ...]:
+        """Return the settings that belong together, by those that are given."""
+        is_alternative = not set(self.alternative_keys).isdisjoint(given_keys)
+        return self.alternative_keys if is_alternative else self.file_keys
+
+    def find_min_frame_num(self, num_images: int) -> int:
+        """Return the fewest frames of a video from so many images: two need latent frames of their own."""
+        return 5 if num_images > 1 else 1
 
     @property
     def takes_clips(self) -> bool:

@@ -9,7 +9,7 @@ from wan_dist.tasks.base import Task, TaskInputs, TeaCacheFit
 from wan_dist.tasks.images import compute_covering_size, crop_to_cover
 from wan_dist.tasks.published_dims import DIMS_FLF2V_14B, DIMS_I2V_14B, DIMS_I2V_A14B, SIZES_720P
 
-_FIRST_FRAME = TaskInputs("image", ("image",), "image=FILE", is_required=True)
+_FIRST_FRAME = TaskInputs("image", ("image",), usage="image=FILE", is_required=True)
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,6 @@ class _FirstAndLastFrame(TaskInputs):
     file_keys: tuple[str, ...] = ("first_frame", "last_frame")
     usage: str = "first_frame=FILE last_frame=FILE"
     is_required: bool = True
-    min_frame_num: int = 5
 
     def check_image_sizes(self, sizes: Sequence[tuple[int, int]]) -> None:
         """Raise InputError where the second image cannot be cut to the shape of the first."""
@@ -29,8 +28,17 @@ class _FirstAndLastFrame(TaskInputs):
 
     def prepare_images(self, images: tuple[Image.Image, ...]) -> tuple[Image.Image, ...]:
         """Return the images, the second cut to the shape of the first."""
-        first_image, last_image = images
-        return first_image, crop_to_cover(last_image, first_image.size)
+        first_image, *last_images = images
+        return first_image, *(crop_to_cover(image, first_image.size) for image in last_images)
+
+
+@dataclass(frozen=True)
+class _FirstFrameOrBoth(_FirstAndLastFrame):
+    """The first image, or the first and the last one, whose model was trained for the first alone."""
+
+    file_keys: tuple[str, ...] = ("image",)
+    alternative_keys: tuple[str, ...] = ("first_frame", "last_frame")
+    usage: str = "image=FILE, or first_frame=FILE last_frame=FILE"
 
 
 TASKS = (
@@ -64,7 +72,7 @@ TASKS = (
         name="i2v-A14B",
         repository="Wan-AI/Wan2.2-I2V-A14B",
         transformer_dims=DIMS_I2V_A14B,
-        inputs=_FIRST_FRAME,
+        inputs=_FirstFrameOrBoth(),
         expert_boundary=0.9,
         published_sizes=SIZES_720P,
     ),

@@ -57,17 +57,24 @@ def check_image_files(image_files: Mapping[str, str], task: Task) -> None:
     ``image_files``: see `list_image_files`.
     """
     inputs = task.inputs
-    if unexpected_keys := [key for key in image_files if key not in inputs.file_keys]:
+    task_keys = inputs.choose_keys(image_files)
+    if unexpected_keys := [key for key in image_files if key not in task_keys]:
+        if set(unexpected_keys) <= set(inputs.file_keys):
+            raise InputError(
+                f"{' and '.join(image_files)} are given, but {task.name} takes {inputs.usage}"
+            )
         accepting_tasks = [
             name
             for name, other_task in TASKS.items()
-            if unexpected_keys[0] in other_task.inputs.file_keys and other_task.repository
+            if unexpected_keys[0]
+            in (*other_task.inputs.file_keys, *other_task.inputs.alternative_keys)
+            and other_task.repository
         ]
         raise InputError(
             f"{unexpected_keys[0]} is given, but {task.name} takes {inputs.usage}; "
             f"{', '.join(accepting_tasks)} would take {unexpected_keys[0]}"
         )
-    missing_keys = [key for key in inputs.file_keys if key not in image_files]
+    missing_keys = [key for key in task_keys if key not in image_files]
     if missing_keys and inputs.is_required:
         verb = "is" if len(missing_keys) == 1 else "are"
         raise InputError(

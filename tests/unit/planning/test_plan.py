@@ -141,7 +141,7 @@ def test_the_last_frame_takes_the_shape_of_the_first(tmp_path: Path) -> None:
         (["task=i2v-14B", "image=broken.png"], "image=broken.png cannot be read as an image"),
         (
             ["task=i2v-14B", "first_frame=IMAGE"],
-            "first_frame is given, but i2v-14B takes image=FILE; flf2v-14B would take first_frame",
+            "first_frame is given, but i2v-14B takes image=FILE; flf2v-14B, i2v-A14B would take first_frame",
         ),
         (
             ["task=t2v-14B", "image=IMAGE"],
