@@ -63,12 +63,12 @@ def list_task_rows() -> Iterator[list[str]]:
 
 
 def list_preset_rows() -> Iterator[list[str]]:
-    """Yield the titles, then for each preset what it is for and how it samples; as for t2v-14B."""
+    """Yield the titles, then for each preset what it is for and how it samples its task, or t2v-14B."""
     yield ["preset", "for", "solver", "steps", "shift", "timesteps that the model is told"]
-    task = TASKS["t2v-14B"]
     for file in sorted((CONFIG_FOLDER / "preset").glob("*.yaml")):
         if file.stem == "none":
             continue
+        task = TASKS["toy" if file.stem.startswith("toy") else "t2v-14B"]
         config = _read_task_config(task, f"preset={file.stem}")
         width, height = config.parse_size()
         sampling = plan_sampling(config.sample, task, width * height)
