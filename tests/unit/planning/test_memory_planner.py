@@ -228,7 +228,7 @@ def test_slurms_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_free_memory_below_the_need_is_refused_before_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hardware, "_read_free_bytes", lambda: 300 * 2**20)
+    monkeypatch.setattr(hardware, "_read_free_bytes", lambda: 150 * 2**20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("wan_dist.weights.checkpoint.Component.load", None)
     settings = ["task=toy", "device=cpu", "size=64*48", "frame_num=5", f"output.dir={tmp_path}"]
