@@ -2,15 +2,18 @@
 
     python -m launch plan task=i2v-14B size=1280x720 gpus=8x80GB host=512GB
     python -m launch plan task=t2v-1.3B gpus=8GB host=16GB
+    python -m launch plan task=t2v-14B preset=lightx2v-4step gpus=8xH200
     python -m launch plan task=t2v-14B                      # for this machine
 
-Keys are those of a run, and: gpus=COUNTxSIZE of a node, host=SIZE, nodes=COUNT. Prompt and image may be left
-out.
+Keys are those of a run, and: gpus=COUNTxSIZE of a node, or COUNTxNAME of a GPU (a100, a100-40, h100, h200,
+l40s), host=SIZE, nodes=COUNT. Prompt and image may be left out.
 """
 
+import re
 import sys
 
 from launch.arguments import parse_count, split_arguments
+from launch.slurm.cluster import list_cluster_names, load_cluster
 from wan_dist.config.schema import RunConfig
 from wan_dist.planning.hardware import (
     Hardware,
@@ -38,6 +41,7 @@ def main(arguments: list[str]) -> None:
     ranks_text = f"{ranks[0]} ranks, {plan.degrees}; " if ranks[0] > 1 else ""
     lines = [
         plan.summary,
+        plan.sampling.description,
         *plan.notes,
         ranks_text + plan.arrangement.description,
         "",
@@ -58,6 +62,14 @@ def plan_dry_run(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) 
     )
 
 
+def _replace_gpu_name(text: str) -> str:
+    """Return ``COUNTxSIZE`` for ``COUNTxNAME`` where conf/cluster/ has a file of the name."""
+    match = re.fullmatch(r"(\d+\s*[x*×]\s*)?([a-z][\w-]*)", text.lower().strip())
+    if match is None or match[2] not in list_cluster_names():
+        return text
+    return f"{match[1] or ''}{load_cluster(match[2], []).gpu_memory}"
+
+
 def resolve_hardware(options: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
     """Return the hardware that ``options`` describe, and the number of ranks in all and on a node.
 
@@ -65,7 +77,7 @@ def resolve_hardware(options: dict[str, str]) -> tuple[Hardware, tuple[int, int]
     """
     gpus_per_node, gpu_bytes = 1, None
     if "gpus" in options:
-        gpus_per_node, gpu_bytes = parse_gpus(options["gpus"])
+        gpus_per_node, gpu_bytes = parse_gpus(_replace_gpu_name(options["gpus"]))
     elif gpus := find_gpus():
         gpus_per_node, gpu_bytes = len(gpus), min(total_bytes for _, total_bytes, _ in gpus)
     host_bytes, host_limit = (

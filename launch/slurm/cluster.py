@@ -81,13 +81,18 @@ def parse_minutes(text: str, key: str) -> int:
     return max(1, days * 1440 + hours * 60 + minutes + (seconds > 0))
 
 
+def list_cluster_names() -> list[str]:
+    """Return the names of the clusters in conf/cluster/."""
+    return sorted(path.stem for path in _CLUSTER_FOLDER.glob("*.yaml"))
+
+
 def load_cluster(name: str, changes: Sequence[str]) -> ClusterConfig:
     """Return the cluster of this name or file, with changes such as ``partition=gpu``; raises InputError."""
     file = _CLUSTER_FOLDER / f"{name}.yaml"
     if name.endswith((".yaml", ".yml")):
         file = expand_user_path("cluster", name)
     if not file.is_file():
-        known_names = sorted(path.stem for path in _CLUSTER_FOLDER.glob("*.yaml"))
+        known_names = list_cluster_names()
         raise InputError(
             f"cluster={name} is unknown; use {', '.join(known_names)}, "
             f"or a file of your own, cluster=mine.yaml{suggest_nearest(name, known_names)}"

@@ -76,6 +76,6 @@ def _describe_sampling(
     parts = [
         f"{sample.steps} steps of {sample.solver}",
         f"shift {shift:g}" if is_shifted else "",
-        "no guidance" if guide_scales == (1, 1) else guidance,
+        "no guidance, one pass a step" if guide_scales == (1, 1) else guidance,
     ]
     return ", ".join(filter(None, parts))

@@ -54,7 +54,7 @@ def test_presets_are_as_published() -> None:
 
 def test_values_of_a_preset_can_be_overridden() -> None:
     made = plan("task=t2v-14B", "preset=lightx2v-4step", "sample.steps=8", "sample.solver=lcm")
-    assert made.sampling.description == "8 steps of lcm, shift 5, no guidance"
+    assert made.sampling.description == "8 steps of lcm, shift 5, no guidance, one pass a step"
     with pytest.raises(InputError, match=r"preset/unknown"):
         read("task=t2v-14B", "preset=unknown")
 

@@ -90,3 +90,12 @@ def test_without_docstrings_there_is_a_line(
     monkeypatch.setattr(environment.sys, "flags", Flags)
     assert launch.main(PLAN) == 2
     assert "PYTHONOPTIMIZE=2" in capsys.readouterr().err
+
+
+def test_a_plan_for_a_gpu_by_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["plan", "task=t2v-1.3B", "host=64GB"]
+    assert launch.main([*settings, "gpus=2xH200"]) == launch.main([*settings, "gpus=2x140GB"]) == 0
+    by_name, by_size = capsys.readouterr().out.split("t2v-1.3B: ")[1:]
+    assert by_name == by_size
+    assert launch.main([*settings, "gpus=2xH900"]) == 2
+    assert "gpus=h900 is not an amount of memory" in capsys.readouterr().err
