@@ -24,6 +24,7 @@ from wan_dist.planning.hardware import (
 )
 from wan_dist.planning.memory_table import format_memory_table
 from wan_dist.planning.plan import RunPlan, make_plan, plan_memory
+from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import get_task
 from wan_dist.tasks.run_config import read_config
 
@@ -62,12 +63,16 @@ def plan_dry_run(config: RunConfig, hardware: Hardware, ranks: tuple[int, int]) 
     )
 
 
-def _replace_gpu_name(text: str) -> str:
-    """Return ``COUNTxSIZE`` for ``COUNTxNAME`` where conf/cluster/ has a file of the name."""
+def _parse_gpus(text: str) -> tuple[int, int]:
+    """Return how many GPUs and the bytes of each, of their size or of a name in conf/cluster/."""
+    known_names = list_cluster_names()
     match = re.fullmatch(r"(\d+\s*[x*×]\s*)?([a-z][\w-]*)", text.lower().strip())
-    if match is None or match[2] not in list_cluster_names():
-        return text
-    return f"{match[1] or ''}{load_cluster(match[2], []).gpu_memory}"
+    if match is not None and match[2] in known_names:
+        return parse_gpus(f"{match[1] or ''}{load_cluster(match[2], []).gpu_memory}")
+    try:
+        return parse_gpus(text)
+    except InputError as error:
+        raise InputError(f"{error}, or gpus=NAME of {', '.join(known_names)}") from None
 
 
 def resolve_hardware(options: dict[str, str]) -> tuple[Hardware, tuple[int, int]]:
@@ -77,7 +82,7 @@ def resolve_hardware(options: dict[str, str]) -> tuple[Hardware, tuple[int, int]
     """
     gpus_per_node, gpu_bytes = 1, None
     if "gpus" in options:
-        gpus_per_node, gpu_bytes = parse_gpus(_replace_gpu_name(options["gpus"]))
+        gpus_per_node, gpu_bytes = _parse_gpus(options["gpus"])
     elif gpus := find_gpus():
         gpus_per_node, gpu_bytes = len(gpus), min(total_bytes for _, total_bytes, _ in gpus)
     host_bytes, host_limit = (

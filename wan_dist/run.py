@@ -375,7 +375,8 @@ def exit_quickly(exit_code: int) -> NoReturn:
 
     Modules, tensors and the CUDA context one by one take 1.6 s.
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
+    # As the interpreter does at its end: it also ends the idle threads of executors.
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
