@@ -64,7 +64,7 @@ class LoraFile:
         """Return the updates of one transformer.
 
         Raises one InputError with all that does not fit, unless it is only of other modules and that is
-        allowed, and for values that are not finite.
+        allowed.
         """
         match = match_lora(self.files, self.keys, self.config, names)
         if match.incomplete:
@@ -82,7 +82,6 @@ class LoraFile:
             raise InputError(
                 f"{self.setting} does not fit this model: {describe_unmatched(match)}; {advice}"
             )
-        self._check_finite()
         return match
 
     def _read_config(self) -> dict[str, Any]:
@@ -144,7 +143,8 @@ class LoraFile:
         )
         return f"{self.setting} does not fit this model; {misfits}{hint}"
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """Raise InputError for values that are not finite; reads the whole file."""
         for key in self.keys:
             values = self.files.read(key)
             # Their sum is not finite if one of them is not, and is the fastest look at all.
@@ -226,6 +226,7 @@ def merge_loras(
         matches = [
             file.match(all_names[index], allow_unmatched=allow_unmatched) for index in indices
         ]
+        file.check_finite()  # once, also where it is for two experts
         for index, match in zip(indices, matches, strict=True):
             for name, updates in match.updates.items():
                 all_updates[index][name] += [
