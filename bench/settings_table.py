@@ -7,6 +7,7 @@ from launch.plan import plan_dry_run
 from wan_dist.config.compose import CONFIG_FOLDER
 from wan_dist.config.schema import RunConfig, list_settings
 from wan_dist.planning.hardware import Hardware
+from wan_dist.planning.noise_schedule import uses_shift
 from wan_dist.planning.sampling_plan import plan_sampling
 from wan_dist.planning.workload import GIB
 from wan_dist.tasks.base import Task
@@ -74,9 +75,11 @@ def list_preset_rows() -> Iterator[list[str]]:
         sampling = plan_sampling(config.sample, task, width * height)
         _, comment, *_ = file.read_text(encoding="utf-8").splitlines()
         purpose = comment.removeprefix("# ").partition(": ")[0]
-        has_shift = "shift" in sampling.description
         timesteps = ", ".join(f"{timestep:.4g}" for timestep in sampling.schedule.timesteps)
-        counts = [str(config.sample.steps), f"{sampling.shift:g}" if has_shift else ""]
+        counts = [
+            str(config.sample.steps),
+            f"{sampling.shift:g}" if uses_shift(config.sample) else "",
+        ]
         yield [f"`{file.stem}`", purpose, f"`{config.sample.solver}`", *counts, timesteps]
 
 

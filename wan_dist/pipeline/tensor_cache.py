@@ -57,8 +57,8 @@ class TensorCache:
         try:
             tensors = load_file(file)
         except (OSError, SafetensorError):
-            return None  # not there, or being deleted, or damaged: it is encoded again
-        with contextlib.suppress(OSError):  # another user's cache, which this one may only read
+            return None  # missing, being deleted, or damaged: it is encoded again
+        with contextlib.suppress(OSError):  # another user's cache, which is read-only here
             os.utime(file)  # used just now
         return tensors
 
@@ -102,7 +102,7 @@ class TensorCache:
         self._is_full = self._free_bytes < num_bytes
         if self._is_full:
             logger.warning(
-                "cache.size_gib=%.3g is full: what else this run encodes stays in memory, "
-                "and is encoded again if the run is interrupted; a larger cache.size_gib avoids that",
+                "cache.size_gib=%.3g is full: what else this run encodes is not cached, "
+                "and is encoded again if the run is interrupted; a larger cache.size_gib keeps it",
                 self.limit_bytes / 2**30,
             )

@@ -44,6 +44,11 @@ class NoiseSchedule:
         return len(self.timesteps)
 
 
+def uses_shift(sample: SampleConfig) -> bool:
+    """Whether the shift decides the noise levels: those of a list and of rCM are fixed."""
+    return sample.sigmas is None and sample.solver not in _RCM_SOLVERS
+
+
 def make_noise_schedule(sample: SampleConfig, shift: float, task: Task) -> NoiseSchedule:
     """Return the schedule that these settings give a task.
 

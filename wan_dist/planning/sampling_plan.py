@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from wan_dist.config.sections import SampleConfig
-from wan_dist.planning.noise_schedule import NoiseSchedule, make_noise_schedule
+from wan_dist.planning.noise_schedule import NoiseSchedule, make_noise_schedule, uses_shift
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.base import AREA_480P, Task
 
@@ -70,12 +70,11 @@ def _describe_sampling(
     sample: SampleConfig, shift: float, guide_scales: tuple[float, float]
 ) -> str:
     """Return how latents are denoised, in a few words."""
-    is_shifted = sample.sigmas is None and sample.solver not in ("rcm", "rcm_ode")
     low, high = guide_scales
     guidance = f"guidance {low:g}" if low == high else f"guidance {low:g} (low), {high:g} (high)"
     parts = [
         f"{sample.steps} steps of {sample.solver}",
-        f"shift {shift:g}" if is_shifted else "",
+        f"shift {shift:g}" if uses_shift(sample) else "",
         "no guidance, one pass a step" if guide_scales == (1, 1) else guidance,
     ]
     return ", ".join(filter(None, parts))
