@@ -248,12 +248,15 @@ def _copy_fp8_rows(
     weight: Tensor, scales: Tensor, stored_start: int, files: TensorFiles, source: TensorSource
 ) -> None:
     """Copy the files' 8-bit weights unchanged, and their scales, which are 1 where the files have none."""
-    stored_stop = stored_start + len(weight)
-    stored_rows = files.read_rows(source.key, stored_start, stored_stop)
-    weight.copy_(copy_to_device(stored_rows, weight.device))
-    scale = files.read_scale(source.key, stored_start, stored_stop)
+    num_at_once = _count_rows_at_once(weight.shape[1])
+    for start in range(0, len(weight), num_at_once):
+        target_rows = weight[start : start + num_at_once]
+        first_row = stored_start + start
+        stored_rows = files.read_rows(source.key, first_row, first_row + len(target_rows))
+        target_rows.copy_(copy_to_device(stored_rows, weight.device))
+        files.release_pages(stored_rows)
+    scale = files.read_scale(source.key, stored_start, stored_start + len(weight))
     scales[:] = 1.0 if scale is None else scale.to(scales.device)
-    files.release_pages(stored_rows)
 
 
 def _copy_rows(

@@ -113,8 +113,12 @@ def test_values_are_those_that_were_stored(encoding: str, suffix: str, tmp_path:
     torch.testing.assert_close(rows, values, rtol=0, atol=1e-6)
 
 
-def test_fp8_parts_of_one_matrix_are_taken_from_their_rows(tmp_path: Path) -> None:
-    """Where a file has q, k and v in one matrix, each is its own third of it."""
+@pytest.mark.parametrize("values_at_once", [2**21, 64])
+def test_fp8_parts_of_one_matrix_are_taken_from_their_rows(
+    values_at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a file has q, k and v in one matrix, each is its own third of it; also a row at a time."""
+    monkeypatch.setattr("wan_dist.weights.load.READ_VALUES", values_at_once)
     stored = eight_bit(E4M3, "weight_scale", ROWS / 448)
     save_file(stored, tmp_path / "m.safetensors")
     files = TensorFiles([tmp_path / "m.safetensors"])
