@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from wan_dist.config.compose import CONFIG_FOLDER
 from wan_dist.config.schema import RunConfig, list_settings, read_all_settings
 from wan_dist.jobs.planned_job import PlannedJob, has_jobs, plan_jobs
 from wan_dist.planning.plan import VideoPlan, make_plan
@@ -57,6 +58,8 @@ from wan_dist.tasks.run_config import read_config
 if TYPE_CHECKING:
     from wan_dist.parallel.team import Coordinator
 
+OTHER_COMMANDS = "plan | doctor | fetch | local | submit | runs | gallery"
+"""Of `launch`, which imports this module."""
 _NO_DEFAULT = "???"
 """OmegaConf's marker of a setting whose default is the task's."""
 _JOIN_TIMEOUT_SECONDS = 600.0
@@ -80,14 +83,17 @@ USAGE_EXAMPLES = (
 
 def build_help_text() -> str:
     """Return the text that ``--help`` prints."""
+    presets = sorted(path.stem for path in (CONFIG_FOLDER / "preset").glob("*.yaml"))
     return "\n".join(
         [
             "Generate a video with the Wan models: python -m wan_dist.run task=NAME [key=value ...]",
             f"\nTasks: {', '.join(TASKS)}",
+            f"Presets of few-step models: {', '.join(presets)}",
             "\nA task sets its own defaults in conf/task/NAME.yaml; in brackets are those of all others.",
             *_format_key_lines(),
             f"\nExamples:\n{USAGE_EXAMPLES}\n\n"
-            "--hydra-help lists the flags of Hydra, which reads the configuration.",
+            "--hydra-help lists the flags of Hydra, which reads the configuration.\n"
+            f"Other commands, each with --help: python -m launch {OTHER_COMMANDS}",
         ]
     )
 
