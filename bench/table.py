@@ -312,6 +312,15 @@ def weight_files() -> list[str]:
     return _format_table(["file", "load, s", "GiB, planned", "measured", "s/it"], rows)
 
 
+def weight_files_loading() -> list[str]:
+    """Return load times of a transformer, merging in larger parts, where few frames were made."""
+    rows = [
+        [row["what"], f"{row['stages']['load']['seconds']:.1f}"]
+        for row in _load("weight-files-i2v-14B-5frames")["rows"]
+    ]
+    return _format_table(["file", "load, s"], rows)
+
+
 def first_runs() -> list[str]:
     """Return the seconds of whole runs of the first version."""
     rows = []
@@ -416,6 +425,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         end_to_end,
         few_steps,
         weight_files,
+        weight_files_loading,
         first_runs,
         lossy,
         drills,
