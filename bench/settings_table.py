@@ -107,7 +107,7 @@ def list_overview_rows() -> Iterator[list[str]]:
 def _list_inputs(task: Task) -> str:
     keys = ["`prompt`", *(f"`{key}`" for key in task.inputs.file_keys)]
     if task.inputs.file_keys and not task.inputs.is_required:
-        keys[-1] = f"perhaps {keys[-1]}"
+        keys[1] = f"perhaps {keys[1]}"
     if task.inputs.alternative_keys:
         keys[-1] += f" or {' and '.join(f'`{key}`' for key in task.inputs.alternative_keys)}"
     return ", ".join(keys)

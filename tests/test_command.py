@@ -47,9 +47,10 @@ def reference_arguments(
         else str(run["guide_scale_low_high"]).replace(" ", "")
     )
     images = {"image": "image", "first": "first_frame", "last": "last_frame"}
+    images |= {key: key for key in ("src_video", "src_ref_images")}
     return [
         f"task={task}",
-        f"ckpt_dir={checkpoint or folder}",
+        f"ckpt_dir={checkpoint or folder / run.get('checkpoint', '')}",
         f"prompt={run['prompt']}",
         f"negative_prompt={run['negative_prompt']}",
         *(f"{ours}={folder / run[theirs]}" for theirs, ours in images.items() if theirs in run),
@@ -62,6 +63,7 @@ def reference_arguments(
         f"sample.steps={run['steps']}",
         f"sample.shift={run['shift']}",
         f"sample.guide_scale={scale}",
+        f"context_scale={run.get('context_scale', 1.0)}",
         "output.name=out",
         "output.save_tensor=true",
     ]

@@ -58,7 +58,7 @@ from wan_dist.tasks.run_config import read_config
 if TYPE_CHECKING:
     from wan_dist.parallel.team import Coordinator
 
-OTHER_COMMANDS = "plan | doctor | fetch | local | submit | runs | gallery"
+OTHER_COMMANDS = "plan | doctor | fetch | local | mask | submit | runs | gallery"
 """Of `launch`, which imports this module."""
 _NO_DEFAULT = "???"
 """OmegaConf's marker of a setting whose default is the task's."""

@@ -37,10 +37,11 @@ I2V, A14B, TI2V = (
     ("t2v-A14B", "wan2.2-t2v-a14b", "unipc"),
     ("ti2v-5B", "wan2.2-ti2v-5b", "i2v"),
 )
+VACE = ("vace-14B", "wan2.1-vace-files", "video_ref")
 FLF2V, I2V_A14B = ("flf2v-14B", "wan2.1-flf2v", "unipc"), ("i2v-A14B", "wan2.2-i2v-a14b", "unipc")
 
 # The models have 4 heads; token counts are 45 (t2v), 84 (odd), 72 (i2v), 84 (flf2v), 54 (i2v-A14B) and
-# 36 (ti2v).
+# 36 (ti2v). Those of VACE are 140.
 CASES = {
     2: [
         Case(*T2V, "parallel.ulysses=2"),
@@ -57,11 +58,14 @@ CASES = {
         Case(*TI2V, "parallel.ring=2 fsdp.dit=true"),
         Case(*I2V, "parallel.ulysses=2 memory.dit=disk memory.t5=stream memory.slice_tokens=7"),
         Case(*A14B, "parallel.cfg=2 memory.dit=stream"),
+        Case(*VACE, "parallel.ulysses=2 memory.dit=disk memory.slice_tokens=31"),
+        Case(*VACE, "parallel.cfg=2 fsdp.dit=true"),
     ],
     3: [
         Case(*T2V, ""),
         Case(*I2V, "parallel.ring=3 fsdp.dit=true fsdp.t5=true"),
         Case(*TI2V, "parallel.ring=3"),
+        Case(*VACE, "parallel.ring=3 memory.dit=stream"),
     ],
     4: [
         Case(*T2V, ""),
@@ -75,6 +79,7 @@ CASES = {
         Case(*TI2V, "parallel.ring=2 parallel.ulysses=2"),
         Case(*TI2V, "parallel.cfg=2 parallel.ulysses=2 fsdp.dit=true"),
         Case(*FLF2V, "parallel.ulysses=4"),
+        Case(*VACE, "parallel.ring=2 parallel.ulysses=2 fsdp.dit=true"),
     ],
 }
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from wan_dist.runtime.errors import InputError, escape_unprintable, suggest_nearest
@@ -21,6 +22,8 @@ WEIGHT_FILE_KEYS = ("dit_file", "t5_file", "vae_file", "clip_file")
 """Settings that name files of weights, used instead of a checkpoint's."""
 LORA_KEYS = ("lora", "lora_high", "lora_low")
 """Settings that name LoRA files: of all transformers, and of one expert alone."""
+FILE_LIST_KEYS = (*LORA_KEYS, "src_ref_images")
+"""Settings that name one file or several, see `split_files`."""
 PATH_KEYS = (
     "ckpt_dir",
     *WEIGHT_FILE_KEYS,
@@ -28,6 +31,9 @@ PATH_KEYS = (
     "image",
     "first_frame",
     "last_frame",
+    "src_video",
+    "src_mask",
+    "src_ref_images",
     "latents",
     "jobs",
     "cache.dir",
@@ -60,8 +66,8 @@ def check_path(key: str, value: str) -> None:
     try:
         if key == "dit_file":
             split_file_list(value)
-        elif key in LORA_KEYS:
-            split_lora_files(value)
+        elif key in FILE_LIST_KEYS:
+            split_files(value)
         else:
             Path(value.strip()).expanduser()
     except RuntimeError:
@@ -91,7 +97,7 @@ def split_file_list(value: str) -> list[Path]:
     )
 
 
-def split_lora_files(value: str) -> list[Path]:
+def split_files(value: str) -> list[Path]:
     """Return the files of a setting: ``FILE``, ``FILE,FILE`` or ``[FILE,FILE]``, also as a list of JSON.
 
     A comma is part of a name where a file of that name exists; in JSON it always is.
@@ -106,6 +112,11 @@ def split_lora_files(value: str) -> list[Path]:
             return [Path(name).expanduser() for name in names]
         text = text[1:-1]
     return split_file_list(text)
+
+
+def format_files(names: Sequence[str]) -> str:
+    """Return files as the value of a setting that `split_files` splits into the same."""
+    return json.dumps(list(names), ensure_ascii=False)
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,13 +1,12 @@
 """Settings of LoRA files: which files, for which expert, and how strong each is; no torch."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from wan_dist.config.checks import split_lora_files
+from wan_dist.config.checks import split_files
 from wan_dist.runtime.errors import InputError
 
 EXPERTS = ("high", "low")
@@ -66,7 +65,7 @@ def check_experts(settings: Sequence[LoraSetting], *, has_experts: bool) -> None
 def _pair_strengths(
     key: str, files: str | None, strength: Any, expert: str | None
 ) -> list[LoraSetting]:
-    paths = [] if files is None else split_lora_files(files)
+    paths = [] if files is None else split_files(files)
     strengths = strength if isinstance(strength, list) else [strength] * len(paths)
     for value in strengths if isinstance(strength, list) else [strength]:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -84,8 +83,3 @@ def _pair_strengths(
         LoraSetting(key, path, float(value), expert)
         for path, value in zip(paths, strengths if paths else [], strict=True)
     ]
-
-
-def format_lora_files(names: Sequence[str]) -> str:
-    """Return files as the value of a setting that `split_lora_files` splits into the same."""
-    return json.dumps(list(names), ensure_ascii=False)

@@ -3,6 +3,7 @@
 Checks across fields belong to ``planning/plan.py``. Strings such as ``size`` are parsed here, once.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field
@@ -122,10 +123,28 @@ class RunConfig:
     last_frame: str | None = _key(
         None, "last frame of the video; scaled and cropped to the first one's shape", Effect.LATENTS
     )
+    src_video: str | None = _key(
+        None, "video that steers the new one, or that is changed", Effect.LATENTS, is_new=True
+    )
+    src_mask: str | None = _key(
+        None,
+        "video, or an image for all frames, that is white where src_video is generated anew",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    src_ref_images: str | None = _key(
+        None,
+        "images of what is to appear: FILE or [FILE,FILE], of which the models know three at most",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    context_scale: float = _key(
+        1.0, "how strongly src_video and src_ref_images steer", Effect.LATENTS, is_new=True
+    )
     size: str = _key(
         MISSING,
         "WIDTHxHEIGHT in pixels, as 832x480 (* is accepted too); "
-        "with an image an area, which keeps the image's aspect",
+        "with an image or a source video an area, which keeps their aspect",
         Effect.LATENTS,
     )
     max_area: int | None = _key(
@@ -203,6 +222,8 @@ class RunConfig:
             raise InputError(f"seed={self.seed} must be 0 or larger, or -1 to draw one")
         if self.seed >= 2**64:
             raise InputError(f"seed={self.seed} must be at most 2^64 - 1")
+        if not math.isfinite(self.context_scale):
+            raise InputError(f"context_scale={self.context_scale} is not finite")
         if self.max_area is not None and self.max_area < 1:
             raise InputError(f"max_area={self.max_area} must be above 0, in pixels")
         if self.prompt is not None and not self.prompt.strip():

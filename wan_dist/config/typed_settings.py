@@ -3,7 +3,7 @@
 import json
 
 from wan_dist.config.arguments import check_setting_key, is_text_key
-from wan_dist.config.checks import LORA_KEYS, check_prompt_length
+from wan_dist.config.checks import FILE_LIST_KEYS, check_prompt_length
 from wan_dist.config.hydra_quoting import quote_if_needed, quote_text
 from wan_dist.runtime.errors import InputError
 
@@ -19,7 +19,7 @@ def check_setting(key: str, value: object) -> None:
         raise InputError(f"{key} is an object; write its keys with dots, as sample.steps")
     check_setting_key(key)
     is_file_list = isinstance(value, list) and all(isinstance(name, str) for name in value)
-    if is_text_key(key) and not (key in LORA_KEYS and is_file_list):
+    if is_text_key(key) and not (key in FILE_LIST_KEYS and is_file_list):
         if isinstance(value, bool | list):
             raise InputError(f"{key}={json.dumps(value)} is not text; write it in quotes")
         if key in ("prompt", "negative_prompt"):

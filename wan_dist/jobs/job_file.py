@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan_dist.config.checks import LORA_KEYS, split_lora_files
-from wan_dist.config.loras import format_lora_files
+from wan_dist.config.checks import FILE_LIST_KEYS, format_files, split_files
 from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
 from wan_dist.config.schema import RunConfig
 from wan_dist.config.typed_settings import check_setting, format_override
@@ -16,7 +15,7 @@ from wan_dist.jobs.job_entries import KEY_ALIASES, read_entries
 from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
-from wan_dist.tasks.image_sizes import IMAGE_KEYS
+from wan_dist.tasks.input_files import INPUT_KEYS
 
 _RUN_ONLY_KEYS = (
     "jobs",
@@ -27,8 +26,8 @@ _RUN_ONLY_KEYS = (
     "output.dir",
     "output.events",
 )
-_FILE_KEYS = (*IMAGE_KEYS, "latents")
-"""Settings that name a file, relative to the job file; so do those of `LORA_KEYS`, also several."""
+_FILE_KEYS = (*INPUT_KEYS, "latents")
+"""Settings that name a file, relative to the job file; so do those of `FILE_LIST_KEYS`, also several."""
 
 
 def is_run_only_key(key: str) -> bool:
@@ -186,8 +185,8 @@ def _resolve_entry(entry: dict[str, object], file: Path, line: int) -> dict[str,
             check_setting(key, value)
         except InputError as error:
             raise InputError(f"{file}, line {line}: {error}") from None
-        if key in LORA_KEYS:
-            resolved_entry[key] = _resolve_lora_files(file, value)
+        if key in FILE_LIST_KEYS:
+            resolved_entry[key] = _resolve_files(file, value)
         elif isinstance(value, str) and key in _FILE_KEYS:
             resolved_entry[key] = _resolve_path(file, value)
         elif (
@@ -209,10 +208,10 @@ def _resolve_path(file: Path, name: str) -> str:
     return name if name.startswith("~") else str(file.parent / name)
 
 
-def _resolve_lora_files(file: Path, value: object) -> object:
-    """Return one or several LoRA files, a text or a list of JSON, with their folders."""
+def _resolve_files(file: Path, value: object) -> object:
+    """Return one or several files, a text or a list of JSON, with their folders."""
     if isinstance(value, str) and value.strip():
-        value = list(map(str, split_lora_files(value)))
+        value = list(map(str, split_files(value)))
     if isinstance(value, list):
-        return format_lora_files([_resolve_path(file, name) for name in value])
+        return format_files([_resolve_path(file, name) for name in value])
     return value  # not a file, as is said when it is used

@@ -43,7 +43,7 @@ class PlannedJob:
 
     def make_plan_with_images(self) -> VideoPlan:
         """Return the plan with its images, which are read here."""
-        return make_plan(self.config, is_job=True) if self.plan.num_images else self.plan
+        return make_plan(self.config, is_job=True) if self.plan.has_encoded_input else self.plan
 
 
 def sort_by_model(jobs: Iterable[PlannedJob]) -> list[PlannedJob]:

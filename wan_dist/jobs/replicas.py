@@ -84,8 +84,16 @@ def assign_degrees(
 def _get_memory_key(config: RunConfig) -> tuple[object, ...]:
     """Return the key of all that degrees and memory depend on; jobs with the same key are planned once."""
     video_settings = (config.size, config.max_area, config.frame_num, config.latents is None)
+    # A source video decides on the number of frames.
+    source_settings = (config.src_video, config.src_mask, config.src_ref_images)
     model_settings = repr(read_settings(config, LOADING))
-    return (*video_settings, model_settings, _is_guided(config), repr(config.cache))
+    return (
+        *video_settings,
+        *source_settings,
+        model_settings,
+        _is_guided(config),
+        repr(config.cache),
+    )
 
 
 def _read_num_heads(config: RunConfig) -> int:

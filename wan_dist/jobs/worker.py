@@ -51,7 +51,7 @@ from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.durations import format_duration
 from wan_dist.runtime.errors import format_message
 from wan_dist.runtime.log import add_log_file, logger, show_announcements
-from wan_dist.tasks.image_sizes import list_image_files
+from wan_dist.tasks.input_files import list_input_files
 
 _EMBEDDINGS_FOLDER = ".texts"
 """Folder of prompt embeddings, in the output folder, which all replicas see."""
@@ -336,7 +336,7 @@ class JobWorker:
 def _list_timesteps(job: PlannedJob) -> list[tuple[float, float, bool]]:
     """Return a job's timesteps, each with the next and whether the first frame is known (image to video)."""
     inputs = job.plan.task.inputs
-    has_image = bool(list_image_files(read_settings(job.config, Effect.LATENTS)))
+    has_image = bool(list_input_files(read_settings(job.config, Effect.LATENTS)))
     first_frames = {has_image, has_image or job.plan.num_clips > 1}
     return [
         (*timesteps, is_known and inputs.has_known_first_frame)

@@ -103,21 +103,27 @@ class ContextProjection(nn.Module):
         )
         if dims.image_dim:
             self.img_emb = ImageEmbedding(dims)
-        self.block_indices = list(range(dims.num_layers))
-        self.blocks = nn.ModuleDict(
-            {str(index): ContextBlock(dims, dtype) for index in self.block_indices}
-        )
+        self.block_names = list(dims.block_names)
+        for name in self.block_names:
+            list_name, _, index = name.partition(".")
+            if list_name not in self._modules:
+                self.add_module(list_name, nn.ModuleDict())
+            cast(nn.ModuleDict, self.get_submodule(list_name))[index] = ContextBlock(dims, dtype)
 
     def layers(self) -> dict[str, nn.Module]:
         """Return all blocks by name, in the order in which they are called."""
-        return {f"blocks.{name}": block for name, block in self.blocks.items()}
+        return {name: self.get_submodule(name) for name in self.block_names}
 
     def select_blocks(self, indices: Iterable[int]) -> None:
-        """Drop all blocks but these, which may repeat; `forward` then returns these, in this order."""
-        self.block_indices = list(indices)
-        self.blocks = nn.ModuleDict(
-            {str(index): self.blocks[str(index)] for index in self.block_indices}
-        )
+        """Drop all blocks but these, which may repeat; `forward` then returns these, in this order.
+
+        ``indices`` are those in `TransformerDims.block_names`.
+        """
+        selected_names = [self.block_names[index] for index in indices]
+        for name in set(self.block_names).difference(selected_names):
+            list_name, _, index = name.partition(".")
+            del cast(nn.ModuleDict, self.get_submodule(list_name))[index]
+        self.block_names = selected_names
 
     def forward(
         self, prompts: Sequence[Tensor], image_features: Tensor | None = None
@@ -137,8 +143,8 @@ class ContextProjection(nn.Module):
             embedded_texts.append(
                 self.text_embedding(F.pad(batch, (0, 0, 0, int(is_padded))))
             )  # (B, n + 1, D)
-        kv_by_block = {index: block(embedded_texts, image) for index, block in self.blocks.items()}
-        block_kvs = [kv_by_block[str(index)] for index in self.block_indices]
+        kv_by_block = {name: block(embedded_texts, image) for name, block in self.layers().items()}
+        block_kvs = [kv_by_block[name] for name in self.block_names]
         image_kv = (
             None if image is None else torch.stack([cast(Tensor, block[1]) for block in block_kvs])
         )

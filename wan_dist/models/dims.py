@@ -85,6 +85,10 @@ class TransformerDims:
 
     Not in ``repr``, of which digests of earlier runs are made: the weights show it.
     """
+    vace_layers: tuple[int, ...] = field(default=(), repr=False)
+    """Blocks to whose output a block of VACE's side branch is added (arXiv:2503.07598); none without it."""
+    vace_in_dim: int = field(default=0, repr=False)
+    """Channels of the side branch's input."""
 
     @property
     def head_dim(self) -> int:
@@ -92,9 +96,21 @@ class TransformerDims:
         return self.dim // self.num_heads
 
     @property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of all blocks, in the order in which they are called."""
+        vace_names = {layer: f"vace_blocks.{index}" for index, layer in enumerate(self.vace_layers)}
+        return tuple(
+            name
+            for index in range(self.num_layers)
+            for name in (f"blocks.{index}", vace_names.get(index))
+            if name is not None
+        )
+
+    @property
     def blocks_gib(self) -> float:
         """Size of the blocks in bfloat16, GiB; they are nearly all of the transformer."""
-        return self.num_layers * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim) * 2 / 2**30
+        num_weights = len(self.block_names) * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim)
+        return num_weights * 2 / 2**30
 
 
 @dataclass(frozen=True, kw_only=True)

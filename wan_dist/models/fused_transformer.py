@@ -25,6 +25,24 @@ from wan_dist.models.kernels.transformer_ops import (
 from wan_dist.models.transformer import OutputHead, WanTransformer
 
 
+@dataclass(frozen=True)
+class BlockInputs:
+    """What all blocks take beside the residual streams, for this device's tokens."""
+
+    time: Tensor
+    """(B, R, 6, D) float32, a row for each segment of tokens."""
+    contexts: Sequence[ContextKV]
+    rotary: tuple[Tensor, Tensor]
+    segments: tuple[int, ...]
+
+    def select_block(
+        self, index: int
+    ) -> tuple[Tensor, list[tuple[Tensor, ...]], tuple[Tensor, Tensor], tuple[int, ...]]:
+        """Return the arguments of a block's forward after the streams, for block ``index`` of all."""
+        block_contexts = [context.select_block(index) for context in self.contexts]
+        return self.time, block_contexts, self.rotary, self.segments
+
+
 @dataclass
 class ResidualCache:
     """Cache of what all blocks together add to the tokens, for each context."""
@@ -105,12 +123,9 @@ class FusedTransformer(WanTransformer):
     def layers(self) -> dict[str, FusedBlock]:
         """Return all blocks by name, in the order in which they are called.
 
-        Weight sharding, streaming, quantisation and sequence parallelism go by this alone: a subclass with
-        further lists of blocks lists them here.
+        Weight sharding, streaming, quantisation and sequence parallelism go by this alone.
         """
-        return {
-            f"blocks.{index}": cast(FusedBlock, block) for index, block in enumerate(self.blocks)
-        }
+        return {name: cast(FusedBlock, self.get_submodule(name)) for name in self.dims.block_names}
 
     def set_slice_tokens(self, max_tokens: int | None) -> None:
         """Limit how many tokens go through the blocks' linears at once; None: all."""
@@ -169,9 +184,10 @@ class FusedTransformer(WanTransformer):
         With a ``residual_cache``, a step may reuse what the blocks added in an earlier step.
         """
         time, block_time = self.embed_timesteps(timesteps)
-        x = self.patch_embedding(latents)
-        segments = self.count_segment_tokens(latents, timesteps.shape[1])
-        x, rotary, segments = self.sequence.split(x, rotary, segments)
+        all_segments = self.count_segment_tokens(latents, timesteps.shape[1])
+        x, own_rotary, segments = self.sequence.split(
+            self.embed_latents(latents), rotary, all_segments
+        )
         if (
             residual_cache is not None
             and residual_cache.can_reuse(block_time)
@@ -185,14 +201,9 @@ class FusedTransformer(WanTransformer):
                 input_tokens = x.clone()
             streams = [x]
             del x
-            for index, block in enumerate(self.blocks):
-                streams = block(
-                    streams,
-                    block_time,
-                    [context.select_block(index) for context in contexts],
-                    rotary,
-                    segments,
-                )
+            streams = self.run_blocks(
+                streams, BlockInputs(block_time, contexts, own_rotary, segments), latents
+            )
             if residual_cache is not None and input_tokens is not None:
                 residual_cache.residuals = [stream - input_tokens for stream in streams]
                 del input_tokens
@@ -202,3 +213,18 @@ class FusedTransformer(WanTransformer):
             )
             for x in streams
         ]
+
+    def embed_latents(self, latents: Tensor) -> Tensor:
+        """Return the tokens (B, L, D) of latents (B, C_in, T, h, w)."""
+        return cast(Tensor, self.patch_embedding(latents))
+
+    def run_blocks(
+        self, streams: list[Tensor], inputs: BlockInputs, latents: Tensor
+    ) -> list[Tensor]:
+        """Return the residual streams (B, L, D) behind the last block, one for each context.
+
+        ``streams`` has the tokens, which all contexts share; ``latents`` is the argument of `forward`.
+        """
+        for index, block in enumerate(self.layers().values()):
+            streams = block(streams, *inputs.select_block(index))
+        return streams

@@ -4,7 +4,6 @@ Files are written under a temporary name and renamed when they are complete.
 """
 
 import contextlib
-import re
 import subprocess
 import tempfile
 from collections import deque
@@ -13,13 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
-import imageio_ffmpeg
 import torch
 from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
 from wan_dist.runtime.atomic_write import atomic_write
+from wan_dist.runtime.ffmpeg import FfmpegError, find_ffmpeg, read_packets
 
 _ENCODING_OPTIONS = [
     # the rate factor is what quality=8 of the reference implementation means
@@ -102,31 +101,18 @@ def _write_video(path: Path, fps: int, num_frames: int) -> Generator[None, Tenso
 
 
 def _count_frames(path: Path) -> int:
-    """Return how many frames a video's container holds, by reading all of it; raises SaveError.
-
-    ffmpeg runs in a process group of its own, which Ctrl-C does not reach.
-    """
-    input_options = ["-nostdin", "-i", str(path.absolute())]
-    output_options = ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "-"]  # a line for each frame
-    command = [_find_ffmpeg(), "-v", "error", *input_options, *output_options]
-    completed_process = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
-    )
-    num_frames = len(re.findall(rb"^\d", completed_process.stdout, re.MULTILINE))
-    if completed_process.returncode or not num_frames:
-        last_lines = completed_process.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise SaveError(
-            f"cannot read {path} again: ffmpeg says {' '.join(last_lines) or 'nothing'} "
-            f"(exit code {completed_process.returncode})"
-        )
-    return num_frames
+    """Return how many frames a video's container holds, by reading all of it; raises SaveError."""
+    try:
+        return len(read_packets(path).intervals)
+    except FfmpegError as error:
+        raise SaveError(f"cannot read {path} again: {error}") from None
 
 
 def _find_ffmpeg() -> str:
     try:
-        return imageio_ffmpeg.get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise SaveError(str(error).split(". ")[0]) from None
+        return find_ffmpeg()
+    except FfmpegError as error:
+        raise SaveError(str(error)) from None
 
 
 def _encode_video(path: Path, fps: int) -> Generator[None, Tensor | None, None]:

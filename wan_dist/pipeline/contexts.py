@@ -26,7 +26,7 @@ def project_context_kv(
     Where weights are streamed, or the model cache does not hold them, they are off the device on return.
     """
     component, axis = session.checkpoint.context_projections[expert_index], session.groups.replica
-    num_blocks = component.dims.num_layers
+    num_blocks = len(component.dims.block_names)
     blocks_per_rank = -(-num_blocks // axis.size)
     # Shards are of one size, as the all-gather needs: the last ones are padded with the last block.
     block_indices = [

@@ -71,6 +71,7 @@ def make_latents(video: VideoInProgress) -> Tensor:
     latents = resume_state.progress.latents
     if latents is None or resume_state.progress.num_done < video.config.sample.steps:
         latents = _denoise_with_fallback(video)
+    latents = latents[:, -video.plan.num_video_latents :].contiguous()  # without reference images
     session.run_together(
         lambda: _save_latents(video, latents), "save the latents", uses_collectives=False
     )

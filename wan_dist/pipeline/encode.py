@@ -8,7 +8,7 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast
-from wan_dist.pipeline.conditioning import image, known_first_frame
+from wan_dist.pipeline.conditioning import image, known_first_frame, vace
 from wan_dist.pipeline.input_cache import InputCache
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.text_embeddings import embed_prompts
@@ -22,6 +22,7 @@ InputEncoder = Callable[
 INPUT_ENCODERS: dict[str, InputEncoder] = {
     "image": image.encode_inputs,
     "known_first_frame": known_first_frame.encode_inputs,
+    "vace": vace.encode_inputs,
 }
 """By the kind of a task's inputs; each returns fields of `Conditioning`, at least on the first rank.
 
@@ -29,10 +30,10 @@ The last argument is the frame (3, H, W) in [-1, 1] that a further clip starts f
 """
 
 
-def _encode_images(
+def _encode_inputs(
     session: Session, config: RunConfig, plan: RunPlan, report: StageReport
 ) -> dict[str, Tensor]:
-    """Return what the images are encoded to, as in `INPUT_ENCODERS`, from the cache if they were before."""
+    """Return what the inputs are encoded to, as in `INPUT_ENCODERS`, from the cache if they were before."""
     cache = session.run_together(lambda: InputCache(session, config, plan), "read the images")
     cached = session.run_together(cache.find, "look for encoded images")
     if cached is not None:
@@ -75,8 +76,8 @@ def encode_conditioning(
     if first_frame is not None:
         encode_inputs = INPUT_ENCODERS[plan.task.inputs.kind]
         conditioning_tensors |= encode_inputs(session, config, plan, report, first_frame)
-    elif plan.images:
-        conditioning_tensors |= _encode_images(session, config, plan, report)
+    elif plan.images or plan.task.inputs.is_always_encoded:
+        conditioning_tensors |= _encode_inputs(session, config, plan, report)
 
     def broadcast_conditioning() -> dict[str, Tensor | None]:
         return {

@@ -12,17 +12,19 @@ from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.tensor_cache import TensorCache
 from wan_dist.planning.plan import RunPlan
+from wan_dist.runtime.file_hash import hash_file
+from wan_dist.tasks.source_video import SourceVideo
 
 
 class InputCache:
-    """What a plan's images were encoded to, on the replica's first rank."""
+    """What a plan's inputs were encoded to, on the replica's first rank."""
 
     def __init__(self, session: Session, config: RunConfig, plan: RunPlan) -> None:
         self.axis = session.groups.replica
         folder = config.cache.resolve_folder()
         self._cache: TensorCache | None = None
-        if folder is not None and self.axis.rank == 0 and plan.images:
-            self._key = _describe_images(session, plan)
+        if folder is not None and self.axis.rank == 0:
+            self._key = _describe_inputs(session, plan)
             self._cache = _open_cache(folder, int(config.cache.size_gib * 2**30))
 
     def find(self) -> dict[str, Tensor] | None:
@@ -37,13 +39,14 @@ class InputCache:
             self._cache.put(self._key, tensors)
 
 
-def _describe_images(session: Session, plan: RunPlan) -> str:
+def _describe_inputs(session: Session, plan: RunPlan) -> str:
     """Return all that encoded images depend on: pixels, size, models, and how these are run."""
     checkpoint, settings = session.checkpoint, plan.model_settings
     pixels = [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in plan.images]
     depends_on = (
         pixels,
         (plan.task.inputs.kind, plan.width, plan.height, plan.frame_num),
+        None if plan.source is None else _describe_source(plan.source),
         checkpoint.vae_digest,
         checkpoint.image_encoder_digest,
         (settings.dtype, settings.memory.vae_dtype, session.device.type),
@@ -51,6 +54,12 @@ def _describe_images(session: Session, plan: RunPlan) -> str:
         session.groups.replica.size,
     )
     return json.dumps(depends_on)
+
+
+def _describe_source(source: SourceVideo) -> tuple[object, ...]:
+    """Return all that depends on a source video and its mask: their content, and which frames are taken."""
+    files = [video.file for video in (source.video, source.mask) if video is not None]
+    return ([hash_file(Path(file).expanduser()) for file in files], source.frame_indices)
 
 
 @lru_cache

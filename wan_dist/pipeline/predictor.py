@@ -13,6 +13,7 @@ from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
+from wan_dist.models.vace import VaceTransformer
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.apply import parallelize_transformer
 from wan_dist.parallel.cfg import ParallelGuidance
@@ -175,6 +176,8 @@ class ExpertPredictor:
             free_memory()  # of the previous transformer
         model, contexts = self._load_model_and_contexts(expert_index, stage_suffix, arrangement)
         model.set_slice_tokens(arrangement.slice_tokens)
+        if isinstance(model, VaceTransformer):
+            model.context_scale = self.config.context_scale
         if groups.replica.size > 1:
             ensure_ranks_can_allocate(
                 estimate_activation_bytes(self.plan.workload, arrangement),

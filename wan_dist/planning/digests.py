@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from wan_dist.config.checks import FILE_LIST_KEYS, split_files
 from wan_dist.config.schema import select_new_settings
 from wan_dist.config.settings import SettingValues
 from wan_dist.planning.plan import VideoPlan
@@ -14,7 +15,7 @@ from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
-from wan_dist.tasks.image_sizes import IMAGE_KEYS, list_image_files
+from wan_dist.tasks.input_files import INPUT_KEYS, list_input_files
 
 FORMAT_VERSION = 2
 """Format of digests, resume states and records; raised when one of another version would be misread."""
@@ -50,12 +51,16 @@ def compute_latents_digest(
         "prompt": plan.prompt,
         "negative_prompt": plan.negative_prompt,
         "images": {
-            key: _compute_file_digest(key, file) for key, file in list_image_files(settings).items()
+            key: _compute_input_digest(key, value)
+            for key, value in list_input_files(settings).items()
         },
         "size": (plan.width, plan.height, plan.frame_num),
         "seed": settings["seed"],
         "noise_device": settings["noise_device"],
-        "dtype": (settings["dtype"], settings["memory.vae_dtype"] if plan.num_images else None),
+        "dtype": (
+            settings["dtype"],
+            settings["memory.vae_dtype"] if plan.has_encoded_input else None,
+        ),
         "quant": settings["quant"],
         "attention": settings["attention"],
         "sample": (
@@ -100,14 +105,20 @@ def compute_result_digest(
 
 
 def _select_new_settings(settings: SettingValues) -> dict[str, object]:
-    """Return settings that earlier versions did not have, but for image files, whose content counts."""
+    """Return settings that earlier versions did not have, but for input files, whose content counts."""
     new_settings = select_new_settings(settings)
-    return {key: value for key, value in new_settings.items() if key not in IMAGE_KEYS}
+    return {key: value for key, value in new_settings.items() if key not in INPUT_KEYS}
 
 
 def _compute_digest(depends_on: Mapping[str, object]) -> str:
     digest_input = {"format": FORMAT_VERSION, "numerics": NUMERICS_VERSION, **depends_on}
     return hashlib.sha256(json.dumps(digest_input, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _compute_input_digest(key: str, value: str) -> str:
+    """Return the digest of a file's content, or those of several files in their order."""
+    files = map(str, split_files(value)) if key in FILE_LIST_KEYS else [value]
+    return " ".join(_compute_file_digest(key, file) for file in files)
 
 
 def _compute_file_digest(key: str, file: str) -> str:

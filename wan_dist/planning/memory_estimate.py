@@ -80,7 +80,7 @@ def estimate_context_bytes(workload: Workload) -> tuple[int, int]:
     dims = workload.model_dims.transformer
     context_lengths = [length + 1 for length in workload.text_lengths]
     num_image_tokens = 257 * workload.num_images if dims.image_dim else 0
-    bytes_per_token = dims.num_layers * 2 * dims.dim * workload.itemsize
+    bytes_per_token = len(dims.block_names) * 2 * dims.dim * workload.itemsize
     num_all_tokens = sum(context_lengths)
     num_own_tokens = max(context_lengths) if workload.cfg_degree == 2 else num_all_tokens
     return (
@@ -98,6 +98,8 @@ def estimate_activation_bytes(workload: Workload, arrangement: Arrangement) -> i
     num_branches = 1 if workload.cfg_degree == 2 else len(workload.text_lengths)
     runs_apart = arrangement.passes == "apart"
     residual_bytes = hidden_bytes * (1 if runs_apart else num_branches)
+    if dims.vace_layers:  # the side branch has as many streams
+        residual_bytes *= 2
     if workload.has_step_cache:
         # The tokens before the blocks, and with passes apart, what was added in the other pass.
         residual_bytes += hidden_bytes * (num_branches if runs_apart else 1)
@@ -108,11 +110,14 @@ def estimate_activation_bytes(workload: Workload, arrangement: Arrangement) -> i
             slice_tokens * dims.ffn_dim + 2 * QUANTIZED_ROWS_PER_CHUNK * dims.ffn_dim * FLOAT_BYTES
         )
     head_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, num_tokens) * dims.dim * FLOAT_BYTES
-    # The noise, the solver's latents, and those of images.
-    latent_bytes = prod(workload.latent_shape) * FLOAT_BYTES * (6 + dims.in_dim // dims.out_dim)
+    # The noise, the solver's latents, those of images, and the VACE context, also beside the latents.
+    num_latents = 6 + dims.in_dim // dims.out_dim + 4 * dims.vace_in_dim // dims.out_dim
+    latent_bytes = prod(workload.latent_shape) * FLOAT_BYTES * num_latents
     embedding_bytes = 0
     if workload.num_sequence_parts > 1:  # every rank embeds all tokens, then keeps its own
         embedding_bytes = (workload.num_tokens + num_tokens) * dims.dim * itemsize
+        if dims.vace_layers:
+            embedding_bytes += residual_bytes
     block_bytes = residual_bytes + max(attention_bytes, feed_forward_bytes, head_bytes)
     return max(block_bytes, embedding_bytes) + latent_bytes
 
@@ -153,7 +158,7 @@ def estimate_memory(workload: Workload, arrangement: Arrangement) -> list[StageM
     stages = [_estimate_text_stage(workload, arrangement, process_parts)]
     if image_encoder is not None and workload.num_images:
         stages.append(_estimate_look_stage(image_encoder, arrangement, process_parts))
-    if workload.num_images:
+    if workload.has_encoded_input:
         process_parts = later_process_parts
         stages.append(_estimate_vae_stage(workload, arrangement.image, "image", process_parts))
     stages += [
@@ -222,7 +227,7 @@ def _estimate_context_stage(
     """Return the memory of projecting contexts, where each rank computes its shard of the blocks for all."""
     dims, itemsize = workload.model_dims.transformer, workload.itemsize
     all_context_bytes, _ = estimate_context_bytes(workload)
-    num_blocks = -(-dims.num_layers // workload.num_ranks)
+    num_blocks = -(-len(dims.block_names) // workload.num_ranks)
     staging_parts = {}
     if arrangement.dit != "resident":
         num_blocks = min(STREAMED_BLOCKS, num_blocks)

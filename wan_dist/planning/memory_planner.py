@@ -331,6 +331,8 @@ def _suggest_fewer_frames(
     frame_reductions = range(1, workload.latent_shape[1])  # latent frames fewer
     reduction_index = bisect_left(frame_reductions, True, key=can_fit_with_fewer)
     if reduction_index < len(frame_reductions):
-        num_latent_frames = workload.latent_shape[1] - frame_reductions[reduction_index]
+        num_latent_frames = (
+            workload.get_vae_size(encode=False)[0] - frame_reductions[reduction_index]
+        )
         return f"frame_num={4 * (num_latent_frames - 1) + 1} fits, or use a smaller size"
     return "fewer frames do not help; use a smaller size, or more memory"

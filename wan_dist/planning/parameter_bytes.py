@@ -1,5 +1,6 @@
 """Parameter bytes of the models, exact, from their dimensions; no torch."""
 
+from functools import cache
 from math import prod
 
 from wan_dist.models.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
@@ -10,12 +11,24 @@ INT4_GROUP_SIZE = 64
 
 
 def count_block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none") -> int:
-    """Return the bytes of a transformer block: linear layers, and vectors (norms, modulation) in float32.
+    """Return the bytes of a transformer block, the largest if they are not alike.
 
     The projection to cross-attention's keys and values is left out: see `count_context_block_bytes`.
     """
+    return _count_block_bytes(dims, itemsize, quant, num_projections=2 if dims.vace_layers else 0)
+
+
+def _count_block_bytes(
+    dims: TransformerDims, itemsize: int, quant: str, num_projections: int
+) -> int:
+    """Return the bytes of a block's linear layers, and its vectors (norms, modulation) in float32.
+
+    VACE's blocks have projections of their input and output besides.
+    """
     d, f = dims.dim, dims.ffn_dim
     num_rows, num_weights = 7 * d + f, 6 * d * d + 2 * d * f
+    num_rows += num_projections * d
+    num_weights += num_projections * d * d
     if quant == "none":
         weight_bytes = num_weights * itemsize
     else:  # as in models/kernels/quantized_linear.py
@@ -27,12 +40,19 @@ def count_block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none")
     return weight_bytes + num_rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT_BYTES
 
 
+@cache
 def count_all_blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> int:
     """Return the bytes of all transformer blocks; the first and the last are not quantised."""
-    num_quantized_blocks = max(0, dims.num_layers - 2)
-    return num_quantized_blocks * count_block_bytes(dims, itemsize, quant) + (
-        dims.num_layers - num_quantized_blocks
-    ) * count_block_bytes(dims, itemsize)
+    names = dims.block_names
+    return sum(
+        _count_block_bytes(
+            dims,
+            itemsize,
+            quant if 0 < index < len(names) - 1 else "none",
+            name.startswith("vace") + (name == "vace_blocks.0"),
+        )
+        for index, name in enumerate(names)
+    )
 
 
 def count_time_embedding_bytes(dims: TransformerDims) -> int:
@@ -49,6 +69,7 @@ def count_transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "
     return (
         count_all_blocks_bytes(dims, itemsize, quant)
         + (dims.in_dim * patch_volume + 1) * dims.dim * itemsize
+        + (dims.vace_in_dim * patch_volume + bool(dims.vace_in_dim)) * dims.dim * itemsize
         + count_time_embedding_bytes(dims)
         + num_head_parameters * FLOAT_BYTES
     )

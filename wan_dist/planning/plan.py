@@ -47,8 +47,10 @@ from wan_dist.planning.workload import Arrangement, Workload
 from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.base import Task, TeaCacheFit
-from wan_dist.tasks.image_sizes import ImageSizeReader, list_image_files
+from wan_dist.tasks.image_sizes import ImageSizeReader
+from wan_dist.tasks.input_files import list_input_files
 from wan_dist.tasks.registry import get_task
+from wan_dist.tasks.source_video import SourceVideo
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class VideoPlan:
     Those of a job that is only checked are not read.
     """
     num_images: int
+    source: SourceVideo | None
+    """Frames of a source video, and of its mask, that the video is made from."""
     width: int
     height: int
     size_note: str
@@ -83,7 +87,7 @@ class VideoPlan:
     tea_fit: TeaCacheFit | None
     """TeaCache's, if it is requested."""
     latent_shape: tuple[int, int, int, int]
-    """(C, T, h, w)."""
+    """(C, T, h, w), with the reference images."""
     num_tokens: int
     degrees: Degrees
     ranks_per_node: int
@@ -101,6 +105,21 @@ class VideoPlan:
         return self.num_clips * (self.frame_num - 1) + 1
 
     @property
+    def num_reference_frames(self) -> int:
+        """Latent frames of reference images, which precede those of the video and are not decoded."""
+        return self.num_images if self.task.inputs.has_reference_frames else 0
+
+    @property
+    def num_video_latents(self) -> int:
+        """Latent frames of the video, without reference images."""
+        return self.latent_shape[1] - self.num_reference_frames
+
+    @property
+    def has_encoded_input(self) -> bool:
+        """Whether the VAE encodes an input of the transformer."""
+        return self.num_images > 0 or self.task.inputs.is_always_encoded
+
+    @property
     def first_frame_index(self) -> int:
         """Index in the video of the clip's first frame, which the clip before has as its last one."""
         return self.clip_index * (self.frame_num - 1)
@@ -116,7 +135,10 @@ class VideoPlan:
         published_areas = {width * height for width, height in self.task.published_sizes}
         if not self.task.published_sizes or (self.width, self.height) in self.task.published_sizes:
             return None
-        if self.images and max(published_areas) >= self.width * self.height >= 0.9 * min(
+        has_own_aspect = self.source is not None or (
+            bool(self.images) and not self.num_reference_frames
+        )
+        if has_own_aspect and max(published_areas) >= self.width * self.height >= 0.9 * min(
             published_areas
         ):
             return None
@@ -129,7 +151,9 @@ class VideoPlan:
     @property
     def notes(self) -> list[str]:
         """Warnings about the settings, a line each."""
-        return [note for note in (self.size_advice, self.steps_advice) if note is not None]
+        source_note = None if self.source is None else self.source.description
+        notes = (source_note, self.size_advice, self.steps_advice)
+        return [note for note in notes if note is not None]
 
     @property
     def summary(self) -> str:
@@ -182,7 +206,8 @@ def make_plan(
         max_area=config.max_area,
         frame_num=config.frame_num,
         num_clips=config.clips,
-        image_files=list_image_files(settings),
+        input_files=list_input_files(settings),
+        context_scale=config.context_scale,
         latents_file=config.latents,
     )
     video = read_video_input(video_settings, task, image_size_reader, is_dry_run=is_dry_run)
@@ -196,8 +221,6 @@ def make_plan(
     latent_shape = _compute_latent_shape(video, task)
     num_tokens = _count_tokens(latent_shape, task)
     check_attention_split(degrees, num_tokens, config.attention, config.dtype, config.parallel.usp)
-    negative_prompt = _read_negative_prompt(config.negative_prompt) if is_guided else None
-    tea_fit = choose_tea_fit(config.cache, task, video.area)
     model_files = list_model_files(config) if task.repository else None
     check_placements(config.memory, config.quant, degrees, is_guided=is_guided)
     base_arrangement = build_base_arrangement(
@@ -206,9 +229,10 @@ def make_plan(
     return VideoPlan(
         task=task,
         prompt=prompt or "",
-        negative_prompt=negative_prompt,
+        negative_prompt=_read_negative_prompt(config.negative_prompt) if is_guided else None,
         images=video.images,
         num_images=max(video.num_images, 1 if config.clips > 1 else 0),
+        source=video.source,
         width=video.width,
         height=video.height,
         size_note=video.size_note,
@@ -218,7 +242,7 @@ def make_plan(
         seed=seed,
         sampling=sampling,
         steps_advice=advise_on_steps(config.sample, sampling, model_files, config.preset),
-        tea_fit=tea_fit,
+        tea_fit=choose_tea_fit(config.cache, task, video.area),
         latent_shape=latent_shape,
         num_tokens=num_tokens,
         degrees=degrees,
@@ -250,6 +274,8 @@ def _compute_latent_shape(video: VideoInput, task: Task) -> tuple[int, int, int,
     """Return the shape (C, T, h, w) of the video's latents."""
     frame_stride, row_stride, column_stride = task.vae_stride
     latent_frames = (video.frame_num - 1) // frame_stride + 1
+    if task.inputs.has_reference_frames:
+        latent_frames += video.num_images
     rows, columns = video.height // row_stride, video.width // column_stride
     return task.latent_channels, latent_frames, rows, columns
 
@@ -323,6 +349,8 @@ def _build_workload(
         num_tokens=plan.num_tokens,
         text_lengths=tuple(count_tokens(text) for text in texts),
         num_images=plan.num_images,
+        num_reference_frames=plan.num_reference_frames,
+        has_encoded_input=plan.has_encoded_input,
         has_known_first_frame=plan.task.inputs.has_known_first_frame,
         num_experts=1 if plan.task.expert_boundary is None else 2,
         has_step_cache=plan.tea_fit is not None,
@@ -342,7 +370,7 @@ def _build_workload(
 def _shorten_workload(workload: Workload, num_fewer_frames: int) -> Workload | None:
     """Return the workload with ``num_fewer_frames`` latent frames fewer, None if none would be left."""
     channels, num_frames, rows, columns = workload.latent_shape
-    if num_fewer_frames >= num_frames:
+    if num_fewer_frames >= num_frames - workload.num_reference_frames:
         return None
     num_remaining_frames = num_frames - num_fewer_frames
     return replace(

@@ -6,12 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wan_dist.config.checks import FILE_LIST_KEYS, split_files
 from wan_dist.config.settings import SettingValues
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
-from wan_dist.tasks.image_sizes import IMAGE_KEYS
+from wan_dist.tasks.input_files import INPUT_KEYS
 
-_FILE_KEYS = ("jobs", *IMAGE_KEYS, "latents")
+_FILE_KEYS = ("jobs", *INPUT_KEYS, "latents")
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,12 @@ def collect_rank_facts(
     """
     file_digests = {}
     for key in _FILE_KEYS:
-        if (file_name := settings[key]) is None:
+        if (value := settings[key]) is None:
             continue
+        paths = split_files(value) if key in FILE_LIST_KEYS else [Path(value).expanduser()]
         with suppress(OSError):  # planning says what is wrong with it
-            if (path := Path(file_name).expanduser()).is_file():
-                file_digests[key] = hash_file(path)
+            if all(path.is_file() for path in paths):
+                file_digests[key] = " ".join(map(hash_file, paths))
     return RankFacts(dict(settings), file_digests, gpu, gpu_bytes)
 
 

@@ -2,20 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from wan_dist.config.checks import MAX_PROMPT_CHARACTERS
+from wan_dist.config.checks import MAX_PROMPT_CHARACTERS, split_files
 from wan_dist.config.sections import CacheConfig
 from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE, read_latents_size
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
 from wan_dist.tasks.base import AREA_480P, Task, TeaCacheFit
-from wan_dist.tasks.image_sizes import ImageSizeReader, check_image_files, read_image_sizes
+from wan_dist.tasks.image_sizes import ImageSizeReader, read_image_sizes
 from wan_dist.tasks.images import read_image
+from wan_dist.tasks.input_files import check_input_files
 from wan_dist.tasks.registry import TASKS
+from wan_dist.tasks.source_video import SourceVideo, read_video_facts
+from wan_dist.tasks.vace import VaceInputs, fit_source_video
 
 _MAX_FRAMES = 10**6 + 1
 
@@ -30,14 +34,15 @@ class VideoSettings:
     """In pixels, instead of the size, where there is an image."""
     frame_num: int
     num_clips: int
-    image_files: dict[str, str]
-    """By setting, see `list_image_files`."""
+    input_files: dict[str, str]
+    """By setting, see `list_input_files`."""
+    context_scale: float
     latents_file: str | None
     """Saved latents, which have their own size and number of frames."""
 
 
 class VideoInput(NamedTuple):
-    """Size of a video, and the images that it starts from."""
+    """Size of a video, and the images and the source video that it is made from."""
 
     width: int
     height: int
@@ -45,6 +50,7 @@ class VideoInput(NamedTuple):
     size_note: str = ""
     images: tuple[Image.Image, ...] = ()
     num_images: int = 0
+    source: SourceVideo | None = None
 
     @property
     def area(self) -> int:
@@ -64,6 +70,11 @@ def read_video_input(
     Raises InputError for one that the task does not make.
     """
     _check_clips(settings, task)
+    if settings.context_scale != 1 and not isinstance(task.inputs, VaceInputs):
+        raise InputError(
+            f"context_scale={settings.context_scale} is for tasks with src_video, and {task.name} "
+            "has no such input; leave it out"
+        )
     video = _resolve_video_size(settings, task, image_size_reader, is_dry_run=is_dry_run)
     _check_size(video.width, video.height, task)
     _check_frame_num(video.frame_num, task, video.num_images)
@@ -79,17 +90,43 @@ def _resolve_video_size(
 ) -> VideoInput:
     if settings.latents_file is not None:
         return VideoInput(*read_latents_size(settings.latents_file, task))
+    if isinstance(task.inputs, VaceInputs):
+        return _read_vace_input(settings, task, image_size_reader)
     images: tuple[Image.Image, ...] = ()
     if image_size_reader is not None:
-        source_sizes = read_image_sizes(settings.image_files, task, image_size_reader)
+        source_sizes = read_image_sizes(settings.input_files, task, image_size_reader)
     else:
-        needs_blanks = is_dry_run and not settings.image_files and task.inputs.is_required
+        needs_blanks = is_dry_run and not settings.input_files and task.inputs.is_required
         images = (
             _make_blank_images(settings, task) if needs_blanks else _read_images(settings, task)
         )
         source_sizes = [image.size for image in images]
     width, height, size_note = _choose_video_size(settings, task, source_sizes)
     return VideoInput(width, height, settings.frame_num, size_note, images, len(source_sizes))
+
+
+def _read_vace_input(
+    settings: VideoSettings, task: Task, image_size_reader: ImageSizeReader | None
+) -> VideoInput:
+    """Return the size of the video that a source video makes, or of the settings without one."""
+    check_input_files(settings.input_files, task)
+    reference_files = split_files(settings.input_files.get("src_ref_images", "[]"))
+    images: tuple[Image.Image, ...] = ()
+    if image_size_reader is None:
+        images = tuple(read_image(str(file), "src_ref_images") for file in reference_files)
+    else:
+        for file in reference_files:
+            image_size_reader(str(file), "src_ref_images")
+    num_images = len(reference_files)
+    if "src_video" not in settings.input_files:
+        width, height, _ = _choose_video_size(settings, task, [])
+        return VideoInput(width, height, settings.frame_num, "", images, num_images)
+    video = read_video_facts(settings.input_files["src_video"], "src_video")
+    mask_file = settings.input_files.get("src_mask")
+    mask = None if mask_file is None else read_video_facts(mask_file, "src_mask")
+    source = fit_source_video(video, mask, settings.max_area or prod(settings.size))
+    frame_num = len(source.frame_indices)
+    return VideoInput(*source.size, frame_num, "", images, num_images, source)
 
 
 def _make_blank_images(settings: VideoSettings, task: Task) -> tuple[Image.Image, ...]:
@@ -99,8 +136,8 @@ def _make_blank_images(settings: VideoSettings, task: Task) -> tuple[Image.Image
 
 def _read_images(settings: VideoSettings, task: Task) -> tuple[Image.Image, ...]:
     """Return the images the task starts from; raises InputError for one missing, unreadable or unexpected."""
-    check_image_files(settings.image_files, task)
-    images = tuple(read_image(file, key) for key, file in settings.image_files.items())
+    check_input_files(settings.input_files, task)
+    images = tuple(read_image(file, key) for key, file in settings.input_files.items())
     return task.inputs.prepare_images(images)
 
 
@@ -116,7 +153,7 @@ def _choose_video_size(
     if not source_sizes:
         if max_area is not None:
             raise InputError(
-                f"max_area={max_area} needs an image; "
+                f"max_area={max_area} needs an image or a source video; "
                 f"for {task.name} without one use size=WIDTHxHEIGHT"
             )
         return width, height, ""
@@ -178,10 +215,10 @@ def _check_clips(settings: VideoSettings, task: Task) -> None:
         raise InputError(
             f"clips={num_clips}: latents={settings.latents_file} are those of one clip; leave clips out"
         )
-    if len(settings.image_files) > 1 and task.inputs.takes_clips:
+    if len(settings.input_files) > 1 and task.inputs.takes_clips:
         raise InputError(
             f"clips={num_clips}: further clips start from one image, and "
-            f"{' and '.join(settings.image_files)} are given; give image=FILE, or leave clips out"
+            f"{' and '.join(settings.input_files)} are given; give image=FILE, or leave clips out"
         )
     if not task.inputs.takes_clips:
         supported_names = ", ".join(

@@ -55,12 +55,16 @@ class Workload:
 
     model_dims: ModelDims
     latent_shape: tuple[int, int, int, int]
-    """(C, T, h, w)."""
+    """(C, T, h, w), with reference images."""
     num_tokens: int
     """Tokens of the video."""
     text_lengths: tuple[int, ...]
     """Tokens of the prompt, and of the negative prompt if there is one."""
     num_images: int = 0
+    num_reference_frames: int = 0
+    """Latent frames of reference images, which precede those of the video and are not decoded."""
+    has_encoded_input: bool = False
+    """Whether the VAE encodes an input of the transformer."""
     has_known_first_frame: bool = False
     """The image is encoded alone as the first latent frame, not as a video with empty frames after it."""
     num_experts: int = 1
@@ -83,4 +87,5 @@ class Workload:
     def get_vae_size(self, *, encode: bool) -> tuple[int, int, int]:
         """Return latent frames, rows and columns of what the VAE decodes, or encodes if ``encode``."""
         frames, rows, columns = self.latent_shape[1:]
+        frames -= self.num_reference_frames
         return 1 if encode and self.has_known_first_frame else frames, rows, columns

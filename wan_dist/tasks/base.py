@@ -46,6 +46,10 @@ class TaskInputs:
     usage: str = "no image"
     """The settings as a user writes them."""
     is_required: bool = False
+    is_always_encoded: bool = False
+    """The VAE encodes an input of the transformer also where no file is given."""
+    has_reference_frames: bool = False
+    """Each image is a latent frame before those of the video."""
     has_known_first_frame: bool = False
     """The image is the first latent frame, encoded alone, with its own timestep."""
 
@@ -53,6 +57,9 @@ class TaskInputs:
         """Return the settings that belong together, by those that are given."""
         is_alternative = not set(self.alternative_keys).isdisjoint(given_keys)
         return self.alternative_keys if is_alternative else self.file_keys
+
+    def check_keys(self, given_keys: Collection[str]) -> None:
+        """Raise InputError where the given settings do not make sense together."""
 
     def find_min_frame_num(self, num_images: int) -> int:
         """Return the fewest frames of a video from so many images: two need latent frames of their own."""

@@ -10,17 +10,13 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
-from wan_dist.config.settings import SettingValues
-from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import check_regular_file
 from wan_dist.tasks.base import Task
 from wan_dist.tasks.images import read_image
-from wan_dist.tasks.registry import TASKS
+from wan_dist.tasks.input_files import check_input_files
 
 ImageSizeReader = Callable[[str, str], tuple[int, int]]
 """(file, setting that names it) -> (width, height): `read_image_size`, or the same with a cache."""
-IMAGE_KEYS = tuple(dict.fromkeys(key for task in TASKS.values() for key in task.inputs.file_keys))
-"""Settings that name an image of any task."""
 _HEADER_FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that headers and ends of files suffice for; others are decoded."""
 _MAX_HEADER_PIXELS = 64 * 10**6
@@ -46,48 +42,12 @@ def read_image_size(file: str, key: str) -> tuple[int, int]:
     return read_image(file, key).size if size is None else size
 
 
-def list_image_files(settings: SettingValues) -> dict[str, str]:
-    """Return all image files of the settings, by setting."""
-    return {key: file for key in IMAGE_KEYS if (file := settings[key]) is not None}
-
-
-def check_image_files(image_files: Mapping[str, str], task: Task) -> None:
-    """Raise InputError for images that the task needs and are missing, and for unexpected ones.
-
-    ``image_files``: see `list_image_files`.
-    """
-    inputs = task.inputs
-    task_keys = inputs.choose_keys(image_files)
-    if unexpected_keys := [key for key in image_files if key not in task_keys]:
-        if set(unexpected_keys) <= set(inputs.file_keys):
-            raise InputError(
-                f"{' and '.join(image_files)} are given, but {task.name} takes {inputs.usage}"
-            )
-        accepting_tasks = [
-            name
-            for name, other_task in TASKS.items()
-            if unexpected_keys[0]
-            in (*other_task.inputs.file_keys, *other_task.inputs.alternative_keys)
-            and other_task.repository
-        ]
-        raise InputError(
-            f"{unexpected_keys[0]} is given, but {task.name} takes {inputs.usage}; "
-            f"{', '.join(accepting_tasks)} would take {unexpected_keys[0]}"
-        )
-    missing_keys = [key for key in task_keys if key not in image_files]
-    if missing_keys and inputs.is_required:
-        verb = "is" if len(missing_keys) == 1 else "are"
-        raise InputError(
-            f"{' and '.join(missing_keys)} {verb} missing: {task.name} takes {inputs.usage}"
-        )
-
-
 def read_image_sizes(
-    image_files: Mapping[str, str], task: Task, image_size_reader: ImageSizeReader
+    input_files: Mapping[str, str], task: Task, image_size_reader: ImageSizeReader
 ) -> list[tuple[int, int]]:
     """Return the sizes of the task's input images; raises InputError where they do not fit together."""
-    check_image_files(image_files, task)
-    sizes = [image_size_reader(file, key) for key, file in image_files.items()]
+    check_input_files(input_files, task)
+    sizes = [image_size_reader(file, key) for key, file in input_files.items()]
     task.inputs.check_image_sizes(sizes)
     return sizes
 

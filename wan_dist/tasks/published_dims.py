@@ -9,6 +9,8 @@ DIMS_5B = TransformerDims(
     num_layers=30, dim=3072, ffn_dim=14336, num_heads=24, in_dim=48, out_dim=48
 )
 DIMS_T2V_14B = TransformerDims(num_layers=40, dim=5120, ffn_dim=13824, num_heads=40)
+DIMS_VACE_1_3B = replace(DIMS_1_3B, vace_layers=tuple(range(0, 30, 2)), vace_in_dim=96)
+DIMS_VACE_14B = replace(DIMS_T2V_14B, vace_layers=tuple(range(0, 40, 5)), vace_in_dim=96)
 DIMS_I2V_A14B = replace(DIMS_T2V_14B, in_dim=36)
 DIMS_I2V_14B = replace(DIMS_I2V_A14B, image_dim=1280)
 DIMS_FLF2V_14B = replace(DIMS_I2V_14B, image_positions=2 * 257)

@@ -7,11 +7,13 @@ what the user cannot change.
 from collections.abc import Iterable
 
 from wan_dist.runtime.errors import InputError, suggest_nearest
-from wan_dist.tasks import image, known_first_frame, text
+from wan_dist.tasks import image, known_first_frame, text, vace
 from wan_dist.tasks.base import Task
 
-TASKS = {task.name: task for task in (*text.TASKS, *image.TASKS, *known_first_frame.TASKS)}
-UNSUPPORTED_TASKS = ("vace-1.3B", "vace-14B", "s2v-14B", "animate-14B")
+TASKS = {
+    task.name: task for task in (*text.TASKS, *image.TASKS, *vace.TASKS, *known_first_frame.TASKS)
+}
+UNSUPPORTED_TASKS = ("s2v-14B", "animate-14B")
 
 
 def get_task(name: str) -> Task:

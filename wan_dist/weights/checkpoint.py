@@ -26,6 +26,7 @@ from wan_dist.models.dims import (
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
+from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
@@ -154,6 +155,8 @@ class Checkpoint:
             component_dims,
             list(self.tokenizer_digests),
         )
+        if vace_layers := self.transformers[0].dims.vace_layers:
+            depends_on += (vace_layers,)
         if self.loras:
             depends_on += ([lora.file.digest for lora in self.loras],)
         return hashlib.sha256(repr(depends_on).encode()).hexdigest()
@@ -276,7 +279,7 @@ def open_transformer(
         config = checkpoint_dims.select_config_entries(configs, files, key_map)
     dims = checkpoint_dims.infer_transformer_dims(config, files, key_map)
     transformer = Component(
-        dims, lambda **options: FusedTransformer(dims, dtype, **options), files, key_map
+        dims, lambda **options: build_transformer(dims, dtype, **options), files, key_map
     )
     projection = Component(dims, lambda: ContextProjection(dims, dtype), files, key_map)
     with torch.device("meta"):
@@ -332,6 +335,7 @@ def _check_task(checkpoint: Checkpoint, task: Task) -> None:
                 int(dims.image_positions > 0),
                 int(expected_dims.image_positions > 0),
             ),
+            "VACE channels": (dims.vace_in_dim, expected_dims.vace_in_dim),
         }
         mismatches = [
             f"{actual} {trait}, not {expected}"

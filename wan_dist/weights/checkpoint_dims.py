@@ -131,7 +131,8 @@ def select_config_entries(
         heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
         width = heads * head_dim if type(heads) is type(head_dim) is int else config.get("dim")
         if width == dim:
-            return {key: config[key] for key in (*_HEAD_KEYS, "eps", "text_len") if key in config}
+            entry_names = (*_HEAD_KEYS, "eps", "text_len", "vace_layers")
+            return {key: config[key] for key in entry_names if key in config}
     return {}
 
 
@@ -155,10 +156,12 @@ def infer_transformer_dims(
     eps = config.get("eps", TransformerDims.eps)
     if type(eps) not in (int, float) or not 0 <= eps < 1:
         raise config_reader.make_error(f"eps={eps!r}, which is not a number from 0 to 1")
+    num_layers = config_reader.read_num_layers(
+        "num_layers", shapes.count_layer_indices(r"^(?:.*\.)?blocks\.(\d+)\.")
+    )
+    num_vace_blocks = shapes.count_layer_indices(r"^(?:.*\.)?vace_blocks\.(\d+)\.")
     return TransformerDims(
-        num_layers=config_reader.read_num_layers(
-            "num_layers", shapes.count_layer_indices(r"^(?:.*\.)?blocks\.(\d+)\.")
-        ),
+        num_layers=num_layers,
         dim=dim,
         ffn_dim=shapes.get_shape("blocks.0.ffn.0.weight", 2)[0],
         num_heads=num_heads,
@@ -174,7 +177,32 @@ def infer_transformer_dims(
         image_dim=shapes.get_size_or_zero("img_emb.proj.0.weight", rank=1, dim=0),
         image_positions=shapes.get_size_or_zero("img_emb.emb_pos", rank=3, dim=1),
         takes_next_timestep="time_embedding_r.0.weight" in shapes,
+        vace_layers=_choose_vace_layers(config_reader, num_layers, num_vace_blocks),
+        vace_in_dim=shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1),
     )
+
+
+def _choose_vace_layers(
+    config_reader: _ConfigReader, num_layers: int, num_vace_blocks: int
+) -> tuple[int, ...]:
+    """Return to which blocks VACE's side branch adds: as the config says, by default evenly spaced ones."""
+    if not num_vace_blocks:
+        return ()
+    layers = config_reader.entries.get("vace_layers")
+    if layers is None:
+        return tuple(range(0, num_layers, max(1, num_layers // num_vace_blocks)))[:num_vace_blocks]
+    is_valid = (
+        isinstance(layers, list)
+        and len(layers) == num_vace_blocks
+        and all(type(layer) is int and 0 <= layer < num_layers for layer in layers)
+        and layers == sorted(set(layers))
+    )
+    if not is_valid:
+        raise config_reader.make_error(
+            f"vace_layers={layers!r}, which are not {num_vace_blocks} increasing numbers "
+            f"below {num_layers}"
+        )
+    return tuple(layers)
 
 
 def infer_vae_dims(_: Mapping[str, Any], files: TensorFiles, key_map: KeyMap) -> VaeDims:

@@ -97,6 +97,8 @@ STEPS = [
     ("wan2.2-i2v-a14b", "i2v-A14B", "unipc"),
     ("wan2.2-ti2v-5b", "ti2v-5B", "t2v"),
     ("wan2.2-ti2v-5b", "ti2v-5B", "i2v"),
+    ("wan2.1-vace", "vace-14B", "mask"),
+    ("wan2.1-vace", "vace-14B", "mask_ref"),
 ]
 
 
@@ -109,7 +111,8 @@ def test_every_step_of_the_transformer(
     models = [component.load(CPU) for component in checkpoint.transformers]
     projections = [component.load(CPU) for component in checkpoint.context_projections]
     golden = load_file(golden_folder(folder) / f"expected/{case}.safetensors")
-    extra, features = golden.get("input.y"), golden.get("input.clip_fea")
+    features = golden.get("input.clip_fea")
+    extra = golden.get("input.y", golden.get("input.vace_context"))
     rotary = models[0].compute_rotary(golden["step0.latent"].unsqueeze(0))
     boundary = (TASKS[task].expert_boundary or 0) * 1000
     run = json.loads((golden_folder(folder) / f"expected/{case}.json").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import build_text_encoder
+from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.planning import memory_estimate, parameter_bytes
 from wan_dist.tasks.registry import TASKS
@@ -27,11 +28,14 @@ def size_of(model: nn.Module) -> int:
 def test_bytes_of_weights_are_exact(task: object, dtype: torch.dtype) -> None:
     dims = task.transformer_dims  # type: ignore[attr-defined]
     with torch.device("meta"):
-        model, projection = FusedTransformer(dims, dtype), ContextProjection(dims, dtype)
+        model, projection = build_transformer(dims, dtype), ContextProjection(dims, dtype)
         vae, text = WanVae(task.vae_dims, dtype), build_text_encoder(task.text_encoder_dims, dtype)  # type: ignore[attr-defined]
-    assert parameter_bytes.count_block_bytes(dims, dtype.itemsize) == size_of(model.blocks[0])
+    sizes = {name: size_of(block) for name, block in model.layers().items()}
+    assert parameter_bytes.count_block_bytes(dims, dtype.itemsize) == max(sizes.values())
+    all_blocks_bytes = parameter_bytes.count_all_blocks_bytes(dims, dtype.itemsize, "none")
+    assert all_blocks_bytes == sum(sizes.values())
     assert parameter_bytes.count_transformer_bytes(dims, dtype.itemsize) == size_of(model)
-    assert parameter_bytes.count_projection_bytes(dims, dtype.itemsize, dims.num_layers) == size_of(
+    assert parameter_bytes.count_projection_bytes(dims, dtype.itemsize, len(sizes)) == size_of(
         projection
     )
     assert parameter_bytes.count_vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(

@@ -15,9 +15,9 @@ from tests.conftest import FIXTURES
 from wan_dist.config.checks import split_file_list
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims
-from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
+from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
@@ -61,7 +61,7 @@ class Manifest(TensorFiles):
 def transformer(found: TransformerDims) -> nn.Module:
     """Return both models that the file of a transformer holds."""
     return nn.ModuleList(
-        [FusedTransformer(found, torch.bfloat16), ContextProjection(found, torch.bfloat16)]
+        [build_transformer(found, torch.bfloat16), ContextProjection(found, torch.bfloat16)]
     )
 
 
@@ -77,6 +77,8 @@ TRANSFORMERS = {
     "wan2.2-t2v-A14B": "t2v-A14B",
     "wan2.2-i2v-A14B": "i2v-A14B",
     "wan2.2-ti2v-5B": "ti2v-5B",
+    "wan2.1-vace-1.3B": "vace-1.3B",
+    "wan2.1-vace-14B": "vace-14B",
 }
 PUBLISHED = [
     (name, dims.infer_transformer_dims, transformer, names.map_original_transformer)
@@ -461,7 +463,7 @@ def test_fill_rejects_nothing_silently(folder: Path) -> None:
     files = open_sharded_weights(folder, "diffusion_pytorch_model")
     keys = names.map_original_transformer(files.shapes)
     with torch.device("meta"):
-        model = FusedTransformer(
+        model = build_transformer(
             dims.infer_transformer_dims({"num_heads": 4}, files, keys), torch.float32
         )
     with pytest.raises(KeyError):

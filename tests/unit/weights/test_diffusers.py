@@ -27,7 +27,7 @@ from wan_dist.weights.load import check_keys
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     diffusers = pytest.importorskip("diffusers")
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
 
 
 class FilesOf(TensorFiles):
@@ -56,8 +56,11 @@ def test_transformers(manifest: str, task: str) -> None:
     shape = TASKS[task].transformer_dims
     assert shape is not None
     config = diffusers_config(shape)
+    if shape.vace_layers:
+        config |= {"vace_layers": list(shape.vace_layers), "vace_in_channels": shape.vace_in_dim}
+    model_class = WanVACETransformer3DModel if shape.vace_layers else WanTransformer3DModel
     with torch.device("meta"):
-        model = WanTransformer3DModel(**config)
+        model = model_class(**config)
     found = check(
         model, config, dims.infer_transformer_dims, transformer, names.map_diffusers_transformer
     )

@@ -50,17 +50,51 @@ def encode_latents(
     report: StageReport,
     make_chunks: MakeChunks,
 ) -> Tensor | None:
-    """Return the VAE's latents (1, C, T, h, w) of a video, on the ranks that encode it.
+    """Return the VAE's latents (1, C, T, h, w) of the images' video; see `encode_videos`."""
+    image_sizes = [f"{image.width}x{image.height}" for image in plan.images]
+    description = ", ".join(image_sizes) or f"the last frame of clip {plan.clip_index}"
+    latents = encode_videos(session, config, plan, report, [make_chunks], description)
+    return None if latents is None else latents[0]
+
+
+def encode_videos(
+    session: Session,
+    config: RunConfig,
+    plan: RunPlan,
+    report: StageReport,
+    videos: Sequence[MakeChunks],
+    description: str,
+) -> list[Tensor] | None:
+    """Return the VAE's latents (1, C, T, h, w) of each video, on the ranks that encode them.
 
     With the parallel strategy each rank encodes a strip and has the result; otherwise the first rank does,
-    and the others return None.
+    and the others return None. ``description`` of the videos is logged.
     """
-    latents: list[Tensor | None] = []
+    results: list[list[Tensor] | None] = []
+
+    def encode_with_strategy(strategy: VaeStrategy) -> list[Tensor] | None:
+        axis = session.groups.replica
+        if axis.rank != 0 and strategy.name != "parallel":
+            return None  # the first rank encodes alone
+        with report.measure_stage("image", f"VAE {strategy}, {description}"):
+            vae_model = load_vae(
+                session.checkpoint, config, strategy, report.device, session.model_cache
+            )
+            device = next(vae_model.parameters()).device
+            return [
+                encode_video(
+                    vae_model,
+                    lambda make_chunks=make_chunks: (chunk.to(device) for chunk in make_chunks()),  # type: ignore[misc]
+                    strategy,
+                    axis,
+                ).to(report.device)
+                for make_chunks in videos
+            ]
 
     def run_strategy(strategy: VaeStrategy) -> None:
-        latents.append(
+        results.append(
             session.run_together(
-                lambda: _encode_with_strategy(session, config, plan, report, strategy, make_chunks),
+                lambda: encode_with_strategy(strategy),
                 "encode the image",
                 uses_collectives=strategy.name == "parallel",
             )
@@ -81,30 +115,7 @@ def encode_latents(
     if run_with_fallback(strategies, run_strategy, "encoding the image"):
         report.record_out_of_memory("image")
     free_memory()
-    return latents[-1]
-
-
-def _encode_with_strategy(
-    session: Session,
-    config: RunConfig,
-    plan: RunPlan,
-    report: StageReport,
-    strategy: VaeStrategy,
-    make_chunks: MakeChunks,
-) -> Tensor | None:
-    axis = session.groups.replica
-    if axis.rank != 0 and strategy.name != "parallel":
-        return None  # the first rank encodes alone
-    image_sizes = [f"{image.width}x{image.height}" for image in plan.images]
-    image_text = ", ".join(image_sizes) or f"the last frame of clip {plan.clip_index}"
-    with report.measure_stage("image", f"VAE {strategy}, {image_text}"):
-        vae_model = load_vae(
-            session.checkpoint, config, strategy, report.device, session.model_cache
-        )
-        device = next(vae_model.parameters()).device
-        return encode_video(
-            vae_model, lambda: (chunk.to(device) for chunk in make_chunks()), strategy, axis
-        ).to(report.device)
+    return results[-1]
 
 
 def convert_image_to_tensor(image: Image.Image) -> Tensor:

@@ -1,0 +1,143 @@
+"""ffmpeg, as the package imageio-ffmpeg brings it: what a video file holds, and its frames; no torch."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import imageio_ffmpeg
+
+
+class FfmpegError(RuntimeError):
+    """ffmpeg is missing, or failed."""
+
+
+@dataclass(frozen=True)
+class VideoPackets:
+    """What a video's container says of its first video stream, without decoding it."""
+
+    width: int
+    height: int
+    intervals: tuple[tuple[float, float], ...]
+    """When each frame begins and ends, in seconds, in the order in which they are shown."""
+
+
+def find_ffmpeg() -> str:
+    """Return the path of the program; raises FfmpegError without one."""
+    try:
+        return imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise FfmpegError(str(error).split(". ")[0]) from None
+
+
+def read_packets(path: Path) -> VideoPackets:
+    """Return size and times of a video's frames as it is stored; raises FfmpegError."""
+    listing = _list_frames(path, ["-c", "copy"])
+    return VideoPackets(*_find_size(listing), _find_intervals(listing))
+
+
+def read_shown_size(path: Path) -> tuple[int, int]:
+    """Return (width, height) of a video's first frame as it is shown, upright; raises FfmpegError."""
+    return _find_size(_list_frames(path, ["-frames:v", "1"]))
+
+
+def _list_frames(path: Path, options: list[str]) -> str:
+    """Return ffmpeg's list of a stream: a line for each packet of the output, and lines of facts.
+
+    ffmpeg runs in a process group of its own, which Ctrl-C does not reach.
+    """
+    input_options = ["-nostdin", "-i", str(path.absolute()), "-map", "0:v:0"]
+    command = [find_ffmpeg(), "-v", "error", *input_options, *options, "-f", "framecrc", "-"]
+    completed_process = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
+    )
+    listing = completed_process.stdout.decode(errors="replace")
+    if completed_process.returncode or not re.search(r"^\d", listing, re.MULTILINE):
+        message = completed_process.stderr.decode(errors="replace")
+        raise FfmpegError(_describe_failure(message, completed_process.returncode))
+    return listing
+
+
+def _find_size(listing: str) -> tuple[int, int]:
+    match = re.search(r"^#dimensions 0: (\d+)x(\d+)", listing, re.MULTILINE)
+    if match is None or not int(match[1]) * int(match[2]):
+        raise FfmpegError("its size is not known")
+    return int(match[1]), int(match[2])
+
+
+def _find_intervals(listing: str) -> tuple[tuple[float, float], ...]:
+    time_base = re.search(r"^#tb 0: (\d+)/(\d+)", listing, re.MULTILINE)
+    assert time_base is not None  # ffmpeg writes it before the first line
+    seconds = int(time_base[1]) / int(time_base[2])
+    packets = re.findall(r"^0,\s*-?\d+,\s*(-?\d+),\s*(\d+),", listing, re.MULTILINE)
+    times = sorted((int(start), int(start) + int(duration)) for start, duration in packets)
+    return tuple((start * seconds, end * seconds) for start, end in times)
+
+
+def read_frames(
+    path: Path, size: tuple[int, int], frame_indices: Sequence[int]
+) -> Iterator[bytearray]:
+    """Yield frames as RGB (height, width, 3) in bytes, one at a time.
+
+    ``size``: as of `read_shown_size`; ``frame_indices`` never decrease. Where the video ends before it has
+    them all, its last frame is repeated. Raises FfmpegError.
+    """
+    width, height = size
+    distinct_indices = sorted(set(frame_indices))
+    select = "+".join(f"eq(n\\,{index})" for index in distinct_indices)
+    command = [
+        *(find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path.absolute()), "-map", "0:v:0"),
+        *("-vf", f"select='{select}'", "-fps_mode", "passthrough"),
+        *("-f", "rawvideo", "-pix_fmt", "rgb24", "-"),
+    ]
+    with (
+        tempfile.TemporaryFile() as error_file,
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=error_file,
+            process_group=0,
+        ) as ffmpeg,
+    ):
+        assert ffmpeg.stdout is not None
+        try:
+            yield from _repeat_frames(
+                _read_raw_frames(ffmpeg.stdout, width * height * 3), distinct_indices, frame_indices
+            )
+        except EOFError:
+            error_file.seek(0)
+            message = error_file.read().decode(errors="replace")
+            raise FfmpegError(_describe_failure(message, ffmpeg.wait())) from None
+        finally:
+            ffmpeg.kill()  # where not all frames were wanted
+
+
+def _read_raw_frames(pipe: IO[bytes], num_bytes: int) -> Iterator[bytearray]:
+    frame = bytearray(num_bytes)
+    while pipe.readinto(frame) == num_bytes:  # type: ignore[attr-defined]  # a BufferedReader
+        yield frame
+        frame = bytearray(num_bytes)
+
+
+def _repeat_frames(
+    frames: Iterator[bytearray], distinct_indices: Sequence[int], frame_indices: Sequence[int]
+) -> Iterator[bytearray]:
+    """Yield the frames at ``frame_indices`` from those at the distinct ones; raises EOFError without any."""
+    frame: bytearray | None = None
+    pending_indices = list(frame_indices)
+    for index in distinct_indices:
+        frame = next(frames, frame)
+        if frame is None:
+            raise EOFError
+        while pending_indices and pending_indices[0] == index:
+            del pending_indices[0]
+            yield frame
+
+
+def _describe_failure(message: str, return_code: int) -> str:
+    last_lines = message.strip().splitlines()[-1:]
+    return f"ffmpeg says {' '.join(last_lines) or 'nothing'} (exit code {return_code})"
