@@ -25,8 +25,8 @@ from torch import Tensor
 
 from bench.memory import noise_image, timed_run
 from bench.record import Record, this_run
+from wan_dist.models.kernels.gguf_blocks import BLOCK_FORMATS
 from wan_dist.tasks.registry import TASKS
-from wan_dist.weights.gguf_blocks import BLOCK_FORMATS
 
 _LORA_RANK = 64
 _GGUF_TYPES = {"F32": 0, "BF16": 30, "Q8_0": 8, "Q4_K": 12, "Q6_K": 14}

@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wan_dist.models.kernels.gguf_blocks import BLOCK_FORMATS, decode_rows
 from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.gguf_header import GGUF_MAGIC
 from wan_dist.runtime.text_files import (
     UnreadableFileError,
     check_regular_file,
@@ -21,7 +23,6 @@ from wan_dist.runtime.text_files import (
 )
 from wan_dist.weights.combined_file import select_model
 from wan_dist.weights.device_copy import copy_to_device
-from wan_dist.weights.gguf_blocks import BLOCK_FORMATS, decode_rows
 from wan_dist.weights.gguf_file import GgufFile
 from wan_dist.weights.pickle_file import PickleFile
 from wan_dist.weights.quantization import WeightScale, find_quantization
@@ -31,7 +32,7 @@ from wan_dist.weights.tensor_file import Shape as Shape
 from wan_dist.weights.tensor_file import format_first_ten as format_first_ten
 
 _LIBC = ctypes.CDLL(None)
-_ZIP_MAGIC, _PICKLE_MAGIC, _GGUF_MAGIC = b"PK\3\4", b"\x80", b"GGUF"
+_ZIP_MAGIC, _PICKLE_MAGIC = b"PK\3\4", b"\x80"
 _PICKLE_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _FOREIGN_FORMATS = (
     (
@@ -268,7 +269,7 @@ def _read_file_start(path: Path) -> bytes:
 def _open_tensor_file(path: Path) -> TensorFile:
     """Open a file of any format; the suffix decides only for unknown signatures."""
     file_start, is_pickle = _read_file_start(path), path.suffix.lower() in _PICKLE_SUFFIXES
-    if file_start.startswith(_GGUF_MAGIC):
+    if file_start.startswith(GGUF_MAGIC):
         return GgufFile(path)
     if file_start[8:9] == b"{":
         return SafetensorsFile(path)

@@ -23,12 +23,12 @@ from tests.weight_files import (
     scale_to_fp8,
     write_gguf,
 )
+from wan_dist.models.kernels.gguf_blocks import BLOCK_FORMATS, decode_rows
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights import tokenizer_files
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.files import TensorFiles
-from wan_dist.weights.gguf_blocks import BLOCK_FORMATS, decode_rows
 from wan_dist.weights.layout import (
     IMAGE_ENCODER_FILE,
     TEXT_ENCODER_FILE,

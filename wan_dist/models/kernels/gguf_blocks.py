@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wan_dist.runtime.gguf_header import BLOCK_SIZES
+
 _IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_SUPER_BLOCK_VALUES = 256
+DECODED_VALUES = 2**23
+"""Values that `decode_weight` decodes at once, so that their float32 copies stay small."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,17 @@ def decode_rows(rows: Tensor, block_format: BlockFormat) -> Tensor:
     """Return the values (n, k), float32, of rows (n, bytes) of whole blocks, uint8."""
     blocks = rows.reshape(-1, block_format.num_bytes)
     return block_format.decode(blocks).reshape(len(rows), -1)
+
+
+def decode_weight(rows: Tensor, block_format: BlockFormat, out: Tensor) -> None:
+    """Write the values of rows (n, bytes) of whole blocks, uint8, into ``out`` (n, k), in its dtype.
+
+    They are decoded in float32 and rounded once. All that a kernel for one format would replace.
+    """
+    num_at_once = max(1, DECODED_VALUES // out.shape[1])
+    for start in range(0, len(out), num_at_once):
+        chunk = slice(start, start + num_at_once)
+        out[chunk] = decode_rows(rows[chunk], block_format)
 
 
 def _read_half(blocks: Tensor, start: int) -> Tensor:
@@ -153,18 +167,19 @@ def _decode_q6_k(blocks: Tensor) -> Tensor:
     return (scales.unsqueeze(-1) * values.unflatten(1, (16, 16))).flatten(1)
 
 
-BLOCK_FORMATS = {
-    "Q8_0": BlockFormat(32, 34, _decode_q8_0),
-    "Q5_1": BlockFormat(32, 24, _decode_q5_1),
-    "Q5_0": BlockFormat(32, 22, _decode_q5_0),
-    "Q4_1": BlockFormat(32, 20, _decode_q4_1),
-    "Q4_0": BlockFormat(32, 18, _decode_q4_0),
-    "IQ4_NL": BlockFormat(32, 18, _decode_iq4_nl),
-    "IQ4_XS": BlockFormat(_SUPER_BLOCK_VALUES, 136, _decode_iq4_xs),
-    "Q6_K": BlockFormat(_SUPER_BLOCK_VALUES, 210, _decode_q6_k),
-    "Q5_K": BlockFormat(_SUPER_BLOCK_VALUES, 176, _decode_q5_k),
-    "Q4_K": BlockFormat(_SUPER_BLOCK_VALUES, 144, _decode_q4_k),
-    "Q3_K": BlockFormat(_SUPER_BLOCK_VALUES, 110, _decode_q3_k),
-    "Q2_K": BlockFormat(_SUPER_BLOCK_VALUES, 84, _decode_q2_k),
+_DECODERS = {
+    "Q8_0": _decode_q8_0,
+    "Q5_1": _decode_q5_1,
+    "Q5_0": _decode_q5_0,
+    "Q4_1": _decode_q4_1,
+    "Q4_0": _decode_q4_0,
+    "IQ4_NL": _decode_iq4_nl,
+    "IQ4_XS": _decode_iq4_xs,
+    "Q6_K": _decode_q6_k,
+    "Q5_K": _decode_q5_k,
+    "Q4_K": _decode_q4_k,
+    "Q3_K": _decode_q3_k,
+    "Q2_K": _decode_q2_k,
 }
-"""Formats by their names in llama.cpp: all in which transformers and text encoders are published."""
+BLOCK_FORMATS = {name: BlockFormat(*BLOCK_SIZES[name], _DECODERS[name]) for name in BLOCK_SIZES}
+"""Formats by their names in llama.cpp."""
