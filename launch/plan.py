@@ -45,6 +45,7 @@ def main(arguments: list[str]) -> None:
         plan.sampling.description,
         *plan.notes,
         ranks_text + plan.arrangement.description,
+        *([plan.gguf_note] if plan.gguf_note else []),
         "",
         *format_memory_table(plan.stage_memories, plan.budget.gpu_bytes, plan.budget.host_bytes),
     ]

@@ -216,3 +216,53 @@ def test_weights_of_any_kind_are_the_same_on_any_ranks(tmp_path: Path) -> None:
     for kind in ("gguf", "scaled"):  # the files' rounding is seen, so the files were read
         assert 0.02 < (video(f"{kind}-alone") - whole).abs().max() < 1
     assert (video("lora-merged") - whole).abs().mean() > 0.05
+
+
+def test_gguf_stays_compressed_on_any_ranks(tmp_path: Path) -> None:
+    """And gives what decoded weights give, bit for bit, however the weights are kept."""
+    models, _ = make_comfyui_folder(tmp_path / "files", is_gguf=True)
+    splits = {
+        "alone": (1, ""),
+        "ulysses": (2, "parallel.ulysses=2"),
+        "ring": (2, "parallel.ring=2"),
+        "cfg": (2, "parallel.cfg=2"),
+        "both": (4, "parallel.ring=2 parallel.ulysses=2"),
+        "lora": (2, f"parallel.cfg=2 lora={tmp_path / 'lora.safetensors'} lora_strength=0.5"),
+    }
+    save_file(make_lora(1)[0], tmp_path / "lora.safetensors")
+    kept = {
+        "alone": ("memory.dit=resident", "memory.dit=stream", "memory.slice_tokens=7"),
+        "ulysses": ("fsdp.dit=true", "memory.dit=resident"),
+        "ring": ("memory.dit=stream",),
+        "cfg": ("memory.dit=disk", "fsdp.dit=true"),
+        "both": ("fsdp.dit=true",),
+        "lora": ("fsdp.dit=true", "memory.dit=stream", "memory.dit=disk"),
+    }
+    arguments = [
+        *reference_arguments(FIXTURES / "wan2.1-t2v", "unipc", "t2v-1.3B"),
+        f"ckpt_dir={models}",
+        *("dtype=bfloat16", "device=cpu", "sample.steps=2", f"cache.dir={tmp_path / 'prompts'}"),
+    ]
+    runs = {}
+    for split, (num_ranks, degrees) in splits.items():
+        spreads = {f"{split}-decoded": "memory.gguf=decoded"}
+        for index, placement in enumerate(kept[split]):
+            spreads[f"{split}-{index}"] = f"memory.gguf=compressed {placement}"
+        for name, spread in spreads.items():
+            settings = [*degrees.split(), *spread.split(), f"output.dir={tmp_path / name}"]
+            runs[name] = Run(num_ranks, [*arguments, *settings])
+    run_all(runs, tmp_path)
+
+    def read_result(name: str) -> dict[str, torch.Tensor]:
+        (latents_file,) = (tmp_path / name).glob("*.latents.safetensors")
+        return load_file(latents_file) | load_file(tmp_path / name / "out.safetensors")
+
+    for name in runs:
+        result, expected = (
+            read_result(folder) for folder in (name, f"{name.partition('-')[0]}-decoded")
+        )
+        assert result.keys() == expected.keys()
+        for key, value in expected.items():
+            assert torch.equal(result[key], value), (name, key)
+    videos = [read_result(f"{name}-decoded")["video"] for name in ("cfg", "lora")]
+    assert (videos[0] - videos[1]).abs().mean() > 0.01  # the LoRA is seen

@@ -1,10 +1,12 @@
 """Settings of a run's models: how they are loaded and computed."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from wan_dist.config.loras import LoraSetting, list_loras
 from wan_dist.config.schema import RunConfig
 from wan_dist.config.sections import MemoryConfig
+from wan_dist.config.weight_files import list_weight_files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +20,8 @@ class ModelSettings:
     """easy or tea; None: every step is computed."""
     loras: tuple[LoraSetting, ...]
     memory: MemoryConfig
+    transformer_files: tuple[Path, ...] = ()
+    """The transformer's files, where they are given."""
 
 
 def collect_model_settings(config: RunConfig) -> ModelSettings:
@@ -29,4 +33,5 @@ def collect_model_settings(config: RunConfig) -> ModelSettings:
         step_cache=config.cache.steps,
         loras=tuple(list_loras(config)),
         memory=config.memory,
+        transformer_files=tuple(list_weight_files(config).get("dit_file", [])),
     )

@@ -17,6 +17,7 @@ DTYPES = ("bfloat16", "float32")
 STEP_CACHES = ("easy", "tea")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
 VAE_STRATEGIES = ("parallel", "whole", "tiled", "cpu")
+GGUF_WEIGHTS = ("decoded", "compressed")
 DIT_PLACEMENTS = ("resident", "stream", "disk")
 T5_PLACEMENTS = ("gpu", "stream", "cpu")
 GUIDANCE_PASSES = ("together", "apart")
@@ -162,6 +163,13 @@ class MemoryConfig:
         "disk (read each step); null: planned",
         Effect.MODELS,
     )
+    gguf: str | None = _key(
+        None,
+        "weights of a transformer in GGUF: decoded as they are read, or compressed, in the file's "
+        "blocks until each is used; same result; null: planned",
+        Effect.MODELS,
+        is_new=True,
+    )
     t5: str | None = _key(
         None,
         "placement of the text encoder: gpu, stream (on the GPU, block by block from "
@@ -202,6 +210,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         choices_by_key = {
             "dit": DIT_PLACEMENTS,
+            "gguf": GGUF_WEIGHTS,
             "t5": T5_PLACEMENTS,
             "passes": GUIDANCE_PASSES,
             "vae": VAE_STRATEGIES,

@@ -12,6 +12,7 @@ from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
+from wan_dist.models.gguf_linear import compress_blocks
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
 from wan_dist.models.vace import VaceTransformer
 from wan_dist.output.stage_report import StageReport
@@ -24,7 +25,7 @@ from wan_dist.pipeline.contexts import project_context_kv
 from wan_dist.pipeline.fallback_predictor import FallbackPredictor
 from wan_dist.pipeline.out_of_memory import ensure_ranks_can_allocate, free_memory
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.memory_estimate import estimate_activation_bytes
+from wan_dist.planning.memory_estimate import estimate_step_bytes
 from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
 from wan_dist.planning.noise_schedule import NUM_TRAIN_TIMESTEPS
 from wan_dist.planning.plan import RunPlan
@@ -34,6 +35,7 @@ from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.guidance import ExpertSwitch, Guidance, VelocityPredictor, make_timestep_rows
 from wan_dist.sampling.solvers import Solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache, VelocityFunction
+from wan_dist.weights.gguf_parts import find_weight_parts
 from wan_dist.weights.streaming import StreamingOptions
 
 
@@ -180,7 +182,7 @@ class ExpertPredictor:
             model.context_scale = self.config.context_scale
         if groups.replica.size > 1:
             ensure_ranks_can_allocate(
-                estimate_activation_bytes(self.plan.workload, arrangement),
+                estimate_step_bytes(self.plan.workload, arrangement),
                 self.report.device,
                 groups.replica,
             )
@@ -284,20 +286,21 @@ class ExpertPredictor:
     def _count_guessed_step(self) -> None:
         self.step_counts["guessed"] += 1
 
-    @property
-    def _precision_text(self) -> str:
-        return (
-            self.config.dtype
-            if self.config.quant == "none"
-            else f"{self.config.quant} and {self.config.dtype}"
-        )
+    def _describe_precision(self, *, is_compressed: bool) -> str:
+        quant = "GGUF" if is_compressed else self.config.quant
+        return self.config.dtype if quant == "none" else f"{quant} and {self.config.dtype}"
 
     def _load_transformer(
         self, expert_index: int, stage_name: str, arrangement: Arrangement
     ) -> FusedTransformer:
         component = self.session.checkpoint.transformers[expert_index]
+        is_compressed = arrangement.gguf == "compressed"
 
         def prepare_model(model: FusedTransformer) -> None:
+            if is_compressed:
+                layers = model.layers()
+                parts = find_weight_parts(layers, component.files, component.key_map)
+                compress_blocks(layers, parts)
             if self.config.quant != "none":
                 quantize_blocks(model.layers().values(), self.config.quant)
             parallelize_transformer(
@@ -317,7 +320,7 @@ class ExpertPredictor:
         with self.report.measure_stage(
             stage_name,
             f"transformer {component.dims.num_layers} x {component.dims.dim}, "
-            f"{self._precision_text}{source_text}",
+            f"{self._describe_precision(is_compressed=is_compressed)}{source_text}",
         ):
             bytes_before = component.files.bytes_read
             model = component.load(

@@ -127,17 +127,22 @@ class Session:
         """
         text_len = self.checkpoint.transformers[0].dims.text_len
         models, tokenizer = self.checkpoint.model_dims, self.checkpoint.tokenizer
+        if plan.model_settings.memory.gguf == "compressed" and not plan.has_saved_latents:
+            self.checkpoint.check_compression()
         run_plan = plan_memory(
             plan,
             self.hardware,
             models,
             lambda text: len(tokenize_prompt(tokenizer, text, text_len)),
+            self.checkpoint.compressed_blocks,
         )
         if self.model_cache.is_persistent:
             num_experts = 2 if self.keeps_both_experts else 1
             run_plan = plan_resident_models(run_plan, num_experts=num_experts)
         if not quiet:
             logger.info("plan      %s", run_plan.arrangement.description)
+            if run_plan.gguf_note and not plan.has_saved_latents:
+                logger.info("gguf      %s", run_plan.gguf_note)
             stages, budget = run_plan.stage_memories, run_plan.budget
             # a tiny model's memory does not matter, and would be printed as zeros
             if max(stage.gpu_bytes for stage in stages) >= GIB:

@@ -17,6 +17,11 @@ def check_placements(
             f"quant={quant} and memory.dit=disk cannot be combined: "
             "the weights would be quantised again in each step; use memory.dit=stream"
         )
+    if quant != "none" and memory.gguf == "compressed":
+        raise InputError(
+            f"quant={quant} and memory.gguf=compressed cannot be combined: "
+            "weights are either quantised anew or kept as the file has them; leave one of them out"
+        )
     passes = memory.passes
     if passes == "together" and (degrees.cfg == 2 or not is_guided):
         reason = "with parallel.cfg=2 each rank has one" if degrees.cfg == 2 else "guidance is off"

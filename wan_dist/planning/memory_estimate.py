@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from wan_dist.models.dims import ImageEncoderDims
+from wan_dist.planning.gguf_memory import DECODING_BYTES
 from wan_dist.planning.parameter_bytes import (
     count_all_blocks_bytes,
     count_block_bytes,
@@ -22,7 +23,7 @@ from wan_dist.planning.parameter_bytes import (
 )
 from wan_dist.planning.read_memory import NUM_READERS, READING_GPU_BYTES, READING_HOST_BYTES
 from wan_dist.planning.vae_memory import VaeStrategy, estimate_vae_bytes
-from wan_dist.planning.workload import FLOAT_BYTES, GIB, Arrangement, Workload
+from wan_dist.planning.workload import FLOAT_BYTES, GIB, Arrangement, CompressedBlocks, Workload
 
 STREAMED_BLOCKS = 2
 """Blocks of a streamed model on the device."""
@@ -120,6 +121,24 @@ def estimate_activation_bytes(workload: Workload, arrangement: Arrangement) -> i
             embedding_bytes += residual_bytes
     block_bytes = residual_bytes + max(attention_bytes, feed_forward_bytes, head_bytes)
     return max(block_bytes, embedding_bytes) + latent_bytes
+
+
+def estimate_step_bytes(workload: Workload, arrangement: Arrangement) -> int:
+    """Return the bytes that a denoising step takes on one rank beside weights and contexts."""
+    return estimate_activation_bytes(workload, arrangement) + _estimate_workspace_bytes(
+        workload, arrangement
+    )
+
+
+def _estimate_workspace_bytes(workload: Workload, arrangement: Arrangement) -> int:
+    """Return the bytes of weights that are decoded for their use, and of decoding them."""
+    dims = workload.model_dims.transformer
+    if workload.quant in ("int8", "int4"):  # the weight of a linear
+        return dims.dim * max(3 * dims.dim, dims.ffn_dim) * workload.itemsize
+    if (compressed := _get_compressed_blocks(workload, arrangement)) is None:
+        return 0
+    merging_bytes = workload.merging_bytes if compressed.num_changed else 0
+    return compressed.decoded_bytes + DECODING_BYTES + merging_bytes
 
 
 def _estimate_attention_bytes(workload: Workload, num_tokens: int, slice_tokens: int) -> int:
@@ -252,7 +271,7 @@ def _list_merging_parts(workload: Workload, arrangement: Arrangement) -> dict[st
 def _estimate_load_stage(
     workload: Workload, arrangement: Arrangement, process_parts: dict[str, int]
 ) -> StageMemory:
-    dims, itemsize = workload.model_dims.transformer, workload.itemsize
+    dims = workload.model_dims.transformer
     all_context_bytes, _ = estimate_context_bytes(workload)
     weight_bytes = _count_denoise_weight_bytes(workload, arrangement)
     if not arrangement.shard_dit:  # deleted once the timesteps are embedded
@@ -261,7 +280,7 @@ def _estimate_load_stage(
     if arrangement.dit == "resident":
         read_buffer_bytes = READING_GPU_BYTES
     else:  # blocks that stay on the host come later
-        block_bytes = count_block_bytes(dims, itemsize)
+        block_bytes = _count_largest_block_bytes(workload, arrangement)
         staging_parts["staging"] = STAGED_BLOCKS * block_bytes * workload.ranks_per_node
     gpu_parts = {
         "weights": weight_bytes,
@@ -274,13 +293,10 @@ def _estimate_load_stage(
 def _estimate_denoise_stage(
     workload: Workload, arrangement: Arrangement, process_parts: dict[str, int]
 ) -> StageMemory:
-    dims, itemsize, ranks_per_node = (
-        workload.model_dims.transformer,
-        workload.itemsize,
-        workload.ranks_per_node,
-    )
+    ranks_per_node = workload.ranks_per_node
     _, own_context_bytes = estimate_context_bytes(workload)
-    block_bytes = count_block_bytes(dims, itemsize)
+    compressed = _get_compressed_blocks(workload, arrangement)
+    block_bytes = _count_largest_block_bytes(workload, arrangement)
     gpu_parts = {
         "weights": _count_denoise_weight_bytes(workload, arrangement),
         "contexts": own_context_bytes,
@@ -288,17 +304,37 @@ def _estimate_denoise_stage(
     if arrangement.shard_dit:
         gpu_parts["gathered"] = 2 * block_bytes
     gpu_parts["activations"] = estimate_activation_bytes(workload, arrangement)
-    if arrangement.dit != "resident":  # in the first step, or in each, blocks are still read
+    if compressed is None and arrangement.dit != "resident":
+        # In the first step, or in each, blocks are still read.
         gpu_parts |= _list_merging_parts(workload, arrangement)
-    if workload.quant in ("int8", "int4"):  # the weight of a linear, dequantised
-        gpu_parts["workspace"] = dims.dim * max(3 * dims.dim, dims.ffn_dim) * itemsize
+    if workspace_bytes := _estimate_workspace_bytes(workload, arrangement):
+        gpu_parts["workspace"] = workspace_bytes
     host_parts = dict(process_parts)
     if arrangement.dit == "stream":
-        all_blocks_bytes = count_all_blocks_bytes(dims, itemsize, workload.quant)
-        host_parts["weights"] = all_blocks_bytes * ranks_per_node
+        host_parts["weights"] = _count_all_blocks_bytes(workload, arrangement) * ranks_per_node
     elif arrangement.dit != "resident":
         host_parts["staging"] = STAGED_BLOCKS * block_bytes * ranks_per_node
     return StageMemory("denoise", gpu_parts, host_parts)
+
+
+def _get_compressed_blocks(workload: Workload, arrangement: Arrangement) -> CompressedBlocks | None:
+    return workload.compressed_blocks if arrangement.gguf == "compressed" else None
+
+
+def _count_largest_block_bytes(workload: Workload, arrangement: Arrangement) -> int:
+    """Return the bytes of a transformer's largest block as it is kept; the first is not quantised."""
+    if (compressed := _get_compressed_blocks(workload, arrangement)) is not None:
+        return compressed.block_bytes
+    return count_block_bytes(workload.model_dims.transformer, workload.itemsize)
+
+
+def _count_all_blocks_bytes(workload: Workload, arrangement: Arrangement) -> int:
+    """Return the bytes of all of a transformer's blocks as they are kept."""
+    if (compressed := _get_compressed_blocks(workload, arrangement)) is not None:
+        return compressed.all_bytes
+    return count_all_blocks_bytes(
+        workload.model_dims.transformer, workload.itemsize, workload.quant
+    )
 
 
 def _count_denoise_weight_bytes(workload: Workload, arrangement: Arrangement) -> int:
@@ -308,10 +344,15 @@ def _count_denoise_weight_bytes(workload: Workload, arrangement: Arrangement) ->
     """
     dims, itemsize = workload.model_dims.transformer, workload.itemsize
     time_embedding_bytes = count_time_embedding_bytes(dims)
-    weight_bytes = count_transformer_bytes(dims, itemsize, workload.quant) - time_embedding_bytes
-    if arrangement.dit != "resident":
-        weight_bytes += STREAMED_BLOCKS * count_block_bytes(dims, itemsize)
-        weight_bytes -= count_all_blocks_bytes(dims, itemsize, workload.quant)
+    other_bytes = count_transformer_bytes(dims, itemsize) - count_all_blocks_bytes(
+        dims, itemsize, "none"
+    )
+    blocks_bytes = (
+        _count_all_blocks_bytes(workload, arrangement)
+        if arrangement.dit == "resident"
+        else STREAMED_BLOCKS * _count_largest_block_bytes(workload, arrangement)
+    )
+    weight_bytes = other_bytes - time_embedding_bytes + blocks_bytes
     if arrangement.shard_dit:  # shards of both experts are there from the start
         all_weight_bytes = workload.num_experts * (weight_bytes + time_embedding_bytes)
         weight_bytes = all_weight_bytes // workload.num_ranks

@@ -7,6 +7,7 @@ import itertools
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from wan_dist.config.sections import MemoryConfig
@@ -24,9 +25,10 @@ from wan_dist.planning.vae_memory import WHOLE_VAE, VaeStrategy, find_fitting_st
 from wan_dist.planning.workload import GIB, Arrangement, Workload
 from wan_dist.runtime.errors import InputError
 
-_MEMORY_SETTINGS = ("dit", "t5", "slice_tokens", "passes", "vae")
+_MEMORY_SETTINGS = ("dit", "gguf", "t5", "slice_tokens", "passes", "vae")
 _STEP_SLOWDOWN: dict[str, dict[Any, float]] = {
     "dit": {"resident": 0.0, "stream": 0.03, "disk": 1.0},
+    "gguf": {"decoded": 0.0, "compressed": 0.015},
     "passes": {"together": 0.0, "apart": 0.02},
     "slice_tokens": {None: 0.0, 8192: 0.01, 2048: 0.06, 512: 0.2},
 }
@@ -244,6 +246,7 @@ def replace_transformer_part(arrangement: Arrangement, source: Arrangement) -> A
     return replace(
         arrangement,
         dit=source.dit,
+        gguf=source.gguf,
         shard_dit=source.shard_dit,
         slice_tokens=source.slice_tokens,
         passes=source.passes,
@@ -259,15 +262,15 @@ def _list_transformer_choices(
         key: list(costs) if getattr(memory, key) is None else [getattr(memory, key)]
         for key, costs in _STEP_SLOWDOWN.items()
     }
+    if workload.compressed_blocks is None and memory.gguf is None:
+        values_by_setting["gguf"] = ["decoded"]
     if not can_split_passes:
         values_by_setting["passes"] = values_by_setting["passes"][:1]
     combinations = [
         dict(zip(values_by_setting, values, strict=True))
         for values in itertools.product(*values_by_setting.values())
     ]
-    combinations.sort(
-        key=lambda choice: sum(_STEP_SLOWDOWN[key].get(value, 0.0) for key, value in choice.items())
-    )
+    combinations.sort(key=partial(_estimate_slowdown, workload))
     return [
         replace(
             base_arrangement,
@@ -276,6 +279,18 @@ def _list_transformer_choices(
         )
         for choice in combinations
     ]
+
+
+def _estimate_slowdown(workload: Workload, choice: dict[str, Any]) -> float:
+    """Return the approximate slowdown of a step by the settings of the transformer."""
+    slowdown = sum(_STEP_SLOWDOWN[key].get(value, 0.0) for key, value in choice.items())
+    compressed = workload.compressed_blocks
+    if choice["gguf"] == "compressed" and compressed is not None and compressed.num_changed:
+        slowdown += 0.03  # LoRAs are merged in each step, not once
+    if choice["gguf"] == "decoded" and choice["dit"] == "disk":
+        # GGUF is decoded, and LoRAs are merged, in each step; the result goes back to the host.
+        slowdown += 0.1
+    return slowdown
 
 
 def _choose_first_fitting(

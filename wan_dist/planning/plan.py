@@ -26,6 +26,7 @@ from wan_dist.planning.degrees import (
 )
 from wan_dist.planning.few_steps import advise_on_steps
 from wan_dist.planning.file_names import name_result
+from wan_dist.planning.gguf_memory import describe_weights, read_compressed_blocks
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.lora_memory import estimate_merging_bytes
 from wan_dist.planning.memory_estimate import StageMemory, estimate_memory
@@ -43,7 +44,7 @@ from wan_dist.planning.video_settings import (
     read_text_setting,
     read_video_input,
 )
-from wan_dist.planning.workload import Arrangement, Workload
+from wan_dist.planning.workload import Arrangement, CompressedBlocks, Workload
 from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.base import Task, TeaCacheFit
@@ -181,6 +182,11 @@ class RunPlan(VideoPlan):
     stage_memories: tuple[StageMemory, ...]
     """Predicted memory of each stage."""
 
+    @property
+    def gguf_note(self) -> str:
+        """How a GGUF file's weights are kept and why, empty for other files."""
+        return describe_weights(self.workload, self.arrangement, self.model_settings.memory.gguf)
+
 
 def make_plan(
     config: RunConfig,
@@ -302,13 +308,24 @@ def plan_memory(
     hardware: Hardware,
     models: ModelDims,
     count_tokens: Callable[[str], int] = _estimate_num_tokens,
+    compressed_blocks: CompressedBlocks | None = None,
 ) -> RunPlan:
     """Return the plan with the fastest arrangement of these models that fits, and the memory of each stage.
 
+    ``compressed_blocks``: of a checkpoint's transformer in GGUF; None: of the files that settings name.
     Raises InputError if nothing fits, with what would.
     """
     workload = _build_workload(plan, hardware, models, count_tokens)
-    memory_settings = plan.model_settings.memory
+    settings = plan.model_settings
+    if settings.quant == "none":
+        compressed_blocks = compressed_blocks or read_compressed_blocks(
+            settings.transformer_files,
+            models.transformer,
+            workload.itemsize,
+            has_loras=bool(settings.loras),
+        )
+        workload = replace(workload, compressed_blocks=compressed_blocks)
+    memory_settings = settings.memory
     budget = compute_budget(hardware, memory_settings, plan.degrees.num_ranks)
     shorten_workload = partial(_shorten_workload, workload)
     if plan.has_saved_latents:

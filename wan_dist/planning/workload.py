@@ -10,11 +10,29 @@ HALF_BYTES, FLOAT_BYTES = 2, 4
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressedBlocks:
+    """A transformer whose blocks' linears stay in a GGUF file's blocks; of two experts the larger one."""
+
+    block_bytes: int
+    """Bytes of the largest transformer block, with its vectors and the weights that are not in blocks."""
+    all_bytes: int
+    """Bytes of all transformer blocks."""
+    decoded_bytes: int
+    """Bytes of the decoded weights of one of them."""
+    num_weights: int
+    """Weights that the file has in blocks."""
+    num_changed: int = 0
+    """Those that LoRAs change, which is merged each time that they are decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Arrangement:
     """Placement of the models, and how much of them is computed at once."""
 
     dit: str = "resident"
     """The transformer's weights: resident, stream or disk."""
+    gguf: str = "decoded"
+    """The transformer's weights of a GGUF file: decoded, or compressed as in the file."""
     t5: str = "gpu"
     """Where the text encoder runs: gpu, stream or cpu."""
     clip: str = "gpu"
@@ -38,6 +56,7 @@ class Arrangement:
             if self.shard_dit
             else {"stream": "streamed", "disk": "from disk"}.get(self.dit, self.dit)
         )
+        compressed = " compressed" if self.gguf == "compressed" else ""
         sliced = f", {self.slice_tokens} tokens at a time" if self.slice_tokens else ""
         passes = ", passes apart" if self.passes == "apart" else ""
         t5 = (
@@ -46,7 +65,7 @@ class Arrangement:
             else {"gpu": "whole", "stream": "block by block", "cpu": "on the CPU"}[self.t5]
         )
         clip = "; CLIP on the CPU" if self.clip == "cpu" else ""
-        return f"transformer {dit}{sliced}{passes}; text encoder {t5}{clip}; VAE {self.vae}"
+        return f"transformer {dit}{compressed}{sliced}{passes}; text encoder {t5}{clip}; VAE {self.vae}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +96,8 @@ class Workload:
     """Parts of the sequence: ranks of ring times those of ulysses."""
     ranks_per_node: int = 1
     quant: str = "none"
+    compressed_blocks: CompressedBlocks | None = None
+    """Of a transformer in GGUF that can stay compressed."""
     has_8bit_attention: bool = False
     is_on_gpu: bool = True
     itemsize: int = HALF_BYTES

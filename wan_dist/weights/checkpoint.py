@@ -28,13 +28,17 @@ from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
+from wan_dist.planning.gguf_memory import count_compressed_blocks
+from wan_dist.planning.workload import CompressedBlocks
 from wan_dist.runtime.errors import InputError
+from wan_dist.runtime.gguf_header import BLOCK_SIZES
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.text_files import read_checkpoint_json
 from wan_dist.tasks.base import Task
 from wan_dist.weights import checkpoint_dims
 from wan_dist.weights.file_kinds import check_attention
 from wan_dist.weights.files import TensorFiles, format_first_ten
+from wan_dist.weights.gguf_parts import count_changed_weights
 from wan_dist.weights.identity import hash_weights
 from wan_dist.weights.key_maps import KeyMap, add_updates
 from wan_dist.weights.layout import NO_FILES, ComponentFiles, GivenFiles, find_layout
@@ -175,6 +179,38 @@ class Checkpoint:
     def image_encoder_digest(self) -> str:
         """Digest of the image encoder's weights alone, empty without one."""
         return "" if self.image_encoder is None else hash_weights([self.image_encoder.files])
+
+    @cached_property
+    def compressed_blocks(self) -> CompressedBlocks | None:
+        """What the transformers' blocks take if their weights stay in GGUF's blocks; None if none can."""
+        tensors_by_expert = [
+            {
+                key: (shape, part.files.get_type_name(key))
+                for key, shape in part.files.shapes.items()
+            }
+            for part in self.transformers
+        ]
+        types = {type_name for tensors in tensors_by_expert for _, type_name in tensors.values()}
+        if types.isdisjoint(BLOCK_SIZES):
+            return None
+        with torch.device("meta"):
+            models = [transformer.build_model() for transformer in self.transformers]
+        num_changed = sum(
+            count_changed_weights(model.layers(), part.files, part.key_map)
+            for model, part in zip(models, self.transformers, strict=True)
+        )
+        itemsize = models[0].dtype.itemsize
+        return count_compressed_blocks(
+            tensors_by_expert, self.transformers[0].dims, itemsize, num_changed
+        )
+
+    def check_compression(self) -> None:
+        """Raise InputError unless weights of a transformer can stay in GGUF's blocks."""
+        if self.compressed_blocks is None:
+            raise InputError(
+                f"memory.gguf=compressed needs a GGUF file with weights in blocks, as Q4_K, which "
+                f"{self.transformers[0].files} is not; give one as dit_file, or leave memory.gguf out"
+            )
 
     @property
     def model_dims(self) -> ModelDims:

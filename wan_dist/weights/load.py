@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from wan_dist.models.gguf_linear import PART_NAME
 from wan_dist.models.kernels.quantized_linear import QUANTIZED_PARTS as QUANTIZED_PARTS
 from wan_dist.models.kernels.quantized_linear import find_quantization, quantize_rows
 from wan_dist.planning.lora_memory import count_merged_rows
@@ -117,7 +118,7 @@ def fill_model(
                 _find_first_row(parameters[name]),
                 parameters[name].shape[0],
                 files,
-                key_map.find_sources(name),
+                _find_sources(name, key_map),
                 device,
             )
             for name, part_names in _group_quantized_parts(parameters)
@@ -178,7 +179,7 @@ def fill_parameters(
             0,
             parameters[name].shape[0],
             files,
-            key_map.find_sources(name),
+            _find_sources(name, key_map),
             device,
         )
 
@@ -197,6 +198,14 @@ def _group_quantized_parts(names: Collection[str]) -> Iterator[tuple[str, list[s
             yield name, part_names
 
 
+def _find_sources(name: str, key_map: KeyMap) -> tuple[TensorSource, ...]:
+    """Return the sources of a parameter; of a part of a `GgufLinear` the one that it holds."""
+    stem, _, index = name.rpartition(PART_NAME)
+    if not index.isdigit():
+        return key_map.find_sources(name)
+    return (key_map.find_sources(f"{stem}weight")[int(index)],)
+
+
 def _fill_rows(
     local_parts: Sequence[Tensor],
     first_row: int,
@@ -210,6 +219,9 @@ def _fill_rows(
         first_row, len(local_parts[0]), num_rows, sources
     ):
         source_parts = [part[target_rows] for part in local_parts]
+        if len(source_parts) == 1 and source_parts[0].dtype == torch.uint8:
+            _copy_stored_rows(source_parts[0], stored_start, files, source.key)  # GGUF's blocks
+            continue
         if source.update is not None:
             source = replace(source, update=source.update.hold(device))
         if len(source_parts) == 1:
@@ -248,15 +260,20 @@ def _copy_fp8_rows(
     weight: Tensor, scales: Tensor, stored_start: int, files: TensorFiles, source: TensorSource
 ) -> None:
     """Copy the files' 8-bit weights unchanged, and their scales, which are 1 where the files have none."""
-    num_at_once = _count_rows_at_once(weight.shape[1])
-    for start in range(0, len(weight), num_at_once):
-        target_rows = weight[start : start + num_at_once]
-        first_row = stored_start + start
-        stored_rows = files.read_rows(source.key, first_row, first_row + len(target_rows))
-        target_rows.copy_(copy_to_device(stored_rows, weight.device))
-        files.release_pages(stored_rows)
+    _copy_stored_rows(weight, stored_start, files, source.key)
     scale = files.read_scale(source.key, stored_start, stored_start + len(weight))
     scales[:] = 1.0 if scale is None else scale.to(scales.device)
+
+
+def _copy_stored_rows(target: Tensor, stored_start: int, files: TensorFiles, key: str) -> None:
+    """Copy rows of one byte a column as they are stored."""
+    num_at_once = _count_rows_at_once(target.shape[1])
+    for start in range(0, len(target), num_at_once):
+        target_rows = target[start : start + num_at_once]
+        first_row = stored_start + start
+        stored_rows = files.read_rows(key, first_row, first_row + len(target_rows))
+        target_rows.copy_(copy_to_device(stored_rows, target.device))
+        files.release_pages(stored_rows)
 
 
 def _copy_rows(

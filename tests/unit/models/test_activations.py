@@ -13,6 +13,7 @@ from wan_dist.models.attention import eight_bit as attention_8bit
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer, ResidualCache
+from wan_dist.models.gguf_linear import WeightPart, compress_blocks
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.vae import ops as vae_elementwise
 from wan_dist.models.vae.model import WanVae
@@ -20,9 +21,9 @@ from wan_dist.parallel import ring, sequence, ulysses
 from wan_dist.parallel.mesh import Axis
 from wan_dist.pipeline import vae_tiles as tiles
 from wan_dist.pipeline.decode import convert_to_uint8_frames, decode_latents, encode_video
-from wan_dist.planning.memory_estimate import estimate_activation_bytes
+from wan_dist.planning.memory_estimate import estimate_activation_bytes, estimate_step_bytes
 from wan_dist.planning.vae_memory import VaeStrategy, estimate_vae_bytes
-from wan_dist.planning.workload import GIB, Arrangement, Workload
+from wan_dist.planning.workload import GIB, Arrangement, CompressedBlocks, Workload
 from wan_dist.tasks.registry import TASKS
 
 ALONE = Axis()
@@ -33,6 +34,15 @@ SLICE = 3072
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def list_q4_k_parts(model: FusedTransformer) -> dict[str, list[WeightPart]]:
+    return {
+        f"{block_name}.{name}": [WeightPart("Q4_K")]
+        for block_name, block in model.layers().items()
+        for name, module in block.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
 
 
 class NoKernels:
@@ -62,6 +72,7 @@ def in_8_bits(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ("ti2v-5B", (1280, 704, 121), "none"),
         ("i2v-14B", (832, 480, 81), "none"),
         ("i2v-14B", (832, 480, 81), "none, and 8bit"),
+        ("i2v-14B", (832, 480, 81), "none, and gguf"),
         ("i2v-14B", (832, 480, 81), "fp8"),
         ("i2v-14B", (832, 480, 81), "int8"),
         ("i2v-14B", (832, 480, 81), "int4"),
@@ -90,6 +101,8 @@ def test_a_step_takes_what_is_planned(
     with torch.device("meta"):
         kernel = in_8_bits if more == "8bit" else lambda q, k, v: torch.empty_like(q)
         model = FusedTransformer(dims, torch.bfloat16, InnerAttention(kernel, "like q"))
+        if more == "gguf":
+            compress_blocks(model.layers(), list_q4_k_parts(model))
         if quant != "none":
             quantized.quantize_blocks(model.layers().values(), quant)
     model.requires_grad_(False).set_slice_tokens(slice_tokens)
@@ -124,10 +137,19 @@ def test_a_step_takes_what_is_planned(
         quant=quant,
         has_step_cache=more == "tea",
         has_8bit_attention=more == "8bit",
+        compressed_blocks=CompressedBlocks(
+            block_bytes=0,
+            all_bytes=0,
+            decoded_bytes=2 * (6 * dims.dim + 2 * dims.ffn_dim) * dims.dim,
+            num_weights=0,
+        ),
     )
-    planned = estimate_activation_bytes(load, Arrangement(slice_tokens=slice_tokens, passes=passes))
-    if quant in ("int8", "int4"):
-        planned += dims.dim * max(3 * dims.dim, dims.ffn_dim) * 2  # counted apart, as workspace
+    arrangement = Arrangement(
+        slice_tokens=slice_tokens,
+        passes=passes,
+        gguf="compressed" if more == "gguf" else "decoded",
+    )
+    planned = estimate_step_bytes(load, arrangement)
     print(
         f"{task} {size} {quant} {passes} {slice_tokens}: "
         f"planned {planned / GIB:.2f}, made {live.peak / GIB:.2f} GiB"

@@ -54,6 +54,7 @@ WITHOUT_EFFECT = {
     "output.save_latents": False,
     "output.events": "events.jsonl",
     "memory.dit": "stream",
+    "memory.gguf": "compressed",
     "memory.slice_tokens": 64,
     "memory.passes": "apart",
     "cache.dir": "elsewhere",
