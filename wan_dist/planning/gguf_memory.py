@@ -8,7 +8,7 @@ from math import prod
 from pathlib import Path
 
 from wan_dist.models.dims import TransformerDims
-from wan_dist.planning.parameter_bytes import count_all_blocks_bytes, count_block_bytes
+from wan_dist.planning.parameter_bytes import count_all_blocks_bytes, count_bytes_by_block
 from wan_dist.planning.workload import FLOAT_BYTES, GIB, Arrangement, CompressedBlocks, Workload
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.gguf_header import BLOCK_SIZES, GGUF_MAGIC, count_row_bytes, read_gguf_header
@@ -20,7 +20,8 @@ _NUM_COPIES = 4
 DECODING_BYTES = _NUM_COPIES * DECODED_VALUES * FLOAT_BYTES
 
 _BLOCK_LINEAR = re.compile(
-    r"(?:^|\.)blocks\.(\d+)\.(?:self_attn\.|attn1\.|ffn\.|cross_attn\.[qo]\.|attn2\.to_(?:q|out\.0)\.)"
+    r"(?:^|\.)((?:vace_)?blocks\.\d+)\."
+    r"(?:self_attn|attn1|ffn|cross_attn\.[qo]|attn2\.to_(?:q|out\.0)|(?:before|after)_proj|proj_(?:in|out))\."
     r".*weight$"
 )
 """Weights of a transformer block in either layout, but for those of the keys and values of contexts."""
@@ -40,14 +41,12 @@ def count_compressed_blocks(
     largest_bytes, most_bytes, num_weights = 0, 0, 0
     for tensors in experts:
         # What a block of the run's dtype takes, less what its weights have in fewer bits.
-        bytes_by_block = Counter(
-            dict.fromkeys(range(dims.num_layers), count_block_bytes(dims, itemsize))
-        )
+        bytes_by_block = Counter(count_bytes_by_block(dims, itemsize))
         for name, (shape, type_name) in tensors.items():
             match = _BLOCK_LINEAR.search(name)
             if match and type_name in BLOCK_SIZES and len(shape) == 2:
                 row_bytes = count_row_bytes(shape[1], type_name)
-                bytes_by_block[int(match[1])] -= prod(shape) * itemsize - shape[0] * row_bytes
+                bytes_by_block[match[1]] -= prod(shape) * itemsize - shape[0] * row_bytes
                 num_weights += 1
         if min(bytes_by_block.values()) < 0:
             return None  # the file is of a larger model
@@ -55,10 +54,11 @@ def count_compressed_blocks(
         most_bytes = max(most_bytes, bytes_by_block.total())
     if not num_weights:
         return None
+    num_projections = 2 * dims.dim if dims.vace_layers else 0  # of VACE's first block
     return CompressedBlocks(
         block_bytes=largest_bytes,
         all_bytes=most_bytes,
-        decoded_bytes=(6 * dims.dim + 2 * dims.ffn_dim) * dims.dim * itemsize,
+        decoded_bytes=(6 * dims.dim + 2 * dims.ffn_dim + num_projections) * dims.dim * itemsize,
         num_weights=num_weights,
         num_changed=num_weights if num_changed is None else num_changed,
     )

@@ -40,19 +40,26 @@ def _count_block_bytes(
     return weight_bytes + num_rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT_BYTES
 
 
-@cache
-def count_all_blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> int:
-    """Return the bytes of all transformer blocks; the first and the last are not quantised."""
+def count_bytes_by_block(
+    dims: TransformerDims, itemsize: int, quant: str = "none"
+) -> dict[str, int]:
+    """Return the bytes of each transformer block by name; the first and the last are not quantised."""
     names = dims.block_names
-    return sum(
-        _count_block_bytes(
+    return {
+        name: _count_block_bytes(
             dims,
             itemsize,
             quant if 0 < index < len(names) - 1 else "none",
             name.startswith("vace") + (name == "vace_blocks.0"),
         )
         for index, name in enumerate(names)
-    )
+    }
+
+
+@cache
+def count_all_blocks_bytes(dims: TransformerDims, itemsize: int, quant: str) -> int:
+    """Return the bytes of all transformer blocks; see `count_bytes_by_block`."""
+    return sum(count_bytes_by_block(dims, itemsize, quant).values())
 
 
 def count_time_embedding_bytes(dims: TransformerDims) -> int:

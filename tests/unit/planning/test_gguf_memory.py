@@ -266,3 +266,22 @@ def test_the_larger_of_two_experts_counts() -> None:
     assert both == replace(sizes[1], num_weights=2 * dims.num_layers)
     wide = dict.fromkeys(names, ((10 * dims.ffn_dim, 10 * dims.dim), "Q4_0"))
     assert count_compressed_blocks([wide], dims, 2, 0) is None
+
+
+def test_blocks_of_a_side_branch_count() -> None:
+    """Bytes of all blocks of VACE, and one decoded block with both of its projections."""
+    dims = get_task("vace-1.3B").model_dims.transformer
+    width, ffn = dims.dim, dims.ffn_dim
+    tensors = {}
+    for block in dims.block_names:
+        tensors[f"{block}.self_attn.q.weight"] = ((width, width), "Q8_0")
+        tensors[f"{block}.cross_attn.k.weight"] = ((width, width), "Q8_0")
+        if block.startswith("vace"):
+            tensors[f"{block}.after_proj.weight"] = ((width, width), "Q8_0")
+    found = count_compressed_blocks([tensors], dims, 2, 0)
+    assert found is not None
+    num_saved = len(dims.block_names) + len(dims.vace_layers)
+    saved_bytes = num_saved * width * (width * 2 - width // 32 * 34)
+    assert found.all_bytes == count_all_blocks_bytes(dims, 2, "none") - saved_bytes
+    assert found.num_weights == num_saved
+    assert found.decoded_bytes == (8 * width + 2 * ffn) * width * 2
