@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import golden_folder, relative_error
+from tests.conftest import FIXTURES, golden_folder, relative_error
 from tests.forked import run_forked
 from wan_dist.config.loras import LoraSetting
 from wan_dist.models.vae.model import split_frames_into_chunks
@@ -23,6 +23,7 @@ from wan_dist.pipeline.conditioning.vace import (
 )
 from wan_dist.planning.plan import VideoPlan, make_plan
 from wan_dist.run import main
+from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
 from wan_dist.tasks.run_config import read_config
 from wan_dist.weights.checkpoint import open_checkpoint
@@ -221,3 +222,20 @@ def test_quantised_and_streamed_blocks_are_the_resident_ones(tmp_path: Path) -> 
     torch.testing.assert_close(*videos, rtol=0, atol=1e-4)
     whole = load_file(golden_folder(FILES) / "expected/refs_only.safetensors")["video"]
     assert 1e-3 < relative_error(videos[0], whole) < 0.2
+
+
+def test_a_single_file_is_told_from_that_of_text_to_video(tmp_path: Path) -> None:
+    """With a prefix as ComfyUI's; the layers come from the folder's config, evenly spaced ones without."""
+    golden = golden_folder("wan2.1-vace")
+    tensors = load_file(golden / "diffusion_pytorch_model.safetensors")
+    file = tmp_path / "vace.safetensors"
+    save_file({f"model.diffusion_model.{key}": value for key, value in tensors.items()}, file)
+    given = {"dit_file": [file]}
+    checkpoint = open_checkpoint(golden, TASKS["vace-14B"], torch.float32, given_files=given)
+    assert checkpoint.transformers[0].dims.vace_layers == (0, 2)
+    with pytest.raises(
+        InputError, match=r"not a t2v-14B checkpoint: .* has 96 VACE channels, not 0"
+    ):
+        open_checkpoint(golden, TASKS["t2v-14B"], torch.float32, given_files=given)
+    with pytest.raises(InputError, match="has 0 VACE channels, not 96"):
+        open_checkpoint(FIXTURES / "wan2.1-t2v", TASKS["vace-14B"], torch.float32)

@@ -5,6 +5,7 @@ somewhere.
 import ast
 import re
 import shlex
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -78,7 +79,14 @@ def test_commands_were_found() -> None:
 
 
 @pytest.mark.parametrize("command", RUNS)
-def test_runs_that_are_shown_are_composed(command: str) -> None:
+def test_runs_that_are_shown_are_composed(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if file := re.search(r"task=(\S+\.yaml)", command):
+        shown = re.search(r"^    base: .*\n(?:    .*\n)+", TEXTS["docs/tasks.md"], re.MULTILINE)
+        assert shown is not None
+        (tmp_path / file[1]).write_text(textwrap.dedent(shown[0]), encoding="utf-8")
+        monkeypatch.chdir(tmp_path)
     assert read_config(shlex.split(command)) is not None
 
 

@@ -113,13 +113,16 @@ class TransformerInputs(NamedTuple):
     dim: int
     num_channels: int
     has_images: bool
+    num_vace_channels: int
 
 
 def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> TransformerInputs:
-    """Return a transformer's width, its input channels and whether it has an image branch."""
+    """Return a transformer's width, its input channels, and what other inputs it has."""
     shapes = _TensorShapes(files, key_map)
     dim, num_channels = _get_patch_shape(shapes)[:2]
-    return TransformerInputs(dim, num_channels, "img_emb.proj.0.weight" in shapes)
+    num_vace_channels = shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1)
+    has_images = "img_emb.proj.0.weight" in shapes
+    return TransformerInputs(dim, num_channels, has_images, num_vace_channels)
 
 
 def select_config_entries(

@@ -100,8 +100,9 @@ def _find_mismatch(files: TensorFiles, setting: str, task: Task) -> str | None:
     if setting == "dit_file":
         inputs = _infer_transformer_inputs(files)
         expected = task.transformer_dims
-        if (inputs.num_channels, inputs.has_images) != (expected.in_dim, expected.image_dim > 0):
+        if inputs[1:] != (expected.in_dim, expected.image_dim > 0, expected.vace_in_dim):
             branch = " and an image branch" if inputs.has_images else ""
+            branch += " and VACE's side branch" if inputs.num_vace_channels else ""
             return f"{inputs.num_channels} input channels{branch}"
     return None
 

@@ -54,7 +54,6 @@ _OTHER_TASKS = (
     (r"(?:^|\.)(?:audio_proj|audio_model)\.", "a model driven by sound, as HuMo and MultiTalk"),
     (r"(?:^|\.)control_adapter\.", "a model with camera control"),
     (r"(?:^|\.)ref_conv\.", "Wan-Fun control"),
-    (r"(?:^|\.)vace_(?:blocks|patch_embedding)\.", "VACE"),
     (r"(?:^|\.)(?:double_blocks|transformer_blocks|joint_blocks)\.0\.", "a model other than Wan"),
 )
 """Patterns of keys that only transformers of unsupported tasks have, and the tasks' names."""

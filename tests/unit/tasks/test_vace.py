@@ -1,5 +1,7 @@
 """Source videos: what of them is used, and the inputs that do not fit together."""
 
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -222,3 +224,22 @@ def test_what_no_mask_can_be_made_of(arguments: list[str], message: str, tmp_pat
     path = make_video(tmp_path / "a.mp4")
     with pytest.raises(InputError, match=message):
         mask.main([argument.replace("VIDEO", str(path)) for argument in arguments])
+
+
+def test_the_commands_of_the_page_write_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[3] / "docs/vace.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    wan-dist mask (.*)", page, re.MULTILINE)
+    assert len(commands) >= 4
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    for name in ("clip.mp4", "outputs/a.mp4"):
+        make_video(tmp_path / name, "640x360", 2, "-c:v", "libx264")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (96, 64)).save(tmp_path / name)
+    for command in commands:
+        mask.main(shlex.split(command))
+    printed = capsys.readouterr().out
+    assert printed.count("src_video=") == len(commands)
+    assert "82 frames of 640x360" in printed

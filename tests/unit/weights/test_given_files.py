@@ -136,8 +136,6 @@ OTHERS = [
     ("audio_proj.audio_proj_glob_1.layer.weight", "HuMo"),
     ("control_adapter.conv.weight", "camera control"),
     ("ref_conv.weight", "Wan-Fun control"),
-    ("vace_blocks.0.after_proj.weight", "VACE"),
-    ("model.diffusion_model.vace_patch_embedding.weight", "VACE"),
 ]
 
 
