@@ -25,11 +25,15 @@ from typing import NoReturn
 
 from torch.distributed import TCPStore
 
+from wan_dist.config.compose import compose_config
+
 ROOT = Path(__file__).parents[1]
 IMPORTED = (
     *("wan_dist.run", "wan_dist.pipeline.generate", "wan_dist.jobs.worker", "transformers"),
     "torch.distributed.run",
 )
+IMPORTED_FOR_FSDP = ("torch.distributed.fsdp", "torch._dynamo")
+"""Takes as long again as the others."""
 HANG_SECONDS = 900.0
 """Longer than any process of a test takes, on a machine with much else to do: it hangs."""
 Done = subprocess.CompletedProcess[str]
@@ -63,9 +67,14 @@ class ForkServer:
     The words ``place`` are those of a command that runs the one after them elsewhere, as the same process.
     """
 
-    def __init__(self, environment: Mapping[str, str], place: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        place: Sequence[str] = (),
+        modules: Sequence[str] = IMPORTED,
+    ) -> None:
         self.process = subprocess.Popen(
-            [*place, sys.executable, "-W", "ignore", "-m", "tests.forked"],
+            [*place, sys.executable, "-W", "ignore", "-m", "tests.forked", *modules],
             cwd=ROOT,
             # no threads, which a fork would lose
             env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
@@ -110,7 +119,7 @@ class ForkServer:
 @functools.cache
 def start_server() -> ForkServer:
     """Return the server of this process, which ends with it."""
-    server = ForkServer({})
+    server = ForkServer({}, modules=(*IMPORTED, *IMPORTED_FOR_FSDP))
     atexit.register(server.close)
     return server
 
@@ -188,8 +197,11 @@ def run_together(
 
 def serve() -> None:
     """Fork for each command and answer with its process id; for a process id, with its exit code or null."""
-    for module in IMPORTED:
+    for module in sys.argv[1:]:
         importlib.import_module(module)
+    compose_config(
+        ["task=toy"]
+    )  # Hydra's plugins are found, and its grammar's tables are made, once
     gc.freeze()  # what is imported is not looked through by each command that collects garbage
     for line in sys.stdin:
         request = json.loads(line)

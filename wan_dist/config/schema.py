@@ -282,6 +282,7 @@ def select_new_settings(values: SettingValues) -> dict[str, Any]:
     return {key: value for key, value in values.items() if settings[key].metadata["is_new"]}
 
 
+@cache
 def register_schema() -> None:
     """Register the schema with Hydra, as the base of ``conf/config.yaml``."""
     ConfigStore.instance().store(name="base_config", node=RunConfig)
