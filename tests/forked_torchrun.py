@@ -1,8 +1,11 @@
 """torchrun whose ranks are forked from it, ``python -m tests.forked_torchrun`` with torchrun's arguments.
 
-All of its code is run but the call that starts a rank's interpreter.
+All of its code is run but the call that starts a rank's interpreter. The environment's LAUNCHER may name a
+module whose ``main`` calls it.
 """
 
+import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -11,7 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import (
     SubprocessHandler,
 )
@@ -55,6 +57,7 @@ def fork_rank(
 def run_rank(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
     """Be the rank: what an exec would have reset is as after one."""
     os.setsid()
+    logging.disable(logging.NOTSET)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_DFL)
@@ -66,4 +69,5 @@ def run_rank(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn
 
 if __name__ == "__main__":
     SubprocessHandler._popen = fork_rank  # type: ignore[assignment,method-assign]
-    run.main()
+    launcher = importlib.import_module(os.environ.get("LAUNCHER", "torch.distributed.run"))
+    sys.exit(launcher.main(sys.argv[1:]))

@@ -153,9 +153,11 @@ LOCAL = "wan_dist.parallel.torchrun"
 def test_a_launcher_adds_nothing_to_what_ranks_say(
     arguments: list[str], code: int, message: str, tmp_path: Path
 ) -> None:
-    job = start(["-m", *arguments], tmp_path, LOCAL, BREAK_RANK="1")
-    told, _ = job.communicate(timeout=HANG_SECONDS)
-    assert job.returncode == code, told
+    module, *settings = arguments
+    told_to = {"LAUNCHER": LOCAL, "BREAK_RANK": "1"}
+    done = run_torchrun(2, module, *settings, f"output.dir={tmp_path}", **told_to)
+    told = done.stdout + done.stderr
+    assert done.returncode == code, told
     assert told.count(f"wan_dist: error: {message}") == 1, told
     assert "elastic" not in told  # neither torchrun's log nor its traceback
 
