@@ -4,6 +4,8 @@ that they are of.
 
 import json
 import re
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,22 @@ from bench.record import Record
 from bench.table import PAGES, RESULTS, TABLES, fill_tables
 
 TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loaded() -> Iterator[set[str]]:
+    """Make each table once, and note the files of results that are read for them."""
+    names, load = set[str](), table._load
+
+    def load_and_note(name: str) -> dict[str, Any]:
+        names.add(name)
+        return load(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "_load", load_and_note)
+        for name, make_lines in TABLES.items():
+            patch.setitem(TABLES, name, cache(make_lines))
+        yield names
 
 
 @pytest.mark.parametrize("page", TEXTS)
@@ -38,15 +56,7 @@ def test_a_table_that_is_old_is_replaced() -> None:
     assert fill_tables(new) == new
 
 
-def test_every_file_of_results_is_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = set()
-    load = table._load
-
-    def load_and_note(name: str) -> dict[str, Any]:
-        loaded.add(name)
-        return load(name)
-
-    monkeypatch.setattr(table, "_load", load_and_note)
+def test_every_file_of_results_is_in_a_table(loaded: set[str]) -> None:
     for make_lines in TABLES.values():
         make_lines()
     assert loaded == {file.stem for file in RESULTS.glob("*.json")}
