@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.composing import parse_once
+
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED_GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
 
@@ -30,6 +32,10 @@ def golden_folder(name: str) -> Path:
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+def pytest_configure() -> None:
+    parse_once()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from torch.distributed import TCPStore
 
+from tests.composing import parse_once
 from wan_dist.config.compose import compose_config
 
 ROOT = Path(__file__).parents[1]
@@ -199,9 +200,8 @@ def serve() -> None:
     """Fork for each command and answer with its process id; for a process id, with its exit code or null."""
     for module in sys.argv[1:]:
         importlib.import_module(module)
-    compose_config(
-        ["task=toy"]
-    )  # Hydra's plugins are found, and its grammar's tables are made, once
+    parse_once()
+    compose_config(["task=toy"])  # which finds Hydra's plugins
     gc.freeze()  # what is imported is not looked through by each command that collects garbage
     for line in sys.stdin:
         request = json.loads(line)
