@@ -1,15 +1,22 @@
 """Runs of the command with transformers as few-step models are published."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from tests.conftest import golden_folder, relative_error
+from tests.forked import run_ranks
 from tests.test_command import CHECKPOINT, reference_arguments
 from tests.weight_files import TRANSFORMER_FILE
 from wan_dist.run import main
+from wan_dist.tasks.registry import TASKS
+from wan_dist.weights.checkpoint import open_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +42,71 @@ def test_rcm_files_give_the_reference_implementations_video(
     torch.testing.assert_close(video, expected, rtol=0, atol=1e-3)
 
 
-def test_sparse_linear_attention_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def write_turbowan(path: Path) -> dict[str, Tensor]:
+    """Write a transformer as TurboDiffusion's are, and return its golden."""
+    golden = load_file(golden_folder("fewstep") / "turbowan.safetensors")
     weights = load_file(CHECKPOINT / TRANSFORMER_FILE)
-    weights["blocks.0.self_attn.attn_op.local_attn.proj_l.weight"] = torch.zeros(16, 16)
-    save_file(weights, "turbowan.safetensors")
+    weights["patch_embedding.weight"] = weights["patch_embedding.weight"].flatten(1)
+    weights |= {key: value for key, value in golden.items() if ".proj_l." in key}
+    save_file(weights, path)
+    return golden
+
+
+def test_sparse_linear_attention_is_turbodiffusions(tmp_path: Path) -> None:
+    """A step of their own transformer, whole, and with its queries in slices."""
+    golden = write_turbowan(tmp_path / "turbowan.safetensors")
+    checkpoint = open_checkpoint(
+        CHECKPOINT,
+        TASKS["t2v-1.3B"],
+        torch.float32,
+        given_files={"dit_file": [tmp_path / "turbowan.safetensors"]},
+    )
+    cpu = torch.device("cpu")
+    model = checkpoint.transformers[0].load(cpu)
+    model.set_sla_key_share(0.4)
+    context = load_file(CHECKPOINT / "expected/unipc.safetensors")["input.context"]
+    contexts = checkpoint.context_projections[0].load(cpu)([context])
+    latents, timesteps = golden["input.x"].unsqueeze(0), golden["input.t"].view(1, 1)
+    for slice_tokens in (None, 128):
+        model.set_slice_tokens(slice_tokens)
+        (velocity,) = model(latents, timesteps, contexts, model.compute_rotary(latents))
+        assert relative_error(velocity[0], golden["output.v"]) < 1e-5
+
+
+def test_sparse_linear_attention_on_any_ranks(tmp_path: Path) -> None:
+    """Alone, streamed, with Ulysses and FSDP: the same video, which is another than the base model's."""
+    write_turbowan(tmp_path / "turbowan.safetensors")
+    arguments = [
+        *reference_arguments(CHECKPOINT, "unipc", "t2v-1.3B"),
+        *(f"dit_file={tmp_path / 'turbowan.safetensors'}", "preset=turbowan-4step"),
+        *("size=96x64", "frame_num=21", "sla_topk=0.3", "dtype=float32", "device=cpu"),
+    ]
+    assert main([*arguments, f"output.dir={tmp_path / 'whole'}", "memory.dit=stream"]) == 0
+    spread = ["parallel.ulysses=2", "fsdp.dit=true", f"output.dir={tmp_path / 'two'}"]
+    run_ranks(2, "wan_dist.run", *arguments, *spread)
+    videos = [load_file(f"{folder}/out.safetensors")["video"] for folder in ("whole", "two")]
+    torch.testing.assert_close(*videos, rtol=0, atol=1e-3)
+    assert json.loads(Path("whole/out.json").read_text(encoding="utf-8"))["attention"] == "sla"
+    more = ["sla_topk=1", "output.dir=more"]
+    assert main([*arguments, *more]) == 0
+    assert relative_error(load_file("more/out.safetensors")["video"], videos[0]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["attention=sdpa"], r"trained with sparse-linear attention \(SLA\): attention=sdpa would"),
+        (["memory.slice_tokens=100"], "memory.slice_tokens=100 must be a multiple of 128"),
+        (["dit_file=null", "attention=sla"], "attention=sla: .* was not trained with SLA"),
+        (["dit_file=null", "sla_topk=0.15"], "sla_topk=0.15: .* was not trained with SLA"),
+        (["sla_topk=0"], "sla_topk=0.0 must be above 0"),
+    ],
+)
+def test_what_does_not_suit_sparse_linear_attention(
+    settings: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_turbowan(tmp_path / "turbowan.safetensors")
     arguments = reference_arguments(CHECKPOINT, "unipc", "t2v-1.3B")
-    assert main([*arguments, "dit_file=turbowan.safetensors", "preset=turbowan-4step"]) != 0
-    printed = capsys.readouterr().err
-    assert "turbowan.safetensors is a transformer that was trained with sparse-linear" in printed
-    assert not list((tmp_path / "outputs").glob("*.mp4"))
+    given = [*arguments, f"dit_file={tmp_path / 'turbowan.safetensors'}", *settings]
+    assert main([*given, "device=cpu", "dtype=float32"]) == 2
+    assert re.search(message, capsys.readouterr().err)

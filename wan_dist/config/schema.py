@@ -39,6 +39,7 @@ ATTENTION_BACKENDS = (
     "flash",
     "sdpa",
     "sdpa16",
+    "sla",
     *EIGHT_BIT_BACKENDS,
 )
 QUANTIZATIONS = ("none", "fp8", "int8", "int4")
@@ -183,8 +184,16 @@ class RunConfig:
     attention: str = _key(
         "auto",
         "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), "
-        "sdpa16 (in float16), 8bit or sage (in 8 bits)",
+        "sdpa16 (in float16), 8bit or sage (in 8 bits); sla: of a transformer that was trained with it, "
+        "as auto has it",
         Effect.MODELS | Effect.LATENTS,
+    )
+    sla_topk: float = _key(
+        0.1,
+        "share of the key blocks that sparse-linear attention (SLA) attends to; 0.15 is recommended for "
+        "quality",
+        Effect.LATENTS,
+        is_new=True,
     )
     latents: str | None = _key(
         None, "file of saved latents, which are decoded instead of denoising", Effect.LATENTS
@@ -211,6 +220,8 @@ class RunConfig:
         check_choice("noise_layout", self.noise_layout, NOISE_LAYOUTS)
         check_choice("lora_unmatched", self.lora_unmatched, UNMATCHED_CHOICES)
         list_loras(self)
+        if not 0 < self.sla_topk <= 1:
+            raise InputError(f"sla_topk={self.sla_topk} must be above 0 and at most 1")
         self.parse_size()
         if self.clips < 1:
             raise InputError(f"clips={self.clips} must be at least 1")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wan_dist.models.attention.cross import cross_attend
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.attention.sla import SlaAttention
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels.transformer_ops import (
     Fp8Tokens,
@@ -72,6 +73,9 @@ class FusedSelfAttention(SelfAttention):
     ) -> None:
         super().__init__(dims, dtype)
         self.qkv = RowSliceLinear(dims.dim, 3 * dims.dim, dtype=dtype)
+        if dims.has_sla:
+            self.proj_l = nn.Linear(dims.head_dim, dims.head_dim, dtype=dtype)
+            inner_attention = self.sla = SlaAttention(self.proj_l)
         self.inner_attention = inner_attention
 
     def project_qkv(

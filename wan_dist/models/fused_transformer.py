@@ -132,6 +132,11 @@ class FusedTransformer(WanTransformer):
         for block in self.layers().values():
             block.slice_tokens = max_tokens
 
+    def set_sla_key_share(self, key_share: float) -> None:
+        """Set the share of the key blocks that sparse-linear attention attends to."""
+        for attention in self.self_attentions:
+            attention.sla.key_share = key_share
+
     @property
     def self_attentions(self) -> Iterator[FusedSelfAttention]:
         """Every block's self-attention, whose ``inner_attention`` may be wrapped."""

@@ -221,6 +221,12 @@ def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
     """Record and log the attention kernel, and the parallel degrees of several ranks."""
     plan, report = video.plan, video.report
     report.record.attention = attention.name
+    if video.session.checkpoint.transformers[0].dims.has_sla:
+        report.record.attention = "sla"
+        share = f"{video.config.sla_topk:.0%} of the key blocks"
+        logger.log(
+            report.log_level, "attention sla (trained with it; %s), in cross-attention:", share
+        )
     logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
         placement_text = "sharded" if plan.arrangement.shard_dit else "on every rank"

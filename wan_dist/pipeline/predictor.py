@@ -178,6 +178,8 @@ class ExpertPredictor:
             free_memory()  # of the previous transformer
         model, contexts = self._load_model_and_contexts(expert_index, stage_suffix, arrangement)
         model.set_slice_tokens(arrangement.slice_tokens)
+        if model.dims.has_sla:
+            model.set_sla_key_share(self.config.sla_topk)
         if isinstance(model, VaceTransformer):
             model.context_scale = self.config.context_scale
         if groups.replica.size > 1:

@@ -15,6 +15,7 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.config.weight_files import list_weight_files
 from wan_dist.models.attention import cross as cross_attention
 from wan_dist.models.attention.inner import InnerAttention, choose_attention, compile_attention
+from wan_dist.models.attention.sla import DEFAULT_KEY_SHARE, QUERY_BLOCK
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import tokenize_prompt
@@ -159,8 +160,11 @@ def open_session(
     Raises InputError for what is wrong with them, before weights are read.
     """
     checkpoint = _open_checkpoint(config, plan, groups)
+    check_trained_attention(config, plan, checkpoint)
+    # That of a sparse self-attention needs no kernel; cross-attention has one beside it.
+    requested_kernel = "auto" if config.attention == "sla" else config.attention
     get_attention = _prepare_attention(
-        config.attention, device, getattr(torch, config.dtype), checkpoint.transformers[0].dims
+        requested_kernel, device, getattr(torch, config.dtype), checkpoint.transformers[0].dims
     )
     if config.parallel.usp == "xfuser":
         check_usp(device, get_attention().name)
@@ -194,6 +198,28 @@ def open_session(
             has_driver_context=True,
         ),
     )
+
+
+def check_trained_attention(config: RunConfig, plan: VideoPlan, checkpoint: Checkpoint) -> None:
+    """Raise InputError for settings that do not suit a transformer with, or without, SLA."""
+    files = checkpoint.transformers[0].files
+    if not checkpoint.transformers[0].dims.has_sla:
+        if config.attention == "sla" or config.sla_topk != DEFAULT_KEY_SHARE:
+            given = "attention=sla" if config.attention == "sla" else f"sla_topk={config.sla_topk}"
+            raise InputError(f"{given}: {files} was not trained with SLA; leave it out")
+        return
+    problem = ""
+    slice_tokens = config.memory.slice_tokens
+    if config.attention not in ("auto", "sla"):
+        problem = f"attention={config.attention} would blur its videos; leave it out"
+    elif plan.degrees.ring > 1:
+        problem = f"parallel.ring={plan.degrees.ring} cannot share it out; use parallel.ulysses"
+    elif config.parallel.usp == "xfuser":
+        problem = "parallel.usp=xfuser does not compute it; leave it out"
+    elif slice_tokens is not None and slice_tokens % QUERY_BLOCK:
+        problem = f"memory.slice_tokens={slice_tokens} must be a multiple of {QUERY_BLOCK}"
+    if problem:
+        raise InputError(f"{files} was trained with sparse-linear attention (SLA): {problem}")
 
 
 def find_device(config: RunConfig) -> torch.device:

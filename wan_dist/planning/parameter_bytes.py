@@ -27,6 +27,7 @@ def _count_block_bytes(
     """
     d, f = dims.dim, dims.ffn_dim
     num_rows, num_weights = 7 * d + f, 6 * d * d + 2 * d * f
+    sla_bytes = dims.has_sla * dims.head_dim * (dims.head_dim + 1) * itemsize
     num_rows += num_projections * d
     num_weights += num_projections * d * d
     if quant == "none":
@@ -37,7 +38,8 @@ def _count_block_bytes(
             if quant == "int4"
             else num_weights + num_rows * FLOAT_BYTES
         )
-    return weight_bytes + num_rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT_BYTES
+    vector_bytes = num_rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT_BYTES
+    return weight_bytes + vector_bytes + sla_bytes
 
 
 def count_bytes_by_block(

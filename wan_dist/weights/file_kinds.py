@@ -59,11 +59,6 @@ _OTHER_TASKS = (
 """Patterns of keys that only transformers of unsupported tasks have, and the tasks' names."""
 
 _TRAINED_ATTENTIONS = (
-    (
-        r"\.attn_op\.local_attn\.proj_l\.",
-        "sparse-linear attention (SLA)",
-        "an rCM checkpoint",
-    ),
     (r"\.to_gate_compress\.", "video sparse attention (VSA)", "its FullAttn checkpoint"),
 )
 """Keys of layers that belong to attention that a model was trained with, its name, and what to take."""

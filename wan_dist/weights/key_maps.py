@@ -63,7 +63,7 @@ def _map_transformer(rename_key: KeyRenamer, keys: Collection[str]) -> KeyMap:
     }
 
     def find_source(name: str) -> TensorSource:
-        key = rename_key(name)
+        key = rename_key(name).replace(".proj_l.", ".attn_op.local_attn.proj_l.")
         quantized_key = f"{key.removesuffix('weight')}{INT8_TILES_NAME}"
         return TensorSource(quantized_key if quantized_key in keys else key)
 

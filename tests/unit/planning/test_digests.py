@@ -41,6 +41,7 @@ DIFFERENT = {
     "sample.timesteps": "float",
     "sample.sigma_max": 200.0,
     "noise_layout": "frames_first",
+    "sla_topk": 0.2,
     "cache.steps": "easy",
     "output.name": "other",
 }

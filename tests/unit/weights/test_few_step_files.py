@@ -141,7 +141,6 @@ def test_tiles_without_their_scales_are_refused(
 
 
 ATTENTIONS = {
-    "blocks.{}.self_attn.attn_op.local_attn.proj_l.weight": r"\(SLA\).*take an rCM checkpoint",
     "blocks.{}.to_gate_compress.weight": r"\(VSA\).*take its FullAttn checkpoint",
 }
 

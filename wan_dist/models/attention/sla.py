@@ -1,0 +1,135 @@
+"""Sparse-linear attention (SLA), which TurboWan's transformers were trained with (arXiv:2509.24006).
+
+Each block of queries attends to the blocks of keys whose means score highest with its own, and a linear
+attention to all keys is added, projected. Definitions are those of thu-ml/SLA at d973e55.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan_dist.models.attention.inner import InnerAttention
+
+QUERY_BLOCK, KEY_BLOCK = 128, 64
+"""Tokens of a block."""
+DEFAULT_KEY_SHARE = 0.1
+_GATHERED_VALUES = 2**26
+"""Values of keys, and as many of values, that are gathered at once."""
+_EPS = 1e-5
+
+
+class BlockSizes(NamedTuple):
+    """Tokens of a block of queries and of one of keys."""
+
+    query: int
+    key: int
+
+
+BLOCK_SIZES = BlockSizes(QUERY_BLOCK, KEY_BLOCK)
+
+
+class SlaAttention(InnerAttention):
+    """SLA as the inner attention of a block; its projection is a parameter of the block."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__(self._attend, "sla")
+        self.key_share = DEFAULT_KEY_SHARE
+        """Share of the key blocks that each query block attends to."""
+        self._projections = (
+            projection,
+        )  # not a module of this one: it is registered with the block
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_sparse_linear(q, k, v, self._projections[0], key_share=self.key_share)
+
+
+def attend_sparse_linear(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    project: Callable[[Tensor], Tensor],
+    *,
+    key_share: float,
+    block_sizes: BlockSizes = BLOCK_SIZES,
+) -> Tensor:
+    """Return SLA (B, Lq, H, D) of q (B, Lq, H, D), k and v (B, Lk, H, D).
+
+    ``project`` maps (..., D) of the linear branch. Queries may be a part of all that begins at a block.
+    """
+    selected_blocks = select_key_blocks(q, k, key_share=key_share, block_sizes=block_sizes)
+    out = torch.empty_like(q)
+    for batch_index in range(q.shape[0]):
+        for head in range(q.shape[2]):
+            head_q, head_k, head_v = (x[batch_index, :, head] for x in (q, k, v))
+            head_out = _attend_to_selected(
+                head_q, head_k, head_v, selected_blocks[batch_index, head], block_sizes
+            )
+            out[batch_index, :, head] = head_out + project(_attend_linearly(head_q, head_k, head_v))
+    return out
+
+
+def select_key_blocks(
+    q: Tensor, k: Tensor, *, key_share: float, block_sizes: BlockSizes = BLOCK_SIZES
+) -> Tensor:
+    """Return the indices (B, H, query blocks, n), ascending, of the key blocks that are attended to.
+
+    Those n whose mean, less that of all keys, has the largest product with the mean of the queries; at
+    least one.
+    """
+    query_means = _average_blocks(q, block_sizes.query)
+    key_means = _average_blocks(
+        k - k.mean(dim=1, keepdim=True, dtype=torch.float32).to(k), block_sizes.key
+    )
+    scores = query_means @ key_means.transpose(-1, -2)
+    num_selected = max(1, min(scores.shape[-1], int(key_share * scores.shape[-1])))
+    return scores.topk(num_selected, dim=-1, sorted=False).indices.sort(dim=-1).values
+
+
+def _average_blocks(x: Tensor, block_size: int) -> Tensor:
+    """x (B, L, H, D) -> means of blocks (B, H, blocks, D), in x's dtype; the last block may be shorter."""
+    num_tokens = x.shape[1]
+    padded = F.pad(x, (0, 0, 0, 0, 0, -num_tokens % block_size))
+    sums = padded.unflatten(1, (-1, block_size)).sum(dim=2, dtype=torch.float32)
+    counts = torch.full((sums.shape[1],), block_size, device=x.device)
+    counts[-1] = num_tokens - block_size * (len(counts) - 1)
+    return (sums / counts.view(1, -1, 1, 1)).to(x.dtype).transpose(1, 2)
+
+
+def _attend_to_selected(
+    q: Tensor, k: Tensor, v: Tensor, selected_blocks: Tensor, block_sizes: BlockSizes
+) -> Tensor:
+    """Return softmax attention (Lq, D) of one head to the keys of the selected blocks (query blocks, n)."""
+    num_queries, num_keys = len(q), len(k)
+    q = F.pad(q, (0, 0, 0, -num_queries % block_sizes.query)).unflatten(0, (-1, block_sizes.query))
+    num_padding = -num_keys % block_sizes.key
+    k, v = (F.pad(x, (0, 0, 0, num_padding)).unflatten(0, (-1, block_sizes.key)) for x in (k, v))
+    values_per_block = selected_blocks.shape[1] * block_sizes.key * q.shape[-1]
+    num_at_once = max(1, _GATHERED_VALUES // values_per_block)
+    outputs = []
+    for start in range(0, len(q), num_at_once):
+        blocks = selected_blocks[start : start + num_at_once]
+        mask = None
+        if num_padding:
+            is_valid = torch.ones(len(k) * block_sizes.key, dtype=torch.bool, device=q.device)
+            is_valid[num_keys:] = False
+            mask = is_valid.view(len(k), -1)[blocks].flatten(1)[:, None, None]
+        out = F.scaled_dot_product_attention(
+            q[start : start + num_at_once, None],
+            k[blocks].flatten(1, 2)[:, None],
+            v[blocks].flatten(1, 2)[:, None],
+            attn_mask=mask,
+        )
+        outputs.append(out.squeeze(1))
+    return torch.cat(outputs).flatten(0, 1)[:num_queries]
+
+
+def _attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return linear attention (Lq, D) of one head to all keys, with softmax over channels as feature map."""
+    q_features, k_features = q.softmax(dim=-1), k.softmax(dim=-1)
+    weighted_values = k_features.float().T @ v.float()
+    normalizer = q_features.float() @ k_features.sum(dim=0, dtype=torch.float32)
+    out = (q_features.float() @ weighted_values) / (_EPS + normalizer).unsqueeze(-1)
+    return out.to(q.dtype)
