@@ -12,7 +12,7 @@ demo: $(VENV)/.runtime ## make three videos with a tiny model on two CPU ranks, 
 	@echo 'toy/README.md says which shapes, colours and motions this model knows.'
 
 test: $(VENV)/.dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal --durations=10
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist worksteal --durations=10
 
 test-toy: $(VENV)/.dev ## score the tiny model on 64 captions, on one rank and on two; ten minutes on 2 cores
 	WAN_DIST_CAPTIONS=64 $(BIN)/python -m pytest tests/test_toy_videos.py
