@@ -95,10 +95,12 @@ def test_sparse_linear_attention_on_any_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["attention=sdpa"], r"trained with sparse-linear attention \(SLA\): attention=sdpa would"),
+        (["attention=sdpa"], r"trained with sparse attention \(SLA\): attention=sdpa would"),
         (["memory.slice_tokens=100"], "memory.slice_tokens=100 must be a multiple of 128"),
         (["dit_file=null", "attention=sla"], "attention=sla: .* was not trained with SLA"),
         (["dit_file=null", "sla_topk=0.15"], "sla_topk=0.15: .* was not trained with SLA"),
+        (["vsa_sparsity=0.5"], "vsa_sparsity=0.5: .* was not trained with VSA"),
+        (["vsa_sparsity=1"], "vsa_sparsity=1.0 must be at least 0 and below 1"),
         (["sla_topk=0"], "sla_topk=0.0 must be above 0"),
     ],
 )
@@ -110,3 +112,38 @@ def test_what_does_not_suit_sparse_linear_attention(
     given = [*arguments, f"dit_file={tmp_path / 'turbowan.safetensors'}", *settings]
     assert main([*given, "device=cpu", "dtype=float32"]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def write_with_gates(path: Path, scale: float) -> None:
+    """Write the base model's transformer with random gates, as FastWan's have."""
+    weights = load_file(CHECKPOINT / TRANSFORMER_FILE)
+    width, generator = weights["blocks.0.ffn.0.weight"].shape[1], torch.Generator().manual_seed(5)
+    for index in {key.split(".")[1] for key in weights if key.startswith("blocks.")}:
+        for kind, shape in (("weight", (width, width)), ("bias", (width,))):
+            gate = scale * torch.randn(shape, generator=generator)
+            weights[f"blocks.{index}.to_gate_compress.{kind}"] = gate
+    save_file(weights, path)
+
+
+def test_video_sparse_attention_on_any_ranks(tmp_path: Path) -> None:
+    """With nothing left out and gates of zeros it is the base model; else alike on one and two ranks."""
+    for name, scale in (("zero", 0.0), ("gate", 0.3)):
+        write_with_gates(tmp_path / f"{name}.safetensors", scale)
+    arguments = [
+        *reference_arguments(CHECKPOINT, "unipc", "t2v-1.3B"),
+        *("dtype=float32", "device=cpu"),
+    ]
+    zero = [f"dit_file={tmp_path / 'zero.safetensors'}", "vsa_sparsity=0", "output.dir=base"]
+    assert main([*arguments, *zero, "memory.slice_tokens=7"]) == 0
+    expected = load_file(CHECKPOINT / "expected/unipc.safetensors")["video"]
+    found = load_file("base/out.safetensors")["video"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+    gated = [f"dit_file={tmp_path / 'gate.safetensors'}", "vsa_sparsity=0.5"]
+    gated += ["size=96x64", "frame_num=21"]
+    assert main([*arguments, *gated, "output.dir=one", "memory.slice_tokens=50"]) == 0
+    spread = ["parallel.ulysses=2", "fsdp.dit=true", f"output.dir={tmp_path / 'two'}"]
+    run_ranks(2, "wan_dist.run", *arguments, *gated, *spread)
+    videos = [load_file(f"{folder}/out.safetensors")["video"] for folder in ("one", "two")]
+    torch.testing.assert_close(*videos, rtol=0, atol=1e-3)
+    assert main([*arguments, *gated, "output.dir=all", "vsa_sparsity=0"]) == 0
+    assert relative_error(load_file("all/out.safetensors")["video"], videos[0]) > 1e-3

@@ -65,7 +65,7 @@ KEYS = [
     setting("hydra/job_logging=default", says="unknown key 'hydra/job_logging'"),
     setting("task@other=toy", says="unknown key 'task@other'"),
     setting("task=../task/toy", says="there is no task '../task/toy'"),
-    setting("task=toy.yaml", says=("there is no task 'toy.yaml'", "did you mean 'toy'?")),
+    setting("task=toy.yaml", says=("task=toy.yaml: cannot read the file",)),
     setting("task=", says="there is no task ''"),
     setting("memory=lots", says="memory"),
     setting("sample=5", says="sample"),

@@ -30,6 +30,8 @@ from wan_dist.config.settings import add_setting as _key
 from wan_dist.runtime.errors import InputError
 
 EIGHT_BIT_BACKENDS = ("8bit", "sage")
+TRAINED_ATTENTIONS = ("sla", "vsa")
+"""Sparse self-attention of transformers that were trained with it."""
 ATTENTION_BACKENDS = (
     "auto",
     "fa4",
@@ -39,7 +41,7 @@ ATTENTION_BACKENDS = (
     "flash",
     "sdpa",
     "sdpa16",
-    "sla",
+    *TRAINED_ATTENTIONS,
     *EIGHT_BIT_BACKENDS,
 )
 QUANTIZATIONS = ("none", "fp8", "int8", "int4")
@@ -184,14 +186,21 @@ class RunConfig:
     attention: str = _key(
         "auto",
         "auto, fa4, fa3 or fa2 (FlashAttention), cudnn, flash or sdpa (PyTorch), "
-        "sdpa16 (in float16), 8bit or sage (in 8 bits); sla: of a transformer that was trained with it, "
-        "as auto has it",
+        "sdpa16 (in float16), 8bit or sage (in 8 bits); sla or vsa: of a transformer that was "
+        "trained with it, as auto has it",
         Effect.MODELS | Effect.LATENTS,
     )
     sla_topk: float = _key(
         0.1,
         "share of the key blocks that sparse-linear attention (SLA) attends to; 0.15 is recommended for "
         "quality",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    vsa_sparsity: float | None = _key(
+        None,
+        "share of the key tiles that video sparse attention (VSA) leaves out; null: 0.8 for models as wide "
+        "as 1.3B, 0.9 for wider ones",
         Effect.LATENTS,
         is_new=True,
     )
@@ -222,6 +231,8 @@ class RunConfig:
         list_loras(self)
         if not 0 < self.sla_topk <= 1:
             raise InputError(f"sla_topk={self.sla_topk} must be above 0 and at most 1")
+        if self.vsa_sparsity is not None and not 0 <= self.vsa_sparsity < 1:
+            raise InputError(f"vsa_sparsity={self.vsa_sparsity} must be at least 0 and below 1")
         self.parse_size()
         if self.clips < 1:
             raise InputError(f"clips={self.clips} must be at least 1")

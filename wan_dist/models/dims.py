@@ -87,6 +87,8 @@ class TransformerDims:
     """
     has_sla: bool = field(default=False, repr=False)
     """Whether self-attention is sparse-linear (models/attention/sla.py), with a projection in each block."""
+    has_vsa: bool = field(default=False, repr=False)
+    """Whether self-attention is sparse in tiles (models/attention/vsa.py), with a gate in each block."""
     vace_layers: tuple[int, ...] = field(default=(), repr=False)
     """Blocks to whose output a block of VACE's side branch is added (arXiv:2503.07598); none without it."""
     vace_in_dim: int = field(default=0, repr=False)

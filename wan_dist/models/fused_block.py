@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from wan_dist.models.attention.cross import cross_attend
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.attention.sla import SlaAttention
+from wan_dist.models.attention.vsa import VsaAttention
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels.transformer_ops import (
     Fp8Tokens,
@@ -76,6 +77,8 @@ class FusedSelfAttention(SelfAttention):
         if dims.has_sla:
             self.proj_l = nn.Linear(dims.head_dim, dims.head_dim, dtype=dtype)
             inner_attention = self.sla = SlaAttention(self.proj_l)
+        if dims.has_vsa:
+            inner_attention = self.vsa = VsaAttention()
         self.inner_attention = inner_attention
 
     def project_qkv(
@@ -168,6 +171,8 @@ class FusedBlock(TransformerBlock):
             dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)
         )
         self.ffn = FusedFeedForward(dims, dtype)
+        if dims.has_vsa:
+            self.to_gate_compress = nn.Linear(dims.dim, dims.dim, dtype=dtype)
         self.slice_tokens: int | None = None
         """How many tokens go through the linears at once; None: all. Fewer need less memory."""
 
@@ -268,16 +273,33 @@ class FusedBlock(TransformerBlock):
         token_slices: Sequence[TokenSlice],
     ) -> Iterator[NormedSlice]:
         """Attend from all tokens at once; only the linears and norms run slice by slice."""
-        attention = self.self_attn
+        attention, has_gate = self.self_attn, hasattr(self, "to_gate_compress")
         pending_qkv = self._start_qkv_exchange(x, scaling, rotary, token_slices)
         out = attention.attend_exchanged(pending_qkv)
         for token_slice, slice_segments in token_slices:
-            attention_output = attention.o(out[:, token_slice])
+            attended = out[:, token_slice]
+            if has_gate:
+                attended = self._apply_gate(x[:, token_slice], scaling, slice_segments, attended)
+            attention_output = attention.o(attended)
+            del attended
             if (token_slice, slice_segments) == token_slices[-1]:
                 del out  # else it stays in memory during the feed-forward
             normed = self._add_and_norm(x[:, token_slice], attention_output, gate, slice_segments)
             del attention_output
             yield token_slice, slice_segments, normed
+
+    def _apply_gate(
+        self, x: Tensor, scaling: Scaling, segments: tuple[int, ...], attended: Tensor
+    ) -> Tensor:
+        """Return sparse attention plus gated coarse attention (B, l, D) of `attend_in_tiles` (B, l, 2 D).
+
+        The gate is a linear of x (B, l, D), normed as for q.
+        """
+        normed = layer_norm(x, scaling, segments, self.eps, self._make_norm_buffer(x))
+        num_heads = self.self_attn.num_heads
+        sparse, coarse = attended.unflatten(-1, (num_heads, 2, -1)).unbind(-2)
+        gate = self.to_gate_compress(normed).unflatten(-1, (num_heads, -1))
+        return torch.addcmul(sparse, gate, coarse).flatten(2)
 
     def _start_qkv_exchange(
         self,

@@ -132,6 +132,11 @@ class FusedTransformer(WanTransformer):
         for block in self.layers().values():
             block.slice_tokens = max_tokens
 
+    def set_vsa_sparsity(self, sparsity: float) -> None:
+        """Set the share of the key tiles that video sparse attention leaves out."""
+        for attention in self.self_attentions:
+            attention.vsa.sparsity = sparsity
+
     def set_sla_key_share(self, key_share: float) -> None:
         """Set the share of the key blocks that sparse-linear attention attends to."""
         for attention in self.self_attentions:
@@ -189,6 +194,11 @@ class FusedTransformer(WanTransformer):
         With a ``residual_cache``, a step may reuse what the blocks added in an earlier step.
         """
         time, block_time = self.embed_timesteps(timesteps)
+        if self.dims.has_vsa:
+            t, h, w = latents.shape[2:]
+            patch = self.dims.patch
+            for attention in self.self_attentions:
+                attention.vsa.grid = (t // patch[0], h // patch[1], w // patch[2])
         all_segments = self.count_segment_tokens(latents, timesteps.shape[1])
         x, own_rotary, segments = self.sequence.split(
             self.embed_latents(latents), rotary, all_segments

@@ -24,7 +24,7 @@ from wan_dist.pipeline.encode import encode_conditioning
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.predictor import ExpertPredictor
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
-from wan_dist.pipeline.session import Session
+from wan_dist.pipeline.session import Session, find_trained_attention
 from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
 from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.errors import InputError
@@ -221,12 +221,9 @@ def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
     """Record and log the attention kernel, and the parallel degrees of several ranks."""
     plan, report = video.plan, video.report
     report.record.attention = attention.name
-    if video.session.checkpoint.transformers[0].dims.has_sla:
-        report.record.attention = "sla"
-        share = f"{video.config.sla_topk:.0%} of the key blocks"
-        logger.log(
-            report.log_level, "attention sla (trained with it; %s), in cross-attention:", share
-        )
+    if trained := find_trained_attention(video.session.checkpoint.transformers[0].dims):
+        report.record.attention = trained
+        logger.log(report.log_level, "attention %s (trained with it), in cross-attention:", trained)
     logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)
     if plan.degrees.num_ranks > 1:
         placement_text = "sharded" if plan.arrangement.shard_dit else "on every rank"

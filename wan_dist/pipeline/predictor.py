@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.attention.vsa import choose_vsa_sparsity
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
@@ -112,7 +113,13 @@ class ExpertPredictor:
         )
         fallback_predictor = FallbackPredictor(
             lambda arrangement: self._open_with_arrangement(
-                expert_index, stage_suffix, guide_scale, num_done, arrangement
+                expert_index,
+                stage_suffix,
+                guide_scale,
+                num_done,
+                arrangement,
+                num_rounds=(num_steps - num_done)
+                * (2 if can_split_passes and arrangement.passes == "apart" else 1),
             ),
             self._list_arrangements(can_split_passes=can_split_passes),
             can_split_passes=can_split_passes,
@@ -170,16 +177,25 @@ class ExpertPredictor:
         guide_scale: float,
         num_done: int,
         arrangement: Arrangement,
+        *,
+        num_rounds: int,
     ) -> VelocityFunction:
-        """Load a transformer with one arrangement, and return its guided prediction."""
+        """Load a transformer with one arrangement, and return its guided prediction.
+
+        All blocks are called ``num_rounds`` times at most.
+        """
         groups = self.groups
         set_group_timeout(groups, self.config.parallel.load_timeout)
         if not self.session.model_cache.is_persistent:
             free_memory()  # of the previous transformer
-        model, contexts = self._load_model_and_contexts(expert_index, stage_suffix, arrangement)
+        model, contexts = self._load_model_and_contexts(
+            expert_index, stage_suffix, arrangement, num_rounds
+        )
         model.set_slice_tokens(arrangement.slice_tokens)
         if model.dims.has_sla:
             model.set_sla_key_share(self.config.sla_topk)
+        if model.dims.has_vsa:
+            model.set_vsa_sparsity(choose_vsa_sparsity(self.config.vsa_sparsity, model.dims))
         if isinstance(model, VaceTransformer):
             model.context_scale = self.config.context_scale
         if groups.replica.size > 1:
@@ -192,7 +208,7 @@ class ExpertPredictor:
         return self._build_guidance(model, contexts, guide_scale, num_done, arrangement)
 
     def _load_model_and_contexts(
-        self, expert_index: int, stage_suffix: str, arrangement: Arrangement
+        self, expert_index: int, stage_suffix: str, arrangement: Arrangement, num_rounds: int
     ) -> tuple[FusedTransformer, list[ContextKV]]:
         """Return a transformer, and its cross-attention keys and values of the contexts."""
         model_cache = self.session.model_cache
@@ -211,7 +227,13 @@ class ExpertPredictor:
         model = model_cache.get_or_load(
             slot,
             variant,
-            lambda: self._load_transformer(expert_index, f"load{stage_suffix}", arrangement),
+            lambda: self._load_transformer(
+                expert_index,
+                f"load{stage_suffix}",
+                arrangement,
+                # A model that stays is called for the next videos too.
+                None if model_cache.is_persistent else num_rounds,
+            ),
         )
         timestep_rows = self._list_timestep_rows(model.dims)
         if not arrangement.shard_dit and not model.has_time_embeddings(timestep_rows):
@@ -293,7 +315,7 @@ class ExpertPredictor:
         return self.config.dtype if quant == "none" else f"{quant} and {self.config.dtype}"
 
     def _load_transformer(
-        self, expert_index: int, stage_name: str, arrangement: Arrangement
+        self, expert_index: int, stage_name: str, arrangement: Arrangement, num_rounds: int | None
     ) -> FusedTransformer:
         component = self.session.checkpoint.transformers[expert_index]
         is_compressed = arrangement.gguf == "compressed"
@@ -312,7 +334,11 @@ class ExpertPredictor:
         streaming = (
             None
             if arrangement.dit == "resident"
-            else StreamingOptions(FusedTransformer.layers, from_disk=arrangement.dit == "disk")
+            else StreamingOptions(
+                FusedTransformer.layers,
+                from_disk=arrangement.dit == "disk",
+                num_rounds=num_rounds,
+            )
         )
         source_text = {
             "resident": "",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wan_dist.config.loras import list_loras
 from wan_dist.config.paths import find_packaged_folder
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.schema import TRAINED_ATTENTIONS, RunConfig
 from wan_dist.config.weight_files import list_weight_files
 from wan_dist.models.attention import cross as cross_attention
 from wan_dist.models.attention.inner import InnerAttention, choose_attention, compile_attention
@@ -162,7 +162,7 @@ def open_session(
     checkpoint = _open_checkpoint(config, plan, groups)
     check_trained_attention(config, plan, checkpoint)
     # That of a sparse self-attention needs no kernel; cross-attention has one beside it.
-    requested_kernel = "auto" if config.attention == "sla" else config.attention
+    requested_kernel = "auto" if config.attention in TRAINED_ATTENTIONS else config.attention
     get_attention = _prepare_attention(
         requested_kernel, device, getattr(torch, config.dtype), checkpoint.transformers[0].dims
     )
@@ -201,25 +201,41 @@ def open_session(
 
 
 def check_trained_attention(config: RunConfig, plan: VideoPlan, checkpoint: Checkpoint) -> None:
-    """Raise InputError for settings that do not suit a transformer with, or without, SLA."""
-    files = checkpoint.transformers[0].files
-    if not checkpoint.transformers[0].dims.has_sla:
-        if config.attention == "sla" or config.sla_topk != DEFAULT_KEY_SHARE:
-            given = "attention=sla" if config.attention == "sla" else f"sla_topk={config.sla_topk}"
-            raise InputError(f"{given}: {files} was not trained with SLA; leave it out")
+    """Raise InputError for settings that do not suit a transformer with, or without, sparse attention."""
+    files, dims = checkpoint.transformers[0].files, checkpoint.transformers[0].dims
+    trained_name = find_trained_attention(dims)
+    given_settings = [
+        ("sla", config.attention == "sla", "attention=sla"),
+        ("sla", config.sla_topk != DEFAULT_KEY_SHARE, f"sla_topk={config.sla_topk}"),
+        ("vsa", config.attention == "vsa", "attention=vsa"),
+        ("vsa", config.vsa_sparsity is not None, f"vsa_sparsity={config.vsa_sparsity}"),
+    ]
+    for name, is_given, setting in given_settings:
+        if is_given and name != trained_name:
+            raise InputError(
+                f"{setting}: {files} was not trained with {name.upper()}; leave it out"
+            )
+    if trained_name is None:
         return
     problem = ""
     slice_tokens = config.memory.slice_tokens
-    if config.attention not in ("auto", "sla"):
+    if config.attention not in ("auto", trained_name):
         problem = f"attention={config.attention} would blur its videos; leave it out"
     elif plan.degrees.ring > 1:
         problem = f"parallel.ring={plan.degrees.ring} cannot share it out; use parallel.ulysses"
     elif config.parallel.usp == "xfuser":
         problem = "parallel.usp=xfuser does not compute it; leave it out"
-    elif slice_tokens is not None and slice_tokens % QUERY_BLOCK:
+    elif slice_tokens is not None and slice_tokens % QUERY_BLOCK and trained_name == "sla":
         problem = f"memory.slice_tokens={slice_tokens} must be a multiple of {QUERY_BLOCK}"
     if problem:
-        raise InputError(f"{files} was trained with sparse-linear attention (SLA): {problem}")
+        raise InputError(
+            f"{files} was trained with sparse attention ({trained_name.upper()}): {problem}"
+        )
+
+
+def find_trained_attention(dims: TransformerDims) -> str | None:
+    """Return the sparse attention that a transformer was trained with, None for dense attention."""
+    return "sla" if dims.has_sla else "vsa" if dims.has_vsa else None
 
 
 def find_device(config: RunConfig) -> torch.device:

@@ -38,8 +38,11 @@ SCORE_BYTES = 2**26
 
 As in models/attention/log_sum_exp.py.
 """
-SLA_BYTES = 2**28
-"""Bytes of keys and values that SLA gathers at once; as in models/attention/sla.py."""
+GATHERED_BYTES = 2 * 2**28
+"""Bytes of keys and values that sparse attention gathers at once, and of as much beside them.
+
+As in models/attention/block_sparse.py.
+"""
 PROCESS_HOST_BYTES = {True: int(1.15 * GIB), False: int(0.2 * GIB)}
 """Host memory of any process, by whether it has a GPU: interpreter and libraries, with a GPU its driver."""
 NCCL_HOST_BYTES = {True: int(0.35 * GIB), False: 0}
@@ -148,9 +151,9 @@ def _estimate_attention_bytes(workload: Workload, num_tokens: int, slice_tokens:
     dims, itemsize = workload.model_dims.transformer, workload.itemsize
     hidden_bytes = num_tokens * dims.dim * itemsize
     chunk_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, slice_tokens) * dims.dim * FLOAT_BYTES
-    if dims.has_sla:
-        chunk_bytes = max(chunk_bytes, SLA_BYTES) + SLA_BYTES
-    if slice_tokens < num_tokens and workload.num_sequence_parts == 1:
+    if dims.has_sla or dims.has_vsa:
+        chunk_bytes += GATHERED_BYTES + dims.has_vsa * hidden_bytes
+    if slice_tokens < num_tokens and workload.num_sequence_parts == 1 and not dims.has_vsa:
         # k and v of all tokens, then q slice by slice.
         eight_bit_values = (2 * num_tokens + slice_tokens) * dims.dim * workload.has_8bit_attention
         return (

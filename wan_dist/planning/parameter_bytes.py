@@ -28,6 +28,7 @@ def _count_block_bytes(
     d, f = dims.dim, dims.ffn_dim
     num_rows, num_weights = 7 * d + f, 6 * d * d + 2 * d * f
     sla_bytes = dims.has_sla * dims.head_dim * (dims.head_dim + 1) * itemsize
+    num_projections += dims.has_vsa  # its gate
     num_rows += num_projections * d
     num_weights += num_projections * d * d
     if quant == "none":

@@ -36,7 +36,6 @@ from wan_dist.runtime.log import logger
 from wan_dist.runtime.text_files import read_checkpoint_json
 from wan_dist.tasks.base import Task
 from wan_dist.weights import checkpoint_dims
-from wan_dist.weights.file_kinds import check_attention
 from wan_dist.weights.files import TensorFiles, format_first_ten
 from wan_dist.weights.gguf_parts import count_changed_weights
 from wan_dist.weights.identity import hash_weights
@@ -309,7 +308,6 @@ def open_transformer(
 ]:
     """Open a transformer and its context projection, the two models that its files hold."""
     config, files, key_map = component_files.open()
-    check_attention(files)
     if given_configs:
         configs = [read_checkpoint_json(path) for path in given_configs if path.exists()]
         config = checkpoint_dims.select_config_entries(configs, files, key_map)

@@ -181,6 +181,7 @@ def infer_transformer_dims(
         image_positions=shapes.get_size_or_zero("img_emb.emb_pos", rank=3, dim=1),
         takes_next_timestep="time_embedding_r.0.weight" in shapes,
         has_sla="blocks.0.self_attn.proj_l.weight" in shapes,
+        has_vsa="blocks.0.to_gate_compress.weight" in shapes,
         vace_layers=_choose_vace_layers(config_reader, num_layers, num_vace_blocks),
         vace_in_dim=shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1),
     )

@@ -58,11 +58,6 @@ _OTHER_TASKS = (
 )
 """Patterns of keys that only transformers of unsupported tasks have, and the tasks' names."""
 
-_TRAINED_ATTENTIONS = (
-    (r"\.to_gate_compress\.", "video sparse attention (VSA)", "its FullAttn checkpoint"),
-)
-"""Keys of layers that belong to attention that a model was trained with, its name, and what to take."""
-
 
 def find_kind(keys: Collection[str]) -> FileKind | None:
     """Return the kind of the file that has these tensors, None for an unknown one."""
@@ -96,14 +91,3 @@ def check_kind(files: TensorFiles, setting: str) -> None:
             f"{setting}={files} is not {expected_kind.description}: it has none of the keys of one "
             f"(it begins with {', '.join(sorted(files.shapes)[:3]) or 'nothing'})"
         )
-
-
-def check_attention(files: TensorFiles) -> None:
-    """Raise InputError for a transformer that was trained with attention that is not computed here."""
-    for pattern, name, replacement in _TRAINED_ATTENTIONS:
-        if key := next((key for key in files.shapes if re.search(pattern, key)), None):
-            raise InputError(
-                f"{files} is a transformer that was trained with {name}, which this version does not "
-                f"compute (it has {key}); with dense attention instead videos would be blurred; "
-                f"take {replacement} or another few-step model (docs/few-steps.md)"
-            )

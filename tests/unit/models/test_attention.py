@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.conftest import relative_error
 from tests.live_bytes import LiveBytes
-from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_BACKENDS
+from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_BACKENDS, TRAINED_ATTENTIONS
 from wan_dist.models.attention import backends as attention
 from wan_dist.models.attention import log_sum_exp
 from wan_dist.models.attention.inner import choose_attention
@@ -24,7 +24,7 @@ BFLOAT16 = {"dtype": torch.bfloat16, "head_dim": 64}
 
 def test_names_are_the_kernels() -> None:
     assert log_sum_exp.RING_SCORE_BYTES == SCORE_BYTES  # what is planned is what is taken
-    assert set(ATTENTION_BACKENDS) == {"auto", *attention._KERNEL_LOADERS}
+    assert set(ATTENTION_BACKENDS) == {"auto", *TRAINED_ATTENTIONS, *attention._KERNEL_LOADERS}
     assert set(attention._LOSSY_TOLERANCES) == set(EIGHT_BIT_BACKENDS)
     assert set(attention.BACKENDS_BY_SPEED).isdisjoint(attention._LOSSY_TOLERANCES)
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.conftest import golden_folder
-from wan_dist.models.attention import sla
+from wan_dist.models.attention import block_sparse
 from wan_dist.models.attention.sla import BlockSizes, attend_sparse_linear, select_key_blocks
 
 
@@ -39,7 +39,7 @@ def test_it_is_the_authors_attention(share: float, query: int, key: int) -> None
 def test_parts_of_the_queries_and_of_the_gathering(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, projection = load_golden()
     q, k, v = (tensors[f"sla.{name}"] for name in "qkv")
-    monkeypatch.setattr(sla, "_GATHERED_VALUES", 3 * 64 * 32)
+    monkeypatch.setattr(block_sparse, "_GATHERED_VALUES", 3 * 64 * 32)
     parts = [
         attend_sparse_linear(part, k, v, projection, key_share=0.3) for part in q.split(128, dim=1)
     ]

@@ -42,6 +42,7 @@ DIFFERENT = {
     "sample.sigma_max": 200.0,
     "noise_layout": "frames_first",
     "sla_topk": 0.2,
+    "vsa_sparsity": 0.5,
     "cache.steps": "easy",
     "output.name": "other",
 }

@@ -138,28 +138,3 @@ def test_tiles_without_their_scales_are_refused(
     change(stored, "blocks.1.self_attn.q.scale")
     with pytest.raises(InputError, match=message):
         open_with(write_transformer(tmp_path, stored))
-
-
-ATTENTIONS = {
-    "blocks.{}.to_gate_compress.weight": r"\(VSA\).*take its FullAttn checkpoint",
-}
-
-
-@pytest.mark.parametrize("place", ["dit_file", "folder", "Diffusers folder"])
-@pytest.mark.parametrize("key", ATTENTIONS)
-def test_models_trained_with_other_attention_are_refused(
-    key: str, place: str, weights: dict[str, Tensor], tmp_path: Path
-) -> None:
-    added = {key.format(index): torch.zeros(16, 16) for index in range(2)}
-    folder = tmp_path / "checkpoint"
-    if place == "Diffusers folder":
-        shutil.copytree(golden_folder("diffusers") / "wan2.1-t2v", folder)
-        path = folder / "transformer" / TRANSFORMER_FILE
-        save_file(load_file(path) | added, path)
-    else:
-        shutil.copytree(WHOLE, folder)
-        path = folder / TRANSFORMER_FILE
-        save_file(weights | added, path)
-    given_files = {"dit_file": [path]} if place == "dit_file" else {}
-    with pytest.raises(InputError, match=ATTENTIONS[key]):
-        open_checkpoint(folder, TASKS["t2v-1.3B"], torch.float32, given_files=given_files)

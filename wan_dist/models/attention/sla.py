@@ -11,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan_dist.models.attention.block_sparse import attend_to_blocks
 from wan_dist.models.attention.inner import InnerAttention
 
 QUERY_BLOCK, KEY_BLOCK = 128, 64
 """Tokens of a block."""
 DEFAULT_KEY_SHARE = 0.1
-_GATHERED_VALUES = 2**26
-"""Values of keys, and as many of values, that are gathered at once."""
 _EPS = 1e-5
 
 
@@ -103,27 +102,19 @@ def _attend_to_selected(
 ) -> Tensor:
     """Return softmax attention (Lq, D) of one head to the keys of the selected blocks (query blocks, n)."""
     num_queries, num_keys = len(q), len(k)
-    q = F.pad(q, (0, 0, 0, -num_queries % block_sizes.query)).unflatten(0, (-1, block_sizes.query))
-    num_padding = -num_keys % block_sizes.key
-    k, v = (F.pad(x, (0, 0, 0, num_padding)).unflatten(0, (-1, block_sizes.key)) for x in (k, v))
-    values_per_block = selected_blocks.shape[1] * block_sizes.key * q.shape[-1]
-    num_at_once = max(1, _GATHERED_VALUES // values_per_block)
-    outputs = []
-    for start in range(0, len(q), num_at_once):
-        blocks = selected_blocks[start : start + num_at_once]
-        mask = None
-        if num_padding:
-            is_valid = torch.ones(len(k) * block_sizes.key, dtype=torch.bool, device=q.device)
-            is_valid[num_keys:] = False
-            mask = is_valid.view(len(k), -1)[blocks].flatten(1)[:, None, None]
-        out = F.scaled_dot_product_attention(
-            q[start : start + num_at_once, None],
-            k[blocks].flatten(1, 2)[:, None],
-            v[blocks].flatten(1, 2)[:, None],
-            attn_mask=mask,
+    key_mask = None
+    if num_keys % block_sizes.key:
+        is_key = (
+            torch.arange(-(-num_keys // block_sizes.key) * block_sizes.key, device=k.device)
+            < num_keys
         )
-        outputs.append(out.squeeze(1))
-    return torch.cat(outputs).flatten(0, 1)[:num_queries]
+        key_mask = is_key.unflatten(0, (-1, block_sizes.key))
+    q_blocks, k_blocks, v_blocks = (
+        F.pad(x, (0, 0, 0, -len(x) % size)).unflatten(0, (-1, size))
+        for x, size in ((q, block_sizes.query), (k, block_sizes.key), (v, block_sizes.key))
+    )
+    out = attend_to_blocks(q_blocks, k_blocks, v_blocks, selected_blocks, key_mask)
+    return out.flatten(0, 1)[:num_queries]
 
 
 def _attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
