@@ -14,13 +14,11 @@ _INTEGER_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int6
 """Integer dtypes by element size in bytes."""
 
 
-def is_set_on_any_rank(flag: bool, axis: Axis, device: torch.device) -> bool:
-    """Whether the flag is set on any rank of the axis."""
-    return (
-        flag
-        if axis.size == 1
-        else bool(all_gather(torch.tensor([int(flag)], device=device), axis).any())
-    )
+def find_maximum(value: int, axis: Axis, device: torch.device) -> int:
+    """Return the largest of the values that the ranks of the axis pass."""
+    if axis.size == 1:
+        return value
+    return int(all_gather(torch.tensor([int(value)], device=device), axis).max())
 
 
 def compute_checksum(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,9 +18,15 @@ from wan_dist.output.result_writer import ResultWriter
 from wan_dist.output.stage_report import StageReport
 from wan_dist.output.video_file import save_tensors
 from wan_dist.parallel.collectives import broadcast, gather_objects, note_awaited_ranks
-from wan_dist.parallel.consistency import ConsistencyCheck, is_set_on_any_rank
+from wan_dist.parallel.consistency import ConsistencyCheck
 from wan_dist.parallel.mesh import set_group_timeout
 from wan_dist.pipeline.encode import encode_conditioning
+from wan_dist.pipeline.monitor import (
+    EndRequest,
+    VideoCancelledError,
+    VideoMonitor,
+    find_end_request,
+)
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.predictor import ExpertPredictor
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
@@ -53,6 +59,7 @@ class VideoInProgress:
     writer: ResultWriter
     first_frame: Tensor | None = None
     """Frame (3, H, W) in [-1, 1] that a clip after the first starts from, on the CPU."""
+    monitor: VideoMonitor = field(default_factory=VideoMonitor)
 
     @property
     def is_first(self) -> bool:
@@ -248,18 +255,27 @@ class ProgressSaver:
         self.num_saved_steps = video.resume_state.progress.num_done
 
     def record_step(self, num_done: int, latents: Tensor) -> None:
-        """Record a step; raises PreemptionInterrupt where this or another rank was requested to stop."""
+        """Record a step.
+
+        Raises PreemptionInterrupt where this or another rank was requested to stop, and VideoCancelledError
+        where the video was cancelled.
+        """
         video, solver = self.video, self.expert_predictor.solver
         axis = video.session.groups.replica
         progress = DenoisingProgress(
             num_done, latents.squeeze(0), solver.state(), self.expert_predictor.state()
         )
         # This also waits for the step.
-        is_requested = is_set_on_any_rank(preemption.requested_by is not None, axis, latents.device)
+        request = find_end_request(video.monitor, axis, latents.device)
         video.session.groups.raise_if_aborted()
         video.resume_state.progress = progress
+        if video.is_first:
+            video.monitor.record_step(video.plan.clip_index, num_done)
+        if request is EndRequest.CANCEL:
+            raise VideoCancelledError(f"cancelled after step {num_done} of {len(solver)}")
         if num_done == len(solver):
             return
+        is_requested = request is EndRequest.STOP
         if is_requested or time.monotonic() - self.last_saved_seconds > _SAVE_INTERVAL_SECONDS:
             self.save_progress()
         if is_requested:
@@ -284,7 +300,8 @@ class ProgressSaver:
 
     def __exit__(self, error_type: type[BaseException] | None, *rest: object) -> None:
         """Save the completed steps where the next one fails."""
-        if error_type is not None and not issubclass(error_type, FloatingPointError):
+        unsaved_errors = (FloatingPointError, VideoCancelledError)
+        if error_type is not None and not issubclass(error_type, unsaved_errors):
             self.save_progress()
 
 

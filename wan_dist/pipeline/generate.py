@@ -21,13 +21,13 @@ from wan_dist.output.record_fields import describe_video, record_speed
 from wan_dist.output.result_writer import ResultWriter
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast_object
-from wan_dist.parallel.consistency import is_set_on_any_rank
 from wan_dist.parallel.mesh import ProcessGroups, make_process_groups, process_group_session
 from wan_dist.parallel.team import Coordinator
 from wan_dist.pipeline import decode
 from wan_dist.pipeline.clips import make_clips
 from wan_dist.pipeline.decode import convert_to_float32_frames, convert_to_uint8_frames
 from wan_dist.pipeline.denoise import VideoInProgress, read_latents
+from wan_dist.pipeline.monitor import EndRequest, VideoCancelledError, find_end_request
 from wan_dist.pipeline.out_of_memory import run_with_fallback
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
@@ -198,6 +198,9 @@ def _recoverable_latents(video: VideoInProgress, latents: Tensor) -> Iterator[No
     config = video.config
     try:
         yield
+    except VideoCancelledError:
+        video.writer.close()
+        raise
     except (Exception, PreemptionInterrupt) as error:
         video.writer.close()
         # The signal may have ended ffmpeg first, whose error then comes before this process's request.
@@ -285,12 +288,15 @@ def _decode_with_fallback(
 def _choose_strategies(video: VideoInProgress, latents: Tensor) -> list[VaeStrategy]:
     """Return the strategies to decode with, in order.
 
-    Raises PreemptionInterrupt where a rank was requested to stop, FloatingPointError for latents that are
-    not finite.
+    Raises PreemptionInterrupt where a rank was requested to stop, VideoCancelledError for a cancelled video,
+    FloatingPointError for latents that are not finite.
     """
     session = video.session
     axis = session.groups.replica
-    if is_set_on_any_rank(preemption.requested_by is not None, axis, latents.device):
+    request = find_end_request(video.monitor, axis, latents.device)
+    if request is EndRequest.CANCEL:
+        raise VideoCancelledError("cancelled before decoding")
+    if request is EndRequest.STOP:
         raise PreemptionInterrupt(
             f"{preemption.describe_request()}: stopped before decoding; {CONTINUE_ADVICE}"
         )
