@@ -23,6 +23,7 @@ _SECTION_TITLES = {
     "cache": "cache",
     "sample": "sample",
     "output": "output",
+    "serve": "serve",
 }
 _LARGE_GPU, _HOST = 139 * GIB, 256 * GIB
 

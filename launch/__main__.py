@@ -5,7 +5,7 @@ Exit codes: 0 done, 1 something is wrong, 2 bad input.
 
 import sys
 
-from launch import fetch, gallery, local, mask, plan, runs, submit
+from launch import fetch, gallery, local, mask, plan, runs, serve, submit
 from launch.doctor import checks as doctor
 from wan_dist import run
 from wan_dist.runtime.cache_folders import configure_library_caches
@@ -19,6 +19,7 @@ COMMANDS = {
     "fetch": fetch,
     "local": local,
     "mask": mask,
+    "serve": serve,
     "submit": submit,
     "runs": runs,
     "gallery": gallery,

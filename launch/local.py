@@ -13,12 +13,15 @@ import re
 import shlex
 import signal
 import sys
+from dataclasses import dataclass
 
 from launch.arguments import parse_count, split_arguments
+from wan_dist.config.schema import RunConfig
 from wan_dist.jobs.planned_job import has_jobs, plan_jobs
 from wan_dist.planning.hardware import find_gpus
 from wan_dist.planning.plan import make_plan
 from wan_dist.runtime.environment import ADDRESS_VARIABLES, RANK_VARIABLES
+from wan_dist.service.request_planner import make_request_planner
 from wan_dist.tasks.run_config import read_config
 
 _NO_PEER_ACCESS = re.compile(r"GeForce RTX [45]0\d\d")
@@ -37,6 +40,28 @@ def main(arguments: list[str]) -> None:
 
     Raises InputError for invalid settings, before anything heavy starts.
     """
+    start = prepare_start(arguments)
+    if start is None:
+        return
+    sys.stderr.write(f"$ {start.command_line}\n")
+    os.execve(start.command[0], start.command, start.environment)
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """A run on the GPUs of this machine, as it is started."""
+
+    command: list[str]
+    environment: dict[str, str]
+    command_line: str
+    """The same for a shell, with the variables that are set or removed."""
+
+
+def prepare_start(arguments: list[str]) -> RunStart | None:
+    """Check the settings and return how to start the run, None after a flag that only prints.
+
+    Raises InputError for invalid settings.
+    """
     options, settings = split_arguments(arguments, ("ranks",))
     gpus = find_gpus()
     num_ranks = len(gpus) or 1
@@ -44,13 +69,10 @@ def main(arguments: list[str]) -> None:
         num_ranks = parse_count("ranks", options["ranks"], "processes")
     config = read_config(settings)
     if config is None:
-        return
-    ranks = (num_ranks, num_ranks)
-    if has_jobs(config, settings):
-        gpu_bytes = min((total_bytes for _, total_bytes, _ in gpus), default=None)
-        plan_jobs(config, settings, ranks=ranks, gpu_bytes=gpu_bytes)
-    else:
-        make_plan(config, ranks=ranks)
+        return None
+    _check_settings(
+        config, settings, num_ranks, min((total_bytes for _, total_bytes, _ in gpus), default=None)
+    )
     command = build_run_command(num_ranks, settings)
     removed_keys = [
         key
@@ -64,8 +86,21 @@ def main(arguments: list[str]) -> None:
     command_words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
     if removed_keys:
         command_words = ["env", *(f"-u {key}" for key in removed_keys), *command_words]
-    sys.stderr.write("$ " + " ".join([*command_words, shlex.join(command)]) + "\n")
-    os.execve(command[0], command, environment | variables)
+    command_line = " ".join([*command_words, shlex.join(command)])
+    return RunStart(command, environment | variables, command_line)
+
+
+def _check_settings(
+    config: RunConfig, settings: list[str], num_ranks: int, gpu_bytes: int | None
+) -> None:
+    """Raise InputError for what this many ranks, with GPUs of this memory, could not do."""
+    ranks = (num_ranks, num_ranks)
+    if config.serve.port is not None:
+        make_request_planner(config, settings, ranks=ranks, gpu_bytes=gpu_bytes)
+    elif has_jobs(config, settings):
+        plan_jobs(config, settings, ranks=ranks, gpu_bytes=gpu_bytes)
+    else:
+        make_plan(config, ranks=ranks)
 
 
 def build_run_command(num_ranks: int, settings: list[str]) -> list[str]:

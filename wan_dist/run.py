@@ -26,12 +26,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from wan_dist.config.compose import CONFIG_FOLDER
-from wan_dist.config.schema import RunConfig, list_settings, read_all_settings
+from wan_dist.config.schema import RunConfig, read_all_settings
 from wan_dist.jobs.planned_job import PlannedJob, has_jobs, plan_jobs
 from wan_dist.planning.plan import VideoPlan, make_plan
 from wan_dist.planning.rank_facts import check_ranks_match, collect_rank_facts
@@ -52,72 +51,17 @@ from wan_dist.runtime.launcher import (
 )
 from wan_dist.runtime.log import add_log_file, configure_logging, logger, protect_streams
 from wan_dist.runtime.network import choose_network_interface
-from wan_dist.tasks.registry import TASKS
+from wan_dist.service.request_planner import RequestPlanner, make_request_planner
 from wan_dist.tasks.run_config import read_config
+from wan_dist.usage import build_help_text
 
 if TYPE_CHECKING:
     from wan_dist.parallel.team import Coordinator
 
-OTHER_COMMANDS = "plan | doctor | fetch | local | mask | submit | runs | gallery"
-"""Of `launch`, which imports this module."""
-_NO_DEFAULT = "???"
-"""OmegaConf's marker of a setting whose default is the task's."""
+PlannedWork = VideoPlan | list[PlannedJob] | RequestPlanner
+"""A video, jobs, or what a service plans its requests with."""
 _JOIN_TIMEOUT_SECONDS = 600.0
 """Seconds in which all ranks must join, if the settings do not say."""
-
-USAGE_EXAMPLES = (
-    "  python -m wan_dist.run task=toy\n"
-    '  python -m wan_dist.run task=t2v-1.3B prompt="Two cats, boxing on a stage" seed=7\n'
-    "  python -m wan_dist.run task=t2v-14B ckpt_dir=/models/Wan2.1-T2V-14B prompt=@prompt.txt"
-    " size=832x480 sample.steps=30\n"
-    "  python -m wan_dist.run task=t2v-1.3B latents=outputs/NAME.latents.safetensors"
-    "     # decode again, without denoising\n"
-    "  torchrun --nproc_per_node=8 -m wan_dist.run task=t2v-14B jobs=prompts.txt output.dir=videos"
-    "     # a video for each line\n"
-    '  python -m wan_dist.run task=t2v-1.3B prompt="A cat" --multirun seed=1,2,3 sample.guide_scale=3,5'
-    "     # six videos\n"
-    "  python -m wan_dist.run task=t2v-1.3B --cfg job"
-    "                                    # print all settings, run nothing"
-)
-
-
-def build_help_text() -> str:
-    """Return the text that ``--help`` prints."""
-    presets = sorted(path.stem for path in (CONFIG_FOLDER / "preset").glob("*.yaml"))
-    return "\n".join(
-        [
-            "Generate a video with the Wan models: python -m wan_dist.run task=NAME [key=value ...]",
-            f"\nTasks: {', '.join(TASKS)}",
-            f"Presets of few-step models: {', '.join(presets)}",
-            "\nA task sets its own defaults in conf/task/NAME.yaml; in brackets are those of all others.",
-            *_format_key_lines(),
-            f"\nExamples:\n{USAGE_EXAMPLES}\n\n"
-            "--hydra-help lists the flags of Hydra, which reads the configuration.\n"
-            f"Other commands, each with --help: python -m launch {OTHER_COMMANDS}",
-        ]
-    )
-
-
-def _format_key_lines() -> Iterator[str]:
-    """Yield the lines of all keys: those that every run needs first, then section by section."""
-    settings = list_settings()
-    required_keys = ("task", "prompt")
-    sections = dict.fromkeys(key.rpartition(".")[0] for key in settings)
-    groups = {"Required": required_keys} | {
-        section.capitalize() or "General": [
-            key
-            for key in settings
-            if key.rpartition(".")[0] == section and key not in required_keys
-        ]
-        for section in sections
-    }
-    for title, keys in groups.items():
-        yield f"\n{title}:"
-        for key in keys:
-            setting = settings[key]
-            has_default = setting.default not in (None, _NO_DEFAULT)
-            default_text = f" [{str(setting.default).lower()}]" if has_default else ""
-            yield f"  {key:24} {setting.metadata['help']}{default_text}"
 
 
 def main(arguments: list[str]) -> int:
@@ -275,9 +219,12 @@ def _plan_work(
     arguments: list[str],
     ranks: RankLayout,
     find_gpu_bytes: Callable[[RunConfig], int | None],
-) -> VideoPlan | list[PlannedJob]:
-    """Return the plan of the video, or those of the jobs; raises InputError for what cannot be made."""
+) -> PlannedWork:
+    """Return what the run will do; raises InputError for what cannot be made."""
     rank_counts = (ranks.num_ranks, ranks.ranks_per_node)
+    if config.serve.port is not None:
+        gpu_bytes = find_gpu_bytes(config)
+        return make_request_planner(config, arguments, ranks=rank_counts, gpu_bytes=gpu_bytes)
     if not has_jobs(config, arguments):
         return make_plan(config, ranks=rank_counts)
     return plan_jobs(config, arguments, ranks=rank_counts, gpu_bytes=find_gpu_bytes(config))
@@ -293,7 +240,7 @@ def _find_own_gpu_bytes(config: RunConfig) -> int | None:
 
 def _start_run(
     config: RunConfig,
-    planned_work: "VideoPlan | list[PlannedJob]",
+    planned_work: PlannedWork,
     arguments: list[str],
     coordinator: "Coordinator",
 ) -> int:
@@ -307,19 +254,25 @@ def _start_run(
         gc.freeze()  # a collection takes 0.2 s with what is imported, and 2 ms without
         atexit.register(gc.unfreeze)  # else triton takes what is imported for leaks, and says so
         gc.enable()
+    if isinstance(planned_work, RequestPlanner):
+        from wan_dist.service.worker import run_service
+
+        run_service(planned_work, coordinator)
     if isinstance(planned_work, VideoPlan):
         generate_video(config, planned_work, coordinator)
         return 0
     return run_jobs(config, planned_work, arguments, coordinator)
 
 
-def _announce_work(config: RunConfig, planned_work: VideoPlan | list[PlannedJob]) -> None:
+def _announce_work(config: RunConfig, planned_work: PlannedWork) -> None:
     """Log what will be made, before the imports of what makes it; of jobs, what their settings ask about."""
     if isinstance(planned_work, VideoPlan):
         plans = [planned_work]
         if planned_work.degrees.num_ranks > 1:
             add_log_file(Path(config.output.dir).expanduser() / "logs" / planned_work.name)
         logger.info("video     %s", planned_work.summary)
+    elif isinstance(planned_work, RequestPlanner):
+        plans = [planned_work.plan_defaults().plan]
     else:
         plans = [job.plan for job in planned_work]
     if config.preset is not None and plans:

@@ -14,7 +14,7 @@ import yaml
 
 from bench.table import PAGES
 from launch import __main__ as launch
-from launch import fetch, gallery, local, plan, runs, submit
+from launch import fetch, gallery, local, plan, runs, serve, submit
 from launch.arguments import split_arguments
 from launch.doctor import checks as doctor
 from launch.slurm.cluster import load_cluster
@@ -22,9 +22,9 @@ from tests.conftest import FIXTURES
 from wan_dist.config.arguments import REFERENCE_FLAG_KEYS, is_text_key
 from wan_dist.config.compose import CONFIG_FOLDER
 from wan_dist.config.schema import list_settings
-from wan_dist.run import USAGE_EXAMPLES
 from wan_dist.tasks.registry import TASKS, get_task
 from wan_dist.tasks.run_config import read_config
+from wan_dist.usage import USAGE_EXAMPLES
 from wan_dist.weights.published_files import PUBLISHED_FILES
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,10 @@ README = TEXTS["README.md"]
 DOCS = [
     *TEXTS.values(),
     USAGE_EXAMPLES,
-    *(command.__doc__ or "" for command in (plan, doctor, fetch, local, submit, runs, gallery)),
+    *(
+        command.__doc__ or ""
+        for command in (plan, doctor, fetch, local, serve, submit, runs, gallery)
+    ),
 ]
 DOCS += [
     re.sub(r"^# ?", "", file.read_text(), flags=re.MULTILINE)
@@ -44,6 +47,7 @@ DOCS += [
 ]
 OWN = {
     "local": ("ranks",),
+    "serve": ("ranks",),
     "plan": ("gpus", "host", "nodes"),
     "submit": submit._SUBMIT_KEYS,
     "doctor": (),

@@ -20,6 +20,8 @@ LEVELS = [
     "output",
     "pipeline",
     "jobs",
+    "service",
+    "usage",
     "run",
     "__main__",
 ]
@@ -30,6 +32,7 @@ ONLY_IN = {
     "torch.distributed": {"parallel", "weights/load"},
     "xfuser": {"parallel/usp"},
     "jinja2": {"output/gallery"},
+    **{name: {"service"} for name in ("fastapi", "starlette", "uvicorn", "prometheus_client")},
 }
 TAKES_THE_WHOLE_CONFIG = {"planning/plan.py make_plan"}
 """Functions below the pipeline that take a run's whole configuration; all others take what they use of it."""
@@ -161,6 +164,11 @@ def test_models_know_one_device() -> None:
 
 def test_bad_input_is_answered_without_torch() -> None:
     code = "import sys, wan_dist.run; sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_requests_are_answered_without_torch() -> None:
+    code = "import sys, wan_dist.service.front; sys.exit(int('torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

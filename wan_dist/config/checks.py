@@ -39,6 +39,7 @@ PATH_KEYS = (
     "cache.dir",
     "output.dir",
     "output.events",
+    "serve.token_file",
 )
 
 

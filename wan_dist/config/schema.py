@@ -24,6 +24,7 @@ from wan_dist.config.sections import (
     OutputConfig,
     ParallelConfig,
     SampleConfig,
+    ServeConfig,
 )
 from wan_dist.config.settings import ALL_EFFECTS, Effect, SettingValues, collect_settings
 from wan_dist.config.settings import add_setting as _key
@@ -218,6 +219,7 @@ class RunConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     def __post_init__(self) -> None:
         self._check_text_settings()

@@ -1,5 +1,6 @@
-"""Sections of the configuration: denoising, ranks, sharding, memory, caches, output."""
+"""Sections of the configuration: denoising, ranks, sharding, memory, caches, output, service."""
 
+import ipaddress
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ T5_PLACEMENTS = ("gpu", "stream", "cpu")
 GUIDANCE_PASSES = ("together", "apart")
 MAX_STEPS = 1000
 _MAX_TIMEOUT_SECONDS = 365 * 86400
+_MAX_PORT = 65535
 
 
 @dataclass(kw_only=True)
@@ -295,3 +297,50 @@ class OutputConfig:
     def __post_init__(self) -> None:
         if self.name is not None:
             check_file_name("output.name", self.name)
+
+
+@dataclass(kw_only=True)
+class ServeConfig:
+    """A service that makes videos on request; see ``docs/service.md``."""
+
+    port: int | None = _key(
+        None,
+        "port of the video API, which the run then serves instead of making one video; 0: a free one",
+        is_new=True,
+    )
+    host: str = _key(
+        "127.0.0.1",
+        "address that the API listens on; any but a loopback address needs serve.token_file",
+        is_new=True,
+    )
+    token_file: str | None = _key(
+        None,
+        "file with the token that requests must have, as Authorization: Bearer TOKEN",
+        is_new=True,
+    )
+    max_queue: int = _key(
+        100, "number of waiting requests from which further ones are refused (429)", is_new=True
+    )
+    max_upload_mib: float = _key(
+        20.0, "limit of a request's size, with its images, in MiB", is_new=True
+    )
+
+    def __post_init__(self) -> None:
+        if self.port is not None and not 0 <= self.port <= _MAX_PORT:
+            raise InputError(f"serve.port={self.port} must be 0 to {_MAX_PORT}")
+        if self.max_queue < 1:
+            raise InputError(f"serve.max_queue={self.max_queue} must be at least 1")
+        check_positive("serve.max_upload_mib", self.max_upload_mib, "MiB")
+        if not self.is_loopback and self.token_file is None:
+            raise InputError(
+                f"serve.host={self.host} can be reached from other machines, and needs "
+                "serve.token_file=FILE; serve.host=127.0.0.1 can not"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the API can be reached from this machine alone."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"

@@ -23,12 +23,12 @@ class JobEvents:
     """Reports the events of jobs, with the progress of the run.
 
     ``target`` is the file that lines of JSON are appended to, - for standard output, None for none;
-    ``num_jobs`` is the number of jobs to make. ``counters`` are of all ranks: each reports its own jobs.
-    Raises InputError for a file that cannot be written at the start; what happens to it later, a full disk
-    or a reader that is gone, is logged once and the run continues.
+    ``num_jobs`` is the number of jobs to make, None where jobs are added during the run. ``counters`` are of
+    all ranks: each reports its own jobs. Raises InputError for a file that cannot be written at the start;
+    what happens to it later, a full disk or a reader that is gone, is logged once and the run continues.
     """
 
-    def __init__(self, target: str | None, num_jobs: int, counters: SharedCounters) -> None:
+    def __init__(self, target: str | None, num_jobs: int | None, counters: SharedCounters) -> None:
         self.target, self.num_jobs, self.counters = target, num_jobs, counters
         self._start_time = time.monotonic()
         self._pipe_descriptor: int | None = None
@@ -118,10 +118,15 @@ class JobEvents:
             self._has_partial_line = bool(unsent_bytes)
 
     def compute_progress(self) -> dict[str, float | None]:
-        """Return the numbers of jobs done, failed and left, and the estimated seconds for those left."""
+        """Return the numbers of jobs done, failed and left, and the estimated seconds for those left.
+
+        The last two are None where jobs are added during the run.
+        """
         num_done, num_failed, num_elsewhere = (
             self.counters[name] for name in ("done", "failed", "elsewhere")
         )
+        if self.num_jobs is None:
+            return {"done": num_done, "failed": num_failed, "left": None, "seconds_left": None}
         num_left = self.num_jobs - num_done - num_failed - num_elsewhere
         seconds_per_job = (time.monotonic() - self._start_time) / max(1, num_done + num_failed)
         return {
@@ -134,16 +139,17 @@ class JobEvents:
     def announce_job(self, text: str) -> None:
         """Log a line about a job, with the progress of the run."""
         progress = self.compute_progress()
-        remaining_text = f"{progress['left']} left" + (
-            f", about {format_duration(progress['seconds_left'] or 0)}" if progress["left"] else ""
-        )
+        total_text = "" if self.num_jobs is None else f" of {self.num_jobs}"
         failed_text = f", {progress['failed']} failed" if progress["failed"] else ""
+        remaining_text = "" if progress["left"] is None else f", {progress['left']} left"
+        if progress["left"]:
+            remaining_text += f", about {format_duration(progress['seconds_left'] or 0)}"
         logger.log(
             ANNOUNCEMENT_LEVEL,
-            "job       %s; %d of %d done%s, %s",
+            "job       %s; %d%s done%s%s",
             text,
             progress["done"],
-            self.num_jobs,
+            total_text,
             failed_text,
             remaining_text,
         )

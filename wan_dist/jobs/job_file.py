@@ -25,6 +25,7 @@ _RUN_ONLY_KEYS = (
     "fsdp",
     "output.dir",
     "output.events",
+    "serve",
 )
 _FILE_KEYS = (*INPUT_KEYS, "latents")
 """Settings that name a file, relative to the job file; so do those of `FILE_LIST_KEYS`, also several."""

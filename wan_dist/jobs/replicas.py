@@ -27,13 +27,15 @@ def assign_degrees(
     ranks_per_node: int,
     gpu_bytes: int | None,
     image_size_reader: ImageSizeReader | None = None,
+    *,
+    is_dry_run: bool = False,
 ) -> list[RunConfig]:
     """Return the configurations with the degrees of all axes, the same for all, whatever their order.
 
     Requested degrees stay. Else the replicas are the smallest that hold a transformer whole, as ranks that
     need not wait for each other make the most videos, but no more than there are jobs. ``gpu_bytes``: of one
-    GPU, None on a CPU; ``image_size_reader``: see `make_plan`. Raises InputError, with the job and what to
-    put on the command line, for requested degrees that do not suit all jobs.
+    GPU, None on a CPU; ``image_size_reader`` and ``is_dry_run``: see `make_plan`. Raises InputError, with the
+    job and what to put on the command line, for requested degrees that do not suit all jobs.
     """
     parallel_config = configs[0].parallel
     requested_degrees = {
@@ -70,7 +72,13 @@ def assign_degrees(
             dp=num_ranks // replica_size,
         )
         plans = [
-            _plan_if_it_fits(config, (num_ranks, ranks_per_node), hardware, image_size_reader)
+            _plan_if_it_fits(
+                config,
+                (num_ranks, ranks_per_node),
+                hardware,
+                image_size_reader,
+                is_dry_run=is_dry_run,
+            )
             for config in _replace_degrees(list(config_by_kind.values()), degrees)
         ]
         if all(plan is not None and plan.arrangement.dit == "resident" for plan in plans):
@@ -142,10 +150,18 @@ def _plan_if_it_fits(
     ranks: tuple[int, int],
     hardware: Hardware,
     image_size_reader: ImageSizeReader | None,
+    *,
+    is_dry_run: bool,
 ) -> RunPlan | None:
     """Return the plan with the degrees of ``config``, None if it does not fit."""
     try:
-        plan = make_plan(config, ranks=ranks, is_job=True, image_size_reader=image_size_reader)
+        plan = make_plan(
+            config,
+            ranks=ranks,
+            is_job=True,
+            is_dry_run=is_dry_run,
+            image_size_reader=image_size_reader,
+        )
         return plan_memory(plan, hardware, get_task(config.task).model_dims)
     except InputError:
         return None

@@ -42,7 +42,8 @@ class RunLog:
     run_id: str
     arguments: Sequence[str]
     num_ranks: int
-    num_jobs: int
+    num_jobs: int | None
+    """None where jobs are added during the run; the record has those that have ended then."""
     run_stages: Mapping[str, Mapping[str, float]]
     plans: list[RunPlan] = field(default_factory=list)
     start_time: float = field(default_factory=time.time)
@@ -117,7 +118,9 @@ class RunLog:
             "ended": round(time.time(), 3) if has_ended else None,
             "command": ["python", "-m", "wan_dist.run", *self.arguments],
             "ranks": self.num_ranks,
-            "jobs": self.num_jobs,
+            "jobs": progress["done"] + progress["failed"]
+            if self.num_jobs is None
+            else self.num_jobs,
             "done": progress["done"],
             "failed": progress["failed"],
         }

@@ -71,14 +71,17 @@ def run_jobs(
     """
     device = find_device(config)
     groups = make_process_groups(jobs[0].plan.degrees, coordinator, device, config.parallel.timeout)
-    run_id = coordinator.run_on_first_rank(
-        lambda: f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}", "begin"
-    )
+    run_id = coordinator.run_on_first_rank(make_run_id, "begin")
     job_worker = JobWorker(config, sort_by_model(jobs), groups, device, run_id, arguments)
     try:
         return job_worker.run()
     finally:
         job_worker.close()
+
+
+def make_run_id() -> str:
+    """Return the name of a new run: its time, and something random."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
 
 
 @dataclass
@@ -112,6 +115,28 @@ class JobWorker:
 
     def run(self) -> int:
         """Make the jobs; see `run_jobs`."""
+        self.open_output()
+        num_failed_before = self.queue.find_remaining_jobs(retry_failed=self.config.retry_failed)
+        num_remaining = len(self.queue.remaining_jobs)
+        self.begin_log(num_remaining)
+        if not num_remaining:
+            return self._summarize_run(num_failed_before)
+        with process_group_session(self.groups):
+            set_group_timeout(self.groups, self.config.parallel.load_timeout)
+            self._prepare_sessions()
+            set_group_timeout(self.groups, self.config.parallel.timeout)
+            try:
+                while (job := self.queue.take_next_job()) is not None:
+                    self.make_video(job)
+                self.wait_for_write()
+                self.queue.wait_for_replicas()
+            finally:
+                if self.groups.rank == 0:
+                    self.run_log.write_page(self.events.compute_progress(), has_ended=True)
+        return self._summarize_run(num_failed_before)
+
+    def open_output(self) -> None:
+        """Check the output folder, and open the checkpoints and the ranks' log files."""
         if self.groups.rank == 0:
             check_output_folder(
                 self.folder,
@@ -127,32 +152,18 @@ class JobWorker:
         if self.is_first:
             show_announcements()
         self.queue.check_shared_folder()
-        num_failed_before = self.queue.find_remaining_jobs(retry_failed=self.config.retry_failed)
-        num_remaining = len(self.queue.remaining_jobs)
+
+    def begin_log(self, num_jobs: int | None) -> None:
+        """Open the run's log and events; ``num_jobs`` is None where jobs are added during the run."""
         self.run_log = RunLog(
             self.folder,
             self.run_id,
             self.arguments,
             self.coordinator.num_ranks,
-            num_remaining,
+            num_jobs,
             self.report.stages,
         )
-        self.events = JobEvents(self.config.output.events, num_remaining, self.queue.counters)
-        if not num_remaining:
-            return self._summarize_run(num_failed_before)
-        with process_group_session(self.groups):
-            set_group_timeout(self.groups, self.config.parallel.load_timeout)
-            self._prepare_sessions()
-            set_group_timeout(self.groups, self.config.parallel.timeout)
-            try:
-                while (job := self.queue.take_next_job()) is not None:
-                    self._make_video(job)
-                self._wait_for_write()
-                self.queue.wait_for_replicas()
-            finally:
-                if self.groups.rank == 0:
-                    self.run_log.write_page(self.events.compute_progress(), has_ended=True)
-        return self._summarize_run(num_failed_before)
+        self.events = JobEvents(self.config.output.events, num_jobs, self.queue.counters)
 
     def close(self) -> None:
         """Wait for the video that is being written, if any."""
@@ -195,7 +206,7 @@ class JobWorker:
             bytes_per_value = FLOAT_BYTES if saves_tensor else 1
             session.has_memory_for_frames = can_buffer_frames(plan, bytes_per_value)
             session.possible_timesteps = tuple(
-                dict.fromkeys(timestep for job in jobs for timestep in _list_timesteps(job))
+                dict.fromkeys(timestep for job in jobs for timestep in list_timesteps(job))
             )
             texts = sorted(
                 {
@@ -212,7 +223,7 @@ class JobWorker:
             session.run_together(embed, "encode the prompts")
             share_prompt_embeddings(session, texts, self.folder / _EMBEDDINGS_FOLDER)
 
-    def _make_video(self, job: PlannedJob) -> None:
+    def make_video(self, job: PlannedJob) -> None:
         """Make one job; an error that concerns it alone ends in its record, on all ranks of the replica."""
         session = self.sessions[job.model_key]
         for model_key, other_session in self.sessions.items():
@@ -226,31 +237,33 @@ class JobWorker:
         if self.is_first:
             self.events.write_event("begun", job=job.name, line=job.source.line)
         if not session.has_memory_for_frames:
-            self._wait_for_write()
+            self.wait_for_write()
         frames: list[Tensor] = []
         try:
-            for video, latents in make_clips(self._start_video(job, session, report)):
+            for video, latents in make_clips(self.start_video(job, session, report)):
                 if session.has_memory_for_frames and video.plan.is_last_clip:
                     frames = decode_to_host(video, latents)
                 else:
                     decode_and_write(video, latents)
         except Exception as error:
-            self._wait_for_write()
-            self._record_failure(job, report, error)
+            self.wait_for_write()
+            self.record_failure(job, report, error)
             return
         if not (self.is_first and session.has_memory_for_frames):
             self.failure_policy.record_success()
-        self._wait_for_write()
+        self.wait_for_write()
         if self.is_first and session.has_memory_for_frames:
             self.pending_write = self.write_executor.submit(
                 self._write_video, job, video, latents, frames
             )
         elif self.is_first:
-            self._finish_job(job, video)
+            self.finish_job(job, video)
 
-    def _start_video(
+    def start_video(
         self, job: PlannedJob, session: Session, report: StageReport
     ) -> VideoInProgress:
+        """Read a job's images and saved progress, on all ranks of the replica."""
+
         def read_resume_state() -> ResumeState:
             resume_state = self._make_resume_state(job)
             resume_state.plan = job.make_plan_with_images()
@@ -263,7 +276,7 @@ class JobWorker:
             session, job.config, resume_state.plan, report, resume_state, quiet=True
         )
 
-    def _wait_for_write(self) -> None:
+    def wait_for_write(self) -> None:
         """Wait for the video that is being written; raises an error that ends the run."""
         if self.pending_write is not None:
             pending_write, self.pending_write = self.pending_write, None
@@ -279,12 +292,12 @@ class JobWorker:
         try:
             write_decoded_frames(video, latents, frames)
         except Exception as error:
-            self._record_failure(job, video.report, error)
+            self.record_failure(job, video.report, error)
         else:
             self.failure_policy.record_success()
-            self._finish_job(job, video)
+            self.finish_job(job, video)
 
-    def _finish_job(self, job: PlannedJob, video: VideoInProgress) -> None:
+    def finish_job(self, job: PlannedJob, video: VideoInProgress) -> None:
         """Release, count and announce a job that is done, and update the page."""
         add_contact_sheet(video.result_file, video.plan.num_frames)
         self.queue.finish_job(job, "done")
@@ -298,7 +311,7 @@ class JobWorker:
         if self.groups.rank == 0:
             self.run_log.write_page(self.events.compute_progress())
 
-    def _record_failure(self, job: PlannedJob, report: StageReport, error: Exception) -> None:
+    def record_failure(self, job: PlannedJob, report: StageReport, error: Exception) -> None:
         """Write the error into the job's record; raise it if the other jobs would meet it too."""
         self.failure_policy.record_failure(error)
         if not self.is_first:
@@ -333,7 +346,7 @@ class JobWorker:
         return 1 if num_failed else 0
 
 
-def _list_timesteps(job: PlannedJob) -> list[tuple[float, float, bool]]:
+def list_timesteps(job: PlannedJob) -> list[tuple[float, float, bool]]:
     """Return a job's timesteps, each with the next and whether the first frame is known (image to video)."""
     inputs = job.plan.task.inputs
     has_image = bool(list_input_files(read_settings(job.config, Effect.LATENTS)))

@@ -11,7 +11,7 @@ import pytest
 
 from launch import __main__ as launch
 from wan_dist import __main__ as command
-from wan_dist import run
+from wan_dist import usage
 from wan_dist.runtime import environment
 
 ROOT = Path(__file__).parents[3]
@@ -70,7 +70,7 @@ def test_run_is_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["wan-dist"])
-    assert " | ".join(launch.COMMANDS) == run.OTHER_COMMANDS
+    assert " | ".join(launch.COMMANDS) == usage.OTHER_COMMANDS
     assert launch.main(["run", "--help"]) == 0
     assert "python -m wan_dist.run task=NAME" in capsys.readouterr().out
     assert launch.main(["run", "task=none"]) == 2

@@ -63,6 +63,11 @@ WITHOUT_EFFECT = {
     "cache.threshold": 0.5,
     "device": "cpu",
     "retry_failed": True,
+    "serve.port": 8000,
+    "serve.host": "::1",
+    "serve.token_file": "token.txt",
+    "serve.max_queue": 7,
+    "serve.max_upload_mib": 5.0,
 }
 ELSEWHERE = {
     *("task", "ckpt_dir", "dit_file", "image", "first_frame", "last_frame", "max_area", "latents"),
