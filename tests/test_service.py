@@ -13,6 +13,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
+from tests.conftest import FIXTURES
 from tests.service import TINY, Service
 from wan_dist.run import main
 
@@ -22,7 +23,7 @@ LONG = {"prompt": "a blue cube", "steps": 400}
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    one = Service(tmp_path_factory.mktemp("service") / "out", "serve.max_queue=3")
+    one = Service(tmp_path_factory.mktemp("service") / "out", "serve.max_queue=4")
     yield one
     assert one.stop() == [75]
     assert "Traceback" not in one.log.read_text()
@@ -83,12 +84,18 @@ def test_a_form_is_as_good_and_the_list_has_pages(service: Service) -> None:
     assert (page["first_id"], page["last_id"]) == (ids[2], ids[1])
     assert service.list_ids(f"limit=1&after={ids[1]}") == [ids[0]]
     assert service.list_ids(f"order=asc&after={ids[0]}") == ids[1:]
+    circle = ("circle.png", (FIXTURES / "circle.png").read_bytes())
+    with_image = service.post_form(fields, {"input_reference": circle}).json["id"]
     for video_id in ids:
         assert service.wait(video_id)["prompt"] == "@a ball"
         record = json.loads((service.folder / f"{video_id}.json").read_text())
         assert (record["prompt"], record["num_frames"]) == ("@a ball", 5)
+    service.wait(with_image)
+    record = json.loads((service.folder / f"{with_image}.json").read_text())
+    assert Path(record["config"]["image"]).read_bytes() == circle[1]
+    assert record["stages"].keys() - {"text", "context", "load", "denoise", "decode", "save"}
     metrics = read_metrics(service)
-    assert metrics["wan_dist_videos", "completed"] == len(before) + 3
+    assert metrics["wan_dist_videos", "completed"] == len(before) + 4
     assert metrics["wan_dist_steps_total", ""] >= 9
     assert metrics["wan_dist_step_seconds_count", ""] == metrics["wan_dist_steps_total", ""]
     assert metrics["wan_dist_stage_seconds_count", "denoise"] >= 3
@@ -100,9 +107,10 @@ def test_a_form_is_as_good_and_the_list_has_pages(service: Service) -> None:
         "deleted": True,
     }
     assert list_files(service.folder, ids[1]) == []
+    assert list_files(service.folder, with_image)
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("GET", "/events")):
         assert service.ask(method, f"/v1/videos/{ids[1]}{path}").status == 404
-    assert service.list_ids() == [*before, ids[0], ids[2]]
+    assert service.list_ids() == [*before, ids[0], ids[2], with_image]
 
 
 def read_metrics(service: Service) -> dict[tuple[str, str], float]:
@@ -117,7 +125,7 @@ def read_metrics(service: Service) -> dict[tuple[str, str], float]:
 def test_videos_are_cancelled_and_too_many_refused(service: Service) -> None:
     running = service.post(LONG).json["id"]
     service.wait(running, "in_progress", step=2)
-    waiting = [service.post(LONG).json["id"] for _ in range(3)]
+    waiting = [service.post(LONG).json["id"] for _ in range(4)]
     refused = service.post(LONG)
     assert (refused.status, refused.json["error"]["code"]) == (429, "queue_full")
     assert int(refused.headers["retry-after"]) > 0

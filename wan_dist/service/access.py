@@ -96,7 +96,7 @@ class AccessControl:
         return receive_within_limit
 
     def _describe_limit(self) -> str:
-        return f"the request is larger than {self.max_bytes / 2**20:g} MiB (serve.max_upload_mib)"
+        return f"the request is larger than {self.max_bytes / 2**20:.4g} MiB (serve.max_upload_mib)"
 
 
 def _is_host_among(host: bytes, names: Collection[str]) -> bool:

@@ -58,16 +58,8 @@ class FrontProcess:
     def close(self) -> None:
         """End the front."""
         self._close_event.set()
-        if (process := self._process) is None:
-            return
-        assert process.stdin is not None
-        with suppress(OSError):
-            process.stdin.close()
-        try:
-            process.wait(_CLOSE_TIMEOUT_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if self._process is not None:
+            _end_process(self._process)
 
     def _start_process(self) -> str:
         python_path = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
@@ -89,6 +81,7 @@ class FrontProcess:
             process.stdout.readline() or b'{"error": "the front has ended at once"}'
         )
         if "error" in answer:
+            _end_process(process)
             raise InputError(answer["error"])
         return str(answer["url"])
 
@@ -97,6 +90,7 @@ class FrontProcess:
         while True:
             assert self._process is not None
             exit_code = self._process.wait()
+            _end_process(self._process)
             if self._close_event.wait(_RESTART_SECONDS):
                 return
             logger.warning("the front has ended with %d and is started again", exit_code)
@@ -104,3 +98,16 @@ class FrontProcess:
                 self._start_process()
             except (InputError, OSError) as error:
                 logger.warning("the front cannot be started: %s", error)
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    """End a front, by the end of its standard input, and close its pipes."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(OSError):
+                pipe.close()
+    try:
+        process.wait(_CLOSE_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
