@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import FIXTURES
 from tests.forked import HANG_SECONDS, run_ranks
+from tests.service import Client
 from tests.slurm.cluster import Cluster, ClusterError, find_missing
 
 ROOT = Path(__file__).parents[2]
@@ -148,6 +149,33 @@ def test_a_job_that_is_requeued_makes_the_same_video(slurm: Slurm) -> None:
         slurm.folder / "outputs/whole.mp4"
     ).read_bytes()
     assert not list((slurm.folder / "outputs").glob("*.state.safetensors"))
+
+
+def wait_for_front(slurm: Slurm, job: str) -> Client:
+    """Return a client of the service, once it listens; the file with its address is gone then."""
+    file, end = slurm.folder / "served/service/front.json", time.monotonic() + HANG_SECONDS
+    while not file.exists():
+        assert time.monotonic() < end, slurm.log(job)
+        time.sleep(0.05)
+    url = json.loads(file.read_text())["url"]
+    file.unlink()
+    return Client(url)
+
+
+def test_a_service_that_is_requeued_has_the_same_queue(slurm: Slurm) -> None:
+    settings = ["serve.port=0", "output.dir=served"]
+    job = slurm.submit(TWO_TASKS, "serve.sbatch", *settings, "parallel.dp=1", "parallel.cfg=2")
+    client = wait_for_front(slurm, job)
+    ids = [client.post({"prompt": "a ball", "steps": steps}).json["id"] for steps in (150, 2)]
+    client.wait(ids[0], "in_progress", step=1)
+    slurm("scancel", "--signal=USR1", job)
+    client = wait_for_front(slurm, job)
+    assert client.list_ids() == ids
+    for video_id in ids:
+        client.wait(video_id)
+    assert "resume    continues from step" in slurm.log(job)
+    slurm("scancel", job)
+    assert slurm.ended(job).startswith("CANCELLED"), slurm.log(job)
 
 
 HERE = "gpus_per_node: 2\ncpus_per_gpu: 1\nhost_memory: 64GB\nfetch_time: 10\nmax_time: 10\n"
