@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.conftest import FIXTURES
 from tests.service import TINY, Service
 from wan_dist.run import main
 
+ROOT = Path(__file__).parents[1]
 LONG = {"prompt": "a blue cube", "steps": 400}
 """A request that takes longer than any test looks at it."""
 
@@ -143,6 +145,36 @@ def test_videos_are_cancelled_and_too_many_refused(service: Service) -> None:
     service.wait(service.post({"prompt": "a ball"}).json["id"])
     for video_id in (running, *waiting):
         assert list_files(service.folder, video_id) == []
+
+
+def test_the_commands_of_the_docs(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "cat.png").write_bytes((FIXTURES / "circle.png").read_bytes())
+    page = (ROOT / "docs/service.md").read_text(encoding="utf-8")
+    commands = [line.strip() for line in page.splitlines() if line.startswith("    curl ")]
+    assert len(commands) >= 7
+    video_id, answers = "", []
+    for command in commands:
+        if video_id:
+            service.wait(video_id)
+        # the page's size and length take the toy too long
+        for shown, run in (
+            ("localhost:8000", service.address.netloc),
+            ("/ID", f"/{video_id}"),
+            ("832x480 -F seconds=5", "64x48 -F seconds=0.3"),
+            ("curl ", "curl --silent --show-error --fail-with-body "),
+        ):
+            command = command.replace(shown, run)
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        answers.append(done.stdout)
+        video_id = video_id if len(answers) > 2 else json.loads(done.stdout)["id"]
+    objects = [json.loads(answer)["object"] for answer in answers[:4]]
+    assert objects == ["video", "video", "list", "video"]
+    assert "event: completed" in answers[4]
+    assert (tmp_path / "cats.mp4").stat().st_size > 1000
+    assert json.loads(answers[6])["deleted"] is True
 
 
 def test_a_front_that_is_killed_comes_back_with_the_same_list(service: Service) -> None:
