@@ -19,8 +19,11 @@ from wan_dist.runtime.launcher import set_parent_death_signal
 from wan_dist.runtime.signals import EXIT_PREEMPTED
 
 DEFAULT_PORT = 8000
-_FINAL_EXIT_CODES = (0, 2, EXIT_PREEMPTED)
-"""Exit codes after which the ranks are not started again: bad input stays bad."""
+_FINAL_EXIT_CODES = (0, 2)
+"""Exit codes after which the ranks are not started again: bad input stays bad.
+
+`EXIT_PREEMPTED` is not among them: when one rank dies, torchrun sends the others SIGTERM.
+"""
 _FORWARDED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _MAX_PAUSE_SECONDS = 60.0
 _STABLE_SECONDS = 600.0

@@ -86,6 +86,7 @@ def test_a_form_is_as_good_and_the_list_has_pages(service: Service) -> None:
     assert (page["first_id"], page["last_id"]) == (ids[2], ids[1])
     assert service.list_ids(f"limit=1&after={ids[1]}") == [ids[0]]
     assert service.list_ids(f"order=asc&after={ids[0]}") == ids[1:]
+    assert service.list_ids(f"order=asc&after={ids[2]}") == []
     circle = ("circle.png", (FIXTURES / "circle.png").read_bytes())
     with_image = service.post_form(fields, {"input_reference": circle}).json["id"]
     for video_id in ids:
@@ -113,6 +114,8 @@ def test_a_form_is_as_good_and_the_list_has_pages(service: Service) -> None:
     for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/content"), ("GET", "/events")):
         assert service.ask(method, f"/v1/videos/{ids[1]}{path}").status == 404
     assert service.list_ids() == [*before, ids[0], ids[2], with_image]
+    assert service.list_ids(f"order=asc&after={ids[1]}") == [ids[2], with_image]
+    assert service.list_ids(f"limit=1&after={ids[1]}") == [ids[0]]
 
 
 def read_metrics(service: Service) -> dict[tuple[str, str], float]:
@@ -145,6 +148,18 @@ def test_videos_are_cancelled_and_too_many_refused(service: Service) -> None:
     service.wait(service.post({"prompt": "a ball"}).json["id"])
     for video_id in (running, *waiting):
         assert list_files(service.folder, video_id) == []
+
+
+def test_the_texts_of_what_waits_are_encoded_together(service: Service) -> None:
+    running = service.post(LONG).json["id"]
+    service.wait(running, "in_progress", step=1)
+    prompts = ["a green star", "a white square", "a black triangle"]
+    ids = [service.post({"prompt": prompt}).json["id"] for prompt in prompts]
+    assert service.ask("DELETE", f"/v1/videos/{running}").status == 200
+    for video_id in ids:
+        service.wait(video_id)
+    records = [json.loads((service.folder / f"{video_id}.json").read_text()) for video_id in ids]
+    assert ["text" in record["stages"] for record in records] == [True, False, False]
 
 
 def test_the_commands_of_the_docs(service: Service, tmp_path: Path) -> None:
@@ -199,7 +214,7 @@ def test_what_is_killed_goes_on(tmp_path: Path) -> None:
     ids = [first.post(request).json["id"] for request in requests[:2]]
     for video_id in ids:
         first.wait(video_id)
-    begun = first.post(LONG | {"steps": 200}, Idempotency_Key="once").json["id"]
+    begun = first.post(LONG | {"steps": 100}, Idempotency_Key="once").json["id"]
     first.wait(begun, "in_progress", step=1)
     ids += [begun, first.post(requests[2]).json["id"], first.post(requests[0]).json["id"]]
     first.ask("DELETE", f"/v1/videos/{ids.pop()}")
@@ -227,6 +242,24 @@ def test_what_is_killed_goes_on(tmp_path: Path) -> None:
     assert len(list(out.glob("*.mp4"))) == 4
     assert "continues from step" in third.log.read_text()
     assert third.stop() == [75]
+
+
+def test_a_video_that_ends_every_run_fails(tmp_path: Path) -> None:
+    """The others are made."""
+    out = tmp_path / "out"
+    service = Service(out)
+    ids = [service.post(LONG).json["id"], service.post({"prompt": "a ball"}).json["id"]]
+    for _ in range(3):
+        service.wait(ids[0], "in_progress", step=1)
+        service.kill()
+        service = Service(out)
+    service.wait(ids[1])
+    failed = service.get(f"/v1/videos/{ids[0]}")
+    message = "3 runs of the service have ended while they made this video"
+    assert (failed["status"], failed["error"]["message"]) == ("failed", message)
+    assert service.ask("DELETE", f"/v1/videos/{ids[0]}").json["deleted"] is True
+    assert list_files(out, ids[0]) == []
+    assert service.stop() == [75]
 
 
 @pytest.mark.parametrize("degrees", ["parallel.dp=1 parallel.cfg=2", "parallel.dp=2"])

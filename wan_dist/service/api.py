@@ -85,7 +85,12 @@ def _add_video_routes(app: FastAPI, service: VideoService) -> None:
     @app.get("/v1/videos")
     def list_videos(request: Request) -> Response:
         after, limit, order = _read_page_query(request)
-        page, has_more = select_page(states.list_all(), after=after, limit=limit, order=order)
+        if after is not None and after not in service.log.lines:
+            raise InputError(f"after={after[:80]} is no video of the list")
+        after_line = None if after is None else service.log.lines[after]
+        page, has_more = select_page(
+            states.list_all(), after_line=after_line, limit=limit, order=order
+        )
         data = [state.to_json() for state in page]
         ids = [entry["id"] for entry in data]
         return JSONResponse(

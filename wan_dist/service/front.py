@@ -33,10 +33,10 @@ def main() -> int:
     start: FrontStart = pickle.load(sys.stdin.buffer)
     configure_logging()
     try:
-        listener = _listen(start.planner.config.serve.host, start.port)
         service = VideoService(start.planner, start.run)
-        service.open()
+        service.open()  # first: this waits for an earlier front, which may have the port
         app = build_app(service)
+        listener = _listen(start.planner.config.serve.host, start.port)
     except InputError as error:
         _print_line({"error": str(error)})
         return 2

@@ -58,6 +58,8 @@ class RequestLog:
         self.requests: dict[str, VideoRequest] = {}
         """By id, in the order in which they were accepted; deleted ones are not among them."""
         self.deleted_ids: set[str] = set()
+        self.lines: dict[str, int] = {}
+        """Line numbers of all requests by id, also of deleted ones."""
         self._read_lock = threading.Lock()
         self._num_bytes_read, self._num_lines_read = 0, 0
 
@@ -97,6 +99,7 @@ class RequestLog:
                 "%s, line %d is damaged and left out: %s", self.path, self._num_lines_read, error
             )
             return
+        self.lines.setdefault(request.id, request.line)
         if request.id not in self.deleted_ids:
             self.requests.setdefault(request.id, request)
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from wan_dist.config.checks import PROMPT_KEYS
 from wan_dist.jobs.planned_job import PlannedJob
 from wan_dist.jobs.queue import JobQueue
 from wan_dist.output.record import FAILED, VideoRecord
@@ -60,13 +61,11 @@ class RequestQueue(JobQueue):
         return taken_jobs[0]
 
     def list_texts_ahead(self) -> list[str]:
-        """Return the texts of requests that wait, which can be encoded together with those of a job."""
-        config = self._planner.config
-        requests = self._list_waiting()[:_MAX_TEXTS_AHEAD]
+        """Return the texts of requests that wait, which are encoded together with those of a job."""
         texts = [
-            request.values.get(key, getattr(config, key))
-            for request in requests
-            for key in ("prompt", "negative_prompt")
+            request.values.get(key)
+            for request in self._list_waiting()[:_MAX_TEXTS_AHEAD]
+            for key in PROMPT_KEYS
         ]
         return [text.removeprefix("@") for text in texts if text]
 

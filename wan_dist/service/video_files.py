@@ -28,7 +28,9 @@ class VideoProgress:
     step: int = 0
     """Denoising steps completed, of all clips."""
     num_attempts: int = 1
-    """Runs that have begun the video, and have not ended by a signal."""
+    """Runs that have begun the video from the same step, and have not ended by a signal."""
+    resumed_step: int = 0
+    """Step that the last of them began from."""
 
     @classmethod
     def read(cls, output_folder: Path, video_id: str) -> Self | None:

@@ -158,15 +158,21 @@ class VideoStates:
 
 
 def select_page(
-    states: Iterable[VideoState], *, after: str | None, limit: int, order: str
+    states: Iterable[VideoState], *, after_line: int | None, limit: int, order: str
 ) -> tuple[list[VideoState], bool]:
     """Return the states of a page of a list, and whether more follow.
 
-    ``order`` is asc or desc, by time; ``after`` is the id of the last one of the page before.
+    ``order`` is asc or desc, by time; ``after_line`` is the line in the log of the last one of the page
+    before, which may be deleted.
     """
     ordered_states = list(states)
     if order == "desc":
         ordered_states.reverse()
-    ids = [state.request.id for state in ordered_states]
-    start = ids.index(after) + 1 if after in ids else 0
-    return ordered_states[start : start + limit], len(ordered_states) > start + limit
+    if after_line is not None:
+        ordered_states = [
+            state
+            for state in ordered_states
+            if state.request.line != after_line
+            and (state.request.line > after_line) == (order == "asc")
+        ]
+    return ordered_states[:limit], len(ordered_states) > limit

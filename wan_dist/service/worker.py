@@ -58,9 +58,18 @@ class ProgressMonitor(VideoMonitor):
         self._steps_per_clip = len(job.plan.sampling.schedule)
         self._num_steps = self._steps_per_clip * job.plan.num_clips
         earlier_progress = VideoProgress.read(queue.folder, job.name)
-        num_attempts = 1 if earlier_progress is None else earlier_progress.num_attempts + 1
-        self._progress = VideoProgress(run_id, round(time.time(), 3), num_attempts=num_attempts)
+        self._progress = VideoProgress(run_id, round(time.time(), 3))
+        if earlier_progress is not None:
+            self._progress.num_attempts = earlier_progress.num_attempts + 1
+            self._progress.resumed_step = earlier_progress.resumed_step
         self._written_at = 0.0
+        self._write()
+
+    def record_resume(self, num_resumed_steps: int) -> None:
+        """Count attempts anew where an earlier one has brought the video further."""
+        self._progress.step = num_resumed_steps
+        if num_resumed_steps > self._progress.resumed_step:
+            self._progress.resumed_step, self._progress.num_attempts = num_resumed_steps, 1
         self._write()
 
     def record_step(self, clip_index: int, num_done: int) -> None:
@@ -146,7 +155,10 @@ class ServiceWorker(JobWorker):
         if not session.has_memory_for_frames:
             self.wait_for_write()
         video = super().start_video(job, session, report)
-        return video if self.monitor is None else replace(video, monitor=self.monitor)
+        if self.monitor is None:
+            return video
+        self.monitor.record_resume(video.resume_state.num_resumed_steps)
+        return replace(video, monitor=self.monitor)
 
     def _prepare_session(self, job: PlannedJob, session: Session, report: StageReport) -> None:
         """Decide what stays in memory, and encode the texts of this request and of those that wait."""

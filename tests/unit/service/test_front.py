@@ -131,7 +131,7 @@ def test_a_body_without_a_length_has_the_same_limit(toy: Client) -> None:
         assert connection.getresponse().status == 413
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up"])
+@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "order=up", "after=video_0"])
 def test_a_list_that_is_none(query: str, toy: Client) -> None:
     assert toy.ask("GET", f"/v1/videos?{query}").status == 400
 
