@@ -331,11 +331,6 @@ class ServeConfig:
         if self.max_queue < 1:
             raise InputError(f"serve.max_queue={self.max_queue} must be at least 1")
         check_positive("serve.max_upload_mib", self.max_upload_mib, "MiB")
-        if not self.is_loopback and self.token_file is None:
-            raise InputError(
-                f"serve.host={self.host} can be reached from other machines, and needs "
-                "serve.token_file=FILE; serve.host=127.0.0.1 can not"
-            )
 
     @property
     def is_loopback(self) -> bool:
@@ -344,3 +339,11 @@ class ServeConfig:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return self.host == "localhost"
+
+    def check_access(self) -> None:
+        """Raise InputError for an API that anybody could use."""
+        if not self.is_loopback and self.token_file is None:
+            raise InputError(
+                f"serve.host={self.host} can be reached from other machines, and needs "
+                "serve.token_file=FILE; serve.host=127.0.0.1 can not"
+            )

@@ -42,6 +42,7 @@ def build_app(service: VideoService) -> FastAPI:
     )
     _add_error_handlers(app)
     _add_video_routes(app, service)
+    _add_content_routes(app, service)
     _add_monitoring_routes(app, service)
     return app
 
@@ -107,6 +108,21 @@ def _add_video_routes(app: FastAPI, service: VideoService) -> None:
     def retrieve_video(video_id: str) -> Response:
         return JSONResponse(_find_state(service, video_id).to_json())
 
+    @app.delete("/v1/videos/{video_id}")
+    async def delete_video(video_id: str) -> Response:
+        deletion = await run_in_threadpool(service.delete, video_id)
+        if deletion is None:
+            raise _build_not_found(video_id)
+        deadline = time.monotonic() + _CANCEL_TIMEOUT_SECONDS
+        while not (is_done := await run_in_threadpool(service.remove_files, deletion)):
+            if time.monotonic() > deadline:
+                break  # the rank removes them itself
+            await asyncio.sleep(_POLL_SECONDS)
+        body = {"id": video_id, "object": "video.deleted", "deleted": is_done}
+        return JSONResponse(body, 200 if is_done else 202)
+
+
+def _add_content_routes(app: FastAPI, service: VideoService) -> None:
     @app.get("/v1/videos/{video_id}/content")
     def download_video(video_id: str, variant: str = "video") -> Response:
         state = _find_state(service, video_id)
@@ -126,19 +142,6 @@ def _add_video_routes(app: FastAPI, service: VideoService) -> None:
         return StreamingResponse(
             _stream_events(service, video_id), media_type="text/event-stream", headers=headers
         )
-
-    @app.delete("/v1/videos/{video_id}")
-    async def delete_video(video_id: str) -> Response:
-        deletion = await run_in_threadpool(service.delete, video_id)
-        if deletion is None:
-            raise _build_not_found(video_id)
-        deadline = time.monotonic() + _CANCEL_TIMEOUT_SECONDS
-        while not (is_done := await run_in_threadpool(service.remove_files, deletion)):
-            if time.monotonic() > deadline:
-                break  # the rank removes them itself
-            await asyncio.sleep(_POLL_SECONDS)
-        body = {"id": video_id, "object": "video.deleted", "deleted": is_done}
-        return JSONResponse(body, 200 if is_done else 202)
 
 
 def _add_monitoring_routes(app: FastAPI, service: VideoService) -> None:

@@ -93,6 +93,7 @@ def make_request_planner(
     ):
         if is_given:
             raise InputError(f"{key} and serve.port are both given; a service takes requests")
+    config.serve.check_access()
     if missing_packages := [name for name in _PACKAGES if find_spec(name) is None]:
         raise InputError(
             f"serve.port needs {' and '.join(missing_packages)}; install them with: "
