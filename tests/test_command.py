@@ -476,7 +476,7 @@ def test_a_gpu_that_is_too_small_is_told_what_would_help(
 ) -> None:
     from wan_dist.pipeline.predictor import ExpertPredictor
 
-    def full(self: ExpertPredictor, *arguments: object) -> None:
+    def full(self: ExpertPredictor, *arguments: object, **options: object) -> None:
         raise torch.OutOfMemoryError("as on a GPU that is full")
 
     monkeypatch.setattr(ExpertPredictor, "_open_with_arrangement", full)
