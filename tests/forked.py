@@ -146,20 +146,23 @@ def start_ranks(num_ranks: int, module: str, *arguments: str, **environment: str
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environments = [
-        {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-            **environment,
-        }
-        for rank in range(num_ranks)
+        list_rank_variables(rank, num_ranks, store.port) | environment for rank in range(num_ranks)
     ]
     return run_together([[module, *arguments]] * num_ranks, environments)
+
+
+def list_rank_variables(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """Return the environment variables of a rank of this machine, as torchrun sets them."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+    }
 
 
 def run_torchrun(num_ranks: int, module: str, *arguments: str, **environment: str) -> Done:

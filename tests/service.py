@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from torch.distributed import TCPStore
 
-from tests.forked import ForkedProcess, start_server
+from tests.forked import ForkedProcess, list_rank_variables, start_server
 
 TINY = ["task=toy", "dtype=float32", "size=64x48", "frame_num=5", "sample.steps=3", "device=cpu"]
 HANG_SECONDS = 120.0
@@ -111,11 +111,13 @@ class Service(Client):
         address_file.unlink(missing_ok=True)
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         command = ["wan_dist.run", *TINY, "serve.port=0", f"output.dir={folder}", *arguments]
+        variables: list[dict[str, str]] = [{}]
+        if num_ranks > 1:
+            port = self.store.port
+            variables = [list_rank_variables(rank, num_ranks, port) for rank in range(num_ranks)]
         self.ranks: list[ForkedProcess] = [
-            start_server().start(
-                command, self._list_variables(rank, num_ranks), (self.log, self.log)
-            )
-            for rank in range(num_ranks)
+            start_server().start(command, own_variables, (self.log, self.log))
+            for own_variables in variables
         ]
         end = time.monotonic() + HANG_SECONDS
         while not address_file.exists():
@@ -123,20 +125,6 @@ class Service(Client):
             assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.02)
         super().__init__(json.loads(address_file.read_text())["url"])
-
-    def _list_variables(self, rank: int, num_ranks: int) -> dict[str, str]:
-        if num_ranks == 1:
-            return {}
-        return {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(self.store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": "0",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(num_ranks),
-        }
 
     def find_front(self) -> int:
         """Return the process id of the front, a child of the first rank."""

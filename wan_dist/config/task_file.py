@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from wan_dist.config.checks import FILE_LIST_KEYS, PATH_KEYS, format_files, split_files
+from wan_dist.config.checks import PATH_KEYS
+from wan_dist.config.paths import resolve_setting
 from wan_dist.config.typed_settings import check_setting, format_override
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
@@ -67,7 +68,7 @@ def _read_settings(name: str) -> dict[str, Any]:
             check_setting(key, value)
         except InputError as error:
             raise InputError(f"task={name}: {error}") from None
-        settings[key] = _resolve_paths(path.parent, key, value)
+        settings[key] = resolve_setting(path.parent, key, value, PATH_KEYS)
     return settings
 
 
@@ -77,14 +78,3 @@ def _flatten(content: Mapping[object, object], prefix: str = "") -> Iterator[tup
             yield from _flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _resolve_paths(folder: Path, key: str, value: object) -> object:
-    """Return a setting's value, with paths that are relative to ``folder`` resolved."""
-    if key in (*FILE_LIST_KEYS, "dit_file") and isinstance(value, str | list):
-        names = list(map(str, split_files(value))) if isinstance(value, str) else value
-        paths = [str(folder / Path(name).expanduser()) for name in names]
-        return ",".join(paths) if key == "dit_file" else format_files(paths)
-    if key in PATH_KEYS and isinstance(value, str):
-        return str(folder / Path(value).expanduser())
-    return value

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan_dist.config.checks import FILE_LIST_KEYS, format_files, split_files
 from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override_config
+from wan_dist.config.paths import resolve_setting
 from wan_dist.config.schema import RunConfig
 from wan_dist.config.typed_settings import check_setting, format_override
 from wan_dist.jobs.job_entries import KEY_ALIASES, read_entries
@@ -186,33 +186,10 @@ def _resolve_entry(entry: dict[str, object], file: Path, line: int) -> dict[str,
             check_setting(key, value)
         except InputError as error:
             raise InputError(f"{file}, line {line}: {error}") from None
-        if key in FILE_LIST_KEYS:
-            resolved_entry[key] = _resolve_files(file, value)
-        elif isinstance(value, str) and key in _FILE_KEYS:
-            resolved_entry[key] = _resolve_path(file, value)
-        elif (
-            isinstance(value, str)
-            and key in ("prompt", "negative_prompt")
-            and value.startswith("@")
-            and not value.startswith("@@")
-        ):
-            resolved_entry[key] = f"@{_resolve_path(file, value[1:])}"
+        resolved_entry[key] = resolve_setting(file.parent, key, value, _FILE_KEYS)
     if resolved_entry.get("output.name") is None:
         digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]
         resolved_entry["output.name"] = "-".join(
             part for part in (slugify_prompt(str(entry.get("prompt", ""))), digest) if part
         )
     return resolved_entry
-
-
-def _resolve_path(file: Path, name: str) -> str:
-    return name if name.startswith("~") else str(file.parent / name)
-
-
-def _resolve_files(file: Path, value: object) -> object:
-    """Return one or several files, a text or a list of JSON, with their folders."""
-    if isinstance(value, str) and value.strip():
-        value = list(map(str, split_files(value)))
-    if isinstance(value, list):
-        return format_files([_resolve_path(file, name) for name in value])
-    return value  # not a file, as is said when it is used

@@ -100,6 +100,11 @@ class TransformerDims:
         return self.dim // self.num_heads
 
     @property
+    def trained_attention(self) -> str | None:
+        """Sparse self-attention that the model was trained with, sla or vsa; None for dense attention."""
+        return "sla" if self.has_sla else "vsa" if self.has_vsa else None
+
+    @property
     def block_names(self) -> tuple[str, ...]:
         """Names of all blocks, in the order in which they are called."""
         vace_names = {layer: f"vace_blocks.{index}" for index, layer in enumerate(self.vace_layers)}

@@ -167,9 +167,7 @@ class FusedBlock(TransformerBlock):
         super().__init__(dims, dtype)
         self.self_attn = FusedSelfAttention(dims, dtype, inner_attention)
         # Sequence parallelism wraps self-attention only: every rank holds the whole text.
-        self.cross_attn = FusedCrossAttention(
-            dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name)
-        )
+        self.cross_attn = FusedCrossAttention(dims, dtype, inner_attention.copy())
         self.ffn = FusedFeedForward(dims, dtype)
         if dims.has_vsa:
             self.to_gate_compress = nn.Linear(dims.dim, dims.dim, dtype=dtype)

@@ -112,8 +112,7 @@ class FusedTransformer(WanTransformer):
         super().__init__(dims, dtype)
         inner_attention = inner_attention or InnerAttention()
         self.blocks = nn.ModuleList(
-            FusedBlock(dims, dtype, InnerAttention(inner_attention.kernel, inner_attention.name))
-            for _ in range(dims.num_layers)
+            FusedBlock(dims, dtype, inner_attention.copy()) for _ in range(dims.num_layers)
         )
         self.head = FusedOutputHead(dims)
         self.sequence = WholeSequence()

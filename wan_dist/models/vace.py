@@ -84,7 +84,7 @@ class VaceTransformer(FusedTransformer):
             VaceBlock(
                 dims,
                 dtype,
-                InnerAttention(inner_attention.kernel, inner_attention.name),
+                inner_attention.copy(),
                 is_first=index == 0,
             )
             for index in range(len(dims.vace_layers))

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from wan_dist.runtime.atomic_write import atomic_write
-from wan_dist.runtime.ffmpeg import FfmpegError, find_ffmpeg, read_packets
+from wan_dist.runtime.ffmpeg import FfmpegError, describe_failure, find_ffmpeg, read_packets
 
 _ENCODING_OPTIONS = [
     # the rate factor is what quality=8 of the reference implementation means
@@ -144,11 +144,8 @@ def _encode_video(path: Path, fps: int) -> Generator[None, Tensor | None, None]:
                 ffmpeg.stdin.close()
         if ffmpeg.wait():
             error_file.seek(0)
-            last_lines = error_file.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise SaveError(
-                f"cannot write {path}: ffmpeg says {' '.join(last_lines) or 'nothing'} "
-                f"(exit code {ffmpeg.returncode})"
-            )
+            failure = describe_failure(error_file.read(), ffmpeg.returncode)
+            raise SaveError(f"cannot write {path}: {failure}")
 
 
 def _build_encoding_command(path: Path, width: int, height: int, fps: int) -> list[str]:

@@ -30,7 +30,7 @@ from wan_dist.pipeline.monitor import (
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.predictor import ExpertPredictor
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
-from wan_dist.pipeline.session import Session, find_trained_attention
+from wan_dist.pipeline.session import Session
 from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
 from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.errors import InputError
@@ -228,7 +228,7 @@ def _report_setup(video: VideoInProgress, attention: InnerAttention) -> None:
     """Record and log the attention kernel, and the parallel degrees of several ranks."""
     plan, report = video.plan, video.report
     report.record.attention = attention.name
-    if trained := find_trained_attention(video.session.checkpoint.transformers[0].dims):
+    if trained := video.session.checkpoint.transformers[0].dims.trained_attention:
         report.record.attention = trained
         logger.log(report.log_level, "attention %s (trained with it), in cross-attention:", trained)
     logger.log(report.log_level, "attention %s (%s)", attention.name, attention.reason)

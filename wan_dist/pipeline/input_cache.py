@@ -12,7 +12,7 @@ from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.tensor_cache import TensorCache
 from wan_dist.planning.plan import RunPlan
-from wan_dist.runtime.file_hash import hash_file
+from wan_dist.runtime.file_hash import hash_unchanged_file
 from wan_dist.tasks.source_video import SourceVideo
 
 
@@ -59,7 +59,8 @@ def _describe_inputs(session: Session, plan: RunPlan) -> str:
 def _describe_source(source: SourceVideo) -> tuple[object, ...]:
     """Return all that depends on a source video and its mask: their content, and which frames are taken."""
     files = [video.file for video in (source.video, source.mask) if video is not None]
-    return ([hash_file(Path(file).expanduser()) for file in files], source.frame_indices)
+    hashes = [hash_unchanged_file(Path(file).expanduser()) for file in files]
+    return (hashes, source.frame_indices)
 
 
 @lru_cache

@@ -203,7 +203,7 @@ def open_session(
 def check_trained_attention(config: RunConfig, plan: VideoPlan, checkpoint: Checkpoint) -> None:
     """Raise InputError for settings that do not suit a transformer with, or without, sparse attention."""
     files, dims = checkpoint.transformers[0].files, checkpoint.transformers[0].dims
-    trained_name = find_trained_attention(dims)
+    trained_name = dims.trained_attention
     given_settings = [
         ("sla", config.attention == "sla", "attention=sla"),
         ("sla", config.sla_topk != DEFAULT_KEY_SHARE, f"sla_topk={config.sla_topk}"),
@@ -231,11 +231,6 @@ def check_trained_attention(config: RunConfig, plan: VideoPlan, checkpoint: Chec
         raise InputError(
             f"{files} was trained with sparse attention ({trained_name.upper()}): {problem}"
         )
-
-
-def find_trained_attention(dims: TransformerDims) -> str | None:
-    """Return the sparse attention that a transformer was trained with, None for dense attention."""
-    return "sla" if dims.has_sla else "vsa" if dims.has_vsa else None
 
 
 def find_device(config: RunConfig) -> torch.device:

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from wan_dist.config.checks import FILE_LIST_KEYS, split_files
@@ -13,7 +12,7 @@ from wan_dist.config.settings import SettingValues
 from wan_dist.planning.plan import VideoPlan
 from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.file_hash import hash_file
+from wan_dist.runtime.file_hash import hash_unchanged_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
 from wan_dist.tasks.input_files import INPUT_KEYS, list_input_files
 
@@ -125,17 +124,8 @@ def _compute_file_digest(key: str, file: str) -> str:
     path = Path(file).expanduser()
     try:
         check_regular_file(path)
-        file_status = path.stat()
-        return _hash_file_once(
-            str(path), file_status.st_ino, file_status.st_size, file_status.st_mtime_ns
-        )
+        return hash_unchanged_file(path)
     except (OSError, UnreadableFileError) as error:
         raise InputError(
             f"{key}={file} cannot be read: {error.strerror if isinstance(error, OSError) else error}"
         ) from None
-
-
-@lru_cache(maxsize=2**15)
-def _hash_file_once(path: str, *_file_status: int) -> str:
-    """Return the SHA-256 of a file, which is read once while its inode, size and time stay the same."""
-    return hash_file(Path(path))

@@ -56,8 +56,7 @@ def _list_frames(path: Path, options: list[str]) -> str:
     )
     listing = completed_process.stdout.decode(errors="replace")
     if completed_process.returncode or not re.search(r"^\d", listing, re.MULTILINE):
-        message = completed_process.stderr.decode(errors="replace")
-        raise FfmpegError(_describe_failure(message, completed_process.returncode))
+        raise FfmpegError(describe_failure(completed_process.stderr, completed_process.returncode))
     return listing
 
 
@@ -110,8 +109,7 @@ def read_frames(
             )
         except EOFError:
             error_file.seek(0)
-            message = error_file.read().decode(errors="replace")
-            raise FfmpegError(_describe_failure(message, ffmpeg.wait())) from None
+            raise FfmpegError(describe_failure(error_file.read(), ffmpeg.wait())) from None
         finally:
             ffmpeg.kill()  # where not all frames were wanted
 
@@ -138,6 +136,7 @@ def _repeat_frames(
             yield frame
 
 
-def _describe_failure(message: str, return_code: int) -> str:
-    last_lines = message.strip().splitlines()[-1:]
+def describe_failure(errors: bytes, return_code: int) -> str:
+    """Return the last line of what ffmpeg wrote to its standard error, and its exit code."""
+    last_lines = errors.decode(errors="replace").strip().splitlines()[-1:]
     return f"ffmpeg says {' '.join(last_lines) or 'nothing'} (exit code {return_code})"

@@ -1,5 +1,6 @@
 """A user's own task: a file with a base and settings."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,15 @@ def test_the_command_line_comes_first(tmp_path: Path) -> None:
     for arguments in (["sample.steps=3", f"task={path}"], [f"task={path}", "sample.steps=3"]):
         config = read(*arguments, "prompt=x")
         assert (config.sample.steps, config.sample.guide_scale) == (3, 1)
+
+
+def test_texts_and_files_in_it_are_beside_it(tmp_path: Path) -> None:
+    text = 'base: t2v-A14B\nprompt: "@p.txt"\ndit_file: high.gguf,low.gguf\nlora: ~/a.safetensors\n'
+    config = read(f"task={write(tmp_path, text)}")
+    assert config.prompt == f"@{tmp_path / 'p.txt'}"
+    assert config.dit_file == f"{tmp_path / 'high.gguf'},{tmp_path / 'low.gguf'}"
+    assert config.lora is not None
+    assert json.loads(config.lora) == [str(Path("~/a.safetensors").expanduser())]
 
 
 def test_a_preset_may_be_part_of_it(tmp_path: Path) -> None:

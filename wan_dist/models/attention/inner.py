@@ -38,6 +38,10 @@ class InnerAttention(nn.Module):
         self.name = name
         self.reason = reason
 
+    def copy(self) -> "InnerAttention":
+        """Return another module of the same kernel, which may be wrapped alone."""
+        return InnerAttention(self.kernel, self.name)
+
     def make_send_buffer(self, x: Tensor) -> Tensor:
         """Return the tensor into which q, k or v is best written for `start_exchange`.
 

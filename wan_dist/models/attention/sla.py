@@ -37,9 +37,8 @@ class SlaAttention(InnerAttention):
         super().__init__(self._attend, "sla")
         self.key_share = DEFAULT_KEY_SHARE
         """Share of the key blocks that each query block attends to."""
-        self._projections = (
-            projection,
-        )  # not a module of this one: it is registered with the block
+        # In a tuple, as it is a module of the block and not of this one.
+        self._projections = (projection,)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_sparse_linear(q, k, v, self._projections[0], key_share=self.key_share)
@@ -103,11 +102,8 @@ def _attend_to_selected(
     """Return softmax attention (Lq, D) of one head to the keys of the selected blocks (query blocks, n)."""
     num_queries, num_keys = len(q), len(k)
     key_mask = None
-    if num_keys % block_sizes.key:
-        is_key = (
-            torch.arange(-(-num_keys // block_sizes.key) * block_sizes.key, device=k.device)
-            < num_keys
-        )
+    if num_padding := -num_keys % block_sizes.key:
+        is_key = torch.arange(num_keys + num_padding, device=k.device) < num_keys
         key_mask = is_key.unflatten(0, (-1, block_sizes.key))
     q_blocks, k_blocks, v_blocks = (
         F.pad(x, (0, 0, 0, -len(x) % size)).unflatten(0, (-1, size))

@@ -52,7 +52,7 @@ def attend_in_tiles(
 
     ``grid``: (t, h, w) with L tokens in this order.
     """
-    token_indices, token_mask = _index_tiles(grid, q.device)
+    token_indices, token_mask, places = _index_tiles(grid, q.device)
     out = q.new_empty(*q.shape[:3], 2 * q.shape[3])
     for batch_index in range(q.shape[0]):
         for head in range(q.shape[2]):
@@ -66,7 +66,7 @@ def attend_in_tiles(
             selected = scores.topk(count_selected_tiles(len(scores), sparsity), dim=-1).indices
             sparse = attend_to_blocks(q_tiles, k_tiles, v_tiles, selected, token_mask)
             head_out = torch.cat([sparse, coarse.expand_as(sparse)], dim=-1)
-            out[batch_index, token_indices[token_mask], head] = head_out[token_mask]
+            out[batch_index, :, head] = head_out.flatten(0, 1)[places]
     return out
 
 
@@ -76,8 +76,11 @@ def count_selected_tiles(num_tiles: int, sparsity: float) -> int:
 
 
 @lru_cache(8)
-def _index_tiles(grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the indices (tiles, 64) of each tile's tokens, and where there is one: edge tiles have fewer."""
+def _index_tiles(grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the indices (tiles, 64) of each tile's tokens, and where there is one: edge tiles have fewer.
+
+    Then the place (L,) of each token in the tiles.
+    """
     padded_grid = [-(-size // TILE_SIDE) * TILE_SIDE for size in grid]
     indices = torch.arange(math.prod(grid), device=device).view(grid)
     padding = [
@@ -89,7 +92,9 @@ def _index_tiles(grid: tuple[int, int, int], device: torch.device) -> tuple[Tens
     for dim in (0, 2, 4):
         indices = indices.unflatten(dim, (-1, TILE_SIDE))
     indices = indices.permute(0, 2, 4, 1, 3, 5).reshape(-1, _TILE_TOKENS)
-    return indices.clamp_min(0), indices >= 0
+    token_mask = indices >= 0
+    places = token_mask.flatten().nonzero().squeeze(1)
+    return indices.clamp_min(0), token_mask, places[indices[token_mask].argsort()]
 
 
 def _average_tiles(x: Tensor, token_mask: Tensor) -> Tensor:

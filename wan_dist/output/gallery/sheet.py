@@ -8,6 +8,7 @@ import imageio_ffmpeg
 from PIL import Image, UnidentifiedImageError
 
 from wan_dist.runtime.atomic_write import atomic_write
+from wan_dist.runtime.ffmpeg import describe_failure, find_ffmpeg
 
 SHEET_COLUMNS, SHEET_ROWS = 4, 2
 _MAX_FRAME_PIXELS = 320
@@ -72,7 +73,7 @@ def _make_thumbnail(picture_path: Path) -> Image.Image:
 def _tile_frames(video: Path, num_frames: int | None) -> Image.Image:
     try:
         num_frames = num_frames or imageio_ffmpeg.count_frames_and_secs(str(video.absolute()))[0]
-        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        ffmpeg = find_ffmpeg()
     except RuntimeError as fault:
         raise SheetError(
             f"cannot make a contact sheet of {video}: it cannot be read as a video"
@@ -111,9 +112,6 @@ def _tile_frames(video: Path, num_frames: int | None) -> Image.Image:
             f"cannot make a contact sheet of {video}: ffmpeg took more than {_FFMPEG_TIMEOUT_SECONDS} s"
         ) from fault
     if result.returncode or not result.stdout:
-        last_words = result.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise SheetError(
-            f"cannot make a contact sheet of {video}: ffmpeg says {' '.join(last_words) or 'nothing'} "
-            f"(exit code {result.returncode})"
-        )
+        failure = describe_failure(result.stderr, result.returncode)
+        raise SheetError(f"cannot make a contact sheet of {video}: {failure}")
     return Image.open(io.BytesIO(result.stdout))

@@ -4,6 +4,7 @@ Sources: `WanVace` of the reference (Wan-Video/Wan2.1), and VACE (arXiv:2503.075
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -20,6 +21,7 @@ from wan_dist.pipeline.conditioning.encoders import (
 )
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.tasks.images import compute_covering_size
 from wan_dist.tasks.source_video import SourceVideo, VideoFacts, iterate_frames
 
 _MASK_THRESHOLD = 0.5
@@ -108,10 +110,11 @@ def resize_to_cover(frame: Tensor, size: tuple[int, int]) -> Tensor:
     width, height = size
     if frame.shape[1:] == (height, width):
         return frame
-    scale = max(width / frame.shape[2], height / frame.shape[1])
-    new_size = (round(scale * frame.shape[1]), round(scale * frame.shape[2]))
-    resized = F.interpolate(frame.unsqueeze(0), size=new_size, mode="bicubic", antialias=True)
-    top, left = (new_size[0] - height) // 2, (new_size[1] - width) // 2
+    new_width, new_height = compute_covering_size((frame.shape[2], frame.shape[1]), size)
+    resized = F.interpolate(
+        frame.unsqueeze(0), size=(new_height, new_width), mode="bicubic", antialias=True
+    )
+    top, left = (new_height - height) // 2, (new_width - width) // 2
     return resized[0, :, top : top + height, left : left + width]
 
 
@@ -161,13 +164,11 @@ def read_mask_channels(plan: VideoPlan) -> Tensor:
     row_pixels, column_pixels = plan.height // rows, plan.width // columns
     if plan.source is None:
         return torch.ones(1, row_pixels * column_pixels, num_latents, rows, columns)
-    frame_num = plan.frame_num
-    wanted = {int((index + 0.5) * frame_num / num_latents) for index in range(num_latents)}
-    masks = [
-        mask
-        for index, mask in enumerate(iterate_masks(plan.source, (plan.width, plan.height)))
-        if index in wanted
-    ]
+    wanted = (int((index + 0.5) * plan.frame_num / num_latents) for index in range(num_latents))
+    source = replace(
+        plan.source, frame_indices=tuple(plan.source.frame_indices[index] for index in wanted)
+    )
+    masks = list(iterate_masks(source, (plan.width, plan.height)))
     channels = F.pixel_unshuffle(torch.stack(masks), row_pixels)  # (T, 64, h, w)
     return channels.transpose(0, 1).unsqueeze(0)
 
