@@ -1,7 +1,9 @@
 """Free GPU memory: measured and probed on all ranks, and the fallback when it runs out."""
 
+import ctypes
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -13,10 +15,17 @@ from wan_dist.runtime.log import logger
 
 
 def free_memory() -> None:
-    """Collect garbage, and release the allocator's unused GPU memory."""
+    """Collect garbage, and release what the allocators of GPU and host do not use."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    _trim_host_heap()
+
+
+def _trim_host_heap() -> None:
+    """Give freed pages of the heap back to the system, where the C library can."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def measure_free_bytes(device: torch.device, axis: Axis, *, budget_gib: float | None = None) -> int:
