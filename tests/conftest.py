@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from tests.composing import parse_once
+from wan_dist.runtime import signals
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED_GOLDENS = Path(__file__).parents[2] / "shared" / "goldens"
@@ -51,6 +53,27 @@ def _keyboard_signals_are_not_ignored() -> None:
     for number, handler in defaults.items():
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture
+def restored_signals(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After the test signals are handled as before it, and what has watched for them has ended.
+
+    A run that was ended by a signal goes on watching, as its process would end too; what it logs a little
+    later would reach another test.
+    """
+    monkeypatch.setattr(signals, "_log_preemption_request", lambda: None)
+    handlers = {number: signal.getsignal(number) for number in signals._PREEMPTION_SIGNALS}
+    earlier_threads, wakeup = set(threading.enumerate()), signal.set_wakeup_fd(-1)
+    yield
+    if (write_end := signal.set_wakeup_fd(wakeup)) != -1:
+        os.close(write_end)
+    for thread in set(threading.enumerate()) - earlier_threads:
+        if thread.name == signals.WATCHER_NAME:
+            thread.join(timeout=5)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signals.preemption.reset()
 
 
 @pytest.fixture(scope="session", autouse=True)

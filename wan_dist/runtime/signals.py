@@ -18,6 +18,8 @@ from types import FrameType
 from wan_dist.runtime.environment import detect_launcher, read_rank_layout
 from wan_dist.runtime.log import logger
 
+WATCHER_NAME = "signal watcher"
+"""Of the thread that acts on signals when the main one cannot."""
 EXIT_PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
 CONTINUE_ADVICE = "run the same command again to continue"
@@ -186,7 +188,9 @@ def handle_signals() -> Iterator[None]:
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     previous_wakeup_fd = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=_watch_signals, args=(read_end,), daemon=True).start()
+    threading.Thread(
+        target=_watch_signals, args=(read_end,), name=WATCHER_NAME, daemon=True
+    ).start()
     try:
         yield
     finally:

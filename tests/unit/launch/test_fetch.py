@@ -352,6 +352,7 @@ def test_a_client_that_cannot_be_imported_is_told_too(
     assert "could not be downloaded: ModuleNotFoundError" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("restored_signals")
 def test_a_signal_does_not_wait_for_the_file_under_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,10 +365,8 @@ def test_a_signal_does_not_wait_for_the_file_under_way(
 
     monkeypatch.setattr(hub, "snapshot_download", downloading)
     monkeypatch.setattr(preemption.os, "_exit", leave)
-    monkeypatch.setattr(preemption, "_log_preemption_request", lambda: None)
     with pytest.raises(SystemExit, match="75"):
         main(["fetch", "t2v-14B", str(tmp_path)])
-    preemption.preemption.reset()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,15 +39,7 @@ def test_ranks_that_die_are_started_again(
     assert (tmp_path / "starts").stat().st_size == num_starts
 
 
-@pytest.fixture
-def _no_other_handlers() -> Iterator[None]:
-    """What watches signals since a test that sent one to a run would end this process."""
-    before = signal.set_wakeup_fd(-1)
-    yield
-    signal.set_wakeup_fd(before)
-
-
-@pytest.mark.usefixtures("_no_other_handlers")
+@pytest.mark.usefixtures("restored_signals")
 @pytest.mark.parametrize("code", ["import time; time.sleep(60)", "sys.exit(1)"])
 def test_a_signal_ends_it(code: str, tmp_path: Path) -> None:
     """While the ranks work, and while there are none."""

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,20 +28,7 @@ from wan_dist.tasks import run_config
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
-@pytest.fixture(autouse=True)
-def _handlers_are_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(
-        module, "_log_preemption_request", lambda: None
-    )  # it would when the test has ended
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    wakeup = signal.set_wakeup_fd(
-        -1
-    )  # a run that was ended in another test goes on watching signals
-    yield
-    signal.set_wakeup_fd(wakeup)
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    preemption.reset()
+pytestmark = pytest.mark.usefixtures("restored_signals")
 
 
 @pytest.fixture
