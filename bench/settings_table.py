@@ -25,6 +25,9 @@ _SECTION_TITLES = {
     "output": "output",
     "serve": "serve",
 }
+_LARGEST_FUN_TASK = "fun-camera-A14B"
+_FUN_LINK = "[the Fun models](docs/tasks.md#the-fun-models)"
+_FUN_INPUTS = "`prompt`, perhaps images, `src_video` and `src_ref_images`, or `camera`"
 _LARGE_GPU, _HOST = 139 * GIB, 256 * GIB
 
 
@@ -92,17 +95,27 @@ def list_published_rows() -> Iterator[list[str]]:
 
 
 def list_overview_rows() -> Iterator[list[str]]:
-    """Yield the titles, then input and GPU memory of each task at its default size, for the README."""
+    """Yield the titles, then input and GPU memory of each task at its default size, for the README.
+
+    Tasks of which all that is equal share a row, and the Fun models have one, of the one that needs most.
+    """
     yield ["task", "input", "result", "GPU GiB, all resident", "GPU GiB, at least"]
+    links_by_facts: dict[tuple[str, ...], list[str]] = {}
     for task in TASKS.values():
-        if task.name == "toy":
+        if task.name == "toy" or task.family != task.name != _LARGEST_FUN_TASK:
             continue
         config = _read_task_config(task)
         count = f"{config.frame_num} frames" if config.frame_num > 1 else "one image"
         result = f"{config.size}, {count}"
         peaks = [_plan_peak(task, preset) for preset in ("fast", "minimal")]
         link = f"[{task.name}](docs/tasks.md#{task.name.lower().replace('.', '')})"
-        yield [link, _list_inputs(task), result, *(f"{peak:.1f}" for peak in peaks)]
+        inputs = _list_inputs(task)
+        if task.family != task.name:
+            link, inputs = _FUN_LINK, _FUN_INPUTS
+        facts = (inputs, result, *(f"{peak:.1f}" for peak in peaks))
+        links_by_facts.setdefault(facts, []).append(link)
+    for facts, links in links_by_facts.items():
+        yield [", ".join(links), *facts]
 
 
 def _list_inputs(task: Task) -> str:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import FIXTURES, golden_folder, has_golden
 from tests.ranks.tables import run_workers
 from tests.test_command import reference_arguments
+from tests.test_fun import list_settings as list_fun_settings
 from tests.unit.weights.test_lora_merging import make_lora
 from tests.weight_files import make_comfyui_folder
 
@@ -37,6 +38,8 @@ I2V, A14B, TI2V = (
     ("t2v-A14B", "wan2.2-t2v-a14b", "unipc"),
     ("ti2v-5B", "wan2.2-ti2v-5b", "i2v"),
 )
+CONTROL = ("fun-control-A14B", "wan-fun/control-a14b", "ref")
+CAMERA = ("fun-camera-A14B", "wan-fun/camera-a14b", "start")
 VACE = ("vace-14B", "wan2.1-vace-files", "video_ref")
 FLF2V, I2V_A14B = ("flf2v-14B", "wan2.1-flf2v", "unipc"), ("i2v-A14B", "wan2.2-i2v-a14b", "unipc")
 
@@ -60,12 +63,14 @@ CASES = {
         Case(*A14B, "parallel.cfg=2 memory.dit=stream"),
         Case(*VACE, "parallel.ulysses=2 memory.dit=disk memory.slice_tokens=31"),
         Case(*VACE, "parallel.cfg=2 fsdp.dit=true"),
+        Case(*CAMERA, "parallel.ulysses=2 fsdp.dit=true"),
     ],
     3: [
         Case(*T2V, ""),
         Case(*I2V, "parallel.ring=3 fsdp.dit=true fsdp.t5=true"),
         Case(*TI2V, "parallel.ring=3"),
         Case(*VACE, "parallel.ring=3 memory.dit=stream"),
+        Case(*CONTROL, "parallel.ring=3 memory.dit=disk memory.slice_tokens=5"),
     ],
     4: [
         Case(*T2V, ""),
@@ -80,6 +85,7 @@ CASES = {
         Case(*TI2V, "parallel.cfg=2 parallel.ulysses=2 fsdp.dit=true"),
         Case(*FLF2V, "parallel.ulysses=4"),
         Case(*VACE, "parallel.ring=2 parallel.ulysses=2 fsdp.dit=true"),
+        Case(*CONTROL, "parallel.cfg=2 parallel.ulysses=2 fsdp.dit=true"),
     ],
 }
 
@@ -122,8 +128,9 @@ def test_any_spread_gives_the_reference_implementations_video(tmp_path: Path) ->
     for name, (num_ranks, case) in cases.items():
         # a text is encoded once by each number of ranks, and where its encoder is sharded or streamed
         cache = "null" if "t5=" in case.spread else tmp_path / f"prompts-{num_ranks}"
+        list_arguments = list_fun_settings if "fun" in case.task else reference_arguments
         arguments = [
-            *reference_arguments(golden_folder(case.golden), case.case, case.task),
+            *list_arguments(golden_folder(case.golden), case.case, case.task),
             *case.spread.split(),
             "dtype=float32",
             "device=cpu",

@@ -34,6 +34,7 @@ PATH_KEYS = (
     "src_video",
     "src_mask",
     "src_ref_images",
+    "camera",
     "latents",
     "jobs",
     "cache.dir",

@@ -48,6 +48,7 @@ ATTENTION_BACKENDS = (
 QUANTIZATIONS = ("none", "fp8", "int8", "int4")
 DEVICES = ("auto", "cuda", "cpu")
 NOISE_DEVICES = ("cpu", "cuda")
+FITS = ("stretch", "crop")
 NOISE_LAYOUTS = ("channels_first", "frames_first")
 _MAX_FPS = 1000
 
@@ -142,6 +143,19 @@ class RunConfig:
         Effect.LATENTS,
         is_new=True,
     )
+    camera: str | None = _key(
+        None,
+        "path of the camera: file of poses, as RealEstate10K's, or a motion: static, pan_left, "
+        "pan_right, pan_up, pan_down, pan_left_up ..., zoom_in, zoom_out, clockwise, anticlockwise",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    fit: str = _key(
+        "stretch",
+        "how pictures get the size of a Fun model's video: stretch, as its makers do, or crop",
+        Effect.LATENTS,
+        is_new=True,
+    )
     context_scale: float = _key(
         1.0, "how strongly src_video and src_ref_images steer", Effect.LATENTS, is_new=True
     )
@@ -228,6 +242,7 @@ class RunConfig:
         check_choice("attention", self.attention, ATTENTION_BACKENDS)
         check_choice("device", self.device, DEVICES)
         check_choice("noise_device", self.noise_device, NOISE_DEVICES)
+        check_choice("fit", self.fit, FITS)
         check_choice("noise_layout", self.noise_layout, NOISE_LAYOUTS)
         check_choice("lora_unmatched", self.lora_unmatched, UNMATCHED_CHOICES)
         list_loras(self)

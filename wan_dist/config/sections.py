@@ -13,7 +13,7 @@ from wan_dist.config.settings import ALL_EFFECTS, Effect
 from wan_dist.config.settings import add_setting as _key
 from wan_dist.runtime.errors import InputError
 
-SOLVERS = ("unipc", "dpm++", "euler", "lcm", "rcm", "rcm_ode")
+SOLVERS = ("unipc", "dpm++", "euler", "fun_euler", "lcm", "rcm", "rcm_ode")
 DTYPES = ("bfloat16", "float32")
 STEP_CACHES = ("easy", "tea")
 USP_IMPLEMENTATIONS = ("plain", "xfuser")
@@ -33,8 +33,8 @@ class SampleConfig:
 
     solver: str = _key(
         "unipc",
-        "unipc, dpm++ or euler; for few-step models euler, lcm (new noise at each step, as DMD), "
-        "rcm or rcm_ode",
+        "unipc, dpm++ or euler; fun_euler (euler with the Fun models' noise levels); for few-step "
+        "models euler, lcm (new noise at each step, as DMD), rcm or rcm_ode",
         Effect.LATENTS,
     )
     steps: int = _key(50, "denoising steps", Effect.LATENTS)

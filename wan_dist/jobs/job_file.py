@@ -15,6 +15,7 @@ from wan_dist.jobs.job_entries import KEY_ALIASES, read_entries
 from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
+from wan_dist.tasks.camera import MOTIONS
 from wan_dist.tasks.input_files import INPUT_KEYS
 
 _RUN_ONLY_KEYS = (
@@ -27,7 +28,7 @@ _RUN_ONLY_KEYS = (
     "output.events",
     "serve",
 )
-_FILE_KEYS = (*INPUT_KEYS, "latents")
+_FILE_KEYS = (*INPUT_KEYS, "camera", "latents")
 """Settings that name a file, relative to the job file; so do those of `FILE_LIST_KEYS`, also several."""
 
 
@@ -186,7 +187,10 @@ def _resolve_entry(entry: dict[str, object], file: Path, line: int) -> dict[str,
             check_setting(key, value)
         except InputError as error:
             raise InputError(f"{file}, line {line}: {error}") from None
-        resolved_entry[key] = resolve_setting(file.parent, key, value, _FILE_KEYS)
+        is_motion = key == "camera" and str(value) in MOTIONS
+        resolved_entry[key] = (
+            value if is_motion else resolve_setting(file.parent, key, value, _FILE_KEYS)
+        )
     if resolved_entry.get("output.name") is None:
         digest = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]
         resolved_entry["output.name"] = "-".join(

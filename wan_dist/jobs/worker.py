@@ -51,6 +51,7 @@ from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.durations import format_duration
 from wan_dist.runtime.errors import format_message
 from wan_dist.runtime.log import add_log_file, logger, show_announcements
+from wan_dist.tasks.fun import START_KEYS
 from wan_dist.tasks.input_files import list_input_files
 
 _EMBEDDINGS_FOLDER = ".texts"
@@ -349,7 +350,8 @@ class JobWorker:
 def list_timesteps(job: PlannedJob) -> list[tuple[float, float, bool]]:
     """Return a job's timesteps, each with the next and whether the first frame is known (image to video)."""
     inputs = job.plan.task.inputs
-    has_image = bool(list_input_files(read_settings(job.config, Effect.LATENTS)))
+    input_files = list_input_files(read_settings(job.config, Effect.LATENTS))
+    has_image = not set(START_KEYS).isdisjoint(input_files)
     first_frames = {has_image, has_image or job.plan.num_clips > 1}
     return [
         (*timesteps, is_known and inputs.has_known_first_frame)

@@ -1,4 +1,6 @@
-"""Context projection: text and image features to every block's cross-attention keys and values, once a video.
+"""Context projection: what the transformer takes beside the latents, computed once a video.
+
+Text and image features become every block's cross-attention keys and values, control inputs become tokens.
 
 These layers are a quarter of an image-to-video transformer's weights and are not needed in the denoising
 steps, so they are a model of their own, which is freed before the transformer is loaded. Layer names are
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan_dist.models.control import CameraAdapter, ControlTokens, ReferenceEmbedding
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.kernels.transformer_ops import rms_norm
@@ -90,7 +93,7 @@ class ContextBlock(nn.Module):
 
 
 class ContextProjection(nn.Module):
-    """Projection of embedded prompts and image features to `ContextKV`."""
+    """Projection of embedded prompts and image features to `ContextKV`, of control inputs to tokens."""
 
     def __init__(self, dims: TransformerDims, dtype: torch.dtype) -> None:
         super().__init__()
@@ -103,6 +106,10 @@ class ContextProjection(nn.Module):
         )
         if dims.image_dim:
             self.img_emb = ImageEmbedding(dims)
+        if dims.ref_conv_in_dim:
+            self.ref_conv = ReferenceEmbedding(dims, dtype)
+        if dims.camera_in_dim:
+            self.control_adapter = CameraAdapter(dims, dtype)
         self.block_names = list(dims.block_names)
         for name in self.block_names:
             list_name, _, index = name.partition(".")
@@ -124,6 +131,18 @@ class ContextProjection(nn.Module):
             list_name, _, index = name.partition(".")
             del cast(nn.ModuleDict, self.get_submodule(list_name))[index]
         self.block_names = selected_names
+
+    def embed_control(
+        self, reference_latents: Tensor | None, cameras: Tensor | None, size: Sequence[int]
+    ) -> ControlTokens:
+        """Return the tokens of a reference image (1, C, 1, h, w) and of cameras (F, 16), if they are given.
+
+        ``size``: (T, h, w) of the video's latents; see `CameraAdapter.embed`.
+        """
+        return ControlTokens(
+            None if reference_latents is None else self.ref_conv.embed(reference_latents),
+            None if cameras is None else self.control_adapter.embed(cameras, size),
+        )
 
     def forward(
         self, prompts: Sequence[Tensor], image_features: Tensor | None = None

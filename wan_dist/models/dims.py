@@ -93,6 +93,10 @@ class TransformerDims:
     """Blocks to whose output a block of VACE's side branch is added (arXiv:2503.07598); none without it."""
     vace_in_dim: int = field(default=0, repr=False)
     """Channels of the side branch's input."""
+    ref_conv_in_dim: int = field(default=0, repr=False)
+    """Channels of a reference image's latents, whose tokens precede the video's; 0: it takes none."""
+    camera_in_dim: int = field(default=0, repr=False)
+    """Channels of the camera adapter's input, a frame in squares of pixels; 0: there is no adapter."""
 
     @property
     def head_dim(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.control import NO_CONTROL, ControlTokens
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_block import ContextKV, FusedBlock, FusedSelfAttention
 from wan_dist.models.kernels.transformer_ops import (
@@ -183,14 +184,16 @@ class FusedTransformer(WanTransformer):
         contexts: Sequence[ContextKV],
         rotary: tuple[Tensor, Tensor],
         residual_cache: ResidualCache | None = None,
+        control: ControlTokens = NO_CONTROL,
     ) -> list[Tensor]:
         """Return for each context the velocity (B, C_out, T, h, w), float32, of latents (B, C_in, T, h, w).
 
-        timesteps (B, 1) on the CPU, or (B, 2) where the first latent frame has a timestep of its own, the
-        first of the two; a last dim may be added, see `embed_timesteps`. T, h, w must be multiples of the
-        patch. ``contexts`` come from `ContextProjection`, ``rotary`` from `compute_rotary`. All contexts go
-        through a block before the next block runs, so that its weights are gathered or fetched only once.
-        With a ``residual_cache``, a step may reuse what the blocks added in an earlier step.
+        timesteps (B, 1) on the CPU, or more where parts of the video have timesteps of their own, see
+        `count_segment_tokens`; a last dim may be added, see `embed_timesteps`. T, h, w must be multiples of
+        the patch. ``contexts`` and ``control`` come from `ContextProjection`, ``rotary`` from
+        `compute_rotary`. All contexts go through a block before the next block runs, so that its weights are
+        gathered or fetched only once. With a ``residual_cache``, a step may reuse what the blocks added in an
+        earlier step.
         """
         time, block_time = self.embed_timesteps(timesteps)
         if self.dims.has_vsa:
@@ -198,9 +201,11 @@ class FusedTransformer(WanTransformer):
             patch = self.dims.patch
             for attention in self.self_attentions:
                 attention.vsa.grid = (t // patch[0], h // patch[1], w // patch[2])
-        all_segments = self.count_segment_tokens(latents, timesteps.shape[1])
+        all_segments = self.count_segment_tokens(
+            latents, timesteps.shape[1], control.num_reference_tokens
+        )
         x, own_rotary, segments = self.sequence.split(
-            self.embed_latents(latents), rotary, all_segments
+            control.add_to(self.embed_latents(latents)), rotary, all_segments
         )
         if (
             residual_cache is not None
@@ -223,7 +228,10 @@ class FusedTransformer(WanTransformer):
                 del input_tokens
         return [
             self.unpatchify_tokens(
-                self.sequence.gather(self.head(x, time, segments)), latents.shape[2:]
+                self.sequence.gather(self.head(x, time, segments))[
+                    :, control.num_reference_tokens :
+                ],
+                latents.shape[2:],
             )
             for x in streams
         ]

@@ -202,12 +202,18 @@ class WanTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(dims, dtype) for _ in range(dims.num_layers))
         self.head = OutputHead(dims)
 
-    def compute_rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rotary tables for latents (B, C, T, h, w), which are the same in all steps."""
+    def compute_rotary(
+        self, latents: Tensor, num_reference_frames: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return the rotary tables for latents (B, C, T, h, w), which are the same in all steps.
+
+        Reference frames, of the latents' size, precede them.
+        """
         t, h, w = (
             size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True)
         )
-        return compute_rotary_tables((t, h, w), self.dims.head_dim, device=latents.device)
+        grid = (num_reference_frames + t, h, w)
+        return compute_rotary_tables(grid, self.dims.head_dim, device=latents.device)
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Return the embeddings (B, R, D) for the head and (B, R, 6, D) for the blocks, float32.
@@ -223,15 +229,21 @@ class WanTransformer(nn.Module):
         embedding = self.time_embedding(timesteps)
         return embedding, self.time_projection(embedding, self.time_embedding_r(next_timesteps))
 
-    def count_segment_tokens(self, latents: Tensor, num_timesteps: int) -> tuple[int, ...]:
+    def count_segment_tokens(
+        self, latents: Tensor, num_timesteps: int, num_reference_tokens: int = 0
+    ) -> tuple[int, ...]:
         """Return how many tokens of latents (B, C, T, h, w) each timestep is for.
 
-        One is for all tokens; of two, the first is for the first latent frame.
+        One is for all tokens; of two, the first is for the first latent frame; of three, it is for the
+        reference tokens, which precede those of the latents.
         """
         t, h, w = (
             size // patch for size, patch in zip(latents.shape[2:], self.dims.patch, strict=True)
         )
-        return (t * h * w,) if num_timesteps == 1 else (h * w, (t - 1) * h * w)
+        if num_timesteps == 1:
+            return (num_reference_tokens + t * h * w,)
+        frame_segments = (h * w, (t - 1) * h * w)
+        return frame_segments if num_timesteps == 2 else (num_reference_tokens, *frame_segments)
 
     def forward(
         self,

@@ -1,6 +1,10 @@
-"""Cross-attention keys and values of a video's contexts, projected once before the first step."""
+"""Cross-attention keys and values, and tokens of control inputs, projected once before the first step."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.control import ControlTokens
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import all_gather
@@ -11,19 +15,29 @@ from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.weights.streaming import StreamingOptions
 
 
-def project_context_kv(
+class ProjectedContexts(NamedTuple):
+    """What a transformer takes beside the latents and the timestep, the same at all steps."""
+
+    key_values: list[ContextKV]
+    """Cross-attention's, of the prompt, and of the negative prompt if there is one."""
+    control: ControlTokens
+
+
+def project_contexts(
     session: Session,
     expert_index: int,
     conditioning: Conditioning,
+    size: Sequence[int],
     report: StageReport,
     stage_name: str,
     *,
     is_streamed: bool = False,
-) -> list[ContextKV]:
-    """Return a transformer's cross-attention keys and values of the prompt (and negative one) on every rank.
+) -> ProjectedContexts:
+    """Return what a transformer takes of the conditioning, on every rank; ``size``: (T, h, w) of the latents.
 
-    Each rank of the replica reads and computes its shard of the blocks, and the shards are all-gathered.
-    Where weights are streamed, or the model cache does not hold them, they are off the device on return.
+    Each rank of the replica reads and computes its shard of the blocks, and the shards are all-gathered;
+    control tokens are computed by all. Where weights are streamed, or the model cache does not hold them,
+    they are off the device on return.
     """
     component, axis = session.checkpoint.context_projections[expert_index], session.groups.replica
     num_blocks = len(component.dims.block_names)
@@ -58,6 +72,9 @@ def project_context_kv(
             if text is not None
         ]
         local_kvs = projection(prompt_embeddings, conditioning.image_features)
+        control = projection.embed_control(
+            conditioning.reference_latents, conditioning.cameras, size
+        )
         text_kvs = [
             all_gather(local_kv.text, axis).flatten(0, 1)[:num_blocks] for local_kv in local_kvs
         ]
@@ -69,4 +86,4 @@ def project_context_kv(
         del projection, local_kvs
         if not session.model_cache.is_persistent:
             free_memory()
-    return [ContextKV(text, image_kv) for text in text_kvs]
+    return ProjectedContexts([ContextKV(text, image_kv) for text in text_kvs], control)

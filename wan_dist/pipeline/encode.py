@@ -8,7 +8,7 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast
-from wan_dist.pipeline.conditioning import image, known_first_frame, vace
+from wan_dist.pipeline.conditioning import fun, image, known_first_frame, vace
 from wan_dist.pipeline.input_cache import InputCache
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.text_embeddings import embed_prompts
@@ -23,6 +23,7 @@ INPUT_ENCODERS: dict[str, InputEncoder] = {
     "image": image.encode_inputs,
     "known_first_frame": known_first_frame.encode_inputs,
     "vace": vace.encode_inputs,
+    "fun": fun.encode_inputs,
 }
 """By the kind of a task's inputs; each returns fields of `Conditioning`, at least on the first rank.
 

@@ -24,7 +24,7 @@ class InputCache:
         folder = config.cache.resolve_folder()
         self._cache: TensorCache | None = None
         if folder is not None and self.axis.rank == 0:
-            self._key = _describe_inputs(session, plan)
+            self._key = _describe_inputs(session, plan, config.fit)
             self._cache = _open_cache(folder, int(config.cache.size_gib * 2**30))
 
     def find(self) -> dict[str, Tensor] | None:
@@ -39,7 +39,7 @@ class InputCache:
             self._cache.put(self._key, tensors)
 
 
-def _describe_inputs(session: Session, plan: RunPlan) -> str:
+def _describe_inputs(session: Session, plan: RunPlan, fit: str) -> str:
     """Return all that encoded images depend on: pixels, size, models, and how these are run."""
     checkpoint, settings = session.checkpoint, plan.model_settings
     pixels = [(image.size, hashlib.sha256(image.tobytes()).hexdigest()) for image in plan.images]
@@ -47,6 +47,8 @@ def _describe_inputs(session: Session, plan: RunPlan) -> str:
         pixels,
         (plan.task.inputs.kind, plan.width, plan.height, plan.frame_num),
         None if plan.source is None else _describe_source(plan.source),
+        (plan.image_keys, plan.task.inputs.channels, plan.camera, fit),
+        checkpoint.transformers[0].dims.ref_conv_in_dim,
         checkpoint.vae_digest,
         checkpoint.image_encoder_digest,
         (settings.dtype, settings.memory.vae_dtype, session.device.type),

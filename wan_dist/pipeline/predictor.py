@@ -11,7 +11,6 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.attention.vsa import choose_vsa_sparsity
 from wan_dist.models.dims import TransformerDims
-from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
 from wan_dist.models.gguf_linear import compress_blocks
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
@@ -22,7 +21,7 @@ from wan_dist.parallel.cfg import ParallelGuidance
 from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.mesh import ProcessGroups, set_group_timeout
 from wan_dist.parallel.shared_work import OutOfMemoryOnRankError
-from wan_dist.pipeline.contexts import project_context_kv
+from wan_dist.pipeline.contexts import ProjectedContexts, project_contexts
 from wan_dist.pipeline.fallback_predictor import FallbackPredictor
 from wan_dist.pipeline.out_of_memory import ensure_ranks_can_allocate, free_memory
 from wan_dist.pipeline.session import Session
@@ -209,17 +208,18 @@ class ExpertPredictor:
 
     def _load_model_and_contexts(
         self, expert_index: int, stage_suffix: str, arrangement: Arrangement, num_rounds: int
-    ) -> tuple[FusedTransformer, list[ContextKV]]:
-        """Return a transformer, and its cross-attention keys and values of the contexts."""
+    ) -> tuple[FusedTransformer, ProjectedContexts]:
+        """Return a transformer, and what it takes beside latents and timesteps."""
         model_cache = self.session.model_cache
         slot = self.session.get_cache_slot("transformer", expert_index)
         variant = (expert_index, arrangement)
         # Before the projection is loaded, which needs the memory.
         model_cache.evict_others(slot, variant)
-        contexts = project_context_kv(
+        contexts = project_contexts(
             self.session,
             expert_index,
             self.conditioning,
+            self.noise.shape[2:],
             self.report,
             f"context{stage_suffix}",
             is_streamed=arrangement.dit != "resident",
@@ -255,14 +255,19 @@ class ExpertPredictor:
             for timestep, next_timestep, is_known in timesteps
         )
         return [
-            make_timestep_rows(timestep, next_timestep, has_known_frame=is_known)
+            make_timestep_rows(
+                timestep,
+                next_timestep,
+                has_known_frame=is_known,
+                has_reference=dims.ref_conv_in_dim > 0,
+            )
             for timestep, next_timestep, is_known in distinct_timesteps
         ]
 
     def _build_guidance(
         self,
         model: FusedTransformer,
-        contexts: list[ContextKV],
+        contexts: ProjectedContexts,
         guide_scale: float,
         num_done: int,
         arrangement: Arrangement,
@@ -273,12 +278,12 @@ class ExpertPredictor:
         """
         cfg_axis, is_guidance_parallel = self.groups.cfg, self.groups.cfg.size == 2
         if is_guidance_parallel:
-            contexts = [contexts[cfg_axis.rank]]
-        elif guide_scale == 1:
-            contexts = contexts[:1]
+            key_values = [contexts.key_values[cfg_axis.rank]]
+        else:
+            key_values = contexts.key_values[: 1 if guide_scale == 1 else None]
         velocities = VelocityPredictor(
             model,
-            contexts,
+            key_values,
             self.conditioning,
             self.noise,
             separate_contexts=arrangement.passes == "apart",
@@ -286,6 +291,7 @@ class ExpertPredictor:
             next_timesteps=self.plan.sampling.schedule.next_timesteps
             if model.dims.takes_next_timestep
             else None,
+            control=contexts.control,
         )
         return (
             ParallelGuidance(velocities, scale=guide_scale, axis=cfg_axis)

@@ -14,6 +14,8 @@ from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_unchanged_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
+from wan_dist.tasks.camera import MOTIONS
+from wan_dist.tasks.fun import FunInputs
 from wan_dist.tasks.input_files import INPUT_KEYS, list_input_files
 
 FORMAT_VERSION = 2
@@ -72,6 +74,10 @@ def compute_latents_digest(
         "name": name,
     }
     depends_on |= _select_new_settings(settings)
+    if (camera := settings.get("camera")) is not None and camera not in MOTIONS:
+        depends_on["camera"] = _compute_file_digest("camera", camera)
+    if isinstance(plan.task.inputs, FunInputs) and plan.source is not None:
+        depends_on["frames"] = plan.source.frame_indices  # fps decides on them
     # A random seed is drawn anew by each submission, but not when Slurm requeues it; for a job, once for its
     # line of the file of jobs.
     if settings["seed"] == -1 and not is_job:

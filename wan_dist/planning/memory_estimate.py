@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from wan_dist.models.dims import ImageEncoderDims
+from wan_dist.planning.control_memory import estimate_control_bytes, list_camera_parts
 from wan_dist.planning.gguf_memory import DECODING_BYTES
 from wan_dist.planning.parameter_bytes import (
     count_all_blocks_bytes,
@@ -124,6 +125,8 @@ def estimate_activation_bytes(workload: Workload, arrangement: Arrangement) -> i
         embedding_bytes = (workload.num_tokens + num_tokens) * dims.dim * itemsize
         if dims.vace_layers:
             embedding_bytes += residual_bytes
+        if dims.ref_conv_in_dim:  # all tokens, then with those of the reference image
+            embedding_bytes += workload.num_tokens * dims.dim * itemsize
     block_bytes = residual_bytes + max(attention_bytes, feed_forward_bytes, head_bytes)
     return max(block_bytes, embedding_bytes) + latent_bytes
 
@@ -263,7 +266,8 @@ def _estimate_context_stage(
     gpu_parts = {
         "weights": count_projection_bytes(dims, itemsize, num_blocks),
         "contexts": context_shard_bytes + all_context_bytes,
-    } | _list_merging_parts(workload, arrangement)
+    }
+    gpu_parts |= _list_merging_parts(workload, arrangement) | list_camera_parts(workload)
     return StageMemory("context", gpu_parts, process_parts | staging_parts)
 
 
@@ -280,6 +284,7 @@ def _estimate_load_stage(
 ) -> StageMemory:
     dims = workload.model_dims.transformer
     all_context_bytes, _ = estimate_context_bytes(workload)
+    all_context_bytes += estimate_control_bytes(workload, arrangement)
     weight_bytes = _count_denoise_weight_bytes(workload, arrangement)
     if not arrangement.shard_dit:  # deleted once the timesteps are embedded
         weight_bytes += count_time_embedding_bytes(dims)
@@ -306,7 +311,7 @@ def _estimate_denoise_stage(
     block_bytes = _count_largest_block_bytes(workload, arrangement)
     gpu_parts = {
         "weights": _count_denoise_weight_bytes(workload, arrangement),
-        "contexts": own_context_bytes,
+        "contexts": own_context_bytes + estimate_control_bytes(workload, arrangement),
     }
     if arrangement.shard_dit:
         gpu_parts["gathered"] = 2 * block_bytes

@@ -19,8 +19,11 @@ NUM_TRAIN_TIMESTEPS = 1000
 """Noise levels that the models are trained on."""
 _LARGEST_SIGMAS = {"unipc": float(np.float32(1 - 1 / NUM_TRAIN_TIMESTEPS))}
 """By solver; 1 for others. The reference's UniPC starts from the largest of its float32 training schedule."""
-_TIMESTEP_FORMATS = {"lcm": "float", "rcm": "bfloat16", "rcm_ode": "bfloat16"}
+_TIMESTEP_FORMATS = {"lcm": "float", "fun_euler": "float", "rcm": "bfloat16", "rcm_ode": "bfloat16"}
 """How timesteps are rounded, by solver; to integers for others, as the base models were trained."""
+_FUN_SOLVER = "fun_euler"
+_SMALLEST_FUN_SIGMA = 1 / NUM_TRAIN_TIMESTEPS
+"""Before the shift, which is applied to it twice."""
 _RCM_SOLVERS = ("rcm", "rcm_ode")
 _RCM_ANGLES = (1.5, 1.4, 1.0)
 """Of the steps after the first one, which starts at the largest noise (rCM's published samplers)."""
@@ -58,6 +61,8 @@ def make_noise_schedule(sample: SampleConfig, shift: float, task: Task) -> Noise
         exact_sigmas = [*map(float, sample.sigmas), 0.0]
     elif sample.solver in _RCM_SOLVERS:
         exact_sigmas = compute_rcm_sigmas(sample.steps, _choose_sigma_max(sample, task))
+    elif sample.solver == _FUN_SOLVER:
+        exact_sigmas = compute_fun_sigmas(sample.steps, shift)
     else:
         exact_sigmas = compute_shifted_sigmas(
             sample.steps, shift, largest_sigma=_LARGEST_SIGMAS.get(sample.solver, 1.0)
@@ -80,8 +85,20 @@ def compute_shifted_sigmas(num_steps: int, shift: float, *, largest_sigma: float
     They are s σ / (1 + (s - 1) σ), s being the shift and σ evenly spaced from ``largest_sigma`` to 0.
     """
     sigmas = np.linspace(largest_sigma, 0, num_steps + 1)[:-1]
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    return [*sigmas.tolist(), 0.0]
+    return [*_shift_sigmas(sigmas, shift).tolist(), 0.0]
+
+
+def compute_fun_sigmas(num_steps: int, shift: float) -> list[float]:
+    """Return the noise levels of VideoX-Fun's Euler scheduler and a final 0.
+
+    They are evenly spaced from 1 to an end that is shifted already, then shifted.
+    """
+    end = _shift_sigmas(np.array(_SMALLEST_FUN_SIGMA), shift)
+    return [*_shift_sigmas(np.linspace(1, end, num_steps), shift).tolist(), 0.0]
+
+
+def _shift_sigmas(sigmas: np.ndarray, shift: float) -> np.ndarray:
+    return np.asarray(shift * sigmas / (1 + (shift - 1) * sigmas))
 
 
 def compute_rcm_sigmas(num_steps: int, sigma_max: float) -> list[float]:

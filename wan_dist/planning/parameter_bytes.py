@@ -105,7 +105,19 @@ def count_projection_bytes(dims: TransformerDims, itemsize: int, num_blocks: int
             + 2 * dims.dim
             + dims.image_positions * image_dim
         ) * FLOAT_BYTES
-    return total_bytes
+    return total_bytes + count_control_bytes(dims, itemsize)
+
+
+def count_control_bytes(dims: TransformerDims, itemsize: int) -> int:
+    """Return the bytes of the layers that embed a reference image and a camera's rays."""
+    patch_area = prod(dims.patch[1:])
+    num_parameters = 0
+    if dims.ref_conv_in_dim:
+        num_parameters += _count_conv_parameters(dims.ref_conv_in_dim, dims.dim, patch_area)
+    if dims.camera_in_dim:
+        num_parameters += _count_conv_parameters(dims.camera_in_dim, dims.dim, patch_area)
+        num_parameters += 2 * _count_conv_parameters(dims.dim, dims.dim, 9)
+    return num_parameters * itemsize
 
 
 def count_text_block_bytes(dims: TextEncoderDims, itemsize: int) -> int:

@@ -7,13 +7,12 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from math import prod
 
 from PIL import Image
 
 from wan_dist.config.loras import check_experts
 from wan_dist.config.model_settings import ModelSettings, collect_model_settings
-from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.schema import RunConfig, read_all_settings, read_settings
 from wan_dist.config.settings import OUTPUTS
 from wan_dist.config.weight_files import list_model_files, list_weight_files
 from wan_dist.models.dims import ModelDims
@@ -28,6 +27,7 @@ from wan_dist.planning.few_steps import advise_on_steps
 from wan_dist.planning.file_names import name_result
 from wan_dist.planning.gguf_memory import describe_weights, read_compressed_blocks
 from wan_dist.planning.hardware import Hardware
+from wan_dist.planning.latent_shape import compute_latent_shape, count_latent_tokens
 from wan_dist.planning.lora_memory import estimate_merging_bytes
 from wan_dist.planning.memory_estimate import StageMemory, estimate_memory
 from wan_dist.planning.memory_planner import (
@@ -38,9 +38,9 @@ from wan_dist.planning.memory_planner import (
 )
 from wan_dist.planning.sampling_plan import SamplingPlan, plan_sampling
 from wan_dist.planning.video_settings import (
-    VideoInput,
-    VideoSettings,
+    check_reference_image,
     choose_tea_fit,
+    collect_video_settings,
     read_text_setting,
     read_video_input,
 )
@@ -48,8 +48,8 @@ from wan_dist.planning.workload import Arrangement, CompressedBlocks, Workload
 from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.base import Task, TeaCacheFit
+from wan_dist.tasks.camera import CameraPath
 from wan_dist.tasks.image_sizes import ImageSizeReader
-from wan_dist.tasks.input_files import list_input_files
 from wan_dist.tasks.registry import get_task
 from wan_dist.tasks.source_video import SourceVideo
 
@@ -70,6 +70,11 @@ class VideoPlan:
     num_images: int
     source: SourceVideo | None
     """Frames of a source video, and of its mask, that the video is made from."""
+    image_keys: tuple[str, ...]
+    """Settings that name the images, where these have roles of their own."""
+    camera: CameraPath | None
+    input_notes: tuple[str, ...]
+    """What is done with the inputs, a line each."""
     width: int
     height: int
     size_note: str
@@ -152,8 +157,7 @@ class VideoPlan:
     @property
     def notes(self) -> list[str]:
         """Warnings about the settings, a line each."""
-        source_note = None if self.source is None else self.source.description
-        notes = (source_note, self.size_advice, self.steps_advice)
+        notes = (*self.input_notes, self.size_advice, self.steps_advice)
         return [note for note in notes if note is not None]
 
     @property
@@ -207,15 +211,7 @@ def make_plan(
     model_settings = collect_model_settings(config)
     check_experts(model_settings.loras, has_experts=task.expert_boundary is not None)
     settings = read_settings(config, OUTPUTS)
-    video_settings = VideoSettings(
-        size=config.parse_size(),
-        max_area=config.max_area,
-        frame_num=config.frame_num,
-        num_clips=config.clips,
-        input_files=list_input_files(settings),
-        context_scale=config.context_scale,
-        latents_file=config.latents,
-    )
+    video_settings = collect_video_settings(read_all_settings(config), config.parse_size())
     video = read_video_input(video_settings, task, image_size_reader, is_dry_run=is_dry_run)
     prompt = _read_prompt(config.prompt, is_required=config.latents is None and not is_dry_run)
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
@@ -224,8 +220,8 @@ def make_plan(
     ranks = ranks or read_started_ranks()
     num_heads = read_num_heads(task, config.ckpt_dir, list_weight_files(config).get("dit_file", []))
     degrees = choose_degrees(config.parallel, ranks, num_heads, is_guided=is_guided, is_job=is_job)
-    latent_shape = _compute_latent_shape(video, task)
-    num_tokens = _count_tokens(latent_shape, task)
+    latent_shape = compute_latent_shape(video, task)
+    num_tokens = count_latent_tokens(latent_shape, task.transformer_dims)
     check_attention_split(degrees, num_tokens, config.attention, config.dtype, config.parallel.usp)
     model_files = list_model_files(config) if task.repository else None
     check_placements(config.memory, config.quant, degrees, is_guided=is_guided)
@@ -239,6 +235,9 @@ def make_plan(
         images=video.images,
         num_images=max(video.num_images, 1 if config.clips > 1 else 0),
         source=video.source,
+        image_keys=video.image_keys,
+        camera=video.camera,
+        input_notes=video.notes,
         width=video.width,
         height=video.height,
         size_note=video.size_note,
@@ -276,23 +275,6 @@ def _read_negative_prompt(value: str | None) -> str:
     return read_text_setting("negative_prompt", value) or ""
 
 
-def _compute_latent_shape(video: VideoInput, task: Task) -> tuple[int, int, int, int]:
-    """Return the shape (C, T, h, w) of the video's latents."""
-    frame_stride, row_stride, column_stride = task.vae_stride
-    latent_frames = (video.frame_num - 1) // frame_stride + 1
-    if task.inputs.has_reference_frames:
-        latent_frames += video.num_images
-    rows, columns = video.height // row_stride, video.width // column_stride
-    return task.latent_channels, latent_frames, rows, columns
-
-
-def _count_tokens(latent_shape: tuple[int, int, int, int], task: Task) -> int:
-    """Return the number of tokens of latents (C, T, h, w)."""
-    return prod(
-        size // patch for size, patch in zip(latent_shape[1:], task.patch_size, strict=True)
-    )
-
-
 def read_started_ranks() -> tuple[int, int]:
     """Return how many ranks torchrun started, in all and on this node."""
     ranks = read_rank_layout()
@@ -313,8 +295,9 @@ def plan_memory(
     """Return the plan with the fastest arrangement of these models that fits, and the memory of each stage.
 
     ``compressed_blocks``: of a checkpoint's transformer in GGUF; None: of the files that settings name.
-    Raises InputError if nothing fits, with what would.
+    Raises InputError if nothing fits, with what would, and for a reference image that the models do not take.
     """
+    check_reference_image(plan.task, plan.image_keys, models.transformer)
     workload = _build_workload(plan, hardware, models, count_tokens)
     settings = plan.model_settings
     if settings.quant == "none":
@@ -363,12 +346,12 @@ def _build_workload(
     return Workload(
         model_dims=models,
         latent_shape=plan.latent_shape,
-        num_tokens=plan.num_tokens,
+        num_tokens=count_latent_tokens(plan.latent_shape, models.transformer),
         text_lengths=tuple(count_tokens(text) for text in texts),
-        num_images=plan.num_images,
+        num_images=plan.task.inputs.count_image_features(plan.num_images),
         num_reference_frames=plan.num_reference_frames,
         has_encoded_input=plan.has_encoded_input,
-        has_known_first_frame=plan.task.inputs.has_known_first_frame,
+        has_known_first_frame=plan.task.inputs.kind == "known_first_frame",
         num_experts=1 if plan.task.expert_boundary is None else 2,
         has_step_cache=plan.tea_fit is not None,
         num_ranks=plan.degrees.ranks_per_replica,
@@ -389,9 +372,9 @@ def _shorten_workload(workload: Workload, num_fewer_frames: int) -> Workload | N
     channels, num_frames, rows, columns = workload.latent_shape
     if num_fewer_frames >= num_frames - workload.num_reference_frames:
         return None
-    num_remaining_frames = num_frames - num_fewer_frames
+    latent_shape = (channels, num_frames - num_fewer_frames, rows, columns)
     return replace(
         workload,
-        latent_shape=(channels, num_remaining_frames, rows, columns),
-        num_tokens=workload.num_tokens // num_frames * num_remaining_frames,
+        latent_shape=latent_shape,
+        num_tokens=count_latent_tokens(latent_shape, workload.model_dims.transformer),
     )

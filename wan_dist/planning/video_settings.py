@@ -1,6 +1,6 @@
 """Video settings resolved for a task: size, frames, texts, images; and the checks that cross fields."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,13 +10,17 @@ from PIL import Image
 
 from wan_dist.config.checks import MAX_PROMPT_CHARACTERS, split_files
 from wan_dist.config.sections import CacheConfig
+from wan_dist.config.settings import SettingValues
+from wan_dist.models.dims import TransformerDims
 from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE, read_latents_size
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
 from wan_dist.tasks.base import AREA_480P, Task, TeaCacheFit
+from wan_dist.tasks.camera import MOTIONS, CameraPath, read_camera
+from wan_dist.tasks.fun import FunInputs, describe_fit, take_control_frames
 from wan_dist.tasks.image_sizes import ImageSizeReader, read_image_sizes
 from wan_dist.tasks.images import read_image
-from wan_dist.tasks.input_files import check_input_files
+from wan_dist.tasks.input_files import check_input_files, list_input_files
 from wan_dist.tasks.registry import TASKS
 from wan_dist.tasks.source_video import SourceVideo, read_video_facts
 from wan_dist.tasks.vace import VaceInputs, fit_source_video
@@ -37,8 +41,27 @@ class VideoSettings:
     input_files: dict[str, str]
     """By setting, see `list_input_files`."""
     context_scale: float
+    camera: str | None
+    fit: str
+    fps: int
     latents_file: str | None
     """Saved latents, which have their own size and number of frames."""
+
+
+def collect_video_settings(settings: SettingValues, size: tuple[int, int]) -> VideoSettings:
+    """Return what the settings of a run request of a video's frames; ``size``: (width, height)."""
+    return VideoSettings(
+        size=size,
+        max_area=settings["max_area"],
+        frame_num=settings["frame_num"],
+        num_clips=settings["clips"],
+        input_files=list_input_files(settings),
+        context_scale=settings["context_scale"],
+        camera=settings["camera"],
+        fit=settings["fit"],
+        fps=settings["fps"],
+        latents_file=settings["latents"],
+    )
 
 
 class VideoInput(NamedTuple):
@@ -51,6 +74,11 @@ class VideoInput(NamedTuple):
     images: tuple[Image.Image, ...] = ()
     num_images: int = 0
     source: SourceVideo | None = None
+    image_keys: tuple[str, ...] = ()
+    """Settings that name the images, where these have roles of their own."""
+    camera: CameraPath | None = None
+    notes: tuple[str, ...] = ()
+    """What is done with the inputs, a line each."""
 
     @property
     def area(self) -> int:
@@ -75,6 +103,7 @@ def read_video_input(
             f"context_scale={settings.context_scale} is for tasks with src_video, and {task.name} "
             "has no such input; leave it out"
         )
+    _check_camera(settings, task, is_dry_run=is_dry_run)
     video = _resolve_video_size(settings, task, image_size_reader, is_dry_run=is_dry_run)
     _check_size(video.width, video.height, task)
     _check_frame_num(video.frame_num, task, video.num_images)
@@ -92,6 +121,8 @@ def _resolve_video_size(
         return VideoInput(*read_latents_size(settings.latents_file, task))
     if isinstance(task.inputs, VaceInputs):
         return _read_vace_input(settings, task, image_size_reader)
+    if isinstance(task.inputs, FunInputs):
+        return _read_fun_input(settings, task, image_size_reader)
     images: tuple[Image.Image, ...] = ()
     if image_size_reader is not None:
         source_sizes = read_image_sizes(settings.input_files, task, image_size_reader)
@@ -126,7 +157,81 @@ def _read_vace_input(
     mask = None if mask_file is None else read_video_facts(mask_file, "src_mask")
     source = fit_source_video(video, mask, settings.max_area or prod(settings.size))
     frame_num = len(source.frame_indices)
-    return VideoInput(*source.size, frame_num, "", images, num_images, source)
+    return VideoInput(
+        *source.size, frame_num, "", images, num_images, source, notes=(source.description,)
+    )
+
+
+def _check_camera(settings: VideoSettings, task: Task, *, is_dry_run: bool) -> None:
+    """Raise InputError for settings of the Fun models that the task does not take, or misses."""
+    if settings.fit != "stretch" and not isinstance(task.inputs, FunInputs):
+        raise InputError(
+            f"fit={settings.fit} is for the Fun models, and {task.name} fits images as its "
+            "reference does; leave it out"
+        )
+    if settings.camera is not None and not task.inputs.takes_camera:
+        families = {task.family for task in TASKS.values() if task.inputs.takes_camera}
+        raise InputError(
+            f"camera={settings.camera} is given, but {task.name} has no camera adapter; "
+            f"{', '.join(families)} takes camera"
+        )
+    is_needed = task.inputs.takes_camera and settings.latents_file is None and not is_dry_run
+    if is_needed and settings.camera is None:
+        raise InputError(
+            f"camera is missing: {task.name} takes camera=FILE, a file of poses, or "
+            f"one of {', '.join(MOTIONS)}"
+        )
+
+
+def _read_fun_input(
+    settings: VideoSettings, task: Task, image_size_reader: ImageSizeReader | None
+) -> VideoInput:
+    """Return the inputs of a Fun model, whose video has the size of the settings."""
+    check_input_files(settings.input_files, task)
+    if settings.max_area is not None:
+        raise InputError(
+            f"max_area={settings.max_area}: {task.name} takes size=WIDTHxHEIGHT, to which pictures are fitted"
+        )
+    size, frame_num = settings.size, settings.frame_num
+    image_files = {key: file for key, file in settings.input_files.items() if key != "src_video"}
+    if "src_ref_images" in image_files:
+        references = split_files(image_files["src_ref_images"])
+        if len(references) != 1:
+            raise InputError(
+                f"src_ref_images has {len(references)} images, and {task.name} takes one"
+            )
+        image_files["src_ref_images"] = str(references[0])
+    images: tuple[Image.Image, ...] = ()
+    if image_size_reader is None:
+        images = tuple(read_image(file, key) for key, file in image_files.items())
+        sizes = dict(zip(image_files, (image.size for image in images), strict=True))
+    else:
+        sizes = {key: image_size_reader(file, key) for key, file in image_files.items()}
+    source = None
+    if "src_video" in settings.input_files:
+        video = read_video_facts(settings.input_files["src_video"], "src_video")
+        source = take_control_frames(video, frame_num, settings.fps, size)
+    return VideoInput(
+        *size,
+        frame_num,
+        "",
+        images,
+        len(image_files),
+        source,
+        tuple(image_files),
+        None if settings.camera is None else read_camera(settings.camera, frame_num, size),
+        tuple(describe_fit(sizes, size, settings.fit)),
+    )
+
+
+def check_reference_image(task: Task, image_keys: Collection[str], dims: TransformerDims) -> None:
+    """Raise InputError for a reference image that a Fun model has no layer for."""
+    has_reference = isinstance(task.inputs, FunInputs) and "src_ref_images" in image_keys
+    if has_reference and not dims.ref_conv_in_dim:
+        raise InputError(
+            "src_ref_images is given, but this checkpoint has no ref_conv, which takes a reference "
+            "image, as the first Fun Control models; use version 1.1, or leave src_ref_images out"
+        )
 
 
 def _make_blank_images(settings: VideoSettings, task: Task) -> tuple[Image.Image, ...]:

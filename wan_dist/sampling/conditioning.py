@@ -22,3 +22,7 @@ class Conditioning:
     """
     known_latents: Tensor | None = None
     """(1, C, 1, h, w): the first latent frame, if it is given and never noisy."""
+    reference_latents: Tensor | None = None
+    """(1, C, 1, h, w) of a reference image; zeros where a model that takes one gets none."""
+    cameras: Tensor | None = None
+    """(F, 16) of each frame, see `compute_rays`."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from wan_dist.models.control import NO_CONTROL, ControlTokens
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer, ResidualCache
 from wan_dist.sampling.conditioning import Conditioning
@@ -30,8 +31,10 @@ class VelocityPredictor:
         separate_contexts: bool = False,
         tea_cache: TeaCache | None = None,
         next_timesteps: Mapping[float, float] | None = None,
+        control: ControlTokens = NO_CONTROL,
     ) -> None:
         self.model = model
+        self.control = control
         self.next_timesteps = next_timesteps or {}
         self.tea_cache = tea_cache
         self.context_groups = (
@@ -42,12 +45,16 @@ class VelocityPredictor:
         ]
         self.extra_channels = conditioning.extra_channels
         self.has_known_frame = conditioning.known_latents is not None
-        self.rotary = model.compute_rotary(latents)
+        self.has_reference = control.reference is not None
+        self.rotary = model.compute_rotary(latents, int(self.has_reference))
 
     def __call__(self, latents: Tensor, timestep: float) -> list[Tensor]:
         """Return the velocity (B, C, T, h, w), float32, for each context."""
         timesteps = make_timestep_rows(
-            timestep, self.next_timesteps.get(timestep), has_known_frame=self.has_known_frame
+            timestep,
+            self.next_timesteps.get(timestep),
+            has_known_frame=self.has_known_frame,
+            has_reference=self.has_reference,
         )
         if self.extra_channels is not None:
             latents = torch.cat([latents, self.extra_channels], dim=1)
@@ -55,23 +62,32 @@ class VelocityPredictor:
         if self.tea_cache is not None:
             self.tea_cache.start_step()
         for contexts, residual_cache in zip(self.context_groups, self.residual_caches, strict=True):
-            velocities += self.model(latents, timesteps, contexts, self.rotary, residual_cache)
+            velocities += self.model(
+                latents, timesteps, contexts, self.rotary, residual_cache, self.control
+            )
         return velocities
 
 
 def make_timestep_rows(
-    timestep: float, next_timestep: float | None = None, *, has_known_frame: bool
+    timestep: float,
+    next_timestep: float | None = None,
+    *,
+    has_known_frame: bool,
+    has_reference: bool = False,
 ) -> Tensor:
     """Return the timesteps (1, R) of a video's tokens: 0 for a known first frame, which has no noise.
 
-    With ``next_timestep`` they are (1, R, 2); see `WanTransformer.embed_timesteps`.
+    Tokens of a reference image before it have the timestep of the others. With ``next_timestep`` they are
+    (1, R, 2); see `WanTransformer.embed_timesteps`.
     """
-    rows = torch.tensor([(0, timestep) if has_known_frame else (timestep,)])
+    first_rows = ((timestep, 0) if has_reference else (0,)) if has_known_frame else ()
+    rows = torch.tensor([(*first_rows, timestep)])
     if next_timestep is None:
         return rows
-    return torch.stack(
-        [rows, make_timestep_rows(next_timestep, has_known_frame=has_known_frame)], -1
+    next_rows = make_timestep_rows(
+        next_timestep, has_known_frame=has_known_frame, has_reference=has_reference
     )
+    return torch.stack([rows, next_rows], -1)
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -203,6 +203,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "unipc": UniPC,
     "dpm++": DpmSolverPlusPlus,
     "euler": Euler,
+    "fun_euler": Euler,
     "lcm": Renoising,
     "rcm": Rcm,
     "rcm_ode": RcmOde,

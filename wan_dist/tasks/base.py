@@ -4,6 +4,7 @@ Each kind of inputs is a pair of modules of one name: here what the inputs are a
 in `pipeline.conditioning` how they become conditioning of the transformer.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -51,7 +52,11 @@ class TaskInputs:
     has_reference_frames: bool = False
     """Each image is a latent frame before those of the video."""
     has_known_first_frame: bool = False
-    """The image is the first latent frame, encoded alone, with its own timestep."""
+    """The first image is the first latent frame, with its own timestep."""
+    takes_camera: bool = False
+    """The path of a camera is an input, and required."""
+    channels: tuple[str, ...] = ()
+    """Parts of the channels beside the noisy latents, in their order, where tasks differ in it."""
 
     def choose_keys(self, given_keys: Collection[str]) -> tuple[str, ...]:
         """Return the settings that belong together, by those that are given."""
@@ -64,6 +69,10 @@ class TaskInputs:
     def find_min_frame_num(self, num_images: int) -> int:
         """Return the fewest frames of a video from so many images: two need latent frames of their own."""
         return 5 if num_images > 1 else 1
+
+    def count_image_features(self, num_images: int) -> int:
+        """Return of how many images cross-attention takes features, where it takes any."""
+        return num_images
 
     @property
     def takes_clips(self) -> bool:
@@ -114,6 +123,11 @@ class Task:
 
     From ali-vilab/TeaCache, TeaCache4Wan2.1: those for the transformer's e0.
     """
+
+    @property
+    def family(self) -> str:
+        """The task's name, or a pattern of the names of tasks that differ in size alone."""
+        return re.sub(r"^(fun-\w+)-.*", r"\1-*", self.name)
 
     @property
     def latent_channels(self) -> int:

@@ -30,15 +30,15 @@ def check_input_files(input_files: Mapping[str, str], task: Task) -> None:
                 f"{' and '.join(input_files)} are given, but {task.name} takes {inputs.usage}"
             )
         accepting_tasks = [
-            name
-            for name, other_task in TASKS.items()
+            other_task.family
+            for other_task in TASKS.values()
             if unexpected_keys[0]
             in (*other_task.inputs.file_keys, *other_task.inputs.alternative_keys)
             and other_task.repository
         ]
         raise InputError(
             f"{unexpected_keys[0]} is given, but {task.name} takes {inputs.usage}; "
-            f"{', '.join(accepting_tasks)} would take {unexpected_keys[0]}"
+            f"{', '.join(dict.fromkeys(accepting_tasks))} would take {unexpected_keys[0]}"
         )
     missing_keys = [key for key in task_keys if key not in input_files]
     if missing_keys and inputs.is_required:

@@ -7,11 +7,18 @@ what the user cannot change.
 from collections.abc import Iterable
 
 from wan_dist.runtime.errors import InputError, suggest_nearest
-from wan_dist.tasks import image, known_first_frame, text, vace
+from wan_dist.tasks import fun, image, known_first_frame, text, vace
 from wan_dist.tasks.base import Task
 
 TASKS = {
-    task.name: task for task in (*text.TASKS, *image.TASKS, *vace.TASKS, *known_first_frame.TASKS)
+    task.name: task
+    for task in (
+        *text.TASKS,
+        *image.TASKS,
+        *vace.TASKS,
+        *fun.TASKS,
+        *known_first_frame.TASKS,
+    )
 }
 UNSUPPORTED_TASKS = ("s2v-14B", "animate-14B")
 

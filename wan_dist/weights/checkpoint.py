@@ -370,7 +370,10 @@ def _check_task(checkpoint: Checkpoint, task: Task) -> None:
                 int(expected_dims.image_positions > 0),
             ),
             "VACE channels": (dims.vace_in_dim, expected_dims.vace_in_dim),
+            "camera channels": (dims.camera_in_dim, expected_dims.camera_in_dim),
         }
+        if dims.ref_conv_in_dim:  # the first Fun Control models have none
+            traits["reference channels"] = (dims.ref_conv_in_dim, expected_dims.ref_conv_in_dim)
         mismatches = [
             f"{actual} {trait}, not {expected}"
             for trait, (actual, expected) in traits.items()

@@ -114,15 +114,20 @@ class TransformerInputs(NamedTuple):
     num_channels: int
     has_images: bool
     num_vace_channels: int
+    has_camera: bool
 
 
 def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> TransformerInputs:
     """Return a transformer's width, its input channels, and what other inputs it has."""
     shapes = _TensorShapes(files, key_map)
     dim, num_channels = _get_patch_shape(shapes)[:2]
-    num_vace_channels = shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1)
-    has_images = "img_emb.proj.0.weight" in shapes
-    return TransformerInputs(dim, num_channels, has_images, num_vace_channels)
+    return TransformerInputs(
+        dim,
+        num_channels,
+        has_images="img_emb.proj.0.weight" in shapes,
+        num_vace_channels=shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1),
+        has_camera="control_adapter.conv.weight" in shapes,
+    )
 
 
 def select_config_entries(
@@ -184,6 +189,8 @@ def infer_transformer_dims(
         has_vsa="blocks.0.to_gate_compress.weight" in shapes,
         vace_layers=_choose_vace_layers(config_reader, num_layers, num_vace_blocks),
         vace_in_dim=shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1),
+        ref_conv_in_dim=shapes.get_size_or_zero("ref_conv.weight", rank=4, dim=1),
+        camera_in_dim=shapes.get_size_or_zero("control_adapter.conv.weight", rank=4, dim=1),
     )
 
 

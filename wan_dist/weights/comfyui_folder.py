@@ -100,10 +100,13 @@ def _find_mismatch(files: TensorFiles, setting: str, task: Task) -> str | None:
     if setting == "dit_file":
         inputs = _infer_transformer_inputs(files)
         expected = task.transformer_dims
-        if inputs[1:] != (expected.in_dim, expected.image_dim > 0, expected.vace_in_dim):
+        expected_inputs = (expected.in_dim, expected.image_dim > 0, expected.vace_in_dim)
+        if inputs[1:4] != expected_inputs:
             branch = " and an image branch" if inputs.has_images else ""
             branch += " and VACE's side branch" if inputs.num_vace_channels else ""
             return f"{inputs.num_channels} input channels{branch}"
+        if inputs.has_camera != (expected.camera_in_dim > 0):
+            return f"it has {'a' if inputs.has_camera else 'no'} camera adapter"
     return None
 
 

@@ -52,8 +52,6 @@ _OTHER_TASKS = (
     (r"(?:^|\.)(?:face_adapter|motion_encoder|pose_patch_embedding)\.", "Wan-Animate"),
     (r"(?:^|\.)(?:casual_audio_encoder|audio_injector)\.", "Wan-S2V"),
     (r"(?:^|\.)(?:audio_proj|audio_model)\.", "a model driven by sound, as HuMo and MultiTalk"),
-    (r"(?:^|\.)control_adapter\.", "a model with camera control"),
-    (r"(?:^|\.)ref_conv\.", "Wan-Fun control"),
     (r"(?:^|\.)(?:double_blocks|transformer_blocks|joint_blocks)\.0\.", "a model other than Wan"),
 )
 """Patterns of keys that only transformers of unsupported tasks have, and the tasks' names."""

@@ -102,6 +102,7 @@ TEXTS += [
     "float32",
     "cpu",
     "frames_first",
+    "crop",
     "stream",
     "disk",
     "euler",

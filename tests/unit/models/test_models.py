@@ -99,6 +99,11 @@ STEPS = [
     ("wan2.2-ti2v-5b", "ti2v-5B", "i2v"),
     ("wan2.1-vace", "vace-14B", "mask"),
     ("wan2.1-vace", "vace-14B", "mask_ref"),
+    ("wan-fun/inp-a14b", "fun-inp-A14B", "text"),
+    ("wan-fun/control-a14b", "fun-control-A14B", "ref"),
+    ("wan-fun/control-a14b", "fun-control-A14B", "start_end"),
+    ("wan-fun/control-2.1-14b", "fun-control-14B", "ref"),
+    ("wan-fun/control-2.1-14b", "fun-control-14B", "start"),
 ]
 
 
@@ -112,14 +117,20 @@ def test_every_step_of_the_transformer(
     projections = [component.load(CPU) for component in checkpoint.context_projections]
     golden = load_file(golden_folder(folder) / f"expected/{case}.safetensors")
     features = golden.get("input.clip_fea")
+    if features is not None and features.dim() == 2:
+        features = features.unsqueeze(0)
     extra = golden.get("input.y", golden.get("input.vace_context"))
-    rotary = models[0].compute_rotary(golden["step0.latent"].unsqueeze(0))
+    reference = golden["input.ref_latent"][None, :, None] if "input.ref_latent" in golden else None
+    first_latents = golden["step0.latent"].unsqueeze(0)
+    rotary = models[0].compute_rotary(first_latents, int(reference is not None))
     boundary = (TASKS[task].expert_boundary or 0) * 1000
     run = json.loads((golden_folder(folder) / f"expected/{case}.json").read_text(encoding="utf-8"))
     # Not the file's own timesteps: of two for a step, where an image is given, it holds the first, which
     # is always 0.
     for step, timestep in enumerate(
-        make_plain_solver(run["solver"], run["steps"], run["shift"]).timesteps
+        make_plain_solver(
+            run["solver"].replace("dpmpp", "dpm++"), run["steps"], run["shift"]
+        ).timesteps
     ):
         expert = 0 if timestep >= boundary else 1
         latents = (
@@ -131,9 +142,10 @@ def test_every_step_of_the_transformer(
         contexts = projections[expert](
             [golden["input.context"], golden["input.context_null"]], features
         )
+        control = projections[expert].embed_control(reference, None, first_latents.shape[2:])
         for branch, velocity in zip(
             ("cond", "uncond"),
-            models[expert](latents.unsqueeze(0), timesteps, contexts, rotary),
+            models[expert](latents.unsqueeze(0), timesteps, contexts, rotary, control=control),
             strict=True,
         ):
             assert velocity.dtype == torch.float32

@@ -33,9 +33,18 @@ PUBLISHED = {
     "vace-1.3B": ("832x480", 81, 16, "unipc", 50, 16.0, (5.0, 5.0)),
     "vace-14B": ("1280x720", 81, 16, "unipc", 50, 16.0, (5.0, 5.0)),
     "vace-A14B": ("1280x720", 81, 16, "unipc", 50, 12.0, (5.0, 5.0)),
+    **{
+        f"fun-{kind}-{size}": ("832x480", 81, 16, "fun_euler", 50, 5.0, (6.0, 6.0))
+        for kind in ("inp", "control", "camera")
+        for size in ("1.3B", "14B", "A14B")
+    },
+    "fun-inp-5B": ("1280x704", 121, 24, "fun_euler", 50, 5.0, (6.0, 6.0)),
+    "fun-control-5B": ("1280x704", 121, 24, "fun_euler", 40, 5.0, (6.0, 6.0)),
+    "fun-camera-5B": ("1280x704", 81, 24, "fun_euler", 50, 5.0, (6.0, 6.0)),
     "ti2v-5B": ("1280x704", 121, 24, "unipc", 50, 5.0, (5.0, 5.0)),
 }
 BOUNDARIES = {"t2v-A14B": 0.875, "vace-A14B": 0.875, "i2v-A14B": 0.9}
+BOUNDARIES |= {f"fun-{kind}-A14B": 0.9 for kind in ("inp", "control", "camera")}
 PREFIXES = {"i2v-14B": "镜头晃动，", "flf2v-14B": "镜头切换，镜头晃动，"}
 
 
@@ -48,7 +57,8 @@ def image(tmp_path: Path) -> str:
 def inputs(task: str, image: str) -> list[str]:
     """Return what the task needs beside a prompt."""
     inputs = TASKS[task].inputs
-    return [f"{key}={image}" for key in inputs.file_keys if inputs.is_required]
+    files = [f"{key}={image}" for key in inputs.file_keys if inputs.is_required]
+    return [*files, *["camera=static"] * inputs.takes_camera]
 
 
 @pytest.mark.parametrize("task", PUBLISHED)
@@ -144,11 +154,12 @@ def test_the_last_frame_takes_the_shape_of_the_first(tmp_path: Path) -> None:
         (["task=i2v-14B", "image=broken.png"], "image=broken.png cannot be read as an image"),
         (
             ["task=i2v-14B", "first_frame=IMAGE"],
-            "first_frame is given, but i2v-14B takes image=FILE; flf2v-14B, i2v-A14B would take first_frame",
+            "first_frame is given, but i2v-14B takes image=FILE; flf2v-14B, i2v-A14B, fun-",
         ),
         (
             ["task=t2v-14B", "image=IMAGE"],
-            "image is given, but t2v-14B takes no image; i2v-14B, i2v-A14B, ti2v-5B would take image",
+            "image is given, but t2v-14B takes no image; i2v-14B, i2v-A14B, fun-inp-*, "
+            "fun-control-*, fun-camera-*, ti2v-5B would take image",
         ),
         (
             ["task=flf2v-14B"],
@@ -235,7 +246,7 @@ def test_token_counts(arguments: list[str], latent_shape: tuple[int, ...], num_t
         (["task=toy", "sample.shift=0"], "sample.shift=0.0 must be above 0"),
         (
             ["task=toy", "sample.solver=dpm"],
-            "is not one of unipc, dpm++, euler, lcm, rcm, rcm_ode; did you mean 'dpm++'?",
+            "is not one of unipc, dpm++, euler, fun_euler, lcm, rcm, rcm_ode; did you mean 'dpm++'?",
         ),
         (["task=toy", "dtype=bf16"], "is not one of bfloat16, float32; did you mean 'bfloat16'?"),
         (["task=toy", "fps=0"], "fps=0 must be at least 1"),

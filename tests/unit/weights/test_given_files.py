@@ -134,8 +134,6 @@ OTHERS = [
     ("face_adapter.fuser_blocks.0.k_norm.weight", "Wan-Animate"),
     ("casual_audio_encoder.weights", "Wan-S2V"),
     ("audio_proj.audio_proj_glob_1.layer.weight", "HuMo"),
-    ("control_adapter.conv.weight", "camera control"),
-    ("ref_conv.weight", "Wan-Fun control"),
 ]
 
 

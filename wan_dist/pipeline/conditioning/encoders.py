@@ -1,6 +1,7 @@
 """Encoding of a task's inputs with CLIP and the VAE, on the ranks that the plan assigns."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -116,6 +117,14 @@ def encode_videos(
         report.record_out_of_memory("image")
     free_memory()
     return results[-1]
+
+
+def gather_chunks(frames: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield frames (3, H, W) as chunks (1, 3, n, H, W): the first one, then four at a time."""
+    num_frames = 1
+    while chunk := list(islice(frames, num_frames)):
+        yield torch.stack(chunk, dim=1).unsqueeze(0)
+        num_frames = 4
 
 
 def convert_image_to_tensor(image: Image.Image) -> Tensor:

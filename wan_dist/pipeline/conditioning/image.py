@@ -60,7 +60,12 @@ def _make_chunks(plan: VideoPlan, first_frame: Tensor | None) -> Iterator[Tensor
 
 
 def make_image_chunks(
-    first_image: Tensor, last_image: Tensor | None, *, frame_num: int, height: int, width: int
+    first_image: Tensor | None,
+    last_image: Tensor | None,
+    *,
+    frame_num: int,
+    height: int,
+    width: int,
 ) -> Iterator[Tensor]:
     """Yield a video, in the VAE encoder's chunks, of the images at its ends and zeros (mid-grey) between.
 
@@ -72,8 +77,8 @@ def make_image_chunks(
     def resize_image(image: Tensor) -> Tensor:
         return F.interpolate(image.unsqueeze(0), size=(height, width), mode="bicubic").unsqueeze(2)
 
-    yield resize_image(first_image)
-    grey_chunk = first_image.new_zeros(1, 3, 4, height, width)
+    grey_chunk = torch.zeros(1, 3, 4, height, width)
+    yield grey_chunk[:, :, :1] if first_image is None else resize_image(first_image)
     for start in range(1, frame_num, 4):
         is_last_chunk = start + 4 >= frame_num
         yield (
@@ -83,14 +88,16 @@ def make_image_chunks(
         )
 
 
-def make_image_mask(latent_shape: tuple[int, int, int, int], *, has_last_image: bool) -> Tensor:
+def make_image_mask(
+    latent_shape: tuple[int, int, int, int], *, has_last_image: bool, has_first_image: bool = True
+) -> Tensor:
     """Return the mask (1, 4, T, h, w), which is 1 where a frame is given and 0 elsewhere.
 
     Channels are the frames of a latent frame; the first latent frame has a single one, four times.
     """
     _, num_latent_frames, rows, columns = latent_shape
     mask = torch.zeros(1, 4, num_latent_frames, rows, columns)
-    mask[:, :, 0] = 1
+    mask[:, :, 0] = has_first_image
     if has_last_image:
         mask[:, -1, -1] = 1
     return mask

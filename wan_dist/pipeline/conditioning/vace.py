@@ -18,6 +18,7 @@ from wan_dist.pipeline.conditioning.encoders import (
     MakeChunks,
     convert_image_to_tensor,
     encode_videos,
+    gather_chunks,
 )
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.plan import RunPlan, VideoPlan
@@ -142,7 +143,7 @@ def iterate_masked_chunks(
             shown = ~is_generated if keep else is_generated
             yield (frame.float() / 127.5 - 1) * shown
 
-    yield from _gather_chunks(iterate_parts())
+    yield from gather_chunks(iterate_parts())
 
 
 def iterate_masks(source: SourceVideo, size: tuple[int, int]) -> Iterator[Tensor]:
@@ -175,12 +176,4 @@ def read_mask_channels(plan: VideoPlan) -> Tensor:
 
 def _make_grey_chunks(plan: VideoPlan) -> Iterator[Tensor]:
     grey = torch.zeros(3, plan.height, plan.width)
-    yield from _gather_chunks(grey for _ in range(plan.frame_num))
-
-
-def _gather_chunks(frames: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Yield frames (3, H, W) as chunks (1, 3, n, H, W): the first one, then four at a time."""
-    num_frames = 1
-    while chunk := list(islice(frames, num_frames)):
-        yield torch.stack(chunk, dim=1).unsqueeze(0)
-        num_frames = 4
+    yield from gather_chunks(grey for _ in range(plan.frame_num))
