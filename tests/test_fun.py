@@ -72,6 +72,21 @@ def list_settings(folder: Path, case: str, task: str) -> list[str]:
     ]
 
 
+def copy_checkpoint(golden: Path, folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    """Return a folder with a checkpoint's files, but with these weights of its transformer."""
+    folder.mkdir()
+    for path in golden.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).symlink_to(path)
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def make_latents(*settings: str, name: str) -> torch.Tensor:
+    assert main([*settings, f"output.name={name}"]) == 0
+    return load_file(f"out/{name}.latents.safetensors")["latents"]
+
+
 @pytest.mark.parametrize(("task", "name", "case"), CASES)
 def test_the_video_is_the_makers(task: str, name: str, case: str) -> None:
     settings = list_settings(golden_folder(f"wan-fun/{name}"), case, task)
@@ -207,14 +222,10 @@ def test_a_reference_image_needs_its_layer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first Control models have none; without a reference they run."""
-    golden, folder = golden_folder("wan-fun/control-2.1-14b"), tmp_path / "v1.0"
-    folder.mkdir()
-    for path in golden.iterdir():
-        if path.suffix != ".safetensors":
-            (folder / path.name).symlink_to(path)
+    golden = golden_folder("wan-fun/control-2.1-14b")
     weights = load_file(golden / "diffusion_pytorch_model.safetensors")
     without = {key: value for key, value in weights.items() if not key.startswith("ref_conv")}
-    save_file(without, folder / "diffusion_pytorch_model.safetensors")
+    folder = copy_checkpoint(golden, tmp_path / "v1.0", without)
     settings = [*list_settings(golden_folder("wan-fun/control-2.1-14b"), "ref", "fun-control-14B")]
     settings.append(f"ckpt_dir={folder}")
     assert main(settings) == 2
@@ -240,3 +251,80 @@ def test_quantised_and_streamed_blocks_are_the_resident_ones() -> None:
         assert main([*settings, *more, f"output.dir={folder}"]) == 0
         videos.append(load_file(f"{folder}/out.safetensors")["video"])
     torch.testing.assert_close(*videos, rtol=0, atol=1e-4)
+
+
+def test_control_of_5b_without_control_is_inp(tmp_path: Path) -> None:
+    """With weights of 0 for the control video; a reference changes all but the given first frame."""
+    folder = golden_folder("wan-fun/inp-5b")
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    patches = weights["patch_embedding.weight"]
+    blank = torch.zeros_like(patches[:, :48])
+    weights["patch_embedding.weight"] = torch.cat([patches[:, :48], blank, patches[:, 48:]], dim=1)
+    make_video(tmp_path / "control.mp4", "96x64", 9)
+    settings = list_settings(folder, "start_end", "fun-control-5B")
+    settings.append(f"src_video={tmp_path / 'control.mp4'}")
+    (tmp_path / "config.json").symlink_to(folder / "config.json")
+    weights_file = tmp_path / "a.safetensors"
+    save_file(weights, weights_file)
+    latents = make_latents(*settings, f"dit_file={weights_file}", name="plain")
+    expected = load_file(folder / "expected/start_end.safetensors")["final_latent"]
+    assert relative_error(latents, expected) < 1e-3
+    generator = torch.Generator().manual_seed(1)
+    conv = torch.randn(32, 48, 2, 2, generator=generator)
+    weights |= {"ref_conv.weight": conv, "ref_conv.bias": torch.zeros(32)}
+    save_file(weights, weights_file)
+    reference = f"src_ref_images={folder / 'end.png'}"
+    steered = make_latents(*settings, f"dit_file={weights_file}", reference, name="steered")
+    assert torch.equal(steered[:, 0], latents[:, 0])
+    assert relative_error(steered, latents) > 1e-3
+
+
+def test_inp_of_wan_2_1_is_image_to_video(tmp_path: Path) -> None:
+    """Of an image that has the video's size, as then nothing is fitted."""
+    folder = golden_folder("wan2.1-i2v")
+    run = json.loads((folder / "expected/unipc.json").read_text(encoding="utf-8"))
+    (path,) = folder.glob("*.png")
+    Image.open(path).convert("RGB").resize((64, 48)).save(tmp_path / "image.png")
+    settings = [
+        *(f"ckpt_dir={folder}", f"prompt={run['prompt']}", f"image={tmp_path / 'image.png'}"),
+        *("size=64x48", "frame_num=9", "sample.steps=3", "sample.solver=unipc", "sample.shift=3"),
+        *("sample.guide_scale=4", "dtype=float32", "device=cpu", "cache.dir=null"),
+        *("output.dir=out", "negative_prompt=blurred"),
+    ]
+    expected = make_latents("task=i2v-14B", *settings, name="i2v")
+    latents = make_latents("task=fun-inp-14B", *settings, name="fun")
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+    assert main(["task=fun-inp-14B", *[key for key in settings if key[:6] != "image="]]) == 0
+
+
+def test_camera_of_wan_2_1_without_motion_is_control_without_video(tmp_path: Path) -> None:
+    """With weights of 0 in the adapter; others change the video."""
+    golden = golden_folder("wan-fun/control-2.1-14b")
+    weights = load_file(golden / "diffusion_pytorch_model.safetensors")
+    weights = {key: value for key, value in weights.items() if not key.startswith("ref_conv")}
+    settings = [
+        setting
+        for setting in list_settings(golden, "start", "fun-control-14B")
+        if not setting.startswith(("src_video", "ckpt_dir", "task"))
+    ]
+    control = copy_checkpoint(golden, tmp_path / "control", weights)
+    expected = make_latents(
+        *settings, "task=fun-control-14B", f"ckpt_dir={control}", name="control"
+    )
+    patches = weights["patch_embedding.weight"]
+    weights["patch_embedding.weight"] = torch.cat([patches[:, :16], patches[:, 32:]], dim=1)
+    shapes = {"conv": (32, 1536, 2, 2)}
+    shapes |= {f"residual_blocks.0.conv{index}": (32, 32, 3, 3) for index in (1, 2)}
+    adapter = {
+        f"control_adapter.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()
+    }
+    adapter |= {f"control_adapter.{name}.bias": torch.zeros(32) for name in shapes}
+    settings += ["task=fun-camera-14B", "camera=pan_left"]
+    still_folder = copy_checkpoint(golden, tmp_path / "still", weights | adapter)
+    still = make_latents(*settings, f"ckpt_dir={still_folder}", name="still")
+    generator = torch.Generator().manual_seed(1)
+    adapter["control_adapter.conv.weight"].normal_(std=0.1, generator=generator)
+    moving_folder = copy_checkpoint(golden, tmp_path / "moving", weights | adapter)
+    moving = make_latents(*settings, f"ckpt_dir={moving_folder}", name="moving")
+    torch.testing.assert_close(still, expected, rtol=0, atol=1e-5)
+    assert relative_error(moving, expected) > 1e-2

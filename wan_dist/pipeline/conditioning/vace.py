@@ -5,7 +5,6 @@ Sources: `WanVace` of the reference (Wan-Video/Wan2.1), and VACE (arXiv:2503.075
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import torch
