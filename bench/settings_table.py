@@ -119,6 +119,8 @@ def list_overview_rows() -> Iterator[list[str]]:
 
 
 def _list_inputs(task: Task) -> str:
+    if task.inputs.folder_key is not None:
+        return f"`{task.inputs.folder_key}`"
     keys = ["`prompt`", *(f"`{key}`" for key in task.inputs.file_keys)]
     if task.inputs.file_keys and not task.inputs.is_required:
         keys[1] = f"perhaps {keys[1]}"

@@ -47,7 +47,7 @@ def reference_arguments(
         else str(run["guide_scale_low_high"]).replace(" ", "")
     )
     images = {"image": "image", "first": "first_frame", "last": "last_frame"}
-    images |= {key: key for key in ("src_video", "src_ref_images")}
+    images |= {key: key for key in ("src_video", "src_ref_images", "src_root_path")}
     return [
         f"task={task}",
         f"ckpt_dir={checkpoint or folder / run.get('checkpoint', '')}",
@@ -64,6 +64,8 @@ def reference_arguments(
         f"sample.shift={run['shift']}",
         f"sample.guide_scale={scale}",
         f"context_scale={run.get('context_scale', 1.0)}",
+        f"refert_num={run.get('refert_num', 1)}",
+        f"replace_flag={str(run.get('replace_flag', False)).lower()}",
         "output.name=out",
         "output.save_tensor=true",
     ]

@@ -12,6 +12,9 @@ from wan_dist.runtime.errors import InputError
 EXPERTS = ("high", "low")
 """Experts of the tasks that have two, by the noise that they are for, in the order of their transformers."""
 UNMATCHED_CHOICES = ("error", "allow")
+_RELIGHTING_KEY = "use_relighting_lora"
+RELIGHTING_NAMES = ("relighting_lora.ckpt", "relighting_lora/adapter_model.safetensors")
+"""Files of Animate's relighting LoRA in the published folder; both hold the same."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,24 @@ class LoraSettings(Protocol):
     lora_high_strength: Any
     lora_low: str | None
     lora_low_strength: Any
+    use_relighting_lora: bool
+    ckpt_dir: str | None
 
 
 def list_loras(config: LoraSettings) -> list[LoraSetting]:
-    """Return the LoRA files, those of all transformers first.
+    """Return the LoRA files: the checkpoint's own, those of all transformers, those of one.
+
+    Raises InputError as `list_given_loras`, and for a relighting LoRA that is not in the checkpoint's folder.
+    """
+    given = list_given_loras(config)
+    if not config.use_relighting_lora:
+        return given
+    path = _find_relighting_lora(config.ckpt_dir)
+    return [LoraSetting(_RELIGHTING_KEY, path, 1.0, None), *given]
+
+
+def list_given_loras(config: LoraSettings) -> list[LoraSetting]:
+    """Return the LoRA files that settings name.
 
     Raises InputError for strengths that are no numbers, or not one for each file.
     """
@@ -50,6 +67,19 @@ def list_loras(config: LoraSettings) -> list[LoraSetting]:
         *_pair_strengths("lora_high", config.lora_high, config.lora_high_strength, "high"),
         *_pair_strengths("lora_low", config.lora_low, config.lora_low_strength, "low"),
     ]
+
+
+def _find_relighting_lora(folder: str | None) -> Path:
+    """Return the relighting LoRA in a checkpoint's folder; raises InputError where there is none."""
+    for name in RELIGHTING_NAMES if folder is not None else ():
+        if (path := Path(folder or "").expanduser() / name).is_file():
+            return path
+    place = "ckpt_dir is not given" if folder is None else f"ckpt_dir={folder} has none"
+    raise InputError(
+        f"{_RELIGHTING_KEY}=true takes {' or '.join(RELIGHTING_NAMES)} of the checkpoint's folder, and "
+        f"{place}; get the first from Wan-AI/Wan2.2-Animate-14B and give it as lora=FILE, or give "
+        "ckpt_dir=FOLDER with it"
+    )
 
 
 def check_experts(settings: Sequence[LoraSetting], *, has_experts: bool) -> None:

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from wan_dist.config.checks import check_choice, check_text
-from wan_dist.config.loras import UNMATCHED_CHOICES, list_loras
+from wan_dist.config.loras import UNMATCHED_CHOICES, list_given_loras
 from wan_dist.config.sections import (
     DTYPES,
     CacheConfig,
@@ -156,6 +156,47 @@ class RunConfig:
         Effect.LATENTS,
         is_new=True,
     )
+    src_root_path: str | None = _key(
+        None,
+        "folder with the files of a driving video: src_pose.mp4, src_face.mp4, src_ref.png, and to "
+        "replace a person src_bg.mp4 and src_mask.mp4",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    src_pose: str | None = _key(
+        None,
+        "video of the driving person's poses, which gives the size",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    src_face: str | None = _key(
+        None, "video of the driving person's face", Effect.LATENTS, is_new=True
+    )
+    src_ref: str | None = _key(
+        None, "image of the character that is to move", Effect.LATENTS, is_new=True
+    )
+    src_bg: str | None = _key(
+        None, "driving video without its person, with replace_flag", Effect.LATENTS, is_new=True
+    )
+    replace_flag: bool = _key(
+        False,
+        "put the character into the driving video, instead of its person",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    use_relighting_lora: bool = _key(
+        False,
+        "add the relighting LoRA of the checkpoint's folder, which fits the character's light to the "
+        "driving video",
+        Effect.WEIGHTS,
+        is_new=True,
+    )
+    refert_num: int = _key(
+        1,
+        "frames of a clip that the next one starts from, with a driving video: 1 or 5",
+        Effect.LATENTS,
+        is_new=True,
+    )
     context_scale: float = _key(
         1.0, "how strongly src_video and src_ref_images steer", Effect.LATENTS, is_new=True
     )
@@ -245,7 +286,7 @@ class RunConfig:
         check_choice("fit", self.fit, FITS)
         check_choice("noise_layout", self.noise_layout, NOISE_LAYOUTS)
         check_choice("lora_unmatched", self.lora_unmatched, UNMATCHED_CHOICES)
-        list_loras(self)
+        list_given_loras(self)
         if not 0 < self.sla_topk <= 1:
             raise InputError(f"sla_topk={self.sla_topk} must be above 0 and at most 1")
         if self.vsa_sparsity is not None and not 0 <= self.vsa_sparsity < 1:

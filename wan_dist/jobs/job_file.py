@@ -15,6 +15,7 @@ from wan_dist.jobs.job_entries import KEY_ALIASES, read_entries
 from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
+from wan_dist.tasks.animate import FOLDER_KEY
 from wan_dist.tasks.camera import MOTIONS
 from wan_dist.tasks.input_files import INPUT_KEYS
 
@@ -28,7 +29,7 @@ _RUN_ONLY_KEYS = (
     "output.events",
     "serve",
 )
-_FILE_KEYS = (*INPUT_KEYS, "camera", "latents")
+_FILE_KEYS = (*INPUT_KEYS, FOLDER_KEY, "camera", "latents")
 """Settings that name a file, relative to the job file; so do those of `FILE_LIST_KEYS`, also several."""
 
 

@@ -94,10 +94,12 @@ def _get_memory_key(config: RunConfig) -> tuple[object, ...]:
     video_settings = (config.size, config.max_area, config.frame_num, config.latents is None)
     # A source video decides on the number of frames.
     source_settings = (config.src_video, config.src_mask, config.src_ref_images)
+    driving_settings = (config.src_root_path, config.src_pose, config.refert_num)
     model_settings = repr(read_settings(config, LOADING))
     return (
         *video_settings,
         *source_settings,
+        *driving_settings,
         model_settings,
         _is_guided(config),
         repr(config.cache),

@@ -110,7 +110,7 @@ class ContextProjection(nn.Module):
             self.ref_conv = ReferenceEmbedding(dims, dtype)
         if dims.camera_in_dim:
             self.control_adapter = CameraAdapter(dims, dtype)
-        self.block_names = list(dims.block_names)
+        self.block_names = list(dims.context_block_names)
         for name in self.block_names:
             list_name, _, index = name.partition(".")
             if list_name not in self._modules:
@@ -124,7 +124,7 @@ class ContextProjection(nn.Module):
     def select_blocks(self, indices: Iterable[int]) -> None:
         """Drop all blocks but these, which may repeat; `forward` then returns these, in this order.
 
-        ``indices`` are those in `TransformerDims.block_names`.
+        ``indices`` are those in `TransformerDims.context_block_names`.
         """
         selected_names = [self.block_names[index] for index in indices]
         for name in set(self.block_names).difference(selected_names):

@@ -97,6 +97,10 @@ class TransformerDims:
     """Channels of a reference image's latents, whose tokens precede the video's; 0: it takes none."""
     camera_in_dim: int = field(default=0, repr=False)
     """Channels of the camera adapter's input, a frame in squares of pixels; 0: there is no adapter."""
+    face_layers: tuple[int, ...] = field(default=(), repr=False)
+    """Blocks after which a block of Animate's face adapter runs; none without it."""
+    pose_dim: int = field(default=0, repr=False)
+    """Channels of a pose video's latents, whose tokens are added to the video's; 0: none."""
 
     @property
     def head_dim(self) -> int:
@@ -112,17 +116,29 @@ class TransformerDims:
     def block_names(self) -> tuple[str, ...]:
         """Names of all blocks, in the order in which they are called."""
         vace_names = {layer: f"vace_blocks.{index}" for index, layer in enumerate(self.vace_layers)}
+        face_names = {
+            layer: f"face_adapter.fuser_blocks.{index}"
+            for index, layer in enumerate(self.face_layers)
+        }
         return tuple(
             name
             for index in range(self.num_layers)
-            for name in (f"blocks.{index}", vace_names.get(index))
+            for name in (f"blocks.{index}", vace_names.get(index), face_names.get(index))
             if name is not None
         )
 
     @property
+    def context_block_names(self) -> tuple[str, ...]:
+        """Names of the blocks that attend to contexts, in the order in which they are called."""
+        return tuple(name for name in self.block_names if not name.startswith("face_adapter"))
+
+    @property
     def blocks_gib(self) -> float:
         """Size of the blocks in bfloat16, GiB; they are nearly all of the transformer."""
-        num_weights = len(self.block_names) * (6 * self.dim**2 + 2 * self.dim * self.ffn_dim)
+        num_weights = len(self.context_block_names) * (
+            6 * self.dim**2 + 2 * self.dim * self.ffn_dim
+        )
+        num_weights += len(self.face_layers) * 4 * self.dim**2
         return num_weights * 2 / 2**30
 
 
@@ -152,10 +168,32 @@ class ImageEncoderDims:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FaceEncoderDims:
+    """Hyperparameters of Animate's motion and face encoders, from face frames to the transformer's width."""
+
+    out_dim: int
+    """Width of the transformer."""
+    channels: tuple[int, ...] = (32, 64, 128, 256, 512, 512, 512, 512)
+    """Channels after the motion encoder's first convolution, and after each of its residual blocks."""
+    feature_dim: int = 512
+    num_linears: int = 5
+    motion_dim: int = 20
+    hidden_dim: int = 1024
+    """Width of one of the face encoder's heads."""
+    num_heads: int = 4
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a face frame along a side: each residual block halves it, down to 4."""
+        return int(4 * 2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelDims:
     """Hyperparameters of all models of a checkpoint."""
 
     transformer: TransformerDims
     text_encoder: TextEncoderDims
     image_encoder: ImageEncoderDims | None = None
+    face_encoder: FaceEncoderDims | None = None
     vae: VaeDims

@@ -36,12 +36,14 @@ NormedSlice = tuple[slice, tuple[int, ...], Tensor | Fp8Tokens]
 
 @dataclass(frozen=True)
 class ContextKV:
-    """Cross-attention keys and values of one prompt in all blocks, the same in all steps."""
+    """What blocks attend to: keys and values of one prompt in all of them, the same in all steps."""
 
     text: Tensor
     """(blocks, 2, B, n + 1, H, D): of the text's n tokens and of one padding row, since all are the same."""
     image: Tensor | None = None
     """(blocks, 2, B, 257 m, H, D): of m images."""
+    face: Tensor | None = None
+    """(T, n, D): vectors of the driving face in each latent frame, for Animate's face adapter."""
 
     def select_block(self, index: int) -> tuple[Tensor, ...]:
         """Return the block's k and v of the text, then those of the images if there are any."""

@@ -62,6 +62,10 @@ class WholeSequence(nn.Module):
         """Return this device's shard of tokens x (B, L, D), rotary tables (L, 1, D / 2) and segments."""
         return x, rotary, segments
 
+    def split_segments(self, segments: tuple[int, ...]) -> tuple[int, ...]:
+        """Return how many tokens of each segment this device has."""
+        return segments
+
     def gather(self, x: Tensor) -> Tensor:
         """Return all tokens (B, L, C) from this device's shard of them."""
         return x
@@ -120,17 +124,17 @@ class FusedTransformer(WanTransformer):
         self.time_embeddings: dict[str, tuple[Tensor, Tensor]] = {}
         """What `embed_timesteps` returns for the timesteps of `precompute_time_embeddings`."""
 
-    def layers(self) -> dict[str, FusedBlock]:
+    def layers(self) -> dict[str, nn.Module]:
         """Return all blocks by name, in the order in which they are called.
 
         Weight sharding, streaming, quantisation and sequence parallelism go by this alone.
         """
-        return {name: cast(FusedBlock, self.get_submodule(name)) for name in self.dims.block_names}
+        return {name: self.get_submodule(name) for name in self.dims.block_names}
 
     def set_slice_tokens(self, max_tokens: int | None) -> None:
         """Limit how many tokens go through the blocks' linears at once; None: all."""
         for block in self.layers().values():
-            block.slice_tokens = max_tokens
+            block.slice_tokens = max_tokens  # type: ignore[assignment]  # no module
 
     def set_vsa_sparsity(self, sparsity: float) -> None:
         """Set the share of the key tiles that video sparse attention leaves out."""
@@ -145,7 +149,9 @@ class FusedTransformer(WanTransformer):
     @property
     def self_attentions(self) -> Iterator[FusedSelfAttention]:
         """Every block's self-attention, whose ``inner_attention`` may be wrapped."""
-        return (block.self_attn for block in self.layers().values())
+        return (
+            block.self_attn for block in self.layers().values() if isinstance(block, FusedBlock)
+        )
 
     def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """See `WanTransformer.embed_timesteps`; timesteps are on the CPU."""

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from wan_dist.models.animate import AnimateTransformer
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_block import FusedBlock
@@ -128,6 +129,8 @@ class VaceTransformer(FusedTransformer):
 def build_transformer(
     dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention | None = None
 ) -> FusedTransformer:
-    """Return a transformer of these dims, with the side branch if they have one."""
+    """Return a transformer of these dims, with a side branch or a face adapter if they have one."""
+    if dims.face_layers:
+        return AnimateTransformer(dims, dtype, inner_attention)
     transformer_class = VaceTransformer if dims.vace_layers else FusedTransformer
     return transformer_class(dims, dtype, inner_attention)

@@ -5,7 +5,6 @@ Padding is known by its number of tokens and is never attended to.
 
 import itertools
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,25 +43,23 @@ class SplitSequence(WholeSequence):
         """See `WholeSequence.split`."""
         self.num_tokens = x.shape[1]
         start = self.axis.rank * self.tokens_per_rank
-        own_rows, num_padding = (
-            slice(start, start + self.tokens_per_rank),
-            self.axis.size * self.tokens_per_rank - self.num_tokens,
-        )
+        own_rows = slice(start, start + self.tokens_per_rank)
         x = x[:, own_rows].clone()  # a view would keep the other ranks' tokens alive
         x = pad_end(x, self.tokens_per_rank - x.shape[1], dim=1)
         cos, sin = (
             pad_end(table[own_rows], self.tokens_per_rank - len(table[own_rows]), dim=0)
             for table in rotary
         )
-        segment_ends = torch.tensor(segments).cumsum(0).tolist()
-        segment_ends[-1] += num_padding  # padding is modulated like the last segment
+        return x, (cos, sin), self.split_segments(segments)
+
+    def split_segments(self, segments: tuple[int, ...]) -> tuple[int, ...]:
+        """See `WholeSequence.split_segments`; padding is of the last segment."""
+        start = self.axis.rank * self.tokens_per_rank
+        segment_ends = list(itertools.accumulate(segments))
+        segment_ends[-1] = self.axis.size * self.tokens_per_rank
         shard_ends = [min(max(end - start, 0), self.tokens_per_rank) for end in [0, *segment_ends]]
-        return (
-            x,
-            (cos, sin),
-            tuple(
-                next_end - previous_end for previous_end, next_end in itertools.pairwise(shard_ends)
-            ),
+        return tuple(
+            next_end - previous_end for previous_end, next_end in itertools.pairwise(shard_ends)
         )
 
     def gather(self, x: Tensor) -> Tensor:

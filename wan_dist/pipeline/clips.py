@@ -1,4 +1,4 @@
-"""Clips of a video: each clip after the first starts from the last decoded frame of the previous one."""
+"""Clips of a video: each clip after the first starts from the last decoded frames of the previous one."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,12 +34,15 @@ def make_clips(video: VideoInProgress) -> Iterator[tuple[VideoInProgress, Tensor
 def _begin_clip(video: VideoInProgress, clip_index: int) -> VideoInProgress:
     """Return the next clip, with its saved progress restored.
 
-    The frame goes to every rank as the decoder's float32: the 8 bits of the video file would lose precision.
+    The frames that it starts from go to every rank as the decoder's float32: the 8 bits of the video file
+    would lose precision.
     """
     axis, device = video.session.groups.replica, video.session.device
-    first_frame = cast(Tensor, broadcast(video.writer.last_frame, axis, device)).cpu()
+    first_frames = cast(Tensor, broadcast(video.writer.last_frames, axis, device)).cpu()
     video.resume_state.begin_clip(clip_index, axis, device)
-    plan = replace(video.plan, clip_index=clip_index, images=())
+    # An image that the first clip starts from is not used again, but a character's is.
+    images = video.plan.images if video.plan.num_reference_frames else ()
+    plan = replace(video.plan, clip_index=clip_index, images=images)
     logger.log(
         video.report.log_level,
         "clip      %d of %d, from frame %d",
@@ -52,5 +55,5 @@ def _begin_clip(video: VideoInProgress, clip_index: int) -> VideoInProgress:
         plan=plan,
         report=video.report.for_clip(clip_index + 1),
         latents_file=video.result_file.with_name(name_latents(video.result_file.stem, clip_index)),
-        first_frame=first_frame,
+        first_frames=first_frames,
     )

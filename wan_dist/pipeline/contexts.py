@@ -40,7 +40,7 @@ def project_contexts(
     they are off the device on return.
     """
     component, axis = session.checkpoint.context_projections[expert_index], session.groups.replica
-    num_blocks = len(component.dims.block_names)
+    num_blocks = len(component.dims.context_block_names)
     blocks_per_rank = -(-num_blocks // axis.size)
     # Shards are of one size, as the all-gather needs: the last ones are padded with the last block.
     block_indices = [
@@ -86,4 +86,8 @@ def project_contexts(
         del projection, local_kvs
         if not session.model_cache.is_persistent:
             free_memory()
-    return ProjectedContexts([ContextKV(text, image_kv) for text in text_kvs], control)
+    faces = (conditioning.face, conditioning.negative_face)
+    key_values = [
+        ContextKV(text, image_kv, face) for text, face in zip(text_kvs, faces, strict=False)
+    ]
+    return ProjectedContexts(key_values, control)

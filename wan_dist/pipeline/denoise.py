@@ -57,9 +57,9 @@ class VideoInProgress:
     result_file: Path
     latents_file: Path
     writer: ResultWriter
-    first_frame: Tensor | None = None
-    """Frame (3, H, W) in [-1, 1] that a clip after the first starts from, on the CPU."""
     monitor: VideoMonitor = field(default_factory=VideoMonitor)
+    first_frames: Tensor | None = None
+    """Frames (3, n, H, W) in [-1, 1] that a clip after the first starts from, on the CPU."""
 
     @property
     def is_first(self) -> bool:
@@ -107,7 +107,7 @@ def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
     """
     session, config, plan = video.session, video.config, video.plan
     set_group_timeout(session.groups, config.parallel.load_timeout)
-    conditioning = encode_conditioning(session, config, plan, video.report, video.first_frame)
+    conditioning = encode_conditioning(session, config, plan, video.report, video.first_frames)
     while True:
         try:
             latents = session.run_together(lambda: _run_denoising(video, conditioning), "denoise")
@@ -209,13 +209,16 @@ def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
         assert shared is not None
         return shared
 
+    # With a driving video, the noise of all clips is drawn one after the other, as in the reference.
+    num_seeds, num_draws = (plan.clip_index, 0) if plan.driving is None else (0, plan.clip_index)
     noise = NoiseSource(
         plan.latent_shape,
-        seed=(plan.seed + plan.clip_index) % 2**64,
+        seed=(plan.seed + num_seeds) % 2**64,
         device=config.noise_device,
         frames_first=config.noise_layout == "frames_first",
         share=share_noise,
     )
+    noise.skip(num_draws)
     solver = make_solver(config.sample.solver, plan.sampling.schedule, noise)
     if progress.latents is None:
         return solver, solver.scale_initial_noise(noise.draw())

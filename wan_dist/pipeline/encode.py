@@ -8,7 +8,7 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast
-from wan_dist.pipeline.conditioning import fun, image, known_first_frame, vace
+from wan_dist.pipeline.conditioning import animate, fun, image, known_first_frame, vace
 from wan_dist.pipeline.input_cache import InputCache
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.text_embeddings import embed_prompts
@@ -24,10 +24,11 @@ INPUT_ENCODERS: dict[str, InputEncoder] = {
     "known_first_frame": known_first_frame.encode_inputs,
     "vace": vace.encode_inputs,
     "fun": fun.encode_inputs,
+    "animate": animate.encode_inputs,
 }
 """By the kind of a task's inputs; each returns fields of `Conditioning`, at least on the first rank.
 
-The last argument is the frame (3, H, W) in [-1, 1] that a further clip starts from, instead of the images.
+The last argument are the frames (3, n, H, W) in [-1, 1] that a further clip starts from, None of the first.
 """
 
 
@@ -55,11 +56,11 @@ def encode_conditioning(
     config: RunConfig,
     plan: RunPlan,
     report: StageReport,
-    first_frame: Tensor | None = None,
+    first_frames: Tensor | None = None,
 ) -> Conditioning:
     """Return the conditioning of all steps, on every rank; encoders not cached are then off the device.
 
-    ``first_frame`` (3, H, W) in [-1, 1] is the frame that a clip after the first starts from.
+    ``first_frames`` (3, n, H, W) in [-1, 1] are those that a clip after the first starts from.
     """
     axis = session.groups.replica
     optional_prompts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
@@ -74,9 +75,9 @@ def encode_conditioning(
         return {name: embeddings[text].to(report.device) for name, text in prompts.items()}
 
     conditioning_tensors = session.run_together(encode_prompts, "encode the prompt")
-    if first_frame is not None:
+    if first_frames is not None or plan.driving is not None:
         encode_inputs = INPUT_ENCODERS[plan.task.inputs.kind]
-        conditioning_tensors |= encode_inputs(session, config, plan, report, first_frame)
+        conditioning_tensors |= encode_inputs(session, config, plan, report, first_frames)
     elif plan.images or plan.task.inputs.is_always_encoded:
         conditioning_tensors |= _encode_inputs(session, config, plan, report)
 

@@ -235,7 +235,7 @@ class VideoPipeline:
             elif video.plan.is_last_clip:
                 complete_record(video, None)
             else:
-                video.writer.set_last_frame(frame_chunks[-1])
+                video.writer.set_last_frames(video.plan, frame_chunks)
 
         self._session.run_together(write_or_complete, "write the video", uses_collectives=False)
 

@@ -25,3 +25,19 @@ def list_camera_parts(workload: Workload) -> dict[str, int]:
     _, _, rows, columns = workload.latent_shape
     frame_bytes = _RAY_COPIES * rows * columns * dims.camera_in_dim * FLOAT_BYTES
     return {"camera": 2 * workload.num_tokens * dims.dim * workload.itemsize + frame_bytes}
+
+
+def estimate_embedding_bytes(workload: Workload, num_own_tokens: int, side_bytes: int) -> int:
+    """Return the bytes of a step's tokens while they are embedded.
+
+    On ranks that share a sequence each embeds all tokens, then keeps ``num_own_tokens``; a reference image's
+    are put before them. Of poses, and of them with the video's, there is one for each token. ``side_bytes``:
+    of VACE's side branch, if there is one.
+    """
+    dims = workload.model_dims.transformer
+    num_embedded = 2 * workload.num_tokens if dims.pose_dim else 0
+    is_spread = workload.num_sequence_parts > 1
+    if is_spread:
+        num_embedded += workload.num_tokens * (1 + bool(dims.ref_conv_in_dim)) + num_own_tokens
+    embedded_bytes = num_embedded * dims.dim * workload.itemsize
+    return embedded_bytes + (side_bytes if is_spread and dims.vace_layers else 0)

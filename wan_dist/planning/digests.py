@@ -14,6 +14,7 @@ from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_unchanged_file
 from wan_dist.runtime.text_files import UnreadableFileError, check_regular_file
+from wan_dist.tasks.animate import FOLDER_KEY
 from wan_dist.tasks.camera import MOTIONS
 from wan_dist.tasks.fun import FunInputs
 from wan_dist.tasks.input_files import INPUT_KEYS, list_input_files
@@ -112,7 +113,9 @@ def compute_result_digest(
 def _select_new_settings(settings: SettingValues) -> dict[str, object]:
     """Return settings that earlier versions did not have, but for input files, whose content counts."""
     new_settings = select_new_settings(settings)
-    return {key: value for key, value in new_settings.items() if key not in INPUT_KEYS}
+    return {
+        key: value for key, value in new_settings.items() if key not in (*INPUT_KEYS, FOLDER_KEY)
+    }
 
 
 def _compute_digest(depends_on: Mapping[str, object]) -> str:

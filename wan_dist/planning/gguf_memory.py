@@ -20,8 +20,8 @@ _NUM_COPIES = 4
 DECODING_BYTES = _NUM_COPIES * DECODED_VALUES * FLOAT_BYTES
 
 _BLOCK_LINEAR = re.compile(
-    r"(?:^|\.)((?:vace_)?blocks\.\d+)\."
-    r"(?:self_attn|attn1|ffn|cross_attn\.[qo]|attn2\.to_(?:q|out\.0)|(?:before|after)_proj|proj_(?:in|out))\."
+    r"(?:^|\.)((?:vace_|face_adapter\.fuser_)?blocks\.\d+)\."
+    r"(?:linear1_q|linear1_kv|linear2|self_attn|attn1|ffn|cross_attn\.[qo]|attn2\.to_(?:q|out\.0)|(?:before|after)_proj|proj_(?:in|out))\."
     r".*weight$"
 )
 """Weights of a transformer block in either layout, but for those of the keys and values of contexts."""

@@ -3,7 +3,7 @@
 from math import prod
 
 from wan_dist.models.dims import TransformerDims
-from wan_dist.planning.video_settings import VideoInput
+from wan_dist.planning.video_input import VideoInput
 from wan_dist.tasks.base import Task
 
 

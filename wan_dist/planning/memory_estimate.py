@@ -8,7 +8,12 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from wan_dist.models.dims import ImageEncoderDims
-from wan_dist.planning.control_memory import estimate_control_bytes, list_camera_parts
+from wan_dist.planning.control_memory import (
+    estimate_control_bytes,
+    estimate_embedding_bytes,
+    list_camera_parts,
+)
+from wan_dist.planning.face_memory import list_face_parts
 from wan_dist.planning.gguf_memory import DECODING_BYTES
 from wan_dist.planning.parameter_bytes import (
     count_all_blocks_bytes,
@@ -87,7 +92,7 @@ def estimate_context_bytes(workload: Workload) -> tuple[int, int]:
     dims = workload.model_dims.transformer
     context_lengths = [length + 1 for length in workload.text_lengths]
     num_image_tokens = 257 * workload.num_images if dims.image_dim else 0
-    bytes_per_token = len(dims.block_names) * 2 * dims.dim * workload.itemsize
+    bytes_per_token = len(dims.context_block_names) * 2 * dims.dim * workload.itemsize
     num_all_tokens = sum(context_lengths)
     num_own_tokens = max(context_lengths) if workload.cfg_degree == 2 else num_all_tokens
     return (
@@ -117,16 +122,11 @@ def estimate_activation_bytes(workload: Workload, arrangement: Arrangement) -> i
             slice_tokens * dims.ffn_dim + 2 * QUANTIZED_ROWS_PER_CHUNK * dims.ffn_dim * FLOAT_BYTES
         )
     head_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, num_tokens) * dims.dim * FLOAT_BYTES
-    # The noise, the solver's latents, those of images, and the VACE context, also beside the latents.
-    num_latents = 6 + dims.in_dim // dims.out_dim + 4 * dims.vace_in_dim // dims.out_dim
+    # The noise, the solver's latents, images; the VACE context or poses, also beside the latents.
+    num_steering_channels = dims.vace_in_dim + dims.pose_dim
+    num_latents = 6 + dims.in_dim // dims.out_dim + 4 * num_steering_channels // dims.out_dim
     latent_bytes = prod(workload.latent_shape) * FLOAT_BYTES * num_latents
-    embedding_bytes = 0
-    if workload.num_sequence_parts > 1:  # every rank embeds all tokens, then keeps its own
-        embedding_bytes = (workload.num_tokens + num_tokens) * dims.dim * itemsize
-        if dims.vace_layers:
-            embedding_bytes += residual_bytes
-        if dims.ref_conv_in_dim:  # all tokens, then with those of the reference image
-            embedding_bytes += workload.num_tokens * dims.dim * itemsize
+    embedding_bytes = estimate_embedding_bytes(workload, num_tokens, residual_bytes)
     block_bytes = residual_bytes + max(attention_bytes, feed_forward_bytes, head_bytes)
     return max(block_bytes, embedding_bytes) + latent_bytes
 
@@ -187,6 +187,8 @@ def estimate_memory(workload: Workload, arrangement: Arrangement) -> list[StageM
     stages = [_estimate_text_stage(workload, arrangement, process_parts)]
     if image_encoder is not None and workload.num_images:
         stages.append(_estimate_look_stage(image_encoder, arrangement, process_parts))
+    if (face_encoder := workload.model_dims.face_encoder) is not None:
+        stages.append(StageMemory("face", list_face_parts(face_encoder), process_parts))
     if workload.has_encoded_input:
         process_parts = later_process_parts
         stages.append(_estimate_vae_stage(workload, arrangement.image, "image", process_parts))
@@ -256,7 +258,7 @@ def _estimate_context_stage(
     """Return the memory of projecting contexts, where each rank computes its shard of the blocks for all."""
     dims, itemsize = workload.model_dims.transformer, workload.itemsize
     all_context_bytes, _ = estimate_context_bytes(workload)
-    num_blocks = -(-len(dims.block_names) // workload.num_ranks)
+    num_blocks = -(-len(dims.context_block_names) // workload.num_ranks)
     staging_parts = {}
     if arrangement.dit != "resident":
         num_blocks = min(STREAMED_BLOCKS, num_blocks)

@@ -31,16 +31,18 @@ def _count_block_bytes(
     num_projections += dims.has_vsa  # its gate
     num_rows += num_projections * d
     num_weights += num_projections * d * d
-    if quant == "none":
-        weight_bytes = num_weights * itemsize
-    else:  # as in models/kernels/quantized_linear.py
-        weight_bytes = (
-            num_weights // 2 + num_weights // INT4_GROUP_SIZE * 2 * FLOAT_BYTES
-            if quant == "int4"
-            else num_weights + num_rows * FLOAT_BYTES
-        )
+    weight_bytes = _count_weight_bytes(num_weights, num_rows, itemsize, quant)
     vector_bytes = num_rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT_BYTES
     return weight_bytes + vector_bytes + sla_bytes
+
+
+def _count_weight_bytes(num_weights: int, num_rows: int, itemsize: int, quant: str) -> int:
+    """Return the bytes of linears' weights; as in models/kernels/quantized_linear.py."""
+    if quant == "none":
+        return num_weights * itemsize
+    if quant == "int4":
+        return num_weights // 2 + num_weights // INT4_GROUP_SIZE * 2 * FLOAT_BYTES
+    return num_weights + num_rows * FLOAT_BYTES
 
 
 def count_bytes_by_block(
@@ -49,14 +51,20 @@ def count_bytes_by_block(
     """Return the bytes of each transformer block by name; the first and the last are not quantised."""
     names = dims.block_names
     return {
-        name: _count_block_bytes(
-            dims,
-            itemsize,
-            quant if 0 < index < len(names) - 1 else "none",
-            name.startswith("vace") + (name == "vace_blocks.0"),
+        name: _count_named_block_bytes(
+            name, dims, itemsize, quant if 0 < index < len(names) - 1 else "none"
         )
         for index, name in enumerate(names)
     }
+
+
+def _count_named_block_bytes(name: str, dims: TransformerDims, itemsize: int, quant: str) -> int:
+    if name.startswith("face_adapter"):  # linears for q, k and v, and the output; norms of a head
+        num_rows = 4 * dims.dim
+        vector_bytes = num_rows * itemsize + 2 * dims.head_dim * FLOAT_BYTES
+        return _count_weight_bytes(num_rows * dims.dim, num_rows, itemsize, quant) + vector_bytes
+    num_projections = name.startswith("vace") + (name == "vace_blocks.0")
+    return _count_block_bytes(dims, itemsize, quant, num_projections)
 
 
 @cache
@@ -80,6 +88,7 @@ def count_transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "
         count_all_blocks_bytes(dims, itemsize, quant)
         + (dims.in_dim * patch_volume + 1) * dims.dim * itemsize
         + (dims.vace_in_dim * patch_volume + bool(dims.vace_in_dim)) * dims.dim * itemsize
+        + (dims.pose_dim * patch_volume + bool(dims.pose_dim)) * dims.dim * itemsize
         + count_time_embedding_bytes(dims)
         + num_head_parameters * FLOAT_BYTES
     )

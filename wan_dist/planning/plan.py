@@ -12,8 +12,9 @@ from PIL import Image
 
 from wan_dist.config.loras import check_experts
 from wan_dist.config.model_settings import ModelSettings, collect_model_settings
-from wan_dist.config.schema import RunConfig, read_all_settings, read_settings
+from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import OUTPUTS
+from wan_dist.config.video_settings import collect_video_settings
 from wan_dist.config.weight_files import list_model_files, list_weight_files
 from wan_dist.models.dims import ModelDims
 from wan_dist.planning.base_arrangement import build_base_arrangement, check_placements
@@ -40,16 +41,17 @@ from wan_dist.planning.sampling_plan import SamplingPlan, plan_sampling
 from wan_dist.planning.video_settings import (
     check_reference_image,
     choose_tea_fit,
-    collect_video_settings,
     read_text_setting,
     read_video_input,
 )
 from wan_dist.planning.workload import Arrangement, CompressedBlocks, Workload
 from wan_dist.runtime.environment import read_rank_layout
 from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.animate import DrivingVideo
 from wan_dist.tasks.base import Task, TeaCacheFit
 from wan_dist.tasks.camera import CameraPath
 from wan_dist.tasks.image_sizes import ImageSizeReader
+from wan_dist.tasks.input_files import list_input_files
 from wan_dist.tasks.registry import get_task
 from wan_dist.tasks.source_video import SourceVideo
 
@@ -75,6 +77,8 @@ class VideoPlan:
     camera: CameraPath | None
     input_notes: tuple[str, ...]
     """What is done with the inputs, a line each."""
+    driving: DrivingVideo | None
+    """Videos of a person whom the character follows, frame by frame."""
     width: int
     height: int
     size_note: str
@@ -107,8 +111,15 @@ class VideoPlan:
 
     @property
     def num_frames(self) -> int:
-        """Frames of the video: each clip but the first repeats one, which is left out."""
+        """Frames of the video: those that a clip repeats of the one before it are left out."""
+        if self.driving is not None:
+            return self.driving.num_frames
         return self.num_clips * (self.frame_num - 1) + 1
+
+    @property
+    def num_repeated_frames(self) -> int:
+        """Frames that a clip after the first starts from, the last ones of the clip before it."""
+        return 1 if self.driving is None else self.driving.num_repeated
 
     @property
     def num_reference_frames(self) -> int:
@@ -127,8 +138,8 @@ class VideoPlan:
 
     @property
     def first_frame_index(self) -> int:
-        """Index in the video of the clip's first frame, which the clip before has as its last one."""
-        return self.clip_index * (self.frame_num - 1)
+        """Index in the video of the clip's first frame, which the clip before has too."""
+        return self.clip_index * (self.frame_num - self.num_repeated_frames)
 
     @property
     def is_last_clip(self) -> bool:
@@ -141,7 +152,7 @@ class VideoPlan:
         published_areas = {width * height for width, height in self.task.published_sizes}
         if not self.task.published_sizes or (self.width, self.height) in self.task.published_sizes:
             return None
-        has_own_aspect = self.source is not None or (
+        has_own_aspect = (self.source or self.driving) is not None or (
             bool(self.images) and not self.num_reference_frames
         )
         if has_own_aspect and max(published_areas) >= self.width * self.height >= 0.9 * min(
@@ -211,7 +222,7 @@ def make_plan(
     model_settings = collect_model_settings(config)
     check_experts(model_settings.loras, has_experts=task.expert_boundary is not None)
     settings = read_settings(config, OUTPUTS)
-    video_settings = collect_video_settings(read_all_settings(config), config.parse_size())
+    video_settings = collect_video_settings(config, list_input_files(settings))
     video = read_video_input(video_settings, task, image_size_reader, is_dry_run=is_dry_run)
     prompt = _read_prompt(config.prompt, is_required=config.latents is None and not is_dry_run)
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
@@ -238,11 +249,12 @@ def make_plan(
         image_keys=video.image_keys,
         camera=video.camera,
         input_notes=video.notes,
+        driving=video.driving,
         width=video.width,
         height=video.height,
         size_note=video.size_note,
         frame_num=video.frame_num,
-        num_clips=config.clips,
+        num_clips=config.clips if video.driving is None else video.driving.num_clips,
         fps=config.fps,
         seed=seed,
         sampling=sampling,

@@ -31,7 +31,7 @@ def plan_resident_models(plan: RunPlan, *, num_experts: int = 1) -> RunPlan:
     if arrangement.dit == "resident":
         dims = workload.model_dims.transformer
         gpu_weight_bytes += num_experts * count_projection_bytes(
-            dims, workload.itemsize, -(-len(dims.block_names) // workload.num_ranks)
+            dims, workload.itemsize, -(-len(dims.context_block_names) // workload.num_ranks)
         )
     if workload.model_dims.image_encoder is not None and workload.num_images:
         clip_bytes = count_image_encoder_bytes(workload.model_dims.image_encoder)

@@ -20,6 +20,10 @@ class Conditioning:
 
     A mask of which frames are given, and the latents of a video that holds these frames.
     """
+    face: Tensor | None = None
+    """(T, n, D): vectors of the driving face in each latent frame of the video."""
+    negative_face: Tensor | None = None
+    """The same without a face, for the negative prompt."""
     known_latents: Tensor | None = None
     """(1, C, 1, h, w): the first latent frame, if it is given and never noisy."""
     reference_latents: Tensor | None = None

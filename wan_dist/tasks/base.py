@@ -12,6 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from wan_dist.models.dims import (
+    FaceEncoderDims,
     ImageEncoderDims,
     ModelDims,
     TextEncoderDims,
@@ -44,6 +45,8 @@ class TaskInputs:
     """Settings that name image files; their content is part of the digest."""
     alternative_keys: tuple[str, ...] = ()
     """Settings that may be given instead of all ``file_keys``."""
+    folder_key: str | None = None
+    """Setting of a folder that holds files for all ``file_keys``."""
     usage: str = "no image"
     """The settings as a user writes them."""
     is_required: bool = False
@@ -115,6 +118,7 @@ class Task:
     """Schedule shifts for areas up to 480P and above, if different; else the shift is in the task's YAML."""
     text_encoder_dims: TextEncoderDims = DIMS_UMT5_XXL
     vae_dims: VaeDims = DIMS_VAE_21
+    face_encoder_dims: FaceEncoderDims | None = None
     published_sizes: tuple[tuple[int, int], ...] = ()
     is_still: bool = False
     """The task generates one frame, saved as PNG."""
@@ -156,6 +160,7 @@ class Task:
             transformer=self.transformer_dims,
             text_encoder=self.text_encoder_dims,
             image_encoder=self.image_encoder_dims,
+            face_encoder=self.face_encoder_dims,
             vae=self.vae_dims,
         )
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from wan_dist.config.settings import SettingValues
 from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.animate import FOLDER_KEY, list_folder_files
 from wan_dist.tasks.base import Task
 from wan_dist.tasks.registry import TASKS
 
@@ -12,8 +13,14 @@ INPUT_KEYS = tuple(dict.fromkeys(key for task in TASKS.values() for key in task.
 
 
 def list_input_files(settings: SettingValues) -> dict[str, str]:
-    """Return the input files of the settings, by setting; `split_files` splits those of a list."""
-    return {key: file for key in INPUT_KEYS if (file := settings.get(key)) is not None}
+    """Return the input files of the settings, by setting; `split_files` splits those of a list.
+
+    A folder of them stands for its files, unless they are given by name.
+    """
+    files = {key: file for key in INPUT_KEYS if (file := settings.get(key)) is not None}
+    if (folder := settings.get(FOLDER_KEY)) is not None:
+        files = list_folder_files(folder, is_replacing=settings.get("replace_flag", False)) | files
+    return files
 
 
 def check_input_files(input_files: Mapping[str, str], task: Task) -> None:

@@ -2,7 +2,13 @@
 
 from dataclasses import replace
 
-from wan_dist.models.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.models.dims import (
+    FaceEncoderDims,
+    ImageEncoderDims,
+    TextEncoderDims,
+    TransformerDims,
+    VaeDims,
+)
 
 DIMS_1_3B = TransformerDims(num_layers=30, dim=1536, ffn_dim=8960, num_heads=12)
 DIMS_5B = TransformerDims(
@@ -14,6 +20,8 @@ DIMS_VACE_14B = replace(DIMS_T2V_14B, vace_layers=tuple(range(0, 40, 5)), vace_i
 DIMS_I2V_A14B = replace(DIMS_T2V_14B, in_dim=36)
 DIMS_I2V_14B = replace(DIMS_I2V_A14B, image_dim=1280)
 DIMS_FLF2V_14B = replace(DIMS_I2V_14B, image_positions=2 * 257)
+DIMS_ANIMATE_14B = replace(DIMS_I2V_14B, face_layers=tuple(range(0, 40, 5)), pose_dim=16)
+DIMS_ANIMATE_FACE = FaceEncoderDims(out_dim=5120)
 DIMS_TOY = TransformerDims(
     num_layers=7, dim=192, ffn_dim=512, num_heads=6, text_dim=128, text_len=64
 )

@@ -7,7 +7,7 @@ what the user cannot change.
 from collections.abc import Iterable
 
 from wan_dist.runtime.errors import InputError, suggest_nearest
-from wan_dist.tasks import fun, image, known_first_frame, text, vace
+from wan_dist.tasks import animate, fun, image, known_first_frame, text, vace
 from wan_dist.tasks.base import Task
 
 TASKS = {
@@ -17,10 +17,11 @@ TASKS = {
         *image.TASKS,
         *vace.TASKS,
         *fun.TASKS,
+        *animate.TASKS,
         *known_first_frame.TASKS,
     )
 }
-UNSUPPORTED_TASKS = ("s2v-14B", "animate-14B")
+UNSUPPORTED_TASKS = ("s2v-14B",)
 
 
 def get_task(name: str) -> Task:

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from wan_dist.config.loras import LoraSetting
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import (
+    FaceEncoderDims,
     ImageEncoderDims,
     ModelDims,
     TextEncoderDims,
     TransformerDims,
     VaeDims,
 )
+from wan_dist.models.face_encoder import FaceVideoEncoder, make_blur_kernel
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
@@ -39,12 +41,13 @@ from wan_dist.weights import checkpoint_dims
 from wan_dist.weights.files import TensorFiles, format_first_ten
 from wan_dist.weights.gguf_parts import count_changed_weights
 from wan_dist.weights.identity import hash_weights
-from wan_dist.weights.key_maps import KeyMap, add_updates
+from wan_dist.weights.key_maps import BLUR_KERNEL_PATTERN, KeyMap, add_updates
 from wan_dist.weights.layout import NO_FILES, ComponentFiles, GivenFiles, find_layout
 from wan_dist.weights.load import check_keys, fill_model, fill_parameters
 from wan_dist.weights.lora import MergedLora, merge_loras
 from wan_dist.weights.lora_names import list_original_shapes
 from wan_dist.weights.streaming import StreamingOptions, stream_blocks
+from wan_dist.weights.task_match import check_transformer_task
 from wan_dist.weights.tokenizer_files import SENTENCEPIECE_KEY, open_tokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -136,6 +139,8 @@ class Checkpoint:
     text_encoder: Component[nn.Module, TextEncoderDims]
     image_encoder: Component[nn.Module, ImageEncoderDims] | None
     vae: Component[WanVae, VaeDims]
+    face_encoder: Component[FaceVideoEncoder, FaceEncoderDims] | None
+    """Of Animate, from the transformer's files."""
     tokenizer: Tokenizer
     tokenizer_digests: tuple[str, ...]
     """Digests of all that the tokenizer depends on."""
@@ -160,6 +165,8 @@ class Checkpoint:
         )
         if vace_layers := self.transformers[0].dims.vace_layers:
             depends_on += (vace_layers,)
+        if face_layers := self.transformers[0].dims.face_layers:
+            depends_on += (face_layers,)
         if self.loras:
             depends_on += ([lora.file.digest for lora in self.loras],)
         return hashlib.sha256(repr(depends_on).encode()).hexdigest()
@@ -218,6 +225,7 @@ class Checkpoint:
             transformer=self.transformers[0].dims,
             text_encoder=self.text_encoder.dims,
             image_encoder=None if self.image_encoder is None else self.image_encoder.dims,
+            face_encoder=None if self.face_encoder is None else self.face_encoder.dims,
             vae=self.vae.dims,
         )
 
@@ -263,6 +271,7 @@ def open_checkpoint(
         text_encoder=text_encoder,
         image_encoder=image_encoder,
         vae=vae,
+        face_encoder=open_face_encoder(transformer_pairs[0][0]),
         tokenizer=found_tokenizer.tokenizer,
         tokenizer_digests=found_tokenizer.digests,
     )
@@ -317,8 +326,32 @@ def open_transformer(
     )
     projection = Component(dims, lambda: ContextProjection(dims, dtype), files, key_map)
     with torch.device("meta"):
-        check_keys([transformer.build_model(), projection.build_model()], files, key_map)
+        models: list[nn.Module] = [transformer.build_model(), projection.build_model()]
+        if (face_dims := checkpoint_dims.infer_face_encoder_dims(files, key_map)) is not None:
+            models.append(FaceVideoEncoder(face_dims))
+        check_keys(models, files, key_map)
     return transformer, projection
+
+
+def open_face_encoder(
+    transformer: Component[FusedTransformer, TransformerDims],
+) -> Component[FaceVideoEncoder, FaceEncoderDims] | None:
+    """Return the face encoder in a transformer's files, None where there is none.
+
+    Raises InputError where files have another blur kernel than the published models.
+    """
+    files, key_map = transformer.files, transformer.key_map
+    dims = checkpoint_dims.infer_face_encoder_dims(files, key_map)
+    if dims is None:
+        return None
+    for key in files.shapes:
+        if BLUR_KERNEL_PATTERN.search(key):
+            kernel = files.read(key).float()
+            if kernel.shape != (4, 4) or not torch.allclose(kernel, make_blur_kernel()):
+                raise InputError(
+                    f"{files} has another kernel than [1, 3, 3, 1] in {key}: it is not a model of Wan-Animate"
+                )
+    return Component(dims, lambda: FaceVideoEncoder(dims), files, key_map)
 
 
 def _add_loras(
@@ -357,33 +390,9 @@ def _add_loras(
 
 
 def _check_task(checkpoint: Checkpoint, task: Task) -> None:
-    """Raise InputError if the checkpoint is of another task; the size of its transformers is not compared."""
-    expected_dims = task.transformer_dims
+    """Raise InputError if the checkpoint is of another task."""
     for component in checkpoint.transformers:
-        dims = component.dims
-        traits = {
-            "input channels": (dims.in_dim, expected_dims.in_dim),
-            "output channels": (dims.out_dim, expected_dims.out_dim),
-            "image branches": (int(dims.image_dim > 0), int(expected_dims.image_dim > 0)),
-            "position embeddings for two images": (
-                int(dims.image_positions > 0),
-                int(expected_dims.image_positions > 0),
-            ),
-            "VACE channels": (dims.vace_in_dim, expected_dims.vace_in_dim),
-            "camera channels": (dims.camera_in_dim, expected_dims.camera_in_dim),
-        }
-        if dims.ref_conv_in_dim:  # the first Fun Control models have none
-            traits["reference channels"] = (dims.ref_conv_in_dim, expected_dims.ref_conv_in_dim)
-        mismatches = [
-            f"{actual} {trait}, not {expected}"
-            for trait, (actual, expected) in traits.items()
-            if actual != expected
-        ]
-        if mismatches:
-            raise InputError(
-                f"{component.files} is not a {task.name} checkpoint: "
-                f"its transformer has {', '.join(mismatches)}"
-            )
+        check_transformer_task(component.dims, component.files, task)
     if checkpoint.vae.dims.latent_dim != task.latent_channels:
         raise InputError(
             f"{checkpoint.vae.files} has {checkpoint.vae.dims.latent_dim} latent channels, "

@@ -9,11 +9,19 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from wan_dist.models.dims import ImageEncoderDims, TextEncoderDims, TransformerDims, VaeDims
+from wan_dist.models.dims import (
+    FaceEncoderDims,
+    ImageEncoderDims,
+    TextEncoderDims,
+    TransformerDims,
+    VaeDims,
+)
 from wan_dist.runtime.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles
 from wan_dist.weights.key_maps import KeyMap
 
+_FACE_STRIDE_KEY, _FACE_STRIDE = "inject_face_latents_blocks", 5
+"""How many of the transformer's blocks there are to a block of the face adapter."""
 _HEAD_KEYS = ("num_heads", "num_attention_heads")
 _HEAD_DIM = 128
 """Width of a head in all published transformers."""
@@ -139,7 +147,7 @@ def select_config_entries(
         heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
         width = heads * head_dim if type(heads) is type(head_dim) is int else config.get("dim")
         if width == dim:
-            entry_names = (*_HEAD_KEYS, "eps", "text_len", "vace_layers")
+            entry_names = (*_HEAD_KEYS, "eps", "text_len", "vace_layers", _FACE_STRIDE_KEY)
             return {key: config[key] for key in entry_names if key in config}
     return {}
 
@@ -191,6 +199,50 @@ def infer_transformer_dims(
         vace_in_dim=shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1),
         ref_conv_in_dim=shapes.get_size_or_zero("ref_conv.weight", rank=4, dim=1),
         camera_in_dim=shapes.get_size_or_zero("control_adapter.conv.weight", rank=4, dim=1),
+        face_layers=_choose_face_layers(config_reader, shapes, num_layers),
+        pose_dim=shapes.get_size_or_zero("pose_patch_embedding.weight", rank=5, dim=1),
+    )
+
+
+def _choose_face_layers(
+    config_reader: _ConfigReader, shapes: _TensorShapes, num_layers: int
+) -> tuple[int, ...]:
+    """Return after which blocks those of the face adapter run: every fifth, from the first on."""
+    num_face_blocks = shapes.count_layer_indices(
+        r"(?:^|\.)face_adapter\.(?:fuser_blocks\.)?(\d+)\.\w"
+    )
+    if not num_face_blocks:
+        return ()
+    stride = config_reader.read_positive_int(_FACE_STRIDE_KEY, default=_FACE_STRIDE)
+    if (num_face_blocks - 1) * stride >= num_layers:
+        raise config_reader.make_error(
+            f"{num_layers} layers, which are too few for {num_face_blocks} blocks of the face adapter "
+            f"after every {stride}"
+        )
+    return tuple(range(0, num_face_blocks * stride, stride))
+
+
+def infer_face_encoder_dims(files: TensorFiles, key_map: KeyMap) -> FaceEncoderDims | None:
+    """Return the dims of Animate's motion and face encoders, None where the files have none."""
+    shapes = _TensorShapes(files, key_map)
+    convs = "motion_encoder.enc.net_app.convs"
+    if f"{convs}.0.0.weight" not in shapes:
+        return None
+    channels = [shapes.get_shape(f"{convs}.0.0.weight", 4)[0]]
+    while (name := f"{convs}.{len(channels)}.conv2.1.weight") in shapes:
+        channels.append(shapes.get_shape(name, 4)[0])
+    feature_dim, motion_dim = shapes.get_shape("motion_encoder.dec.direction.weight", 2)
+    out_dim, hidden_dim = shapes.get_shape("face_encoder.out_proj.weight", 2)
+    return FaceEncoderDims(
+        out_dim=out_dim,
+        channels=tuple(channels),
+        feature_dim=feature_dim,
+        num_linears=shapes.count_layer_indices(
+            r"motion_encoder\.(?:enc\.fc|motion_network)\.(\d+)\.weight$"
+        ),
+        motion_dim=motion_dim,
+        hidden_dim=hidden_dim,
+        num_heads=shapes.get_shape("face_encoder.conv1_local.conv.weight", 3)[0] // hidden_dim,
     )
 
 

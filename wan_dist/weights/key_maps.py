@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
+from wan_dist.runtime.errors import InputError
 from wan_dist.weights.lora_updates import WeightUpdate
 from wan_dist.weights.quantization import INT8_TILES_NAME
 
@@ -50,17 +51,22 @@ def _keep_name(name: str) -> str:
     return name
 
 
-def _map_transformer(rename_key: KeyRenamer, keys: Collection[str]) -> KeyMap:
+def _map_transformer(
+    rename_key: KeyRenamer, keys: Collection[str], *, is_face_kv_split: bool = False
+) -> KeyMap:
     """Return a transformer's key map, given how to rename the keys of the original layout.
 
     q, k, v of self-attention and k, v of cross-attention are one linear here, and separate in checkpoints.
     Weights that TurboDiffusion has quantised are under names of their own among ``keys``.
+    ``is_face_kv_split``: so are k and v of Animate's face adapter, which the original layout has as one.
     """
     fused_linears = {
         ".self_attn.qkv.": ("self_attn.q", "self_attn.k", "self_attn.v"),
         ".cross_attn.kv.": ("cross_attn.k", "cross_attn.v"),
         ".cross_attn.kv_img.": ("cross_attn.k_img", "cross_attn.v_img"),
     }
+    if is_face_kv_split:
+        fused_linears[".linear1_kv."] = ("linear1_k", "linear1_v")
 
     def find_source(name: str) -> TensorSource:
         key = rename_key(name).replace(".proj_l.", ".attn_op.local_attn.proj_l.")
@@ -74,7 +80,21 @@ def _map_transformer(rename_key: KeyRenamer, keys: Collection[str]) -> KeyMap:
                 return tuple(find_source(f"{prefix}.{part}.{suffix}") for part in part_names)
         return (find_source(name),)
 
-    return KeyMap(find_sources)
+    return KeyMap(find_sources, lambda key: BLUR_KERNEL_PATTERN.search(key) is not None)
+
+
+BLUR_KERNEL_PATTERN = re.compile(r"(?:^|\.)motion_encoder\..*\.kernel$")
+"""Constants of Animate's motion encoder, which some files have."""
+_MOTION_CONVS = r"motion_encoder\.enc\.net_app\.convs\."
+
+
+def _map_diffusers_name(name: str) -> str:
+    """Return the Diffusers layout's name of a transformer's tensor."""
+    if match := re.match(_MOTION_CONVS + r"(\d+)\.(conv[12]|skip)\.\d\.(weight|bias)", name):
+        conv = "conv_skip" if match[2] == "skip" else match[2]
+        attribute = "act_fn.bias" if match[3] == "bias" else "weight"
+        return f"motion_encoder.res_blocks.{int(match[1]) - 1}.{conv}.{attribute}"
+    return _apply_rename_table(name, _DIFFUSERS_TRANSFORMER_TABLE)
 
 
 _DIFFUSERS_TRANSFORMER_TABLE: _RenameTable = (
@@ -104,6 +124,15 @@ _DIFFUSERS_TRANSFORMER_TABLE: _RenameTable = (
     (r"((?:vace_)?blocks\.\d+)\.modulation", r"\1.scale_shift_table"),
     (r"(vace_blocks\.\d+)\.before_proj\.", r"\1.proj_in."),
     (r"(vace_blocks\.\d+)\.after_proj\.", r"\1.proj_out."),
+    (_MOTION_CONVS + r"0\.0\.weight", r"motion_encoder.conv_in.weight"),
+    (_MOTION_CONVS + r"0\.1\.bias", r"motion_encoder.conv_in.act_fn.bias"),
+    (_MOTION_CONVS + r"\d+\.weight", r"motion_encoder.conv_out.weight"),
+    (r"motion_encoder\.enc\.fc\.", r"motion_encoder.motion_network."),
+    (r"motion_encoder\.dec\.direction\.weight", r"motion_encoder.motion_synthesis_weight"),
+    (r"face_encoder\.(conv1_local|conv2|conv3)\.conv\.", r"face_encoder.\1."),
+    (r"face_adapter\.fuser_blocks\.(\d+)\.linear1_([qkv])\.", r"face_adapter.\1.to_\2."),
+    (r"face_adapter\.fuser_blocks\.(\d+)\.linear2\.", r"face_adapter.\1.to_out."),
+    (r"face_adapter\.fuser_blocks\.(\d+)\.([qk])_norm\.", r"face_adapter.\1.norm_\2."),
     (r"head\.head\.", r"proj_out."),
     (r"head\.modulation", r"scale_shift_table"),
 )
@@ -124,19 +153,14 @@ def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
         (prefix for prefix in _SINGLE_FILE_PREFIXES if any(key.startswith(prefix) for key in keys)),
         "",
     )
-    table = (
-        _DIFFUSERS_TRANSFORMER_TABLE
-        if any(key.startswith(f"{prefix}condition_embedder.") for key in keys)
-        else ()
-    )
-    return _map_transformer(lambda name: prefix + _apply_rename_table(name, table), keys)
+    is_diffusers = any(key.startswith(f"{prefix}condition_embedder.") for key in keys)
+    rename = _map_diffusers_name if is_diffusers else _keep_name
+    return _map_transformer(lambda name: prefix + rename(name), keys, is_face_kv_split=is_diffusers)
 
 
 def map_diffusers_transformer(keys: Collection[str]) -> KeyMap:
     """Key map of the transformer in the Diffusers layout."""
-    return _map_transformer(
-        lambda name: _apply_rename_table(name, _DIFFUSERS_TRANSFORMER_TABLE), keys
-    )
+    return _map_transformer(_map_diffusers_name, keys, is_face_kv_split=True)
 
 
 def add_updates(key_map: KeyMap, updates: Mapping[str, WeightUpdate]) -> KeyMap:
@@ -144,11 +168,17 @@ def add_updates(key_map: KeyMap, updates: Mapping[str, WeightUpdate]) -> KeyMap:
     find_original_sources = map_original_transformer(()).find_sources
 
     def find_sources(name: str) -> tuple[TensorSource, ...]:
+        sources, original_sources = key_map.find_sources(name), find_original_sources(name)
+        if len(sources) != len(original_sources):  # k and v of the face adapter
+            if updates.keys() & {source.key for source in original_sources}:
+                raise InputError(
+                    f"a LoRA changes {original_sources[0].key}, which this checkpoint has in "
+                    "two parts; use a checkpoint in the original layout"
+                )
+            return sources
         return tuple(
             replace(source, update=updates.get(original_source.key))
-            for source, original_source in zip(
-                key_map.find_sources(name), find_original_sources(name), strict=True
-            )
+            for source, original_source in zip(sources, original_sources, strict=True)
         )
 
     return replace(key_map, find_sources=find_sources)

@@ -75,10 +75,14 @@ def check_keys(models: Sequence[nn.Module], files: TensorFiles, key_map: KeyMap)
 def _is_shape_compatible(stored_shape: Shape, expected_shape: Shape) -> bool:
     """Whether the shapes are equal but for leading dims of length 1, which some checkpoints have.
 
+    So may a vector have dims of length 1 behind it, as a bias of images.
+
     A convolution whose stride is its kernel may be stored as the linear that it is, as rCM does.
     """
     if len(expected_shape) == 5 and stored_shape == (expected_shape[0], prod(expected_shape[1:])):
         return True
+    if len(expected_shape) == 1 < len(stored_shape) and stored_shape[-1] == 1:
+        return prod(stored_shape) == max(stored_shape) == expected_shape[0]
     num_extra_dims = len(stored_shape) - len(expected_shape)
     return (
         num_extra_dims >= 0

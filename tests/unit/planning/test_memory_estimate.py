@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from wan_dist.models.context import ContextProjection
+from wan_dist.models.face_encoder import FaceVideoEncoder
 from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.kernels import quantized_linear as quantized
@@ -14,13 +15,20 @@ from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
-from wan_dist.planning import memory_estimate, parameter_bytes
+from wan_dist.planning import face_memory, memory_estimate, parameter_bytes
+from wan_dist.tasks.published_dims import DIMS_ANIMATE_FACE
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights import streaming
 
 
 def size_of(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_bytes_of_the_face_encoder_are_exact() -> None:
+    with torch.device("meta"):
+        model = FaceVideoEncoder(DIMS_ANIMATE_FACE)
+    assert face_memory.count_face_encoder_bytes(DIMS_ANIMATE_FACE) == size_of(model)
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
@@ -35,9 +43,9 @@ def test_bytes_of_weights_are_exact(task: object, dtype: torch.dtype) -> None:
     all_blocks_bytes = parameter_bytes.count_all_blocks_bytes(dims, dtype.itemsize, "none")
     assert all_blocks_bytes == sum(sizes.values())
     assert parameter_bytes.count_transformer_bytes(dims, dtype.itemsize) == size_of(model)
-    assert parameter_bytes.count_projection_bytes(dims, dtype.itemsize, len(sizes)) == size_of(
-        projection
-    )
+    assert parameter_bytes.count_projection_bytes(
+        dims, dtype.itemsize, len(dims.context_block_names)
+    ) == size_of(projection)
     assert parameter_bytes.count_vae_weight_bytes(vae.dims, dtype.itemsize) == pytest.approx(
         size_of(vae), rel=2e-3
     )  # norms are float32

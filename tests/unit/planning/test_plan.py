@@ -41,6 +41,7 @@ PUBLISHED = {
     "fun-inp-5B": ("1280x704", 121, 24, "fun_euler", 50, 5.0, (6.0, 6.0)),
     "fun-control-5B": ("1280x704", 121, 24, "fun_euler", 40, 5.0, (6.0, 6.0)),
     "fun-camera-5B": ("1280x704", 81, 24, "fun_euler", 50, 5.0, (6.0, 6.0)),
+    "animate-14B": ("1280x720", 77, 30, "unipc", 20, 5.0, (1.0, 1.0)),
     "ti2v-5B": ("1280x704", 121, 24, "unipc", 50, 5.0, (5.0, 5.0)),
 }
 BOUNDARIES = {"t2v-A14B": 0.875, "vace-A14B": 0.875, "i2v-A14B": 0.9}
@@ -63,9 +64,11 @@ def inputs(task: str, image: str) -> list[str]:
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_defaults_are_the_published_ones(task: str, image: str) -> None:
-    config = compose_config(prepare_arguments([f"task={task}", *inputs(task, image), "prompt=x"]))
+    has_driving_video = TASKS[task].face_encoder_dims is not None
+    files = [] if has_driving_video else inputs(task, image)
+    config = compose_config(prepare_arguments([f"task={task}", *files, "prompt=x"]))
     assert config is not None
-    made, sample = make_plan(config), config.sample
+    made, sample = make_plan(config, is_dry_run=has_driving_video), config.sample
     found = (
         config.size,
         made.frame_num,
@@ -76,9 +79,10 @@ def test_defaults_are_the_published_ones(task: str, image: str) -> None:
         made.sampling.guide_scales,
     )
     assert found == PUBLISHED[task]
-    assert made.negative_prompt is not None
-    assert made.negative_prompt.startswith(PREFIXES.get(task, "") + "色调艳丽，过曝，静态")
-    assert made.negative_prompt.endswith("背景人很多，倒着走")
+    assert made.negative_prompt == (config.negative_prompt if made.sampling.is_guided else None)
+    assert config.negative_prompt is not None
+    assert config.negative_prompt.startswith(PREFIXES.get(task, "") + "色调艳丽，过曝，静态")
+    assert config.negative_prompt.endswith("背景人很多，倒着走")
     assert config.parse_size() in (*TASKS[task].published_sizes, (1024, 1024))
     assert TASKS[task].expert_boundary == BOUNDARIES.get(task)
 

@@ -15,11 +15,13 @@ from tests.conftest import FIXTURES
 from wan_dist.config.checks import split_file_list
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims
+from wan_dist.models.face_encoder import FaceVideoEncoder
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
 from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.runtime.errors import InputError
+from wan_dist.tasks.published_dims import DIMS_ANIMATE_FACE
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights import checkpoint_dims as dims
 from wan_dist.weights import hub
@@ -59,9 +61,14 @@ class Manifest(TensorFiles):
 
 
 def transformer(found: TransformerDims) -> nn.Module:
-    """Return both models that the file of a transformer holds."""
+    """Return the models that the file of a transformer holds."""
+    face_encoders = [FaceVideoEncoder(DIMS_ANIMATE_FACE)] if found.face_layers else []
     return nn.ModuleList(
-        [build_transformer(found, torch.bfloat16), ContextProjection(found, torch.bfloat16)]
+        [
+            build_transformer(found, torch.bfloat16),
+            ContextProjection(found, torch.bfloat16),
+            *face_encoders,
+        ]
     )
 
 
@@ -79,6 +86,7 @@ TRANSFORMERS = {
     "wan2.2-ti2v-5B": "ti2v-5B",
     "wan2.1-vace-1.3B": "vace-1.3B",
     "wan2.1-vace-14B": "vace-14B",
+    "wan2.2-animate-14B": "animate-14B",
 }
 PUBLISHED = [
     (name, dims.infer_transformer_dims, transformer, names.map_original_transformer)
@@ -113,7 +121,9 @@ def test_published_checkpoints_fit(
         model = build(read(files.config, files, keys))
     check_keys(models_of(model), files, keys)
     unused = sum(
-        torch.Size(shape).numel() for key, shape in files.shapes.items() if keys.is_ignored(key)
+        torch.Size(shape).numel()
+        for key, shape in files.shapes.items()
+        if keys.is_ignored(key) and not key.endswith(".kernel")  # a constant, no parameter
     )
     assert sum(parameter.numel() for parameter in model.parameters()) == files.num_params - unused
     assert (unused > 0) == (name == "clip-vit-h-14")
@@ -127,6 +137,8 @@ def test_the_catalog_knows_the_published_sizes(manifest: str, task: str) -> None
         files.config, files, names.map_original_transformer(files.shapes)
     )
     assert TransformerDims(**vars(shape)) == found
+    key_map = names.map_original_transformer(files.shapes)
+    assert dims.infer_face_encoder_dims(files, key_map) == TASKS[task].face_encoder_dims
 
 
 def test_clip_has_sixteen_heads() -> None:

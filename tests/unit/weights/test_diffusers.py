@@ -2,6 +2,7 @@
 themselves, on meta.
 """
 
+import inspect
 import json
 import warnings
 from collections.abc import Callable
@@ -27,7 +28,12 @@ from wan_dist.weights.load import check_keys
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     diffusers = pytest.importorskip("diffusers")
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel, WanVACETransformer3DModel
+    from diffusers import (
+        AutoencoderKLWan,
+        WanAnimateTransformer3DModel,
+        WanTransformer3DModel,
+        WanVACETransformer3DModel,
+    )
 
 
 class FilesOf(TensorFiles):
@@ -59,6 +65,10 @@ def test_transformers(manifest: str, task: str) -> None:
     if shape.vace_layers:
         config |= {"vace_layers": list(shape.vace_layers), "vace_in_channels": shape.vace_in_dim}
     model_class = WanVACETransformer3DModel if shape.vace_layers else WanTransformer3DModel
+    if shape.face_layers:
+        model_class = WanAnimateTransformer3DModel
+        accepted = inspect.signature(model_class.__init__).parameters
+        config = {key: value for key, value in config.items() if key in accepted}
     with torch.device("meta"):
         model = model_class(**config)
     found = check(

@@ -22,9 +22,10 @@ def encode_inputs(
     config: RunConfig,
     plan: RunPlan,
     report: StageReport,
-    first_frame: Tensor | None,
+    first_frames: Tensor | None,
 ) -> dict[str, Tensor]:
     """Return ``extra_channels``, and ``image_features`` where the model takes them, on the first rank."""
+    first_frame = None if first_frames is None else first_frames[:, 0]
     conditioning_tensors: dict[str, Tensor] = {}
     image_encoder = session.checkpoint.image_encoder
 

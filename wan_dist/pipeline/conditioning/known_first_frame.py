@@ -17,9 +17,10 @@ def encode_inputs(
     config: RunConfig,
     plan: RunPlan,
     report: StageReport,
-    first_frame: Tensor | None,
+    first_frames: Tensor | None,
 ) -> dict[str, Tensor]:
     """Return ``known_latents`` on the ranks that encode the image."""
+    first_frame = None if first_frames is None else first_frames[:, 0]
     latents = encode_latents(session, config, plan, report, lambda: _make_chunks(plan, first_frame))
     return {} if latents is None else {"known_latents": latents}
 

@@ -33,9 +33,9 @@ def encode_inputs(
     config: RunConfig,
     plan: RunPlan,
     report: StageReport,
-    first_frame: Tensor | None,
+    first_frames: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Return ``extra_channels``, the VACE context, on the ranks that encode; ``first_frame`` is None."""
+    """Return ``extra_channels``, the VACE context, on the ranks that encode; ``first_frames`` is None."""
     size = (plan.width, plan.height)
     references = [
         fit_on_white(convert_image_to_tensor(image), size).unsqueeze(1) for image in plan.images

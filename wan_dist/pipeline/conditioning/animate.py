@@ -1,0 +1,192 @@
+"""Conditioning of Animate: reference image, given frames, poses and faces of one clip.
+
+Source: `WanAnimate` of the reference (Wan-Video/Wan2.2), without its rounding of pixels to bfloat16.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from wan_dist.config.schema import RunConfig
+from wan_dist.output.stage_report import StageReport
+from wan_dist.pipeline.conditioning.encoders import (
+    convert_image_to_tensor,
+    encode_image_features,
+    encode_videos,
+    gather_chunks,
+)
+from wan_dist.pipeline.out_of_memory import free_memory
+from wan_dist.pipeline.session import Session
+from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.tasks.animate import DrivingVideo, iterate_clip_frames
+from wan_dist.tasks.source_video import VideoFacts
+
+_WEIGHT_BITS = 11
+"""Of the fixed-point weights of `resize_image`."""
+_FACES_AT_ONCE = 4
+
+
+def encode_inputs(
+    session: Session,
+    config: RunConfig,
+    plan: RunPlan,
+    report: StageReport,
+    first_frames: Tensor | None,
+) -> dict[str, Tensor]:
+    """Return all that one clip takes beside the text, on the ranks that encode.
+
+    These are ``image_features``, ``extra_channels`` (1, 4 + 2 C, 1 + T, h, w): mask, latents of what is
+    given, latents of the poses; and ``face`` with ``negative_face``, where there is a negative prompt.
+    """
+    driving = plan.driving
+    assert driving is not None
+    reference = convert_image_to_tensor(fit_on_black(plan.images[0], (plan.width, plan.height)))
+    tensors: dict[str, Tensor] = {}
+
+    def encode_on_first_rank() -> None:
+        if session.groups.replica.rank != 0:
+            return
+        image_encoder = session.checkpoint.image_encoder
+        assert image_encoder is not None
+        tensors["image_features"] = encode_image_features(
+            image_encoder, [reference], plan, report, session.model_cache
+        ).to(report.device)
+        tensors.update(_encode_faces(session, plan, driving, report))
+
+    session.run_together(encode_on_first_rank, "encode the image", uses_collectives=False)
+    latents = encode_videos(
+        session,
+        config,
+        plan,
+        report,
+        [
+            lambda: iter([reference[None, :, None]]),
+            lambda: gather_chunks(iterate_given_frames(plan, driving, first_frames)),
+            lambda: gather_chunks(iterate_pixels(driving.pose, driving, plan.clip_index)),
+        ],
+        f"reference image and clip {plan.clip_index + 1} of the driving video",
+    )
+    if latents is not None:
+        reference_latents, given, poses = latents
+        mask = read_clip_mask(plan, driving).to(given)
+        given = torch.cat([reference_latents, given], dim=2)
+        channels = [F.pad(mask, (0, 0, 0, 0, 1, 0), value=1.0), given]
+        # The reference image's frame has no pose.
+        channels.append(F.pad(poses, (0, 0, 0, 0, 1, 0)))
+        tensors["extra_channels"] = torch.cat(channels, dim=1)
+    return tensors
+
+
+def _encode_faces(
+    session: Session, plan: VideoPlan, driving: DrivingVideo, report: StageReport
+) -> dict[str, Tensor]:
+    """Return the vectors of the clip's face frames, and of no face for the negative prompt."""
+    component = session.checkpoint.face_encoder
+    assert component is not None
+    with report.measure_stage("face", f"{plan.frame_num} frames of {component.dims.image_size}"):
+        encoder = session.model_cache.get_or_load(
+            "face", report.device, lambda: component.load(report.device)
+        )
+        frames = iterate_pixels(driving.face, driving, plan.clip_index)
+        motion = []
+        while piece := list(islice(frames, _FACES_AT_ONCE)):
+            motion.append(encoder.encode_motion(torch.stack(piece)))
+        faces = {"face": encoder.face_encoder(torch.cat(motion))}
+        if plan.negative_prompt is not None:
+            faces["negative_face"] = encoder.encode_still_face(plan.frame_num)
+        del encoder
+        free_memory()
+    return faces
+
+
+def iterate_pixels(
+    video: VideoFacts, driving: DrivingVideo, clip_index: int, skip: int = 0
+) -> Iterator[Tensor]:
+    """Yield a clip's frames (3, H, W) in [-1, 1] of one of the driving videos, without the first ``skip``."""
+    for frame in iterate_clip_frames(video, driving, clip_index, skip):
+        yield torch.from_numpy(np.array(frame)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def iterate_given_frames(
+    plan: VideoPlan, driving: DrivingVideo, first_frames: Tensor | None
+) -> Iterator[Tensor]:
+    """Yield what is given of a clip's frames (3, H, W): the end of the clip before it, the background."""
+    num_given = 0 if first_frames is None else first_frames.shape[1]
+    if first_frames is not None:
+        yield from first_frames.unbind(1)
+    if driving.background is not None:
+        yield from iterate_pixels(driving.background, driving, plan.clip_index, num_given)
+        return
+    grey = torch.zeros(3, plan.height, plan.width)
+    for _ in range(plan.frame_num - num_given):
+        yield grey
+
+
+def read_clip_mask(plan: VideoPlan, driving: DrivingVideo) -> Tensor:
+    """Return the mask (1, 4, T, h, w) of a clip, 1 where a pixel is given.
+
+    Channels are the frames of a latent frame; the first latent frame has a single one, four times. Of the
+    person's mask, which is not rounded to 0 and 1, a latent pixel has the value of its first pixel.
+    """
+    rows, columns = plan.latent_shape[2:]
+    num_given = plan.num_repeated_frames if plan.clip_index else 0
+    mask = torch.zeros(plan.frame_num, rows, columns)
+    mask[:num_given] = 1
+    if driving.mask is not None:
+        stride = plan.height // rows
+        frames = iterate_clip_frames(driving.mask, driving, plan.clip_index, num_given)
+        for index, frame in enumerate(frames, num_given):
+            person = torch.from_numpy(frame[::stride, ::stride, 0].copy()).float() / 255
+            mask[index] = 1 - person
+    mask = torch.cat([mask[:1].expand(4, -1, -1), mask[1:]])
+    return mask.view(1, -1, 4, rows, columns).transpose(1, 2)
+
+
+def fit_on_black(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return an image scaled to fit into ``size`` (width, height), black around it, as in the reference."""
+    width, height = size
+    canvas = np.zeros((height, width, 3), np.uint8)
+    if image.height / image.width > height / width:
+        fitted_size = (int(height / image.height * image.width), height)
+    else:
+        fitted_size = (width, int(width / image.width * image.height))
+    left, top = (width - fitted_size[0]) // 2, (height - fitted_size[1]) // 2
+    resized = resize_image(np.asarray(image.convert("RGB")), fitted_size)
+    canvas[top : top + fitted_size[1], left : left + fitted_size[0]] = resized
+    return Image.fromarray(canvas)
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return an image (h, w, 3) in 8 bits scaled to ``size`` (width, height).
+
+    Bilinear without antialiasing, in fixed point as OpenCV's INTER_LINEAR: the reference's images are
+    enlarged by it, and rounding floats instead changes every eighth pixel.
+    """
+    pixels = image.astype(np.int64)
+    if (image.shape[1], image.shape[0]) == size:
+        return image
+    (left, right, left_weights, right_weights) = _list_taps(image.shape[1], size[0])
+    rows = (
+        pixels[:, left] * left_weights[:, None] + pixels[:, right] * right_weights[:, None]
+    ) >> 4
+    (upper, lower, upper_weights, lower_weights) = _list_taps(image.shape[0], size[1])
+    sums = (rows[upper] * upper_weights[:, None, None] >> 16) + (
+        rows[lower] * lower_weights[:, None, None] >> 16
+    )
+    return ((sums + 2) >> 2).clip(0, 255).astype(np.uint8)
+
+
+def _list_taps(length: int, new_length: int) -> tuple[np.ndarray, ...]:
+    """Return for each new pixel the indices of two pixels, and their fixed-point weights."""
+    positions = (np.arange(new_length) + 0.5) * (length / new_length) - 0.5
+    first = np.floor(positions).astype(np.int64)
+    fraction = (positions - first).astype(np.float32)
+    weights = [
+        np.rint(part * 2**_WEIGHT_BITS).astype(np.int64) for part in (1 - fraction, fraction)
+    ]
+    return first.clip(0, length - 1), (first + 1).clip(0, length - 1), *weights
