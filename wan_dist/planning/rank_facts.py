@@ -10,9 +10,10 @@ from wan_dist.config.checks import FILE_LIST_KEYS, split_files
 from wan_dist.config.settings import SettingValues
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_file
-from wan_dist.tasks.input_files import INPUT_KEYS
+from wan_dist.tasks.input_files import list_input_files
 
-_FILE_KEYS = ("jobs", *INPUT_KEYS, "latents")
+_FILE_KEYS = ("jobs", "camera", "latents")
+"""Settings that name a file, beside those of input files."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,18 @@ def collect_rank_facts(
     ``settings``: see `read_all_settings`.
     """
     file_digests = {}
-    for key in _FILE_KEYS:
-        if (value := settings[key]) is None:
-            continue
+    for key, value in _list_files(settings).items():
         paths = split_files(value) if key in FILE_LIST_KEYS else [Path(value).expanduser()]
         with suppress(OSError):  # planning says what is wrong with it
             if all(path.is_file() for path in paths):
                 file_digests[key] = " ".join(map(hash_file, paths))
     return RankFacts(dict(settings), file_digests, gpu, gpu_bytes)
+
+
+def _list_files(settings: SettingValues) -> dict[str, str]:
+    """Return the files that the settings name, by setting."""
+    files = {key: file for key in _FILE_KEYS if (file := settings.get(key)) is not None}
+    return files | list_input_files(settings)
 
 
 def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
@@ -53,6 +58,7 @@ def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
     Raises InputError for ranks that cannot work together, the same error on all of them.
     """
     first_facts = facts_by_rank[0]
+    first_files = _list_files(first_facts.settings)
     for rank, other_facts in enumerate(facts_by_rank):
         for key, value in first_facts.settings.items():
             if other_facts.settings.get(key) != value:
@@ -64,7 +70,7 @@ def check_ranks_match(facts_by_rank: Sequence[RankFacts]) -> int | None:
         for key in first_facts.files.keys() & other_facts.files.keys():
             if first_facts.files[key] != other_facts.files[key]:
                 raise InputError(
-                    f"{key}={first_facts.settings[key]} differs between rank {rank} ({other_facts.host}) "
+                    f"{key}={first_files[key]} differs between rank {rank} ({other_facts.host}) "
                     f"and rank 0 ({first_facts.host}); "
                     "use one file on a shared file system"
                 )

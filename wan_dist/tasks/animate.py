@@ -87,10 +87,14 @@ class DrivingVideo:
     def description(self) -> str:
         """How the driving video is used, in one line."""
         num_made = self.num_clips * (self.clip_frames - self.num_repeated) + self.num_repeated
+        num_left_out = num_made - self.num_frames
+        beyond = (
+            f", and {num_left_out} are made beyond the end and left out" if num_left_out else ""
+        )
         return (
-            f"src_pose has {self.num_frames} frames of {self.pose.width}x{self.pose.height}, which are "
-            f"made in {self.num_clips} clip{'s' * (self.num_clips > 1)} of {self.clip_frames}: size is "
-            f"not used, and {num_made - self.num_frames} frames are made beyond the end and left out"
+            f"src_pose has {self.num_frames} frames of {self.pose.width}x{self.pose.height}, which the video "
+            f"has too, whatever size says; they are made in {self.num_clips} "
+            f"clip{'s' * (self.num_clips > 1)} of {self.clip_frames}{beyond}"
         )
 
 

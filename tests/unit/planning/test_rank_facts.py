@@ -94,7 +94,7 @@ def test_settings_are_compared_with_their_dotted_keys() -> None:
         )
 
 
-@pytest.mark.parametrize("key", ["jobs", "image", "first_frame", "last_frame", "latents"])
+@pytest.mark.parametrize("key", ["jobs", "image", "first_frame", "last_frame", "camera", "latents"])
 def test_files_of_one_name_are_told_apart(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +108,19 @@ def test_files_of_one_name_are_told_apart(
         facts.append(collect_rank_facts(settings_of(**{key: "given"}), None, None))
     assert check_ranks_match([facts[0], facts[2], facts[3]]) is None
     with pytest.raises(InputError, match=f"{key}=given differs between rank 1"):
+        check_ranks_match(facts)
+
+
+def test_files_of_a_folder_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = []
+    for rank in (0, 1):
+        folder = tmp_path / str(rank) / "driving"
+        folder.mkdir(parents=True)
+        for name in ("src_pose.mp4", "src_face.mp4", "src_ref.png"):
+            (folder / name).write_text(f"{name} {rank if name == 'src_face.mp4' else ''}")
+        monkeypatch.chdir(folder.parent)
+        facts.append(collect_rank_facts(settings_of(src_root_path="driving"), None, None))
+    with pytest.raises(InputError, match=r"src_face=driving/src_face.mp4 differs between rank 1"):
         check_ranks_match(facts)
 
 

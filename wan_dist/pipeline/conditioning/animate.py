@@ -72,14 +72,19 @@ def encode_inputs(
         f"reference image and clip {plan.clip_index + 1} of the driving video",
     )
     if latents is not None:
-        reference_latents, given, poses = latents
-        mask = read_clip_mask(plan, driving).to(given)
-        given = torch.cat([reference_latents, given], dim=2)
-        channels = [F.pad(mask, (0, 0, 0, 0, 1, 0), value=1.0), given]
-        # The reference image's frame has no pose.
-        channels.append(F.pad(poses, (0, 0, 0, 0, 1, 0)))
-        tensors["extra_channels"] = torch.cat(channels, dim=1)
+        mask = read_clip_mask(plan, driving)
+        tensors["extra_channels"] = _join_channels(mask, *latents)
     return tensors
+
+
+def _join_channels(mask: Tensor, reference: Tensor, given: Tensor, poses: Tensor) -> Tensor:
+    """Return the channels beside the noise: mask, what is given, poses, with a reference's frame before.
+
+    That frame is given, and has no pose.
+    """
+    before = (0, 0, 0, 0, 1, 0)
+    mask = F.pad(mask.to(given), before, value=1.0)
+    return torch.cat([mask, torch.cat([reference, given], dim=2), F.pad(poses, before)], dim=1)
 
 
 def _encode_faces(
