@@ -123,6 +123,7 @@ class TransformerInputs(NamedTuple):
     has_images: bool
     num_vace_channels: int
     has_camera: bool
+    has_poses: bool
 
 
 def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> TransformerInputs:
@@ -135,6 +136,7 @@ def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> Transformer
         has_images="img_emb.proj.0.weight" in shapes,
         num_vace_channels=shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1),
         has_camera="control_adapter.conv.weight" in shapes,
+        has_poses="pose_patch_embedding.weight" in shapes,
     )
 
 

@@ -107,6 +107,8 @@ def _find_mismatch(files: TensorFiles, setting: str, task: Task) -> str | None:
             return f"{inputs.num_channels} input channels{branch}"
         if inputs.has_camera != (expected.camera_in_dim > 0):
             return f"it has {'a' if inputs.has_camera else 'no'} camera adapter"
+        if inputs.has_poses != (expected.pose_dim > 0):
+            return f"it takes {'' if inputs.has_poses else 'no '}poses"
     return None
 
 
