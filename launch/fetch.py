@@ -91,10 +91,12 @@ def _fetch_checkpoint(task: Task, options: dict[str, str], folder: Path | None) 
         checkpoint_folder = download_checkpoint(task, area=width * height, folder=folder)
     check_checkpoint_complete(checkpoint_folder, task)
     checkpoint_setting = f"ckpt_dir={checkpoint_folder} " if folder is not None else ""
+    folder_key = task.inputs.folder_key  # whose files give the size
+    inputs = f"{folder_key}=FOLDER" if folder_key else f'size={width}x{height} prompt="..."'
     sys.stdout.write(
         f"{checkpoint_folder} is complete: {_format_size(_list_files(checkpoint_folder))} of "
         f"{task.choose_repository(width * height)}\n"
-        f'python -m wan_dist.run task={task.name} {checkpoint_setting}size={width}x{height} prompt="..."\n'
+        f"python -m wan_dist.run task={task.name} {checkpoint_setting}{inputs}\n"
     )
 
 

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from tests.conftest import golden_folder, relative_error
 from tests.forked import run_forked
+from wan_dist.config.loras import list_loras
 from wan_dist.run import main
 from wan_dist.tasks.animate import DrivingVideo, iterate_clip_frames
+from wan_dist.tasks.run_config import read_config
 from wan_dist.tasks.source_video import iterate_frames, read_video_facts
 
 GOLDEN = "wan2.2-animate"
@@ -92,7 +94,7 @@ REFUSALS: list[tuple[list[str], dict[str, str | None], str]] = [
     (["src_root_path=null"], {}, "src_pose and src_face and src_ref are missing"),
     (["src_video=x.mp4"], {}, "src_video is given, but animate-14B takes src_root_path=FOLDER"),
     (["task=i2v-14B"], {}, "src_root_path=FOLDER is for a driving video, and i2v-14B takes"),
-    (["use_relighting_lora=true", "ckpt_dir=null"], {}, "and ckpt_dir is not given"),
+    (["use_relighting_lora=true", "ckpt_dir=null"], {}, "Hugging Face's cache has none"),
     (["use_relighting_lora=true", "ckpt_dir=FOLDER"], {}, "ckpt_dir=FOLDER has none"),
 ]
 
@@ -220,3 +222,18 @@ def test_both_files_of_the_relighting_lora_are_the_same(tmp_path: Path) -> None:
     torch.testing.assert_close(
         load_file("out/out.safetensors")["video"], expected, rtol=0, atol=1e-3
     )
+
+
+def test_the_relighting_lora_in_the_cache_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = tmp_path / "models--Wan-AI--Wan2.2-Animate-14B"
+    file = cached / "snapshots/0123456789/relighting_lora.ckpt"
+    file.parent.mkdir(parents=True)
+    file.symlink_to(golden_folder(GOLDEN) / "relighting_lora.ckpt")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0123456789")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = read_config([*list_settings("replace_relit"), "ckpt_dir=null"])
+    assert config is not None
+    assert [lora.path for lora in list_loras(config)] == [file]

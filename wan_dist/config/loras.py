@@ -13,6 +13,7 @@ EXPERTS = ("high", "low")
 """Experts of the tasks that have two, by the noise that they are for, in the order of their transformers."""
 UNMATCHED_CHOICES = ("error", "allow")
 _RELIGHTING_KEY = "use_relighting_lora"
+RELIGHTING_REPOSITORY = "Wan-AI/Wan2.2-Animate-14B"
 RELIGHTING_NAMES = ("relighting_lora.ckpt", "relighting_lora/adapter_model.safetensors")
 """Files of Animate's relighting LoRA in the published folder; both hold the same."""
 
@@ -70,16 +71,28 @@ def list_given_loras(config: LoraSettings) -> list[LoraSetting]:
 
 
 def _find_relighting_lora(folder: str | None) -> Path:
-    """Return the relighting LoRA in a checkpoint's folder; raises InputError where there is none."""
-    for name in RELIGHTING_NAMES if folder is not None else ():
-        if (path := Path(folder or "").expanduser() / name).is_file():
+    """Return the relighting LoRA in a checkpoint's folder, without one in Hugging Face's cache.
+
+    Raises InputError where there is none.
+    """
+    for name in RELIGHTING_NAMES:
+        path = _find_cached_file(name) if folder is None else Path(folder).expanduser() / name
+        if path is not None and path.is_file():
             return path
-    place = "ckpt_dir is not given" if folder is None else f"ckpt_dir={folder} has none"
+    place = "Hugging Face's cache" if folder is None else f"ckpt_dir={folder}"
+    destination = "" if folder is None else " FOLDER"
     raise InputError(
-        f"{_RELIGHTING_KEY}=true takes {' or '.join(RELIGHTING_NAMES)} of the checkpoint's folder, and "
-        f"{place}; get the first from Wan-AI/Wan2.2-Animate-14B and give it as lora=FILE, or give "
-        "ckpt_dir=FOLDER with it"
+        f"{_RELIGHTING_KEY}=true takes {' or '.join(RELIGHTING_NAMES)} of {RELIGHTING_REPOSITORY}, and "
+        f"{place} has none; `python -m launch fetch animate-14B{destination}` downloads it with the "
+        "checkpoint, and lora=FILE takes it from elsewhere, without this setting"
     )
+
+
+def _find_cached_file(name: str) -> Path | None:
+    import huggingface_hub  # environment variables can make even its import fail
+
+    path = huggingface_hub.try_to_load_from_cache(RELIGHTING_REPOSITORY, name)
+    return Path(path) if isinstance(path, str) else None
 
 
 def check_experts(settings: Sequence[LoraSetting], *, has_experts: bool) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wan_dist.config.loras import RELIGHTING_NAMES, RELIGHTING_REPOSITORY
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.base import Task, TaskInputs
 from wan_dist.tasks.published_dims import DIMS_ANIMATE_14B, DIMS_ANIMATE_FACE, SIZES_720P
@@ -190,7 +191,8 @@ def _split_runs(indices: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 TASKS = (
     Task(
         name="animate-14B",
-        repository="Wan-AI/Wan2.2-Animate-14B",
+        repository=RELIGHTING_REPOSITORY,
+        lora_files=RELIGHTING_NAMES[:1],
         transformer_dims=DIMS_ANIMATE_14B,
         face_encoder_dims=DIMS_ANIMATE_FACE,
         inputs=AnimateInputs(),

@@ -107,6 +107,8 @@ class Task:
     name: str
     repository: str
     """Of the checkpoint on the Hugging Face hub, in the original layout."""
+    lora_files: tuple[str, ...] = ()
+    """LoRAs in the repository, which a setting adds; they are downloaded with the checkpoint."""
     repository_480p: str | None = None
     """Another checkpoint of the same task, for areas up to 480P."""
     transformer_dims: TransformerDims

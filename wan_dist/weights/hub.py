@@ -61,12 +61,13 @@ def download_checkpoint(
     try:
         return _download(repository, patterns, folder)
     except Exception as error:  # of the hub's client, of what it sends requests with, of the disk
+        needed_patterns = [pattern for pattern in patterns if pattern not in task.lora_files]
         raise InputError(
             f"the checkpoint of {task.name} is not on this machine and could not be downloaded: "
             f"{_explain_download_error(error)}; or where there is internet "
             f"run `python -m launch fetch {task.name} FOLDER` "
             f"or `hf download {repository} --local-dir FOLDER`, then pass ckpt_dir=FOLDER; "
-            f"it must have {', '.join(patterns)}"
+            f"it must have {', '.join(needed_patterns)}"
         ) from None
 
 

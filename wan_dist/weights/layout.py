@@ -105,7 +105,7 @@ def get_vae_file_name(task: Task) -> str:
 
 
 def list_download_patterns(task: Task, given_files: GivenFiles = NO_FILES) -> list[str]:
-    """Return glob patterns of all files that a run reads from the task's repository, and no others.
+    """Return glob patterns of all files that a run can read from the task's repository, and no others.
 
     Published repositories are in the original layout. ``given_files`` are used instead of some.
     """
@@ -120,7 +120,7 @@ def list_download_patterns(task: Task, given_files: GivenFiles = NO_FILES) -> li
     if task.has_image_encoder:
         file_names["clip_file"] = IMAGE_ENCODER_FILE
     patterns += [name for setting, name in file_names.items() if setting not in given_files]
-    return [*patterns, f"{TOKENIZER_FOLDER}/*"]
+    return [*patterns, f"{TOKENIZER_FOLDER}/*", *task.lora_files]
 
 
 def find_layout(

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from launch.__main__ import main
 from tests.conftest import FIXTURES, golden_folder
+from wan_dist.config.loras import list_loras
 from wan_dist.planning.few_steps import find_few_step_model
 from wan_dist.runtime import signals as preemption
 from wan_dist.runtime.environment import sanitize_environment
@@ -74,6 +75,28 @@ def test_it_fetches_the_checkpoint_for_the_size(
     assert (
         "is not a complete i2v-14B checkpoint" in capsys.readouterr().err
     )  # the tiny one has no image encoder
+
+
+def test_animates_checkpoint_comes_with_its_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def snapshot(repository: str, *, allow_patterns: list[str], local_dir: Path) -> str:
+        golden = golden_folder("wan2.2-animate")
+        for pattern in allow_patterns:
+            for file in golden.glob(pattern):
+                target = local_dir / file.relative_to(golden)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.symlink_to(file)
+        return str(local_dir)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    folder = tmp_path / "animate"
+    assert main(["fetch", "animate-14B", str(folder)]) == 0
+    command = f"python -m wan_dist.run task=animate-14B ckpt_dir={folder} src_root_path=FOLDER"
+    assert command in capsys.readouterr().out.splitlines()
+    config = read_config(["task=animate-14B", f"ckpt_dir={folder}", "use_relighting_lora=true"])
+    assert config is not None
+    assert [lora.path for lora in list_loras(config)] == [folder / "relighting_lora.ckpt"]
 
 
 def test_a_truncated_file_is_found(
