@@ -9,7 +9,9 @@ import torch
 
 from toy.render import render
 from toy.scenes import draw_scene
+from wan_dist.output.gallery.page import write_page
 from wan_dist.output.video_file import convert_to_uint8, save_video
+from wan_dist.runtime.file_hash import hash_file
 
 BEGAN = 1_795_000_000.0
 RUN = "20261122-101500-ab12"
@@ -96,6 +98,23 @@ def write_record(
         encoding="utf-8",
     )
     return path
+
+
+def describe_source(file: Path, setting: str = "src_video") -> dict[str, str]:
+    """Return the entry of a record for a source video."""
+    return {"setting": setting, "file": str(file), "sha256": hash_file(file)}
+
+
+def check_source(folder: Path, settings: list[str]) -> None:
+    """Check that the record of a run, and the page, have the source video that the settings name, if any."""
+    entry = json.loads((folder / "out.json").read_text(encoding="utf-8")).get("source")
+    files = dict(setting.split("=", 1) for setting in settings)
+    if "src_root_path" in files:
+        files["src_pose"] = f"{files['src_root_path']}/src_pose.mp4"
+    given = next((key for key in ("src_pose", "src_video") if key in files), None)
+    assert entry == (given and describe_source(Path(files[given]), given))
+    page = write_page(folder).read_text(encoding="utf-8")
+    assert (f'"url":"./sources/{entry["sha256"][:16]}.mp4"' if entry else '"source":null') in page
 
 
 def write_run(folder: Path, *, jobs: int = 3, ranks: int = 2, **facts: Any) -> Path:

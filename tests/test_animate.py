@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import golden_folder, relative_error
 from tests.forked import run_forked
+from tests.gallery_folder import check_source
 from wan_dist.config.loras import list_loras
 from wan_dist.run import main
 from wan_dist.tasks.animate import DrivingVideo, iterate_clip_frames
@@ -65,6 +66,7 @@ def test_the_video_is_the_references(case: str, layout: str) -> None:
     video = load_file("out/out.safetensors")["video"]
     print((video - read_expected(case)).abs().max())
     torch.testing.assert_close(video, read_expected(case), rtol=0, atol=1e-3)
+    check_source(Path("out"), settings)
 
 
 def change_folder(tmp_path: Path, **files: str | None) -> Path:

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import golden_folder, relative_error
+from tests.gallery_folder import check_source
 from tests.unit.tasks.test_vace import make_video
 from wan_dist.models.control import compute_rays, stack_rays
 from wan_dist.pipeline.conditioning.fun import iterate_control_frames
@@ -99,6 +100,7 @@ def test_the_video_is_the_makers(task: str, name: str, case: str) -> None:
     if "video" in expected:
         video = load_file("out/out.safetensors")["video"]
         torch.testing.assert_close(video, expected["video"].clamp(-1, 1), rtol=0, atol=1e-3)
+    check_source(Path("out"), settings)
 
 
 def make_run_plan(*settings: str) -> VideoPlan:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.gallery_folder import write_record, write_run, write_video
+from tests.gallery_folder import describe_source, write_record, write_run, write_video
 from wan_dist.output.gallery.page import write_page
 
 CHROMIUM = shutil.which("chromium")
@@ -135,6 +135,34 @@ def test_a_video_plays_under_the_mouse(visit: Visit) -> None:
     assert "touched" in card.locator(".media").get_attribute("class")
     visit.page.locator("h1").hover()
     visit.page.wait_for_function("video => video.paused && !video.controls", arg=handle)
+
+
+def test_a_source_plays_beside_its_result(browser: Any, tmp_path: Path) -> None:
+    source = write_video(tmp_path / "a & #1.mov", num_frames=33, seed=1)
+    entry = describe_source(source)
+    gone = entry | {"file": "/far/b.mp4", "sha256": "0" * 64}
+    for name, facts in (("made", entry), ("lost", gone)):
+        write_record(tmp_path, name, prompt=f"{name} from a video", facts={"source": facts})
+        write_video(tmp_path / f"{name}.mp4", num_frames=17)
+    write_page(tmp_path)
+    visit = Visit(browser, tmp_path)
+    card = visit.page.locator(".card", has_text="made from a video")
+    assert card.locator("figcaption").all_text_contents() == ["src_video=a & #1.mov", "result"]
+    videos = "[...document.querySelectorAll('[aria-label=\"made from a video\"] video')]"
+    for hovered in (1, 0):  # the result, and the source
+        card.locator(".media").nth(hovered).hover()
+        visit.page.wait_for_function(
+            f"() => {videos}.every(video => !video.paused && video.currentTime > 0.3)"
+        )
+        times = visit.page.evaluate(f"{videos}.map(video => video.currentTime)")
+        assert len(times) == 2
+        assert max(times) - min(times) < 0.3
+        visit.page.locator("h1").hover()
+        visit.page.wait_for_function(f"() => {videos}.every(video => video.paused)")
+    lost = visit.page.locator(".card", has_text="lost from a video")
+    assert "The source is not here" in (lost.text_content() or "")
+    assert lost.locator("video").count() == 1
+    visit.end()
 
 
 def test_a_video_plays_from_the_keyboard(visit: Visit) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import FIXTURES, golden_folder, relative_error
 from tests.forked import run_forked
+from tests.gallery_folder import check_source
 from wan_dist.config.loras import LoraSetting
 from wan_dist.models.vae.model import split_frames_into_chunks
 from wan_dist.pipeline.conditioning.encoders import convert_image_to_tensor
@@ -112,10 +113,12 @@ def test_the_context_of_given_tensors(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_video_is_the_references(case: str, layout: str, tmp_path: Path) -> None:
     expected = load_file(golden_folder(FILES) / f"expected/{case}.safetensors")
-    assert main(list_settings(case, golden_folder(layout), tmp_path)) == 0
+    settings = list_settings(case, golden_folder(layout), tmp_path)
+    assert main(settings) == 0
     video = load_file("out/out.safetensors")["video"]
     print((video - expected["video"]).abs().max())
     torch.testing.assert_close(video, expected["video"], rtol=0, atol=1e-3)
+    check_source(Path("out"), settings)
 
 
 @pytest.fixture

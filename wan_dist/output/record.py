@@ -1,6 +1,7 @@
 """Record of a video, in a JSON file beside it: its fields, and how they are written and read; no torch."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,6 +43,16 @@ class LoraEntry(TypedDict):
     """high or low: the noise whose expert it was added to; None: every transformer."""
 
 
+class SourceEntry(TypedDict):
+    """A video that the result was made from, frame by frame."""
+
+    setting: str
+    """The setting that names it."""
+    file: str
+    """Its absolute path."""
+    sha256: str
+
+
 def _get_texts_by_name(entry: Mapping[str, object], key: str) -> dict[str, str]:
     texts = get_object(entry, key)
     return {name: get_text(texts, name) for name in texts}
@@ -77,6 +88,14 @@ def _get_loras(entry: Mapping[str, object], key: str) -> list[LoraEntry]:
         }
         for lora in loras
     ]
+
+
+def _get_source(entry: Mapping[str, object], key: str) -> SourceEntry | None:
+    source = get_object(entry, key)
+    setting, file, digest = (get_text(source, name) for name in ("setting", "file", "sha256"))
+    if not setting or not file or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        return None
+    return {"setting": setting, "file": file, "sha256": digest}
 
 
 def _parse_stages(stage_entries: object) -> Stages:
@@ -117,6 +136,8 @@ class VideoRecord:
     num_clips: int | None = json_field(get_integer)
     """Clips of the video, if there are several; their stages are named STAGE clip2 and so on."""
     fps: int | None = json_field(get_integer)
+    source: SourceEntry | None = json_field(_get_source)
+    """Not set where there is none, or it cannot be read any more."""
     distance: list[str] | None = json_field(get_texts)
     """Settings in use that change the result beyond rounding errors, as quant=int8."""
     run: str | None = json_field(get_text)

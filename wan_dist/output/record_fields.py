@@ -1,10 +1,13 @@
 """Record fields that follow from a video's settings and plan: what it is, lossy settings, and speed."""
 
+from pathlib import Path
+
 from wan_dist.config.model_settings import ModelSettings
 from wan_dist.config.schema import EIGHT_BIT_BACKENDS
-from wan_dist.output.record import VideoRecord
+from wan_dist.output.record import SourceEntry, VideoRecord
 from wan_dist.planning.flops import count_forward_flops
 from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.runtime.file_hash import hash_unchanged_file
 
 
 def describe_video(record: VideoRecord, plan: VideoPlan) -> None:
@@ -18,7 +21,24 @@ def describe_video(record: VideoRecord, plan: VideoPlan) -> None:
     if plan.num_clips > 1:
         record.num_clips = plan.num_clips
     record.fps = plan.fps
+    if (source := _describe_source(plan)) is not None:
+        record.source = source
     record.distance = list_lossy_settings(plan.model_settings)
+
+
+def _describe_source(plan: VideoPlan) -> SourceEntry | None:
+    """Return the source video, of a driving video its poses; None without one that can be read."""
+    if plan.driving is not None:
+        setting, video = "src_pose", plan.driving.pose
+    elif plan.source is not None:
+        setting, video = "src_video", plan.source.video
+    else:
+        return None
+    path = Path(video.file).expanduser().absolute()
+    try:
+        return {"setting": setting, "file": str(path), "sha256": hash_unchanged_file(path)}
+    except OSError:
+        return None
 
 
 def list_lossy_settings(settings: ModelSettings) -> list[str]:

@@ -21,7 +21,14 @@ import torch
 from PIL import Image
 
 from launch.__main__ import main
-from tests.gallery_folder import BEGAN, RUN, write_record, write_run, write_video
+from tests.gallery_folder import (
+    BEGAN,
+    RUN,
+    describe_source,
+    write_record,
+    write_run,
+    write_video,
+)
 from wan_dist.output.gallery import lanes
 from wan_dist.output.gallery.again import build_rerun_command
 from wan_dist.output.gallery.page import write_page
@@ -34,6 +41,7 @@ from wan_dist.output.gallery.timeline import build_timeline
 from wan_dist.output.video_file import save_video
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.run_config import read_config
+from wan_dist.tasks.source_video import read_video_facts
 
 ROOT = Path(__file__).parents[3]
 HOSTILE = [
@@ -228,6 +236,53 @@ def test_sheets_are_made_anew_for_new_videos_but_not_over_pictures_of_others(
     write_page(tmp_path)
     assert (tmp_path / "own.jpg").read_bytes() != before[0]
     assert (tmp_path / "other.jpg").read_bytes() == before[1]
+
+
+def read_sources(page: Path) -> dict[str, Any]:
+    """Return what the page has of each video's source."""
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1])  # type: ignore[index]
+    return {video["name"]: video["source"] for video in data["videos"]}
+
+
+def test_a_source_has_one_copy_that_outlives_it(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "out", tmp_path / "in"
+    folder.mkdir()
+    elsewhere.mkdir()
+    source = write_video(elsewhere / "a.mp4", num_frames=17, size=64)
+    other = Path(shutil.copy(source, elsewhere / "b.mkv"))  # of the same content
+    for name, file in (("one", source), ("two", other)):
+        write_record(folder, name, facts={"source": describe_source(file, "src_pose")})
+        write_video(folder / f"{name}.mp4")
+    write_record(folder, "three")
+    write_video(folder / "three.mp4")
+    sources = read_sources(write_page(folder))
+    (copy,) = (folder / "sources").iterdir()
+    assert sources == {
+        "one": {"name": "src_pose=a.mp4", "url": f"./sources/{copy.name}"},
+        "two": {"name": "src_pose=b.mkv", "url": f"./sources/{copy.name}"},
+        "three": None,
+    }
+    facts = read_video_facts(str(copy), "src_video")
+    assert (facts.width, facts.height, facts.num_frames) == (64, 64, 17)
+    written = copy.stat().st_mtime_ns
+    shutil.rmtree(elsewhere)
+    assert read_sources(write_page(folder)) == sources
+    assert copy.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("problem", ["gone", "changed", "no video"])
+def test_a_source_that_cannot_be_copied_is_said(problem: str, tmp_path: Path) -> None:
+    source = write_video(tmp_path / "a.mov")
+    if problem == "no video":
+        source.write_text("nothing")
+    write_record(tmp_path, "job", facts={"source": describe_source(source)})
+    write_video(tmp_path / "job.mp4")
+    if problem == "gone":
+        source.unlink()
+    elif problem == "changed":
+        write_video(source, seed=1)
+    assert read_sources(write_page(tmp_path)) == {"job": {"name": "src_video=a.mov", "url": None}}
+    assert not [*tmp_path.glob("sources/*"), *tmp_path.glob("sources/.*")]
 
 
 def test_the_page_holds_hostile_texts_as_texts(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def test_every_field_is_read_as_it_was_written() -> None:
         "guessed_steps": 5,
         "other_ranks": [stages, stages],
         "job": {"file": "jobs.txt", "line": 7},
+        "source": {"setting": "src_video", "file": "/in.mp4", "sha256": "0a" * 32},
         "seed": 2**63,
     }
     assert read(entry) == entry

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote_from_bytes
 
@@ -28,6 +29,12 @@ from wan_dist.output.gallery.sheet import (
     has_current_sheet,
     write_sheet,
 )
+from wan_dist.output.gallery.source_copy import (
+    FOLDER_NAME,
+    SourceCopyError,
+    get_copy_path,
+    write_missing_copy,
+)
 from wan_dist.output.gallery.sweeps import Sweep, find_sweeps
 from wan_dist.output.gallery.timeline import build_timeline
 from wan_dist.runtime.atomic_write import atomic_write
@@ -41,7 +48,7 @@ _MAX_TOTAL_BARS, _MIN_BARS_PER_RUN = 6_000, 200
 
 
 def write_page(folder: Path, records: Sequence[GalleryVideo] | None = None) -> Path:
-    """Write FOLDER/index.html, after the contact sheets that are missing, and return its path.
+    """Write FOLDER/index.html, after missing contact sheets and copies of source videos; return its path.
 
     The page appears when it is complete. ``records`` are the folder's, if they have been read. A video that
     cannot be read is shown without a sheet. Raises InputError where there is no such folder, and OSError
@@ -51,6 +58,7 @@ def write_page(folder: Path, records: Sequence[GalleryVideo] | None = None) -> P
         records = read_records(folder)
     runs = read_runs(folder)
     _write_missing_sheets(records)
+    _write_missing_copies(folder, records)
     page_path = folder / "index.html"
     with atomic_write(page_path) as temporary_path:
         temporary_path.write_text(
@@ -59,6 +67,18 @@ def write_page(folder: Path, records: Sequence[GalleryVideo] | None = None) -> P
             errors="replace",
         )
     return page_path
+
+
+def _write_missing_copies(folder: Path, records: Sequence[GalleryVideo]) -> None:
+    """Write the copies of source videos that are missing, once for each content."""
+    sources = {
+        record.source["sha256"]: record.source
+        for record in records
+        if record.source is not None and record.video is not None
+    }
+    for source in sources.values():
+        with suppress(SourceCopyError):  # the page says that the source is not here
+            write_missing_copy(folder, source)
 
 
 def _write_missing_sheets(records: Sequence[GalleryVideo]) -> None:
@@ -142,7 +162,8 @@ def _describe_video(record: GalleryVideo) -> dict[str, object]:
     seed_text = None if record.seed is None else str(record.seed)
     return {
         "name": record.name,
-        "source": _build_relative_url(record.video),
+        "url": _build_relative_url(record.video),
+        "source": _describe_source(record),
         "sheet": _build_relative_url(sheet_path) if has_sheet else None,
         "picture": record.video is not None and record.video.suffix == ".png",
         "status": status,
@@ -171,6 +192,17 @@ def _describe_video(record: GalleryVideo) -> dict[str, object]:
             "run",
         )
     }
+
+
+def _describe_source(record: GalleryVideo) -> dict[str, object] | None:
+    """Return the name of a record's source video, and the URL of its copy if there is one."""
+    if record.source is None:
+        return None
+    copy_path = get_copy_path(record.path.parent, record.source)
+    has_copy = copy_path.is_file() and not copy_path.is_symlink()
+    name = f"{record.source['setting']}={Path(record.source['file']).name}"
+    url = f"./{FOLDER_NAME}/{copy_path.name}" if has_copy else None
+    return {"name": name, "url": url}
 
 
 def _build_relative_url(path: Path | None) -> str | None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from wan_dist.output.json_values import get_integer, get_text
-from wan_dist.output.record import DONE, FAILED, VideoRecord
+from wan_dist.output.record import DONE, FAILED, SourceEntry, VideoRecord
 from wan_dist.runtime.errors import InputError, get_first_line
 
 _IRRELEVANT_PREFIXES = (
@@ -44,6 +44,8 @@ class GalleryVideo:
     """File name of the results, without suffix."""
     video: Path | None
     """The mp4 or PNG beside the record, None if it is missing."""
+    source: SourceEntry | None = None
+    """Video that it was made from."""
     status: str
     """done or failed."""
     error: str
@@ -203,6 +205,7 @@ def _make_gallery_video(
         path=path,
         name=path.stem,
         video=None if is_failed else _find_video(path, record.file or "", file_names),
+        source=record.source,
         status=FAILED if is_failed else DONE,
         error=error_text if is_failed else "",
         run=record.run or "",
