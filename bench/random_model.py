@@ -1,6 +1,7 @@
 """Random transformer at full size, of a published model's shapes, and inputs for it; for timings."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -9,6 +10,7 @@ from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks, quantize_rows
+from wan_dist.models.vace import build_transformer
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.tasks.base import Task
 
@@ -22,13 +24,20 @@ def random_transformer(
     device: torch.device,
     spread: Callable[[FusedTransformer], None] | None = None,
     quant: str = "none",
+    trained_attention: str | None = None,
 ) -> FusedTransformer:
     """Return the task's transformer in bfloat16 with random weights that keep activations near 1.
 
-    ``spread`` may parallelize it, while it is on the meta device.
+    ``spread`` may parallelize it, while it is on the meta device. ``trained_attention``: sla, vsa, or
+    None for dense attention.
     """
+    dims = replace(
+        task.transformer_dims,
+        has_sla=trained_attention == "sla",
+        has_vsa=trained_attention == "vsa",
+    )
     with torch.device("meta"):
-        model = FusedTransformer(task.transformer_dims, torch.bfloat16, attention)
+        model = build_transformer(dims, torch.bfloat16, attention)
         if quant != "none":
             quantize_blocks(model.layers().values(), quant)
     if spread is not None:
@@ -73,7 +82,7 @@ def random_inputs(
 
     def keys_values(tokens: int) -> torch.Tensor:
         return torch.randn(
-            dims.num_layers,
+            dims.num_layers + len(dims.vace_layers),
             2,
             1,
             tokens,
@@ -84,7 +93,7 @@ def random_inputs(
         )
 
     image = keys_values(257 * (1 + bool(dims.image_positions))) if task.has_image_encoder else None
-    extra = dims.in_dim - dims.out_dim
+    extra = dims.in_dim - dims.out_dim + dims.vace_in_dim
     extra_channels, known_latents = None, None
     if extra:
         extra_channels = torch.randn(1, extra, *shape[1:], device=device)

@@ -2,8 +2,10 @@
 
     python -m bench.step --task i2v-14B --size 832x480 --frames 81
     python -m bench.step --task i2v-14B --attention fa4 cudnn --quant none fp8 --peer compiled
+    python -m bench.step --task t2v-14B --quant fp8 --trained sla --passes 1
 
-Random weights at full size, bfloat16. A step is both guidance passes, with an image where the task takes one.
+Random weights at full size, bfloat16. A step is both guidance passes, or one of them, with an image where the
+task takes one.
 Prints a table and writes bench/results/NAME.json.
 """
 
@@ -22,6 +24,7 @@ from bench.peers import diffusers_step, diffusers_transformer
 from bench.random_model import random_inputs, random_transformer
 from bench.record import Record
 from wan_dist.models.attention.inner import choose_attention
+from wan_dist.models.attention.vsa import choose_vsa_sparsity
 from wan_dist.runtime.errors import InputError
 from wan_dist.sampling.guidance import Guidance, VelocityPredictor
 from wan_dist.tasks.base import Task
@@ -48,18 +51,26 @@ def timed(step: Callable[[], torch.Tensor], steps: int) -> dict[str, object]:
 
 
 def measure(
-    task: Task, size: tuple[int, int], options: argparse.Namespace, backend: str, quant: str
+    task: Task,
+    size: tuple[int, int],
+    options: argparse.Namespace,
+    backend: str,
+    quant: str,
+    trained: str | None = None,
 ) -> dict[str, object]:
-    """Time our transformer with an attention backend and a quantization."""
+    """Time our transformer with an attention backend and a quantization, or with trained attention."""
     device = torch.device("cuda")
     attention = choose_attention(backend, device=device, dtype=torch.bfloat16, head_dim=128)
-    model = random_transformer(task, attention, device, quant=quant)
+    model = random_transformer(task, attention, device, quant=quant, trained_attention=trained)
+    if trained == "vsa":
+        model.set_vsa_sparsity(choose_vsa_sparsity(None, model.dims))
     latents, contexts, conditioning = random_inputs(task, size, options.frames, device)
-    predict = Guidance(VelocityPredictor(model, contexts, conditioning, latents), scale=5.0)
+    has_guidance = options.passes == 2
+    predictor = VelocityPredictor(model, contexts[: options.passes], conditioning, latents)
+    predict = Guidance(predictor, scale=5.0 if has_guidance else 1.0)
     del contexts
-    found = {"what": f"ours, {attention.name}, {quant}"} | timed(
-        lambda: predict(latents, 700), options.steps
-    )
+    name = f"ours, {trained or attention.name}, {quant}{'' if has_guidance else ', one pass'}"
+    found = {"what": name} | timed(lambda: predict(latents, 700), options.steps)
     if options.profile:
         with torch.profiler.profile() as profile:
             predict(latents, 700)
@@ -102,6 +113,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--attention", nargs="*", default=["auto"])
     parser.add_argument("--quant", nargs="+", default=["none"])
+    parser.add_argument("--trained", nargs="*", choices=["sla", "vsa"], default=[])
+    parser.add_argument("--passes", type=int, choices=[1, 2], default=2)
     parser.add_argument("--profile", action="store_true", help="print where a step's time goes")
     parser.add_argument("--peer", nargs="*", choices=["eager", "compiled"], default=[])
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
@@ -114,6 +127,11 @@ def main() -> None:
     runs: list[Callable[[], dict[str, object]]] = [
         partial(measure, task, size, options, backend, quant)
         for backend in options.attention
+        for quant in options.quant
+    ]
+    runs += [
+        partial(measure, task, size, options, "auto", quant, trained)
+        for trained in options.trained
         for quant in options.quant
     ]
     runs += [

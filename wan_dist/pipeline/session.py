@@ -13,6 +13,7 @@ from wan_dist.config.loras import list_loras
 from wan_dist.config.paths import find_packaged_folder
 from wan_dist.config.schema import TRAINED_ATTENTIONS, RunConfig
 from wan_dist.config.weight_files import list_weight_files
+from wan_dist.models.attention import block_sparse
 from wan_dist.models.attention import cross as cross_attention
 from wan_dist.models.attention.inner import InnerAttention, choose_attention, compile_attention
 from wan_dist.models.attention.sla import DEFAULT_KEY_SHARE, QUERY_BLOCK
@@ -332,6 +333,8 @@ def _prepare_attention(
         torch.cuda.set_device(device)  # a thread's own is the first GPU
         transformer_ops.compile_kernels(device, dims.dim)
         cross_attention.compile_kernels(device, dims.head_dim)
+        if dims.trained_attention is not None:
+            block_sparse.compile_kernels(device, dtype, dims.head_dim)
         if kernel is None:
             compile_attention(device=device, dtype=dtype, head_dim=dims.head_dim)
 

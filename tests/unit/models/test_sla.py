@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from tests.conftest import golden_folder
 from wan_dist.models.attention import block_sparse
-from wan_dist.models.attention.sla import BlockSizes, attend_sparse_linear, select_key_blocks
+from wan_dist.models.attention.block_sparse import BlockSizes
+from wan_dist.models.attention.sla import attend_sparse_linear, select_key_blocks
 
 
 def load_golden() -> tuple[dict[str, Tensor], nn.Linear]:

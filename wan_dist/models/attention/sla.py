@@ -4,29 +4,26 @@ Each block of queries attends to the blocks of keys whose means score highest wi
 attention to all keys is added, projected. Definitions are those of thu-ml/SLA at d973e55.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_dist.models.attention.block_sparse import attend_to_blocks
+from wan_dist.models.attention.block_sparse import (
+    BlockSizes,
+    add_linear_attention_,
+    attend_linearly,
+    attend_to_block_lists,
+    attend_to_blocks,
+    average_blocks,
+    load_flash_attention,
+    select_kernels,
+    sum_linear_attention,
+)
 from wan_dist.models.attention.inner import InnerAttention
 
 QUERY_BLOCK, KEY_BLOCK = 128, 64
 """Tokens of a block."""
 DEFAULT_KEY_SHARE = 0.1
-_EPS = 1e-5
-
-
-class BlockSizes(NamedTuple):
-    """Tokens of a block of queries and of one of keys."""
-
-    query: int
-    key: int
-
-
 BLOCK_SIZES = BlockSizes(QUERY_BLOCK, KEY_BLOCK)
 
 
@@ -48,24 +45,33 @@ def attend_sparse_linear(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    project: Callable[[Tensor], Tensor],
+    projection: nn.Linear,
     *,
     key_share: float,
     block_sizes: BlockSizes = BLOCK_SIZES,
 ) -> Tensor:
     """Return SLA (B, Lq, H, D) of q (B, Lq, H, D), k and v (B, Lk, H, D).
 
-    ``project`` maps (..., D) of the linear branch. Queries may be a part of all that begins at a block.
+    ``projection`` maps D channels of the linear branch. Queries may be a part of all that begins at a block.
     """
     selected_blocks = select_key_blocks(q, k, key_share=key_share, block_sizes=block_sizes)
+    kernels = select_kernels(q)
+    if kernels is not None:
+        linear = sum_linear_attention(kernels, k, v, projection.weight, projection.bias)
+        attend = load_flash_attention(q.device) if q.shape[3] == 128 else None
+        if attend is None or block_sizes != BLOCK_SIZES:
+            return attend_to_block_lists(kernels, q, k, v, selected_blocks, block_sizes, linear)
+        out = attend(q, k, v, selected_blocks)
+        add_linear_attention_(kernels, out, q, linear)
+        return out
     out = torch.empty_like(q)
     for batch_index in range(q.shape[0]):
         for head in range(q.shape[2]):
             head_q, head_k, head_v = (x[batch_index, :, head] for x in (q, k, v))
-            head_out = _attend_to_selected(
+            out[batch_index, :, head] = _attend_to_selected(
                 head_q, head_k, head_v, selected_blocks[batch_index, head], block_sizes
             )
-            out[batch_index, :, head] = head_out + project(_attend_linearly(head_q, head_k, head_v))
+            out[batch_index, :, head] += projection(attend_linearly(head_q, head_k, head_v))
     return out
 
 
@@ -77,10 +83,14 @@ def select_key_blocks(
     Those n whose mean, less that of all keys, has the largest product with the mean of the queries; at
     least one.
     """
-    query_means = _average_blocks(q, block_sizes.query)
-    key_means = _average_blocks(
-        k - k.mean(dim=1, keepdim=True, dtype=torch.float32).to(k), block_sizes.key
-    )
+    kernels = select_kernels(q)
+    all_means = k.mean(dim=1, keepdim=True, dtype=torch.float32).to(k)
+    if kernels is None:
+        query_means = _average_blocks(q, block_sizes.query)
+        key_means = _average_blocks(k - all_means, block_sizes.key)
+    else:
+        query_means = average_blocks(kernels, q, block_sizes.query)
+        key_means = average_blocks(kernels, k, block_sizes.key, means=all_means)
     scores = query_means @ key_means.transpose(-1, -2)
     num_selected = max(1, min(scores.shape[-1], int(key_share * scores.shape[-1])))
     return scores.topk(num_selected, dim=-1, sorted=False).indices.sort(dim=-1).values
@@ -111,12 +121,3 @@ def _attend_to_selected(
     )
     out = attend_to_blocks(q_blocks, k_blocks, v_blocks, selected_blocks, key_mask)
     return out.flatten(0, 1)[:num_queries]
-
-
-def _attend_linearly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return linear attention (Lq, D) of one head to all keys, with softmax over channels as feature map."""
-    q_features, k_features = q.softmax(dim=-1), k.softmax(dim=-1)
-    weighted_values = k_features.float().T @ v.float()
-    normalizer = q_features.float() @ k_features.sum(dim=0, dtype=torch.float32)
-    out = (q_features.float() @ weighted_values) / (_EPS + normalizer).unsqueeze(-1)
-    return out.to(q.dtype)

@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wan_dist.models.attention.block_sparse import attend_to_blocks
+from wan_dist.models.attention.block_sparse import (
+    attend_to_blocks,
+    attend_to_tiles,
+    copy_tiles,
+    select_kernels,
+)
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.dims import TransformerDims
 
@@ -53,6 +58,13 @@ def attend_in_tiles(
     ``grid``: (t, h, w) with L tokens in this order.
     """
     token_indices, token_mask, places = _index_tiles(grid, q.device)
+    if (kernels := select_kernels(q)) is not None:
+        table = torch.where(token_mask, token_indices, -1)
+        (_, q_means), (k_tiles, k_means), (v_tiles, v_means) = (
+            copy_tiles(kernels, x, table) for x in (q, k, v)
+        )
+        selected, coarse = _attend_to_means(q_means, k_means, v_means, sparsity)
+        return attend_to_tiles(kernels, q, k_tiles, v_tiles, selected, coarse, table)
     out = q.new_empty(*q.shape[:3], 2 * q.shape[3])
     for batch_index in range(q.shape[0]):
         for head in range(q.shape[2]):
@@ -61,13 +73,22 @@ def attend_in_tiles(
             q_means, k_means, v_means = (
                 _average_tiles(x, token_mask) for x in (q_tiles, k_tiles, v_tiles)
             )
-            scores = q_means @ k_means.T / math.sqrt(q.shape[3])
-            coarse = (scores.float().softmax(dim=-1).to(q.dtype) @ v_means).unsqueeze(1)
-            selected = scores.topk(count_selected_tiles(len(scores), sparsity), dim=-1).indices
+            selected, coarse = _attend_to_means(q_means, k_means, v_means, sparsity)
             sparse = attend_to_blocks(q_tiles, k_tiles, v_tiles, selected, token_mask)
-            head_out = torch.cat([sparse, coarse.expand_as(sparse)], dim=-1)
+            head_out = torch.cat([sparse, coarse.unsqueeze(1).expand_as(sparse)], dim=-1)
             out[batch_index, :, head] = head_out.flatten(0, 1)[places]
     return out
+
+
+def _attend_to_means(q: Tensor, k: Tensor, v: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
+    """Return the key tiles (..., tiles, n) of each query tile, and attention (..., tiles, D) between means.
+
+    q, k and v (..., tiles, D).
+    """
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    num_selected = count_selected_tiles(scores.shape[-1], sparsity)
+    coarse = scores.float().softmax(dim=-1).to(v.dtype) @ v
+    return scores.topk(num_selected, dim=-1, sorted=False).indices, coarse
 
 
 def count_selected_tiles(num_tiles: int, sparsity: float) -> int:
@@ -77,7 +98,7 @@ def count_selected_tiles(num_tiles: int, sparsity: float) -> int:
 
 @lru_cache(8)
 def _index_tiles(grid: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the indices (tiles, 64) of each tile's tokens, and where there is one: edge tiles have fewer.
+    """Return the indices (tiles, 64) of each tile's tokens, and where there is one: edge tiles end sooner.
 
     Then the place (L,) of each token in the tiles.
     """
@@ -92,6 +113,7 @@ def _index_tiles(grid: tuple[int, int, int], device: torch.device) -> tuple[Tens
     for dim in (0, 2, 4):
         indices = indices.unflatten(dim, (-1, TILE_SIDE))
     indices = indices.permute(0, 2, 4, 1, 3, 5).reshape(-1, _TILE_TOKENS)
+    indices = indices.gather(1, (indices < 0).long().argsort(dim=1, stable=True))
     token_mask = indices >= 0
     places = token_mask.flatten().nonzero().squeeze(1)
     return indices.clamp_min(0), token_mask, places[indices[token_mask].argsort()]
