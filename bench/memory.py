@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import imageio_ffmpeg
 import torch
 from PIL import Image
 
@@ -72,6 +74,10 @@ ROWS = (
     Row("14B", "i2v-14B", "size=832x480 quant=int4 memory.dit=stream", 2),
     Row("14B", "i2v-14B", "size=832x480 memory.budget_gib=22", 2),
     Row("14B", "i2v-14B", "size=1280x720 memory.slice_tokens=8192"),
+    Row("VACE", "vace-14B", "size=832x480 src_ref_images=IMAGE", 2),
+    Row("VACE", "vace-14B", "size=832x480 src_ref_images=IMAGE memory.budget_gib=8", 2),
+    Row("Animate", "animate-14B", "size=1280x720 src_root_path=DRIVING", 2),
+    Row("Animate", "animate-14B", "size=1280x720 src_root_path=DRIVING memory.budget_gib=12"),
     Row("ranks", "i2v-14B", "size=832x480", 2),
     Row("ranks", "i2v-14B", "size=832x480 parallel.cfg=1 fsdp.dit=false", 2),
     Row("ranks", "i2v-14B", "size=832x480 memory.dit=stream", 2),
@@ -115,6 +121,26 @@ def noise_image(size: tuple[int, int], folder: Path) -> Path:
     return image
 
 
+def write_driving_folder(image: Path, size: tuple[int, int], folder: Path) -> Path:
+    """Write a driving video of 77 frames of this size, with faces, for Animate; returns the folder."""
+    folder.mkdir(exist_ok=True)
+    for name, (width, height) in (("src_pose", size), ("src_face", (512, 512))):
+        source = f"testsrc=size={width}x{height}:rate=30"
+        command = [
+            imageio_ffmpeg.get_ffmpeg_exe(),
+            "-v",
+            "error",
+            "-y",
+            "-f",
+            "lavfi",
+            "-i",
+            source,
+        ]
+        subprocess.run([*command, "-frames:v", "77", f"{folder / name}.mp4"], check=True)
+    shutil.copy(image, folder / "src_ref.png")
+    return folder
+
+
 def timed_run(settings: list[str], folder: Path) -> tuple[int, list[float], VideoRecord | None]:
     """Run the command without cached prompts.
 
@@ -150,7 +176,11 @@ def measure(row: Row, checkpoints: Path, out: Path, extra: list[str]) -> dict[st
         f"sample.steps={row.num_steps}",
     ]
     settings += [f"image={image}"] if row.task.startswith("i2v") else []
-    settings += [setting.replace("IMAGE", str(image)) for setting in row.settings.split()]
+    given = row.settings.replace("IMAGE", str(image))
+    if "DRIVING" in given:  # which has the size
+        folder = write_driving_folder(image, (int(width), int(height)), out / "driving")
+        given = re.sub(r"size=\S+ ", "", given).replace("DRIVING", str(folder))
+    settings += given.split()
     code, seconds, record = timed_run([*settings, *extra], out)
     found: dict[str, object] = {
         "row": row.name,

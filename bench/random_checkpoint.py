@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from toy.tokenizer import SPECIAL_TOKENS, add_end_mark, save_tokenizer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import ModelDims
-from wan_dist.models.fused_transformer import FusedTransformer
+from wan_dist.models.face_encoder import FaceVideoEncoder
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
+from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.weights.key_maps import (
     KeyMap,
@@ -57,17 +58,17 @@ def make_checkpoint(
     place.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
-        transformer = FusedTransformer(dims.transformer, dtype)
+        transformer = build_transformer(dims.transformer, dtype)
         projection = ContextProjection(dims.transformer, dtype)
         text_encoder = build_text_encoder(dims.text_encoder, dtype)
         image_encoder = (
             None if dims.image_encoder is None else build_image_encoder(dims.image_encoder)
         )
+        face_encoder = None if dims.face_encoder is None else FaceVideoEncoder(dims.face_encoder)
         vae = WanVae(dims.vae)
     keys = map_original_transformer([])
-    tensors = chain(
-        _stored_tensors(transformer, keys, generator), _stored_tensors(projection, keys, generator)
-    )
+    parts = (transformer, projection, *([] if face_encoder is None else [face_encoder]))
+    tensors = chain.from_iterable(_stored_tensors(part, keys, generator) for part in parts)
     save(tensors, place / f"{WEIGHTS_STEM}.safetensors")
     if text_encoder_of is None:
         torch.save(

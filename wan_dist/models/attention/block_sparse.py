@@ -179,7 +179,7 @@ def attend_to_tiles(
     coarse: Tensor,
     table: Tensor,
 ) -> Tensor:
-    """Return (B, L, H, 2 D): softmax attention of q (B, L, H, D) to selected tiles, then ``coarse`` of a tile.
+    """Return (B, L, H, 2 D): softmax attention of q (B, L, H, D) to selected tiles, then ``coarse``.
 
     ``k_tiles``, ``v_tiles`` and ``table`` as in `copy_tiles`; ``selected_tiles`` (B, H, tiles, n), ``coarse``
     (B, H, tiles, D).
