@@ -120,9 +120,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     width, height = (int(side) for side in re.split("[*x]", options.size))
-    record = Record(
-        options.out / f"step-{options.task}-{width}x{height}x{options.frames}.json", ["what"]
-    )
+    name = f"step-{options.task}-{width}x{height}x{options.frames}"
+    name += "-one-pass" if options.passes == 1 else ""
+    record = Record(options.out / f"{name}.json", ["what"])
     task, size = TASKS[options.task], (width, height)
     runs: list[Callable[[], dict[str, object]]] = [
         partial(measure, task, size, options, backend, quant)

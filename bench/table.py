@@ -33,6 +33,7 @@ _MODELS = {
     "i2v-14B-1280x720x81": "i2v-14B 1280x720, 81 frames",
     "t2v-1.3B-832x480x81": "t2v-1.3B 832x480, 81 frames",
     "ti2v-5B-1280x704x121": "ti2v-5B 1280x704, 121 frames",
+    "vace-14B-832x480x81": "vace-14B 832x480, 81 frames",
 }
 _ATTENTION = {"fa4": "FlashAttention-4", "cudnn": "cuDNN", "8bit": "`8bit`", "flash": "`flash`"}
 _ORDER = [
@@ -114,6 +115,38 @@ def steps() -> list[str]:
                 )
                 previous_title = title
     return _format_table(["", "attention", "s/it", "first", "peak GiB", "date, commit"], rows)
+
+
+def trained_attention() -> list[str]:
+    """Return the times of one pass with sparse attention that a model was trained with, beside dense."""
+    rows = []
+    names = {"sla": "SLA, 10 % of the keys", "vsa": "VSA"} | _ATTENTION
+    for name in ("t2v-1.3B-832x480x81", "t2v-14B-832x480x81", "t2v-14B-1280x720x81"):
+        file = f"step-{name}-one-pass"
+        content = _load(file)
+        for row in content["rows"]:
+            _, attention, kind, _ = row["what"].split(", ")
+            precision = "bfloat16" if kind == "none" else f"`quant={kind}`"
+            figures = [_format_seconds(row["seconds_per_step"]), f"{row['peak_gib']:.1f}"]
+            run = _format_run(file, content, row)
+            task, _, size = name.rpartition("-")
+            rows.append(
+                [f"{task} {size.removesuffix('x81')}", names[attention], precision, *figures, run]
+            )
+    return _format_table(["", "self-attention", "", "s a pass", "peak GiB", "date, commit"], rows)
+
+
+def animate() -> list[str]:
+    """Return planned and measured memory of a clip of Animate, and its steps."""
+    rows = []
+    for row in _load("memory-Animate-1gpu")["rows"]:
+        settings = re.sub(r"\S+=DRIVING ?", "", row["row"]).strip()
+        cells = [f"`{settings}`"]
+        for stage in ("face", "image", "denoise", "decode"):
+            entry = row["memory"][stage]
+            cells.append(f"{entry['planned_gpu_gib']:.1f}, {entry['peak_gpu_gib']:.1f}")
+        rows.append([*cells, _format_seconds(row["seconds"][-1])])
+    return _format_table(["", "faces", "VAE encodes", "denoise", "decode", "s a step"], rows)
 
 
 def first_steps() -> list[str]:
@@ -416,6 +449,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     for table in (
         summary,
         steps,
+        trained_attention,
+        animate,
         first_steps,
         two_gpus,
         four_gpus,

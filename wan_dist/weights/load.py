@@ -139,9 +139,9 @@ def fill_model(
 
 def _is_sharded(parameter: Tensor) -> "TypeGuard[DTensor]":
     """Whether FSDP shards a parameter."""
-    # Its import takes 2 s, and without it there are none.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(parameter, module.DTensor)
+    # Its import takes 2 s, and before its end, which a thread may be at, there are none.
+    tensor_class = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return tensor_class is not None and isinstance(parameter, tensor_class)
 
 
 def _get_local(parameter: Tensor, device: torch.device) -> Tensor:

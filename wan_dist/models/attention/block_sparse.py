@@ -22,9 +22,9 @@ from wan_dist.runtime.log import logger
 
 _GATHERED_VALUES = 2**26
 """Values of keys, and as many of values, that PyTorch gathers at once."""
-_SUMMED_TOKENS, _SUMMED_AT_ONCE, _SUM_WARPS = 1024, 64, 8
+_SUMMED_TOKENS, _SUMMED_AT_ONCE, _SUM_WARPS = 1024, 64, 4
 """Tokens whose linear attention one program sums, and at once."""
-_ADDED_AT_ONCE, _ADD_WARPS = 64, 4
+_ADDED_AT_ONCE, _ADD_WARPS = 32, 4
 """Tokens to which one program adds linear attention."""
 _SUPPORTED_HEAD_DIMS = (64, 128)
 LINEAR_EPS = 1e-5
@@ -213,8 +213,23 @@ def _run_attention(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         query_size=sizes.query, key_size=sizes.key, width=width,
         is_tiled=tiled is not None, has_linear=linear is not None,
-        num_pipeline_stages=2 if sizes.query == 128 else 3, num_warps=4,  # the fastest on an H200
+        num_pipeline_stages=_count_stages(q, sizes), num_warps=4,  # the fastest on an H200
     )  # fmt: skip
+
+
+def _count_stages(q: Tensor, sizes: BlockSizes) -> int:
+    """Return how many blocks of keys and values are in shared memory at once, as many as are fast there."""
+    if not q.is_cuda:
+        return 1
+    num_fastest = 5 if sizes.query == 64 else 2
+    row_bytes = q.shape[3] * q.element_size()
+    free_bytes = _get_shared_memory_bytes(q.device) - sizes.query * row_bytes
+    return max(1, min(num_fastest, free_bytes // (2 * sizes.key * row_bytes)))
+
+
+@cache
+def _get_shared_memory_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def add_linear_attention_(kernels: ModuleType, out: Tensor, q: Tensor, linear: LinearSums) -> None:
