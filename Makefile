@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-toy test-slurm drill lint clean
 
 demo: $(VENV)/.runtime ## make three videos with a tiny model on two CPU ranks, without a download
-	$(BIN)/python -m launch local ranks=2 task=toy preset=toy-4step jobs=toy/demo.jsonl device=cpu output.dir=outputs/demo
+	$(BIN)/python -m launch local ranks=2 task=toy preset=toy-2step lora=toy/checkpoint/toy-2steps-lora.safetensors jobs=toy/demo.jsonl device=cpu output.dir=outputs/demo
 	@echo
 	@echo "The videos are in outputs/demo; outputs/demo/index.html shows them in a browser. Ask for something else, in English or Chinese:"
 	@echo '  $(BIN)/python -m wan_dist.run task=toy prompt="a white star moving in a circle on a red background"'

@@ -1,10 +1,12 @@
 import json
 import shutil
+import sys
 import time
 import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ from wan_dist.weights.device_copy import run_readers
 from wan_dist.weights.files import Shape, TensorFiles, open_sharded_weights
 from wan_dist.weights.hub import find_checkpoint
 from wan_dist.weights.layout import TEXT_ENCODER_FILE, TOKENIZER_FOLDER
-from wan_dist.weights.load import check_keys, fill_model
+from wan_dist.weights.load import _is_sharded, check_keys, fill_model
 
 CPU = torch.device("cpu")
 TRANSFORMER = "diffusion_pytorch_model.safetensors"
@@ -573,3 +575,10 @@ def test_several_readers_fill_a_model_as_one_does(monkeypatch: pytest.MonkeyPatc
     assert not any(parameter.requires_grad for parameter in together.parameters())
     for name, value in together.state_dict().items():
         assert torch.equal(value, alone[name]), name
+
+
+def test_a_module_that_a_thread_is_importing_has_no_sharded_parameters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", ModuleType("without DTensor yet"))
+    assert not _is_sharded(torch.zeros(1))
