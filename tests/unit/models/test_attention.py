@@ -41,7 +41,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_what_is_not_there_is_said(on_gpu: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         InputError,
-        match="attention=fa3 does not work here: package FlashAttention-3 is not installed; use",
+        match="attention=fa3 does not work here: package fa3-fwd is not installed; use",
     ):
         choose_attention("fa3", device=CUDA, **BFLOAT16)
     found = choose_attention("auto", device=CUDA, **BFLOAT16)
@@ -64,6 +64,18 @@ def test_kernels_in_8_bits_are_taken_by_name_only(off: float, on_gpu: pytest.Mon
             InputError, match="attention=sage does not work here: its result is off by"
         ):
             choose_attention("sage", device=CUDA, **BFLOAT16)
+
+
+@pytest.mark.parametrize("module", ["flash_attn_interface", "fa3_fwd_interface"])
+def test_flash_attention_3_comes_from_either_package(
+    module: str, on_gpu: pytest.MonkeyPatch
+) -> None:
+    package = ModuleType(module)
+    package.__spec__ = sys.__spec__
+    package.flash_attn_func = attention.attend_with_sdpa  # type: ignore[attr-defined]
+    on_gpu.setitem(sys.modules, module, package)
+    for name in ("auto", "fa3"):
+        assert choose_attention(name, device=CUDA, **BFLOAT16).name == "fa3"
 
 
 def test_old_gpus_get_float16(on_gpu: pytest.MonkeyPatch) -> None:

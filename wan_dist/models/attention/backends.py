@@ -7,7 +7,8 @@ import importlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import cast
 
@@ -38,11 +39,15 @@ def _make_sdpa_kernel(backend: SDPBackend) -> AttentionKernel:
 
 
 def _make_package_loader(
-    module: str, function: str, **options: object
+    name: str, function: str, **options: object
 ) -> Callable[[], AttentionKernel]:
-    return lambda: _drop_log_sum_exp(
-        partial(getattr(importlib.import_module(module), function), **options)
-    )
+    def load() -> AttentionKernel:
+        module = _find_module(BACKEND_REQUIREMENTS[name][0])
+        return _drop_log_sum_exp(
+            partial(getattr(importlib.import_module(str(module)), function), **options)
+        )
+
+    return load
 
 
 def _drop_log_sum_exp(attention_function: Callable[..., object]) -> AttentionKernel:
@@ -94,23 +99,24 @@ def attend_in_float16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 _KERNEL_LOADERS: dict[str, Callable[[], AttentionKernel]] = {
     "fa4": lambda: _drop_log_sum_exp(load_flash_attention_4()),
-    "fa3": _make_package_loader("flash_attn_interface", "flash_attn_func"),
-    "fa2": _make_package_loader("flash_attn", "flash_attn_func"),
+    "fa3": _make_package_loader("fa3", "flash_attn_func"),
+    "fa2": _make_package_loader("fa2", "flash_attn_func"),
     "cudnn": lambda: _make_sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
     "flash": lambda: _make_sdpa_kernel(SDPBackend.FLASH_ATTENTION),
     "sdpa": lambda: attend_with_sdpa,
     "sdpa16": lambda: attend_in_float16,
-    "sage": _make_package_loader("sageattention", "sageattn", tensor_layout="NHD"),
+    "sage": _make_package_loader("sage", "sageattn", tensor_layout="NHD"),
     "8bit": lambda: eight_bit.attend_in_8bit,
 }
 BACKENDS_BY_SPEED = ("fa4", "fa3", "cudnn", "fa2", "flash", "sdpa")
 BACKEND_REQUIREMENTS = {
-    "fa4": ("flash_attn.cute", "flash-attn-4", "Hopper or Blackwell", (9, 0)),
-    "fa3": ("flash_attn_interface", "FlashAttention-3", "Hopper", (9, 0)),
-    "fa2": ("flash_attn.flash_attn_interface", "flash-attn", "Ampere or later", (8, 0)),
-    "sage": ("sageattention", "sageattention", "Ampere or later", (8, 0)),
+    "fa4": (("flash_attn.cute",), "flash-attn-4", "Hopper or Blackwell", (9, 0)),
+    # FlashAttention-3 as its authors' build, which has to be compiled, and as a wheel of its forward pass.
+    "fa3": (("flash_attn_interface", "fa3_fwd_interface"), "fa3-fwd", "Hopper", (9, 0)),
+    "fa2": (("flash_attn.flash_attn_interface",), "flash-attn", "Ampere or later", (8, 0)),
+    "sage": (("sageattention",), "sageattention", "Ampere or later", (8, 0)),
 }
-"""For each kernel from a package: module, package name, GPU generation, minimum compute capability."""
+"""For each kernel from a package: modules that may have it, package, GPU generation, minimum capability."""
 _LOSSY_TOLERANCES = {"sage": 0.1, "8bit": 0.1}
 """8-bit kernels, which are used only if requested, and their largest permitted error on the trial tensor."""
 
@@ -130,8 +136,8 @@ def try_attention(
         if dtype == torch.float32:
             return None, "needs bfloat16 or float16, and dtype=float32"
     if name in BACKEND_REQUIREMENTS:
-        module, package, gpu_generation, min_capability = BACKEND_REQUIREMENTS[name]
-        if not _is_installed(module):
+        modules, package, gpu_generation, min_capability = BACKEND_REQUIREMENTS[name]
+        if _find_module(modules) is None:
             return None, f"package {package} is not installed"
         if torch.cuda.get_device_capability(device) < min_capability:
             return None, f"needs a GPU of {gpu_generation}"
@@ -156,8 +162,10 @@ def try_attention(
     )
 
 
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, OSError):  # its parent package is missing or broken
-        return False
+def _find_module(names: Sequence[str]) -> str | None:
+    """Return the first of the modules that is installed."""
+    for name in names:
+        with suppress(ImportError, OSError):  # its parent package is missing or broken
+            if importlib.util.find_spec(name) is not None:
+                return name
+    return None
