@@ -35,7 +35,13 @@ Picture = NDArray[np.uint8]
 """(height, width, 3)."""
 _GREY, _GENERATE, _KEEP = 128, 255, 0
 _DEFAULT_FPS = 16.0
-_KEYS = ("video", "frames", "before", "box", "size", "at", "first", "last", "output")
+_KEYS = {
+    "extend": ("video", "frames", "before"),
+    "inpaint": ("video", "box"),
+    "outpaint": ("video", "size", "at"),
+    "frames": ("first", "last", "frames"),
+}
+"""Keys of each kind, beside output."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +56,20 @@ class _Inputs:
 def main(arguments: list[str]) -> None:
     """Write both videos and print the settings that name them; raises InputError."""
     kind, *rest = arguments or [""]
-    values, unknown = split_arguments(rest, _KEYS)
-    if kind not in _MAKERS or unknown:
+    if kind not in _MAKERS:
+        raise InputError(f"mask takes one of {', '.join(_MAKERS)} first; see mask --help")
+    keys = (*_KEYS[kind], "output")
+    values, unknown = split_arguments(rest, keys)
+    if unknown:
         raise InputError(
-            f"mask takes one of {', '.join(_MAKERS)}, then {'=..., '.join(_KEYS)}=...; see mask --help"
-            + (f"; {unknown[0]} is none of them" if unknown and kind in _MAKERS else "")
+            f"mask {kind} takes {'=..., '.join(keys)}=...; {unknown[0]} is none of them"
         )
     inputs = _MAKERS[kind](values)
     folder = expand_user_path("output", values.get("output", "inputs"))
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output={folder} cannot be made: {error.strerror}") from None
     files = [folder / "src_video.mp4", folder / "src_mask.mp4"]
     num_frames = _write_videos(files, inputs)
     width, height = inputs.size
@@ -69,7 +80,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _extend(values: dict[str, str]) -> _Inputs:
-    video = _read_video(values, ("frames", "before"))
+    video = _read_video("extend", values)
     num_before, num_after = (
         parse_count(key, values[key], "frames") if key in values else 0
         for key in ("before", "frames")
@@ -84,7 +95,7 @@ def _extend(values: dict[str, str]) -> _Inputs:
 
 
 def _inpaint(values: dict[str, str]) -> _Inputs:
-    video = _read_video(values, ("box",))
+    video = _read_video("inpaint", values)
     match = re.fullmatch(r"(\d+),(\d+),(\d+)[x*](\d+)", values.get("box", ""))
     if match is None:
         raise InputError(
@@ -105,7 +116,7 @@ def _inpaint(values: dict[str, str]) -> _Inputs:
 
 
 def _outpaint(values: dict[str, str]) -> _Inputs:
-    video = _read_video(values, ("size", "at"))
+    video = _read_video("outpaint", values)
     width, height = _parse_pair(
         values, "size", r"(\d+)[x*](\d+)", "WIDTHxHEIGHT, e.g. size=1280x720"
     )
@@ -155,11 +166,9 @@ _MAKERS: dict[str, Callable[[dict[str, str]], _Inputs]] = {
 }
 
 
-def _read_video(values: dict[str, str], other_keys: tuple[str, ...]) -> VideoFacts:
+def _read_video(kind: str, values: dict[str, str]) -> VideoFacts:
     if "video" not in values:
-        raise InputError(
-            f"video=FILE is missing; it takes {'=..., '.join(('video', *other_keys))}=..."
-        )
+        raise InputError(f"video=FILE is missing; it takes {'=..., '.join(_KEYS[kind])}=...")
     return read_video_facts(values["video"], "video")
 
 

@@ -218,6 +218,11 @@ def test_masks_say_what_is_new(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["outpaint", "video=VIDEO", "size=128x64", "at=40,0"], "at=40,0: the video would reach"),
         (["frames"], "no image is given"),
         (["extend", "speed=2"], "speed=2 is none of them"),
+        (["extend", "video=VIDEO", "frames=4", "box=0,0,8x8"], "box=0,0,8x8 is none of them"),
+        (
+            ["extend", "video=VIDEO", "frames=4", "output=VIDEO"],
+            "output=.* cannot be made: File exists",
+        ),
     ],
 )
 def test_what_no_mask_can_be_made_of(arguments: list[str], message: str, tmp_path: Path) -> None:
