@@ -72,7 +72,7 @@ def test_the_video_is_the_references(case: str, layout: str) -> None:
 def change_folder(tmp_path: Path, **files: str | None) -> Path:
     """Return a driving folder with other files; None: without one."""
     folder = tmp_path / "driving"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for file in (golden_folder(GOLDEN) / "driving").iterdir():
         target = files.get(file.stem, file.name)
         if target is not None:
@@ -212,6 +212,28 @@ def test_quantised_and_streamed_blocks_are_the_resident_ones() -> None:
         videos.append(load_file(f"{folder}/out.safetensors")["video"])
     torch.testing.assert_close(*videos, rtol=0, atol=1e-4)
     assert 1e-3 < relative_error(videos[0], read_expected("guided")) < 0.2
+
+
+def test_a_driving_video_is_encoded_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first clip, which depends on nothing that was made; another mask or face is another one."""
+
+    def run(case: str, *more: str) -> bool:
+        name = f"{case}-{len(more)}"
+        settings = [*list_settings(case), f"cache.dir={tmp_path / 'cache'}", f"output.name={name}"]
+        assert main([*settings, *more]) == 0
+        return "image     read from the cache" in capsys.readouterr().err
+
+    assert [run("replace"), run("animate"), run("guided")] == [False] * 3
+    assert run("replace", "seed=5")
+    for case in ("replace", "animate", "guided"):
+        settings = [f"src_root_path={change_folder(tmp_path / case)}", "output.dir=again"]
+        assert run(case, *settings)  # copies of the same content
+        video = load_file(f"again/{case}-2.safetensors")["video"]
+        torch.testing.assert_close(video, read_expected(case), rtol=0, atol=1e-3)
+    pose = golden_folder(GOLDEN) / "driving/src_pose.mp4"
+    assert not run("replace", f"src_mask={pose}", "output.dir=mask", "sample.steps=1")
 
 
 def test_both_files_of_the_relighting_lora_are_the_same(tmp_path: Path) -> None:
