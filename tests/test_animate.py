@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import wan_dist
 from tests.conftest import golden_folder, relative_error
 from tests.forked import run_forked
 from tests.gallery_folder import check_source
@@ -261,3 +262,29 @@ def test_the_relighting_lora_in_the_cache_is_found(
     config = read_config([*list_settings("replace_relit"), "ckpt_dir=null"])
     assert config is not None
     assert [lora.path for lora in list_loras(config)] == [file]
+
+
+def test_from_python_the_video_is_the_commands() -> None:
+    """Of two clips, of which the second has five frames of the first and four beyond the end."""
+    case = "animate_ref5"
+    settings = dict(setting.split("=", 1) for setting in list_settings(case))
+    models = {key: settings.pop(key) for key in ("ckpt_dir", "dtype", "device")}
+    task, prompt = settings.pop("task"), settings.pop("prompt")
+    call = {
+        key: value for key, value in settings.items() if not key.startswith(("output", "cache"))
+    }
+    for key in ("frame_num", "refert_num", "seed", "fps", "sample.steps"):
+        call[key] = int(call[key])
+    for key in ("sample.shift", "sample.guide_scale"):
+        call[key] = float(call[key])
+    call["replace_flag"] = call["replace_flag"] == "true"
+    with wan_dist.open_pipeline(task, **models, cache={"dir": None}) as pipeline:
+        video = pipeline(prompt, **call)
+        call["src_face"] = str(make_video(Path("face.mp4"), 15, "32x32"))
+        with pytest.raises(wan_dist.InputError, match="takes faces of 64x64"):
+            pipeline(prompt, **call)
+    expected = read_expected(case).permute(1, 2, 3, 0)
+    assert video.frames is not None
+    assert video.frames.shape == expected.shape
+    difference = torch.from_numpy(video.frames).float() - (expected * 127.5 + 127.5)
+    assert difference.abs().max() < 0.7
