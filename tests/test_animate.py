@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import wan_dist
 from tests.conftest import golden_folder, relative_error
 from tests.forked import run_forked
 from tests.gallery_folder import check_source
@@ -72,7 +73,7 @@ def test_the_video_is_the_references(case: str, layout: str) -> None:
 def change_folder(tmp_path: Path, **files: str | None) -> Path:
     """Return a driving folder with other files; None: without one."""
     folder = tmp_path / "driving"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for file in (golden_folder(GOLDEN) / "driving").iterdir():
         target = files.get(file.stem, file.name)
         if target is not None:
@@ -214,6 +215,28 @@ def test_quantised_and_streamed_blocks_are_the_resident_ones() -> None:
     assert 1e-3 < relative_error(videos[0], read_expected("guided")) < 0.2
 
 
+def test_a_driving_video_is_encoded_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its first clip, which depends on nothing that was made; another mask or face is another one."""
+
+    def run(case: str, *more: str) -> bool:
+        name = f"{case}-{len(more)}"
+        settings = [*list_settings(case), f"cache.dir={tmp_path / 'cache'}", f"output.name={name}"]
+        assert main([*settings, *more]) == 0
+        return "image     read from the cache" in capsys.readouterr().err
+
+    assert [run("replace"), run("animate"), run("guided")] == [False] * 3
+    assert run("replace", "seed=5")
+    for case in ("replace", "animate", "guided"):
+        settings = [f"src_root_path={change_folder(tmp_path / case)}", "output.dir=again"]
+        assert run(case, *settings)  # copies of the same content
+        video = load_file(f"again/{case}-2.safetensors")["video"]
+        torch.testing.assert_close(video, read_expected(case), rtol=0, atol=1e-3)
+    pose = golden_folder(GOLDEN) / "driving/src_pose.mp4"
+    assert not run("replace", f"src_mask={pose}", "output.dir=mask", "sample.steps=1")
+
+
 def test_both_files_of_the_relighting_lora_are_the_same(tmp_path: Path) -> None:
     expected = read_expected("replace_relit")
     settings = [
@@ -239,3 +262,29 @@ def test_the_relighting_lora_in_the_cache_is_found(
     config = read_config([*list_settings("replace_relit"), "ckpt_dir=null"])
     assert config is not None
     assert [lora.path for lora in list_loras(config)] == [file]
+
+
+def test_from_python_the_video_is_the_commands() -> None:
+    """Of two clips, of which the second has five frames of the first and four beyond the end."""
+    case = "animate_ref5"
+    settings = dict(setting.split("=", 1) for setting in list_settings(case))
+    models = {key: settings.pop(key) for key in ("ckpt_dir", "dtype", "device")}
+    task, prompt = settings.pop("task"), settings.pop("prompt")
+    call = {
+        key: value for key, value in settings.items() if not key.startswith(("output", "cache"))
+    }
+    for key in ("frame_num", "refert_num", "seed", "fps", "sample.steps"):
+        call[key] = int(call[key])
+    for key in ("sample.shift", "sample.guide_scale"):
+        call[key] = float(call[key])
+    call["replace_flag"] = call["replace_flag"] == "true"
+    with wan_dist.open_pipeline(task, **models, cache={"dir": None}) as pipeline:
+        video = pipeline(prompt, **call)
+        call["src_face"] = str(make_video(Path("face.mp4"), 15, "32x32"))
+        with pytest.raises(wan_dist.InputError, match="takes faces of 64x64"):
+            pipeline(prompt, **call)
+    expected = read_expected(case).permute(1, 2, 3, 0)
+    assert video.frames is not None
+    assert video.frames.shape == expected.shape
+    difference = torch.from_numpy(video.frames).float() - (expected * 127.5 + 127.5)
+    assert difference.abs().max() < 0.7

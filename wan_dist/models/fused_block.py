@@ -44,6 +44,8 @@ class ContextKV:
     """(blocks, 2, B, 257 m, H, D): of m images."""
     face: Tensor | None = None
     """(T, n, D): vectors of the driving face in each latent frame, for Animate's face adapter."""
+    skipped_layer: int | None = None
+    """Block that is left out for this context, as Animate-2 does for the negative prompt."""
 
     def select_block(self, index: int) -> tuple[Tensor, ...]:
         """Return the block's k and v of the text, then those of the images if there are any."""

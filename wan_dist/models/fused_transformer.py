@@ -8,12 +8,13 @@ are one linear.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from wan_dist.models.attention.driving import DrivingStream
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.control import NO_CONTROL, ControlTokens
 from wan_dist.models.dims import TransformerDims
@@ -121,6 +122,8 @@ class FusedTransformer(WanTransformer):
         )
         self.head = FusedOutputHead(dims)
         self.sequence = WholeSequence()
+        self.driving: DrivingStream | None = None
+        """What the attentions to a driving video share, see `apply_driving`; None without one."""
         self.time_embeddings: dict[str, tuple[Tensor, Tensor]] = {}
         """What `embed_timesteps` returns for the timesteps of `precompute_time_embeddings`."""
 
@@ -254,5 +257,19 @@ class FusedTransformer(WanTransformer):
         ``streams`` has the tokens, which all contexts share; ``latents`` is the argument of `forward`.
         """
         for index, block in enumerate(self.layers().values()):
-            streams = block(streams, *inputs.select_block(index))
+            taken = [
+                number
+                for number, context in enumerate(inputs.contexts)
+                if context.skipped_layer != index
+            ]
+            if len(taken) == len(inputs.contexts):
+                streams = block(streams, *inputs.select_block(index))
+            elif taken:
+                taken_inputs = replace(
+                    inputs, contexts=[inputs.contexts[number] for number in taken]
+                )
+                block([streams[number] for number in taken], *taken_inputs.select_block(index))
+            else:
+                # Other ranks call the block too, of which each may hold a shard: the result is dropped.
+                block([x.clone() for x in streams], *inputs.select_block(index))
         return streams

@@ -3,13 +3,18 @@
 Partial results are merged by their log-sum-exp, which is exact.
 """
 
-import torch
+from collections.abc import Iterator
+
 from torch import Tensor
 
 from wan_dist.models.attention.inner import InnerAttention
-from wan_dist.models.attention.log_sum_exp import attend_with_lse
+from wan_dist.models.attention.log_sum_exp import (
+    KeyBias,
+    attend_with_lse,
+    merge_parts,
+    split_keys,
+)
 from wan_dist.models.fused_transformer import FusedTransformer
-from wan_dist.models.kernels.transformer_ops import FLOAT32_CHUNK_TOKENS
 from wan_dist.parallel.collectives import send_to_next
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.sequence import SplitSequence, pad_end
@@ -34,10 +39,22 @@ class RingAttention(InnerAttention):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return attention (B, L', H, D) of this rank's q, k, v (B, L', H, D), with or without padding."""
-        num_padding = self.ulysses_size * self.sequence.tokens_per_rank - k.shape[1]
+        merged = self.attend_with_lse(q, k, v)
+        return q if merged is None else merged[0].to(q.dtype)
+
+    def attend_with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: KeyBias | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """See `InnerAttention.attend_with_lse`; None where this rank has no tokens."""
+        return merge_parts(self._attend_to_parts(q, k, v, bias))
+
+    def _attend_to_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: KeyBias | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield attention, with its log-sum-exp, to the keys of one rank after the other."""
+        rows_per_rank = self.ulysses_size * self.sequence.tokens_per_rank
         # equal shapes on all ranks
-        key_value = [pad_end(part, num_padding, dim=1) for part in (k, v)]
-        merged: tuple[Tensor, Tensor] | None = None
+        key_value = [pad_end(part, rows_per_rank - k.shape[1], dim=1) for part in (k, v)]
         for step in range(self.axis.size):
             source_rank = (self.axis.rank - step) % self.axis.size
             num_valid_tokens = self.sequence.count_valid_tokens(
@@ -47,31 +64,13 @@ class RingAttention(InnerAttention):
             wait_for_next = (
                 send_to_next(key_value, self.axis) if step < self.axis.size - 1 else None
             )
-            if num_valid_tokens and q.shape[1]:
-                part = attend_with_lse(
-                    self.name, q, *(tensor[:, :num_valid_tokens] for tensor in key_value)
-                )
-                if merged is None:
-                    merged = part[0].float(), part[1].contiguous()
-                else:
-                    merge_attention_(*merged, *part)
-                del part  # else it is in memory beside the next one
+            if q.shape[1]:
+                for keys, value in split_keys(num_valid_tokens, bias, source_rank * rows_per_rank):
+                    part = attend_with_lse(self.name, q, *(tensor[:, keys] for tensor in key_value))
+                    yield part[0], part[1] + value if value else part[1]
+                    del part  # else it is in memory beside the next one
             if wait_for_next is not None:
                 key_value = wait_for_next()
-        return q if merged is None else merged[0].to(q.dtype)  # this rank has no tokens
-
-
-def merge_attention_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Merge attention to other keys into ``out`` (B, L, H, D) and ``lse`` (B, L, H), in place.
-
-    Both are float32; ``lse`` is the log-sum-exp. The outputs are merged in chunks of tokens, which bounds the
-    memory of float32 intermediates.
-    """
-    for start in range(0, out.shape[1], FLOAT32_CHUNK_TOKENS):
-        rows = slice(start, start + FLOAT32_CHUNK_TOKENS)
-        other_weight = torch.sigmoid(other_lse[:, rows] - lse[:, rows]).unsqueeze(-1)
-        out[:, rows].lerp_(other_out[:, rows].float(), other_weight)
-    torch.logaddexp(lse, other_lse, out=lse)
 
 
 def apply_ring(

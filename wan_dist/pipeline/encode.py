@@ -75,7 +75,7 @@ def encode_conditioning(
         return {name: embeddings[text].to(report.device) for name, text in prompts.items()}
 
     conditioning_tensors = session.run_together(encode_prompts, "encode the prompt")
-    if first_frames is not None or plan.driving is not None:
+    if first_frames is not None:
         encode_inputs = INPUT_ENCODERS[plan.task.inputs.kind]
         conditioning_tensors |= encode_inputs(session, config, plan, report, first_frames)
     elif plan.images or plan.task.inputs.is_always_encoded:

@@ -13,7 +13,9 @@ from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.tensor_cache import TensorCache
 from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.file_hash import hash_unchanged_file
-from wan_dist.tasks.source_video import SourceVideo
+from wan_dist.tasks.animate import DrivingVideo
+from wan_dist.tasks.source_video import SourceVideo, VideoFacts
+from wan_dist.weights.checkpoint import Checkpoint
 
 
 class InputCache:
@@ -47,6 +49,7 @@ def _describe_inputs(session: Session, plan: RunPlan, fit: str) -> str:
         pixels,
         (plan.task.inputs.kind, plan.width, plan.height, plan.frame_num),
         None if plan.source is None else _describe_source(plan.source),
+        None if plan.driving is None else _describe_driving(checkpoint, plan, plan.driving),
         (plan.image_keys, plan.task.inputs.channels, plan.camera, fit),
         checkpoint.transformers[0].dims.ref_conv_in_dim,
         checkpoint.vae_digest,
@@ -60,9 +63,26 @@ def _describe_inputs(session: Session, plan: RunPlan, fit: str) -> str:
 
 def _describe_source(source: SourceVideo) -> tuple[object, ...]:
     """Return all that depends on a source video and its mask: their content, and which frames are taken."""
-    files = [video.file for video in (source.video, source.mask) if video is not None]
-    hashes = [hash_unchanged_file(Path(file).expanduser()) for file in files]
-    return (hashes, source.frame_indices)
+    return (_hash_videos(source.video, source.mask), source.frame_indices)
+
+
+def _describe_driving(
+    checkpoint: Checkpoint, plan: RunPlan, driving: DrivingVideo
+) -> tuple[object, ...]:
+    """Return all that depends on a driving video; weights of the transformer's files encode its faces."""
+    return (
+        _hash_videos(driving.pose, driving.face, driving.background, driving.mask),
+        driving.list_frames(plan.clip_index),
+        plan.negative_prompt is not None,
+        checkpoint.digest,
+    )
+
+
+def _hash_videos(*videos: VideoFacts | None) -> list[str | None]:
+    return [
+        None if video is None else hash_unchanged_file(Path(video.file).expanduser())
+        for video in videos
+    ]
 
 
 @lru_cache

@@ -40,7 +40,6 @@ from wan_dist.planning.residency import (
 from wan_dist.planning.workload import GIB, Arrangement
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
-from wan_dist.tasks.animate import DrivingVideo
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
 from wan_dist.weights.hub import find_checkpoint
 from wan_dist.weights.layout import list_file_settings
@@ -295,20 +294,7 @@ def _open_checkpoint(config: RunConfig, plan: VideoPlan, groups: ProcessGroups) 
         allow_unmatched=config.lora_unmatched == "allow",
     )
     log_loras(checkpoint.loras)
-    if plan.driving is not None:
-        _check_face_size(plan.driving, checkpoint)
     return checkpoint
-
-
-def _check_face_size(driving: DrivingVideo, checkpoint: Checkpoint) -> None:
-    """Raise InputError unless the driving video's faces are of the size that the motion encoder takes."""
-    assert checkpoint.face_encoder is not None
-    face, size = driving.face, checkpoint.face_encoder.dims.image_size
-    if face.width != size:
-        raise InputError(
-            f"src_face={face.file} is {face.width}x{face.height}, and {checkpoint.folder} takes faces of "
-            f"{size}x{size}; write them in this size, as the preprocessing does"
-        )
 
 
 def _prepare_attention(

@@ -57,7 +57,7 @@ class GeneratedVideo:
     """
 
     frames: np.ndarray[Any, Any] | None
-    """(F, H, W, 3), uint8; of several clips without the frame that each repeats of the one before."""
+    """(F, H, W, 3), uint8; of several clips without the frames that each repeats of the one before."""
     latents: Tensor
     """(C, T, h, w), float32, on the CPU; of several clips one after another along T."""
     record: VideoRecord
@@ -211,7 +211,7 @@ class VideoPipeline:
                 clip_latents.append(latents.cpu())
                 if video.is_first:
                     frames = torch.cat([convert_to_uint8(chunk) for chunk in frame_chunks])
-                    clip_frames.append(frames[1:] if clip.plan.clip_index else frames)
+                    clip_frames.append(frames[clip.plan.new_frames])
         return GeneratedVideo(
             torch.cat(clip_frames).numpy() if video.is_first else None,
             torch.cat(clip_latents, dim=1),

@@ -39,7 +39,7 @@ from wan_dist.planning.memory_planner import (
 )
 from wan_dist.planning.sampling_plan import SamplingPlan, plan_sampling
 from wan_dist.planning.video_settings import (
-    check_reference_image,
+    check_models_take_inputs,
     choose_tea_fit,
     read_text_setting,
     read_video_input,
@@ -140,6 +140,12 @@ class VideoPlan:
     def first_frame_index(self) -> int:
         """Index in the video of the clip's first frame, which the clip before has too."""
         return self.clip_index * (self.frame_num - self.num_repeated_frames)
+
+    @property
+    def new_frames(self) -> slice:
+        """Frames of the clip that the video has from it: not those of the clip before, or beyond the end."""
+        num_known = self.num_repeated_frames if self.clip_index else 0
+        return slice(num_known, self.num_frames - self.first_frame_index)
 
     @property
     def is_last_clip(self) -> bool:
@@ -307,9 +313,9 @@ def plan_memory(
     """Return the plan with the fastest arrangement of these models that fits, and the memory of each stage.
 
     ``compressed_blocks``: of a checkpoint's transformer in GGUF; None: of the files that settings name.
-    Raises InputError if nothing fits, with what would, and for a reference image that the models do not take.
+    Raises InputError if nothing fits, with what would, and for inputs that the models do not take.
     """
-    check_reference_image(plan.task, plan.image_keys, models.transformer)
+    check_models_take_inputs(plan.task, plan.image_keys, plan.driving, models)
     workload = _build_workload(plan, hardware, models, count_tokens)
     settings = plan.model_settings
     if settings.quant == "none":

@@ -6,12 +6,12 @@ from pathlib import Path
 from wan_dist.config.checks import MAX_PROMPT_CHARACTERS
 from wan_dist.config.sections import CacheConfig
 from wan_dist.config.video_settings import AnimateSettings, VideoSettings
-from wan_dist.models.dims import TransformerDims
+from wan_dist.models.dims import ModelDims
 from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE
 from wan_dist.planning.video_input import VideoInput, resolve_video_input
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
-from wan_dist.tasks.animate import AnimateInputs
+from wan_dist.tasks.animate import AnimateInputs, DrivingVideo
 from wan_dist.tasks.base import AREA_480P, Task, TeaCacheFit
 from wan_dist.tasks.camera import MOTIONS
 from wan_dist.tasks.fun import FunInputs
@@ -87,10 +87,19 @@ def _check_camera(settings: VideoSettings, task: Task, *, is_dry_run: bool) -> N
         )
 
 
-def check_reference_image(task: Task, image_keys: Collection[str], dims: TransformerDims) -> None:
-    """Raise InputError for a reference image that a Fun model has no layer for."""
+def check_models_take_inputs(
+    task: Task, image_keys: Collection[str], driving: DrivingVideo | None, models: ModelDims
+) -> None:
+    """Raise InputError for a reference image without a layer for it, and faces of another size."""
+    if driving is not None and models.face_encoder is not None:
+        face, size = driving.face, models.face_encoder.image_size
+        if face.width != size:
+            raise InputError(
+                f"src_face={face.file} is {face.width}x{face.height}, and this checkpoint takes faces of "
+                f"{size}x{size}; write them in this size, as the preprocessing does"
+            )
     has_reference = isinstance(task.inputs, FunInputs) and "src_ref_images" in image_keys
-    if has_reference and not dims.ref_conv_in_dim:
+    if has_reference and not models.transformer.ref_conv_in_dim:
         raise InputError(
             "src_ref_images is given, but this checkpoint has no ref_conv, which takes a reference "
             "image, as the first Fun Control models; use version 1.1, or leave src_ref_images out"

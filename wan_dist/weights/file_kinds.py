@@ -27,7 +27,7 @@ FILE_KINDS = (
     FileKind(
         "dit_file",
         "a transformer",
-        r"(?:^|\.)blocks\.0\.(?:self_attn\.q|attn1\.to_q)\.(?:int8_)?weight$",
+        r"(?:^|\.)blocks\.0\.(?:block\.)?(?:self_attn\.q|attn1\.to_q)\.(?:int8_)?weight$",
     ),
     FileKind(
         "t5_file",

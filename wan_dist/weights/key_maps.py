@@ -143,6 +143,11 @@ def map_original_transformer(keys: Collection[str]) -> KeyMap:
     return _map_transformer(_keep_name, keys)
 
 
+def _map_animate_2_name(name: str) -> str:
+    """Return the name of a tensor in the release of Animate-2, whose blocks are wrapped in others."""
+    return re.sub(r"^blocks\.(\d+)\.", r"blocks.\1.block.", name)
+
+
 _SINGLE_FILE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.")
 """Of ComfyUI, and of rCM."""
 
@@ -155,6 +160,8 @@ def map_single_file_transformer(keys: Collection[str]) -> KeyMap:
     )
     is_diffusers = any(key.startswith(f"{prefix}condition_embedder.") for key in keys)
     rename = _map_diffusers_name if is_diffusers else _keep_name
+    if any(key.startswith(f"{prefix}blocks.0.block.") for key in keys):
+        rename = _map_animate_2_name
     return _map_transformer(lambda name: prefix + rename(name), keys, is_face_kv_split=is_diffusers)
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from wan_dist.models.attention.log_sum_exp import merge_attention_
 from wan_dist.parallel import consistency as agreement
 from wan_dist.parallel.consistency import ConsistencyCheck, compute_checksum
 from wan_dist.parallel.mesh import Axis
-from wan_dist.parallel.ring import merge_attention_
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_ranks_that_hold_other_latents_are_named(monkeypatch: pytest.MonkeyPatch
 def test_parts_of_a_ring_are_merged_in_place(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("wan_dist.parallel.ring.FLOAT32_CHUNK_TOKENS", 7)
+    monkeypatch.setattr("wan_dist.models.attention.log_sum_exp.FLOAT32_CHUNK_TOKENS", 7)
     torch.manual_seed(0)
     scores, values = (
         20 * torch.randn(2, 18, 3, 30),

@@ -14,6 +14,12 @@ from wan_dist.models.attention.backends import (
     format_dtype,
     try_attention,
 )
+from wan_dist.models.attention.log_sum_exp import (
+    KeyBias,
+    attend_with_lse,
+    merge_parts,
+    split_keys,
+)
 from wan_dist.runtime.errors import InputError
 
 
@@ -60,6 +66,16 @@ class InnerAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return softmax(q kᵀ / √D) v, (B, Lq, H, D), of exchanged q (B, Lq, H, D), k and v (B, Lk, H, D)."""
         return self.kernel(q, k, v)
+
+    def attend_with_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: KeyBias | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the same, float32, with the scores' log-sum-exp (B, Lq, H), and a bias of some keys."""
+        return merge_parts(
+            (out, lse + value if value else lse)
+            for keys, value in split_keys(k.shape[1], bias)
+            for out, lse in [attend_with_lse(self.name, q, k[:, keys], v[:, keys])]
+        )
 
 
 def choose_attention(

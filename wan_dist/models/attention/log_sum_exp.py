@@ -1,17 +1,73 @@
-"""Attention with the log-sum-exp of its scores, by which ring attention merges partial results."""
+"""Attention with the log-sum-exp of its scores, by which partial results are merged."""
 
-from typing import cast
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from wan_dist.models.attention.backends import load_flash_attention_4
+from wan_dist.models.kernels.transformer_ops import FLOAT32_CHUNK_TOKENS
 
 RING_SCORE_BYTES = 2**26
 """Size of the scores in memory at once where ring attention uses plain arithmetic.
 
 As in planning/memory_estimate.py.
 """
+
+
+class KeyBias(NamedTuple):
+    """A number that is added to the scores of some keys."""
+
+    start: int
+    """Row of the first of them in the whole sequence."""
+    stop: int
+    value: float
+
+
+def split_keys(
+    num_keys: int, bias: KeyBias | None, first_row: int = 0
+) -> Iterator[tuple[slice, float]]:
+    """Yield runs of keys, none empty, with what is added to their scores.
+
+    ``first_row``: that of the first key in the whole sequence.
+    """
+    if bias is None:
+        bounds, values = [0, num_keys], [0.0]
+    else:
+        start, stop = (min(max(row - first_row, 0), num_keys) for row in bias[:2])
+        bounds, values = [0, start, stop, num_keys], [0.0, bias.value, 0.0]
+    for index, value in enumerate(values):
+        if bounds[index] < bounds[index + 1]:
+            yield slice(bounds[index], bounds[index + 1]), value
+
+
+def merge_parts(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    """Return attention to all keys, both float32, of that to parts of them, None without any.
+
+    Each part, and the result, is (B, L, H, D) with the log-sum-exp (B, L, H).
+    """
+    merged: tuple[Tensor, Tensor] | None = None
+    for part in parts:
+        if merged is None:
+            merged = part[0].float(), part[1].contiguous()
+        else:
+            merge_attention_(*merged, *part)
+        del part  # else it is in memory beside the next one
+    return merged
+
+
+def merge_attention_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
+    """Merge attention to other keys into ``out`` (B, L, H, D) and ``lse`` (B, L, H), in place.
+
+    Both are float32; ``lse`` is the log-sum-exp. The outputs are merged in chunks of tokens, which bounds the
+    memory of float32 intermediates.
+    """
+    for start in range(0, out.shape[1], FLOAT32_CHUNK_TOKENS):
+        rows = slice(start, start + FLOAT32_CHUNK_TOKENS)
+        other_weight = torch.sigmoid(other_lse[:, rows] - lse[:, rows]).unsqueeze(-1)
+        out[:, rows].lerp_(other_out[:, rows].float(), other_weight)
+    torch.logaddexp(lse, other_lse, out=lse)
 
 
 def attend_with_lse(name: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

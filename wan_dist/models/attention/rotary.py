@@ -5,13 +5,19 @@ from torch import Tensor
 
 
 def compute_rotary_tables(
-    grid: tuple[int, int, int], head_dim: int, *, device: torch.device, base: float = 10000.0
+    grid: tuple[int, int, int],
+    head_dim: int,
+    *,
+    device: torch.device,
+    offset: tuple[int, int, int] = (0, 0, 0),
+    base: float = 10000.0,
 ) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines of 3-D rotary position embedding, each (L, 1, D / 2) float32.
 
-    ``grid`` is (frames, rows, columns), L their product. The head's D / 2 pairs are split over (frame, row,
-    column) as (D/2 - 2 (D//6), D//6, D//6): 22, 21, 21 for D = 128. Angles are computed in float64 and
-    rounded once. Source: RoFormer (arXiv:2104.09864), per axis as in Wan2.1.
+    ``grid`` is (frames, rows, columns), L their product; ``offset``: the position of the first of each. The
+    head's D / 2 pairs are split over (frame, row, column) as (D/2 - 2 (D//6), D//6, D//6): 22, 21, 21 for
+    D = 128. Angles are computed in float64 and rounded once. Source: RoFormer (arXiv:2104.09864), per axis as
+    in Wan2.1.
     """
     num_spatial_pairs = head_dim // 6
     axis_angles = []
@@ -27,7 +33,7 @@ def compute_rotary_tables(
         )
         shape = [1, 1, 1, num_pairs]
         shape[axis] = length
-        positions = torch.arange(length, dtype=torch.float64, device=device)
+        positions = offset[axis] + torch.arange(length, dtype=torch.float64, device=device)
         axis_angles.append(torch.outer(positions, frequencies).view(shape).expand(*grid, num_pairs))
     token_angles = torch.cat(axis_angles, dim=-1).reshape(-1, 1, head_dim // 2)  # (L, 1, D / 2)
     return token_angles.cos().float(), token_angles.sin().float()

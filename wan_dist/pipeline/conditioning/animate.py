@@ -9,7 +9,6 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
@@ -24,10 +23,9 @@ from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.tasks.animate import DrivingVideo, iterate_clip_frames
+from wan_dist.tasks.letterbox import fit_on_black
 from wan_dist.tasks.source_video import VideoFacts
 
-_WEIGHT_BITS = 11
-"""Of the fixed-point weights of `resize_image`."""
 _FACES_AT_ONCE = 4
 
 
@@ -45,7 +43,8 @@ def encode_inputs(
     """
     driving = plan.driving
     assert driving is not None
-    reference = convert_image_to_tensor(fit_on_black(plan.images[0], (plan.width, plan.height)))
+    image = fit_on_black(np.asarray(plan.images[0].convert("RGB")), (plan.width, plan.height))
+    reference = convert_image_to_tensor(image)
     tensors: dict[str, Tensor] = {}
 
     def encode_on_first_rank() -> None:
@@ -150,48 +149,3 @@ def read_clip_mask(plan: VideoPlan, driving: DrivingVideo) -> Tensor:
             mask[index] = 1 - person
     mask = torch.cat([mask[:1].expand(4, -1, -1), mask[1:]])
     return mask.view(1, -1, 4, rows, columns).transpose(1, 2)
-
-
-def fit_on_black(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return an image scaled to fit into ``size`` (width, height), black around it, as in the reference."""
-    width, height = size
-    canvas = np.zeros((height, width, 3), np.uint8)
-    if image.height / image.width > height / width:
-        fitted_size = (int(height / image.height * image.width), height)
-    else:
-        fitted_size = (width, int(width / image.width * image.height))
-    left, top = (width - fitted_size[0]) // 2, (height - fitted_size[1]) // 2
-    resized = resize_image(np.asarray(image.convert("RGB")), fitted_size)
-    canvas[top : top + fitted_size[1], left : left + fitted_size[0]] = resized
-    return Image.fromarray(canvas)
-
-
-def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return an image (h, w, 3) in 8 bits scaled to ``size`` (width, height).
-
-    Bilinear without antialiasing, in fixed point as OpenCV's INTER_LINEAR: the reference's images are
-    enlarged by it, and rounding floats instead changes every eighth pixel.
-    """
-    pixels = image.astype(np.int64)
-    if (image.shape[1], image.shape[0]) == size:
-        return image
-    (left, right, left_weights, right_weights) = _list_taps(image.shape[1], size[0])
-    rows = (
-        pixels[:, left] * left_weights[:, None] + pixels[:, right] * right_weights[:, None]
-    ) >> 4
-    (upper, lower, upper_weights, lower_weights) = _list_taps(image.shape[0], size[1])
-    sums = (rows[upper] * upper_weights[:, None, None] >> 16) + (
-        rows[lower] * lower_weights[:, None, None] >> 16
-    )
-    return ((sums + 2) >> 2).clip(0, 255).astype(np.uint8)
-
-
-def _list_taps(length: int, new_length: int) -> tuple[np.ndarray, ...]:
-    """Return for each new pixel the indices of two pixels, and their fixed-point weights."""
-    positions = (np.arange(new_length) + 0.5) * (length / new_length) - 0.5
-    first = np.floor(positions).astype(np.int64)
-    fraction = (positions - first).astype(np.float32)
-    weights = [
-        np.rint(part * 2**_WEIGHT_BITS).astype(np.int64) for part in (1 - fraction, fraction)
-    ]
-    return first.clip(0, length - 1), (first + 1).clip(0, length - 1), *weights

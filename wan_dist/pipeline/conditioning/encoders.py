@@ -127,6 +127,6 @@ def gather_chunks(frames: Iterator[Tensor]) -> Iterator[Tensor]:
         num_frames = 4
 
 
-def convert_image_to_tensor(image: Image.Image) -> Tensor:
+def convert_image_to_tensor(image: Image.Image | np.ndarray) -> Tensor:
     """Return (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
