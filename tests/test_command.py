@@ -274,7 +274,8 @@ def test_a_failed_save_keeps_the_latents_and_says_how_to_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(ResultWriter, "write_clip", fail)
-        assert main([*TINY, "output.name=two words", "output.save_latents=false"]) == 1
+        video = ["output.name=two words", "output.video=prores"]
+        assert main([*TINY, *video, "output.save_latents=false"]) == 1
     out = tmp_path / "outputs"
     assert sorted(path.name for path in out.glob("two*")) == ["two words.latents.safetensors"]
     told = capsys.readouterr().err
@@ -292,7 +293,7 @@ def test_a_failed_save_keeps_the_latents_and_says_how_to_resume(
         load_file(out / f"{name}.safetensors")["video"] for name in ("two words", "whole")
     )
     assert torch.equal(again, whole)
-    assert (out / "two words.mp4").exists()
+    assert (out / "two words.mov").exists()
 
 
 @pytest.mark.parametrize(("num_failing", "told"), [(1, "in 2 tiles"), (6, "on the CPU")])

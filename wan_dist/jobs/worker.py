@@ -47,7 +47,6 @@ from wan_dist.pipeline.resume import ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
 from wan_dist.pipeline.text_embeddings import embed_prompts_ahead, share_prompt_embeddings
 from wan_dist.planning.residency import can_buffer_frames
-from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.durations import format_duration
 from wan_dist.runtime.errors import format_message
 from wan_dist.runtime.log import add_log_file, logger, show_announcements
@@ -141,10 +140,7 @@ class JobWorker:
         if self.groups.rank == 0:
             check_output_folder(
                 self.folder,
-                [
-                    estimate_output(job.plan, saves_tensor=job.config.output.save_tensor)
-                    for job in self.jobs
-                ],
+                [estimate_output(job.plan, job.config.output) for job in self.jobs],
             )
             warn_about_old_states(self.folder)
         self._open_sessions()
@@ -203,8 +199,7 @@ class JobWorker:
             session.choose_resident_models(largest_job.plan)
             plan = session.plan_memory(largest_job.plan)
             self.run_log.plans.append(plan)
-            saves_tensor = any(job.config.output.save_tensor for job in jobs)
-            bytes_per_value = FLOAT_BYTES if saves_tensor else 1
+            bytes_per_value = max(job.config.output.bytes_per_value for job in jobs)
             session.has_memory_for_frames = can_buffer_frames(plan, bytes_per_value)
             session.possible_timesteps = tuple(
                 dict.fromkeys(timestep for job in jobs for timestep in list_timesteps(job))

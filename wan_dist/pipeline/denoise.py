@@ -60,6 +60,8 @@ class VideoInProgress:
     first_frame: Tensor | None = None
     """Frame (3, H, W) in [-1, 1] that a clip after the first starts from, on the CPU."""
     monitor: VideoMonitor = field(default_factory=VideoMonitor)
+    keeps_floats: bool = False
+    """The caller needs frames as float32, whatever the file needs."""
 
     @property
     def is_first(self) -> bool:

@@ -26,6 +26,8 @@ _CANCEL_TIMEOUT_SECONDS = 120.0
 _POLL_SECONDS = 0.1
 _KEEP_ALIVE_SECONDS = 15.0
 _MAX_PAGE_LENGTH = 100
+_MEDIA_TYPES = {".mkv": "video/x-matroska", ".mov": "video/quicktime", ".webm": "video/webm"}
+"""Those that Python, or a system without a list of them, does not know."""
 _RETRY_SECONDS = 30
 """Seconds after which a client may try again, where the queue is full."""
 
@@ -133,7 +135,8 @@ def _add_content_routes(app: FastAPI, service: VideoService) -> None:
         file = state.file if variant == "video" else get_sheet_path(state.file)
         if not file.is_file():
             raise HTTPException(404, f"{video_id} has no {variant}")
-        return FileResponse(file, filename=file.name)
+        media_type = _MEDIA_TYPES.get(file.suffix)
+        return FileResponse(file, filename=file.name, media_type=media_type)
 
     @app.get("/v1/videos/{video_id}/events")
     def follow_video(video_id: str) -> Response:

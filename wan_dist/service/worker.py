@@ -18,7 +18,6 @@ from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.session import Session, find_device
 from wan_dist.pipeline.text_embeddings import embed_prompts_ahead
 from wan_dist.planning.residency import can_buffer_frames
-from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 from wan_dist.service.front_process import FrontProcess
@@ -164,8 +163,7 @@ class ServiceWorker(JobWorker):
         """Decide what stays in memory, and encode the texts of this request and of those that wait."""
         session.choose_resident_models(job.plan)
         plan = session.plan_memory(job.plan, quiet=True)
-        bytes_per_value = FLOAT_BYTES if job.config.output.save_tensor else 1
-        session.has_memory_for_frames = can_buffer_frames(plan, bytes_per_value)
+        session.has_memory_for_frames = can_buffer_frames(plan, job.config.output.bytes_per_value)
         session.possible_timesteps = tuple(list_timesteps(job))
         texts = [text for text in (job.plan.prompt, job.plan.negative_prompt) if text is not None]
         if self.is_first:

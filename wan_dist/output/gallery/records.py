@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from wan_dist.config.video_formats import RESULT_SUFFIXES
 from wan_dist.output.json_values import get_integer, get_text
 from wan_dist.output.record import DONE, FAILED, VideoRecord
 from wan_dist.runtime.errors import InputError, get_first_line
@@ -43,7 +44,7 @@ class GalleryVideo:
     name: str
     """File name of the results, without suffix."""
     video: Path | None
-    """The mp4 or PNG beside the record, None if it is missing."""
+    """The video or PNG beside the record, None if it is missing."""
     status: str
     """done or failed."""
     error: str
@@ -155,7 +156,7 @@ def _read_file_state(path: Path, file_names: set[str]) -> tuple[object, ...]:
         file_stat.st_mtime_ns,
         file_stat.st_size,
         file_stat.st_ino,
-        *(path.stem + suffix in file_names for suffix in (".mp4", ".png")),
+        *(path.stem + suffix in file_names for suffix in RESULT_SUFFIXES),
     )
 
 
@@ -237,7 +238,7 @@ def _find_video(path: Path, recorded_name: str, file_names: set[str]) -> Path | 
 
     Of the recorded name only the suffix is used.
     """
-    suffixes = (".png", ".mp4") if recorded_name.endswith(".png") else (".mp4", ".png")
+    suffixes = sorted(RESULT_SUFFIXES, key=lambda suffix: not recorded_name.endswith(suffix))
     for name in (path.stem + suffix for suffix in suffixes):
         video_path = path.with_name(name)
         if name in file_names and (
