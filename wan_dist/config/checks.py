@@ -16,7 +16,7 @@ _MAX_NAME_BYTES = 200
 
 Suffixes, of which the longest is that of a run that was ended, and temporary names need the rest.
 """
-_RESERVED_SUFFIXES = (".latents", ".state")
+_RESERVED_SUFFIXES = (".latents", ".state", ".preview")
 """Suffixes of the files beside a video; a job of such a name could not be told apart from those."""
 PROMPT_KEYS = ("prompt", "negative_prompt")
 WEIGHT_FILE_KEYS = ("dit_file", "t5_file", "vae_file", "clip_file")

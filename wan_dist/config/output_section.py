@@ -1,6 +1,7 @@
 """Section of the configuration: where results go, and what their files are."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from wan_dist.config.checks import check_choice, check_file_name
 from wan_dist.config.settings import Effect
@@ -52,11 +53,27 @@ class OutputConfig:
         is_new=True,
     )
 
+    preview: Any = _key(
+        False,
+        "picture of the unfinished video, NAME.preview.jpg: true after each step, N after every N "
+        "steps",
+        is_new=True,
+    )
+
     def __post_init__(self) -> None:
         if self.name is not None:
             check_file_name("output.name", self.name)
         check_choice("output.video", self.video, tuple(VIDEO_FORMATS))
         self._check_crf()
+        if not isinstance(self.preview, int) or self.preview < 0:
+            raise InputError(
+                f"output.preview={self.preview} must be true, false, or a number of steps, e.g. 5"
+            )
+
+    @property
+    def preview_interval(self) -> int:
+        """Steps from one preview to the next; 0 without previews."""
+        return int(self.preview)
 
     @property
     def bytes_per_value(self) -> int:

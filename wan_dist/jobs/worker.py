@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import Effect
+from wan_dist.jobs.event_monitor import EventMonitor
 from wan_dist.jobs.events import JobEvents
 from wan_dist.jobs.failure_policy import FailurePolicy
 from wan_dist.jobs.planned_job import PlannedJob, sort_by_model
@@ -268,9 +269,10 @@ class JobWorker:
             return resume_state
 
         resume_state = session.run_together(read_resume_state, "read the job's images")
-        return prepare_video(
+        video = prepare_video(
             session, job.config, resume_state.plan, report, resume_state, quiet=True
         )
+        return replace(video, monitor=EventMonitor(self.events, job))
 
     def wait_for_write(self) -> None:
         """Wait for the video that is being written; raises an error that ends the run."""

@@ -209,7 +209,7 @@ def _send_chunks(
     """Write chunks to a pipe in the sender's thread; at most ``_MAX_WAITING_CHUNKS`` wait for it."""
     pending_sends: deque[Future[None]] = deque()
     while chunk is not None:
-        pending_sends.append(sender.submit(_send_frames, *_copy_to_host(chunk), pipe))
+        pending_sends.append(sender.submit(_send_frames, *copy_to_host(chunk), pipe))
         if len(pending_sends) > _MAX_WAITING_CHUNKS:
             pending_sends.popleft().result()
         chunk = yield
@@ -217,7 +217,7 @@ def _send_chunks(
         pending_sends.popleft().result()
 
 
-def _copy_to_host(chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+def copy_to_host(chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """Start to copy a chunk to the host; return the copy, and the event to wait for before it is read."""
     if not chunk.is_cuda:
         return chunk, None

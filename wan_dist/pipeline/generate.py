@@ -32,7 +32,7 @@ from wan_dist.pipeline.monitor import EndRequest, VideoCancelledError, find_end_
 from wan_dist.pipeline.out_of_memory import run_with_fallback
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
-from wan_dist.planning.file_names import name_latents
+from wan_dist.planning.file_names import name_latents, name_preview
 from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.runtime.errors import get_first_line
@@ -258,6 +258,9 @@ def _write_record(video: VideoInProgress) -> None:
     report, config = video.report, video.config
     complete_record(video, video.result_file)
     report.save(video.result_file.with_suffix(".json"))
+    if config.output.preview_interval:
+        preview_name = name_preview(video.result_file.stem)
+        video.result_file.with_name(preview_name).unlink(missing_ok=True)
     if config.latents is None:  # latents given by the user have no saved progress
         video.resume_state.remove_file()
         if not config.output.save_latents:

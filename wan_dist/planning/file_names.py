@@ -67,6 +67,11 @@ def name_latents(name: str, clip_index: int) -> str:
     return f"{name}{clip_suffix}.latents.safetensors"
 
 
+def name_preview(name: str) -> str:
+    """Return the file name of the picture of a result ``name`` that is being denoised."""
+    return f"{name}.preview.jpg"
+
+
 def slugify_prompt(prompt: str) -> str:
     """Return the beginning of a prompt as part of a file name."""
     return re.sub(r"\W+", "-", prompt).strip("-")[:40].strip("-")

@@ -62,6 +62,7 @@ WITHOUT_EFFECT = {
     "output.dir": "elsewhere",
     "output.save_latents": False,
     "output.events": "events.jsonl",
+    "output.preview": 2,
     "memory.dit": "stream",
     "memory.gguf": "compressed",
     "memory.slice_tokens": 64,
