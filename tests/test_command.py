@@ -261,7 +261,12 @@ def test_t2i_saves_a_png(tmp_path: Path) -> None:
 
     with Image.open(tmp_path / "outputs/out.png") as image:
         assert image.size == (80, 48)
+        first = image.tobytes()
     assert not list((tmp_path / "outputs").glob("*.mp4"))
+    again = [f"from={tmp_path / 'outputs/out.png'}", f"output.dir={tmp_path / 'again'}"]
+    assert main([*again, "device=cpu"]) == 0
+    with Image.open(tmp_path / "again/out.png") as image:
+        assert image.tobytes() == first
 
 
 def test_a_failed_save_keeps_the_latents_and_says_how_to_resume(
