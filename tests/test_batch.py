@@ -331,6 +331,7 @@ def test_what_only_frames_depend_on_is_made_again_from_latents(
             main(
                 [
                     *TINY[:-1],
+                    "output.metadata=false",  # the settings differ
                     *settings,
                     write_jobs(tmp_path / "jobs.jsonl", jobs),
                     f"output.dir={out}",

@@ -18,6 +18,7 @@ from wan_dist.output.video_file import VideoWriter, save_video
 from wan_dist.pipeline.conditioning import image, known_first_frame
 from wan_dist.pipeline.decode import convert_to_uint8_frames
 from wan_dist.run import main
+from wan_dist.runtime.ffmpeg import read_comment
 
 IMAGE = FIXTURES / "circle.png"
 TOY = [
@@ -30,8 +31,15 @@ def frames_of(file: Path) -> torch.Tensor:
     """Return the frames (3, F, H, W) of a video, whose file is what they give in one piece."""
     frames = load_file(file.with_suffix(".safetensors"))["video"]
     expected_file = file.with_name(".expected.mp4")
-    save_video(expected_file, [convert_to_uint8_frames(frames)], fps=16, num_frames=frames.shape[1])
-    assert file.with_suffix(".mp4").read_bytes() == expected_file.read_bytes()
+    video = file.with_suffix(".mp4")
+    save_video(
+        expected_file,
+        [convert_to_uint8_frames(frames)],
+        fps=16,
+        num_frames=frames.shape[1],
+        comment=read_comment(video),
+    )
+    assert video.read_bytes() == expected_file.read_bytes()
     expected_file.unlink()
     return frames
 

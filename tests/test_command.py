@@ -263,7 +263,12 @@ def test_t2i_saves_a_png(tmp_path: Path) -> None:
 
     with Image.open(tmp_path / "outputs/out.png") as image:
         assert image.size == (80, 48)
+        first = image.tobytes()
     assert not list((tmp_path / "outputs").glob("*.mp4"))
+    again = [f"from={tmp_path / 'outputs/out.png'}", f"output.dir={tmp_path / 'again'}"]
+    assert main([*again, "device=cpu"]) == 0
+    with Image.open(tmp_path / "again/out.png") as image:
+        assert image.tobytes() == first
 
 
 def test_a_failed_save_keeps_the_latents_and_says_how_to_resume(
@@ -276,7 +281,8 @@ def test_a_failed_save_keeps_the_latents_and_says_how_to_resume(
 
     with monkeypatch.context() as patch:
         patch.setattr(ResultWriter, "write_clip", fail)
-        assert main([*TINY, "output.name=two words", "output.save_latents=false"]) == 1
+        video = ["output.name=two words", "output.video=prores"]
+        assert main([*TINY, *video, "output.save_latents=false"]) == 1
     out = tmp_path / "outputs"
     assert sorted(path.name for path in out.glob("two*")) == ["two words.latents.safetensors"]
     told = capsys.readouterr().err
@@ -294,7 +300,7 @@ def test_a_failed_save_keeps_the_latents_and_says_how_to_resume(
         load_file(out / f"{name}.safetensors")["video"] for name in ("two words", "whole")
     )
     assert torch.equal(again, whole)
-    assert (out / "two words.mp4").exists()
+    assert (out / "two words.mov").exists()
 
 
 @pytest.mark.parametrize(("num_failing", "told"), [(1, "in 2 tiles"), (6, "on the CPU")])

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.gallery_folder import describe_source, write_record, write_run, write_video
+from wan_dist.config.video_formats import VIDEO_FORMATS
 from wan_dist.output.gallery.page import write_page
+from wan_dist.output.video_encoding import VideoEncoding
+from wan_dist.output.video_file import save_video
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
@@ -175,6 +179,30 @@ def test_a_video_plays_from_the_keyboard(visit: Visit) -> None:
     visit.page.locator("#tab-videos").focus()
     visit.page.keyboard.press("ArrowLeft")
     assert visit.page.locator("#runs").is_visible()
+
+
+def test_what_a_browser_does_not_play_is_said(browser: Any, tmp_path: Path) -> None:
+    frames = torch.arange(9 * 64 * 64 * 3).view(9, 64, 64, 3).remainder(251).byte()
+    for name, video_format in VIDEO_FORMATS.items():
+        file = tmp_path / f"{name}{video_format.suffix}"
+        save_video(file, [frames], fps=8, num_frames=9, encoding=VideoEncoding(name))
+        facts = {"file": f"/far/{file.name}"}
+        write_record(tmp_path, name, prompt=f"format {name}", output__video=name, facts=facts)
+    write_page(tmp_path)
+    visit = Visit(browser, tmp_path)
+    for name, video_format in VIDEO_FORMATS.items():
+        card = visit.page.locator(".card", has_text=f"format {name}")
+        card.scroll_into_view_if_needed()
+        assert card.locator("video").count() == video_format.is_playable
+        if video_format.playback_note:
+            assert video_format.playback_note in card.inner_text()
+        if not video_format.is_playable:
+            assert card.locator("a.media").get_attribute("href") == f"./{name}{video_format.suffix}"
+        elif not video_format.playback_note:
+            card.locator(".media").hover()
+            video = card.locator("video").element_handle()
+            visit.page.wait_for_function("video => video.currentTime > 0.2", arg=video)
+    visit.end()
 
 
 def test_search_filters_and_order(visit: Visit) -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import wan_dist
 from wan_dist.pipeline.rank_processes import PipelineError, PipelineProcesses
 from wan_dist.run import main
+from wan_dist.runtime.ffmpeg import read_packets
 
 ROOT = Path(__file__).parents[1]
 TOY: dict[str, Any] = {"dtype": "float32", "device": "cpu", "cache": {"dir": None}}
@@ -91,6 +92,17 @@ def test_a_folder_gets_the_files_and_resumes(
     assert (first.latents - second.latents).abs().max() == 0
 
 
+def test_frames_are_those_of_any_format(pipeline: wan_dist.VideoPipeline, tmp_path: Path) -> None:
+    frames = pipeline("a red ball", **VIDEO).frames
+    video = pipeline("a red ball", output={"dir": tmp_path, "video": "ffv1"}, **VIDEO)
+    assert frames is not None
+    assert video.frames is not None
+    assert video.frames.dtype == np.uint8
+    assert np.array_equal(video.frames, frames)
+    (file,) = tmp_path.glob("*.mkv")
+    assert len(read_packets(file).intervals) == len(frames)
+
+
 @pytest.mark.parametrize("writes_output", [True, False])
 def test_clips_are_the_commands(
     writes_output: bool, pipeline: wan_dist.VideoPipeline, tmp_path: Path
@@ -98,9 +110,11 @@ def test_clips_are_the_commands(
     settings = [f"output.dir={tmp_path}", "output.name=video", "output.save_tensor=true"]
     settings += ["task=toy", "dtype=float32", "device=cpu", "cache.dir=null", "prompt=a red ball"]
     settings += ["seed=7", "size=64*48", "frame_num=9", "sample.steps=3", "clips=3"]
+    settings += ["output.metadata=false"]  # the names differ
     assert main(settings) == 0
     expected = load_file(tmp_path / "video.safetensors")["video"].permute(1, 2, 3, 0)
-    output = {"output": {"dir": tmp_path / "called"}} if writes_output else {}
+    file_settings = {"dir": tmp_path / "called", "metadata": False}
+    output = {"output": file_settings} if writes_output else {}
     video = pipeline("a red ball", clips=3, **output, **VIDEO)
     assert video.frames is not None
     assert video.frames.shape == (25, 48, 64, 3)

@@ -1,5 +1,6 @@
 """A service: what it makes is what runs make, and nothing that it has accepted is lost or made twice."""
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from safetensors.torch import load_file
 
@@ -292,3 +294,38 @@ def test_two_ranks_go_on_after_one_was_killed(degrees: str, tmp_path: Path) -> N
     ]
     assert all(sum(video_id in line for line in events) <= 1 for video_id in ids), "made once"
     assert second.stop() == [75, 75]
+
+
+def test_a_video_is_seen_while_it_is_made(tmp_path: Path) -> None:
+    events_file = tmp_path / "events.jsonl"
+    settings = ["output.preview=2", f"output.events={events_file}"]
+    service = Service(tmp_path / "out", *settings)
+    try:
+        video = service.post(LONG).json
+        assert video["preview"] is None
+        content = f"/v1/videos/{video['id']}/content"
+        assert service.ask("GET", f"{content}?variant=preview").status == 404
+        service.wait(video["id"], "in_progress", step=4)
+        seen = service.get(f"/v1/videos/{video['id']}")
+        assert seen["preview"] == f"{content}?variant=preview"
+        answer = service.ask("GET", seen["preview"])
+        assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
+        with Image.open(io.BytesIO(answer.body)) as picture:
+            assert picture.size == (32, 24)  # half of 64x48
+        assert service.ask("DELETE", f"/v1/videos/{video['id']}").json["deleted"]
+        assert list_files(service.folder, video["id"]) == []
+        page = service.ask("GET", "/")
+        assert page.headers["content-type"].startswith("text/html")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        short = service.post({"prompt": "a red ball"}).json
+        done = service.wait(short["id"])
+        assert done["preview"] is None
+        assert not (service.folder / f"{short['id']}.preview.jpg").exists()
+    finally:
+        service.stop()
+    events = [json.loads(line) for line in events_file.read_text().splitlines()]
+    previews = [event for event in events if event["event"] == "preview"]
+    assert {event["job"] for event in previews} == {video["id"], short["id"]}
+    assert all(event["step"] % 2 == 0 for event in previews)
+    assert previews[0]["file"] == str(service.folder / f"{video['id']}.preview.jpg")
+    assert not list_files(service.folder, video["id"])

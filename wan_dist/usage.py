@@ -17,6 +17,8 @@ USAGE_EXAMPLES = (
     " size=832x480 sample.steps=30\n"
     "  python -m wan_dist.run task=t2v-1.3B latents=outputs/NAME.latents.safetensors"
     "     # decode again, without denoising\n"
+    "  python -m wan_dist.run from=cats.mp4 seed=8"
+    "                               # a video again, from the settings in it\n"
     "  torchrun --nproc_per_node=8 -m wan_dist.run task=t2v-14B jobs=prompts.txt output.dir=videos"
     "     # a video for each line\n"
     '  python -m wan_dist.run task=t2v-1.3B prompt="A cat" --multirun seed=1,2,3 sample.guide_scale=3,5'

@@ -13,10 +13,12 @@ from pathlib import Path
 from launch.doctor.findings import FAULT, NOTE, OK, Finding
 from launch.plan import plan_dry_run, resolve_hardware
 from wan_dist.config.schema import RunConfig
+from wan_dist.config.video_formats import VIDEO_FORMATS
 from wan_dist.config.weight_files import list_weight_files
 from wan_dist.planning.hardware import find_gpus
 from wan_dist.runtime.c_compiler import explain_missing_compiler
 from wan_dist.runtime.errors import InputError, get_first_line
+from wan_dist.runtime.ffmpeg import find_ffmpeg, list_encoders
 from wan_dist.tasks.registry import get_task
 
 _MIN_TORCH_VERSION = (2, 10)
@@ -242,7 +244,9 @@ def check_ffmpeg() -> Iterator[Finding]:
         except InputError as error:
             yield Finding("ffmpeg", str(error).split(": ", 1)[-1], FAULT)
             return
-    yield Finding("ffmpeg", "encodes H.264")
+    encoders = list_encoders(find_ffmpeg())
+    formats = [name for name, item in VIDEO_FORMATS.items() if item.encoder in encoders]
+    yield Finding("ffmpeg", f"encodes {', '.join(formats)}")
 
 
 def check_task(config: RunConfig) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from wan_dist.config.video_formats import remove_result_suffix
 from wan_dist.runtime.errors import InputError, escape_unprintable, suggest_nearest
 
 MAX_PROMPT_CHARACTERS = 2**20
@@ -15,7 +16,7 @@ _MAX_NAME_BYTES = 200
 
 Suffixes, of which the longest is that of a run that was ended, and temporary names need the rest.
 """
-_RESERVED_SUFFIXES = (".latents", ".state")
+_RESERVED_SUFFIXES = (".latents", ".state", ".preview")
 """Suffixes of the files beside a video; a job of such a name could not be told apart from those."""
 PROMPT_KEYS = ("prompt", "negative_prompt")
 WEIGHT_FILE_KEYS = ("dit_file", "t5_file", "vae_file", "clip_file")
@@ -45,6 +46,7 @@ PATH_KEYS = (
     "cache.dir",
     "output.dir",
     "output.events",
+    "output.audio",
     "serve.token_file",
 )
 
@@ -156,7 +158,7 @@ def check_file_name(key: str, name: str) -> None:
         raise InputError(
             f"{key}={name!r} must be a plain file name without control characters; folders go into output.dir"
         )
-    stem = name.removesuffix(".mp4").removesuffix(".png").casefold()
+    stem = remove_result_suffix(name).casefold()
     if suffix := next((suffix for suffix in _RESERVED_SUFFIXES if stem.endswith(suffix)), None):
         raise InputError(
             f"{key}={name}: names that end in {suffix} are reserved for files beside a video; "

@@ -16,12 +16,12 @@ from omegaconf import MISSING
 
 from wan_dist.config.checks import check_choice, check_text
 from wan_dist.config.loras import UNMATCHED_CHOICES, list_given_loras
+from wan_dist.config.output_section import OutputConfig
 from wan_dist.config.sections import (
     DTYPES,
     CacheConfig,
     FsdpConfig,
     MemoryConfig,
-    OutputConfig,
     ParallelConfig,
     SampleConfig,
     ServeConfig,

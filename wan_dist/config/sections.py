@@ -1,4 +1,4 @@
-"""Sections of the configuration: denoising, ranks, sharding, memory, caches, output, service."""
+"""Sections of the configuration: denoising, ranks, sharding, memory, caches, service."""
 
 import ipaddress
 import sys
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wan_dist.config.checks import check_choice, check_file_name, check_positive
+from wan_dist.config.checks import check_choice, check_positive
 from wan_dist.config.noise_levels import check_sigmas, check_timesteps
 from wan_dist.config.paths import find_user_cache
 from wan_dist.config.settings import ALL_EFFECTS, Effect
@@ -273,30 +273,6 @@ class CacheConfig:
             cache_folder = find_user_cache()
             return None if cache_folder is None else cache_folder / "prompts"
         return Path(self.dir).expanduser()
-
-
-@dataclass(kw_only=True)
-class OutputConfig:
-    """Where the results go."""
-
-    dir: str = _key("outputs", "folder of the results; made if missing")
-    events: str | None = _key(
-        None,
-        "file that gets a line of JSON per event of a run with jobs; - is standard output",
-    )
-    name: str | None = _key(
-        None, "file name without suffix; null: from task, prompt and seed", Effect.LATENTS
-    )
-    save_latents: bool = _key(True, "save the denoised latents beside the video")
-    save_tensor: bool = _key(
-        False,
-        "also save the frames as safetensors: video, float32 (3, F, H, W) in [-1, 1]",
-        Effect.RESULT,
-    )
-
-    def __post_init__(self) -> None:
-        if self.name is not None:
-            check_file_name("output.name", self.name)
 
 
 @dataclass(kw_only=True)

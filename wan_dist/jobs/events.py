@@ -6,7 +6,9 @@ import os
 import select
 import stat
 import sys
+import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ class JobEvents:
     def __init__(self, target: str | None, num_jobs: int | None, counters: SharedCounters) -> None:
         self.target, self.num_jobs, self.counters = target, num_jobs, counters
         self._start_time = time.monotonic()
+        self._lock = threading.Lock()
+        """Videos are written, and previews reported, in threads of their own."""
         self._pipe_descriptor: int | None = None
         self._has_partial_line, self._has_warned = False, False
         if target not in (None, "-"):
@@ -46,6 +50,10 @@ class JobEvents:
         """Write a line of JSON: time, event, ``fields``, and the progress (see `compute_progress`)."""
         if self.target is None:
             return
+        with self._lock:
+            self._write_event(event, fields)
+
+    def _write_event(self, event: str, fields: Mapping[str, Any]) -> None:
         line = (
             json.dumps(
                 {

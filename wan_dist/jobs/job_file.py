@@ -11,6 +11,7 @@ from wan_dist.config.overrides import HydraRequiredError, is_plain_key, override
 from wan_dist.config.paths import resolve_setting
 from wan_dist.config.schema import RunConfig
 from wan_dist.config.typed_settings import check_setting, format_override
+from wan_dist.config.video_formats import remove_result_suffix
 from wan_dist.jobs.job_entries import KEY_ALIASES, read_entries
 from wan_dist.planning.file_names import slugify_prompt
 from wan_dist.runtime.errors import InputError
@@ -29,7 +30,7 @@ _RUN_ONLY_KEYS = (
     "output.events",
     "serve",
 )
-_FILE_KEYS = (*INPUT_KEYS, FOLDER_KEY, "camera", "latents")
+_FILE_KEYS = (*INPUT_KEYS, FOLDER_KEY, "camera", "latents", "output.audio")
 """Settings that name a file, relative to the job file; so do those of `FILE_LIST_KEYS`, also several."""
 
 
@@ -111,7 +112,7 @@ def _format_name_conflict(job: Job, other_job: Job) -> str:
 
 def _get_result_name(job: Job) -> str:
     """Return the name of a job's results, without suffix."""
-    return str(job.values["output.name"]).removesuffix(".mp4").removesuffix(".png")
+    return remove_result_suffix(str(job.values["output.name"]))
 
 
 def _normalize_result_name(job: Job) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from wan_dist.config.recorded_settings import expand_recorded_settings
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import LOADING
 from wan_dist.config.sweep import is_sweep
@@ -74,6 +75,7 @@ def plan_jobs(
     job, of which most is the prompt. Images are not decoded, and the size of one that jobs share is read
     once.
     """
+    arguments = expand_recorded_settings(arguments)
     if config.jobs is None:
         jobs, shared_arguments = make_sweep_jobs(arguments)
     else:

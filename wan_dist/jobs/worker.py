@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import Effect
+from wan_dist.jobs.event_monitor import EventMonitor
 from wan_dist.jobs.events import JobEvents
 from wan_dist.jobs.failure_policy import FailurePolicy
 from wan_dist.jobs.planned_job import PlannedJob, sort_by_model
@@ -47,7 +48,6 @@ from wan_dist.pipeline.resume import ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
 from wan_dist.pipeline.text_embeddings import embed_prompts_ahead, share_prompt_embeddings
 from wan_dist.planning.residency import can_buffer_frames
-from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.durations import format_duration
 from wan_dist.runtime.errors import format_message
 from wan_dist.runtime.log import add_log_file, logger, show_announcements
@@ -141,10 +141,7 @@ class JobWorker:
         if self.groups.rank == 0:
             check_output_folder(
                 self.folder,
-                [
-                    estimate_output(job.plan, saves_tensor=job.config.output.save_tensor)
-                    for job in self.jobs
-                ],
+                [estimate_output(job.plan, job.config.output) for job in self.jobs],
             )
             warn_about_old_states(self.folder)
         self._open_sessions()
@@ -203,8 +200,7 @@ class JobWorker:
             session.choose_resident_models(largest_job.plan)
             plan = session.plan_memory(largest_job.plan)
             self.run_log.plans.append(plan)
-            saves_tensor = any(job.config.output.save_tensor for job in jobs)
-            bytes_per_value = FLOAT_BYTES if saves_tensor else 1
+            bytes_per_value = max(job.config.output.bytes_per_value for job in jobs)
             session.has_memory_for_frames = can_buffer_frames(plan, bytes_per_value)
             session.possible_timesteps = tuple(
                 dict.fromkeys(timestep for job in jobs for timestep in list_timesteps(job))
@@ -273,9 +269,10 @@ class JobWorker:
             return resume_state
 
         resume_state = session.run_together(read_resume_state, "read the job's images")
-        return prepare_video(
+        video = prepare_video(
             session, job.config, resume_state.plan, report, resume_state, quiet=True
         )
+        return replace(video, monitor=EventMonitor(self.events, job))
 
     def wait_for_write(self) -> None:
         """Wait for the video that is being written; raises an error that ends the run."""

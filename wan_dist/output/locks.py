@@ -12,6 +12,7 @@ from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 
+from wan_dist.config.video_formats import RESULT_SUFFIXES
 from wan_dist.output.record import DONE, FAILED, VideoRecord
 from wan_dist.planning.digests import FORMAT_VERSION
 from wan_dist.runtime.atomic_write import parse_final_name, quarantine_file
@@ -25,7 +26,8 @@ _PROBE_NAME = "/"
 _VISIBILITY_TIMEOUT_SECONDS = 15.0
 """Seconds within which all nodes should see a file that one of them has written."""
 _RESULT_FILE_PATTERN = re.compile(
-    r"(.+?)((\.[0-9a-f]{12}\.state|\.latents)?\.safetensors|\.mp4|\.png|\.json|\.jpg)"
+    r"(.+?)((\.[0-9a-f]{12}\.state|\.latents)?\.safetensors|(\.preview)?\.jpg|\.json|"
+    rf"{'|'.join(map(re.escape, RESULT_SUFFIXES))})"
 )
 
 

@@ -9,12 +9,14 @@ import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 import torch
 
+from wan_dist.config.output_section import OutputConfig
+from wan_dist.output.video_encoding import VideoEncoding
 from wan_dist.output.video_file import SaveError, save_video
 from wan_dist.planning.plan import VideoPlan
 from wan_dist.runtime.errors import InputError
@@ -23,8 +25,6 @@ from wan_dist.runtime.log import logger
 _PROBE_NAME = "wan-dist-probe"
 _MAX_PROBE_SECONDS = 300.0
 """Seconds that a check takes at most; files that are older were left by one that was killed."""
-_VIDEO_BYTES_PER_PIXEL = 0.03
-"""Bytes per pixel of a frame, at least, at the encoder's rate factor; busy scenes take ten times as much."""
 _LONGEST_FILE_NAME = ".{}.0123456789ab.state.01234567.partial.safetensors"
 """Longest name that a file of a result has while it is written."""
 
@@ -40,22 +40,28 @@ class OutputEstimate:
     latents_bytes: int = 0
     frames_bytes: int = 0
     """The video, a lower estimate, and the tensor of frames if it is saved."""
+    encoding: VideoEncoding = field(default_factory=VideoEncoding)
 
 
-def estimate_output(plan: VideoPlan, *, saves_tensor: bool) -> OutputEstimate:
+def estimate_output(plan: VideoPlan, output: OutputConfig) -> OutputEstimate:
     """Return the disk space that a plan's video will take."""
+    encoding = VideoEncoding.from_config(output)
     num_pixels = plan.width * plan.height * plan.num_frames
-    frames_bytes = int(num_pixels * _VIDEO_BYTES_PER_PIXEL) + (
-        3 * 4 * num_pixels if saves_tensor else 0
+    frames_bytes = int(num_pixels * encoding.format.min_bytes_per_pixel) + (
+        3 * 4 * num_pixels if output.save_tensor else 0
     )
     latents_bytes = plan.num_clips * 4 * prod(plan.latent_shape)
-    return OutputEstimate(plan.name, plan.width, plan.height, plan.fps, latents_bytes, frames_bytes)
+    size = (plan.width, plan.height)
+    return OutputEstimate(plan.name, *size, plan.fps, latents_bytes, frames_bytes, encoding)
 
 
 def check_output_folder(folder: Path, estimates: Sequence[OutputEstimate]) -> None:
-    """Create the folder, check that the largest result fits, and encode two frames; raises InputError."""
+    """Create the folder, check that the largest result fits, and encode two frames; raises InputError.
+
+    They are encoded as each of the results.
+    """
     # a random name, as several runs may start in one folder at once
-    probe_file = folder / f".{_PROBE_NAME}-{secrets.token_hex(4)}.mp4"
+    probe_file = folder / f".{_PROBE_NAME}-{secrets.token_hex(4)}"
     largest = max(estimates, key=lambda estimate: estimate.latents_bytes + estimate.frames_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,13 +77,23 @@ def check_output_folder(folder: Path, estimates: Sequence[OutputEstimate]) -> No
     finally:
         with suppress(OSError):
             probe_file.unlink()
+    largest_by_encoding = {
+        estimate.encoding: estimate
+        for estimate in sorted(estimates, key=lambda one: one.width * one.height)
+    }
+    for encoding, estimate in largest_by_encoding.items():
+        encoding.check()
+        _encode_test_frames(probe_file.with_suffix(encoding.format.suffix), estimate)
+
+
+def _encode_test_frames(probe_file: Path, estimate: OutputEstimate) -> None:
     try:
-        frames = torch.zeros(2, largest.height, largest.width, 3, dtype=torch.uint8)
-        save_video(probe_file, [frames], fps=largest.fps, num_frames=2)
+        frames = torch.zeros(2, estimate.height, estimate.width, 3, dtype=torch.uint8)
+        save_video(probe_file, [frames], fps=estimate.fps, num_frames=2, encoding=estimate.encoding)
     except SaveError as error:
         raise InputError(
-            f"a test video could not be encoded to output.dir={folder}: {error}. "
-            "If ffmpeg lacks libx264, unset IMAGEIO_FFMPEG_EXE (the package imageio-ffmpeg brings a full one)"
+            f"a test video could not be encoded to output.dir={probe_file.parent} "
+            f"(output.video={estimate.encoding.name}): {error}"
         ) from None
     finally:
         probe_file.unlink(missing_ok=True)

@@ -1,9 +1,15 @@
-"""Record fields that follow from a video's settings and plan: what it is, lossy settings, and speed."""
+"""Record fields that follow from a video's settings and plan: what it is, lossy settings, and speed.
+
+And the settings that its file carries.
+"""
 
 from pathlib import Path
 
+from wan_dist import __version__
 from wan_dist.config.model_settings import ModelSettings
+from wan_dist.config.recorded_settings import format_settings
 from wan_dist.config.schema import EIGHT_BIT_BACKENDS
+from wan_dist.config.settings import SettingValues
 from wan_dist.output.record import SourceEntry, VideoRecord
 from wan_dist.planning.flops import count_forward_flops
 from wan_dist.planning.plan import RunPlan, VideoPlan
@@ -39,6 +45,19 @@ def _describe_source(plan: VideoPlan) -> SourceEntry | None:
         return {"setting": setting, "file": str(path), "sha256": hash_unchanged_file(path)}
     except OSError:
         return None
+
+
+def describe_settings(settings: SettingValues, plan: VideoPlan, digest: str) -> str:
+    """Return the text that a result's file carries, from which ``from=FILE`` makes it again.
+
+    ``settings``: of `select_recorded_settings`; ``digest``: the result's.
+    """
+    resolved_settings: dict[str, object] = {"seed": plan.seed}
+    if settings["prompt"] is not None:
+        resolved_settings["prompt"] = plan.prompt
+    # without guidance it is not read
+    resolved_settings["negative_prompt"] = plan.negative_prompt
+    return format_settings({**settings, **resolved_settings}, version=__version__, digest=digest)
 
 
 def list_lossy_settings(settings: ModelSettings) -> list[str]:

@@ -7,22 +7,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wan_dist.output.video_file import VideoWriter, convert_to_uint8, save_image, save_tensors
+from wan_dist.config.output_section import OutputConfig
+from wan_dist.output.video_encoding import VideoEncoding
+from wan_dist.output.video_file import (
+    VideoWriter,
+    convert_to_10_bits,
+    convert_to_uint8,
+    save_image,
+    save_tensors,
+)
 from wan_dist.planning.plan import VideoPlan
 
 
 class ResultWriter:
     """Writes the frames of the clips as they arrive; the files appear after the last clip."""
 
-    def __init__(self, plan: VideoPlan, file: Path, *, saves_tensor: bool) -> None:
+    def __init__(
+        self, plan: VideoPlan, file: Path, output: OutputConfig, comment: str | None
+    ) -> None:
         self.last_frames: Tensor | None = None
         """Of a clip that another one follows: (3, n, H, W), float32 in [-1, 1], on the CPU."""
-        self._file, self._saves_tensor = file, saves_tensor
+        self._file, self._saves_tensor, self._comment = file, output.save_tensor, comment
         self._float_chunks: list[Tensor] = []
-        self._video_writer = VideoWriter(file, fps=plan.fps, num_frames=plan.num_frames)
+        self._convert_frames = convert_to_10_bits if output.format.bits > 8 else convert_to_uint8
+        self._video_writer = VideoWriter(
+            file,
+            fps=plan.fps,
+            num_frames=plan.num_frames,
+            encoding=VideoEncoding.from_config(output),
+            comment=comment,
+        )
 
     def write_clip(self, plan: VideoPlan, chunks: Iterable[Tensor]) -> None:
-        """Write a clip's frames (n, H, W, 3): uint8, or float32 in [-1, 1].
+        """Write a clip's frames (n, H, W, 3): float32 in [-1, 1], or as they are encoded.
 
         They are float32 where a tensor is saved or another clip follows. Frames that the clip before has
         too are left out, and those after the video's end, and what was written of this clip before memory
@@ -57,9 +74,9 @@ class ResultWriter:
         if self._saves_tensor:
             self._float_chunks.append(frames.cpu())
         if plan.task.is_still:
-            save_image(self._file, convert_to_uint8(frames)[0])
+            save_image(self._file, convert_to_uint8(frames)[0], self._comment)
         else:
-            self._video_writer.write(convert_to_uint8(frames))
+            self._video_writer.write(self._convert_frames(frames))
 
     def close(self) -> None:
         """Remove what was written, unless the last clip was."""

@@ -1,33 +1,28 @@
-"""Video writer: H.264 through ffmpeg as frames arrive, or PNG, and safetensors.
+"""Video writer: a video through ffmpeg as frames arrive, or PNG, and safetensors.
 
 Files are written under a temporary name and renamed when they are complete.
 """
 
 import contextlib
+import os
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save
 from torch import Tensor
 
+from wan_dist.output.video_encoding import ENCODER_ENVIRONMENT, VideoEncoding
 from wan_dist.runtime.atomic_write import atomic_write
-from wan_dist.runtime.ffmpeg import FfmpegError, describe_failure, find_ffmpeg, read_packets
+from wan_dist.runtime.ffmpeg import FfmpegError, describe_failure, format_comment, read_packets
 
-_ENCODING_OPTIONS = [
-    # the rate factor is what quality=8 of the reference implementation means
-    *("-c:v", "libx264", "-crf", "10", "-pix_fmt", "yuv420p"),
-    *("-vf", "scale=out_color_matrix=bt709:out_range=tv"),
-    # of untagged videos, players guess the colour space from the size
-    *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
-    *("-movflags", "+faststart"),
-]
 _MAX_WAITING_CHUNKS = 2
 """Chunks that may wait to be encoded, which bounds the host memory."""
 
@@ -48,19 +43,42 @@ def convert_to_uint8(frames: Tensor) -> Tensor:
     )
 
 
-class VideoWriter:
-    """Writer of an mp4 (H.264, yuv420p), which is encoded while frames arrive.
+def convert_to_10_bits(frames: Tensor) -> Tensor:
+    """Return frames (n, H, W, 3) in [-1, 1] in 10 bits, as bytes of numbers of 16: (n, H, W, 6), uint8.
 
-    ``path`` appears only when the file has all ``num_frames`` frames. The methods raise SaveError.
+    Rounded to nearest, on the same device. The highest 10 bits, little-endian, are the number: ffmpeg cuts
+    off the others. Not every collective and kernel takes torch.uint16. Frames that are uint8 are returned
+    unchanged.
+    """
+    if frames.dtype == torch.uint8:
+        return frames
+    numbers = (frames.float() * 511.5 + 511.5).round_().clamp_(0, 1023).int()
+    return (numbers * 64 + numbers // 16).to(torch.int16).contiguous().view(torch.uint8)
+
+
+class VideoWriter:
+    """Writer of a video file, which is encoded while frames arrive.
+
+    ``path`` appears only when the file has all ``num_frames`` frames; ``comment`` is a text that it carries.
+    The methods raise SaveError.
     """
 
-    def __init__(self, path: Path, *, fps: int, num_frames: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        fps: int,
+        num_frames: int,
+        encoding: VideoEncoding | None = None,
+        comment: str | None = None,
+    ) -> None:
         self.num_written = 0
         """Frames so far."""
-        self._encoding = _write_video(path, fps, num_frames)
+        encoding = encoding or VideoEncoding()
+        self._encoding = _write_video(path, fps, num_frames, encoding, comment)
 
     def write(self, frames: Tensor) -> None:
-        """Add uint8 frames (n, H, W, 3), at least one."""
+        """Add frames, at least one: uint8 (n, H, W, 3), or as `convert_to_10_bits` returns them."""
         if self.num_written == 0:
             next(self._encoding)
         self._encoding.send(frames)
@@ -75,22 +93,46 @@ class VideoWriter:
         self._encoding.close()
 
 
-def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: int) -> None:
-    """Write uint8 chunks (n, H, W, 3) as they arrive; see `VideoWriter`.
+def save_video(
+    path: Path,
+    chunks: Iterable[Tensor],
+    *,
+    fps: int,
+    num_frames: int,
+    encoding: VideoEncoding | None = None,
+    comment: str | None = None,
+) -> None:
+    """Write chunks as they arrive; see `VideoWriter`.
 
     An error from ``chunks`` is passed on.
     """
-    with contextlib.closing(VideoWriter(path, fps=fps, num_frames=num_frames)) as writer:
+    with contextlib.closing(
+        VideoWriter(path, fps=fps, num_frames=num_frames, encoding=encoding, comment=comment)
+    ) as writer:
         for frames in chunks:
             writer.write(frames)
         writer.finish()
 
 
-def _write_video(path: Path, fps: int, num_frames: int) -> Generator[None, Tensor | None, None]:
+def _write_video(
+    path: Path, fps: int, num_frames: int, encoding: VideoEncoding, comment: str | None
+) -> Generator[None, Tensor | None, None]:
     """Write the frames that are sent to it, until None is; see `VideoWriter`."""
     try:
-        with atomic_write(path) as temporary_file:
-            yield from _encode_video(temporary_file, fps)
+        with atomic_write(path) as temporary_file, _write_comment_file(comment) as comment_file:
+            first_chunk = yield
+            assert first_chunk is not None
+            try:
+                command = encoding.build_command(
+                    temporary_file,
+                    frame_format=_describe_frames(first_chunk),
+                    fps=fps,
+                    num_frames=num_frames,
+                    comment_file=comment_file,
+                )
+            except FfmpegError as error:
+                raise SaveError(f"cannot write {path}: {error}") from None
+            yield from _encode_video(path, command, first_chunk)
             num_written = _count_frames(temporary_file)
             if num_written != num_frames:
                 raise SaveError(
@@ -98,6 +140,25 @@ def _write_video(path: Path, fps: int, num_frames: int) -> Generator[None, Tenso
                 )
     except OSError as error:
         raise SaveError(f"cannot write {path}: {error}") from error
+
+
+@contextlib.contextmanager
+def _write_comment_file(comment: str | None) -> Iterator[Path | None]:
+    """Yield a temporary file from which ffmpeg reads a comment, which may be longer than a command line."""
+    if comment is None:
+        yield None
+        return
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", suffix=".txt") as file:
+        file.write(format_comment(comment))
+        file.flush()
+        yield Path(file.name)
+
+
+def _describe_frames(frames: Tensor) -> list[str]:
+    """Return ffmpeg's options for frames as `VideoWriter.write` takes them."""
+    _, height, width, num_bytes = frames.shape
+    pixel_format = "rgb24" if num_bytes == 3 else "rgb48le"
+    return ["-f", "rawvideo", "-pix_fmt", pixel_format, "-s", f"{width}x{height}"]
 
 
 def _count_frames(path: Path) -> int:
@@ -108,25 +169,19 @@ def _count_frames(path: Path) -> int:
         raise SaveError(f"cannot read {path} again: {error}") from None
 
 
-def _find_ffmpeg() -> str:
-    try:
-        return find_ffmpeg()
-    except FfmpegError as error:
-        raise SaveError(str(error)) from None
-
-
-def _encode_video(path: Path, fps: int) -> Generator[None, Tensor | None, None]:
-    first_chunk = yield
-    assert first_chunk is not None
-    height, width = first_chunk.shape[1:3]
+def _encode_video(
+    path: Path, command: list[str], first_chunk: Tensor
+) -> Generator[None, Tensor | None, None]:
+    """Send frames to ffmpeg, until None is sent; raises SaveError with ``path`` if it fails."""
     with (
         tempfile.TemporaryFile() as error_file,
         subprocess.Popen(
-            _build_encoding_command(path, width, height, fps),
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=error_file,
             process_group=0,
+            env=os.environ | ENCODER_ENVIRONMENT,
         ) as ffmpeg,
         ThreadPoolExecutor(1) as sender,  # while a chunk is sent and encoded, the next one is made
     ):
@@ -148,22 +203,13 @@ def _encode_video(path: Path, fps: int) -> Generator[None, Tensor | None, None]:
             raise SaveError(f"cannot write {path}: {failure}")
 
 
-def _build_encoding_command(path: Path, width: int, height: int, fps: int) -> list[str]:
-    """Return the ffmpeg command that encodes raw RGB frames from standard input."""
-    frame_format = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
-    input_options = [*frame_format, "-r", str(fps), "-i", "-"]
-    log_options = ["-y", "-loglevel", "error"]
-    output_options = [*_ENCODING_OPTIONS, str(path.absolute())]
-    return [_find_ffmpeg(), *log_options, *input_options, *output_options]
-
-
 def _send_chunks(
     chunk: Tensor | None, pipe: IO[bytes], sender: ThreadPoolExecutor
 ) -> Generator[None, Tensor | None, None]:
     """Write chunks to a pipe in the sender's thread; at most ``_MAX_WAITING_CHUNKS`` wait for it."""
     pending_sends: deque[Future[None]] = deque()
     while chunk is not None:
-        pending_sends.append(sender.submit(_send_frames, *_copy_to_host(chunk), pipe))
+        pending_sends.append(sender.submit(_send_frames, *copy_to_host(chunk), pipe))
         if len(pending_sends) > _MAX_WAITING_CHUNKS:
             pending_sends.popleft().result()
         chunk = yield
@@ -171,7 +217,7 @@ def _send_chunks(
         pending_sends.popleft().result()
 
 
-def _copy_to_host(chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+def copy_to_host(chunk: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """Start to copy a chunk to the host; return the copy, and the event to wait for before it is read."""
     if not chunk.is_cuda:
         return chunk, None
@@ -189,11 +235,14 @@ def _send_frames(frames: Tensor, copy_event: torch.cuda.Event | None, pipe: IO[b
     pipe.write(frames.numpy().data)
 
 
-def save_image(path: Path, frame: Tensor) -> None:
-    """Write one uint8 frame (H, W, 3) as PNG; raises SaveError."""
+def save_image(path: Path, frame: Tensor, comment: str | None = None) -> None:
+    """Write one uint8 frame (H, W, 3) as PNG, which carries ``comment``; raises SaveError."""
+    texts = PngInfo()
+    if comment is not None:
+        texts.add_itxt("comment", comment, zip=True)
     try:
         with atomic_write(path) as temporary_file:
-            Image.fromarray(frame.cpu().numpy()).save(temporary_file)
+            Image.fromarray(frame.cpu().numpy()).save(temporary_file, pnginfo=texts)
     except OSError as error:
         raise SaveError(f"cannot write {path}: {error}") from error
 

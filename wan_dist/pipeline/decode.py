@@ -12,7 +12,7 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.models.dims import VaeDims
 from wan_dist.models.vae.model import WanVae
 from wan_dist.models.vae.video_state import VideoState
-from wan_dist.output.video_file import convert_to_uint8
+from wan_dist.output.video_file import convert_to_10_bits, convert_to_uint8
 from wan_dist.parallel.collectives import gather_on_first_rank
 from wan_dist.parallel.mesh import Axis
 from wan_dist.parallel.vae_split import (
@@ -42,6 +42,11 @@ FrameConverter = Callable[[Tensor], Tensor]
 def convert_to_uint8_frames(frames: Tensor) -> Tensor:
     """Return frames (3, n, H, W) in [-1, 1] as (n, H, W, 3) in 0 ... 255, on the same device."""
     return convert_to_uint8(convert_to_float32_frames(frames))
+
+
+def convert_to_10_bit_frames(frames: Tensor) -> Tensor:
+    """Return frames (3, n, H, W) in [-1, 1] as bytes (n, H, W, 6); see `convert_to_10_bits`."""
+    return convert_to_10_bits(convert_to_float32_frames(frames))
 
 
 def convert_to_float32_frames(frames: Tensor) -> Tensor:

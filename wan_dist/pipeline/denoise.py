@@ -3,7 +3,9 @@
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +31,10 @@ from wan_dist.pipeline.monitor import (
 )
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.predictor import ExpertPredictor
+from wan_dist.pipeline.preview import PreviewWriter
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState
 from wan_dist.pipeline.session import Session
+from wan_dist.planning.file_names import name_preview
 from wan_dist.planning.memory_planner import list_fallbacks, replace_transformer_part
 from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.errors import InputError
@@ -40,6 +44,7 @@ from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.denoise import denoise_latents
 from wan_dist.sampling.noise import NoiseSource
 from wan_dist.sampling.solvers import Solver, make_solver
+from wan_dist.sampling.step_cache import VelocityFunction
 
 _SAVE_INTERVAL_SECONDS = 120.0
 """Interval between two saves of the progress, for a run that is killed without a request to stop."""
@@ -60,6 +65,8 @@ class VideoInProgress:
     monitor: VideoMonitor = field(default_factory=VideoMonitor)
     first_frames: Tensor | None = None
     """Frames (3, n, H, W) in [-1, 1] that a clip after the first starts from, on the CPU."""
+    keeps_floats: bool = False
+    """The caller needs frames as float32, whatever the file needs."""
 
     @property
     def is_first(self) -> bool:
@@ -169,7 +176,11 @@ def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor
         num_done,
         resume_state.progress.step_cache_state,
     )
+    predict: VelocityFunction
     predict = ConsistencyCheck(expert_predictor.build_predictor(), groups.replica)
+    preview_writer = _open_preview(video)
+    if preview_writer is not None:
+        predict = preview_writer.wrap(predict, solver, num_done)
     progress_saver = ProgressSaver(video, expert_predictor)
     stage_detail = f"{len(solver) - num_done} steps of {video.config.sample.solver}"
     with (
@@ -178,6 +189,7 @@ def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor
         logging_redirect_tqdm([logger]),
         # Where sharded weights are gathered, which our own collectives do not do.
         note_awaited_ranks(groups.replica),
+        closing(preview_writer) if preview_writer is not None else nullcontext(),
         progress_saver,
     ):
         wrap_steps = _make_progress_bar if groups.rank == 0 else iter
@@ -197,6 +209,24 @@ def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor
             free_memory()
     report.other_rank_stages = gather_objects(report.stages, groups.replica)[1:]
     return latents
+
+
+def _open_preview(video: VideoInProgress) -> PreviewWriter | None:
+    """Return the writer of previews on the replica's first rank, None elsewhere and without previews."""
+    interval, plan = video.config.output.preview_interval, video.plan
+    if not interval or not video.is_first:
+        return None
+    file = video.result_file.with_name(name_preview(video.result_file.stem))
+    if plan.clip_index == 0:
+        logger.log(video.report.log_level, "preview   %s", file)
+    return PreviewWriter(
+        file,
+        video.session.checkpoint.vae.dims,
+        video.report.device,
+        interval=interval,
+        frame_index=plan.num_reference_frames + plan.num_video_latents // 2,
+        report_written=partial(video.monitor.record_preview, file, plan.clip_index),
+    )
 
 
 def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from wan_dist.config.checks import WEIGHT_FILE_KEYS
-from wan_dist.config.schema import RunConfig
+from wan_dist.config.recorded_settings import select_recorded_settings
+from wan_dist.config.schema import RunConfig, read_settings
+from wan_dist.config.settings import Effect
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
 from wan_dist.output.record import DONE, LoraEntry
-from wan_dist.output.record_fields import describe_video, record_speed
+from wan_dist.output.record_fields import describe_settings, describe_video, record_speed
 from wan_dist.output.result_writer import ResultWriter
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast_object
@@ -25,13 +27,12 @@ from wan_dist.parallel.mesh import ProcessGroups, make_process_groups, process_g
 from wan_dist.parallel.team import Coordinator
 from wan_dist.pipeline import decode
 from wan_dist.pipeline.clips import make_clips
-from wan_dist.pipeline.decode import convert_to_float32_frames, convert_to_uint8_frames
 from wan_dist.pipeline.denoise import VideoInProgress, read_latents
 from wan_dist.pipeline.monitor import EndRequest, VideoCancelledError, find_end_request
 from wan_dist.pipeline.out_of_memory import run_with_fallback
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
-from wan_dist.planning.file_names import name_latents
+from wan_dist.planning.file_names import name_latents, name_preview
 from wan_dist.planning.plan import RunPlan, VideoPlan
 from wan_dist.planning.vae_memory import VaeStrategy
 from wan_dist.runtime.errors import get_first_line
@@ -40,6 +41,9 @@ from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import CONTINUE_ADVICE, PreemptionInterrupt, preemption
 from wan_dist.weights.checkpoint import Checkpoint
 from wan_dist.weights.lora import MergedLora
+
+_FILE_KEYS = ("output.video", "output.crf", "output.audio")
+"""Settings of the file that is made of latents."""
 
 
 @torch.no_grad()
@@ -55,9 +59,7 @@ def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator)
     report = StageReport(asdict(config), device)
     with report.measure_stage("check", f"output {folder}"):
         if groups.rank == 0:
-            check_output_folder(
-                folder, [estimate_output(plan, saves_tensor=config.output.save_tensor)]
-            )
+            check_output_folder(folder, [estimate_output(plan, config.output)])
             warn_about_old_states(folder)
         session = open_session(config, plan, groups, device)
     with closing(ResultLocks(folder)) as locks:
@@ -125,7 +127,11 @@ def prepare_video(
         if config.latents is None
         else Path(config.latents).expanduser()
     )
-    writer = ResultWriter(run_plan, result_file, saves_tensor=config.output.save_tensor)
+    comment = None
+    if config.output.metadata:
+        settings = select_recorded_settings(config)
+        comment = describe_settings(settings, run_plan, resume_state.result_digest)
+    writer = ResultWriter(run_plan, result_file, config.output, comment)
     return VideoInProgress(
         session, config, run_plan, report, resume_state, result_file, latents_file, writer
     )
@@ -162,8 +168,8 @@ def decode_and_write(video: VideoInProgress, latents: Tensor) -> None:
 def decode_to_host(video: VideoInProgress, latents: Tensor) -> list[Tensor]:
     """Return the frames of a clip, chunks (n, H, W, 3), on the host of the first rank.
 
-    The others return none. They are uint8, or float32 in [-1, 1] where a tensor is saved or another clip
-    follows, and are for `write_decoded_frames`. Fails as `decode_and_write` does.
+    The others return none. They are as the file has them, or float32 in [-1, 1] where a tensor is saved or
+    another clip follows, and are for `write_decoded_frames`. Fails as `decode_and_write` does.
     """
     frame_chunks: list[Tensor] = []
 
@@ -252,6 +258,9 @@ def _write_record(video: VideoInProgress) -> None:
     report, config = video.report, video.config
     complete_record(video, video.result_file)
     report.save(video.result_file.with_suffix(".json"))
+    if config.output.preview_interval:
+        preview_name = name_preview(video.result_file.stem)
+        video.result_file.with_name(preview_name).unlink(missing_ok=True)
     if config.latents is None:  # latents given by the user have no saved progress
         video.resume_state.remove_file()
         if not config.output.save_latents:
@@ -324,8 +333,7 @@ def _decode_with_strategy(
     is_parallel = strategy.name == "parallel"
     if axis.rank != 0 and not is_parallel:
         return  # the first rank decodes alone
-    needs_floats = config.output.save_tensor or not video.plan.is_last_clip
-    convert_frames = convert_to_float32_frames if needs_floats else convert_to_uint8_frames
+    convert_frames = _choose_frame_converter(video)
     stage_detail = f"VAE {strategy}, {frame_num} frame{'' if frame_num == 1 else 's'}"
     with (
         video.report.measure_stage("decode", stage_detail),
@@ -339,6 +347,15 @@ def _decode_with_strategy(
             deque(chunks, maxlen=0)  # its shard of each chunk is sent to the first rank
             return
         consume_frames(_yield_verified_chunks(chunks, session.groups) if is_parallel else chunks)
+
+
+def _choose_frame_converter(video: VideoInProgress) -> decode.FrameConverter:
+    """Return what converts frames on the device: to float32 where a tensor or another clip needs it."""
+    output = video.config.output
+    if output.save_tensor or not video.plan.is_last_clip or video.keeps_floats:
+        return decode.convert_to_float32_frames
+    has_more_bits = output.format.bits > 8 and not video.plan.task.is_still
+    return decode.convert_to_10_bit_frames if has_more_bits else decode.convert_to_uint8_frames
 
 
 def _yield_verified_chunks(chunks: Iterator[Tensor], groups: ProcessGroups) -> Iterator[Tensor]:
@@ -355,6 +372,7 @@ def _yield_verified_chunks(chunks: Iterator[Tensor], groups: ProcessGroups) -> I
 def _format_resume_command(
     config: RunConfig, checkpoint: Checkpoint, latents_file: Path, result_file: Path
 ) -> str:
+    result_settings = read_settings(config, Effect.RESULT)
     settings = {
         "task": config.task,
         "ckpt_dir": checkpoint.folder,
@@ -363,6 +381,7 @@ def _format_resume_command(
         "output.dir": result_file.parent,
         "output.name": result_file.stem,
         "fps": config.fps,
+        **{key: value for key, value in result_settings.items() if key in _FILE_KEYS},
     }
     return shlex.join(
         ["python", "-m", "wan_dist.run", *(f"{key}={value}" for key, value in settings.items())]

@@ -1,6 +1,7 @@
 """Monitor of a video while it is generated: it is told of each step, and may cancel the video."""
 
 from enum import IntEnum
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,9 @@ class VideoMonitor:
 
     def record_step(self, clip_index: int, num_done: int) -> None:
         """Handle a completed step; ``num_done`` counts those of the clip."""
+
+    def record_preview(self, file: Path, clip_index: int, num_done: int) -> None:
+        """Handle a picture of the unfinished video, after so many steps of the clip; called in a thread."""
 
     def is_cancelled(self) -> bool:
         """Whether the video is to be cancelled."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import Effect
+from wan_dist.config.video_formats import STILL_SUFFIX
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.record import DONE
 from wan_dist.output.video_file import save_tensors
@@ -96,6 +97,10 @@ class ResumeState:
     @property
     def _file_suffix(self) -> str:
         return f".{self.latents_digest}.state.safetensors"
+
+    @property
+    def _result_suffix(self) -> str:
+        return STILL_SUFFIX if self.plan.task.is_still else self.config.output.format.suffix
 
     def _find_file(self) -> Path | None:
         """Return the file, None if there is none.
@@ -272,7 +277,7 @@ class ResumeState:
         gets a number rather than replace one. Raises InputError where another run holds the name that was
         chosen.
         """
-        suffix = ".png" if self.plan.task.is_still else ".mp4"
+        suffix = self._result_suffix
         path, number = self.folder / f"{self.plan.name}{suffix}", 1
         if self.is_job:
             return path
@@ -295,7 +300,7 @@ class ResumeState:
         """
         if self.config.seed == -1 and self.config.latents is None:
             return None
-        suffix = ".png" if self.plan.task.is_still else ".mp4"
+        suffix = self._result_suffix
         name, number = self.plan.name, 1
         while (path := self.folder / f"{name}{suffix}").exists():
             is_done = self.locks.read_outcome(name, self.result_digest) == DONE

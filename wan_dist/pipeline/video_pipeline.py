@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,14 +196,13 @@ class VideoPipeline:
         session, folder = self._session, Path(config.output.dir).expanduser()
         plan = self._plan_video(config)
         if session.groups.rank == 0:
-            check_output_folder(
-                folder, [estimate_output(plan, saves_tensor=config.output.save_tensor)]
-            )
+            check_output_folder(folder, [estimate_output(plan, config.output)])
         session.run_together(lambda: session.choose_resident_models(plan), "plan the memory")
         report = StageReport(asdict(config), session.device)
         with closing(ResultLocks(folder)) as locks:
             resume_state = ResumeState(folder, config, plan, session.weights_digests, locks=locks)
             video = prepare_video(session, config, plan, report, resume_state, quiet=True)
+            video = replace(video, keeps_floats=config.output.format.bits > 8)
             clip_frames, clip_latents = [], []
             for clip, latents in make_clips(video):
                 frame_chunks = decode_to_host(clip, latents)

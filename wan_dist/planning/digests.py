@@ -106,16 +106,20 @@ def compute_result_digest(
             "tensor": settings["output.save_tensor"],
             "vae": vae_settings,
             **_select_new_settings(settings),
+            **_digest_audio(settings.get("output.audio")),
         }
     )
+
+
+def _digest_audio(file: str | None) -> dict[str, str]:
+    return {} if file is None else {"audio": _compute_file_digest("output.audio", file)}
 
 
 def _select_new_settings(settings: SettingValues) -> dict[str, object]:
     """Return settings that earlier versions did not have, but for input files, whose content counts."""
     new_settings = select_new_settings(settings)
-    return {
-        key: value for key, value in new_settings.items() if key not in (*INPUT_KEYS, FOLDER_KEY)
-    }
+    file_keys = (*INPUT_KEYS, FOLDER_KEY, "output.audio")
+    return {key: value for key, value in new_settings.items() if key not in file_keys}
 
 
 def _compute_digest(depends_on: Mapping[str, object]) -> str:

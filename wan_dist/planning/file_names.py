@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from wan_dist.config.checks import check_file_name
+from wan_dist.config.schema import select_new_settings
 from wan_dist.config.settings import SettingValues
+from wan_dist.config.video_formats import remove_result_suffix
 
 _EARLIER_CACHE_SETTINGS = {"dir": "auto", "size_gib": 1.0}
 """Defaults of settings without effect, which are hashed so that names stay those of earlier versions."""
@@ -21,7 +23,7 @@ def name_result(settings: SettingValues, prompt: str | None, seed: int) -> str:
     """
     requested_name: str | None = settings["output.name"]
     if requested_name is not None:
-        return requested_name.removesuffix(".mp4").removesuffix(".png")
+        return remove_result_suffix(requested_name)
     if settings["latents"] is not None:
         name = Path(settings["latents"]).name.removesuffix(".safetensors").removesuffix(".latents")
         check_file_name("output.name (from latents)", name)
@@ -53,6 +55,9 @@ def _compute_settings_hash(settings: SettingValues, prompt: str | None) -> str:
         "tensor": settings["output.save_tensor"],
         "vae_dtype": settings["memory.vae_dtype"],
     }
+    new_settings = select_new_settings(settings)
+    if new_output := {key: new_settings[key] for key in new_settings if key.startswith("output.")}:
+        hashed_settings["output"] = new_output
     return hashlib.sha256(json.dumps(hashed_settings, sort_keys=True).encode()).hexdigest()[:6]
 
 
@@ -60,6 +65,11 @@ def name_latents(name: str, clip_index: int) -> str:
     """Return the file name of a clip's latents beside the result ``name``."""
     clip_suffix = f".clip{clip_index + 1}" if clip_index else ""
     return f"{name}{clip_suffix}.latents.safetensors"
+
+
+def name_preview(name: str) -> str:
+    """Return the file name of the picture of a result ``name`` that is being denoised."""
+    return f"{name}.preview.jpg"
 
 
 def slugify_prompt(prompt: str) -> str:

@@ -38,6 +38,7 @@ from wan_dist.planning.memory_planner import (
     compute_budget,
 )
 from wan_dist.planning.sampling_plan import SamplingPlan, plan_sampling
+from wan_dist.planning.still_output import check_still_output
 from wan_dist.planning.video_settings import (
     check_models_take_inputs,
     choose_tea_fit,
@@ -226,6 +227,7 @@ def make_plan(
     """
     task = get_task(config.task)
     model_settings = collect_model_settings(config)
+    check_still_output(config.output, task)
     check_experts(model_settings.loras, has_experts=task.expert_boundary is not None)
     settings = read_settings(config, OUTPUTS)
     video_settings = collect_video_settings(config, list_input_files(settings))

@@ -1,10 +1,14 @@
-"""ffmpeg, as the package imageio-ffmpeg brings it: what a video file holds, and its frames; no torch."""
+"""ffmpeg, as the package imageio-ffmpeg brings it: what a video file holds, and its frames; no torch.
+
+Its encoders, and the text that a file carries, too.
+"""
 
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -44,12 +48,12 @@ def read_shown_size(path: Path) -> tuple[int, int]:
     return _find_size(_list_frames(path, ["-frames:v", "1"]))
 
 
-def _list_frames(path: Path, options: list[str]) -> str:
+def _list_frames(path: Path, options: list[str], *, stream: str = "0:v:0") -> str:
     """Return ffmpeg's list of a stream: a line for each packet of the output, and lines of facts.
 
     ffmpeg runs in a process group of its own, which Ctrl-C does not reach.
     """
-    input_options = ["-nostdin", "-i", str(path.absolute()), "-map", "0:v:0"]
+    input_options = ["-nostdin", "-i", str(path.absolute()), "-map", stream]
     command = [find_ffmpeg(), "-v", "error", *input_options, *options, "-f", "framecrc", "-"]
     completed_process = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
@@ -140,3 +144,58 @@ def describe_failure(errors: bytes, return_code: int) -> str:
     """Return the last line of what ffmpeg wrote to its standard error, and its exit code."""
     last_lines = errors.decode(errors="replace").strip().splitlines()[-1:]
     return f"ffmpeg says {' '.join(last_lines) or 'nothing'} (exit code {return_code})"
+
+
+@cache
+def list_encoders(ffmpeg: str) -> frozenset[str]:
+    """Return the names of the encoders that a program has; raises FfmpegError where it does not run."""
+    try:
+        listing = subprocess.run(
+            [ffmpeg, "-hide_banner", "-encoders"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            process_group=0,
+            check=False,
+        )
+    except OSError as error:
+        raise FfmpegError(f"{ffmpeg} cannot be run: {error.strerror}") from None
+    if listing.returncode:
+        raise FfmpegError(describe_failure(listing.stderr, listing.returncode))
+    names = re.findall(r"^ [VAS][A-Z.]{5} ([\w-]+)", listing.stdout.decode(), re.MULTILINE)
+    return frozenset(names)
+
+
+def read_audio_codec(path: Path) -> str:
+    """Return the codec of a file's first sound track; raises FfmpegError without one."""
+    listing = _list_frames(path, ["-c", "copy", "-frames:a", "1"], stream="0:a:0")
+    match = re.search(r"^#codec_id 0: (\w+)", listing, re.MULTILINE)
+    assert match is not None  # ffmpeg writes it before the first line
+    return match[1]
+
+
+def read_comment(path: Path) -> str | None:
+    """Return the text in the standard tag ``comment`` of a video, None without it; raises FfmpegError."""
+    command = [
+        *(find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path.absolute())),
+        *("-f", "ffmetadata", "-"),
+    ]
+    completed_process = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
+    )
+    if completed_process.returncode:
+        raise FfmpegError(describe_failure(completed_process.stderr, completed_process.returncode))
+    listing = completed_process.stdout.decode(errors="replace")
+    # a key at the beginning of a line, and a value in which a backslash makes the next character plain
+    match = re.search(
+        r"^comment=((?:\\.|[^\\\n])*)", listing, re.MULTILINE | re.DOTALL | re.IGNORECASE
+    )
+    return None if match is None else re.sub(r"\\(.)", r"\1", match[1], flags=re.DOTALL)
+
+
+def format_comment(text: str) -> str:
+    """Return a metadata file for ffmpeg (ffmetadata) that gives a video this ``comment``.
+
+    A backslash at the end of one of its lines is lost: ffmpeg 9.0 takes it for an escape.
+    """
+    escaped_text = re.sub(r"([=;#\\\n])", r"\\\1", text)
+    return f";FFMETADATA1\ncomment={escaped_text}\n"

@@ -16,7 +16,7 @@ from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
 _LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
 _MIN_TOKEN_CHARACTERS = 16
 _MAX_TOKEN_BYTES = 4096
-_OPEN_PATHS = ("/health",)
+_OPEN_PATHS = ("/", "/health")
 """Paths that need no token: they tell nothing of the videos."""
 
 

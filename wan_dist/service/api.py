@@ -5,9 +5,10 @@ import json
 import time
 from collections.abc import AsyncIterator
 from http import HTTPStatus
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -17,6 +18,7 @@ from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 from wan_dist.service.access import AccessControl, build_error, read_token
 from wan_dist.service.metrics import ServiceCollector
+from wan_dist.service.page import build_security_policy, read_page
 from wan_dist.service.request_body import read_request_body
 from wan_dist.service.video_service import QueueFullError, VideoService
 from wan_dist.service.video_states import COMPLETED, VideoState, select_page
@@ -26,6 +28,9 @@ _CANCEL_TIMEOUT_SECONDS = 120.0
 _POLL_SECONDS = 0.1
 _KEEP_ALIVE_SECONDS = 15.0
 _MAX_PAGE_LENGTH = 100
+_MEDIA_TYPES = {".mkv": "video/x-matroska", ".mov": "video/quicktime", ".webm": "video/webm"}
+"""Those that Python, or a system without a list of them, does not know."""
+_NO_STORE = {"Cache-Control": "no-store"}
 _RETRY_SECONDS = 30
 """Seconds after which a client may try again, where the queue is full."""
 
@@ -125,20 +130,21 @@ def _add_video_routes(app: FastAPI, service: VideoService) -> None:
 def _add_content_routes(app: FastAPI, service: VideoService) -> None:
     @app.get("/v1/videos/{video_id}/content")
     def download_video(video_id: str, variant: str = "video") -> Response:
-        state = _find_state(service, video_id)
-        if state.status != COMPLETED or state.file is None:
-            raise HTTPException(409, f"{video_id} is {state.status}; there is no file")
-        if variant not in ("video", "thumbnail"):
-            raise InputError(f"variant={variant} is not one of video, thumbnail")
-        file = state.file if variant == "video" else get_sheet_path(state.file)
-        if not file.is_file():
-            raise HTTPException(404, f"{video_id} has no {variant}")
-        return FileResponse(file, filename=file.name)
+        file = _find_content(_find_state(service, video_id), video_id, variant)
+        if file is None or not file.is_file():
+            raise _build_no_variant(video_id, variant)
+        if variant == "preview":
+            try:
+                return Response(file.read_bytes(), media_type="image/jpeg", headers=_NO_STORE)
+            except FileNotFoundError:  # the video is done by now
+                raise _build_no_variant(video_id, variant) from None
+        media_type = _MEDIA_TYPES.get(file.suffix)
+        return FileResponse(file, filename=file.name, media_type=media_type)
 
     @app.get("/v1/videos/{video_id}/events")
     def follow_video(video_id: str) -> Response:
         _find_state(service, video_id)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        headers = _NO_STORE | {"X-Accel-Buffering": "no"}
         return StreamingResponse(
             _stream_events(service, video_id), media_type="text/event-stream", headers=headers
         )
@@ -152,9 +158,28 @@ def _add_monitoring_routes(app: FastAPI, service: VideoService) -> None:
     def read_metrics() -> Response:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/")
+    def show_page() -> Response:
+        headers = {
+            "Content-Security-Policy": build_security_policy(),
+            "Referrer-Policy": "no-referrer",
+        }
+        return HTMLResponse(read_page(), headers=headers)
+
     @app.get("/health")
     def read_health() -> Response:
         return JSONResponse({"status": "ok"})
+
+
+def _find_content(state: VideoState, video_id: str, variant: str) -> Path | None:
+    """Return the file of a variant, None if there is none; raises InputError, and HTTPException 409."""
+    if variant not in ("video", "thumbnail", "preview"):
+        raise InputError(f"variant={variant} is not one of video, thumbnail, preview")
+    if variant == "preview":
+        return state.preview
+    if state.status != COMPLETED or state.file is None:
+        raise HTTPException(409, f"{video_id} is {state.status}; there is no file")
+    return state.file if variant == "video" else get_sheet_path(state.file)
 
 
 def _read_page_query(request: Request) -> tuple[str | None, int, str]:
@@ -176,6 +201,10 @@ def _find_state(service: VideoService, video_id: str) -> VideoState:
 
 def _build_not_found(video_id: str) -> HTTPException:
     return HTTPException(404, f"there is no video {video_id[:80]}")
+
+
+def _build_no_variant(video_id: str, variant: str) -> HTTPException:
+    return HTTPException(404, f"{video_id} has no {variant}")
 
 
 async def _stream_events(service: VideoService, video_id: str) -> AsyncIterator[str]:

@@ -13,6 +13,7 @@ from wan_dist.config.typed_settings import format_override
 from wan_dist.jobs.job_file import Job
 from wan_dist.jobs.planned_job import PlannedJob
 from wan_dist.jobs.replicas import assign_degrees
+from wan_dist.output.video_encoding import VideoEncoding
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.plan import VideoPlan, make_plan, plan_memory
 from wan_dist.runtime.errors import InputError
@@ -65,6 +66,7 @@ class RequestPlanner:
         job = Job(RequestLog(self.output_folder).path, request.line, values)
         config = self._compose_config(job)
         plan = make_plan(config, ranks=self.ranks, is_job=True, image_size_reader=read_image_size)
+        VideoEncoding.from_config(config.output).check()
         hardware = Hardware(self.gpu_bytes, _ASSUMED_HOST_BYTES)
         plan_memory(plan, hardware, self.task.model_dims)  # raises where nothing fits
         return PlannedJob(job, config, plan)

@@ -9,6 +9,7 @@ from typing import Any
 
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.record import DONE, VideoRecord
+from wan_dist.planning.file_names import name_preview
 from wan_dist.service.request_log import RequestLog, VideoRequest
 from wan_dist.service.video_files import VideoProgress, find_result, read_final_record
 
@@ -27,6 +28,8 @@ class VideoState:
     completed_at: float | None = None
     error: str | None = None
     file: Path | None = None
+    preview: Path | None = None
+    """Picture of the video while it is made, if the service makes them."""
 
     @property
     def is_final(self) -> bool:
@@ -60,6 +63,9 @@ class VideoState:
             "seed": request.values["seed"],
             "step": self.step,
             "num_steps": request.num_steps,
+            "preview": None
+            if self.preview is None
+            else f"/v1/videos/{request.id}/content?variant=preview",
             "error": error,
         }
 
@@ -139,7 +145,14 @@ class VideoStates:
         progress = VideoProgress.read(self.output_folder, request.id)
         if progress is None or progress.run != self.run:
             return VideoState(request)
-        return VideoState(request, IN_PROGRESS, progress.step, progress.started_at)
+        preview = self.output_folder / name_preview(request.id)
+        return VideoState(
+            request,
+            IN_PROGRESS,
+            progress.step,
+            progress.started_at,
+            preview=preview if preview.is_file() else None,
+        )
 
     def _describe_final(self, request: VideoRequest, record: VideoRecord) -> VideoState:
         is_done = record.status == DONE

@@ -7,18 +7,19 @@ from typing import Never
 
 import torch
 
+from wan_dist.jobs.event_monitor import EventMonitor
+from wan_dist.jobs.events import JobEvents
 from wan_dist.jobs.planned_job import PlannedJob
 from wan_dist.jobs.worker import JobWorker, list_timesteps, make_run_id
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.mesh import make_process_groups, process_group_session, set_group_timeout
 from wan_dist.parallel.team import Coordinator
 from wan_dist.pipeline.denoise import VideoInProgress
-from wan_dist.pipeline.monitor import VideoCancelledError, VideoMonitor
+from wan_dist.pipeline.monitor import VideoCancelledError
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.session import Session, find_device
 from wan_dist.pipeline.text_embeddings import embed_prompts_ahead
 from wan_dist.planning.residency import can_buffer_frames
-from wan_dist.planning.workload import FLOAT_BYTES
 from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import PreemptionInterrupt, preemption
 from wan_dist.service.front_process import FrontProcess
@@ -50,12 +51,14 @@ def run_service(planner: RequestPlanner, coordinator: Coordinator) -> Never:
         worker.close()
 
 
-class ProgressMonitor(VideoMonitor):
+class ProgressMonitor(EventMonitor):
     """Writes a video's progress for the front, and ends a video whose request was deleted."""
 
-    def __init__(self, queue: RequestQueue, job: PlannedJob, run_id: str) -> None:
+    def __init__(
+        self, queue: RequestQueue, job: PlannedJob, run_id: str, events: JobEvents
+    ) -> None:
+        super().__init__(events, job)
         self._queue, self._video_id = queue, job.name
-        self._steps_per_clip = len(job.plan.sampling.schedule)
         self._num_steps = self._steps_per_clip * job.plan.num_clips
         earlier_progress = VideoProgress.read(queue.folder, job.name)
         self._progress = VideoProgress(run_id, round(time.time(), 3))
@@ -129,7 +132,7 @@ class ServiceWorker(JobWorker):
     def _make_next_video(self) -> None:
         job = self.requests.take_next_job()
         if self.is_first:
-            self.monitor = ProgressMonitor(self.requests, job, self.run_id)
+            self.monitor = ProgressMonitor(self.requests, job, self.run_id, self.events)
         try:
             self.make_video(job)
         except PreemptionInterrupt:
@@ -164,8 +167,7 @@ class ServiceWorker(JobWorker):
         """Decide what stays in memory, and encode the texts of this request and of those that wait."""
         session.choose_resident_models(job.plan)
         plan = session.plan_memory(job.plan, quiet=True)
-        bytes_per_value = FLOAT_BYTES if job.config.output.save_tensor else 1
-        session.has_memory_for_frames = can_buffer_frames(plan, bytes_per_value)
+        session.has_memory_for_frames = can_buffer_frames(plan, job.config.output.bytes_per_value)
         session.possible_timesteps = tuple(list_timesteps(job))
         texts = [text for text in (job.plan.prompt, job.plan.negative_prompt) if text is not None]
         if self.is_first:

@@ -99,6 +99,7 @@ TEXTS += ["\\", "a\\", "a'b", "é一", "glob(*)", "5.", "+5", ".5", "1e", "int(5
 TEXTS += ["$HOME", "a${b}", "\\${x}", "a\nb", "\t", "x" * 1001]
 TEXTS += [
     "fp8",
+    "av1",
     "float32",
     "cpu",
     "frames_first",

@@ -40,6 +40,8 @@ def test_leftovers_go_with_exactly_their_name(tmp_path: Path) -> None:
         ".g5.01234567.partial.mp4",
         ".g5.89abcdef.partial.json",
         ".g5.0123456789ab.state.01234567.partial.safetensors",
+        ".g5.preview.01234567.partial.jpg",
+        *(f".g5.01234567.partial{suffix}" for suffix in (".webm", ".mov", ".mkv")),
     ]
     of_g55 = [
         ".g5.5.01234567.partial.mp4",

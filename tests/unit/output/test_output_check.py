@@ -12,8 +12,10 @@ from torch import Tensor
 
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
+from wan_dist.config.output_section import OutputConfig
 from wan_dist.output import output_check
 from wan_dist.output.output_check import OutputEstimate, check_output_folder, estimate_output
+from wan_dist.output.video_encoding import VideoEncoding
 from wan_dist.planning.plan import make_plan
 from wan_dist.runtime.atomic_write import atomic_write
 from wan_dist.runtime.errors import InputError
@@ -27,7 +29,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], int]
     """Shapes and rates of the test videos, which these tests do without."""
     found: list[tuple[tuple[int, ...], int]] = []
 
-    def encode(path: Path, chunks: Sequence[Tensor], *, fps: int, num_frames: int) -> None:
+    def encode(
+        path: Path, chunks: Sequence[Tensor], *, fps: int, num_frames: int, encoding: VideoEncoding
+    ) -> None:
         found.append((tuple(chunks[0].shape), fps))
         path.write_text("video")
 
@@ -142,7 +146,9 @@ def test_what_is_refused_is_what_a_video_takes(tmp_path: Path) -> None:
     assert config is not None
     plan = make_plan(config)
     pixels = 64 * 64 * 5
-    plain, with_tensor = (estimate_output(plan, saves_tensor=keeps) for keeps in (False, True))
+    plain, with_tensor = (
+        estimate_output(plan, OutputConfig(save_tensor=keeps)) for keeps in (False, True)
+    )
     assert (plain.name, plain.width, plain.height, plain.fps) == ("clip", 64, 64, 8)
     assert plain.latents_bytes == with_tensor.latents_bytes == 4 * 16 * 2 * 8 * 8
     assert 0 < plain.frames_bytes < pixels

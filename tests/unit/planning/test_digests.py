@@ -12,9 +12,9 @@ from PIL import Image
 from wan_dist.config import schema
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
+from wan_dist.config.output_section import OutputConfig
 from wan_dist.config.overrides import override_config
 from wan_dist.config.schema import RunConfig, list_settings, read_settings
-from wan_dist.config.sections import OutputConfig
 from wan_dist.config.settings import Effect, add_setting
 from wan_dist.output.video_file import save_tensors
 from wan_dist.planning import digests
@@ -46,7 +46,14 @@ DIFFERENT = {
     "cache.steps": "easy",
     "output.name": "other",
 }
-OF_THE_RESULT = {"fps": 8, "output.save_tensor": True, "memory.vae_dtype": "bfloat16"}
+OF_THE_RESULT = {
+    "fps": 8,
+    "output.save_tensor": True,
+    "output.video": "ffv1",
+    "output.crf": 20,
+    "output.metadata": False,
+    "memory.vae_dtype": "bfloat16",
+}
 WITHOUT_EFFECT = {
     "lora_unmatched": "allow",
     "parallel.timeout": 60.0,
@@ -55,6 +62,7 @@ WITHOUT_EFFECT = {
     "output.dir": "elsewhere",
     "output.save_latents": False,
     "output.events": "events.jsonl",
+    "output.preview": 2,
     "memory.dit": "stream",
     "memory.gguf": "compressed",
     "memory.slice_tokens": 64,
@@ -72,6 +80,7 @@ WITHOUT_EFFECT = {
 ELSEWHERE = {
     *("task", "ckpt_dir", "dit_file", "image", "first_frame", "last_frame", "max_area", "latents"),
     *("t5_file", "vae_file", "clip_file"),
+    "output.audio",
     *("src_video", "src_mask", "src_ref_images", "context_scale", "camera", "fit"),
     *("src_root_path", "src_pose", "src_face", "src_ref", "src_bg"),
     *("replace_flag", "use_relighting_lora", "refert_num"),
@@ -263,3 +272,15 @@ def test_a_seed_that_is_drawn_is_drawn_once_for_a_job_of_slurm(
         assert both(seed=-1) == both(seed=-1)
         found.append((both(seed=-1), both(seed=-1, is_job=True), both()))
     assert [one == other for one, other in zip(*found, strict=True)] == [False, True, True]
+
+
+def test_sound_counts_by_its_content(tmp_path: Path) -> None:
+    sound, copy, other = (tmp_path / name for name in ("a.wav", "b.wav", "c.wav"))
+    for path, content in ((sound, b"one"), (copy, b"one"), (other, b"two")):
+        path.write_bytes(content)
+    results = [both(**{"output.audio": str(path)}) for path in (sound, copy, other)]
+    assert differing(both(), results[0]) == (False, True)
+    assert differing(results[0], results[1]) == (False, False)
+    assert differing(results[0], results[2]) == (False, True)
+    with pytest.raises(InputError, match=r"output.audio=.*none.wav cannot be read: No such file"):
+        both(**{"output.audio": str(tmp_path / "none.wav")})

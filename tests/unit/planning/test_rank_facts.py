@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from wan_dist.config.output_section import OutputConfig
 from wan_dist.config.schema import RunConfig, read_all_settings
-from wan_dist.config.sections import OutputConfig, ParallelConfig
+from wan_dist.config.sections import ParallelConfig
 from wan_dist.planning.rank_facts import RankFacts, check_ranks_match, collect_rank_facts
 from wan_dist.runtime.errors import InputError
 

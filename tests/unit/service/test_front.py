@@ -85,6 +85,11 @@ REFUSED: list[tuple[dict[str, object], str]] = [
         ({key: "/etc/passwd"}, f"{key} cannot be set by a request: it names a file")
         for key in ("latents", "lora", "ckpt_dir", "dit_file", "cache.dir", "output.dir", "jobs")
     ),
+    ({"output.audio": "/etc/passwd"}, "output.audio cannot be set by a request: it names a file"),
+    ({"output.video": "mpeg2"}, "output.video=mpeg2 is not one of h264, h265"),
+    ({"output.video": "ffv1", "output.crf": 5}, "output.crf=5: ffv1 has no rate factor"),
+    ({"output.preview": True}, "output.preview applies to the whole service"),
+    ({"from": "/etc/passwd"}, "unknown key 'from'"),
     ({"name": "../a"}, "output.name cannot be set by a request"),
     ({"serve.token_file": "/etc/passwd"}, "serve.token_file cannot be set by a request"),
 ]
@@ -142,6 +147,20 @@ def test_a_list_that_is_none(query: str, toy: Client) -> None:
 def test_what_is_not_there(path: str, toy: Client) -> None:
     answer = toy.ask("GET", path)
     assert (answer.status, answer.json["error"]["code"]) == (404, "not_found")
+
+
+def test_a_format_that_ffmpeg_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text("#!/bin/sh\necho ' V....D libx264              libx264 H.264 (codec h264)'\n")
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    with open_front(tmp_path / "out", "task=toy") as client:
+        assert client.post({"prompt": "a ball"}).status == 200
+        answer = client.post({"prompt": "a ball", "output.video": "av1"})
+        assert answer.status == 400
+        assert "output.video=av1 needs the encoder libsvtav1" in answer.message
 
 
 def test_a_page_in_a_browser_is_refused(toy: Client) -> None:

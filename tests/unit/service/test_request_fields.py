@@ -4,7 +4,7 @@ from wan_dist.config.schema import list_settings
 from wan_dist.service.request_fields import is_request_key
 
 TEXTS = {"prompt", "negative_prompt", "size", "fit", "noise_device", "noise_layout"}
-TEXTS |= {"sample.solver", "cache.steps"}
+TEXTS |= {"sample.solver", "cache.steps", "output.video"}
 """Settings of a video that are text, and name no file."""
 
 
@@ -15,5 +15,7 @@ def test_a_request_sets_what_is_of_the_video_alone() -> None:
     assert {key.partition(".")[0] for key in allowed if "." in key} == {"sample", "cache", "output"}
     assert {"seed", "fps", "frame_num", "clips", "sample.steps", "output.save_tensor"} <= allowed
     assert "memory.vae_dtype" not in allowed
+    assert {"output.video", "output.crf", "output.metadata"} <= allowed
+    assert "output.audio" not in allowed
     assert "task" not in allowed
     assert "memory" not in allowed

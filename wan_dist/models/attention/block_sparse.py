@@ -229,7 +229,8 @@ def _count_stages(q: Tensor, sizes: BlockSizes) -> int:
 
 @cache
 def _get_shared_memory_bytes(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 48 * 1024))
 
 
 def add_linear_attention_(kernels: ModuleType, out: Tensor, q: Tensor, linear: LinearSums) -> None:

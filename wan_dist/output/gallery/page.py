@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
+from wan_dist.config.video_formats import VIDEO_FORMATS
 from wan_dist.output.gallery.again import build_rerun_command
 from wan_dist.output.gallery.records import GalleryVideo, read_records
 from wan_dist.output.gallery.runs import RunRecord, read_runs
@@ -159,6 +160,7 @@ def _describe_video(record: GalleryVideo) -> dict[str, object]:
     is_available = record.video is not None or record.status == "failed"
     status = record.status if is_available else "gone"
     # a text, as numbers in JavaScript do not hold 64 bits
+    video_format = VIDEO_FORMATS.get(str(record.settings.get("output.video")))
     seed_text = None if record.seed is None else str(record.seed)
     return {
         "name": record.name,
@@ -166,6 +168,8 @@ def _describe_video(record: GalleryVideo) -> dict[str, object]:
         "source": _describe_source(record),
         "sheet": _build_relative_url(sheet_path) if has_sheet else None,
         "picture": record.video is not None and record.video.suffix == ".png",
+        "note": "" if video_format is None else video_format.playback_note,
+        "plays": video_format is None or video_format.is_playable,
         "status": status,
         "error": record.error,
         "width": frame_size[0],

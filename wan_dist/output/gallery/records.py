@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from wan_dist.config.video_formats import RESULT_SUFFIXES
 from wan_dist.output.json_values import get_integer, get_text
 from wan_dist.output.record import DONE, FAILED, SourceEntry, VideoRecord
 from wan_dist.runtime.errors import InputError, get_first_line
@@ -43,7 +44,7 @@ class GalleryVideo:
     name: str
     """File name of the results, without suffix."""
     video: Path | None
-    """The mp4 or PNG beside the record, None if it is missing."""
+    """The video or PNG beside the record, None if it is missing."""
     source: SourceEntry | None = None
     """Video that it was made from."""
     status: str
@@ -157,7 +158,7 @@ def _read_file_state(path: Path, file_names: set[str]) -> tuple[object, ...]:
         file_stat.st_mtime_ns,
         file_stat.st_size,
         file_stat.st_ino,
-        *(path.stem + suffix in file_names for suffix in (".mp4", ".png")),
+        *(path.stem + suffix in file_names for suffix in RESULT_SUFFIXES),
     )
 
 
@@ -240,7 +241,7 @@ def _find_video(path: Path, recorded_name: str, file_names: set[str]) -> Path | 
 
     Of the recorded name only the suffix is used.
     """
-    suffixes = (".png", ".mp4") if recorded_name.endswith(".png") else (".mp4", ".png")
+    suffixes = sorted(RESULT_SUFFIXES, key=lambda suffix: not recorded_name.endswith(suffix))
     for name in (path.stem + suffix for suffix in suffixes):
         video_path = path.with_name(name)
         if name in file_names and (
