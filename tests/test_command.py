@@ -173,7 +173,7 @@ def test_a_finished_run_started_again_says_so(
     before = list_results(outputs)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "wan_dist.weights.checkpoint.Component.load",
+            "wan_dist.weights.component.Component.load",
             lambda *_, **__: pytest.fail("a model was loaded"),
         )
         assert main(settings) == 0
@@ -570,7 +570,7 @@ def test_models_are_on_the_device_one_after_the_other(
     task: str, name: str, models: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When one is loaded, the one before is gone from memory; so it is for two experts."""
-    from wan_dist.weights.checkpoint import Component
+    from wan_dist.weights.component import Component
 
     load, alive = Component.load, []
 

@@ -101,6 +101,14 @@ class TransformerDims:
     """Blocks after which a block of Animate's face adapter runs; none without it."""
     pose_dim: int = field(default=0, repr=False)
     """Channels of a pose video's latents, whose tokens are added to the video's; 0: none."""
+    audio_layers: tuple[int, ...] = field(default=(), repr=False)
+    """Blocks after which audio is added (arXiv:2508.18621); none without audio."""
+    audio_dim: int = field(default=0, repr=False)
+    """Width of the audio features."""
+    num_audio_states: int = field(default=0, repr=False)
+    """Layers of the audio model whose outputs are the features."""
+    num_audio_tokens: int = field(default=0, repr=False)
+    """Tokens that audio is encoded to for each latent frame, without a learned one."""
 
     @property
     def head_dim(self) -> int:

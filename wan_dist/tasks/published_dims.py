@@ -17,6 +17,13 @@ DIMS_5B = TransformerDims(
 DIMS_T2V_14B = TransformerDims(num_layers=40, dim=5120, ffn_dim=13824, num_heads=40)
 DIMS_VACE_1_3B = replace(DIMS_1_3B, vace_layers=tuple(range(0, 30, 2)), vace_in_dim=96)
 DIMS_VACE_14B = replace(DIMS_T2V_14B, vace_layers=tuple(range(0, 40, 5)), vace_in_dim=96)
+DIMS_S2V_14B = replace(
+    DIMS_T2V_14B,
+    audio_layers=(0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
+    audio_dim=1024,
+    num_audio_states=25,
+    num_audio_tokens=4,
+)
 DIMS_I2V_A14B = replace(DIMS_T2V_14B, in_dim=36)
 DIMS_I2V_14B = replace(DIMS_I2V_A14B, image_dim=1280)
 DIMS_FLF2V_14B = replace(DIMS_I2V_14B, image_positions=2 * 257)

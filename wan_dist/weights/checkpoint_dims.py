@@ -23,6 +23,9 @@ from wan_dist.weights.key_maps import KeyMap
 _FACE_STRIDE_KEY, _FACE_STRIDE = "inject_face_latents_blocks", 5
 """How many of the transformer's blocks there are to a block of the face adapter."""
 _HEAD_KEYS = ("num_heads", "num_attention_heads")
+_AUDIO_KEY = "audio_inject_layers"
+_PUBLISHED_AUDIO_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+"""Blocks after which the published model of 40 blocks adds audio."""
 _HEAD_DIM = 128
 """Width of a head in all published transformers."""
 _MAX_LAYERS = 256
@@ -149,7 +152,10 @@ def select_config_entries(
         heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
         width = heads * head_dim if type(heads) is type(head_dim) is int else config.get("dim")
         if width == dim:
-            entry_names = (*_HEAD_KEYS, "eps", "text_len", "vace_layers", _FACE_STRIDE_KEY)
+            entry_names = (
+                *_HEAD_KEYS,
+                *("eps", "text_len", "vace_layers", _FACE_STRIDE_KEY, _AUDIO_KEY),
+            )
             return {key: config[key] for key in entry_names if key in config}
     return {}
 
@@ -197,12 +203,13 @@ def infer_transformer_dims(
         takes_next_timestep="time_embedding_r.0.weight" in shapes,
         has_sla="blocks.0.self_attn.proj_l.weight" in shapes,
         has_vsa="blocks.0.to_gate_compress.weight" in shapes,
-        vace_layers=_choose_vace_layers(config_reader, num_layers, num_vace_blocks),
+        vace_layers=_choose_layers(config_reader, "vace_layers", num_layers, num_vace_blocks),
         vace_in_dim=shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1),
         ref_conv_in_dim=shapes.get_size_or_zero("ref_conv.weight", rank=4, dim=1),
         camera_in_dim=shapes.get_size_or_zero("control_adapter.conv.weight", rank=4, dim=1),
         face_layers=_choose_face_layers(config_reader, shapes, num_layers),
         pose_dim=shapes.get_size_or_zero("pose_patch_embedding.weight", rank=5, dim=1),
+        **_infer_audio_dims(shapes, config_reader, num_layers, dim),
     )
 
 
@@ -248,25 +255,44 @@ def infer_face_encoder_dims(files: TensorFiles, key_map: KeyMap) -> FaceEncoderD
     )
 
 
-def _choose_vace_layers(
-    config_reader: _ConfigReader, num_layers: int, num_vace_blocks: int
+def _infer_audio_dims(
+    shapes: _TensorShapes, config_reader: _ConfigReader, num_layers: int, dim: int
+) -> dict[str, Any]:
+    """Return the dims of audio, none for a model without it."""
+    num_injectors = shapes.count_layer_indices(r"(?:^|\.)audio_injector\.injector\.(\d+)\.")
+    if not num_injectors:
+        return {}
+    is_published = (num_layers, num_injectors) == (40, len(_PUBLISHED_AUDIO_LAYERS))
+    encoder = "casual_audio_encoder"
+    local_width, audio_dim, _ = shapes.get_shape(f"{encoder}.encoder.conv1_local.conv.weight", 3)
+    return {
+        "audio_layers": _PUBLISHED_AUDIO_LAYERS
+        if is_published and _AUDIO_KEY not in config_reader.entries
+        else _choose_layers(config_reader, _AUDIO_KEY, num_layers, num_injectors),
+        "audio_dim": audio_dim,
+        "num_audio_states": shapes.get_shape(f"{encoder}.weights", 4)[1],
+        "num_audio_tokens": local_width // max(1, dim // 4),
+    }
+
+
+def _choose_layers(
+    config_reader: _ConfigReader, key: str, num_layers: int, num_wanted: int
 ) -> tuple[int, ...]:
-    """Return to which blocks VACE's side branch adds: as the config says, by default evenly spaced ones."""
-    if not num_vace_blocks:
+    """Return the blocks to which others are added: as the config says, by default evenly spaced ones."""
+    if not num_wanted:
         return ()
-    layers = config_reader.entries.get("vace_layers")
+    layers = config_reader.entries.get(key)
     if layers is None:
-        return tuple(range(0, num_layers, max(1, num_layers // num_vace_blocks)))[:num_vace_blocks]
+        return tuple(range(0, num_layers, max(1, num_layers // num_wanted)))[:num_wanted]
     is_valid = (
         isinstance(layers, list)
-        and len(layers) == num_vace_blocks
+        and len(layers) == num_wanted
         and all(type(layer) is int and 0 <= layer < num_layers for layer in layers)
         and layers == sorted(set(layers))
     )
     if not is_valid:
         raise config_reader.make_error(
-            f"vace_layers={layers!r}, which are not {num_vace_blocks} increasing numbers "
-            f"below {num_layers}"
+            f"{key}={layers!r}, which are not {num_wanted} increasing numbers below {num_layers}"
         )
     return tuple(layers)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from wan_dist.models.build_transformer import build_transformer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.face_encoder import FaceVideoEncoder
 from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
@@ -13,7 +14,6 @@ from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.planning import face_memory, memory_estimate, parameter_bytes
 from wan_dist.tasks.published_dims import DIMS_ANIMATE_FACE
