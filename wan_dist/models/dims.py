@@ -2,6 +2,8 @@
 
 import itertools
 from dataclasses import dataclass, field
+from math import prod
+from operator import mul
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +196,41 @@ class FaceEncoderDims:
     def image_size(self) -> int:
         """Pixels of a face frame along a side: each residual block halves it, down to 4."""
         return int(4 * 2 ** (len(self.channels) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioEncoderDims:
+    """Hyperparameters of wav2vec2, with a norm after each convolution and one before each sub-layer."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    conv_dims: tuple[int, ...]
+    conv_kernels: tuple[int, ...]
+    conv_strides: tuple[int, ...]
+    position_taps: int
+    """Steps that the convolution of positions spans."""
+    position_groups: int
+    eps: float = 1e-5
+
+    @property
+    def step_samples(self) -> int:
+        """Samples between two steps."""
+        return prod(self.conv_strides)
+
+    @property
+    def window_samples(self) -> int:
+        """Samples that a step depends on before the first layer."""
+        strides = itertools.accumulate(self.conv_strides, mul, initial=1)
+        return 1 + sum(
+            (kernel - 1) * stride
+            for kernel, stride in zip(self.conv_kernels, strides, strict=False)
+        )
+
+    def count_steps(self, num_samples: int) -> int:
+        """Return the steps that so many samples give."""
+        return max(0, (num_samples - self.window_samples) // self.step_samples + 1)
 
 
 @dataclass(frozen=True, kw_only=True)

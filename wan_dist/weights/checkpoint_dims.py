@@ -4,12 +4,12 @@ Shapes cannot be wrong about the weights they belong to. Config files, which peo
 what shapes do not show, such as the number of heads.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
 from wan_dist.models.dims import (
+    AudioEncoderDims,
     FaceEncoderDims,
     ImageEncoderDims,
     TextEncoderDims,
@@ -19,6 +19,7 @@ from wan_dist.models.dims import (
 from wan_dist.runtime.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles
 from wan_dist.weights.key_maps import KeyMap
+from wan_dist.weights.tensor_shapes import ConfigReader, TensorShapes
 
 _FACE_STRIDE_KEY, _FACE_STRIDE = "inject_face_latents_blocks", 5
 """How many of the transformer's blocks there are to a block of the face adapter."""
@@ -26,87 +27,12 @@ _HEAD_KEYS = ("num_heads", "num_attention_heads")
 _AUDIO_KEY = "audio_inject_layers"
 _PUBLISHED_AUDIO_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
 """Blocks after which the published model of 40 blocks adds audio."""
+_WAV2VEC_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 _HEAD_DIM = 128
 """Width of a head in all published transformers."""
-_MAX_LAYERS = 256
-"""Six times as many as the published models have: a damaged file should not have a million layers built."""
 
 
-class _TensorShapes:
-    """Shapes of the checkpoint's tensors by our parameter names, in either layout."""
-
-    def __init__(self, files: TensorFiles, key_map: KeyMap) -> None:
-        self.files = files
-        self.key_map = key_map
-
-    def get_shape(self, name: str, rank: int) -> Shape:
-        """Return a tensor's shape; raises InputError if it is missing or has not ``rank`` dims."""
-        shape = self.get_shape_of_min_rank(name, rank)
-        if len(shape) != rank:
-            raise self._make_rank_error(name, shape, rank)
-        return shape
-
-    def get_shape_of_min_rank(self, name: str, min_rank: int) -> Shape:
-        """Return a shape of at least ``min_rank`` dims, none of length 0; raises InputError otherwise."""
-        key = self.key_map.find_sources(name)[0].key
-        if key not in self.files.shapes:
-            raise InputError(f"{self.files} has no {key}: it is not the expected kind of model")
-        shape = self.files.shapes[key]
-        if len(shape) < min_rank or 0 in shape:
-            raise self._make_rank_error(name, shape, min_rank)
-        return shape
-
-    def get_size_or_zero(self, name: str, rank: int, dim: int) -> int:
-        """Return the length of a tensor's dim, 0 where the checkpoint holds no such tensor."""
-        return self.get_shape(name, rank)[dim] if name in self else 0
-
-    def _make_rank_error(self, name: str, shape: Shape, rank: int) -> InputError:
-        key = self.key_map.find_sources(name)[0].key
-        description = f"{self.files} holds {key} of shape {shape}, not of {rank} dims"
-        return InputError(f"{description}: it is not the expected kind of model")
-
-    def __contains__(self, name: str) -> bool:
-        return self.key_map.find_sources(name)[0].key in self.files.shapes
-
-    def count_layer_indices(self, pattern: str) -> int:
-        """Return the number of distinct layer indices that the pattern's first group matches in the keys."""
-        return len(
-            {match[1] for match in (re.search(pattern, key) for key in self.files.shapes) if match}
-        )
-
-
-class _ConfigReader:
-    """Entries of a config.json, validated because people edit the file."""
-
-    def __init__(self, entries: Mapping[str, Any], files: TensorFiles) -> None:
-        self.entries = entries
-        self.files = files
-
-    def read_positive_int(self, *keys: str, default: int, maximum: int = 2**20) -> int:
-        """Return the first given entry of ``keys``; raises InputError unless it is from 1 to ``maximum``."""
-        for key in keys:
-            value = self.entries.get(key)
-            if value is not None and (type(value) is not int or not 1 <= value <= maximum):
-                raise self.make_error(f"{key}={value!r}, which is not a number from 1 to {maximum}")
-            if value is not None:
-                return value
-        return default
-
-    def read_num_layers(self, key: str, num_stored: int) -> int:
-        """Return the configured number of layers, by default that of the stored ones.
-
-        `check_keys` checks later whether all of them are stored.
-        """
-        return self.read_positive_int(
-            key, default=min(num_stored, _MAX_LAYERS), maximum=_MAX_LAYERS
-        )
-
-    def make_error(self, problem: str) -> InputError:
-        """Return the InputError for an entry."""
-        return InputError(f"config.json beside {self.files} says {problem}; download it again")
-
-
-def _get_patch_shape(shapes: _TensorShapes) -> Shape:
+def _get_patch_shape(shapes: TensorShapes) -> Shape:
     """Return the shape (D, C, pt, py, px) of a transformer's patch embedding.
 
     rCM stores it as a linear (D, C * patch volume), whose patches are those of all published models.
@@ -131,7 +57,7 @@ class TransformerInputs(NamedTuple):
 
 def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> TransformerInputs:
     """Return a transformer's width, its input channels, and what other inputs it has."""
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     dim, num_channels = _get_patch_shape(shapes)[:2]
     return TransformerInputs(
         dim,
@@ -164,7 +90,7 @@ def infer_transformer_dims(
     config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
 ) -> TransformerDims:
     """Return the dims of a transformer; the config of either layout gives the number of heads."""
-    shapes, config_reader = _TensorShapes(files, key_map), _ConfigReader(config, files)
+    shapes, config_reader = TensorShapes(files, key_map), ConfigReader(config, files)
     dim, in_dim, *patch = _get_patch_shape(shapes)
     num_heads = config_reader.read_positive_int(
         *_HEAD_KEYS, default=0 if config else dim // _HEAD_DIM
@@ -214,7 +140,7 @@ def infer_transformer_dims(
 
 
 def _choose_face_layers(
-    config_reader: _ConfigReader, shapes: _TensorShapes, num_layers: int
+    config_reader: ConfigReader, shapes: TensorShapes, num_layers: int
 ) -> tuple[int, ...]:
     """Return after which blocks those of the face adapter run: every fifth, from the first on."""
     num_face_blocks = shapes.count_layer_indices(
@@ -233,7 +159,7 @@ def _choose_face_layers(
 
 def infer_face_encoder_dims(files: TensorFiles, key_map: KeyMap) -> FaceEncoderDims | None:
     """Return the dims of Animate's motion and face encoders, None where the files have none."""
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     convs = "motion_encoder.enc.net_app.convs"
     if f"{convs}.0.0.weight" not in shapes:
         return None
@@ -256,7 +182,7 @@ def infer_face_encoder_dims(files: TensorFiles, key_map: KeyMap) -> FaceEncoderD
 
 
 def _infer_audio_dims(
-    shapes: _TensorShapes, config_reader: _ConfigReader, num_layers: int, dim: int
+    shapes: TensorShapes, config_reader: ConfigReader, num_layers: int, dim: int
 ) -> dict[str, Any]:
     """Return the dims of audio, none for a model without it."""
     num_injectors = shapes.count_layer_indices(r"(?:^|\.)audio_injector\.injector\.(\d+)\.")
@@ -276,7 +202,7 @@ def _infer_audio_dims(
 
 
 def _choose_layers(
-    config_reader: _ConfigReader, key: str, num_layers: int, num_wanted: int
+    config_reader: ConfigReader, key: str, num_layers: int, num_wanted: int
 ) -> tuple[int, ...]:
     """Return the blocks to which others are added: as the config says, by default evenly spaced ones."""
     if not num_wanted:
@@ -299,7 +225,7 @@ def _choose_layers(
 
 def infer_vae_dims(_: Mapping[str, Any], files: TensorFiles, key_map: KeyMap) -> VaeDims:
     """Return the dims of VAE 2.1 or VAE 2.2, distinguished by its input channels."""
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     dim, pixel_channels = shapes.get_shape("encoder.conv1.weight", 5)[:2]
     return VaeDims(
         dim=dim,
@@ -313,14 +239,14 @@ def infer_text_encoder_dims(
     config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
 ) -> TextEncoderDims:
     """Return the dims of the umT5 text encoder."""
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     vocab_size, dim = shapes.get_shape("embed_tokens.weight", 2)
     attention_prefix = "block.0.layer.0.SelfAttention."
     num_buckets, num_heads = shapes.get_shape(
         attention_prefix + "relative_attention_bias.weight", 2
     )
     return TextEncoderDims(
-        num_layers=_ConfigReader(config, files).read_num_layers(
+        num_layers=ConfigReader(config, files).read_num_layers(
             "num_layers", shapes.count_layer_indices(r"(?:^|\.)bl(?:ocks?|k)\.(\d+)\.")
         ),
         dim=dim,
@@ -339,10 +265,10 @@ def infer_image_encoder_dims(
 
     The original layout has no config: heads are then taken to be 80 wide, and at least two.
     """
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     dim, _, patch, _ = shapes.get_shape("embeddings.patch_embedding.weight", 4)
     num_positions = shapes.get_shape_of_min_rank("embeddings.position_embedding.weight", 2)[-2]
-    config_reader = _ConfigReader(config, files)
+    config_reader = ConfigReader(config, files)
     return ImageEncoderDims(
         num_layers=config_reader.read_num_layers(
             "num_hidden_layers",
@@ -355,4 +281,46 @@ def infer_image_encoder_dims(
         num_heads=config_reader.read_positive_int("num_attention_heads", default=max(2, dim // 80)),
         patch=patch,
         image_size=patch * round((num_positions - 1) ** 0.5),
+    )
+
+
+def infer_audio_encoder_dims(
+    config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
+) -> AudioEncoderDims:
+    """Return the dims of wav2vec2; raises InputError for one that normalises in another way."""
+    shapes, config_reader = TensorShapes(files, key_map), ConfigReader(config, files)
+    for key, expected in (("feat_extract_norm", "layer"), ("do_stable_layer_norm", True)):
+        if (value := config.get(key, expected)) != expected:
+            raise InputError(
+                f"config.json beside {files} says {key}={value!r}; speech to video takes a wav2vec2 with "
+                f"{key}={expected!r}, as wav2vec2-large-xlsr-53-english"
+            )
+    convs = "feature_extractor.conv_layers"
+    num_convs = shapes.count_layer_indices(r"feature_extractor\.conv_layers\.(\d+)\.")
+    conv_shapes = [
+        shapes.get_shape(f"{convs}.{index}.conv.weight", 3) for index in range(max(1, num_convs))
+    ]
+    strides = config.get("conv_stride", list(_WAV2VEC_STRIDES))
+    if (
+        not isinstance(strides, list)
+        or len(strides) != len(conv_shapes)
+        or not all(type(stride) is int and 0 < stride < 1000 for stride in strides)
+    ):
+        raise config_reader.make_error(
+            f"conv_stride={strides!r}, which are not {len(conv_shapes)} numbers above 0"
+        )
+    taps_key = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+    dim, group_dim, taps = shapes.get_shape(taps_key, 3)
+    return AudioEncoderDims(
+        num_layers=config_reader.read_num_layers(
+            "num_hidden_layers", shapes.count_layer_indices(r"encoder\.layers\.(\d+)\.")
+        ),
+        dim=dim,
+        ffn_dim=shapes.get_shape("encoder.layers.0.feed_forward.intermediate_dense.weight", 2)[0],
+        num_heads=config_reader.read_positive_int("num_attention_heads", default=max(1, dim // 64)),
+        conv_dims=tuple(shape[0] for shape in conv_shapes),
+        conv_kernels=tuple(shape[2] for shape in conv_shapes),
+        conv_strides=tuple(strides),
+        position_taps=taps,
+        position_groups=dim // group_dim,
     )
