@@ -3,7 +3,8 @@
 Source: wav2vec2 (arXiv:2006.11477), and `AudioEncoder` of the reference (Wan-Video/Wan2.2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,8 @@ def encode_audio(
     The states are the input of each layer, and the last layer's output after the encoder's norm. Each is
     interpolated to ``num_vectors``, of which ``columns`` are taken; beyond the end they are zeros.
     """
-    hidden = _convolve(encoder, dims, torch.from_numpy(normalize_samples(samples)))
+    model: Any = encoder  # a library's, whose parts have no types
+    hidden = _convolve(model, dims, torch.from_numpy(normalize_samples(samples)))
     features: list[Tensor] = []
 
     def keep_state(state: Tensor) -> None:
@@ -77,17 +79,17 @@ def encode_audio(
             lambda _, args, kwargs: keep_state(args[0] if args else kwargs["hidden_states"]),
             with_kwargs=True,
         )
-        for layer in encoder.encoder.layers
+        for layer in model.encoder.layers
     ]
     try:
-        keep_state(encoder.encoder(hidden).last_hidden_state)
+        keep_state(model.encoder(hidden).last_hidden_state)
     finally:
         for hook in hooks:
             hook.remove()
     return torch.stack(features).unsqueeze(0)
 
 
-def _convolve(encoder: nn.Module, dims: AudioEncoderDims, samples: Tensor) -> Tensor:
+def _convolve(model: Any, dims: AudioEncoderDims, samples: Tensor) -> Tensor:
     """Return the first layer's input (1, steps, D) before positions are added, of samples (n,)."""
     stride, window = dims.step_samples, dims.window_samples
     num_steps = dims.count_steps(len(samples))
@@ -95,10 +97,12 @@ def _convolve(encoder: nn.Module, dims: AudioEncoderDims, samples: Tensor) -> Te
         samples[start * stride : (min(start + _STEPS_AT_ONCE, num_steps) - 1) * stride + window]
         for start in range(0, num_steps, _STEPS_AT_ONCE)
     ]
-    extract: Callable[[Tensor], Tensor] = encoder.feature_extractor
-    project: Callable[[Tensor], tuple[Tensor, Tensor]] = encoder.feature_projection
     return torch.cat(
-        [project(extract(piece.unsqueeze(0)).transpose(1, 2))[0] for piece in pieces], dim=1
+        [
+            model.feature_projection(model.feature_extractor(piece.unsqueeze(0)).transpose(1, 2))[0]
+            for piece in pieces
+        ],
+        dim=1,
     )
 
 

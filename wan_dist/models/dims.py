@@ -241,4 +241,5 @@ class ModelDims:
     text_encoder: TextEncoderDims
     image_encoder: ImageEncoderDims | None = None
     face_encoder: FaceEncoderDims | None = None
+    audio_encoder: AudioEncoderDims | None = None
     vae: VaeDims

@@ -178,9 +178,13 @@ class SpeechTransformer(FusedTransformer):
 
     def embed_latents(self, latents: Tensor) -> Tensor:
         """Return the tokens (B, L, D) of latents (B, C, T, h, w), the reference image and the history."""
-        inputs, kinds = self._inputs, self.trainable_cond_mask.weight
+        inputs, pose = self._inputs, self._inputs.pose
+        # Through the layers' forward alone, which gathers their weights where these are sharded.
+        kinds = self.trainable_cond_mask(torch.arange(3, device=latents.device))
+        if pose is None:  # one patch of zeros, for all tokens
+            pose = latents.new_zeros(1, latents.shape[1], *self.dims.patch)
         noisy = self.patch_embedding(latents)
-        noisy += self.cond_encoder.bias if inputs.pose is None else self.cond_encoder(inputs.pose)
+        noisy += self.cond_encoder(pose)
         parts = [noisy, self.patch_embedding(inputs.reference)]
         if inputs.history is not None:
             parts.append(self.frame_packer(inputs.history))
@@ -188,7 +192,9 @@ class SpeechTransformer(FusedTransformer):
             part += kind
         return torch.cat(parts, dim=1)
 
-    def compute_rotary(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def compute_rotary(
+        self, latents: Tensor, num_reference_frames: int = 0
+    ) -> tuple[Tensor, Tensor]:
         """Return the rotary tables for latents (B, C, T, h, w), the reference image and the history."""
         frames, rows, columns = self._count_grid(latents)
         grids: list[tuple[Sequence[int], Sequence[int], Sequence[int]]] = [

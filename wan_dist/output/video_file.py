@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import torch
 from PIL import Image
@@ -28,6 +28,7 @@ _ENCODING_OPTIONS = [
     *("-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"),
     *("-movflags", "+faststart"),
 ]
+_SOUND_OPTIONS = ("-c:a", "aac", "-b:a", "192k")
 _MAX_WAITING_CHUNKS = 2
 """Chunks that may wait to be encoded, which bounds the host memory."""
 
@@ -48,16 +49,26 @@ def convert_to_uint8(frames: Tensor) -> Tensor:
     )
 
 
+class SoundTrack(NamedTuple):
+    """Sound of a video: what of a file is played from its first frame on."""
+
+    file: Path
+    start_seconds: float
+    seconds: float
+
+
 class VideoWriter:
     """Writer of an mp4 (H.264, yuv420p), which is encoded while frames arrive.
 
     ``path`` appears only when the file has all ``num_frames`` frames. The methods raise SaveError.
     """
 
-    def __init__(self, path: Path, *, fps: int, num_frames: int) -> None:
+    def __init__(
+        self, path: Path, *, fps: int, num_frames: int, sound: SoundTrack | None = None
+    ) -> None:
         self.num_written = 0
         """Frames so far."""
-        self._encoding = _write_video(path, fps, num_frames)
+        self._encoding = _write_video(path, fps, num_frames, sound)
 
     def write(self, frames: Tensor) -> None:
         """Add uint8 frames (n, H, W, 3), at least one."""
@@ -75,22 +86,33 @@ class VideoWriter:
         self._encoding.close()
 
 
-def save_video(path: Path, chunks: Iterable[Tensor], *, fps: int, num_frames: int) -> None:
+def save_video(
+    path: Path,
+    chunks: Iterable[Tensor],
+    *,
+    fps: int,
+    num_frames: int,
+    sound: SoundTrack | None = None,
+) -> None:
     """Write uint8 chunks (n, H, W, 3) as they arrive; see `VideoWriter`.
 
     An error from ``chunks`` is passed on.
     """
-    with contextlib.closing(VideoWriter(path, fps=fps, num_frames=num_frames)) as writer:
+    with contextlib.closing(
+        VideoWriter(path, fps=fps, num_frames=num_frames, sound=sound)
+    ) as writer:
         for frames in chunks:
             writer.write(frames)
         writer.finish()
 
 
-def _write_video(path: Path, fps: int, num_frames: int) -> Generator[None, Tensor | None, None]:
+def _write_video(
+    path: Path, fps: int, num_frames: int, sound: SoundTrack | None
+) -> Generator[None, Tensor | None, None]:
     """Write the frames that are sent to it, until None is; see `VideoWriter`."""
     try:
         with atomic_write(path) as temporary_file:
-            yield from _encode_video(temporary_file, fps)
+            yield from _encode_video(temporary_file, fps, sound)
             num_written = _count_frames(temporary_file)
             if num_written != num_frames:
                 raise SaveError(
@@ -115,14 +137,16 @@ def _find_ffmpeg() -> str:
         raise SaveError(str(error)) from None
 
 
-def _encode_video(path: Path, fps: int) -> Generator[None, Tensor | None, None]:
+def _encode_video(
+    path: Path, fps: int, sound: SoundTrack | None
+) -> Generator[None, Tensor | None, None]:
     first_chunk = yield
     assert first_chunk is not None
     height, width = first_chunk.shape[1:3]
     with (
         tempfile.TemporaryFile() as error_file,
         subprocess.Popen(
-            _build_encoding_command(path, width, height, fps),
+            _build_encoding_command(path, width, height, fps, sound),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=error_file,
@@ -148,12 +172,25 @@ def _encode_video(path: Path, fps: int) -> Generator[None, Tensor | None, None]:
             raise SaveError(f"cannot write {path}: {failure}")
 
 
-def _build_encoding_command(path: Path, width: int, height: int, fps: int) -> list[str]:
-    """Return the ffmpeg command that encodes raw RGB frames from standard input."""
+def _build_encoding_command(
+    path: Path, width: int, height: int, fps: int, sound: SoundTrack | None
+) -> list[str]:
+    """Return the ffmpeg command that encodes raw RGB frames from standard input, with sound of a file."""
     frame_format = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
     input_options = [*frame_format, "-r", str(fps), "-i", "-"]
     log_options = ["-y", "-loglevel", "error"]
     output_options = [*_ENCODING_OPTIONS, str(path.absolute())]
+    if sound is not None:
+        input_options += ["-i", str(sound.file.absolute())]
+        # Cut by samples; a file that begins later or has gaps keeps its times.
+        end = sound.start_seconds + sound.seconds
+        cut = (
+            f"aresample=async=1:first_pts=0,atrim={sound.start_seconds}:{end},asetpts=PTS-STARTPTS"
+        )
+        output_options = [
+            *("-map", "0:v:0", "-map", "1:a:0", "-af", cut, *_SOUND_OPTIONS),
+            *output_options,
+        ]
     return [_find_ffmpeg(), *log_options, *input_options, *output_options]
 
 

@@ -19,8 +19,9 @@ from wan_dist.config.typed_settings import check_setting, format_override
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
 from wan_dist.output.record import VideoRecord
+from wan_dist.output.result_writer import find_sound_track
 from wan_dist.output.stage_report import StageReport
-from wan_dist.output.video_file import convert_to_uint8, save_image, save_video
+from wan_dist.output.video_file import SoundTrack, convert_to_uint8, save_image, save_video
 from wan_dist.parallel.local_gpu import find_gpu_bytes, find_gpu_id
 from wan_dist.parallel.mesh import make_process_groups, process_group_session
 from wan_dist.parallel.team import Coordinator
@@ -63,6 +64,8 @@ class GeneratedVideo:
     record: VideoRecord
     """Settings, seed, seconds and memory of each stage."""
     fps: int
+    sound: SoundTrack | None = None
+    """Sound of the video's file, which ends with it."""
 
     def save(self, file: str | Path) -> None:
         """Write an .mp4 (H.264), or a .png of a single frame.
@@ -81,7 +84,9 @@ class GeneratedVideo:
         if path.suffix == ".png":
             save_image(path, frames[0])
         else:
-            save_video(path, iter([frames]), fps=self.fps, num_frames=len(frames))
+            if self.sound is not None:
+                frames = frames[: round(self.sound.seconds * self.fps)]
+            save_video(path, iter([frames]), fps=self.fps, num_frames=len(frames), sound=self.sound)
 
 
 class VideoPipeline:
@@ -204,7 +209,8 @@ class VideoPipeline:
         with closing(ResultLocks(folder)) as locks:
             resume_state = ResumeState(folder, config, plan, session.weights_digests, locks=locks)
             video = prepare_video(session, config, plan, report, resume_state, quiet=True)
-            clip_frames, clip_latents = [], []
+            clip_frames: list[Tensor] = []
+            clip_latents: list[Tensor] = []
             for clip, latents in make_clips(video):
                 frame_chunks = decode_to_host(clip, latents)
                 self._finish_clip(clip, latents, frame_chunks, writes_output=writes_output)
@@ -217,6 +223,7 @@ class VideoPipeline:
             torch.cat(clip_latents, dim=1),
             report.build_record(),
             plan.fps,
+            find_sound_track(plan),
         )
 
     def _finish_clip(

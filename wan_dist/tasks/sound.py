@@ -28,6 +28,11 @@ class Sound:
     track: AudioTrack
 
     @property
+    def path(self) -> Path:
+        """Path of the file."""
+        return Path(self.file).expanduser()
+
+    @property
     def seconds(self) -> float:
         """Duration."""
         return self.track.num_samples / self.track.rate
@@ -75,7 +80,7 @@ def read_speech_samples(sound: Sound) -> Samples:
         mono = np.concatenate(
             [
                 np.frombuffer(piece, "<f4").reshape(-1, num_channels).mean(axis=1, dtype=np.float32)
-                for piece in read_audio(Path(sound.file).expanduser(), num_channels)
+                for piece in read_audio(sound.path, num_channels)
             ]
         )
     except FfmpegError as error:

@@ -14,10 +14,12 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from wan_dist.config.loras import LoraSetting
+from wan_dist.models.audio_encoder import build_audio_encoder
 from wan_dist.models.audio_projection import AudioProjection
 from wan_dist.models.build_transformer import build_transformer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import (
+    AudioEncoderDims,
     FaceEncoderDims,
     ImageEncoderDims,
     ModelDims,
@@ -63,6 +65,9 @@ class Checkpoint:
     vae: Component[WanVae, VaeDims]
     face_encoder: Component[FaceVideoEncoder, FaceEncoderDims] | None
     """Of Animate, from the transformer's files."""
+    audio_encoder: Component[nn.Module, AudioEncoderDims] | None
+    audio_projection: Component[AudioProjection, TransformerDims] | None
+    """Of speech to video, from the transformer's files."""
     tokenizer: Tokenizer
     tokenizer_digests: tuple[str, ...]
     """Digests of all that the tokenizer depends on."""
@@ -75,7 +80,10 @@ class Checkpoint:
 
         Of the weights as they are used, with the LoRAs in their order.
         """
-        components = (*self.transformers, self.text_encoder, self.vae, self.image_encoder)
+        components = (
+            *self.transformers,
+            *(self.text_encoder, self.vae, self.image_encoder, self.audio_encoder),
+        )
         weights_digest = hash_weights(
             component.files for component in components if component is not None
         )
@@ -150,6 +158,7 @@ class Checkpoint:
             text_encoder=self.text_encoder.dims,
             image_encoder=None if self.image_encoder is None else self.image_encoder.dims,
             face_encoder=None if self.face_encoder is None else self.face_encoder.dims,
+            audio_encoder=None if self.audio_encoder is None else self.audio_encoder.dims,
             vae=self.vae.dims,
         )
 
@@ -184,6 +193,11 @@ def open_checkpoint(
         image_encoder = open_component(
             layout.image_encoder, checkpoint_dims.infer_image_encoder_dims, build_image_encoder
         )
+    audio_encoder = None
+    if layout.audio_encoder is not None:
+        audio_encoder = open_component(
+            layout.audio_encoder, checkpoint_dims.infer_audio_encoder_dims, build_audio_encoder
+        )
     vae = open_component(layout.vae, checkpoint_dims.infer_vae_dims, WanVae)
     found_tokenizer = open_tokenizer(layout.tokenizer_folder, text_encoder.files)
     if layout.tokenizer_folder is None:
@@ -196,6 +210,8 @@ def open_checkpoint(
         image_encoder=image_encoder,
         vae=vae,
         face_encoder=open_face_encoder(transformer_pairs[0][0]),
+        audio_encoder=audio_encoder,
+        audio_projection=open_audio_projection(transformer_pairs[0][0], dtype),
         tokenizer=found_tokenizer.tokenizer,
         tokenizer_digests=found_tokenizer.digests,
     )
@@ -218,7 +234,7 @@ def open_transformer(
 ]:
     """Open a transformer and its context projection, the two models that its files hold.
 
-    With audio they hold a third one, see `components.get_audio_projection`.
+    With audio they hold a third one, see `open_audio_projection`.
     """
     config, files, key_map = component_files.open()
     if given_configs:
@@ -237,6 +253,18 @@ def open_transformer(
             models.append(AudioProjection(dims, dtype))
         check_keys(models, files, key_map)
     return transformer, projection
+
+
+def open_audio_projection(
+    transformer: Component[FusedTransformer, TransformerDims], dtype: torch.dtype
+) -> Component[AudioProjection, TransformerDims] | None:
+    """Return the audio projection in a transformer's files, None where there is none."""
+    dims = transformer.dims
+    if not dims.audio_layers:
+        return None
+    return Component(
+        dims, lambda: AudioProjection(dims, dtype), transformer.files, transformer.key_map
+    )
 
 
 def open_face_encoder(
@@ -269,6 +297,8 @@ def _add_loras(
     for components in pairs:
         with torch.device("meta"):
             models: list[nn.Module] = [component.build_model() for component in components]
+            if checkpoint.audio_projection is not None:
+                models.append(checkpoint.audio_projection.build_model())
         shapes.append(
             list_original_shapes(
                 (name, tuple(parameter.shape))
@@ -291,6 +321,9 @@ def _add_loras(
         context_projections=tuple(
             merge(projection, index) for index, (_, projection) in enumerate(pairs)
         ),
+        audio_projection=None
+        if checkpoint.audio_projection is None
+        else merge(checkpoint.audio_projection, 0),
         loras=tuple(merged_loras),
     )
 
@@ -299,6 +332,13 @@ def _check_task(checkpoint: Checkpoint, task: Task) -> None:
     """Raise InputError if the checkpoint is of another task."""
     for component in checkpoint.transformers:
         check_transformer_task(component.dims, component.files, task)
+    if (audio_encoder := checkpoint.audio_encoder) is not None:
+        dims, states = checkpoint.transformers[0].dims, audio_encoder.dims.num_layers + 1
+        if (dims.audio_dim, dims.num_audio_states) != (audio_encoder.dims.dim, states):
+            raise InputError(
+                f"{audio_encoder.files} has {states} states of {audio_encoder.dims.dim}, and the transformer "
+                f"takes {dims.num_audio_states} of {dims.audio_dim}; use the audio encoder of its repository"
+            )
     if checkpoint.vae.dims.latent_dim != task.latent_channels:
         raise InputError(
             f"{checkpoint.vae.files} has {checkpoint.vae.dims.latent_dim} latent channels, "

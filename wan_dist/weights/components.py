@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wan_dist.models.audio_projection import AudioProjection
 from wan_dist.models.context import ContextProjection
-from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.text_encoder import TextEncoder, build_text_encoder
 from wan_dist.models.vae.model import WanVae
@@ -84,18 +82,6 @@ def load_transformer(
     transformer, projection = open_transformer(files, dtype, ())
     device = torch.device(device)
     return transformer.load(device), projection.load(device)
-
-
-def get_audio_projection(
-    transformer: Component[FusedTransformer, TransformerDims], dtype: torch.dtype
-) -> Component[AudioProjection, TransformerDims]:
-    """Return the audio projection that the files of a transformer with audio hold too."""
-    return Component(
-        transformer.dims,
-        lambda: AudioProjection(transformer.dims, dtype),
-        transformer.files,
-        transformer.key_map,
-    )
 
 
 def _find_layout(source: str | Path, task: str | None) -> CheckpointLayout:

@@ -383,25 +383,3 @@ def map_single_file_image_encoder(keys: Collection[str]) -> KeyMap:
     """Key map of CLIP in a single file, in either layout."""
     is_original = any(key.startswith("visual.") for key in keys)
     return map_original_image_encoder(keys) if is_original else map_diffusers_image_encoder(keys)
-
-
-def map_audio_encoder(keys: Collection[str]) -> KeyMap:
-    """Key map of wav2vec2 in a file of the transformers library, of a recent release or an earlier one.
-
-    Names begin with ``wav2vec2.`` where the file has a head for recognition, which is ignored.
-    """
-    prefix = "wav2vec2." if any(key.startswith("wav2vec2.") for key in keys) else ""
-    conv = f"{prefix}encoder.pos_conv_embed.conv"
-    new_names = ("parametrizations.weight.original0", "parametrizations.weight.original1")
-    old_names = ("weight_g", "weight_v")
-    is_old = f"{conv}.{old_names[0]}" in keys
-
-    def find_sources(name: str) -> tuple[TensorSource, ...]:
-        key = prefix + name
-        for new_name, old_name in zip(new_names, old_names, strict=True):
-            if is_old and key == f"{conv}.{new_name}":
-                key = f"{conv}.{old_name}"
-        return (TensorSource(key),)
-
-    unused = ("lm_head.", f"{prefix}masked_spec_embed")
-    return KeyMap(find_sources, lambda key: key.startswith(unused))

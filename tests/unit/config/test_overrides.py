@@ -102,6 +102,7 @@ TEXTS += [
     "float32",
     "cpu",
     "frames_first",
+    "reference",
     "crop",
     "stream",
     "disk",

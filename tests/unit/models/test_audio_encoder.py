@@ -18,9 +18,9 @@ from wan_dist.runtime.ffmpeg import find_ffmpeg
 from wan_dist.tasks.published_dims import DIMS_WAV2VEC_XLSR
 from wan_dist.tasks.sound import read_sound, read_speech_samples
 from wan_dist.tasks.speech import count_audio_vectors, count_clips, list_audio_columns
+from wan_dist.weights.audio_keys import map_audio_encoder
 from wan_dist.weights.checkpoint import Component, open_component
 from wan_dist.weights.checkpoint_dims import infer_audio_encoder_dims
-from wan_dist.weights.key_maps import map_audio_encoder
 from wan_dist.weights.layout import ComponentFiles
 
 FOLDER = "wan2.2-s2v"

@@ -24,9 +24,8 @@ from wan_dist.models.speech import (
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.published_dims import DIMS_S2V_14B
 from wan_dist.tasks.registry import TASKS
-from wan_dist.weights.checkpoint import open_checkpoint, open_transformer
+from wan_dist.weights.checkpoint import open_audio_projection, open_checkpoint, open_transformer
 from wan_dist.weights.checkpoint_dims import infer_transformer_dims
-from wan_dist.weights.components import get_audio_projection
 from wan_dist.weights.key_maps import map_original_transformer, map_single_file_transformer
 from wan_dist.weights.layout import WEIGHTS_STEM, ComponentFiles
 from wan_dist.weights.load import check_keys
@@ -45,7 +44,9 @@ def load_models(
     transformer, projection = open_transformer(files, dtype, ())
     model = transformer.load(CPU)
     assert isinstance(model, SpeechTransformer)
-    return model, projection.load(CPU), get_audio_projection(transformer, dtype).load(CPU)
+    audio = open_audio_projection(transformer, dtype)
+    assert audio is not None
+    return model, projection.load(CPU), audio.load(CPU)
 
 
 def read_case(case: str) -> tuple[dict, Golden]:
@@ -186,5 +187,5 @@ def test_the_published_checkpoint_fits(has_config: bool) -> None:
 
 
 def test_other_tasks_refuse_it() -> None:
-    with pytest.raises(InputError, match="16 audio channels, not 0"):
+    with pytest.raises(InputError, match="1 audio branches, not 0"):
         open_checkpoint(golden_folder(FOLDER), TASKS["t2v-1.3B"], torch.float32)
