@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import wan_dist
 from tests.conftest import golden_folder
 from tests.forked import run_forked
 from tests.test_batch import write_jobs
@@ -17,7 +18,9 @@ from tests.test_command import reference_arguments
 from tests.unit.models.test_audio_encoder import write_wav
 from wan_dist.run import main
 from wan_dist.runtime.ffmpeg import read_packets
+from wan_dist.tasks.registry import TASKS
 from wan_dist.tasks.sound import read_sound, read_speech_samples
+from wan_dist.weights.layout import list_download_patterns
 
 GOLDEN = "wan2.2-s2v"
 
@@ -306,3 +309,66 @@ def test_saved_latents_of_a_clip_are_decoded_with_what_they_depend_on() -> None:
     decoded = load_file("again/out.safetensors")["video"]
     assert decoded.shape[1] == 73 + made.shape[1]
     torch.testing.assert_close(decoded[:, 73:], made)
+
+
+@pytest.mark.parametrize("writes_output", [True, False])
+def test_python_gets_all_frames_and_saves_the_sound(writes_output: bool, tmp_path: Path) -> None:
+    folder = golden_folder(GOLDEN)
+    sound = write_click(tmp_path / "click.wav", 0.9, 0.5)
+    settings: dict[str, Any] = {
+        "image": folder / "input.png",
+        "max_area": 4096,
+        "infer_frames": 8,
+        "sample": {"steps": 1, "guide_scale": 1},
+        "audio": sound,
+    }
+    if writes_output:
+        settings["output"] = {"dir": tmp_path / "called", "name": "a"}
+    options = {"dtype": "float32", "device": "cpu", "cache": {"dir": None}}
+    with wan_dist.open_pipeline("s2v-14B", ckpt_dir=folder, **options) as pipeline:
+        videos = [pipeline("a man speaks", seed=seed, **settings) for seed in (1, 2)]
+    assert "listen" in videos[0].record.stages
+    assert "listen" not in videos[1].record.stages  # the same sound
+    assert videos[0].frames is not None
+    assert videos[0].frames.shape == (13, 64, 64, 3)
+    assert not np.array_equal(videos[0].frames, videos[1].frames)
+    videos[0].save(tmp_path / "saved.mp4")
+    files = [tmp_path / "saved.mp4", *(tmp_path / "called").glob("a*.mp4")]
+    assert len(files) == (2 if writes_output else 1)
+    for file in files:
+        assert len(read_packets(file).intervals) == 12
+        assert find_click(file) == pytest.approx(0.5 - 0.1875, abs=0.012)
+
+
+def test_comfyui_keeps_the_audio_encoder_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """In half precision, without a config."""
+    folder = golden_folder(GOLDEN)
+    parts = sorted(folder.glob("diffusion_pytorch_model-*.safetensors"))
+    transformer = {key: value for file in parts for key, value in load_file(file).items()}
+    models = tmp_path / "models"
+    for name in ("diffusion_models", "text_encoders", "vae", "audio_encoders"):
+        (models / name).mkdir(parents=True)
+    save_file(transformer, models / "diffusion_models/s2v.safetensors")
+    (models / "diffusion_models/config.json").write_bytes((folder / "config.json").read_bytes())
+    (models / "text_encoders/umt5.pth").symlink_to(folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    (models / "vae/wan.pth").symlink_to(folder / "Wan2.1_VAE.pth")
+    (models / "google").symlink_to(folder / "google")
+    audio_encoder = load_file(folder / "wav2vec2-large-xlsr-53-english/model.safetensors")
+    halves = {key: value.half() for key, value in audio_encoder.items()}
+    save_file(halves, models / "audio_encoders/wav2vec2_large_english_fp16.safetensors")
+    videos = []
+    for ckpt_dir in (folder, models):
+        out = f"output.dir=out{len(videos)}"
+        assert main([*list_quick_settings(), f"ckpt_dir={ckpt_dir}", out]) == 0
+        videos.append(load_file(f"out{len(videos)}/out.safetensors")["video"])
+    # Its two heads are not in a file without a config, which takes them to be 64 wide: one here.
+    assert 0 < (videos[0] - videos[1]).abs().max() < 0.5
+
+
+def test_what_is_downloaded_has_the_audio_encoder_and_no_more_of_its_folder() -> None:
+    patterns = list_download_patterns(TASKS["s2v-14B"])
+    wav2vec2 = [pattern for pattern in patterns if pattern.startswith("wav2vec2")]
+    names = ("config.json", "model.safetensors")
+    assert wav2vec2 == [f"wav2vec2-large-xlsr-53-english/{name}" for name in names]
+    assert "config.json" in patterns
+    assert "models_clip" not in " ".join(patterns)
