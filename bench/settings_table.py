@@ -106,6 +106,7 @@ def list_overview_rows() -> Iterator[list[str]]:
             continue
         config = _read_task_config(task)
         count = f"{config.frame_num} frames" if config.frame_num > 1 else "one image"
+        count += " a clip" if task.inputs.kind == "speech" else ""
         result = f"{config.size}, {count}"
         peaks = [_plan_peak(task, preset) for preset in ("fast", "minimal")]
         link = f"[{task.name}](docs/tasks.md#{task.name.lower().replace('.', '')})"
@@ -122,6 +123,8 @@ def _list_inputs(task: Task) -> str:
     if task.inputs.folder_key is not None:
         return f"`{task.inputs.folder_key}`"
     keys = ["`prompt`", *(f"`{key}`" for key in task.inputs.file_keys)]
+    if task.inputs.is_required and (num_needed := len(task.inputs.choose_keys(()))) < len(keys) - 1:
+        keys[1 + num_needed] = f"perhaps {keys[1 + num_needed]}"
     if task.inputs.file_keys and not task.inputs.is_required:
         keys[1] = f"perhaps {keys[1]}"
     if task.inputs.alternative_keys:

@@ -17,7 +17,7 @@ from tests.test_command import reference_arguments
 from wan_dist.jobs import worker
 from wan_dist.pipeline.denoise import VideoInProgress
 from wan_dist.run import main
-from wan_dist.weights.checkpoint import Component
+from wan_dist.weights.component import Component
 
 TINY = [
     "task=toy",

@@ -34,6 +34,15 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def list_speech_settings(run: dict) -> list[str]:
+    """Return the settings of a run of speech to video."""
+    num_clip = "null" if run["num_clip"] is None else run["num_clip"]
+    return [
+        *(f"infer_frames={run['infer_frames']}", f"num_clip={num_clip}", "sync=reference"),
+        f"start_from_ref={str(run['start_from_ref']).lower()}",
+    ]
+
+
 def reference_arguments(
     folder: Path, case: str, task: str, checkpoint: Path | None = None
 ) -> list[str]:
@@ -48,6 +57,7 @@ def reference_arguments(
     )
     images = {"image": "image", "first": "first_frame", "last": "last_frame"}
     images |= {key: key for key in ("src_video", "src_ref_images", "src_root_path")}
+    images |= {key: key for key in ("audio", "pose_video") if run.get(key)}
     return [
         f"task={task}",
         f"ckpt_dir={checkpoint or folder / run.get('checkpoint', '')}",
@@ -57,7 +67,7 @@ def reference_arguments(
         f"max_area={run['max_area']}"
         if "max_area" in run
         else f"size={run['size_wh'][0]}*{run['size_wh'][1]}",
-        f"frame_num={run['frame_num']}",
+        *([f"frame_num={run['frame_num']}"] if "frame_num" in run else list_speech_settings(run)),
         f"seed={run['seed']}",
         f"sample.solver={run['solver']}",
         f"sample.steps={run['steps']}",
@@ -173,7 +183,7 @@ def test_a_finished_run_started_again_says_so(
     before = list_results(outputs)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "wan_dist.weights.checkpoint.Component.load",
+            "wan_dist.weights.component.Component.load",
             lambda *_, **__: pytest.fail("a model was loaded"),
         )
         assert main(settings) == 0
@@ -533,7 +543,6 @@ def test_a_black_video_is_never_written(
             "not to that of t2v-A14B",
         ),
         ([*TINY, "cache.threshold=0"], "cache.threshold=0.0 must be above 0, e.g. 0.05"),
-        (["task=s2v-14B"], "task s2v-14B is not supported yet"),
         (
             ["task=toy", "frame_num=abc"],
             "frame_num: Value 'abc' of type 'str' could not be converted to Integer",
@@ -576,7 +585,7 @@ def test_models_are_on_the_device_one_after_the_other(
     task: str, name: str, models: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When one is loaded, the one before is gone from memory; so it is for two experts."""
-    from wan_dist.weights.checkpoint import Component
+    from wan_dist.weights.component import Component
 
     load, alive = Component.load, []
 

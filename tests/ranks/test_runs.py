@@ -42,10 +42,12 @@ CONTROL = ("fun-control-A14B", "wan-fun/control-a14b", "ref")
 CAMERA = ("fun-camera-A14B", "wan-fun/camera-a14b", "start")
 VACE = ("vace-14B", "wan2.1-vace-files", "video_ref")
 ANIMATE, GUIDED = (("animate-14B", "wan2.2-animate", case) for case in ("replace", "guided"))
+SPEECH, POSES = (("s2v-14B", "wan2.2-s2v", case) for case in ("unipc", "pose"))
 FLF2V, I2V_A14B = ("flf2v-14B", "wan2.1-flf2v", "unipc"), ("i2v-A14B", "wan2.2-i2v-a14b", "unipc")
 
 # The models have 4 heads; token counts are 45 (t2v), 84 (odd), 72 (i2v), 84 (flf2v), 54 (i2v-A14B) and
-# 36 (ti2v). Those of VACE are 140, of Animate 48 in 4 latent frames and 72 in 6 (guided).
+# 36 (ti2v). Those of VACE are 140, of Animate 48 in 4 latent frames and 72 in 6 (guided). Those of a
+# clip of speech are 48 and 72, of which 32 are noisy, and 96 and 144 (pose).
 CASES = {
     2: [
         Case(*T2V, "parallel.ulysses=2"),
@@ -66,6 +68,8 @@ CASES = {
         Case(*VACE, "parallel.cfg=2 fsdp.dit=true"),
         Case(*CAMERA, "parallel.ulysses=2 fsdp.dit=true"),
         Case(*GUIDED, "parallel.cfg=2 fsdp.dit=true"),
+        Case(*SPEECH, "parallel.cfg=2 fsdp.dit=true"),
+        Case(*POSES, "parallel.ulysses=2"),
     ],
     3: [
         Case(*T2V, ""),
@@ -74,6 +78,7 @@ CASES = {
         Case(*VACE, "parallel.ring=3 memory.dit=stream"),
         Case(*CONTROL, "parallel.ring=3 memory.dit=disk memory.slice_tokens=5"),
         Case(*ANIMATE, "parallel.ring=3 memory.dit=stream"),
+        Case(*SPEECH, "parallel.ring=3 memory.dit=disk memory.slice_tokens=5"),
     ],
     4: [
         Case(*T2V, ""),
@@ -90,6 +95,8 @@ CASES = {
         Case(*VACE, "parallel.ring=2 parallel.ulysses=2 fsdp.dit=true"),
         Case(*CONTROL, "parallel.cfg=2 parallel.ulysses=2 fsdp.dit=true"),
         Case(*GUIDED, "parallel.ring=2 parallel.ulysses=2 memory.slice_tokens=5"),
+        Case(*SPEECH, "parallel.ulysses=4"),
+        Case(*POSES, "parallel.cfg=2 parallel.ulysses=2 fsdp.dit=true"),
     ],
 }
 

@@ -41,6 +41,8 @@ PATH_KEYS = (
     "src_face",
     "src_ref",
     "src_bg",
+    "audio",
+    "pose_video",
     "latents",
     "jobs",
     "cache.dir",

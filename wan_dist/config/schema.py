@@ -49,6 +49,7 @@ QUANTIZATIONS = ("none", "fp8", "int8", "int4")
 DEVICES = ("auto", "cuda", "cpu")
 NOISE_DEVICES = ("cpu", "cuda")
 FITS = ("stretch", "crop")
+SYNC_CHOICES = ("exact", "reference")
 NOISE_LAYOUTS = ("channels_first", "frames_first")
 _MAX_FPS = 1000
 
@@ -197,6 +198,31 @@ class RunConfig:
         Effect.LATENTS,
         is_new=True,
     )
+    audio: str | None = _key(None, "sound that the picture speaks to", Effect.LATENTS, is_new=True)
+    pose_video: str | None = _key(
+        None, "video of poses that the speaking picture takes", Effect.LATENTS, is_new=True
+    )
+    num_clip: int | None = _key(
+        None,
+        "clips of a speaking picture at most; null: all of the sound",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    infer_frames: int = _key(
+        80, "frames of a clip of a speaking picture, a multiple of 4", Effect.LATENTS, is_new=True
+    )
+    start_from_ref: bool = _key(
+        False,
+        "begin the video of a speaking picture with the picture itself",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    sync: str = _key(
+        "exact",
+        "times of a speaking picture's sound and poses: exact, or reference, whose picture is 187.5 ms early",
+        Effect.RESULT,
+        is_new=True,
+    )
     context_scale: float = _key(
         1.0, "how strongly src_video and src_ref_images steer", Effect.LATENTS, is_new=True
     )
@@ -284,6 +310,7 @@ class RunConfig:
         check_choice("device", self.device, DEVICES)
         check_choice("noise_device", self.noise_device, NOISE_DEVICES)
         check_choice("fit", self.fit, FITS)
+        check_choice("sync", self.sync, SYNC_CHOICES)
         check_choice("noise_layout", self.noise_layout, NOISE_LAYOUTS)
         check_choice("lora_unmatched", self.lora_unmatched, UNMATCHED_CHOICES)
         list_given_loras(self)

@@ -15,6 +15,15 @@ class AnimateSettings(NamedTuple):
     refert_num: int
 
 
+class SpeechSettings(NamedTuple):
+    """Settings that only tasks with a speaking picture have."""
+
+    num_clip: int | None
+    infer_frames: int
+    start_from_ref: bool
+    sync: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class VideoSettings:
     """What is requested of a video's frames."""
@@ -32,6 +41,7 @@ class VideoSettings:
     fit: str
     fps: int
     animate: AnimateSettings
+    speech: SpeechSettings
     latents_file: str | None
     """Saved latents, which have their own size and number of frames."""
 
@@ -53,6 +63,9 @@ def collect_video_settings(config: RunConfig, input_files: dict[str, str]) -> Vi
             config.replace_flag,
             config.use_relighting_lora,
             config.refert_num,
+        ),
+        speech=SpeechSettings(
+            config.num_clip, config.infer_frames, config.start_from_ref, config.sync
         ),
         latents_file=config.latents,
     )

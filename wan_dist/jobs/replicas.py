@@ -95,11 +95,14 @@ def _get_memory_key(config: RunConfig) -> tuple[object, ...]:
     # A source video decides on the number of frames.
     source_settings = (config.src_video, config.src_mask, config.src_ref_images)
     driving_settings = (config.src_root_path, config.src_pose, config.refert_num)
+    # So do the sound and its clips.
+    speech_settings = (config.audio, config.num_clip, config.infer_frames, config.start_from_ref)
     model_settings = repr(read_settings(config, LOADING))
     return (
         *video_settings,
         *source_settings,
         *driving_settings,
+        *speech_settings,
         model_settings,
         _is_guided(config),
         repr(config.cache),

@@ -297,7 +297,7 @@ class JobWorker:
 
     def finish_job(self, job: PlannedJob, video: VideoInProgress) -> None:
         """Release, count and announce a job that is done, and update the page."""
-        add_contact_sheet(video.result_file, video.plan.num_frames)
+        add_contact_sheet(video.result_file, video.plan.num_shown_frames)
         self.queue.finish_job(job, "done")
         seconds = round(time.time() - video.report.began, 1)
         step_seconds = video.report.record.step_seconds

@@ -2,6 +2,8 @@
 
 import itertools
 from dataclasses import dataclass, field
+from math import prod
+from operator import mul
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,14 @@ class TransformerDims:
     """Blocks after which a block of Animate's face adapter runs; none without it."""
     pose_dim: int = field(default=0, repr=False)
     """Channels of a pose video's latents, whose tokens are added to the video's; 0: none."""
+    audio_layers: tuple[int, ...] = field(default=(), repr=False)
+    """Blocks after which audio is added (arXiv:2508.18621); none without audio."""
+    audio_dim: int = field(default=0, repr=False)
+    """Width of the audio features."""
+    num_audio_states: int = field(default=0, repr=False)
+    """Layers of the audio model whose outputs are the features."""
+    num_audio_tokens: int = field(default=0, repr=False)
+    """Tokens that audio is encoded to for each latent frame, without a learned one."""
 
     @property
     def head_dim(self) -> int:
@@ -189,6 +199,41 @@ class FaceEncoderDims:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AudioEncoderDims:
+    """Hyperparameters of wav2vec2, with a norm after each convolution and one before each sub-layer."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    conv_dims: tuple[int, ...]
+    conv_kernels: tuple[int, ...]
+    conv_strides: tuple[int, ...]
+    position_taps: int
+    """Steps that the convolution of positions spans."""
+    position_groups: int
+    eps: float = 1e-5
+
+    @property
+    def step_samples(self) -> int:
+        """Samples between two steps."""
+        return prod(self.conv_strides)
+
+    @property
+    def window_samples(self) -> int:
+        """Samples that a step depends on before the first layer."""
+        strides = itertools.accumulate(self.conv_strides, mul, initial=1)
+        return 1 + sum(
+            (kernel - 1) * stride
+            for kernel, stride in zip(self.conv_kernels, strides, strict=False)
+        )
+
+    def count_steps(self, num_samples: int) -> int:
+        """Return the steps that so many samples give."""
+        return max(0, (num_samples - self.window_samples) // self.step_samples + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelDims:
     """Hyperparameters of all models of a checkpoint."""
 
@@ -196,4 +241,5 @@ class ModelDims:
     text_encoder: TextEncoderDims
     image_encoder: ImageEncoderDims | None = None
     face_encoder: FaceEncoderDims | None = None
+    audio_encoder: AudioEncoderDims | None = None
     vae: VaeDims

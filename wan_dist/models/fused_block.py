@@ -13,6 +13,7 @@ from wan_dist.models.attention.cross import cross_attend
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.attention.sla import SlaAttention
 from wan_dist.models.attention.vsa import VsaAttention
+from wan_dist.models.audio_projection import AudioContext
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels.transformer_ops import (
     Fp8Tokens,
@@ -46,6 +47,8 @@ class ContextKV:
     """(T, n, D): vectors of the driving face in each latent frame, for Animate's face adapter."""
     skipped_layer: int | None = None
     """Block that is left out for this context, as Animate-2 does for the negative prompt."""
+    audio: Sequence[AudioContext] = ()
+    """What each injection of audio takes, for a model with audio."""
 
     def select_block(self, index: int) -> tuple[Tensor, ...]:
         """Return the block's k and v of the text, then those of the images if there are any."""

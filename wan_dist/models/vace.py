@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from wan_dist.models.animate import AnimateTransformer
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_block import FusedBlock
@@ -124,13 +123,3 @@ class VaceTransformer(FusedTransformer):
         rotary = self.compute_rotary(latents)
         own_tokens, _, _ = self.sequence.split(tokens, rotary, (tokens.shape[1],))
         return own_tokens
-
-
-def build_transformer(
-    dims: TransformerDims, dtype: torch.dtype, inner_attention: InnerAttention | None = None
-) -> FusedTransformer:
-    """Return a transformer of these dims, with a side branch or a face adapter if they have one."""
-    if dims.face_layers:
-        return AnimateTransformer(dims, dtype, inner_attention)
-    transformer_class = VaceTransformer if dims.vace_layers else FusedTransformer
-    return transformer_class(dims, dtype, inner_attention)

@@ -23,7 +23,7 @@ def describe_video(record: VideoRecord, plan: VideoPlan) -> None:
     record.seed = plan.seed
     record.width = plan.width
     record.height = plan.height
-    record.num_frames = plan.num_frames
+    record.num_frames = plan.num_shown_frames
     if plan.num_clips > 1:
         record.num_clips = plan.num_clips
     record.fps = plan.fps

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from wan_dist.config.output_section import OutputConfig
 from wan_dist.config.video_formats import VIDEO_FORMATS, VideoFormat
@@ -12,7 +13,16 @@ from wan_dist.runtime.ffmpeg import FfmpegError, find_ffmpeg, list_encoders, rea
 ENCODER_ENVIRONMENT = {"SVT_LOG": "1"}
 """SVT-AV1 writes errors alone to standard error."""
 
+_LOSSY_AUDIO_ENCODERS = ("aac", "libopus")
 _ADVICE = "Unset IMAGEIO_FFMPEG_EXE: the package imageio-ffmpeg brings a full one"
+
+
+class SoundTrack(NamedTuple):
+    """Sound of a video: what of a file is played from its first frame on."""
+
+    file: Path
+    start_seconds: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -25,12 +35,14 @@ class VideoEncoding:
     """None: the format's default."""
     audio: Path | None = None
     """File whose sound is laid under the video; what is longer than the video is cut off."""
+    track: SoundTrack | None = None
+    """Part of a file's sound that the video was made for, where no other is given."""
 
     @classmethod
-    def from_config(cls, output: OutputConfig) -> "VideoEncoding":
+    def from_config(cls, output: OutputConfig, track: SoundTrack | None = None) -> "VideoEncoding":
         """Return the encoding that the settings ask for."""
         audio = None if output.audio is None else Path(output.audio).expanduser()
-        return cls(output.video, output.crf, audio)
+        return cls(output.video, output.crf, audio, track)
 
     @property
     def format(self) -> VideoFormat:
@@ -89,6 +101,10 @@ class VideoEncoding:
             inputs += ["-t", f"{num_frames / fps:.6f}", "-i", str(self.audio.absolute())]
             outputs += ["-map", f"{1 if comment_file is None else 2}:a:0"]
             outputs += self._choose_audio_options()
+        elif self.track is not None:
+            inputs += ["-i", str(self.track.file.absolute())]
+            outputs += ["-map", f"{1 if comment_file is None else 2}:a:0"]
+            outputs += self._list_track_options(self.track)
         return [
             *(find_ffmpeg(), "-y", "-loglevel", "error"),
             *inputs,
@@ -108,6 +124,17 @@ class VideoEncoding:
             *(() if video_format.is_rgb else ("-colorspace", "bt709")),
             *video_format.options,
         ]
+
+    def _list_track_options(self, track: SoundTrack) -> list[str]:
+        """Return the options that cut a part of the sound and encode it."""
+        # Cut by samples; a file that begins later or has gaps keeps its times.
+        end = track.start_seconds + track.seconds
+        cut = (
+            f"aresample=async=1:first_pts=0,atrim={track.start_seconds}:{end},asetpts=PTS-STARTPTS"
+        )
+        encoder = self.format.audio_encoder
+        bit_rate = ("-b:a", "192k") if encoder in _LOSSY_AUDIO_ENCODERS else ()
+        return ["-af", cut, "-c:a", encoder, *bit_rate]
 
     def _choose_audio_options(self) -> list[str]:
         """Return the options that copy the sound, or encode what the container does not take."""

@@ -21,9 +21,10 @@ def make_clips(video: VideoInProgress) -> Iterator[tuple[VideoInProgress, Tensor
     The caller decodes and writes a clip before it requests the next one.
     """
     try:
-        yield video, make_latents(video)
+        clip = video
+        yield clip, make_latents(clip)
         for clip_index in range(1, video.plan.num_clips):
-            begin_clip = partial(_begin_clip, video, clip_index)
+            begin_clip = partial(_begin_clip, video, clip_index, clip.first_frames)
             clip = video.session.run_together(begin_clip, "begin a clip")
             yield clip, make_latents(clip)
     except BaseException:
@@ -31,24 +32,30 @@ def make_clips(video: VideoInProgress) -> Iterator[tuple[VideoInProgress, Tensor
         raise
 
 
-def _begin_clip(video: VideoInProgress, clip_index: int) -> VideoInProgress:
+def _begin_clip(
+    video: VideoInProgress, clip_index: int, earlier_frames: Tensor | None
+) -> VideoInProgress:
     """Return the next clip, with its saved progress restored.
 
-    The frames that it starts from go to every rank as the decoder's float32: the 8 bits of the video file
-    would lose precision.
+    ``earlier_frames`` are those that the clip before it started from, and count where clips are shorter than
+    what they start from. All go to every rank as the decoder's float32: the 8 bits of the video file would
+    lose precision.
     """
     axis, device = video.session.groups.replica, video.session.device
     first_frames = cast(Tensor, broadcast(video.writer.last_frames, axis, device)).cpu()
+    if earlier_frames is not None:
+        num_frames = video.plan.num_repeated_frames
+        first_frames = torch.cat([earlier_frames, first_frames], dim=1)[:, -num_frames:]
     video.resume_state.begin_clip(clip_index, axis, device)
     # An image that the first clip starts from is not used again, but a character's is.
-    images = video.plan.images if video.plan.num_reference_frames else ()
+    images = () if video.plan.task.inputs.takes_clips else video.plan.images
     plan = replace(video.plan, clip_index=clip_index, images=images)
     logger.log(
         video.report.log_level,
         "clip      %d of %d, from frame %d",
         clip_index + 1,
         plan.num_clips,
-        plan.first_frame_index + 1,
+        plan.first_frame_index + plan.new_frames.start + 1,
     )
     return replace(
         video,

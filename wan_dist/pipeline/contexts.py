@@ -8,6 +8,7 @@ from wan_dist.models.control import ControlTokens
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import all_gather
+from wan_dist.pipeline.audio_contexts import project_audio
 from wan_dist.pipeline.model_cache import ModelCache
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.session import Session
@@ -87,7 +88,9 @@ def project_contexts(
         if not session.model_cache.is_persistent:
             free_memory()
     faces = (conditioning.face, conditioning.negative_face)
+    sounds = project_audio(session, conditioning, report, is_streamed=is_streamed)
     key_values = [
-        ContextKV(text, image_kv, face) for text, face in zip(text_kvs, faces, strict=False)
+        ContextKV(text, image_kv, face, audio=sound)
+        for text, face, sound in zip(text_kvs, faces, sounds or ([], []), strict=False)
     ]
     return ProjectedContexts(key_values, control)

@@ -83,9 +83,12 @@ def make_latents(video: VideoInProgress) -> Tensor:
             lambda: read_latents(video.latents_file).to(session.device), "read the latents"
         )
     latents = resume_state.progress.latents
-    if latents is None or resume_state.progress.num_done < video.config.sample.steps:
+    num_latents = video.plan.num_video_latents
+    is_complete = latents is not None and latents.shape[1] >= num_latents
+    if not is_complete or resume_state.progress.num_done < video.config.sample.steps:
         latents = _denoise_with_fallback(video)
-    latents = latents[:, -video.plan.num_video_latents :].contiguous()  # without reference images
+    assert latents is not None
+    latents = latents[:, -num_latents:].contiguous()  # without reference images
     session.run_together(
         lambda: _save_latents(video, latents), "save the latents", uses_collectives=False
     )
@@ -108,6 +111,8 @@ def read_latents(file: Path) -> Tensor:
 def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
     """Return the latents (C, T, h, w), float32, on every rank; models not cached are off the device then.
 
+    Latent frames that decoding depends on are before them.
+
     Resumes from saved progress and, where memory ran out on one of several ranks, from the last completed
     step, with an arrangement that needs less memory. Raises PreemptionInterrupt after a step when this or
     another rank was requested to stop.
@@ -127,6 +132,9 @@ def _denoise_with_fallback(video: VideoInProgress) -> Tensor:
             lambda: video.resume_state.synchronize_progress(session.groups.replica, session.device),
             "continue from the same step",
         )
+    context = conditioning.picture if conditioning.history is None else conditioning.history
+    if context is not None:  # decoding the clip depends on it
+        latents = torch.cat([context.to(latents), latents], dim=2)
     return latents.squeeze(0)
 
 

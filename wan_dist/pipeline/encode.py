@@ -8,7 +8,7 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast
-from wan_dist.pipeline.conditioning import animate, fun, image, known_first_frame, vace
+from wan_dist.pipeline.conditioning import animate, fun, image, known_first_frame, speech, vace
 from wan_dist.pipeline.input_cache import InputCache
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.text_embeddings import embed_prompts
@@ -25,6 +25,7 @@ INPUT_ENCODERS: dict[str, InputEncoder] = {
     "vace": vace.encode_inputs,
     "fun": fun.encode_inputs,
     "animate": animate.encode_inputs,
+    "speech": speech.encode_inputs,
 }
 """By the kind of a task's inputs; each returns fields of `Conditioning`, at least on the first rank.
 
@@ -75,7 +76,7 @@ def encode_conditioning(
         return {name: embeddings[text].to(report.device) for name, text in prompts.items()}
 
     conditioning_tensors = session.run_together(encode_prompts, "encode the prompt")
-    if first_frames is not None:
+    if first_frames is not None or plan.speech is not None:
         encode_inputs = INPUT_ENCODERS[plan.task.inputs.kind]
         conditioning_tensors |= encode_inputs(session, config, plan, report, first_frames)
     elif plan.images or plan.task.inputs.is_always_encoded:

@@ -14,6 +14,7 @@ from wan_dist.models.dims import TransformerDims
 from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
 from wan_dist.models.gguf_linear import compress_blocks
 from wan_dist.models.kernels.quantized_linear import quantize_blocks
+from wan_dist.models.speech import ClipInputs, SpeechTransformer
 from wan_dist.models.vace import VaceTransformer
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.apply import parallelize_transformer
@@ -235,6 +236,11 @@ class ExpertPredictor:
                 None if model_cache.is_persistent else num_rounds,
             ),
         )
+        if isinstance(model, SpeechTransformer):
+            assert self.conditioning.picture is not None
+            model.clip_inputs = ClipInputs(
+                self.conditioning.picture, self.conditioning.history, self.conditioning.pose
+            )
         timestep_rows = self._list_timestep_rows(model.dims)
         if not arrangement.shard_dit and not model.has_time_embeddings(timestep_rows):
             # The model was cached by a video with other timesteps.

@@ -62,6 +62,8 @@ class Session:
     model_cache: ModelCache = field(default_factory=ModelCache)
     prompt_embeddings: dict[str, Tensor] = field(default_factory=dict)
     """Embeddings (n, text_dim) of prompts in no prompt cache, on the CPU of the replica's first rank."""
+    audio_features: dict[str, Tensor] = field(default_factory=dict)
+    """Features (1, layers, D, frames) of the last sound, on the CPU of that rank, by what they depend on."""
     prompt_cache: PromptCache | None = None
     """Cache of a batch's other embeddings, on that rank too."""
     shared_prompt_cache: PromptCache | None = None

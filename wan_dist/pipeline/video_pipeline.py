@@ -19,7 +19,9 @@ from wan_dist.config.typed_settings import check_setting, format_override
 from wan_dist.output.locks import ResultLocks
 from wan_dist.output.output_check import check_output_folder, estimate_output
 from wan_dist.output.record import VideoRecord
+from wan_dist.output.result_writer import find_sound_track
 from wan_dist.output.stage_report import StageReport
+from wan_dist.output.video_encoding import SoundTrack, VideoEncoding
 from wan_dist.output.video_file import convert_to_uint8, save_image, save_video
 from wan_dist.parallel.local_gpu import find_gpu_bytes, find_gpu_id
 from wan_dist.parallel.mesh import make_process_groups, process_group_session
@@ -63,6 +65,8 @@ class GeneratedVideo:
     record: VideoRecord
     """Settings, seed, seconds and memory of each stage."""
     fps: int
+    sound: SoundTrack | None = None
+    """Sound of the video's file, which ends with it."""
 
     def save(self, file: str | Path) -> None:
         """Write an .mp4 (H.264), or a .png of a single frame.
@@ -81,7 +85,12 @@ class GeneratedVideo:
         if path.suffix == ".png":
             save_image(path, frames[0])
         else:
-            save_video(path, iter([frames]), fps=self.fps, num_frames=len(frames))
+            if self.sound is not None:
+                frames = frames[: round(self.sound.seconds * self.fps)]
+            encoding = VideoEncoding(track=self.sound)
+            save_video(
+                path, iter([frames]), fps=self.fps, num_frames=len(frames), encoding=encoding
+            )
 
 
 class VideoPipeline:
@@ -203,7 +212,8 @@ class VideoPipeline:
             resume_state = ResumeState(folder, config, plan, session.weights_digests, locks=locks)
             video = prepare_video(session, config, plan, report, resume_state, quiet=True)
             video = replace(video, keeps_floats=config.output.format.bits > 8)
-            clip_frames, clip_latents = [], []
+            clip_frames: list[Tensor] = []
+            clip_latents: list[Tensor] = []
             for clip, latents in make_clips(video):
                 frame_chunks = decode_to_host(clip, latents)
                 self._finish_clip(clip, latents, frame_chunks, writes_output=writes_output)
@@ -216,6 +226,7 @@ class VideoPipeline:
             torch.cat(clip_latents, dim=1),
             report.build_record(),
             plan.fps,
+            find_sound_track(plan),
         )
 
     def _finish_clip(

@@ -35,7 +35,7 @@ def estimate_embedding_bytes(workload: Workload, num_own_tokens: int, side_bytes
     of VACE's side branch, if there is one.
     """
     dims = workload.model_dims.transformer
-    num_embedded = 2 * workload.num_tokens if dims.pose_dim else 0
+    num_embedded = 2 * workload.num_tokens if dims.pose_dim or dims.audio_layers else 0
     is_spread = workload.num_sequence_parts > 1
     if is_spread:
         num_embedded += workload.num_tokens * (1 + bool(dims.ref_conv_in_dim)) + num_own_tokens

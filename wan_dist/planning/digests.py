@@ -79,6 +79,8 @@ def compute_latents_digest(
         depends_on["camera"] = _compute_file_digest("camera", camera)
     if isinstance(plan.task.inputs, FunInputs) and plan.source is not None:
         depends_on["frames"] = plan.source.frame_indices  # fps decides on them
+    if plan.speech is not None and plan.speech.pose is not None:
+        depends_on["sync"] = plan.speech.is_exact  # else only what is made of the latents does
     # A random seed is drawn anew by each submission, but not when Slurm requeues it; for a job, once for its
     # line of the file of jobs.
     if settings["seed"] == -1 and not is_job:

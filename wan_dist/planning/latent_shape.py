@@ -1,9 +1,10 @@
 """Shape of a video's latents, and the number of its tokens, from sizes alone; no torch."""
 
-from math import prod
+from dataclasses import replace
 
 from wan_dist.models.dims import TransformerDims
 from wan_dist.planning.video_input import VideoInput
+from wan_dist.planning.workload import Workload
 from wan_dist.tasks.base import Task
 
 
@@ -17,9 +18,37 @@ def compute_latent_shape(video: VideoInput, task: Task) -> tuple[int, int, int, 
     return task.latent_channels, latent_frames, rows, columns
 
 
-def count_latent_tokens(latent_shape: tuple[int, int, int, int], dims: TransformerDims) -> int:
-    """Return the number of tokens of latents (C, T, h, w), and of the reference image before them."""
-    num_frames, *sizes = (
+def count_latent_tokens(
+    latent_shape: tuple[int, int, int, int], dims: TransformerDims, num_context_latents: int = 0
+) -> int:
+    """Return the number of tokens of latents (C, T, h, w), of a reference image and of the frames before.
+
+    ``num_context_latents``: latent frames before a clip of speech to video; its 19 are one frame, a quarter
+    and four sixteenths, see `models.speech.FramePacker`.
+    """
+    num_frames, rows, columns = (
         size // patch for size, patch in zip(latent_shape[1:], dims.patch, strict=True)
     )
-    return (num_frames + bool(dims.ref_conv_in_dim)) * prod(sizes)
+    num_references = bool(dims.ref_conv_in_dim) + bool(dims.audio_layers)
+    num_tokens = (num_frames + num_references) * rows * columns
+    if num_context_latents > 1:
+        num_tokens += sum(
+            num_packed * (rows // factor) * (columns // factor)
+            for num_packed, factor in ((1, 1), (1, 2), (4, 4))
+        )
+    return num_tokens
+
+
+def shorten_workload_frames(workload: Workload, num_fewer_frames: int) -> Workload | None:
+    """Return the workload with ``num_fewer_frames`` latent frames fewer, None if none would be left."""
+    channels, num_frames, rows, columns = workload.latent_shape
+    if num_fewer_frames >= num_frames - workload.num_reference_frames:
+        return None
+    latent_shape = (channels, num_frames - num_fewer_frames, rows, columns)
+    return replace(
+        workload,
+        latent_shape=latent_shape,
+        num_tokens=count_latent_tokens(
+            latent_shape, workload.model_dims.transformer, workload.num_context_latents
+        ),
+    )

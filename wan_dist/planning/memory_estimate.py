@@ -5,12 +5,19 @@ the code. bench/NOTES.md compares predictions with measured peaks.
 """
 
 from dataclasses import dataclass, field, replace
-from math import prod
 
 from wan_dist.models.dims import ImageEncoderDims
+from wan_dist.planning.activation_memory import (
+    estimate_activation_bytes,
+    estimate_context_bytes,
+)
+from wan_dist.planning.audio_memory import (
+    list_clip_parts,
+    list_encoder_parts,
+    list_projection_parts,
+)
 from wan_dist.planning.control_memory import (
     estimate_control_bytes,
-    estimate_embedding_bytes,
     list_camera_parts,
 )
 from wan_dist.planning.face_memory import list_face_parts
@@ -35,20 +42,6 @@ STREAMED_BLOCKS = 2
 """Blocks of a streamed model on the device."""
 STAGED_BLOCKS = 3
 """Blocks of a streamed model on the host where they are read from disk."""
-QUANTIZED_ROWS_PER_CHUNK = 1024
-"""Rows in float32 at once in quantising and dequantising; as in models/kernels/quantized_linear.py."""
-FLOAT32_CHUNK_TOKENS = 4096
-"""Tokens that are in float32 at once; as in models/kernels/transformer_ops.py."""
-SCORE_BYTES = 2**26
-"""Bytes of the scores in memory at once where a ring attends by plain arithmetic; keys take as much at most.
-
-As in models/attention/log_sum_exp.py.
-"""
-GATHERED_BYTES = 2 * 2**28
-"""Bytes of keys and values that sparse attention gathers at once, and of as much beside them.
-
-As in models/attention/block_sparse.py.
-"""
 PROCESS_HOST_BYTES = {True: int(1.15 * GIB), False: int(0.2 * GIB)}
 """Host memory of any process, by whether it has a GPU: interpreter and libraries, with a GPU its driver."""
 NCCL_HOST_BYTES = {True: int(0.35 * GIB), False: 0}
@@ -84,53 +77,6 @@ class StageMemory:
         return sum(self.host_parts.values())
 
 
-def estimate_context_bytes(workload: Workload) -> tuple[int, int]:
-    """Return the bytes of cross-attention's keys and values in all blocks.
-
-    The first is of all prompts, the second of those that one rank computes with.
-    """
-    dims = workload.model_dims.transformer
-    context_lengths = [length + 1 for length in workload.text_lengths]
-    num_image_tokens = 257 * workload.num_images if dims.image_dim else 0
-    bytes_per_token = len(dims.context_block_names) * 2 * dims.dim * workload.itemsize
-    num_all_tokens = sum(context_lengths)
-    num_own_tokens = max(context_lengths) if workload.cfg_degree == 2 else num_all_tokens
-    return (
-        (num_all_tokens + num_image_tokens) * bytes_per_token,
-        (num_own_tokens + num_image_tokens) * bytes_per_token,
-    )
-
-
-def estimate_activation_bytes(workload: Workload, arrangement: Arrangement) -> int:
-    """Return the bytes of a denoising step's activations at their peak, on one rank."""
-    dims, itemsize = workload.model_dims.transformer, workload.itemsize
-    num_tokens = -(-workload.num_tokens // workload.num_sequence_parts)
-    slice_tokens = min(arrangement.slice_tokens or num_tokens, num_tokens)
-    hidden_bytes = num_tokens * dims.dim * itemsize
-    num_branches = 1 if workload.cfg_degree == 2 else len(workload.text_lengths)
-    runs_apart = arrangement.passes == "apart"
-    residual_bytes = hidden_bytes * (1 if runs_apart else num_branches)
-    if dims.vace_layers:  # the side branch has as many streams
-        residual_bytes *= 2
-    if workload.has_step_cache:
-        # The tokens before the blocks, and with passes apart, what was added in the other pass.
-        residual_bytes += hidden_bytes * (num_branches if runs_apart else 1)
-    attention_bytes = _estimate_attention_bytes(workload, num_tokens, slice_tokens)
-    feed_forward_bytes = slice_tokens * (2 * dims.dim + dims.ffn_dim) * itemsize
-    if workload.quant == "fp8":
-        feed_forward_bytes += (
-            slice_tokens * dims.ffn_dim + 2 * QUANTIZED_ROWS_PER_CHUNK * dims.ffn_dim * FLOAT_BYTES
-        )
-    head_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, num_tokens) * dims.dim * FLOAT_BYTES
-    # The noise, the solver's latents, images; the VACE context or poses, also beside the latents.
-    num_steering_channels = dims.vace_in_dim + dims.pose_dim
-    num_latents = 6 + dims.in_dim // dims.out_dim + 4 * num_steering_channels // dims.out_dim
-    latent_bytes = prod(workload.latent_shape) * FLOAT_BYTES * num_latents
-    embedding_bytes = estimate_embedding_bytes(workload, num_tokens, residual_bytes)
-    block_bytes = residual_bytes + max(attention_bytes, feed_forward_bytes, head_bytes)
-    return max(block_bytes, embedding_bytes) + latent_bytes
-
-
 def estimate_step_bytes(workload: Workload, arrangement: Arrangement) -> int:
     """Return the bytes that a denoising step takes on one rank beside weights and contexts."""
     return estimate_activation_bytes(workload, arrangement) + _estimate_workspace_bytes(
@@ -149,33 +95,6 @@ def _estimate_workspace_bytes(workload: Workload, arrangement: Arrangement) -> i
     return compressed.decoded_bytes + DECODING_BYTES + merging_bytes
 
 
-def _estimate_attention_bytes(workload: Workload, num_tokens: int, slice_tokens: int) -> int:
-    """Return the bytes of self-attention at its peak, for a rank's ``num_tokens``, in slices."""
-    dims, itemsize = workload.model_dims.transformer, workload.itemsize
-    hidden_bytes = num_tokens * dims.dim * itemsize
-    chunk_bytes = 4 * min(FLOAT32_CHUNK_TOKENS, slice_tokens) * dims.dim * FLOAT_BYTES
-    if dims.has_sla or dims.has_vsa:
-        chunk_bytes += GATHERED_BYTES + dims.has_vsa * hidden_bytes
-    if slice_tokens < num_tokens and workload.num_sequence_parts == 1 and not dims.has_vsa:
-        # k and v of all tokens, then q slice by slice.
-        eight_bit_values = (2 * num_tokens + slice_tokens) * dims.dim * workload.has_8bit_attention
-        return (
-            2 * hidden_bytes
-            + 3 * slice_tokens * dims.dim * itemsize
-            + max(chunk_bytes, eight_bit_values)
-        )
-    # Ulysses: q, k and v as they are sent, and as they are received; a ring: k and v that are sent and
-    # received, the sums in float32, a part of the scores and keys.
-    is_split = workload.num_sequence_parts > 1
-    exchange_bytes = 6 * hidden_bytes + 2 * SCORE_BYTES if is_split else 0
-    eight_bit_bytes = 3 * num_tokens * dims.dim if workload.has_8bit_attention else 0
-    return (
-        4 * hidden_bytes
-        + num_tokens * dims.num_heads * FLOAT_BYTES
-        + max(exchange_bytes, chunk_bytes, eight_bit_bytes)
-    )
-
-
 def estimate_memory(workload: Workload, arrangement: Arrangement) -> list[StageMemory]:
     """Return the memory of each stage, in the order of a run.
 
@@ -189,11 +108,16 @@ def estimate_memory(workload: Workload, arrangement: Arrangement) -> list[StageM
         stages.append(_estimate_look_stage(image_encoder, arrangement, process_parts))
     if (face_encoder := workload.model_dims.face_encoder) is not None:
         stages.append(StageMemory("face", list_face_parts(face_encoder), process_parts))
+    if (audio_encoder := workload.model_dims.audio_encoder) is not None:
+        listen_parts = list_encoder_parts(audio_encoder, workload.num_audio_samples)
+        stages.append(StageMemory("listen", {}, process_parts | listen_parts))
+        later_process_parts |= list_clip_parts(workload)
     if workload.has_encoded_input:
         process_parts = later_process_parts
         stages.append(_estimate_vae_stage(workload, arrangement.image, "image", process_parts))
     stages += [
         _estimate_context_stage(workload, arrangement, process_parts),
+        *_list_audio_stages(workload, arrangement, process_parts),
         _estimate_load_stage(workload, arrangement, process_parts),
         _estimate_denoise_stage(workload, arrangement, process_parts),
         _estimate_vae_stage(workload, arrangement.vae, "decode", later_process_parts),
@@ -271,6 +195,18 @@ def _estimate_context_stage(
     }
     gpu_parts |= _list_merging_parts(workload, arrangement) | list_camera_parts(workload)
     return StageMemory("context", gpu_parts, process_parts | staging_parts)
+
+
+def _list_audio_stages(
+    workload: Workload, arrangement: Arrangement, process_parts: dict[str, int]
+) -> list[StageMemory]:
+    """Return the stage that projects a clip's sound, none without."""
+    if not workload.model_dims.transformer.audio_layers:
+        return []
+    is_resident = arrangement.dit == "resident"
+    gpu_parts = list_projection_parts(workload, is_resident=is_resident)
+    gpu_parts |= _list_merging_parts(workload, arrangement)
+    return [StageMemory("audio", gpu_parts, process_parts)]
 
 
 def _list_merging_parts(workload: Workload, arrangement: Arrangement) -> dict[str, int]:

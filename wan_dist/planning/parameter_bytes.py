@@ -15,7 +15,9 @@ def count_block_bytes(dims: TransformerDims, itemsize: int, quant: str = "none")
 
     The projection to cross-attention's keys and values is left out: see `count_context_block_bytes`.
     """
-    return _count_block_bytes(dims, itemsize, quant, num_projections=2 if dims.vace_layers else 0)
+    return _count_block_bytes(
+        dims, itemsize, quant, num_projections=2 if dims.vace_layers or dims.audio_layers else 0
+    )
 
 
 def _count_block_bytes(
@@ -23,7 +25,8 @@ def _count_block_bytes(
 ) -> int:
     """Return the bytes of a block's linear layers, and its vectors (norms, modulation) in float32.
 
-    VACE's blocks have projections of their input and output besides.
+    VACE's blocks have projections of their input and output besides, injections of audio have one of q and
+    one of what they add, and a norm.
     """
     d, f = dims.dim, dims.ffn_dim
     num_rows, num_weights = 7 * d + f, 6 * d * d + 2 * d * f
@@ -32,7 +35,8 @@ def _count_block_bytes(
     num_rows += num_projections * d
     num_weights += num_projections * d * d
     weight_bytes = _count_weight_bytes(num_weights, num_rows, itemsize, quant)
-    vector_bytes = num_rows * itemsize + (2 * d + d + 2 * d + 6 * d) * FLOAT_BYTES
+    num_vectors = 2 + 1 + 2 + 6 + (num_projections > 0 and bool(dims.audio_layers))
+    vector_bytes = num_rows * itemsize + num_vectors * d * FLOAT_BYTES
     return weight_bytes + vector_bytes + sla_bytes
 
 
@@ -64,6 +68,7 @@ def _count_named_block_bytes(name: str, dims: TransformerDims, itemsize: int, qu
         vector_bytes = num_rows * itemsize + 2 * dims.head_dim * FLOAT_BYTES
         return _count_weight_bytes(num_rows * dims.dim, num_rows, itemsize, quant) + vector_bytes
     num_projections = name.startswith("vace") + (name == "vace_blocks.0")
+    num_projections += 2 * (name in {f"blocks.{layer}" for layer in dims.audio_layers})
     return _count_block_bytes(dims, itemsize, quant, num_projections)
 
 
@@ -84,11 +89,18 @@ def count_transformer_bytes(dims: TransformerDims, itemsize: int, quant: str = "
     """Return the bytes of a transformer without its context projection (see `count_projection_bytes`)."""
     patch_volume = prod(dims.patch)
     num_head_parameters = (dims.dim + 1) * patch_volume * dims.out_dim + 2 * dims.dim
+    num_speech_rows = 0
+    if (
+        dims.audio_layers
+    ):  # patches of poses, and of frames before a clip in three sizes; kinds of tokens
+        factors = (1, 1, 2, 4)
+        num_speech_rows = sum(dims.in_dim * patch_volume * f**3 + 1 for f in factors) + 3
     return (
         count_all_blocks_bytes(dims, itemsize, quant)
         + (dims.in_dim * patch_volume + 1) * dims.dim * itemsize
         + (dims.vace_in_dim * patch_volume + bool(dims.vace_in_dim)) * dims.dim * itemsize
         + (dims.pose_dim * patch_volume + bool(dims.pose_dim)) * dims.dim * itemsize
+        + num_speech_rows * dims.dim * itemsize
         + count_time_embedding_bytes(dims)
         + num_head_parameters * FLOAT_BYTES
     )

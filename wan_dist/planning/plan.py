@@ -28,7 +28,11 @@ from wan_dist.planning.few_steps import advise_on_steps
 from wan_dist.planning.file_names import name_result
 from wan_dist.planning.gguf_memory import describe_weights, read_compressed_blocks
 from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.latent_shape import compute_latent_shape, count_latent_tokens
+from wan_dist.planning.latent_shape import (
+    compute_latent_shape,
+    count_latent_tokens,
+    shorten_workload_frames,
+)
 from wan_dist.planning.lora_memory import estimate_merging_bytes
 from wan_dist.planning.memory_estimate import StageMemory, estimate_memory
 from wan_dist.planning.memory_planner import (
@@ -38,16 +42,16 @@ from wan_dist.planning.memory_planner import (
     compute_budget,
 )
 from wan_dist.planning.sampling_plan import SamplingPlan, plan_sampling
+from wan_dist.planning.size_advice import advise_on_size
 from wan_dist.planning.still_output import check_still_output
+from wan_dist.planning.texts import read_negative_prompt, read_prompt
 from wan_dist.planning.video_settings import (
     check_models_take_inputs,
     choose_tea_fit,
-    read_text_setting,
     read_video_input,
 )
 from wan_dist.planning.workload import Arrangement, CompressedBlocks, Workload
 from wan_dist.runtime.environment import read_rank_layout
-from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.animate import DrivingVideo
 from wan_dist.tasks.base import Task, TeaCacheFit
 from wan_dist.tasks.camera import CameraPath
@@ -55,6 +59,7 @@ from wan_dist.tasks.image_sizes import ImageSizeReader
 from wan_dist.tasks.input_files import list_input_files
 from wan_dist.tasks.registry import get_task
 from wan_dist.tasks.source_video import SourceVideo
+from wan_dist.tasks.speech import Speech
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,8 @@ class VideoPlan:
     """What is done with the inputs, a line each."""
     driving: DrivingVideo | None
     """Videos of a person whom the character follows, frame by frame."""
+    speech: Speech | None
+    """Sound that a picture speaks to, and its poses."""
     width: int
     height: int
     size_note: str
@@ -113,14 +120,36 @@ class VideoPlan:
     @property
     def num_frames(self) -> int:
         """Frames of the video: those that a clip repeats of the one before it are left out."""
-        if self.driving is not None:
-            return self.driving.num_frames
+        if self._clips is not None:
+            return self._clips.num_frames
         return self.num_clips * (self.frame_num - 1) + 1
 
     @property
     def num_repeated_frames(self) -> int:
         """Frames that a clip after the first starts from, the last ones of the clip before it."""
-        return 1 if self.driving is None else self.driving.num_repeated
+        return 1 if self._clips is None else self._clips.num_repeated
+
+    @property
+    def num_kept_frames(self) -> int:
+        """Last frames of this clip that the next one starts from."""
+        if self.speech is None:
+            return self.num_repeated_frames
+        return min(self.num_repeated_frames, self.speech.count_new_frames(self.clip_index))
+
+    @property
+    def _clips(self) -> DrivingVideo | Speech | None:
+        """What decides on the clips, where the settings do not."""
+        return self.driving or self.speech
+
+    @property
+    def num_shown_frames(self) -> int:
+        """Frames of the video file; with sound it ends with this."""
+        return self.num_frames if self.speech is None else self.speech.num_shown_frames
+
+    @property
+    def num_context_latents(self) -> int:
+        """Latent frames that are decoded before those of the clip, as these depend on them."""
+        return 0 if self.speech is None else self.speech.count_context_latents(self.clip_index)
 
     @property
     def num_reference_frames(self) -> int:
@@ -129,8 +158,8 @@ class VideoPlan:
 
     @property
     def num_video_latents(self) -> int:
-        """Latent frames of the video, without reference images."""
-        return self.latent_shape[1] - self.num_reference_frames
+        """Latent frames that are decoded: without reference images, with those that a clip depends on."""
+        return self.latent_shape[1] - self.num_reference_frames + self.num_context_latents
 
     @property
     def has_encoded_input(self) -> bool:
@@ -139,13 +168,18 @@ class VideoPlan:
 
     @property
     def first_frame_index(self) -> int:
-        """Index in the video of the clip's first frame, which the clip before has too."""
+        """Index in the video of the clip's first decoded frame, which the clip before has too.
+
+        Below 0 where frames are decoded that are no part of the video.
+        """
+        if self._clips is not None:
+            return self._clips.find_first_frame(self.clip_index)
         return self.clip_index * (self.frame_num - self.num_repeated_frames)
 
     @property
     def new_frames(self) -> slice:
         """Frames of the clip that the video has from it: not those of the clip before, or beyond the end."""
-        num_known = self.num_repeated_frames if self.clip_index else 0
+        num_known = self.num_repeated_frames if self.clip_index else -self.first_frame_index
         return slice(num_known, self.num_frames - self.first_frame_index)
 
     @property
@@ -156,21 +190,10 @@ class VideoPlan:
     @property
     def size_advice(self) -> str | None:
         """A warning for a size that the task was not published for, else None."""
-        published_areas = {width * height for width, height in self.task.published_sizes}
-        if not self.task.published_sizes or (self.width, self.height) in self.task.published_sizes:
-            return None
-        has_own_aspect = (self.source or self.driving) is not None or (
+        has_own_aspect = (self.source or self._clips) is not None or (
             bool(self.images) and not self.num_reference_frames
         )
-        if has_own_aspect and max(published_areas) >= self.width * self.height >= 0.9 * min(
-            published_areas
-        ):
-            return None
-        size_list = ", ".join(f"{width}x{height}" for width, height in self.task.published_sizes)
-        return (
-            f"{self.task.name} was published for the sizes {size_list}; "
-            f"{self.width}x{self.height} works but may look worse"
-        )
+        return advise_on_size(self.task, (self.width, self.height), has_own_aspect=has_own_aspect)
 
     @property
     def notes(self) -> list[str]:
@@ -232,7 +255,7 @@ def make_plan(
     settings = read_settings(config, OUTPUTS)
     video_settings = collect_video_settings(config, list_input_files(settings))
     video = read_video_input(video_settings, task, image_size_reader, is_dry_run=is_dry_run)
-    prompt = _read_prompt(config.prompt, is_required=config.latents is None and not is_dry_run)
+    prompt = read_prompt(config.prompt, is_required=config.latents is None and not is_dry_run)
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
     sampling = plan_sampling(config.sample, task, config.max_area or video.area)
     is_guided = sampling.is_guided
@@ -240,7 +263,8 @@ def make_plan(
     num_heads = read_num_heads(task, config.ckpt_dir, list_weight_files(config).get("dit_file", []))
     degrees = choose_degrees(config.parallel, ranks, num_heads, is_guided=is_guided, is_job=is_job)
     latent_shape = compute_latent_shape(video, task)
-    num_tokens = count_latent_tokens(latent_shape, task.transformer_dims)
+    num_context_latents = 0 if video.speech is None else video.speech.max_context_latents
+    num_tokens = count_latent_tokens(latent_shape, task.transformer_dims, num_context_latents)
     check_attention_split(degrees, num_tokens, config.attention, config.dtype, config.parallel.usp)
     model_files = list_model_files(config) if task.repository else None
     check_placements(config.memory, config.quant, degrees, is_guided=is_guided)
@@ -250,7 +274,7 @@ def make_plan(
     return VideoPlan(
         task=task,
         prompt=prompt or "",
-        negative_prompt=_read_negative_prompt(config.negative_prompt) if is_guided else None,
+        negative_prompt=read_negative_prompt(config.negative_prompt) if is_guided else None,
         images=video.images,
         num_images=max(video.num_images, 1 if config.clips > 1 else 0),
         source=video.source,
@@ -258,11 +282,12 @@ def make_plan(
         camera=video.camera,
         input_notes=video.notes,
         driving=video.driving,
+        speech=video.speech,
         width=video.width,
         height=video.height,
         size_note=video.size_note,
         frame_num=video.frame_num,
-        num_clips=config.clips if video.driving is None else video.driving.num_clips,
+        num_clips=clips.num_clips if (clips := video.driving or video.speech) else config.clips,
         fps=config.fps,
         seed=seed,
         sampling=sampling,
@@ -277,22 +302,6 @@ def make_plan(
         has_saved_latents=config.latents is not None,
         name=name_result(settings, prompt, seed),
     )
-
-
-def _read_prompt(value: str | None, *, is_required: bool) -> str | None:
-    """Return the prompt of the setting's value; raises InputError if it is required and missing."""
-    prompt = read_text_setting("prompt", value)
-    if prompt is None and is_required:
-        raise InputError(
-            "prompt is missing; describe the video, "
-            'e.g. prompt="two cats boxing on a stage", or prompt=@file.txt'
-        )
-    return prompt
-
-
-def _read_negative_prompt(value: str | None) -> str:
-    """Return the negative prompt of the setting's value, empty where there is none."""
-    return read_text_setting("negative_prompt", value) or ""
 
 
 def read_started_ranks() -> tuple[int, int]:
@@ -330,7 +339,7 @@ def plan_memory(
         workload = replace(workload, compressed_blocks=compressed_blocks)
     memory_settings = settings.memory
     budget = compute_budget(hardware, memory_settings, plan.degrees.num_ranks)
-    shorten_workload = partial(_shorten_workload, workload)
+    shorten_workload = partial(shorten_workload_frames, workload)
     if plan.has_saved_latents:
         arrangement = choose_vae_strategies(
             workload, memory_settings, plan.base_arrangement, budget, shorten_workload
@@ -361,12 +370,16 @@ def _build_workload(
     """Return the workload of one replica: sizes and settings that memory depends on."""
     texts = [text for text in (plan.prompt, plan.negative_prompt) if text is not None]
     is_on_gpu = hardware.gpu_bytes is not None
+    num_context_latents = 0 if plan.speech is None else plan.speech.max_context_latents
     settings = plan.model_settings
     vae_dtype = settings.memory.vae_dtype or (settings.dtype if is_on_gpu else "float32")
     return Workload(
         model_dims=models,
         latent_shape=plan.latent_shape,
-        num_tokens=count_latent_tokens(plan.latent_shape, models.transformer),
+        num_tokens=count_latent_tokens(plan.latent_shape, models.transformer, num_context_latents),
+        num_context_latents=num_context_latents,
+        num_audio_samples=0 if plan.speech is None else plan.speech.num_samples,
+        num_sound_frames=0 if plan.speech is None else plan.speech.num_made_frames,
         text_lengths=tuple(count_tokens(text) for text in texts),
         num_images=plan.task.inputs.count_image_features(plan.num_images),
         num_reference_frames=plan.num_reference_frames,
@@ -384,17 +397,4 @@ def _build_workload(
         itemsize=2 if settings.dtype == "bfloat16" else 4,
         vae_itemsize=2 if vae_dtype == "bfloat16" else 4,
         merging_bytes=estimate_merging_bytes(settings.loras),
-    )
-
-
-def _shorten_workload(workload: Workload, num_fewer_frames: int) -> Workload | None:
-    """Return the workload with ``num_fewer_frames`` latent frames fewer, None if none would be left."""
-    channels, num_frames, rows, columns = workload.latent_shape
-    if num_fewer_frames >= num_frames - workload.num_reference_frames:
-        return None
-    latent_shape = (channels, num_frames - num_fewer_frames, rows, columns)
-    return replace(
-        workload,
-        latent_shape=latent_shape,
-        num_tokens=count_latent_tokens(latent_shape, workload.model_dims.transformer),
     )

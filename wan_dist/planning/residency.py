@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from wan_dist.planning.audio_memory import count_audio_projection_bytes
 from wan_dist.planning.memory_estimate import StageMemory
 from wan_dist.planning.parameter_bytes import (
     count_image_encoder_bytes,
@@ -33,6 +34,10 @@ def plan_resident_models(plan: RunPlan, *, num_experts: int = 1) -> RunPlan:
         gpu_weight_bytes += num_experts * count_projection_bytes(
             dims, workload.itemsize, -(-len(dims.context_block_names) // workload.num_ranks)
         )
+        if dims.audio_layers:
+            gpu_weight_bytes += count_audio_projection_bytes(
+                dims, workload.itemsize, -(-len(dims.audio_layers) // workload.num_ranks)
+            )
     if workload.model_dims.image_encoder is not None and workload.num_images:
         clip_bytes = count_image_encoder_bytes(workload.model_dims.image_encoder)
         if arrangement.clip == "gpu":

@@ -24,7 +24,9 @@ from wan_dist.tasks.fun import FunInputs, describe_fit, take_control_frames
 from wan_dist.tasks.image_sizes import ImageSizeReader, read_image_sizes
 from wan_dist.tasks.images import read_image
 from wan_dist.tasks.input_files import check_input_files
+from wan_dist.tasks.sound import read_sound
 from wan_dist.tasks.source_video import SourceVideo, read_video_facts
+from wan_dist.tasks.speech import Speech, SpeechInputs, describe_bars, plan_speech
 from wan_dist.tasks.vace import VaceInputs, fit_source_video
 
 
@@ -44,6 +46,7 @@ class VideoInput(NamedTuple):
     notes: tuple[str, ...] = ()
     """What is done with the inputs, a line each."""
     driving: DrivingVideo | None = None
+    speech: Speech | None = None
 
     @property
     def area(self) -> int:
@@ -72,6 +75,8 @@ def resolve_video_input(
         if is_dry_run and not settings.input_files:
             return VideoInput(*settings.size, settings.frame_num, num_images=1)
         return _read_animate_input(settings, task, image_size_reader)
+    if isinstance(task.inputs, SpeechInputs):
+        return _read_speech_input(settings, task, image_size_reader, is_dry_run=is_dry_run)
     images: tuple[Image.Image, ...] = ()
     if image_size_reader is not None:
         source_sizes = read_image_sizes(settings.input_files, task, image_size_reader)
@@ -179,6 +184,51 @@ def _read_animate_input(
     size = driving.pose.width, driving.pose.height
     notes = (driving.description,)
     return VideoInput(*size, settings.frame_num, "", images, 1, notes=notes, driving=driving)
+
+
+def _read_speech_input(
+    settings: VideoSettings,
+    task: Task,
+    image_size_reader: ImageSizeReader | None,
+    *,
+    is_dry_run: bool,
+) -> VideoInput:
+    """Return the size of a picture that speaks, with it, the sound and the poses.
+
+    A dry run without files is of one clip, or of as many as are requested, and of a picture of the size.
+    """
+    files = settings.input_files
+    images: tuple[Image.Image, ...] = ()
+    if not (is_dry_run and not files):
+        check_input_files(files, task)
+    if "image" not in files:
+        image_size = settings.size
+    elif image_size_reader is None:
+        images = (read_image(files["image"], "image"),)
+        image_size = images[0].size
+    else:
+        image_size = image_size_reader(files["image"], "image")
+    wanted = settings.speech
+    speech = plan_speech(
+        read_sound(files["audio"], "audio") if "audio" in files else None,
+        read_video_facts(files["pose_video"], "pose_video") if "pose_video" in files else None,
+        clip_frames=wanted.infer_frames,
+        num_clips=wanted.num_clip,
+        starts_from_picture=wanted.start_from_ref,
+        sync=wanted.sync,
+    )
+    width, height, size_note = _choose_video_size(settings, task, [image_size])
+    bars = describe_bars(image_size, (width, height))
+    return VideoInput(
+        width,
+        height,
+        speech.clip_frames,
+        size_note,
+        images,
+        num_images=1,
+        notes=(*speech.notes, *([] if bars is None else [bars])),
+        speech=speech,
+    )
 
 
 def _make_blank_images(settings: VideoSettings, task: Task) -> tuple[Image.Image, ...]:

@@ -1,24 +1,23 @@
 """Video settings resolved for a task: size, frames, texts, images; and the checks that cross fields."""
 
 from collections.abc import Collection
-from pathlib import Path
 
-from wan_dist.config.checks import MAX_PROMPT_CHARACTERS
 from wan_dist.config.sections import CacheConfig
-from wan_dist.config.video_settings import AnimateSettings, VideoSettings
+from wan_dist.config.video_settings import AnimateSettings, SpeechSettings, VideoSettings
 from wan_dist.models.dims import ModelDims
 from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE
 from wan_dist.planning.video_input import VideoInput, resolve_video_input
 from wan_dist.runtime.errors import InputError
-from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
 from wan_dist.tasks.animate import AnimateInputs, DrivingVideo
-from wan_dist.tasks.base import AREA_480P, Task, TeaCacheFit
+from wan_dist.tasks.base import AREA_480P, Task, TaskInputs, TeaCacheFit
 from wan_dist.tasks.camera import MOTIONS
 from wan_dist.tasks.fun import FunInputs
 from wan_dist.tasks.image_sizes import ImageSizeReader
 from wan_dist.tasks.registry import TASKS
+from wan_dist.tasks.speech import CLIP_FRAMES, FRAME_RATE, SpeechInputs
 from wan_dist.tasks.vace import VaceInputs
 
+NamedSettings = AnimateSettings | SpeechSettings
 _MAX_FRAMES = 10**6 + 1
 
 
@@ -41,28 +40,53 @@ def read_video_input(
         )
     _check_camera(settings, task, is_dry_run=is_dry_run)
     if not isinstance(task.inputs, AnimateInputs):
-        _check_no_animate_settings(settings.animate, task)
+        defaults = AnimateSettings(None, False, False, 1)
+        _check_defaults(settings.animate, defaults, "a driving video", AnimateInputs, task)
+    if isinstance(task.inputs, SpeechInputs):
+        _check_speech(settings)
+    else:
+        no_speech = SpeechSettings(None, CLIP_FRAMES, False, "exact")
+        _check_defaults(settings.speech, no_speech, "a speaking picture", SpeechInputs, task)
     video = resolve_video_input(settings, task, image_size_reader, is_dry_run=is_dry_run)
     _check_size(video.width, video.height, task)
-    _check_frame_num(video.frame_num, task, video.num_images)
+    if video.speech is None:
+        _check_frame_num(video.frame_num, task, video.num_images)
     return video
 
 
-def _check_no_animate_settings(settings: AnimateSettings, task: Task) -> None:
-    """Raise InputError for settings of a driving video, which the task does not take."""
-    defaults = AnimateSettings(None, False, False, 1)
+def _check_defaults(
+    settings: NamedSettings,
+    defaults: NamedSettings,
+    purpose: str,
+    kind: type[TaskInputs],
+    task: Task,
+) -> None:
+    """Raise InputError for settings of another kind of inputs than the task's, unless at their defaults."""
+    default_values = defaults._asdict()
     given = [
         f"{key}={str(value).lower() if isinstance(value, bool) else value}"
         for key, value in settings._asdict().items()
-        if value != getattr(defaults, key)
+        if value != default_values[key]
     ]
     if given:
-        names = ", ".join(
-            name for name, other in TASKS.items() if isinstance(other.inputs, AnimateInputs)
-        )
+        names = ", ".join(name for name, other in TASKS.items() if isinstance(other.inputs, kind))
         raise InputError(
-            f"{' and '.join(given)} is for a driving video, and {task.name} takes {task.inputs.usage}; "
+            f"{' and '.join(given)} is for {purpose}, and {task.name} takes {task.inputs.usage}; "
             f"leave it out, or use task={names}"
+        )
+
+
+def _check_speech(settings: VideoSettings) -> None:
+    """Raise InputError for settings that a speaking picture does not have."""
+    if settings.fps != FRAME_RATE:
+        raise InputError(
+            f"fps={settings.fps}: s2v-14B makes {FRAME_RATE} frames a second, to which the sound belongs; "
+            "leave fps out"
+        )
+    if settings.frame_num != CLIP_FRAMES:
+        raise InputError(
+            f"frame_num={settings.frame_num}: the length of a speaking picture follows from the sound; give "
+            "num_clip for fewer clips, or infer_frames for their length"
         )
 
 
@@ -195,27 +219,3 @@ def _check_size(width: int, height: int, task: Task) -> None:
         f"and the height of {height_multiple}; the nearest that work are "
         f"{smaller_width}x{smaller_height} and {larger_width}x{larger_height}"
     )
-
-
-def read_text_setting(key: str, value: str | None) -> str | None:
-    """Return the text, or the contents of the file after ``@``; ``@@`` begins a text with ``@``.
-
-    ``key`` names the setting in errors. Raises InputError for a file that cannot be read, and for an empty
-    one if ``key`` is prompt.
-    """
-    if value is None or not value.startswith("@"):
-        return value
-    if value.startswith("@@"):
-        return value[1:]
-    try:
-        path = Path(value[1:]).expanduser()
-        text = read_text_file(path, max_bytes=MAX_PROMPT_CHARACTERS).strip()
-    except UnreadableFileError as error:
-        raise InputError(
-            f"{key}={value}: cannot read {path} ({error}); write @@ for a text that begins with @"
-        ) from None
-    except RuntimeError as error:
-        raise InputError(f"{key}={value}: {error}") from None
-    if not text and key == "prompt":
-        raise InputError(f"{key}={value}: the file is empty")
-    return text

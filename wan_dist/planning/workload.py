@@ -82,6 +82,12 @@ class Workload:
     num_images: int = 0
     num_reference_frames: int = 0
     """Latent frames of reference images, which precede those of the video and are not decoded."""
+    num_context_latents: int = 0
+    """Latent frames that are decoded before those of a clip: of the frames before it, or of a picture."""
+    num_audio_samples: int = 0
+    """Samples, of a second 16,000, that the audio encoder takes."""
+    num_sound_frames: int = 0
+    """Frames of all clips, whose features are kept."""
     has_encoded_input: bool = False
     """Whether the VAE encodes an input of the transformer."""
     has_known_first_frame: bool = False
@@ -108,5 +114,5 @@ class Workload:
     def get_vae_size(self, *, encode: bool) -> tuple[int, int, int]:
         """Return latent frames, rows and columns of what the VAE decodes, or encodes if ``encode``."""
         frames, rows, columns = self.latent_shape[1:]
-        frames -= self.num_reference_frames
+        frames += self.num_context_latents - self.num_reference_frames
         return 1 if encode and self.has_known_first_frame else frames, rows, columns

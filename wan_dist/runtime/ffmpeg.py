@@ -1,4 +1,4 @@
-"""ffmpeg, as the package imageio-ffmpeg brings it: what a video file holds, and its frames; no torch.
+"""ffmpeg, as the package imageio-ffmpeg brings it: what a file holds, its frames and its sound; no torch.
 
 Its encoders, and the text that a file carries, too.
 """
@@ -7,12 +7,16 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO
 
 import imageio_ffmpeg
+
+_FLOAT_BYTES = 4
+_SAMPLES_AT_ONCE = 2**20
 
 
 class FfmpegError(RuntimeError):
@@ -29,6 +33,17 @@ class VideoPackets:
     """When each frame begins and ends, in seconds, in the order in which they are shown."""
 
 
+@dataclass(frozen=True)
+class AudioTrack:
+    """What a file's first audio stream holds once it is decoded."""
+
+    rate: int
+    """Samples of a channel in a second."""
+    num_channels: int
+    num_samples: int
+    """Of a channel."""
+
+
 def find_ffmpeg() -> str:
     """Return the path of the program; raises FfmpegError without one."""
     try:
@@ -39,21 +54,33 @@ def find_ffmpeg() -> str:
 
 def read_packets(path: Path) -> VideoPackets:
     """Return size and times of a video's frames as it is stored; raises FfmpegError."""
-    listing = _list_frames(path, ["-c", "copy"])
+    listing = _list_packets(path, "v", ["-c", "copy"])
     return VideoPackets(*_find_size(listing), _find_intervals(listing))
 
 
 def read_shown_size(path: Path) -> tuple[int, int]:
     """Return (width, height) of a video's first frame as it is shown, upright; raises FfmpegError."""
-    return _find_size(_list_frames(path, ["-frames:v", "1"]))
+    return _find_size(_list_packets(path, "v", ["-frames:v", "1"]))
 
 
-def _list_frames(path: Path, options: list[str], *, stream: str = "0:v:0") -> str:
-    """Return ffmpeg's list of a stream: a line for each packet of the output, and lines of facts.
+def read_audio_track(path: Path) -> AudioTrack:
+    """Return what a file's audio holds, by decoding all of it; raises FfmpegError."""
+    listing = _list_packets(path, "a", ["-c:a", "pcm_f32le"])
+    rate = re.search(r"^#sample_rate 0: (\d+)", listing, re.MULTILINE)
+    packets = re.findall(r"^0,\s*-?\d+,\s*-?\d+,\s*(\d+),\s*(\d+),", listing, re.MULTILINE)
+    num_samples = sum(int(duration) for duration, _ in packets)
+    num_bytes = sum(int(size) for _, size in packets)
+    if rate is None or not num_samples:
+        raise FfmpegError("it has no sound")
+    return AudioTrack(int(rate[1]), num_bytes // (_FLOAT_BYTES * num_samples), num_samples)
+
+
+def _list_packets(path: Path, stream_type: str, options: list[str]) -> str:
+    """Return ffmpeg's list of the first stream of a type, ``v`` or ``a``: its packets, and lines of facts.
 
     ffmpeg runs in a process group of its own, which Ctrl-C does not reach.
     """
-    input_options = ["-nostdin", "-i", str(path.absolute()), "-map", stream]
+    input_options = ["-nostdin", "-i", str(path.absolute()), "-map", f"0:{stream_type}:0"]
     command = [find_ffmpeg(), "-v", "error", *input_options, *options, "-f", "framecrc", "-"]
     completed_process = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, process_group=0, check=False
@@ -96,6 +123,33 @@ def read_frames(
         *("-vf", f"select='{select}'", "-fps_mode", "passthrough"),
         *("-f", "rawvideo", "-pix_fmt", "rgb24", "-"),
     ]
+    with _decode(command) as pipe:
+        yield from _repeat_frames(
+            _read_raw_frames(pipe, width * height * 3), distinct_indices, frame_indices
+        )
+
+
+def read_audio(path: Path, num_channels: int) -> Iterator[bytes]:
+    """Yield the samples of a file's audio in pieces: float32, little-endian, channels side by side.
+
+    ``num_channels``: as of `read_audio_track`. Raises FfmpegError.
+    """
+    command = [
+        *(find_ffmpeg(), "-v", "error", "-nostdin", "-i", str(path.absolute()), "-map", "0:a:0"),
+        *("-f", "f32le", "-"),
+    ]
+    with _decode(command) as pipe:
+        num_read = 0
+        while piece := pipe.read(num_channels * _FLOAT_BYTES * _SAMPLES_AT_ONCE):
+            num_read += len(piece)
+            yield piece
+        if not num_read:
+            raise EOFError
+
+
+@contextmanager
+def _decode(command: list[str]) -> Iterator[IO[bytes]]:
+    """Run ffmpeg, and give its standard output; raises FfmpegError where reading it raises EOFError."""
     with (
         tempfile.TemporaryFile() as error_file,
         subprocess.Popen(
@@ -108,14 +162,12 @@ def read_frames(
     ):
         assert ffmpeg.stdout is not None
         try:
-            yield from _repeat_frames(
-                _read_raw_frames(ffmpeg.stdout, width * height * 3), distinct_indices, frame_indices
-            )
+            yield ffmpeg.stdout
         except EOFError:
             error_file.seek(0)
             raise FfmpegError(describe_failure(error_file.read(), ffmpeg.wait())) from None
         finally:
-            ffmpeg.kill()  # where not all frames were wanted
+            ffmpeg.kill()  # where not all of it was wanted
 
 
 def _read_raw_frames(pipe: IO[bytes], num_bytes: int) -> Iterator[bytearray]:
@@ -167,7 +219,7 @@ def list_encoders(ffmpeg: str) -> frozenset[str]:
 
 def read_audio_codec(path: Path) -> str:
     """Return the codec of a file's first sound track; raises FfmpegError without one."""
-    listing = _list_frames(path, ["-c", "copy", "-frames:a", "1"], stream="0:a:0")
+    listing = _list_packets(path, "a", ["-c", "copy", "-frames:a", "1"])
     match = re.search(r"^#codec_id 0: (\w+)", listing, re.MULTILINE)
     assert match is not None  # ffmpeg writes it before the first line
     return match[1]

@@ -24,6 +24,14 @@ class Conditioning:
     """(T, n, D): vectors of the driving face in each latent frame of the video."""
     negative_face: Tensor | None = None
     """The same without a face, for the negative prompt."""
+    audio: Tensor | None = None
+    """(1, layers, D, 4 T): audio features of a clip's frames."""
+    picture: Tensor | None = None
+    """(1, C, 1, h, w): latents of a picture that speaks."""
+    history: Tensor | None = None
+    """(1, C, n, h, w): latents of the frames before a clip."""
+    pose: Tensor | None = None
+    """(1, C, T, h, w): latents of a video of poses."""
     known_latents: Tensor | None = None
     """(1, C, 1, h, w): the first latent frame, if it is given and never noisy."""
     reference_latents: Tensor | None = None

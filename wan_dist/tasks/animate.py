@@ -77,9 +77,13 @@ class DrivingVideo:
         stride = self.clip_frames - self.num_repeated
         return max(1, -(-(self.num_frames - self.num_repeated) // stride))
 
+    def find_first_frame(self, clip_index: int) -> int:
+        """Return the index in the video of a clip's first frame, which the clip before has too."""
+        return clip_index * (self.clip_frames - self.num_repeated)
+
     def list_frames(self, clip_index: int) -> tuple[int, ...]:
         """Return a clip's frames in the driving video; after its end they run backwards, and so on."""
-        start = clip_index * (self.clip_frames - self.num_repeated)
+        start = self.find_first_frame(clip_index)
         period = max(1, 2 * (self.num_frames - 1))
         offsets = (index % period for index in range(start, start + self.clip_frames))
         return tuple(min(offset, period - offset) % period for offset in offsets)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from wan_dist.models.dims import (
+    AudioEncoderDims,
     FaceEncoderDims,
     ImageEncoderDims,
     ModelDims,
@@ -121,6 +122,7 @@ class Task:
     text_encoder_dims: TextEncoderDims = DIMS_UMT5_XXL
     vae_dims: VaeDims = DIMS_VAE_21
     face_encoder_dims: FaceEncoderDims | None = None
+    audio_encoder_dims: AudioEncoderDims | None = None
     published_sizes: tuple[tuple[int, int], ...] = ()
     is_still: bool = False
     """The task generates one frame, saved as PNG."""
@@ -163,6 +165,7 @@ class Task:
             text_encoder=self.text_encoder_dims,
             image_encoder=self.image_encoder_dims,
             face_encoder=self.face_encoder_dims,
+            audio_encoder=self.audio_encoder_dims,
             vae=self.vae_dims,
         )
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from wan_dist.models.dims import (
+    AudioEncoderDims,
     FaceEncoderDims,
     ImageEncoderDims,
     TextEncoderDims,
@@ -17,6 +18,24 @@ DIMS_5B = TransformerDims(
 DIMS_T2V_14B = TransformerDims(num_layers=40, dim=5120, ffn_dim=13824, num_heads=40)
 DIMS_VACE_1_3B = replace(DIMS_1_3B, vace_layers=tuple(range(0, 30, 2)), vace_in_dim=96)
 DIMS_VACE_14B = replace(DIMS_T2V_14B, vace_layers=tuple(range(0, 40, 5)), vace_in_dim=96)
+DIMS_WAV2VEC_XLSR = AudioEncoderDims(
+    num_layers=24,
+    dim=1024,
+    ffn_dim=4096,
+    num_heads=16,
+    conv_dims=(512,) * 7,
+    conv_kernels=(10, 3, 3, 3, 3, 2, 2),
+    conv_strides=(5, 2, 2, 2, 2, 2, 2),
+    position_taps=128,
+    position_groups=16,
+)
+DIMS_S2V_14B = replace(
+    DIMS_T2V_14B,
+    audio_layers=(0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39),
+    audio_dim=1024,
+    num_audio_states=25,
+    num_audio_tokens=4,
+)
 DIMS_I2V_A14B = replace(DIMS_T2V_14B, in_dim=36)
 DIMS_I2V_14B = replace(DIMS_I2V_A14B, image_dim=1280)
 DIMS_FLF2V_14B = replace(DIMS_I2V_14B, image_positions=2 * 257)
@@ -38,4 +57,5 @@ DIMS_VAE_21 = VaeDims(dim=96, decoder_dim=96)
 DIMS_VAE_22 = VaeDims(dim=160, decoder_dim=256, latent_dim=48, residual=True)
 SIZES_480P = ((832, 480), (480, 832))
 SIZES_720P = (*SIZES_480P, (1280, 720), (720, 1280))
+SIZES_S2V = (*SIZES_720P, (1024, 704), (704, 1024), (1280, 704), (704, 1280))
 SIZES_704P = ((1280, 704), (704, 1280))

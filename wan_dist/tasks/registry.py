@@ -7,7 +7,7 @@ what the user cannot change.
 from collections.abc import Iterable
 
 from wan_dist.runtime.errors import InputError, suggest_nearest
-from wan_dist.tasks import animate, fun, image, known_first_frame, text, vace
+from wan_dist.tasks import animate, fun, image, known_first_frame, speech, text, vace
 from wan_dist.tasks.base import Task
 
 TASKS = {
@@ -18,20 +18,18 @@ TASKS = {
         *vace.TASKS,
         *fun.TASKS,
         *animate.TASKS,
+        *speech.TASKS,
         *known_first_frame.TASKS,
     )
 }
-UNSUPPORTED_TASKS = ("s2v-14B",)
 
 
 def get_task(name: str) -> Task:
-    """Return the task called ``name``; raises InputError if it does not exist or is not supported yet."""
+    """Return the task called ``name``; raises InputError if it does not exist."""
     if name in TASKS:
         return TASKS[name]
     supported_names = ", ".join(TASKS)
-    if name in UNSUPPORTED_TASKS:
-        raise InputError(f"task {name} is not supported yet; supported: {supported_names}")
-    hint = suggest_nearest(name, (*TASKS, *UNSUPPORTED_TASKS))
+    hint = suggest_nearest(name, TASKS)
     raise InputError(f"there is no task {name!r}{hint} (supported: {supported_names})")
 
 

@@ -4,19 +4,22 @@ Opening reads configs and headers only, so that a wrong or damaged folder is ref
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import nn
 
 from wan_dist.config.loras import LoraSetting
+from wan_dist.models.audio_encoder import build_audio_encoder
+from wan_dist.models.audio_projection import AudioProjection
+from wan_dist.models.build_transformer import build_transformer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import (
+    AudioEncoderDims,
     FaceEncoderDims,
     ImageEncoderDims,
     ModelDims,
@@ -28,7 +31,6 @@ from wan_dist.models.face_encoder import FaceVideoEncoder, make_blur_kernel
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.planning.gguf_memory import count_compressed_blocks
 from wan_dist.planning.workload import CompressedBlocks
@@ -38,94 +40,16 @@ from wan_dist.runtime.log import logger
 from wan_dist.runtime.text_files import read_checkpoint_json
 from wan_dist.tasks.base import Task
 from wan_dist.weights import checkpoint_dims
-from wan_dist.weights.files import TensorFiles, format_first_ten
+from wan_dist.weights.component import Component, Model, open_component
 from wan_dist.weights.gguf_parts import count_changed_weights
 from wan_dist.weights.identity import hash_weights
-from wan_dist.weights.key_maps import BLUR_KERNEL_PATTERN, KeyMap, add_updates
+from wan_dist.weights.key_maps import BLUR_KERNEL_PATTERN, add_updates
 from wan_dist.weights.layout import NO_FILES, ComponentFiles, GivenFiles, find_layout
-from wan_dist.weights.load import check_keys, fill_model, fill_parameters
+from wan_dist.weights.load import check_keys
 from wan_dist.weights.lora import MergedLora, merge_loras
 from wan_dist.weights.lora_names import list_original_shapes
-from wan_dist.weights.streaming import StreamingOptions, stream_blocks
 from wan_dist.weights.task_match import check_transformer_task
-from wan_dist.weights.tokenizer_files import SENTENCEPIECE_KEY, open_tokenizer
-
-Model = TypeVar("Model", bound=nn.Module)
-Dims = TypeVar("Dims")
-
-
-@dataclass(frozen=True)
-class Component(Generic[Model, Dims]):
-    """One model of a checkpoint: its dims, constructor, files of weights and key map."""
-
-    dims: Dims
-    build_model: Callable[..., Model]
-    files: TensorFiles
-    key_map: KeyMap
-
-    def load(
-        self,
-        device: torch.device,
-        *,
-        prepare_model: Callable[[Model], None] | None = None,
-        streaming: StreamingOptions | None = None,
-        **options: object,
-    ) -> Model:
-        """Return the model on ``device``; ``options`` go to its constructor.
-
-        ``prepare_model`` may shard it, on the meta device, before it is filled. With ``streaming`` the
-        weights of its blocks stay on the host or on disk and are copied to the device one after another.
-        """
-        with torch.device("meta"):
-            model = self.build_model(**options)
-        if prepare_model is not None:
-            prepare_model(model)
-        if streaming is None:
-            fill_model(model, self.files, self.key_map, device)
-            return model
-        layers = streaming.list_layers(model)
-        layer_names = list(layers)
-        skip_prefixes = (*(f"{name}." for name in layer_names), *streaming.skip_prefixes)
-        fill_model(model, self.files, self.key_map, device, skip_prefixes=skip_prefixes)
-
-        def fill_block(index: int, parameters: dict[str, Tensor]) -> None:
-            parameters_by_name = {
-                f"{layer_names[index]}.{name}": value for name, value in parameters.items()
-            }
-            fill_parameters(parameters_by_name, self.files, self.key_map, device)
-
-        stream_blocks(
-            list(layers.values()),
-            fill_block,
-            device,
-            from_disk=streaming.from_disk,
-            num_rounds=streaming.num_rounds,
-        )
-        return model
-
-    def load_parts(self, names: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
-        """Return submodules of the model, by name, on ``device``; nothing else is read."""
-        with torch.device("meta"):
-            model = self.build_model()
-        parts = {name: model.get_submodule(name).to_empty(device=device) for name in names}
-        parameters = {
-            f"{name}.{key}": parameter
-            for name, part in parts.items()
-            for key, parameter in part.named_parameters()
-        }
-        with torch.no_grad():
-            fill_parameters(parameters, self.files, self.key_map, device)
-        return {name: part.eval().requires_grad_(False) for name, part in parts.items()}
-
-    def read_parameter_rows(self, name: str, indices: Sequence[int]) -> Tensor:
-        """Return the rows of one parameter at ``indices``, on the CPU; nothing else of it is read."""
-        (source,) = self.key_map.find_sources(name)
-        return torch.cat(
-            [
-                self.files.read_values(source.key, index, index + 1, torch.device("cpu"))
-                for index in indices
-            ]
-        )
+from wan_dist.weights.tokenizer_files import open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -141,6 +65,9 @@ class Checkpoint:
     vae: Component[WanVae, VaeDims]
     face_encoder: Component[FaceVideoEncoder, FaceEncoderDims] | None
     """Of Animate, from the transformer's files."""
+    audio_encoder: Component[nn.Module, AudioEncoderDims] | None
+    audio_projection: Component[AudioProjection, TransformerDims] | None
+    """Of speech to video, from the transformer's files."""
     tokenizer: Tokenizer
     tokenizer_digests: tuple[str, ...]
     """Digests of all that the tokenizer depends on."""
@@ -153,7 +80,10 @@ class Checkpoint:
 
         Of the weights as they are used, with the LoRAs in their order.
         """
-        components = (*self.transformers, self.text_encoder, self.vae, self.image_encoder)
+        components = (
+            *self.transformers,
+            *(self.text_encoder, self.vae, self.image_encoder, self.audio_encoder),
+        )
         weights_digest = hash_weights(
             component.files for component in components if component is not None
         )
@@ -167,6 +97,8 @@ class Checkpoint:
             depends_on += (vace_layers,)
         if face_layers := self.transformers[0].dims.face_layers:
             depends_on += (face_layers,)
+        if audio_layers := self.transformers[0].dims.audio_layers:
+            depends_on += (audio_layers,)
         if self.loras:
             depends_on += ([lora.file.digest for lora in self.loras],)
         return hashlib.sha256(repr(depends_on).encode()).hexdigest()
@@ -226,6 +158,7 @@ class Checkpoint:
             text_encoder=self.text_encoder.dims,
             image_encoder=None if self.image_encoder is None else self.image_encoder.dims,
             face_encoder=None if self.face_encoder is None else self.face_encoder.dims,
+            audio_encoder=None if self.audio_encoder is None else self.audio_encoder.dims,
             vae=self.vae.dims,
         )
 
@@ -260,6 +193,11 @@ def open_checkpoint(
         image_encoder = open_component(
             layout.image_encoder, checkpoint_dims.infer_image_encoder_dims, build_image_encoder
         )
+    audio_encoder = None
+    if layout.audio_encoder is not None:
+        audio_encoder = open_component(
+            layout.audio_encoder, checkpoint_dims.infer_audio_encoder_dims, build_audio_encoder
+        )
     vae = open_component(layout.vae, checkpoint_dims.infer_vae_dims, WanVae)
     found_tokenizer = open_tokenizer(layout.tokenizer_folder, text_encoder.files)
     if layout.tokenizer_folder is None:
@@ -272,6 +210,8 @@ def open_checkpoint(
         image_encoder=image_encoder,
         vae=vae,
         face_encoder=open_face_encoder(transformer_pairs[0][0]),
+        audio_encoder=audio_encoder,
+        audio_projection=open_audio_projection(transformer_pairs[0][0], dtype),
         tokenizer=found_tokenizer.tokenizer,
         tokenizer_digests=found_tokenizer.digests,
     )
@@ -287,35 +227,15 @@ def open_checkpoint(
     return checkpoint
 
 
-def open_component(
-    component_files: ComponentFiles,
-    infer_dims: Callable[..., Dims],
-    build_model: Callable[..., Model],
-) -> Component[Model, Dims]:
-    """Open one model of a checkpoint and check the tensors of its files against its parameters."""
-    config, files, key_map = component_files.open()
-    dims = infer_dims(config, files, key_map)
-    component = Component(dims, lambda **options: build_model(dims, **options), files, key_map)
-    with torch.device("meta"):
-        unused_keys = check_keys([component.build_model()], files, key_map)
-    if component_files.setting is not None:
-        _log_unused_tensors(files, unused_keys)
-    return component
-
-
-def _log_unused_tensors(files: TensorFiles, keys: Sequence[str]) -> None:
-    """Log the modules whose tensors are not needed, such as a layer after the last one that is read."""
-    modules = {key.rpartition(".")[0] or key for key in keys if key != SENTENCEPIECE_KEY}
-    if modules:
-        logger.info("unused    in %s: %s", files, format_first_ten(sorted(modules)))
-
-
 def open_transformer(
     component_files: ComponentFiles, dtype: torch.dtype, given_configs: Sequence[Path]
 ) -> tuple[
     Component[FusedTransformer, TransformerDims], Component[ContextProjection, TransformerDims]
 ]:
-    """Open a transformer and its context projection, the two models that its files hold."""
+    """Open a transformer and its context projection, the two models that its files hold.
+
+    With audio they hold a third one, see `open_audio_projection`.
+    """
     config, files, key_map = component_files.open()
     if given_configs:
         configs = [read_checkpoint_json(path) for path in given_configs if path.exists()]
@@ -329,8 +249,22 @@ def open_transformer(
         models: list[nn.Module] = [transformer.build_model(), projection.build_model()]
         if (face_dims := checkpoint_dims.infer_face_encoder_dims(files, key_map)) is not None:
             models.append(FaceVideoEncoder(face_dims))
+        if dims.audio_layers:
+            models.append(AudioProjection(dims, dtype))
         check_keys(models, files, key_map)
     return transformer, projection
+
+
+def open_audio_projection(
+    transformer: Component[FusedTransformer, TransformerDims], dtype: torch.dtype
+) -> Component[AudioProjection, TransformerDims] | None:
+    """Return the audio projection in a transformer's files, None where there is none."""
+    dims = transformer.dims
+    if not dims.audio_layers:
+        return None
+    return Component(
+        dims, lambda: AudioProjection(dims, dtype), transformer.files, transformer.key_map
+    )
 
 
 def open_face_encoder(
@@ -363,6 +297,8 @@ def _add_loras(
     for components in pairs:
         with torch.device("meta"):
             models: list[nn.Module] = [component.build_model() for component in components]
+            if checkpoint.audio_projection is not None:
+                models.append(checkpoint.audio_projection.build_model())
         shapes.append(
             list_original_shapes(
                 (name, tuple(parameter.shape))
@@ -385,6 +321,9 @@ def _add_loras(
         context_projections=tuple(
             merge(projection, index) for index, (_, projection) in enumerate(pairs)
         ),
+        audio_projection=None
+        if checkpoint.audio_projection is None
+        else merge(checkpoint.audio_projection, 0),
         loras=tuple(merged_loras),
     )
 
@@ -393,6 +332,13 @@ def _check_task(checkpoint: Checkpoint, task: Task) -> None:
     """Raise InputError if the checkpoint is of another task."""
     for component in checkpoint.transformers:
         check_transformer_task(component.dims, component.files, task)
+    if (audio_encoder := checkpoint.audio_encoder) is not None:
+        dims, states = checkpoint.transformers[0].dims, audio_encoder.dims.num_layers + 1
+        if (dims.audio_dim, dims.num_audio_states) != (audio_encoder.dims.dim, states):
+            raise InputError(
+                f"{audio_encoder.files} has {states} states of {audio_encoder.dims.dim}, and the transformer "
+                f"takes {dims.num_audio_states} of {dims.audio_dim}; use the audio encoder of its repository"
+            )
     if checkpoint.vae.dims.latent_dim != task.latent_channels:
         raise InputError(
             f"{checkpoint.vae.files} has {checkpoint.vae.dims.latent_dim} latent channels, "

@@ -4,12 +4,12 @@ Shapes cannot be wrong about the weights they belong to. Config files, which peo
 what shapes do not show, such as the number of heads.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
 from wan_dist.models.dims import (
+    AudioEncoderDims,
     FaceEncoderDims,
     ImageEncoderDims,
     TextEncoderDims,
@@ -19,91 +19,20 @@ from wan_dist.models.dims import (
 from wan_dist.runtime.errors import InputError
 from wan_dist.weights.files import Shape, TensorFiles
 from wan_dist.weights.key_maps import KeyMap
+from wan_dist.weights.tensor_shapes import ConfigReader, TensorShapes
 
 _FACE_STRIDE_KEY, _FACE_STRIDE = "inject_face_latents_blocks", 5
 """How many of the transformer's blocks there are to a block of the face adapter."""
 _HEAD_KEYS = ("num_heads", "num_attention_heads")
+_AUDIO_KEY = "audio_inject_layers"
+_PUBLISHED_AUDIO_LAYERS = (0, 4, 8, 12, 16, 20, 24, 27, 30, 33, 36, 39)
+"""Blocks after which the published model of 40 blocks adds audio."""
+_WAV2VEC_STRIDES = (5, 2, 2, 2, 2, 2, 2)
 _HEAD_DIM = 128
 """Width of a head in all published transformers."""
-_MAX_LAYERS = 256
-"""Six times as many as the published models have: a damaged file should not have a million layers built."""
 
 
-class _TensorShapes:
-    """Shapes of the checkpoint's tensors by our parameter names, in either layout."""
-
-    def __init__(self, files: TensorFiles, key_map: KeyMap) -> None:
-        self.files = files
-        self.key_map = key_map
-
-    def get_shape(self, name: str, rank: int) -> Shape:
-        """Return a tensor's shape; raises InputError if it is missing or has not ``rank`` dims."""
-        shape = self.get_shape_of_min_rank(name, rank)
-        if len(shape) != rank:
-            raise self._make_rank_error(name, shape, rank)
-        return shape
-
-    def get_shape_of_min_rank(self, name: str, min_rank: int) -> Shape:
-        """Return a shape of at least ``min_rank`` dims, none of length 0; raises InputError otherwise."""
-        key = self.key_map.find_sources(name)[0].key
-        if key not in self.files.shapes:
-            raise InputError(f"{self.files} has no {key}: it is not the expected kind of model")
-        shape = self.files.shapes[key]
-        if len(shape) < min_rank or 0 in shape:
-            raise self._make_rank_error(name, shape, min_rank)
-        return shape
-
-    def get_size_or_zero(self, name: str, rank: int, dim: int) -> int:
-        """Return the length of a tensor's dim, 0 where the checkpoint holds no such tensor."""
-        return self.get_shape(name, rank)[dim] if name in self else 0
-
-    def _make_rank_error(self, name: str, shape: Shape, rank: int) -> InputError:
-        key = self.key_map.find_sources(name)[0].key
-        description = f"{self.files} holds {key} of shape {shape}, not of {rank} dims"
-        return InputError(f"{description}: it is not the expected kind of model")
-
-    def __contains__(self, name: str) -> bool:
-        return self.key_map.find_sources(name)[0].key in self.files.shapes
-
-    def count_layer_indices(self, pattern: str) -> int:
-        """Return the number of distinct layer indices that the pattern's first group matches in the keys."""
-        return len(
-            {match[1] for match in (re.search(pattern, key) for key in self.files.shapes) if match}
-        )
-
-
-class _ConfigReader:
-    """Entries of a config.json, validated because people edit the file."""
-
-    def __init__(self, entries: Mapping[str, Any], files: TensorFiles) -> None:
-        self.entries = entries
-        self.files = files
-
-    def read_positive_int(self, *keys: str, default: int, maximum: int = 2**20) -> int:
-        """Return the first given entry of ``keys``; raises InputError unless it is from 1 to ``maximum``."""
-        for key in keys:
-            value = self.entries.get(key)
-            if value is not None and (type(value) is not int or not 1 <= value <= maximum):
-                raise self.make_error(f"{key}={value!r}, which is not a number from 1 to {maximum}")
-            if value is not None:
-                return value
-        return default
-
-    def read_num_layers(self, key: str, num_stored: int) -> int:
-        """Return the configured number of layers, by default that of the stored ones.
-
-        `check_keys` checks later whether all of them are stored.
-        """
-        return self.read_positive_int(
-            key, default=min(num_stored, _MAX_LAYERS), maximum=_MAX_LAYERS
-        )
-
-    def make_error(self, problem: str) -> InputError:
-        """Return the InputError for an entry."""
-        return InputError(f"config.json beside {self.files} says {problem}; download it again")
-
-
-def _get_patch_shape(shapes: _TensorShapes) -> Shape:
+def _get_patch_shape(shapes: TensorShapes) -> Shape:
     """Return the shape (D, C, pt, py, px) of a transformer's patch embedding.
 
     rCM stores it as a linear (D, C * patch volume), whose patches are those of all published models.
@@ -128,7 +57,7 @@ class TransformerInputs(NamedTuple):
 
 def infer_transformer_inputs(files: TensorFiles, key_map: KeyMap) -> TransformerInputs:
     """Return a transformer's width, its input channels, and what other inputs it has."""
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     dim, num_channels = _get_patch_shape(shapes)[:2]
     return TransformerInputs(
         dim,
@@ -149,7 +78,10 @@ def select_config_entries(
         heads, head_dim = config.get("num_attention_heads"), config.get("attention_head_dim")
         width = heads * head_dim if type(heads) is type(head_dim) is int else config.get("dim")
         if width == dim:
-            entry_names = (*_HEAD_KEYS, "eps", "text_len", "vace_layers", _FACE_STRIDE_KEY)
+            entry_names = (
+                *_HEAD_KEYS,
+                *("eps", "text_len", "vace_layers", _FACE_STRIDE_KEY, _AUDIO_KEY),
+            )
             return {key: config[key] for key in entry_names if key in config}
     return {}
 
@@ -158,7 +90,7 @@ def infer_transformer_dims(
     config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
 ) -> TransformerDims:
     """Return the dims of a transformer; the config of either layout gives the number of heads."""
-    shapes, config_reader = _TensorShapes(files, key_map), _ConfigReader(config, files)
+    shapes, config_reader = TensorShapes(files, key_map), ConfigReader(config, files)
     dim, in_dim, *patch = _get_patch_shape(shapes)
     num_heads = config_reader.read_positive_int(
         *_HEAD_KEYS, default=0 if config else dim // _HEAD_DIM
@@ -197,17 +129,18 @@ def infer_transformer_dims(
         takes_next_timestep="time_embedding_r.0.weight" in shapes,
         has_sla="blocks.0.self_attn.proj_l.weight" in shapes,
         has_vsa="blocks.0.to_gate_compress.weight" in shapes,
-        vace_layers=_choose_vace_layers(config_reader, num_layers, num_vace_blocks),
+        vace_layers=_choose_layers(config_reader, "vace_layers", num_layers, num_vace_blocks),
         vace_in_dim=shapes.get_size_or_zero("vace_patch_embedding.weight", rank=5, dim=1),
         ref_conv_in_dim=shapes.get_size_or_zero("ref_conv.weight", rank=4, dim=1),
         camera_in_dim=shapes.get_size_or_zero("control_adapter.conv.weight", rank=4, dim=1),
         face_layers=_choose_face_layers(config_reader, shapes, num_layers),
         pose_dim=shapes.get_size_or_zero("pose_patch_embedding.weight", rank=5, dim=1),
+        **_infer_audio_dims(shapes, config_reader, num_layers, dim),
     )
 
 
 def _choose_face_layers(
-    config_reader: _ConfigReader, shapes: _TensorShapes, num_layers: int
+    config_reader: ConfigReader, shapes: TensorShapes, num_layers: int
 ) -> tuple[int, ...]:
     """Return after which blocks those of the face adapter run: every fifth, from the first on."""
     num_face_blocks = shapes.count_layer_indices(
@@ -226,7 +159,7 @@ def _choose_face_layers(
 
 def infer_face_encoder_dims(files: TensorFiles, key_map: KeyMap) -> FaceEncoderDims | None:
     """Return the dims of Animate's motion and face encoders, None where the files have none."""
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     convs = "motion_encoder.enc.net_app.convs"
     if f"{convs}.0.0.weight" not in shapes:
         return None
@@ -248,32 +181,51 @@ def infer_face_encoder_dims(files: TensorFiles, key_map: KeyMap) -> FaceEncoderD
     )
 
 
-def _choose_vace_layers(
-    config_reader: _ConfigReader, num_layers: int, num_vace_blocks: int
+def _infer_audio_dims(
+    shapes: TensorShapes, config_reader: ConfigReader, num_layers: int, dim: int
+) -> dict[str, Any]:
+    """Return the dims of audio, none for a model without it."""
+    num_injectors = shapes.count_layer_indices(r"(?:^|\.)audio_injector\.injector\.(\d+)\.")
+    if not num_injectors:
+        return {}
+    is_published = (num_layers, num_injectors) == (40, len(_PUBLISHED_AUDIO_LAYERS))
+    encoder = "casual_audio_encoder"
+    local_width, audio_dim, _ = shapes.get_shape(f"{encoder}.encoder.conv1_local.conv.weight", 3)
+    return {
+        "audio_layers": _PUBLISHED_AUDIO_LAYERS
+        if is_published and _AUDIO_KEY not in config_reader.entries
+        else _choose_layers(config_reader, _AUDIO_KEY, num_layers, num_injectors),
+        "audio_dim": audio_dim,
+        "num_audio_states": shapes.get_shape(f"{encoder}.weights", 4)[1],
+        "num_audio_tokens": local_width // max(1, dim // 4),
+    }
+
+
+def _choose_layers(
+    config_reader: ConfigReader, key: str, num_layers: int, num_wanted: int
 ) -> tuple[int, ...]:
-    """Return to which blocks VACE's side branch adds: as the config says, by default evenly spaced ones."""
-    if not num_vace_blocks:
+    """Return the blocks to which others are added: as the config says, by default evenly spaced ones."""
+    if not num_wanted:
         return ()
-    layers = config_reader.entries.get("vace_layers")
+    layers = config_reader.entries.get(key)
     if layers is None:
-        return tuple(range(0, num_layers, max(1, num_layers // num_vace_blocks)))[:num_vace_blocks]
+        return tuple(range(0, num_layers, max(1, num_layers // num_wanted)))[:num_wanted]
     is_valid = (
         isinstance(layers, list)
-        and len(layers) == num_vace_blocks
+        and len(layers) == num_wanted
         and all(type(layer) is int and 0 <= layer < num_layers for layer in layers)
         and layers == sorted(set(layers))
     )
     if not is_valid:
         raise config_reader.make_error(
-            f"vace_layers={layers!r}, which are not {num_vace_blocks} increasing numbers "
-            f"below {num_layers}"
+            f"{key}={layers!r}, which are not {num_wanted} increasing numbers below {num_layers}"
         )
     return tuple(layers)
 
 
 def infer_vae_dims(_: Mapping[str, Any], files: TensorFiles, key_map: KeyMap) -> VaeDims:
     """Return the dims of VAE 2.1 or VAE 2.2, distinguished by its input channels."""
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     dim, pixel_channels = shapes.get_shape("encoder.conv1.weight", 5)[:2]
     return VaeDims(
         dim=dim,
@@ -287,14 +239,14 @@ def infer_text_encoder_dims(
     config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
 ) -> TextEncoderDims:
     """Return the dims of the umT5 text encoder."""
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     vocab_size, dim = shapes.get_shape("embed_tokens.weight", 2)
     attention_prefix = "block.0.layer.0.SelfAttention."
     num_buckets, num_heads = shapes.get_shape(
         attention_prefix + "relative_attention_bias.weight", 2
     )
     return TextEncoderDims(
-        num_layers=_ConfigReader(config, files).read_num_layers(
+        num_layers=ConfigReader(config, files).read_num_layers(
             "num_layers", shapes.count_layer_indices(r"(?:^|\.)bl(?:ocks?|k)\.(\d+)\.")
         ),
         dim=dim,
@@ -313,10 +265,10 @@ def infer_image_encoder_dims(
 
     The original layout has no config: heads are then taken to be 80 wide, and at least two.
     """
-    shapes = _TensorShapes(files, key_map)
+    shapes = TensorShapes(files, key_map)
     dim, _, patch, _ = shapes.get_shape("embeddings.patch_embedding.weight", 4)
     num_positions = shapes.get_shape_of_min_rank("embeddings.position_embedding.weight", 2)[-2]
-    config_reader = _ConfigReader(config, files)
+    config_reader = ConfigReader(config, files)
     return ImageEncoderDims(
         num_layers=config_reader.read_num_layers(
             "num_hidden_layers",
@@ -329,4 +281,46 @@ def infer_image_encoder_dims(
         num_heads=config_reader.read_positive_int("num_attention_heads", default=max(2, dim // 80)),
         patch=patch,
         image_size=patch * round((num_positions - 1) ** 0.5),
+    )
+
+
+def infer_audio_encoder_dims(
+    config: Mapping[str, Any], files: TensorFiles, key_map: KeyMap
+) -> AudioEncoderDims:
+    """Return the dims of wav2vec2; raises InputError for one that normalises in another way."""
+    shapes, config_reader = TensorShapes(files, key_map), ConfigReader(config, files)
+    for key, expected in (("feat_extract_norm", "layer"), ("do_stable_layer_norm", True)):
+        if (value := config.get(key, expected)) != expected:
+            raise InputError(
+                f"config.json beside {files} says {key}={value!r}; speech to video takes a wav2vec2 with "
+                f"{key}={expected!r}, as wav2vec2-large-xlsr-53-english"
+            )
+    convs = "feature_extractor.conv_layers"
+    num_convs = shapes.count_layer_indices(r"feature_extractor\.conv_layers\.(\d+)\.")
+    conv_shapes = [
+        shapes.get_shape(f"{convs}.{index}.conv.weight", 3) for index in range(max(1, num_convs))
+    ]
+    strides = config.get("conv_stride", list(_WAV2VEC_STRIDES))
+    if (
+        not isinstance(strides, list)
+        or len(strides) != len(conv_shapes)
+        or not all(type(stride) is int and 0 < stride < 1000 for stride in strides)
+    ):
+        raise config_reader.make_error(
+            f"conv_stride={strides!r}, which are not {len(conv_shapes)} numbers above 0"
+        )
+    taps_key = "encoder.pos_conv_embed.conv.parametrizations.weight.original1"
+    dim, group_dim, taps = shapes.get_shape(taps_key, 3)
+    return AudioEncoderDims(
+        num_layers=config_reader.read_num_layers(
+            "num_hidden_layers", shapes.count_layer_indices(r"encoder\.layers\.(\d+)\.")
+        ),
+        dim=dim,
+        ffn_dim=shapes.get_shape("encoder.layers.0.feed_forward.intermediate_dense.weight", 2)[0],
+        num_heads=config_reader.read_positive_int("num_attention_heads", default=max(1, dim // 64)),
+        conv_dims=tuple(shape[0] for shape in conv_shapes),
+        conv_kernels=tuple(shape[2] for shape in conv_shapes),
+        conv_strides=tuple(strides),
+        position_taps=taps,
+        position_groups=dim // group_dim,
     )

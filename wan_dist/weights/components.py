@@ -13,7 +13,8 @@ from wan_dist.models.vae.model import WanVae
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import get_task
 from wan_dist.weights import checkpoint_dims
-from wan_dist.weights.checkpoint import Component, open_component, open_transformer
+from wan_dist.weights.checkpoint import open_transformer
+from wan_dist.weights.component import Component, open_component
 from wan_dist.weights.layout import CheckpointLayout, ComponentFiles, find_layout, use_file
 from wan_dist.weights.tokenizer_files import open_tokenizer
 

@@ -49,7 +49,6 @@ FILE_KINDS = (
     ),
 )
 _OTHER_TASKS = (
-    (r"(?:^|\.)(?:casual_audio_encoder|audio_injector)\.", "Wan-S2V"),
     (r"(?:^|\.)(?:audio_proj|audio_model)\.", "a model driven by sound, as HuMo and MultiTalk"),
     (r"(?:^|\.)(?:double_blocks|transformer_blocks|joint_blocks)\.0\.", "a model other than Wan"),
 )

@@ -193,6 +193,7 @@ def check_checkpoint_complete(folder: Path, task: Task, given_files: GivenFiles 
         layout.text_encoder,
         layout.image_encoder,
         layout.vae,
+        layout.audio_encoder,
     ):
         if component_files is not None:
             component_files.open()

@@ -51,6 +51,13 @@ def _keep_name(name: str) -> str:
     return name
 
 
+_INJECTOR_TABLE: _RenameTable = (
+    (r"(?:blocks\.\d+\.)?injectors\.(\d+)\.adain\.", r"audio_injector.injector_adain_layers.\1."),
+    (r"(?:blocks\.\d+\.)?injectors\.(\d+)\.", r"audio_injector.injector.\1."),
+)
+"""Layers that add audio, which are two lists of their own in checkpoints."""
+
+
 def _map_transformer(
     rename_key: KeyRenamer, keys: Collection[str], *, is_face_kv_split: bool = False
 ) -> KeyMap:
@@ -69,7 +76,8 @@ def _map_transformer(
         fused_linears[".linear1_kv."] = ("linear1_k", "linear1_v")
 
     def find_source(name: str) -> TensorSource:
-        key = rename_key(name).replace(".proj_l.", ".attn_op.local_attn.proj_l.")
+        key = rename_key(_apply_rename_table(name, _INJECTOR_TABLE))
+        key = key.replace(".proj_l.", ".attn_op.local_attn.proj_l.")
         quantized_key = f"{key.removesuffix('weight')}{INT8_TILES_NAME}"
         return TensorSource(quantized_key if quantized_key in keys else key)
 

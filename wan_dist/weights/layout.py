@@ -18,6 +18,7 @@ from wan_dist.runtime.text_files import (
 )
 from wan_dist.tasks.base import Task
 from wan_dist.weights import comfyui_folder, key_maps
+from wan_dist.weights.audio_keys import map_audio_encoder
 from wan_dist.weights.file_kinds import check_kind
 from wan_dist.weights.files import TensorFiles, open_sharded_weights
 from wan_dist.weights.key_maps import KeyMap
@@ -26,6 +27,7 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
+AUDIO_ENCODER_FOLDER = "wav2vec2-large-xlsr-53-english"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 """Suffixes of files of weights, in upper or lower case; the format is detected by content, not by suffix."""
 
@@ -93,6 +95,7 @@ class CheckpointLayout:
     text_encoder: ComponentFiles
     image_encoder: ComponentFiles | None
     vae: ComponentFiles
+    audio_encoder: ComponentFiles | None = None
     tokenizer_folder: Path | None = None
     """None: the tokenizer is looked for in the text encoder's file and in the Hugging Face cache."""
     transformer_configs: tuple[Path, ...] = ()
@@ -120,6 +123,10 @@ def list_download_patterns(task: Task, given_files: GivenFiles = NO_FILES) -> li
     if task.has_image_encoder:
         file_names["clip_file"] = IMAGE_ENCODER_FILE
     patterns += [name for setting, name in file_names.items() if setting not in given_files]
+    if task.audio_encoder_dims is not None:
+        patterns += [
+            f"{AUDIO_ENCODER_FOLDER}/{name}" for name in ("config.json", "model.safetensors")
+        ]
     return [*patterns, f"{TOKENIZER_FOLDER}/*", *task.lora_files]
 
 
@@ -158,7 +165,10 @@ def find_layout(
 def _check_complete(
     layout: CheckpointLayout, folder: Path, task: Task, given_files: GivenFiles
 ) -> None:
-    components = (*layout.transformers, layout.text_encoder, layout.image_encoder, layout.vae)
+    components = (
+        *layout.transformers,
+        *(layout.text_encoder, layout.image_encoder, layout.vae, layout.audio_encoder),
+    )
     missing_files = [
         str(path.relative_to(folder))
         for component in components
@@ -201,7 +211,29 @@ def _build_original_layout(folder: Path, task: Task) -> CheckpointLayout:
         vae=ComponentFiles(
             folder, _find_weights_file(folder, get_vae_file_name(task)), key_maps.map_original_vae
         ),
+        audio_encoder=_find_audio_encoder(folder, task),
         tokenizer_folder=folder / TOKENIZER_FOLDER,
+    )
+
+
+def _find_audio_encoder(folder: Path | None, task: Task) -> ComponentFiles | None:
+    """Return the files of the task's audio encoder, None where it has none."""
+    if task.audio_encoder_dims is None:
+        return None
+    if folder is None:
+        raise InputError(
+            f"{task.name} takes wav2vec2 from a folder; give ckpt_dir=FOLDER with {AUDIO_ENCODER_FOLDER}, "
+            "of its repository, beside the files"
+        )
+    comfyui_files = sorted(folder.glob("audio_encoders/*wav2vec2*.safetensors"))
+    if comfyui_files and not (folder / AUDIO_ENCODER_FOLDER).is_dir():
+        file = comfyui_files[0]
+        return ComponentFiles(file.parent, file.name, map_audio_encoder)
+    return ComponentFiles(
+        folder / AUDIO_ENCODER_FOLDER,
+        "model.safetensors",
+        map_audio_encoder,
+        "config.json",
     )
 
 
@@ -240,6 +272,7 @@ def _build_diffusers_layout(folder: Path, task: Task) -> CheckpointLayout:
         ),
         image_encoder=image_encoder if task.has_image_encoder else None,
         vae=ComponentFiles(folder / "vae", WEIGHTS_STEM, key_maps.map_diffusers_vae, "config.json"),
+        audio_encoder=_find_audio_encoder(folder, task),
         tokenizer_folder=folder / "tokenizer",
     )
 
@@ -339,6 +372,7 @@ def _build_layout_of_files(
         if task.has_image_encoder
         else None,
         vae=use_file("vae_file", given_files["vae_file"][0]),
+        audio_encoder=_find_audio_encoder(folder, task),
         tokenizer_folder=next((path for path in tokenizer_folders if path.is_dir()), None),
         transformer_configs=tuple(part.folder / "config.json" for part in transformers),
     )

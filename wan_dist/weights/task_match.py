@@ -17,6 +17,7 @@ def check_transformer_task(dims: TransformerDims, files: TensorFiles, task: Task
             int(dims.image_positions > 0),
             int(expected_dims.image_positions > 0),
         ),
+        "audio branches": (int(dims.audio_dim > 0), int(expected_dims.audio_dim > 0)),
         "VACE channels": (dims.vace_in_dim, expected_dims.vace_in_dim),
         "camera channels": (dims.camera_in_dim, expected_dims.camera_in_dim),
         "pose channels": (dims.pose_dim, expected_dims.pose_dim),

@@ -128,7 +128,6 @@ def test_bad_arguments_are_explained(argument: str, message: str) -> None:
     [
         ([], "task is missing: give task=NAME, one of t2v-1.3B, t2v-14B, t2i-14B, t2v-A14B"),
         (["task=t2v"], "did you mean 't2v-1.3B'?"),
-        (["task=s2v-14B"], "task s2v-14B is not supported yet"),
     ],
 )
 def test_the_task_must_be_one_of_ours(arguments: list[str], message: str) -> None:

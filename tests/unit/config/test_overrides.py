@@ -103,6 +103,7 @@ TEXTS += [
     "float32",
     "cpu",
     "frames_first",
+    "reference",
     "crop",
     "stream",
     "disk",

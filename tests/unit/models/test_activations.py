@@ -21,7 +21,8 @@ from wan_dist.parallel import ring, sequence, ulysses
 from wan_dist.parallel.mesh import Axis
 from wan_dist.pipeline import vae_tiles as tiles
 from wan_dist.pipeline.decode import convert_to_uint8_frames, decode_latents, encode_video
-from wan_dist.planning.memory_estimate import estimate_activation_bytes, estimate_step_bytes
+from wan_dist.planning.activation_memory import estimate_activation_bytes
+from wan_dist.planning.memory_estimate import estimate_step_bytes
 from wan_dist.planning.vae_memory import VaeStrategy, estimate_vae_bytes
 from wan_dist.planning.workload import GIB, Arrangement, CompressedBlocks, Workload
 from wan_dist.tasks.registry import TASKS

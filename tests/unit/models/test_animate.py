@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import golden_folder, relative_error
 from tests.sampling import make_plain_solver
-from wan_dist.models.vace import build_transformer
+from wan_dist.models.build_transformer import build_transformer
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights.checkpoint import open_checkpoint, open_face_encoder

@@ -15,7 +15,7 @@ from wan_dist.models.attention import log_sum_exp
 from wan_dist.models.attention.inner import choose_attention
 from wan_dist.models.attention.log_sum_exp import attend_with_lse
 from wan_dist.parallel.usp import check_usp
-from wan_dist.planning.memory_estimate import SCORE_BYTES
+from wan_dist.planning.activation_memory import SCORE_BYTES
 from wan_dist.runtime.errors import InputError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

@@ -84,6 +84,7 @@ ELSEWHERE = {
     *("src_video", "src_mask", "src_ref_images", "context_scale", "camera", "fit"),
     *("src_root_path", "src_pose", "src_face", "src_ref", "src_bg"),
     *("replace_flag", "use_relighting_lora", "refert_num"),
+    *("audio", "pose_video", "num_clip", "infer_frames", "start_from_ref", "sync"),
     "preset",
     *("jobs", "parallel.cfg", "parallel.ring", "parallel.ulysses", "parallel.usp"),
     *("fsdp.dit", "fsdp.t5", "memory.t5", "memory.vae", "cache.size_gib"),

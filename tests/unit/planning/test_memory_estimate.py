@@ -6,6 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from wan_dist.models import audio_encoder
+from wan_dist.models.audio_encoder import build_audio_encoder
+from wan_dist.models.audio_projection import AudioProjection
+from wan_dist.models.build_transformer import build_transformer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.face_encoder import FaceVideoEncoder
 from wan_dist.models.fused_transformer import FusedTransformer, list_time_layers
@@ -13,16 +17,35 @@ from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.kernels import quantized_linear as quantized
 from wan_dist.models.kernels import transformer_ops
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
-from wan_dist.planning import face_memory, memory_estimate, parameter_bytes
-from wan_dist.tasks.published_dims import DIMS_ANIMATE_FACE
+from wan_dist.planning import (
+    activation_memory,
+    audio_memory,
+    face_memory,
+    memory_estimate,
+    parameter_bytes,
+)
+from wan_dist.tasks.published_dims import DIMS_ANIMATE_FACE, DIMS_WAV2VEC_XLSR
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights import streaming
 
 
 def size_of(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_bytes_of_the_audio_models_are_exact() -> None:
+    dims = TASKS["s2v-14B"].transformer_dims
+    for dtype in (torch.bfloat16, torch.float32):
+        with torch.device("meta"):
+            projection = AudioProjection(dims, dtype)
+        num_injections = len(dims.audio_layers)
+        counted = audio_memory.count_audio_projection_bytes(dims, dtype.itemsize, num_injections)
+        assert counted == size_of(projection)
+    with torch.device("meta"):
+        encoder = build_audio_encoder(DIMS_WAV2VEC_XLSR)
+    assert audio_memory.count_audio_encoder_bytes(DIMS_WAV2VEC_XLSR) == size_of(encoder)
+    assert audio_memory._STEPS_AT_ONCE == audio_encoder._STEPS_AT_ONCE
 
 
 def test_bytes_of_the_face_encoder_are_exact() -> None:
@@ -80,5 +103,5 @@ def test_what_the_plan_counts_is_what_the_models_do() -> None:
     assert memory_estimate.STREAMED_BLOCKS == streaming.NUM_SLOTS
     assert streaming.BlockReader.num_ahead == memory_estimate.STAGED_BLOCKS
     assert parameter_bytes.INT4_GROUP_SIZE == quantized.INT4_GROUP_SIZE
-    assert memory_estimate.QUANTIZED_ROWS_PER_CHUNK == quantized._QUANTIZE_CHUNK_ROWS
-    assert memory_estimate.FLOAT32_CHUNK_TOKENS == transformer_ops.FLOAT32_CHUNK_TOKENS
+    assert activation_memory.QUANTIZED_ROWS_PER_CHUNK == quantized._QUANTIZE_CHUNK_ROWS
+    assert activation_memory.FLOAT32_CHUNK_TOKENS == transformer_ops.FLOAT32_CHUNK_TOKENS

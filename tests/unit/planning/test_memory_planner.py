@@ -231,7 +231,7 @@ def test_free_memory_below_the_need_is_refused_before_loading(
 ) -> None:
     monkeypatch.setattr(hardware, "_read_free_bytes", lambda: 150 * 2**20)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("wan_dist.weights.checkpoint.Component.load", None)
+    monkeypatch.setattr("wan_dist.weights.component.Component.load", None)
     settings = ["task=toy", "device=cpu", "size=64*48", "frame_num=5", f"output.dir={tmp_path}"]
     assert run.main(settings) == 2
     assert "can be used (free memory)" in capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_a_limit_below_the_need_is_refused_before_loading(tmp_path: Path) -> Non
     code = (
         "import resource, sys, torch, transformers, wan_dist.pipeline.generate;"
         "import wan_dist.planning.hardware as hardware; from wan_dist.run import main;"
-        "from wan_dist.weights.checkpoint import Component; Component.load = None;"
+        "from wan_dist.weights.component import Component; Component.load = None;"
         "limit = hardware._read_address_space_bytes() + 300 * 2**20;"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit));"
         "sys.exit(main(['task=toy', 'device=cpu', 'size=64*48', 'frame_num=5', "

@@ -42,11 +42,17 @@ PUBLISHED = {
     "fun-control-5B": ("1280x704", 121, 24, "fun_euler", 40, 5.0, (6.0, 6.0)),
     "fun-camera-5B": ("1280x704", 81, 24, "fun_euler", 50, 5.0, (6.0, 6.0)),
     "animate-14B": ("1280x720", 77, 30, "unipc", 20, 5.0, (1.0, 1.0)),
+    "s2v-14B": ("1024x704", 80, 16, "unipc", 40, 3.0, (4.5, 4.5)),
     "ti2v-5B": ("1280x704", 121, 24, "unipc", 50, 5.0, (5.0, 5.0)),
 }
 BOUNDARIES = {"t2v-A14B": 0.875, "vace-A14B": 0.875, "i2v-A14B": 0.9}
 BOUNDARIES |= {f"fun-{kind}-A14B": 0.9 for kind in ("inp", "control", "camera")}
-PREFIXES = {"i2v-14B": "镜头晃动，", "flf2v-14B": "镜头切换，镜头晃动，"}
+STARTS = {
+    "i2v-14B": "镜头晃动，色调艳丽，过曝，静态",
+    "flf2v-14B": "镜头切换，镜头晃动，色调艳丽，过曝，静态",
+}
+STARTS |= {"s2v-14B": "画面模糊，最差质量，画面模糊，细节模糊不清"}
+"""Of the negative prompts that do not begin as the others."""
 
 
 @pytest.fixture
@@ -64,11 +70,11 @@ def inputs(task: str, image: str) -> list[str]:
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_defaults_are_the_published_ones(task: str, image: str) -> None:
-    has_driving_video = TASKS[task].face_encoder_dims is not None
-    files = [] if has_driving_video else inputs(task, image)
+    is_dry_run = TASKS[task].inputs.kind in ("animate", "speech")  # which take videos and sound
+    files = [] if is_dry_run else inputs(task, image)
     config = compose_config(prepare_arguments([f"task={task}", *files, "prompt=x"]))
     assert config is not None
-    made, sample = make_plan(config, is_dry_run=has_driving_video), config.sample
+    made, sample = make_plan(config, is_dry_run=is_dry_run), config.sample
     found = (
         config.size,
         made.frame_num,
@@ -81,7 +87,7 @@ def test_defaults_are_the_published_ones(task: str, image: str) -> None:
     assert found == PUBLISHED[task]
     assert made.negative_prompt == (config.negative_prompt if made.sampling.is_guided else None)
     assert config.negative_prompt is not None
-    assert config.negative_prompt.startswith(PREFIXES.get(task, "") + "色调艳丽，过曝，静态")
+    assert config.negative_prompt.startswith(STARTS.get(task, "色调艳丽，过曝，静态"))
     assert config.negative_prompt.endswith("背景人很多，倒着走")
     assert config.parse_size() in (*TASKS[task].published_sizes, (1024, 1024))
     assert TASKS[task].expert_boundary == BOUNDARIES.get(task)
@@ -163,7 +169,7 @@ def test_the_last_frame_takes_the_shape_of_the_first(tmp_path: Path) -> None:
         (
             ["task=t2v-14B", "image=IMAGE"],
             "image is given, but t2v-14B takes no image; i2v-14B, i2v-A14B, fun-inp-*, "
-            "fun-control-*, fun-camera-*, ti2v-5B would take image",
+            "fun-control-*, fun-camera-*, s2v-14B, ti2v-5B would take image",
         ),
         (
             ["task=flf2v-14B"],

@@ -15,12 +15,12 @@ from torch import nn
 
 from tests.conftest import FIXTURES
 from wan_dist.config.checks import split_file_list
+from wan_dist.models.build_transformer import build_transformer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import TransformerDims
 from wan_dist.models.face_encoder import FaceVideoEncoder
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.published_dims import DIMS_ANIMATE_FACE

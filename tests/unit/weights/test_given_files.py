@@ -131,7 +131,6 @@ def test_a_file_for_another_setting_is_named_as_what_it_is(setting: str, given: 
 
 
 OTHERS = [
-    ("casual_audio_encoder.weights", "Wan-S2V"),
     ("audio_proj.audio_proj_glob_1.layer.weight", "HuMo"),
 ]
 

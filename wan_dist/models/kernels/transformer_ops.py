@@ -68,9 +68,10 @@ def split_by_length(
     None yields one run of all tokens.
     """
     num_tokens = sum(segments)
+    max_length = max_length or max(num_tokens, 1)
     segment_bounds = list(itertools.accumulate(segments, initial=0))
-    for slice_start in range(0, num_tokens, max_length or num_tokens):
-        slice_end = min(slice_start + (max_length or num_tokens), num_tokens)
+    for slice_start in range(0, num_tokens, max_length):
+        slice_end = min(slice_start + max_length, num_tokens)
         slice_segments = (
             max(0, min(segment_end, slice_end) - max(segment_start, slice_start))
             for segment_start, segment_end in itertools.pairwise(segment_bounds)

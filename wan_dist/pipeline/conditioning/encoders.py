@@ -18,7 +18,7 @@ from wan_dist.pipeline.out_of_memory import free_memory, run_with_fallback
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.plan import RunPlan
 from wan_dist.planning.vae_memory import VaeStrategy
-from wan_dist.weights.checkpoint import Component
+from wan_dist.weights.component import Component
 
 MakeChunks = Callable[[], Iterator[Tensor]]
 """Returns the chunks (1, 3, n, H, W) of a video in [-1, 1]: its first frame, then four frames at a time."""
