@@ -132,7 +132,7 @@ def test_an_array_makes_a_video_of_each_line(slurm: Slurm) -> None:
 
 
 def test_a_job_that_is_requeued_makes_the_same_video(slurm: Slurm) -> None:
-    settings = ["sample.steps=150"]
+    settings = ["sample.steps=150", "output.metadata=false"]  # the names differ
     job = slurm.submit(TWO_TASKS, "requeue.sbatch", *settings, "output.name=parted")
     end = time.monotonic() + HANG_SECONDS
     while "attention " not in slurm.log(job):  # srun passes the bar on when its line ends

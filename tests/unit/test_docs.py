@@ -177,7 +177,7 @@ def test_the_configuration_lists_every_setting_as_the_schema_has_it() -> None:
             for setting in code.split()
             if "=" in setting
         }
-        - {"key=value", "setting=value"}
+        - {"key=value", "setting=value", "from=VIDEO"}
     ),
 )
 def test_settings_that_are_shown_exist(setting: str) -> None:

@@ -207,11 +207,10 @@ class VideoPlan:
         size_text = f"{self.width}x{self.height}{self.size_note}"
         if self.task.is_still:
             return f"{self.task.name}: an image of {size_text}, seed {self.seed}"
-        seconds = self.num_frames / self.fps
         clips_text = f" in {self.num_clips} clips" if self.num_clips > 1 else ""
         return (
             f"{self.task.name}: {self.num_frames} frames of {size_text} at {self.fps} fps "
-            f"= {seconds:.1f} s of video{clips_text}, seed {self.seed}, {self.num_tokens} tokens"
+            f"= {self.num_frames / self.fps:.1f} s of video{clips_text}, seed {self.seed}, {self.num_tokens} tokens"
         )
 
 
