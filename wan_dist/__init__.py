@@ -17,12 +17,16 @@ check_python_version()
 if TYPE_CHECKING:
     from wan_dist.pipeline.video_pipeline import GeneratedVideo, VideoPipeline, open_pipeline
     from wan_dist.runtime.errors import InputError
+    from wan_dist.service.client import RequestedVideo, ServiceError, VideoClient
     from wan_dist.weights.components import load_text_encoder, load_transformer, load_vae
 
 __version__ = "0.1.0"
 __all__ = [
     "GeneratedVideo",
     "InputError",
+    "RequestedVideo",
+    "ServiceError",
+    "VideoClient",
     "VideoPipeline",
     "__version__",
     "load_text_encoder",
@@ -34,6 +38,9 @@ __all__ = [
 _MODULE_BY_NAME = {
     "GeneratedVideo": "wan_dist.pipeline.video_pipeline",
     "InputError": "wan_dist.runtime.errors",
+    "RequestedVideo": "wan_dist.service.client",
+    "ServiceError": "wan_dist.service.client",
+    "VideoClient": "wan_dist.service.client",
     "VideoPipeline": "wan_dist.pipeline.video_pipeline",
     "load_text_encoder": "wan_dist.weights.components",
     "load_transformer": "wan_dist.weights.components",

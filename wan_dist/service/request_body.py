@@ -9,7 +9,7 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
 from wan_dist.runtime.errors import InputError
-from wan_dist.service.request_fields import UPLOAD_FIELDS
+from wan_dist.service.upload_fields import UPLOAD_FIELDS
 
 _MAX_FORM_FILES = 4
 _MAX_FORM_FIELDS = 100

@@ -10,6 +10,7 @@ from wan_dist.config.settings import LOADING, Effect
 from wan_dist.config.typed_settings import check_setting
 from wan_dist.jobs.job_entries import KEY_ALIASES
 from wan_dist.runtime.errors import InputError
+from wan_dist.service.upload_fields import IMAGE_FIELDS, UPLOAD_FIELDS
 from wan_dist.tasks.base import Task
 
 _FIELD_KEYS = KEY_ALIASES | {
@@ -18,9 +19,6 @@ _FIELD_KEYS = KEY_ALIASES | {
     "flow_shift": "sample.shift",
 }
 """Fields that are settings under another name."""
-_IMAGE_KEYS = ("image", "first_frame", "last_frame")
-UPLOAD_FIELDS = ("input_reference", *_IMAGE_KEYS)
-"""Fields whose values are images."""
 _PRIVATE_KEYS = ("output.name", *PATH_KEYS)
 """Settings that name files of the service's machine."""
 _MAX_SECONDS = 3600.0
@@ -69,7 +67,7 @@ def choose_image_keys(fields: Collection[str], task: Task) -> dict[str, str]:
     """
     keys = {field: field for field in fields}
     if "input_reference" in keys:
-        image_keys = [key for key in task.inputs.file_keys if key in _IMAGE_KEYS]
+        image_keys = [key for key in task.inputs.file_keys if key in IMAGE_FIELDS]
         if not image_keys:
             raise InputError(f"input_reference is given, but {task.name} takes no first image")
         keys["input_reference"] = image_keys[0]
