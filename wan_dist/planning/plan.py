@@ -209,8 +209,8 @@ class VideoPlan:
             return f"{self.task.name}: an image of {size_text}, seed {self.seed}"
         clips_text = f" in {self.num_clips} clips" if self.num_clips > 1 else ""
         return (
-            f"{self.task.name}: {self.num_frames} frames of {size_text} at {self.fps} fps "
-            f"= {self.num_frames / self.fps:.1f} s of video{clips_text}, seed {self.seed}, {self.num_tokens} tokens"
+            f"{self.task.name}: {self.num_frames} frames of {size_text} at {self.fps} fps = "
+            f"{self.num_frames / self.fps:.1f} s of video{clips_text}, seed {self.seed}, {self.num_tokens} tokens"
         )
 
 
