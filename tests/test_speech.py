@@ -14,7 +14,7 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 import wan_dist
-from tests.conftest import golden_folder
+from tests.conftest import golden_folder, relative_error
 from tests.forked import run_forked
 from tests.test_batch import write_jobs
 from tests.test_command import reference_arguments
@@ -56,8 +56,15 @@ def test_the_video_is_the_references(case: str) -> None:
     assert video.shape[1] == run["frames"]
     if "stored_frames" in run:
         video = video[:, run["stored_frames"]]
-    expected = load_file(folder / f"{case}.safetensors")["video"]
-    torch.testing.assert_close(video, expected, rtol=0, atol=1e-3)
+    golden = load_file(folder / f"{case}.safetensors")
+    torch.testing.assert_close(video, golden["video"], rtol=0, atol=1e-3)
+    for clip in range(run["clips"]):
+        # Before a clip's latents are those of the history, or of the picture where there is none.
+        name = f"clip{clip}.motion_latents"
+        context = golden[name if name in golden else "input.ref_latents"]
+        file = f"out/out{f'.clip{clip + 1}' if clip else ''}.latents.safetensors"
+        saved = load_file(file)["latents"][:, : context.shape[1]]
+        assert relative_error(saved, context) < 1e-5
 
 
 def test_five_clips_that_are_stopped_twice_are_the_same_bit_for_bit(tmp_path: Path) -> None:
