@@ -1,6 +1,7 @@
 """Speech to video through the command, against the reference's videos; sound and poses at their times."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as GgmlType
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 import wan_dist
-from tests.conftest import golden_folder
+from tests.conftest import golden_folder, relative_error
 from tests.forked import run_forked
 from tests.test_batch import write_jobs
 from tests.test_command import reference_arguments
 from tests.unit.models.test_audio_encoder import write_wav
+from tests.weight_files import write_gguf
 from wan_dist.run import main
 from wan_dist.runtime.ffmpeg import read_packets
 from wan_dist.tasks.registry import TASKS
@@ -52,8 +56,15 @@ def test_the_video_is_the_references(case: str) -> None:
     assert video.shape[1] == run["frames"]
     if "stored_frames" in run:
         video = video[:, run["stored_frames"]]
-    expected = load_file(folder / f"{case}.safetensors")["video"]
-    torch.testing.assert_close(video, expected, rtol=0, atol=1e-3)
+    golden = load_file(folder / f"{case}.safetensors")
+    torch.testing.assert_close(video, golden["video"], rtol=0, atol=1e-3)
+    for clip in range(run["clips"]):
+        # Before a clip's latents are those of the history, or of the picture where there is none.
+        name = f"clip{clip}.motion_latents"
+        context = golden[name if name in golden else "input.ref_latents"]
+        file = f"out/out{f'.clip{clip + 1}' if clip else ''}.latents.safetensors"
+        saved = load_file(file)["latents"][:, : context.shape[1]]
+        assert relative_error(saved, context) < 1e-5
 
 
 def test_five_clips_that_are_stopped_twice_are_the_same_bit_for_bit(tmp_path: Path) -> None:
@@ -372,3 +383,30 @@ def test_what_is_downloaded_has_the_audio_encoder_and_no_more_of_its_folder() ->
     assert wav2vec2 == [f"wav2vec2-large-xlsr-53-english/{name}" for name in names]
     assert "config.json" in patterns
     assert "models_clip" not in " ".join(patterns)
+
+
+def test_gguf_with_compressed_audio_layers(tmp_path: Path) -> None:
+    """Decoded as it is read, and kept in the file's blocks, it gives the same bit for bit."""
+    folder = golden_folder(GOLDEN)
+    parts = sorted(folder.glob("diffusion_pytorch_model-*.safetensors"))
+    transformer = {key: value for file in parts for key, value in load_file(file).items()}
+
+    def choose_type(name: str, value: torch.Tensor) -> GgmlType:
+        is_linear = value.dim() == 2 and re.search(r"_attn\.|injector\.", name)
+        return GgmlType.Q8_0 if is_linear else GgmlType.F32
+
+    five_dims = {name: value for name, value in transformer.items() if value.dim() > 4}
+
+    def add_shapes(writer: GGUFWriter) -> None:
+        for name, value in five_dims.items():
+            writer.add_array(f"comfy.gguf.orig_shape.{name}", list(value.shape))
+
+    flat = {name: value.flatten(1) for name, value in five_dims.items()}
+    write_gguf(tmp_path / "s2v.gguf", transformer | flat, "wan", choose_type, add_shapes)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    videos = []
+    for kept in ("decoded", "compressed"):
+        more = [f"dit_file={tmp_path / 's2v.gguf'}", f"memory.gguf={kept}", f"output.dir={kept}"]
+        assert main([*list_quick_settings(), *more]) == 0
+        videos.append(load_file(f"{kept}/out.safetensors")["video"])
+    assert torch.equal(*videos)

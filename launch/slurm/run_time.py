@@ -24,12 +24,12 @@ _MULTI_GPU_EFFICIENCY = 0.85
 def estimate_run_seconds(videos: Sequence[tuple[RunPlan, int]], tflops: float) -> float:
     """Return the seconds of a run on GPUs of ``tflops`` TFLOP/s, from its arithmetic and the bytes it reads.
 
-    ``videos``: plan and number of steps of each; weights are read once, and replicas divide the videos.
+    ``videos``: plan of each, and steps of a clip; weights are read once, and replicas divide the videos.
     """
     compute_seconds, read_seconds = 0.0, 0.0
     for plan, num_steps in videos:
         workload = plan.workload
-        compute_seconds += (
+        compute_seconds += plan.num_clips * (
             num_steps * estimate_step_seconds(plan, tflops)
             + _OVERHEAD_SECONDS * workload.num_tokens / 75600 / workload.num_ranks
         )

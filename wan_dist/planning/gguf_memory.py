@@ -26,6 +26,8 @@ _BLOCK_LINEAR = re.compile(
 )
 """Weights of a transformer block in either layout, but for those of the keys and values of contexts."""
 
+_AUDIO_LINEAR = re.compile(r"(?:^|\.)audio_injector\.injector\.(\d+)\.[qo]\.weight$")
+
 TensorTypes = Mapping[str, tuple[tuple[int, ...], str]]
 """Shapes and types of a file's tensors by name."""
 
@@ -43,10 +45,10 @@ def count_compressed_blocks(
         # What a block of the run's dtype takes, less what its weights have in fewer bits.
         bytes_by_block = Counter(count_bytes_by_block(dims, itemsize))
         for name, (shape, type_name) in tensors.items():
-            match = _BLOCK_LINEAR.search(name)
-            if match and type_name in BLOCK_SIZES and len(shape) == 2:
+            block = _find_block(name, dims)
+            if block in bytes_by_block and type_name in BLOCK_SIZES and len(shape) == 2:
                 row_bytes = count_row_bytes(shape[1], type_name)
-                bytes_by_block[match[1]] -= prod(shape) * itemsize - shape[0] * row_bytes
+                bytes_by_block[block] -= prod(shape) * itemsize - shape[0] * row_bytes
                 num_weights += 1
         if min(bytes_by_block.values()) < 0:
             return None  # the file is of a larger model
@@ -54,7 +56,8 @@ def count_compressed_blocks(
         most_bytes = max(most_bytes, bytes_by_block.total())
     if not num_weights:
         return None
-    num_projections = 2 * dims.dim if dims.vace_layers else 0  # of VACE's first block
+    # Of VACE's first block, or of one that takes audio.
+    num_projections = 2 * dims.dim if dims.vace_layers or dims.audio_layers else 0
     return CompressedBlocks(
         block_bytes=largest_bytes,
         all_bytes=most_bytes,
@@ -62,6 +65,14 @@ def count_compressed_blocks(
         num_weights=num_weights,
         num_changed=num_weights if num_changed is None else num_changed,
     )
+
+
+def _find_block(name: str, dims: TransformerDims) -> str | None:
+    """Return the block that a linear's weight is of; those that add audio have names of their own."""
+    if match := _AUDIO_LINEAR.search(name):
+        index = int(match[1])
+        return f"blocks.{dims.audio_layers[index]}" if index < len(dims.audio_layers) else None
+    return match[1] if (match := _BLOCK_LINEAR.search(name)) else None
 
 
 def read_compressed_blocks(

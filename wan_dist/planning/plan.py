@@ -198,8 +198,7 @@ class VideoPlan:
     @property
     def notes(self) -> list[str]:
         """Warnings about the settings, a line each."""
-        notes = (*self.input_notes, self.size_advice, self.steps_advice)
-        return [note for note in notes if note is not None]
+        return [*self.input_notes, *filter(None, (self.size_advice, self.steps_advice))]
 
     @property
     def summary(self) -> str:
@@ -210,7 +209,8 @@ class VideoPlan:
         clips_text = f" in {self.num_clips} clips" if self.num_clips > 1 else ""
         return (
             f"{self.task.name}: {self.num_frames} frames of {size_text} at {self.fps} fps = "
-            f"{self.num_frames / self.fps:.1f} s of video{clips_text}, seed {self.seed}, {self.num_tokens} tokens"
+            f"{self.num_frames / self.fps:.1f} s of video{clips_text}, seed {self.seed}, "
+            f"{self.num_tokens} tokens"
         )
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from launch.__main__ import main
 from launch.slurm.cluster import parse_minutes
@@ -178,6 +179,17 @@ def test_a_thousand_lines_are_checked_soon(place: Path, capsys: pytest.CaptureFi
     (place / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
     assert main(["submit", "cluster=h100", "array=jobs.jsonl", "task=t2v-14B"]) == 2
     assert "jobs.jsonl, line 999: size=833x480" in capsys.readouterr().err
+
+
+def test_a_video_of_ten_clips_takes_longer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["cluster=h100", "gpus=1", "task=i2v-14B", "image=first.png", "prompt=x"]
+    Image.new("RGB", (832, 480)).save(place / "first.png")
+    minutes = []
+    for clips in (1, 10):
+        script = rendered([*arguments, "size=832x480", f"clips={clips}"], capsys)
+        limit = script.partition("#SBATCH --time=")[2].partition("\n")[0]
+        minutes.append(parse_minutes(limit, "time"))
+    assert 5 * minutes[0] < minutes[1] < 10 * minutes[0]
 
 
 def test_a_file_of_videos_is_one_job(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

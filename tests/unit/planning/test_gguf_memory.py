@@ -285,3 +285,26 @@ def test_blocks_of_a_side_branch_count() -> None:
     assert found.all_bytes == count_all_blocks_bytes(dims, 2, "none") - saved_bytes
     assert found.num_weights == num_saved
     assert found.decoded_bytes == (8 * width + 2 * ffn) * width * 2
+
+
+def test_layers_that_add_audio_count_with_their_block() -> None:
+    dims = get_task("s2v-14B").model_dims.transformer
+    d = dims.dim
+    names = [f"blocks.{index}.self_attn.q.weight" for index in range(dims.num_layers)]
+    injections = [
+        f"audio_injector.injector.{index}.{part}.weight"
+        for index in range(len(dims.audio_layers))
+        for part in "qo"
+    ]
+    others = [f"audio_injector.injector.{index}.k.weight" for index in range(12)]  # not in a block
+    counted = [
+        count_compressed_blocks([dict.fromkeys(keys, ((d, d), "Q8_0"))], dims, 2, 0)
+        for keys in (names, names + others, names + injections)
+    ]
+    assert counted[0] is not None
+    assert counted[1] == counted[0]
+    assert counted[2] is not None
+    assert counted[2].num_weights == dims.num_layers + 24
+    saved_bytes = d * d * 2 - d * d // 32 * 34
+    assert counted[0].all_bytes - counted[2].all_bytes == 24 * saved_bytes
+    assert counted[0].decoded_bytes == (8 * d + 2 * dims.ffn_dim) * d * 2
