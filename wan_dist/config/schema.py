@@ -121,6 +121,12 @@ class RunConfig:
         "description of what to avoid; null: the task's; @file.txt reads a file",
         Effect.LATENTS,
     )
+    prompt_ref: str | None = _key(
+        None,
+        "description of a driving video, with animate-2-14B; null: the task's; @file.txt reads a file",
+        Effect.LATENTS,
+        is_new=True,
+    )
     image: str | None = _key(None, "first frame of the video", Effect.LATENTS)
     first_frame: str | None = _key(
         None, "first frame of the video, where there is a last_frame", Effect.LATENTS
@@ -194,6 +200,12 @@ class RunConfig:
     refert_num: int = _key(
         1,
         "frames of a clip that the next one starts from, with a driving video: 1 or 5",
+        Effect.LATENTS,
+        is_new=True,
+    )
+    first_frame_bias: float = _key(
+        0.0,
+        "added to attention to the first frame: -1.3 with the distilled model of animate-2-14B",
         Effect.LATENTS,
         is_new=True,
     )

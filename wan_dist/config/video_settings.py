@@ -31,6 +31,10 @@ class VideoSettings:
     camera: str | None
     fit: str
     fps: int
+    prompt_ref: str | None
+    first_frame_bias: float
+    usp: str
+    """The implementation of sequence parallelism."""
     animate: AnimateSettings
     latents_file: str | None
     """Saved latents, which have their own size and number of frames."""
@@ -48,6 +52,9 @@ def collect_video_settings(config: RunConfig, input_files: dict[str, str]) -> Vi
         camera=config.camera,
         fit=config.fit,
         fps=config.fps,
+        prompt_ref=config.prompt_ref,
+        first_frame_bias=config.first_frame_bias,
+        usp=config.parallel.usp,
         animate=AnimateSettings(
             config.src_root_path,
             config.replace_flag,

@@ -54,6 +54,8 @@ class ResultWriter:
         self.last_frames = frames[-plan.num_repeated_frames :].permute(3, 0, 1, 2).cpu()
 
     def _write_frames(self, plan: VideoPlan, frames: Tensor) -> None:
+        left, top, right, bottom = plan.crop
+        frames = frames[:, top:bottom, left:right]
         if self._saves_tensor:
             self._float_chunks.append(frames.cpu())
         if plan.task.is_still:

@@ -211,7 +211,8 @@ class VideoPipeline:
                 clip_latents.append(latents.cpu())
                 if video.is_first:
                     frames = torch.cat([convert_to_uint8(chunk) for chunk in frame_chunks])
-                    clip_frames.append(frames[clip.plan.new_frames])
+                    left, top, right, bottom = clip.plan.crop
+                    clip_frames.append(frames[clip.plan.new_frames, top:bottom, left:right])
         return GeneratedVideo(
             torch.cat(clip_frames).numpy() if video.is_first else None,
             torch.cat(clip_latents, dim=1),

@@ -52,6 +52,7 @@ def compute_latents_digest(
         "task": settings["task"],
         "prompt": plan.prompt,
         "negative_prompt": plan.negative_prompt,
+        **({} if plan.driving_prompt is None else {"driving_prompt": plan.driving_prompt}),
         "images": {
             key: _compute_input_digest(key, value)
             for key, value in list_input_files(settings).items()

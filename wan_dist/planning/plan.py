@@ -1,7 +1,4 @@
-"""Run plan from configuration and task: every derived number and every error that crosses fields.
-
-No torch, so that it answers at once.
-"""
+"""Run plan from configuration and task: derived numbers, errors that cross fields; no torch."""
 
 import random
 from collections.abc import Callable
@@ -28,7 +25,11 @@ from wan_dist.planning.few_steps import advise_on_steps
 from wan_dist.planning.file_names import name_result
 from wan_dist.planning.gguf_memory import describe_weights, read_compressed_blocks
 from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.latent_shape import compute_latent_shape, count_latent_tokens
+from wan_dist.planning.latent_shape import (
+    compute_latent_shape,
+    count_driving_tokens,
+    count_latent_tokens,
+)
 from wan_dist.planning.lora_memory import estimate_merging_bytes
 from wan_dist.planning.memory_estimate import StageMemory, estimate_memory
 from wan_dist.planning.memory_planner import (
@@ -41,13 +42,16 @@ from wan_dist.planning.sampling_plan import SamplingPlan, plan_sampling
 from wan_dist.planning.video_settings import (
     check_models_take_inputs,
     choose_tea_fit,
+    estimate_text_tokens,
+    read_driving_prompt,
+    read_prompt,
     read_text_setting,
     read_video_input,
 )
 from wan_dist.planning.workload import Arrangement, CompressedBlocks, Workload
 from wan_dist.runtime.environment import read_rank_layout
-from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.animate import DrivingVideo
+from wan_dist.tasks.animate_2 import FollowedVideo
 from wan_dist.tasks.base import Task, TeaCacheFit
 from wan_dist.tasks.camera import CameraPath
 from wan_dist.tasks.image_sizes import ImageSizeReader
@@ -77,8 +81,10 @@ class VideoPlan:
     camera: CameraPath | None
     input_notes: tuple[str, ...]
     """What is done with the inputs, a line each."""
-    driving: DrivingVideo | None
-    """Videos of a person whom the character follows, frame by frame."""
+    driving: DrivingVideo | FollowedVideo | None
+    """Video of a person whom the character follows, frame by frame."""
+    driving_prompt: str | None
+    """Description of a driving video that passes through the transformer."""
     width: int
     height: int
     size_note: str
@@ -110,11 +116,16 @@ class VideoPlan:
     """File name of the results, without suffix."""
 
     @property
+    def texts(self) -> tuple[str, ...]:
+        """The prompts that are embedded: the prompt first, then the negative one, the driving video's."""
+        other_texts = (self.negative_prompt, self.driving_prompt)
+        return self.prompt, *(text for text in other_texts if text is not None)
+
+    @property
     def num_frames(self) -> int:
         """Frames of the video: those that a clip repeats of the one before it are left out."""
-        if self.driving is not None:
-            return self.driving.num_frames
-        return self.num_clips * (self.frame_num - 1) + 1
+        num_frames = self.num_clips * (self.frame_num - 1) + 1
+        return num_frames if self.driving is None else self.driving.num_frames
 
     @property
     def num_repeated_frames(self) -> int:
@@ -139,13 +150,20 @@ class VideoPlan:
     @property
     def first_frame_index(self) -> int:
         """Index in the video of the clip's first frame, which the clip before has too."""
-        return self.clip_index * (self.frame_num - self.num_repeated_frames)
+        start = self.clip_index * (self.frame_num - 1)
+        return start if self.driving is None else self.driving.find_start(self.clip_index)
 
     @property
     def new_frames(self) -> slice:
         """Frames of the clip that the video has from it: not those of the clip before, or beyond the end."""
         num_known = self.num_repeated_frames if self.clip_index else 0
         return slice(num_known, self.num_frames - self.first_frame_index)
+
+    @property
+    def crop(self) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of the result in the frames that are made."""
+        whole = (0, 0, self.width, self.height)
+        return self.driving.crop if isinstance(self.driving, FollowedVideo) else whole
 
     @property
     def is_last_clip(self) -> bool:
@@ -174,8 +192,7 @@ class VideoPlan:
     @property
     def notes(self) -> list[str]:
         """Warnings about the settings, a line each."""
-        notes = (*self.input_notes, self.size_advice, self.steps_advice)
-        return [note for note in notes if note is not None]
+        return [*self.input_notes, *filter(None, (self.size_advice, self.steps_advice))]
 
     @property
     def summary(self) -> str:
@@ -230,7 +247,7 @@ def make_plan(
     settings = read_settings(config, OUTPUTS)
     video_settings = collect_video_settings(config, list_input_files(settings))
     video = read_video_input(video_settings, task, image_size_reader, is_dry_run=is_dry_run)
-    prompt = _read_prompt(config.prompt, is_required=config.latents is None and not is_dry_run)
+    prompt = read_prompt(config.prompt, is_required=config.latents is None and not is_dry_run)
     seed = random.SystemRandom().randrange(2**32) if config.seed == -1 else config.seed
     sampling = plan_sampling(config.sample, task, config.max_area or video.area)
     is_guided = sampling.is_guided
@@ -248,7 +265,9 @@ def make_plan(
     return VideoPlan(
         task=task,
         prompt=prompt or "",
-        negative_prompt=_read_negative_prompt(config.negative_prompt) if is_guided else None,
+        negative_prompt=read_text_setting("negative_prompt", config.negative_prompt) or ""
+        if is_guided
+        else None,
         images=video.images,
         num_images=max(video.num_images, 1 if config.clips > 1 else 0),
         source=video.source,
@@ -256,6 +275,7 @@ def make_plan(
         camera=video.camera,
         input_notes=video.notes,
         driving=video.driving,
+        driving_prompt=read_driving_prompt(config.prompt_ref, video.driving),
         width=video.width,
         height=video.height,
         size_note=video.size_note,
@@ -277,37 +297,17 @@ def make_plan(
     )
 
 
-def _read_prompt(value: str | None, *, is_required: bool) -> str | None:
-    """Return the prompt of the setting's value; raises InputError if it is required and missing."""
-    prompt = read_text_setting("prompt", value)
-    if prompt is None and is_required:
-        raise InputError(
-            "prompt is missing; describe the video, "
-            'e.g. prompt="two cats boxing on a stage", or prompt=@file.txt'
-        )
-    return prompt
-
-
-def _read_negative_prompt(value: str | None) -> str:
-    """Return the negative prompt of the setting's value, empty where there is none."""
-    return read_text_setting("negative_prompt", value) or ""
-
-
 def read_started_ranks() -> tuple[int, int]:
     """Return how many ranks torchrun started, in all and on this node."""
     ranks = read_rank_layout()
     return ranks.num_ranks, ranks.ranks_per_node
 
 
-def _estimate_num_tokens(text: str) -> int:
-    return min(512, len(text.encode()) // 3 + 2)
-
-
 def plan_memory(
     plan: VideoPlan,
     hardware: Hardware,
     models: ModelDims,
-    count_tokens: Callable[[str], int] = _estimate_num_tokens,
+    count_tokens: Callable[[str], int] = estimate_text_tokens,
     compressed_blocks: CompressedBlocks | None = None,
 ) -> RunPlan:
     """Return the plan with the fastest arrangement of these models that fits, and the memory of each stage.
@@ -368,6 +368,7 @@ def _build_workload(
         text_lengths=tuple(count_tokens(text) for text in texts),
         num_images=plan.task.inputs.count_image_features(plan.num_images),
         num_reference_frames=plan.num_reference_frames,
+        driving_tokens=count_driving_tokens(plan.driving, plan.latent_shape, plan.task),
         has_encoded_input=plan.has_encoded_input,
         has_known_first_frame=plan.task.inputs.kind == "known_first_frame",
         num_experts=1 if plan.task.expert_boundary is None else 2,

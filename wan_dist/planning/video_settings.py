@@ -12,6 +12,7 @@ from wan_dist.planning.video_input import VideoInput, resolve_video_input
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
 from wan_dist.tasks.animate import AnimateInputs, DrivingVideo
+from wan_dist.tasks.animate_2 import Animate2Inputs, FollowedVideo
 from wan_dist.tasks.base import AREA_480P, Task, TeaCacheFit
 from wan_dist.tasks.camera import MOTIONS
 from wan_dist.tasks.fun import FunInputs
@@ -42,6 +43,7 @@ def read_video_input(
     _check_camera(settings, task, is_dry_run=is_dry_run)
     if not isinstance(task.inputs, AnimateInputs):
         _check_no_animate_settings(settings.animate, task)
+    _check_followed_settings(settings, task)
     video = resolve_video_input(settings, task, image_size_reader, is_dry_run=is_dry_run)
     _check_size(video.width, video.height, task)
     _check_frame_num(video.frame_num, task, video.num_images)
@@ -63,6 +65,32 @@ def _check_no_animate_settings(settings: AnimateSettings, task: Task) -> None:
         raise InputError(
             f"{' and '.join(given)} is for a driving video, and {task.name} takes {task.inputs.usage}; "
             f"leave it out, or use task={names}"
+        )
+
+
+def _check_followed_settings(settings: VideoSettings, task: Task) -> None:
+    """Raise InputError for settings that a driving video of Animate-2 has alone, or cannot have."""
+    if isinstance(task.inputs, Animate2Inputs):
+        if settings.usp != "plain":
+            raise InputError(
+                f"parallel.usp={settings.usp} cannot attend to a driving video as {task.name} does; "
+                "leave it out"
+            )
+        if settings.max_area is not None:
+            raise InputError(
+                f"max_area={settings.max_area}: {task.name} takes size=WIDTHxHEIGHT as an area"
+            )
+        if settings.frame_num < 5:
+            raise InputError(f"frame_num={settings.frame_num}: clips of {task.name} have 5 or more")
+        return
+    given = {
+        "prompt_ref": settings.prompt_ref,
+        "first_frame_bias": settings.first_frame_bias or None,
+    }
+    if names := [f"{key}={value}" for key, value in given.items() if value is not None]:
+        raise InputError(
+            f"{' and '.join(names)} is for animate-2-14B, and {task.name} has no such input; "
+            "leave it out"
         )
 
 
@@ -88,10 +116,13 @@ def _check_camera(settings: VideoSettings, task: Task, *, is_dry_run: bool) -> N
 
 
 def check_models_take_inputs(
-    task: Task, image_keys: Collection[str], driving: DrivingVideo | None, models: ModelDims
+    task: Task,
+    image_keys: Collection[str],
+    driving: DrivingVideo | FollowedVideo | None,
+    models: ModelDims,
 ) -> None:
     """Raise InputError for a reference image without a layer for it, and faces of another size."""
-    if driving is not None and models.face_encoder is not None:
+    if isinstance(driving, DrivingVideo) and models.face_encoder is not None:
         face, size = driving.face, models.face_encoder.image_size
         if face.width != size:
             raise InputError(
@@ -195,6 +226,30 @@ def _check_size(width: int, height: int, task: Task) -> None:
         f"and the height of {height_multiple}; the nearest that work are "
         f"{smaller_width}x{smaller_height} and {larger_width}x{larger_height}"
     )
+
+
+def read_prompt(value: str | None, *, is_required: bool) -> str | None:
+    """Return the prompt of the setting's value; raises InputError if it is required and missing."""
+    prompt = read_text_setting("prompt", value)
+    if prompt is None and is_required:
+        raise InputError(
+            "prompt is missing; describe the video, "
+            'e.g. prompt="two cats boxing on a stage", or prompt=@file.txt'
+        )
+    return prompt
+
+
+def read_driving_prompt(
+    value: str | None, driving: DrivingVideo | FollowedVideo | None
+) -> str | None:
+    """Return the prompt of a driving video that passes through the transformer, else None."""
+    is_needed = isinstance(driving, FollowedVideo)
+    return (read_text_setting("prompt_ref", value) or "") if is_needed else None
+
+
+def estimate_text_tokens(text: str) -> int:
+    """Return about how many tokens a text has, without a tokenizer."""
+    return min(512, len(text.encode()) // 3 + 2)
 
 
 def read_text_setting(key: str, value: str | None) -> str | None:

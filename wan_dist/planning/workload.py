@@ -82,6 +82,8 @@ class Workload:
     num_images: int = 0
     num_reference_frames: int = 0
     """Latent frames of reference images, which precede those of the video and are not decoded."""
+    driving_tokens: int = 0
+    """Tokens of a driving video, whose keys and values all blocks keep."""
     has_encoded_input: bool = False
     """Whether the VAE encodes an input of the transformer."""
     has_known_first_frame: bool = False

@@ -167,7 +167,7 @@ class ServiceWorker(JobWorker):
         bytes_per_value = FLOAT_BYTES if job.config.output.save_tensor else 1
         session.has_memory_for_frames = can_buffer_frames(plan, bytes_per_value)
         session.possible_timesteps = tuple(list_timesteps(job))
-        texts = [text for text in (job.plan.prompt, job.plan.negative_prompt) if text is not None]
+        texts = list(job.plan.texts)
         if self.is_first:
             texts += self.requests.list_texts_ahead()
         session.prompt_embeddings = {

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -52,6 +53,14 @@ class AnimateInputs(TaskInputs):
         return self.file_keys if is_replacing else ANIMATION_KEYS
 
 
+class ClipFrames(Protocol):
+    """Frames of clips in a driving video."""
+
+    def list_frames(self, clip_index: int) -> tuple[int, ...]:
+        """Return a clip's frames."""
+        ...
+
+
 @dataclass(frozen=True)
 class DrivingVideo:
     """Videos of a person, frame by frame, and the clips that are made from them."""
@@ -77,9 +86,17 @@ class DrivingVideo:
         stride = self.clip_frames - self.num_repeated
         return max(1, -(-(self.num_frames - self.num_repeated) // stride))
 
+    def find_start(self, clip_index: int) -> int:
+        """Return the index of a clip's first frame in the result."""
+        return clip_index * (self.clip_frames - self.num_repeated)
+
+    def count_frames(self, clip_index: int) -> int:
+        """Return the number of frames of a clip."""
+        return self.clip_frames
+
     def list_frames(self, clip_index: int) -> tuple[int, ...]:
         """Return a clip's frames in the driving video; after its end they run backwards, and so on."""
-        start = clip_index * (self.clip_frames - self.num_repeated)
+        start = self.find_start(clip_index)
         period = max(1, 2 * (self.num_frames - 1))
         offsets = (index % period for index in range(start, start + self.clip_frames))
         return tuple(min(offset, period - offset) % period for offset in offsets)
@@ -163,7 +180,7 @@ def read_driving_video(
 
 
 def iterate_clip_frames(
-    video: VideoFacts, driving: DrivingVideo, clip_index: int, skip: int = 0
+    video: VideoFacts, driving: ClipFrames, clip_index: int, skip: int = 0
 ) -> Iterator[np.ndarray]:
     """Yield a clip's frames (height, width, 3) of one of the driving videos, without its first ``skip``.
 

@@ -26,6 +26,9 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
+_ANIMATE_2_FOLDER, _ANIMATE_2_FILE = "wan_animate_2", "wan_animate_2_bf16.safetensors"
+_ANIMATE_2_MODELS, _ANIMATE_2_VAE = "videomodel/Wan-AI", "vae.pth"
+"""Folders and files of the release of Animate-2, whose other models are in a folder of their own."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 """Suffixes of files of weights, in upper or lower case; the format is detected by content, not by suffix."""
 
@@ -109,6 +112,8 @@ def list_download_patterns(task: Task, given_files: GivenFiles = NO_FILES) -> li
 
     Published repositories are in the original layout. ``given_files`` are used instead of some.
     """
+    if task.is_animate_2:
+        return _list_animate_2_patterns(given_files)
     folders = ("high_noise_model/", "low_noise_model/") if task.expert_boundary else ("",)
     patterns = [
         f"{folder}{name}"
@@ -121,6 +126,17 @@ def list_download_patterns(task: Task, given_files: GivenFiles = NO_FILES) -> li
         file_names["clip_file"] = IMAGE_ENCODER_FILE
     patterns += [name for setting, name in file_names.items() if setting not in given_files]
     return [*patterns, f"{TOKENIZER_FOLDER}/*", *task.lora_files]
+
+
+def _list_animate_2_patterns(given_files: GivenFiles) -> list[str]:
+    names = {
+        "dit_file": f"{_ANIMATE_2_FOLDER}/{_ANIMATE_2_FILE}",
+        "t5_file": f"{_ANIMATE_2_MODELS}/{TEXT_ENCODER_FILE}",
+        "vae_file": f"{_ANIMATE_2_MODELS}/{_ANIMATE_2_VAE}",
+        "clip_file": f"{_ANIMATE_2_MODELS}/{IMAGE_ENCODER_FILE}",
+    }
+    files = [name for setting, name in names.items() if setting not in given_files]
+    return [*files, f"{_ANIMATE_2_MODELS}/{Path(TOKENIZER_FOLDER).name}/*"]
 
 
 def find_layout(
@@ -145,11 +161,12 @@ def find_layout(
         found_files = comfyui_folder.find_files(folder, task, given_files)
         return _build_layout_of_files(found_files, task, folder)
     is_diffusers = (folder / "model_index.json").exists() or (folder / "transformer").is_dir()
-    layout = (
-        _build_diffusers_layout(folder, task)
-        if is_diffusers
-        else _build_original_layout(folder, task)
-    )
+    if (folder / _ANIMATE_2_FOLDER).is_dir():
+        layout = _build_animate_2_layout(folder)
+    elif is_diffusers:
+        layout = _build_diffusers_layout(folder, task)
+    else:
+        layout = _build_original_layout(folder, task)
     layout = _use_given_files(layout, given_files)
     _check_complete(layout, folder, task, given_files)
     return layout
@@ -202,6 +219,28 @@ def _build_original_layout(folder: Path, task: Task) -> CheckpointLayout:
             folder, _find_weights_file(folder, get_vae_file_name(task)), key_maps.map_original_vae
         ),
         tokenizer_folder=folder / TOKENIZER_FOLDER,
+    )
+
+
+def _build_animate_2_layout(folder: Path) -> CheckpointLayout:
+    models = folder / _ANIMATE_2_MODELS
+    return CheckpointLayout(
+        name="Animate-2",
+        transformers=(
+            ComponentFiles(
+                folder,
+                f"{_ANIMATE_2_FOLDER}/{_ANIMATE_2_FILE}",
+                key_maps.map_single_file_transformer,
+            ),
+        ),
+        text_encoder=ComponentFiles(models, TEXT_ENCODER_FILE, key_maps.map_original_text_encoder),
+        image_encoder=ComponentFiles(
+            models, IMAGE_ENCODER_FILE, key_maps.map_original_image_encoder
+        ),
+        vae=ComponentFiles(models, _ANIMATE_2_VAE, key_maps.map_original_vae),
+        tokenizer_folder=models / Path(TOKENIZER_FOLDER).name,
+        # The release has none: heads are then of the published width.
+        transformer_configs=(folder / "config.json",),
     )
 
 

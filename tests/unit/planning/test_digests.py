@@ -74,7 +74,7 @@ ELSEWHERE = {
     *("t5_file", "vae_file", "clip_file"),
     *("src_video", "src_mask", "src_ref_images", "context_scale", "camera", "fit"),
     *("src_root_path", "src_pose", "src_face", "src_ref", "src_bg"),
-    *("replace_flag", "use_relighting_lora", "refert_num"),
+    *("replace_flag", "use_relighting_lora", "refert_num", "prompt_ref", "first_frame_bias"),
     "preset",
     *("jobs", "parallel.cfg", "parallel.ring", "parallel.ulysses", "parallel.usp"),
     *("fsdp.dit", "fsdp.t5", "memory.t5", "memory.vae", "cache.size_gib"),
