@@ -34,7 +34,8 @@ from wan_dist.jobs.job_file import compose_job_configs, read_jobs
 from wan_dist.jobs.planned_job import has_jobs, plan_jobs
 from wan_dist.jobs.sweep_jobs import make_sweep_jobs
 from wan_dist.planning.hardware import Hardware, parse_bytes
-from wan_dist.planning.plan import RunPlan, VideoPlan, make_plan, plan_memory
+from wan_dist.planning.plan import RunPlan, make_plan, plan_memory
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.image_sizes import read_image_size
 from wan_dist.tasks.registry import get_task

@@ -37,7 +37,7 @@ def ask_at(moment: str, num_times: str = "1", name: str = "SIGUSR1") -> None:
 
         setattr(place, function, asked)
         return
-    for solver in (solvers.UniPC, solvers.Renoising):
+    for solver in (solvers.UniPC, solvers.DpmSolverPlusPlus, solvers.Renoising):
         ask_in_step(solver, int(moment), ask)
 
 

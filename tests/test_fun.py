@@ -14,7 +14,8 @@ from tests.gallery_folder import check_source
 from tests.unit.tasks.test_vace import make_video
 from wan_dist.models.control import compute_rays, stack_rays
 from wan_dist.pipeline.conditioning.fun import iterate_control_frames
-from wan_dist.planning.plan import VideoPlan, make_plan
+from wan_dist.planning.plan import make_plan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.run import main
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.camera import MOTIONS, read_camera

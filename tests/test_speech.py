@@ -24,7 +24,7 @@ from wan_dist.run import main
 from wan_dist.runtime.ffmpeg import read_packets
 from wan_dist.tasks.registry import TASKS
 from wan_dist.tasks.sound import read_sound, read_speech_samples
-from wan_dist.weights.layout import list_download_patterns
+from wan_dist.weights.download_patterns import list_download_patterns
 
 GOLDEN = "wan2.2-s2v"
 

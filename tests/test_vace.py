@@ -22,7 +22,8 @@ from wan_dist.pipeline.conditioning.vace import (
     iterate_resized_frames,
     read_mask_channels,
 )
-from wan_dist.planning.plan import VideoPlan, make_plan
+from wan_dist.planning.plan import make_plan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.run import main
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS

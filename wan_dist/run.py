@@ -32,8 +32,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from wan_dist.config.schema import RunConfig, read_all_settings
 from wan_dist.jobs.planned_job import PlannedJob, has_jobs, plan_jobs
-from wan_dist.planning.plan import VideoPlan, make_plan
+from wan_dist.planning.plan import make_plan
 from wan_dist.planning.rank_facts import check_ranks_match, collect_rank_facts
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.cache_folders import configure_library_caches, is_writable
 from wan_dist.runtime.environment import (
     RankLayout,

@@ -205,7 +205,7 @@ def check_attention() -> Iterator[Finding]:
     """Check which attention kernels work, on a tiny tensor each."""
     import torch
 
-    from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_BACKENDS
+    from wan_dist.config.choices import ATTENTION_BACKENDS, EIGHT_BIT_BACKENDS
     from wan_dist.models.attention.backends import try_attention
     from wan_dist.models.attention.inner import choose_attention
 

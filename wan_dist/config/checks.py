@@ -18,7 +18,7 @@ Suffixes, of which the longest is that of a run that was ended, and temporary na
 """
 _RESERVED_SUFFIXES = (".latents", ".state", ".preview")
 """Suffixes of the files beside a video; a job of such a name could not be told apart from those."""
-PROMPT_KEYS = ("prompt", "negative_prompt")
+PROMPT_KEYS = ("prompt", "negative_prompt", "prompt_ref")
 WEIGHT_FILE_KEYS = ("dit_file", "t5_file", "vae_file", "clip_file")
 """Settings that name files of weights, used instead of a checkpoint's."""
 LORA_KEYS = ("lora", "lora_high", "lora_low")

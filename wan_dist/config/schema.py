@@ -15,6 +15,15 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
 from wan_dist.config.checks import check_choice, check_text
+from wan_dist.config.choices import (
+    ATTENTION_BACKENDS,
+    DEVICES,
+    FITS,
+    NOISE_DEVICES,
+    NOISE_LAYOUTS,
+    QUANTIZATIONS,
+    SYNC_CHOICES,
+)
 from wan_dist.config.loras import UNMATCHED_CHOICES, list_given_loras
 from wan_dist.config.output_section import OutputConfig
 from wan_dist.config.sections import (
@@ -30,27 +39,6 @@ from wan_dist.config.settings import ALL_EFFECTS, Effect, SettingValues, collect
 from wan_dist.config.settings import add_setting as _key
 from wan_dist.runtime.errors import InputError
 
-EIGHT_BIT_BACKENDS = ("8bit", "sage")
-TRAINED_ATTENTIONS = ("sla", "vsa")
-"""Sparse self-attention of transformers that were trained with it."""
-ATTENTION_BACKENDS = (
-    "auto",
-    "fa4",
-    "fa3",
-    "fa2",
-    "cudnn",
-    "flash",
-    "sdpa",
-    "sdpa16",
-    *TRAINED_ATTENTIONS,
-    *EIGHT_BIT_BACKENDS,
-)
-QUANTIZATIONS = ("none", "fp8", "int8", "int4")
-DEVICES = ("auto", "cuda", "cpu")
-NOISE_DEVICES = ("cpu", "cuda")
-FITS = ("stretch", "crop")
-SYNC_CHOICES = ("exact", "reference")
-NOISE_LAYOUTS = ("channels_first", "frames_first")
 _MAX_FPS = 1000
 
 
@@ -121,6 +109,12 @@ class RunConfig:
         None,
         "description of what to avoid; null: the task's; @file.txt reads a file",
         Effect.LATENTS,
+    )
+    prompt_ref: str | None = _key(
+        None,
+        "description of a driving video, with animate-2-14B; null: the task's; @file.txt reads a file",
+        Effect.LATENTS,
+        is_new=True,
     )
     image: str | None = _key(None, "first frame of the video", Effect.LATENTS)
     first_frame: str | None = _key(
@@ -221,6 +215,12 @@ class RunConfig:
         "exact",
         "times of a speaking picture's sound and poses: exact, or reference, whose picture is 187.5 ms early",
         Effect.RESULT,
+        is_new=True,
+    )
+    first_frame_bias: float = _key(
+        0.0,
+        "added to attention to the first frame: -1.3 with the distilled model of animate-2-14B",
+        Effect.LATENTS,
         is_new=True,
     )
     context_scale: float = _key(

@@ -3,7 +3,7 @@
 import json
 
 from wan_dist.config.arguments import check_setting_key, is_text_key
-from wan_dist.config.checks import FILE_LIST_KEYS, check_prompt_length
+from wan_dist.config.checks import FILE_LIST_KEYS, PROMPT_KEYS, check_prompt_length
 from wan_dist.config.hydra_quoting import quote_if_needed, quote_text
 from wan_dist.runtime.errors import InputError
 
@@ -22,7 +22,7 @@ def check_setting(key: str, value: object) -> None:
     if is_text_key(key) and not (key in FILE_LIST_KEYS and is_file_list):
         if isinstance(value, bool | list):
             raise InputError(f"{key}={json.dumps(value)} is not text; write it in quotes")
-        if key in ("prompt", "negative_prompt"):
+        if key in PROMPT_KEYS:
             check_prompt_length(key, str(value))
     elif "${" in json.dumps(value):
         raise InputError(

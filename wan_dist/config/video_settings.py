@@ -40,6 +40,10 @@ class VideoSettings:
     camera: str | None
     fit: str
     fps: int
+    prompt_ref: str | None
+    first_frame_bias: float
+    usp: str
+    """The implementation of sequence parallelism."""
     animate: AnimateSettings
     speech: SpeechSettings
     latents_file: str | None
@@ -58,6 +62,9 @@ def collect_video_settings(config: RunConfig, input_files: dict[str, str]) -> Vi
         camera=config.camera,
         fit=config.fit,
         fps=config.fps,
+        prompt_ref=config.prompt_ref,
+        first_frame_bias=config.first_frame_bias,
+        usp=config.parallel.usp,
         animate=AnimateSettings(
             config.src_root_path,
             config.replace_flag,

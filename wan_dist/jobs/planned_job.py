@@ -12,7 +12,8 @@ from wan_dist.config.sweep import is_sweep
 from wan_dist.jobs.job_file import Job, compose_job_configs, read_jobs
 from wan_dist.jobs.replicas import assign_degrees
 from wan_dist.jobs.sweep_jobs import make_sweep_jobs
-from wan_dist.planning.plan import VideoPlan, make_plan
+from wan_dist.planning.plan import make_plan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.image_sizes import read_image_size
 from wan_dist.tasks.run_config import read_config

@@ -205,14 +205,7 @@ class JobWorker:
             session.possible_timesteps = tuple(
                 dict.fromkeys(timestep for job in jobs for timestep in list_timesteps(job))
             )
-            texts = sorted(
-                {
-                    text
-                    for job in jobs
-                    for text in (job.plan.prompt, job.plan.negative_prompt)
-                    if text is not None
-                }
-            )
+            texts = sorted({text for job in jobs for text in job.plan.texts})
             text_shard = texts[self.groups.dp.rank :: self.groups.dp.size]
             embed = partial(
                 embed_prompts_ahead, session, largest_job.config, plan, text_shard, self.report

@@ -18,7 +18,7 @@ import torch
 from wan_dist.config.output_section import OutputConfig
 from wan_dist.output.video_encoding import VideoEncoding
 from wan_dist.output.video_file import SaveError, save_video
-from wan_dist.planning.plan import VideoPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger
 

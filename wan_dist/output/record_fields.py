@@ -6,14 +6,16 @@ And the settings that its file carries.
 from pathlib import Path
 
 from wan_dist import __version__
+from wan_dist.config.choices import EIGHT_BIT_BACKENDS
 from wan_dist.config.model_settings import ModelSettings
 from wan_dist.config.recorded_settings import format_settings
-from wan_dist.config.schema import EIGHT_BIT_BACKENDS
 from wan_dist.config.settings import SettingValues
 from wan_dist.output.record import SourceEntry, VideoRecord
 from wan_dist.planning.flops import count_forward_flops
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.file_hash import hash_unchanged_file
+from wan_dist.tasks.animate import DrivingVideo
 
 
 def describe_video(record: VideoRecord, plan: VideoPlan) -> None:
@@ -21,8 +23,8 @@ def describe_video(record: VideoRecord, plan: VideoPlan) -> None:
     record.name = plan.name
     record.prompt = plan.prompt
     record.seed = plan.seed
-    record.width = plan.width
-    record.height = plan.height
+    left, top, right, bottom = plan.crop
+    record.width, record.height = right - left, bottom - top
     record.num_frames = plan.num_shown_frames
     if plan.num_clips > 1:
         record.num_clips = plan.num_clips
@@ -34,8 +36,10 @@ def describe_video(record: VideoRecord, plan: VideoPlan) -> None:
 
 def _describe_source(plan: VideoPlan) -> SourceEntry | None:
     """Return the source video, of a driving video its poses; None without one that can be read."""
-    if plan.driving is not None:
+    if isinstance(plan.driving, DrivingVideo):
         setting, video = "src_pose", plan.driving.pose
+    elif plan.driving is not None:
+        setting, video = "src_video", plan.driving.video
     elif plan.source is not None:
         setting, video = "src_video", plan.source.video
     else:

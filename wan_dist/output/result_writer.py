@@ -16,7 +16,7 @@ from wan_dist.output.video_file import (
     convert_to_uint8,
     save_image,
 )
-from wan_dist.planning.plan import VideoPlan
+from wan_dist.planning.video_plan import VideoPlan
 
 
 class ResultWriter:
@@ -74,6 +74,8 @@ class ResultWriter:
         self.last_frames = frames[-plan.num_kept_frames :].permute(3, 0, 1, 2).cpu()
 
     def _write_frames(self, plan: VideoPlan, frames: Tensor) -> None:
+        left, top, right, bottom = plan.crop
+        frames = frames[:, top:bottom, left:right]
         if self._frames_writer is not None:
             self._frames_writer.write(frames)
         shown = frames[: max(0, plan.num_shown_frames - self._num_written)]

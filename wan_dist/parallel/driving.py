@@ -32,5 +32,5 @@ def apply_driving(
         return all_gather(padded, ring_axis).transpose(0, 1).flatten(1, 2)[:, :num_tokens]
 
     stream.locate_rows, stream.gather_rows = locate_rows, gather_rows
-    for attention in model.self_attentions:
-        attention.inner_attention = DrivenAttention(attention.inner_attention, stream)
+    for layer, attention in enumerate(model.self_attentions):
+        attention.inner_attention = DrivenAttention(attention.inner_attention, stream, layer)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from wan_dist.parallel.collectives import broadcast
 from wan_dist.pipeline.denoise import VideoInProgress, make_latents
 from wan_dist.planning.file_names import name_latents
+from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.log import logger
 
 
@@ -32,6 +33,20 @@ def make_clips(video: VideoInProgress) -> Iterator[tuple[VideoInProgress, Tensor
         raise
 
 
+def _describe_clip(plan: RunPlan, clip_index: int) -> dict[str, Any]:
+    """Return the fields of a plan that differ in a clip of another length, as the last one may have."""
+    if plan.driving is None or plan.driving.count_frames(clip_index) == plan.frame_num:
+        return {}
+    frame_num = plan.driving.count_frames(clip_index)
+    channels, num_latents, *size = plan.latent_shape
+    new_num_latents = num_latents - (plan.frame_num - frame_num) // plan.task.vae_stride[0]
+    return {
+        "frame_num": frame_num,
+        "latent_shape": (channels, new_num_latents, *size),
+        "num_tokens": plan.num_tokens // num_latents * new_num_latents,
+    }
+
+
 def _begin_clip(
     video: VideoInProgress, clip_index: int, earlier_frames: Tensor | None
 ) -> VideoInProgress:
@@ -49,7 +64,9 @@ def _begin_clip(
     video.resume_state.begin_clip(clip_index, axis, device)
     # An image that the first clip starts from is not used again, but a character's is.
     images = () if video.plan.task.inputs.takes_clips else video.plan.images
-    plan = replace(video.plan, clip_index=clip_index, images=images)
+    plan = replace(
+        video.plan, clip_index=clip_index, images=images, **_describe_clip(video.plan, clip_index)
+    )
     logger.log(
         video.report.log_level,
         "clip      %d of %d, from frame %d",

@@ -1,8 +1,12 @@
 """Cross-attention keys and values, and tokens of control inputs, projected once before the first step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
+from torch import Tensor
+
+from wan_dist.models.animate_2 import SKIPPED_LAYER
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.control import ControlTokens
 from wan_dist.models.fused_block import ContextKV
@@ -22,6 +26,8 @@ class ProjectedContexts(NamedTuple):
     key_values: list[ContextKV]
     """Cross-attention's, of the prompt, and of the negative prompt if there is one."""
     control: ControlTokens
+    driving: ContextKV | None = None
+    """Cross-attention's, of a driving video that passes through the transformer."""
 
 
 def project_contexts(
@@ -48,13 +54,20 @@ def project_contexts(
         min(index, num_blocks - 1)
         for index in range(axis.rank * blocks_per_rank, (axis.rank + 1) * blocks_per_rank)
     ]
+
+    def gather(local_kv: Tensor) -> Tensor:
+        return all_gather(local_kv, axis).flatten(0, 1)[:num_blocks]
+
     with report.measure_stage(
         stage_name,
         f"keys and values of the text{'' if conditioning.image_features is None else ' and image'}",
     ):
         streaming = None
         if is_streamed:
-            streaming = StreamingOptions(ContextProjection.layers, from_disk=True, num_rounds=1)
+            num_rounds = 1 if conditioning.driving_context is None else 2
+            streaming = StreamingOptions(
+                ContextProjection.layers, from_disk=True, num_rounds=num_rounds
+            )
         model_cache = session.model_cache if streaming is None else ModelCache()
         slot = session.get_cache_slot("projection", expert_index)
         model_cache.evict_others(slot, expert_index)
@@ -67,30 +80,42 @@ def project_contexts(
                 streaming=streaming,
             ),
         )
-        prompt_embeddings = [
-            text
-            for text in (conditioning.context, conditioning.negative_context)
-            if text is not None
-        ]
-        local_kvs = projection(prompt_embeddings, conditioning.image_features)
-        control = projection.embed_control(
-            conditioning.reference_latents, conditioning.cameras, size
-        )
-        text_kvs = [
-            all_gather(local_kv.text, axis).flatten(0, 1)[:num_blocks] for local_kv in local_kvs
-        ]
-        image_kv = (
-            None
-            if local_kvs[0].image is None
-            else all_gather(local_kvs[0].image, axis).flatten(0, 1)[:num_blocks]
-        )
-        del projection, local_kvs
+        contexts = _project(projection, conditioning, size, gather)
+        del projection
         if not session.model_cache.is_persistent:
             free_memory()
-    faces = (conditioning.face, conditioning.negative_face)
     sounds = project_audio(session, conditioning, report, is_streamed=is_streamed)
+    if not sounds:
+        return contexts
     key_values = [
-        ContextKV(text, image_kv, face, audio=sound)
-        for text, face, sound in zip(text_kvs, faces, sounds or ([], []), strict=False)
+        replace(context, audio=sound)
+        for context, sound in zip(contexts.key_values, sounds, strict=False)
     ]
-    return ProjectedContexts(key_values, control)
+    return contexts._replace(key_values=key_values)
+
+
+def _project(
+    projection: ContextProjection,
+    conditioning: Conditioning,
+    size: Sequence[int],
+    gather: Callable[[Tensor], Tensor],
+) -> ProjectedContexts:
+    """Return what a loaded projection makes; ``gather`` brings the blocks of all ranks together."""
+    texts = (conditioning.context, conditioning.negative_context)
+    prompt_embeddings = [text for text in texts if text is not None]
+    local_kvs = projection(prompt_embeddings, conditioning.image_features)
+    control = projection.embed_control(conditioning.reference_latents, conditioning.cameras, size)
+    image_kv = None if local_kvs[0].image is None else gather(local_kvs[0].image)
+    faces = (conditioning.face, conditioning.negative_face)
+    key_values = [
+        ContextKV(gather(local_kv.text), image_kv, face)
+        for local_kv, face in zip(local_kvs, faces, strict=False)
+    ]
+    if conditioning.driving_context is None:
+        return ProjectedContexts(key_values, control)
+    assert conditioning.driving_features is not None
+    [local_kv] = projection([conditioning.driving_context], conditioning.driving_features)
+    assert local_kv.image is not None
+    driving = ContextKV(gather(local_kv.text), gather(local_kv.image))
+    key_values[1:] = [replace(context, skipped_layer=SKIPPED_LAYER) for context in key_values[1:]]
+    return ProjectedContexts(key_values, control, driving)

@@ -213,7 +213,8 @@ def _run_denoising(video: VideoInProgress, conditioning: Conditioning) -> Tensor
         if video.config.cache.steps is not None:
             _report_guessed_steps(report, expert_predictor.step_counts["guessed"], len(solver))
         del predict  # the exception holds the transformer
-        if not session.model_cache.is_persistent:
+        expert_predictor.forget_driving_video()
+        if not session.model_cache.is_persistent or expert_predictor.driving_streams:
             free_memory()
     report.other_rank_stages = gather_objects(report.stages, groups.replica)[1:]
     return latents
@@ -256,7 +257,7 @@ def _prepare_sampling(video: VideoInProgress) -> tuple[Solver, Tensor]:
         frames_first=config.noise_layout == "frames_first",
         share=share_noise,
     )
-    noise.skip(num_draws)
+    noise.skip(num_draws, plan.workload.latent_shape)  # earlier clips may be longer than the last
     solver = make_solver(config.sample.solver, plan.sampling.schedule, noise)
     if progress.latents is None:
         return solver, solver.scale_initial_noise(noise.draw())

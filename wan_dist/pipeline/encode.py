@@ -8,7 +8,15 @@ from torch import Tensor
 from wan_dist.config.schema import RunConfig
 from wan_dist.output.stage_report import StageReport
 from wan_dist.parallel.collectives import broadcast
-from wan_dist.pipeline.conditioning import animate, fun, image, known_first_frame, speech, vace
+from wan_dist.pipeline.conditioning import (
+    animate,
+    animate_2,
+    fun,
+    image,
+    known_first_frame,
+    speech,
+    vace,
+)
 from wan_dist.pipeline.input_cache import InputCache
 from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.text_embeddings import embed_prompts
@@ -25,6 +33,7 @@ INPUT_ENCODERS: dict[str, InputEncoder] = {
     "vace": vace.encode_inputs,
     "fun": fun.encode_inputs,
     "animate": animate.encode_inputs,
+    "animate_2": animate_2.encode_inputs,
     "speech": speech.encode_inputs,
 }
 """By the kind of a task's inputs; each returns fields of `Conditioning`, at least on the first rank.
@@ -64,7 +73,11 @@ def encode_conditioning(
     ``first_frames`` (3, n, H, W) in [-1, 1] are those that a clip after the first starts from.
     """
     axis = session.groups.replica
-    optional_prompts = {"context": plan.prompt, "negative_context": plan.negative_prompt}
+    optional_prompts = {
+        "context": plan.prompt,
+        "negative_context": plan.negative_prompt,
+        "driving_context": plan.driving_prompt,
+    }
     prompts = {name: text for name, text in optional_prompts.items() if text is not None}
 
     def encode_prompts() -> dict[str, Tensor]:

@@ -33,8 +33,9 @@ from wan_dist.pipeline.out_of_memory import run_with_fallback
 from wan_dist.pipeline.resume import DenoisingProgress, ResumeState, warn_about_old_states
 from wan_dist.pipeline.session import Session, find_device, open_session
 from wan_dist.planning.file_names import name_latents, name_preview
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
 from wan_dist.planning.vae_memory import VaeStrategy
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.runtime.log import logger

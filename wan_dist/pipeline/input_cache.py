@@ -13,7 +13,7 @@ from wan_dist.pipeline.session import Session
 from wan_dist.pipeline.tensor_cache import TensorCache
 from wan_dist.planning.plan import RunPlan
 from wan_dist.runtime.file_hash import hash_unchanged_file
-from wan_dist.tasks.animate import DrivingVideo
+from wan_dist.tasks.animate_2 import FollowedVideo
 from wan_dist.tasks.source_video import SourceVideo, VideoFacts
 from wan_dist.weights.checkpoint import Checkpoint
 
@@ -49,7 +49,7 @@ def _describe_inputs(session: Session, plan: RunPlan, fit: str) -> str:
         pixels,
         (plan.task.inputs.kind, plan.width, plan.height, plan.frame_num),
         None if plan.source is None else _describe_source(plan.source),
-        None if plan.driving is None else _describe_driving(checkpoint, plan, plan.driving),
+        _describe_driving(checkpoint, plan),
         (plan.image_keys, plan.task.inputs.channels, plan.camera, fit),
         checkpoint.transformers[0].dims.ref_conv_in_dim,
         checkpoint.vae_digest,
@@ -66,13 +66,17 @@ def _describe_source(source: SourceVideo) -> tuple[object, ...]:
     return (_hash_videos(source.video, source.mask), source.frame_indices)
 
 
-def _describe_driving(
-    checkpoint: Checkpoint, plan: RunPlan, driving: DrivingVideo
-) -> tuple[object, ...]:
+def _describe_driving(checkpoint: Checkpoint, plan: RunPlan) -> tuple[object, ...] | None:
     """Return all that depends on a driving video; weights of the transformer's files encode its faces."""
+    driving = plan.driving
+    if driving is None:
+        return None
+    frames = driving.list_frames(plan.clip_index)
+    if isinstance(driving, FollowedVideo):
+        return (_hash_videos(driving.video), driving.driving_size, frames)
     return (
         _hash_videos(driving.pose, driving.face, driving.background, driving.mask),
-        driving.list_frames(plan.clip_index),
+        frames,
         plan.negative_prompt is not None,
         checkpoint.digest,
     )

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from wan_dist.config.schema import RunConfig
+from wan_dist.models.animate_2 import DRIVING_TIMESTEPS
+from wan_dist.models.attention.driving import DrivingStream
 from wan_dist.models.attention.inner import InnerAttention
 from wan_dist.models.attention.vsa import choose_vsa_sparsity
 from wan_dist.models.dims import TransformerDims
@@ -23,6 +25,7 @@ from wan_dist.parallel.collectives import broadcast_object
 from wan_dist.parallel.mesh import ProcessGroups, set_group_timeout
 from wan_dist.parallel.shared_work import OutOfMemoryOnRankError
 from wan_dist.pipeline.contexts import ProjectedContexts, project_contexts
+from wan_dist.pipeline.driving import pass_driving_video
 from wan_dist.pipeline.fallback_predictor import FallbackPredictor
 from wan_dist.pipeline.out_of_memory import ensure_ranks_can_allocate, free_memory
 from wan_dist.pipeline.session import Session
@@ -36,6 +39,7 @@ from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.sampling.guidance import ExpertSwitch, Guidance, VelocityPredictor, make_timestep_rows
 from wan_dist.sampling.solvers import Solver
 from wan_dist.sampling.step_cache import EasyCache, TeaCache, VelocityFunction
+from wan_dist.tasks.animate_2 import FollowedVideo
 from wan_dist.weights.gguf_parts import find_weight_parts
 from wan_dist.weights.streaming import StreamingOptions
 
@@ -58,6 +62,8 @@ class ExpertPredictor:
     """State of the resumed run's step cache; see `EasyCache.state`."""
     step_caches: list[ReferenceType[EasyCache]] = field(default_factory=list)
     """Step caches of the loaded transformers; weak, so as not to hold an evicted transformer."""
+    driving_streams: list[DrivingStream] = field(default_factory=list)
+    """Of the loaded transformers that keep a driving video's keys and values."""
     step_counts: Counter[str] = field(default_factory=Counter)
     """How many steps were ``guessed``."""
 
@@ -119,7 +125,8 @@ class ExpertPredictor:
                 num_done,
                 arrangement,
                 num_rounds=(num_steps - num_done)
-                * (2 if can_split_passes and arrangement.passes == "apart" else 1),
+                * (2 if can_split_passes and arrangement.passes == "apart" else 1)
+                + isinstance(self.plan.driving, FollowedVideo),
             ),
             self._list_arrangements(can_split_passes=can_split_passes),
             can_split_passes=can_split_passes,
@@ -163,6 +170,11 @@ class ExpertPredictor:
     def _record_fallback(self, arrangement: Arrangement) -> None:
         self.session.apply_fallback(arrangement, self.report)
 
+    def forget_driving_video(self) -> None:
+        """Free what a driving video's pass has kept: loaded transformers may stay for other videos."""
+        for stream in self.driving_streams:
+            stream.kept.clear()
+
     def state(self) -> dict[str, Tensor]:
         """Return the state of the step cache in use, for resuming."""
         caches = [
@@ -198,6 +210,10 @@ class ExpertPredictor:
             model.set_vsa_sparsity(choose_vsa_sparsity(self.config.vsa_sparsity, model.dims))
         if isinstance(model, VaceTransformer):
             model.context_scale = self.config.context_scale
+        if model.driving is not None:
+            self.driving_streams.append(model.driving)
+        bias = self.config.first_frame_bias
+        pass_driving_video(model, self.plan, self.conditioning, contexts, self.report, bias)
         if groups.replica.size > 1:
             ensure_ranks_can_allocate(
                 estimate_step_bytes(self.plan.workload, arrangement),
@@ -260,7 +276,7 @@ class ExpertPredictor:
             (timestep, next_timestep if dims.takes_next_timestep else None, is_known)
             for timestep, next_timestep, is_known in timesteps
         )
-        return [
+        rows = [
             make_timestep_rows(
                 timestep,
                 next_timestep,
@@ -269,6 +285,7 @@ class ExpertPredictor:
             )
             for timestep, next_timestep, is_known in distinct_timesteps
         ]
+        return [*rows, *([DRIVING_TIMESTEPS] if self.plan.task.is_animate_2 else [])]
 
     def _build_guidance(
         self,
@@ -340,7 +357,11 @@ class ExpertPredictor:
             if self.config.quant != "none":
                 quantize_blocks(model.layers().values(), self.config.quant)
             parallelize_transformer(
-                model, self.groups, is_sharded=arrangement.shard_dit, usp=self.config.parallel.usp
+                model,
+                self.groups,
+                is_sharded=arrangement.shard_dit,
+                usp=self.config.parallel.usp,
+                is_driven=self.plan.task.is_animate_2,
             )
 
         streaming = (

@@ -25,7 +25,8 @@ from wan_dist.planning.digests import (
     compute_result_digest,
 )
 from wan_dist.planning.file_names import name_latents
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.atomic_write import quarantine_file
 from wan_dist.runtime.errors import InputError, get_first_line
 from wan_dist.runtime.log import logger

@@ -9,9 +9,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from wan_dist.config.choices import TRAINED_ATTENTIONS
 from wan_dist.config.loras import list_loras
 from wan_dist.config.paths import find_packaged_folder
-from wan_dist.config.schema import TRAINED_ATTENTIONS, RunConfig
+from wan_dist.config.schema import RunConfig
 from wan_dist.config.weight_files import list_weight_files
 from wan_dist.models.attention import block_sparse
 from wan_dist.models.attention import cross as cross_attention
@@ -31,12 +32,13 @@ from wan_dist.pipeline.prompt_cache import PromptCache
 from wan_dist.planning.digests import WeightsDigests
 from wan_dist.planning.hardware import Hardware, find_host_memory
 from wan_dist.planning.memory_table import format_memory_table
-from wan_dist.planning.plan import RunPlan, VideoPlan, plan_memory
+from wan_dist.planning.plan import RunPlan, plan_memory
 from wan_dist.planning.residency import (
     can_keep_experts,
     can_keep_models,
     plan_resident_models,
 )
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.planning.workload import GIB, Arrangement
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.log import logger

@@ -37,8 +37,9 @@ from wan_dist.pipeline.generate import (
 from wan_dist.pipeline.rank_processes import PipelineProcesses
 from wan_dist.pipeline.resume import ResumeState
 from wan_dist.pipeline.session import Session, find_device, open_session
-from wan_dist.planning.plan import RunPlan, VideoPlan, make_plan
+from wan_dist.planning.plan import RunPlan, make_plan
 from wan_dist.planning.rank_facts import check_ranks_match, collect_rank_facts
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.cache_folders import configure_library_caches
 from wan_dist.runtime.environment import read_rank_layout, sanitize_environment
 from wan_dist.runtime.errors import InputError
@@ -220,7 +221,8 @@ class VideoPipeline:
                 clip_latents.append(latents.cpu())
                 if video.is_first:
                     frames = torch.cat([convert_to_uint8(chunk) for chunk in frame_chunks])
-                    clip_frames.append(frames[clip.plan.new_frames])
+                    left, top, right, bottom = clip.plan.crop
+                    clip_frames.append(frames[clip.plan.new_frames, top:bottom, left:right])
         return GeneratedVideo(
             torch.cat(clip_frames).numpy() if video.is_first else None,
             torch.cat(clip_latents, dim=1),

@@ -7,14 +7,19 @@ _RAY_COPIES = 5
 
 
 def estimate_control_bytes(workload: Workload, arrangement: Arrangement) -> int:
-    """Return the bytes of the camera's tokens, which stay from the first step to the last on each rank.
+    """Return the bytes of what controls a video, which stay from the first step to the last on each rank.
 
-    Of sharded experts both are loaded.
+    These are the camera's tokens, of sharded experts those of both, or a driving video's keys and values in
+    all blocks, with the float32 results that attention to it is added to.
     """
     dims = workload.model_dims.transformer
     num_experts = workload.num_experts if arrangement.shard_dit else 1
     token_bytes = workload.num_tokens * dims.dim * workload.itemsize
-    return num_experts * token_bytes if dims.camera_in_dim else 0
+    driving_bytes = 2 * len(dims.block_names) * workload.driving_tokens * workload.itemsize
+    if workload.driving_tokens:
+        driving_bytes += workload.num_tokens * FLOAT_BYTES
+    driving_bytes = driving_bytes * dims.dim // workload.num_sequence_parts
+    return driving_bytes + (num_experts * token_bytes if dims.camera_in_dim else 0)
 
 
 def list_camera_parts(workload: Workload) -> dict[str, int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wan_dist.config.schema import EIGHT_BIT_BACKENDS
+from wan_dist.config.choices import EIGHT_BIT_BACKENDS
 from wan_dist.config.sections import ParallelConfig
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import read_checkpoint_json

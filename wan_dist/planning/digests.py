@@ -9,7 +9,7 @@ from pathlib import Path
 from wan_dist.config.checks import FILE_LIST_KEYS, split_files
 from wan_dist.config.schema import select_new_settings
 from wan_dist.config.settings import SettingValues
-from wan_dist.planning.plan import VideoPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.environment import read_text_variable
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.file_hash import hash_unchanged_file
@@ -52,6 +52,7 @@ def compute_latents_digest(
         "task": settings["task"],
         "prompt": plan.prompt,
         "negative_prompt": plan.negative_prompt,
+        **({} if plan.driving_prompt is None else {"driving_prompt": plan.driving_prompt}),
         "images": {
             key: _compute_input_digest(key, value)
             for key, value in list_input_files(settings).items()

@@ -8,6 +8,7 @@ from wan_dist.config.sections import SampleConfig
 from wan_dist.planning.sampling_plan import SamplingPlan
 
 PRESETS_BY_NAME = {
+    r"animate[-_ ]?2.*distill": "animate-2-10step",
     r"fusioni?[-_ ]?x": "fusionx-8step",
     r"acc[-_]?vid": "accvideo-10step",
     r"causvid": "causvid-lora",

@@ -46,7 +46,9 @@ def count_compressed_blocks(
         bytes_by_block = Counter(count_bytes_by_block(dims, itemsize))
         for name, (shape, type_name) in tensors.items():
             block = _find_block(name, dims)
-            if block in bytes_by_block and type_name in BLOCK_SIZES and len(shape) == 2:
+            if block is None or block not in bytes_by_block:
+                continue
+            if type_name in BLOCK_SIZES and len(shape) == 2:
                 row_bytes = count_row_bytes(shape[1], type_name)
                 bytes_by_block[block] -= prod(shape) * itemsize - shape[0] * row_bytes
                 num_weights += 1

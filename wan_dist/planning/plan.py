@@ -1,17 +1,12 @@
-"""Run plan from configuration and task: every derived number and every error that crosses fields.
-
-No torch, so that it answers at once.
-"""
+"""Run plan from configuration and task: derived numbers, errors that cross fields; no torch."""
 
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
-from PIL import Image
-
 from wan_dist.config.loras import check_experts
-from wan_dist.config.model_settings import ModelSettings, collect_model_settings
+from wan_dist.config.model_settings import collect_model_settings
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import OUTPUTS
 from wan_dist.config.video_settings import collect_video_settings
@@ -19,7 +14,6 @@ from wan_dist.config.weight_files import list_model_files, list_weight_files
 from wan_dist.models.dims import ModelDims
 from wan_dist.planning.base_arrangement import build_base_arrangement, check_placements
 from wan_dist.planning.degrees import (
-    Degrees,
     check_attention_split,
     choose_degrees,
     read_num_heads,
@@ -30,6 +24,7 @@ from wan_dist.planning.gguf_memory import describe_weights, read_compressed_bloc
 from wan_dist.planning.hardware import Hardware
 from wan_dist.planning.latent_shape import (
     compute_latent_shape,
+    count_driving_tokens,
     count_latent_tokens,
     shorten_workload_frames,
 )
@@ -41,10 +36,15 @@ from wan_dist.planning.memory_planner import (
     choose_vae_strategies,
     compute_budget,
 )
-from wan_dist.planning.sampling_plan import SamplingPlan, plan_sampling
-from wan_dist.planning.size_advice import advise_on_size
+from wan_dist.planning.sampling_plan import plan_sampling
 from wan_dist.planning.still_output import check_still_output
-from wan_dist.planning.texts import read_negative_prompt, read_prompt
+from wan_dist.planning.texts import (
+    estimate_text_tokens,
+    read_driving_prompt,
+    read_negative_prompt,
+    read_prompt,
+)
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.planning.video_settings import (
     check_models_take_inputs,
     choose_tea_fit,
@@ -52,166 +52,9 @@ from wan_dist.planning.video_settings import (
 )
 from wan_dist.planning.workload import Arrangement, CompressedBlocks, Workload
 from wan_dist.runtime.environment import read_rank_layout
-from wan_dist.tasks.animate import DrivingVideo
-from wan_dist.tasks.base import Task, TeaCacheFit
-from wan_dist.tasks.camera import CameraPath
 from wan_dist.tasks.image_sizes import ImageSizeReader
 from wan_dist.tasks.input_files import list_input_files
 from wan_dist.tasks.registry import get_task
-from wan_dist.tasks.source_video import SourceVideo
-from wan_dist.tasks.speech import Speech
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoPlan:
-    """What a run will do, in numbers, as far as it does not depend on memory."""
-
-    task: Task
-    prompt: str
-    negative_prompt: str | None
-    """None where guidance is off."""
-    images: tuple[Image.Image, ...]
-    """The images to start from: none, the first frame, or first and last, in 8-bit RGB.
-
-    Those of a job that is only checked are not read.
-    """
-    num_images: int
-    source: SourceVideo | None
-    """Frames of a source video, and of its mask, that the video is made from."""
-    image_keys: tuple[str, ...]
-    """Settings that name the images, where these have roles of their own."""
-    camera: CameraPath | None
-    input_notes: tuple[str, ...]
-    """What is done with the inputs, a line each."""
-    driving: DrivingVideo | None
-    """Videos of a person whom the character follows, frame by frame."""
-    speech: Speech | None
-    """Sound that a picture speaks to, and its poses."""
-    width: int
-    height: int
-    size_note: str
-    """How the size came about, where that is not plain."""
-    frame_num: int
-    """Frames of a clip."""
-    num_clips: int
-    clip_index: int = 0
-    """The clip that this plan is of, from 0."""
-    fps: int
-    seed: int
-    """Seed of the first clip's noise."""
-    sampling: SamplingPlan
-    steps_advice: str | None
-    """A warning about the number of steps, or guidance, for the model at hand."""
-    tea_fit: TeaCacheFit | None
-    """TeaCache's, if it is requested."""
-    latent_shape: tuple[int, int, int, int]
-    """(C, T, h, w), with the reference images."""
-    num_tokens: int
-    degrees: Degrees
-    ranks_per_node: int
-    base_arrangement: Arrangement
-    """What does not depend on memory: sharding, and the VAE's first strategy."""
-    model_settings: ModelSettings
-    has_saved_latents: bool
-    """Latents of an earlier run are decoded, so that nothing but the VAE is needed."""
-    name: str
-    """File name of the results, without suffix."""
-
-    @property
-    def num_frames(self) -> int:
-        """Frames of the video: those that a clip repeats of the one before it are left out."""
-        if self._clips is not None:
-            return self._clips.num_frames
-        return self.num_clips * (self.frame_num - 1) + 1
-
-    @property
-    def num_repeated_frames(self) -> int:
-        """Frames that a clip after the first starts from, the last ones of the clip before it."""
-        return 1 if self._clips is None else self._clips.num_repeated
-
-    @property
-    def num_kept_frames(self) -> int:
-        """Last frames of this clip that the next one starts from."""
-        if self.speech is None:
-            return self.num_repeated_frames
-        return min(self.num_repeated_frames, self.speech.count_new_frames(self.clip_index))
-
-    @property
-    def _clips(self) -> DrivingVideo | Speech | None:
-        """What decides on the clips, where the settings do not."""
-        return self.driving or self.speech
-
-    @property
-    def num_shown_frames(self) -> int:
-        """Frames of the video file; with sound it ends with this."""
-        return self.num_frames if self.speech is None else self.speech.num_shown_frames
-
-    @property
-    def num_context_latents(self) -> int:
-        """Latent frames that are decoded before those of the clip, as these depend on them."""
-        return 0 if self.speech is None else self.speech.count_context_latents(self.clip_index)
-
-    @property
-    def num_reference_frames(self) -> int:
-        """Latent frames of reference images, which precede those of the video and are not decoded."""
-        return self.num_images if self.task.inputs.has_reference_frames else 0
-
-    @property
-    def num_video_latents(self) -> int:
-        """Latent frames that are decoded: without reference images, with those that a clip depends on."""
-        return self.latent_shape[1] - self.num_reference_frames + self.num_context_latents
-
-    @property
-    def has_encoded_input(self) -> bool:
-        """Whether the VAE encodes an input of the transformer."""
-        return self.num_images > 0 or self.task.inputs.is_always_encoded
-
-    @property
-    def first_frame_index(self) -> int:
-        """Index in the video of the clip's first decoded frame, which the clip before has too.
-
-        Below 0 where frames are decoded that are no part of the video.
-        """
-        if self._clips is not None:
-            return self._clips.find_first_frame(self.clip_index)
-        return self.clip_index * (self.frame_num - self.num_repeated_frames)
-
-    @property
-    def new_frames(self) -> slice:
-        """Frames of the clip that the video has from it: not those of the clip before, or beyond the end."""
-        num_known = self.num_repeated_frames if self.clip_index else -self.first_frame_index
-        return slice(num_known, self.num_frames - self.first_frame_index)
-
-    @property
-    def is_last_clip(self) -> bool:
-        """Whether the video ends with this clip."""
-        return self.clip_index == self.num_clips - 1
-
-    @property
-    def size_advice(self) -> str | None:
-        """A warning for a size that the task was not published for, else None."""
-        has_own_aspect = (self.source or self._clips) is not None or (
-            bool(self.images) and not self.num_reference_frames
-        )
-        return advise_on_size(self.task, (self.width, self.height), has_own_aspect=has_own_aspect)
-
-    @property
-    def notes(self) -> list[str]:
-        """Warnings about the settings, a line each."""
-        return [*self.input_notes, *filter(None, (self.size_advice, self.steps_advice))]
-
-    @property
-    def summary(self) -> str:
-        """The video or image that is made, in one line."""
-        size_text = f"{self.width}x{self.height}{self.size_note}"
-        if self.task.is_still:
-            return f"{self.task.name}: an image of {size_text}, seed {self.seed}"
-        clips_text = f" in {self.num_clips} clips" if self.num_clips > 1 else ""
-        return (
-            f"{self.task.name}: {self.num_frames} frames of {size_text} at {self.fps} fps = "
-            f"{self.num_frames / self.fps:.1f} s of video{clips_text}, seed {self.seed}, "
-            f"{self.num_tokens} tokens"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,6 +125,7 @@ def make_plan(
         input_notes=video.notes,
         driving=video.driving,
         speech=video.speech,
+        driving_prompt=read_driving_prompt(config.prompt_ref, video.driving),
         width=video.width,
         height=video.height,
         size_note=video.size_note,
@@ -309,15 +153,11 @@ def read_started_ranks() -> tuple[int, int]:
     return ranks.num_ranks, ranks.ranks_per_node
 
 
-def _estimate_num_tokens(text: str) -> int:
-    return min(512, len(text.encode()) // 3 + 2)
-
-
 def plan_memory(
     plan: VideoPlan,
     hardware: Hardware,
     models: ModelDims,
-    count_tokens: Callable[[str], int] = _estimate_num_tokens,
+    count_tokens: Callable[[str], int] = estimate_text_tokens,
     compressed_blocks: CompressedBlocks | None = None,
 ) -> RunPlan:
     """Return the plan with the fastest arrangement of these models that fits, and the memory of each stage.
@@ -382,6 +222,7 @@ def _build_workload(
         text_lengths=tuple(count_tokens(text) for text in texts),
         num_images=plan.task.inputs.count_image_features(plan.num_images),
         num_reference_frames=plan.num_reference_frames,
+        driving_tokens=count_driving_tokens(plan.driving, plan.latent_shape, plan.task),
         has_encoded_input=plan.has_encoded_input,
         has_known_first_frame=plan.task.inputs.kind == "known_first_frame",
         num_experts=1 if plan.task.expert_boundary is None else 2,

@@ -5,6 +5,8 @@ from pathlib import Path
 from wan_dist.config.checks import MAX_PROMPT_CHARACTERS
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.text_files import UnreadableFileError, read_text_file
+from wan_dist.tasks.animate import DrivingVideo
+from wan_dist.tasks.animate_2 import FollowedVideo
 
 
 def read_prompt(value: str | None, *, is_required: bool) -> str | None:
@@ -45,3 +47,16 @@ def read_text_setting(key: str, value: str | None) -> str | None:
     if not text and key == "prompt":
         raise InputError(f"{key}={value}: the file is empty")
     return text
+
+
+def read_driving_prompt(
+    value: str | None, driving: DrivingVideo | FollowedVideo | None
+) -> str | None:
+    """Return the prompt of a driving video that passes through the transformer, else None."""
+    is_needed = isinstance(driving, FollowedVideo)
+    return (read_text_setting("prompt_ref", value) or "") if is_needed else None
+
+
+def estimate_text_tokens(text: str) -> int:
+    """Return about how many tokens a text has, without a tokenizer."""
+    return min(512, len(text.encode()) // 3 + 2)

@@ -18,6 +18,7 @@ from wan_dist.tasks.animate import (
     check_mode,
     read_driving_video,
 )
+from wan_dist.tasks.animate_2 import Animate2Inputs, FollowedVideo, follow_video
 from wan_dist.tasks.base import Task
 from wan_dist.tasks.camera import CameraPath, read_camera
 from wan_dist.tasks.fun import FunInputs, describe_fit, take_control_frames
@@ -45,7 +46,7 @@ class VideoInput(NamedTuple):
     camera: CameraPath | None = None
     notes: tuple[str, ...] = ()
     """What is done with the inputs, a line each."""
-    driving: DrivingVideo | None = None
+    driving: DrivingVideo | FollowedVideo | None = None
     speech: Speech | None = None
 
     @property
@@ -77,6 +78,10 @@ def resolve_video_input(
         return _read_animate_input(settings, task, image_size_reader)
     if isinstance(task.inputs, SpeechInputs):
         return _read_speech_input(settings, task, image_size_reader, is_dry_run=is_dry_run)
+    if isinstance(task.inputs, Animate2Inputs):
+        if is_dry_run and not settings.input_files:
+            return VideoInput(*settings.size, settings.frame_num, num_images=1)
+        return _read_followed_input(settings, task, image_size_reader)
     images: tuple[Image.Image, ...] = ()
     if image_size_reader is not None:
         source_sizes = read_image_sizes(settings.input_files, task, image_size_reader)
@@ -228,6 +233,41 @@ def _read_speech_input(
         num_images=1,
         notes=(*speech.notes, *([] if bars is None else [bars])),
         speech=speech,
+    )
+
+
+def _read_followed_input(
+    settings: VideoSettings, task: Task, image_size_reader: ImageSizeReader | None
+) -> VideoInput:
+    """Return the size that the image of a character gives, and the video that it follows."""
+    check_input_files(settings.input_files, task)
+    images: tuple[Image.Image, ...] = ()
+    reference_file = settings.input_files["src_ref"]
+    if image_size_reader is None:
+        images = (read_image(reference_file, "src_ref"),)
+        reference_size = images[0].size
+    else:
+        reference_size = image_size_reader(reference_file, "src_ref")
+    followed = follow_video(
+        read_video_facts(settings.input_files["src_video"], "src_video"),
+        reference_size,
+        requested_size=settings.size,
+        clip_frames=settings.frame_num,
+        fps=settings.fps,
+    )
+    left, top, right, bottom = followed.crop
+    size_note = (
+        f" (size={settings.size[0]}x{settings.size[1]} is an area, src_ref gives the aspect), "
+        f"cut to {right - left}x{bottom - top}"
+    )
+    return VideoInput(
+        *followed.size,
+        followed.count_frames(0),
+        size_note,
+        images,
+        1,
+        notes=(followed.description,),
+        driving=followed,
     )
 
 

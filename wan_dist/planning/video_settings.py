@@ -9,6 +9,7 @@ from wan_dist.planning.saved_latents import MAX_VIDEO_SIDE
 from wan_dist.planning.video_input import VideoInput, resolve_video_input
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.animate import AnimateInputs, DrivingVideo
+from wan_dist.tasks.animate_2 import Animate2Inputs, FollowedVideo
 from wan_dist.tasks.base import AREA_480P, Task, TaskInputs, TeaCacheFit
 from wan_dist.tasks.camera import MOTIONS
 from wan_dist.tasks.fun import FunInputs
@@ -47,6 +48,7 @@ def read_video_input(
     else:
         no_speech = SpeechSettings(None, CLIP_FRAMES, False, "exact")
         _check_defaults(settings.speech, no_speech, "a speaking picture", SpeechInputs, task)
+    _check_followed_settings(settings, task)
     video = resolve_video_input(settings, task, image_size_reader, is_dry_run=is_dry_run)
     _check_size(video.width, video.height, task)
     if video.speech is None:
@@ -90,6 +92,32 @@ def _check_speech(settings: VideoSettings) -> None:
         )
 
 
+def _check_followed_settings(settings: VideoSettings, task: Task) -> None:
+    """Raise InputError for settings that a driving video of Animate-2 has alone, or cannot have."""
+    if isinstance(task.inputs, Animate2Inputs):
+        if settings.usp != "plain":
+            raise InputError(
+                f"parallel.usp={settings.usp} cannot attend to a driving video as {task.name} does; "
+                "leave it out"
+            )
+        if settings.max_area is not None:
+            raise InputError(
+                f"max_area={settings.max_area}: {task.name} takes size=WIDTHxHEIGHT as an area"
+            )
+        if settings.frame_num < 5:
+            raise InputError(f"frame_num={settings.frame_num}: clips of {task.name} have 5 or more")
+        return
+    given = {
+        "prompt_ref": settings.prompt_ref,
+        "first_frame_bias": settings.first_frame_bias or None,
+    }
+    if names := [f"{key}={value}" for key, value in given.items() if value is not None]:
+        raise InputError(
+            f"{' and '.join(names)} is for animate-2-14B, and {task.name} has no such input; "
+            "leave it out"
+        )
+
+
 def _check_camera(settings: VideoSettings, task: Task, *, is_dry_run: bool) -> None:
     """Raise InputError for settings of the Fun models that the task does not take, or misses."""
     if settings.fit != "stretch" and not isinstance(task.inputs, FunInputs):
@@ -112,10 +140,13 @@ def _check_camera(settings: VideoSettings, task: Task, *, is_dry_run: bool) -> N
 
 
 def check_models_take_inputs(
-    task: Task, image_keys: Collection[str], driving: DrivingVideo | None, models: ModelDims
+    task: Task,
+    image_keys: Collection[str],
+    driving: DrivingVideo | FollowedVideo | None,
+    models: ModelDims,
 ) -> None:
     """Raise InputError for a reference image without a layer for it, and faces of another size."""
-    if driving is not None and models.face_encoder is not None:
+    if isinstance(driving, DrivingVideo) and models.face_encoder is not None:
         face, size = driving.face, models.face_encoder.image_size
         if face.width != size:
             raise InputError(

@@ -88,6 +88,8 @@ class Workload:
     """Samples, of a second 16,000, that the audio encoder takes."""
     num_sound_frames: int = 0
     """Frames of all clips, whose features are kept."""
+    driving_tokens: int = 0
+    """Tokens of a driving video, whose keys and values all blocks keep."""
     has_encoded_input: bool = False
     """Whether the VAE encodes an input of the transformer."""
     has_known_first_frame: bool = False

@@ -32,6 +32,12 @@ class Conditioning:
     """(1, C, n, h, w): latents of the frames before a clip."""
     pose: Tensor | None = None
     """(1, C, T, h, w): latents of a video of poses."""
+    driving_latents: Tensor | None = None
+    """(1, C, T, h', w') of a driving video that passes through the transformer itself."""
+    driving_context: Tensor | None = None
+    """Text embedding (tokens, text_dim) of that video."""
+    driving_features: Tensor | None = None
+    """CLIP features (1, 257, image_dim) of its first frame."""
     known_latents: Tensor | None = None
     """(1, C, 1, h, w): the first latent frame, if it is given and never noisy."""
     reference_latents: Tensor | None = None

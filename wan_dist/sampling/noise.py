@@ -28,16 +28,19 @@ class NoiseSource:
 
     def draw(self) -> Tensor:
         """Return the next noise (1, C, T, h, w), float32."""
-        return self.share(self._draw()).unsqueeze(0)
+        return self.share(self._draw(self.shape)).unsqueeze(0)
 
-    def skip(self, num_draws: int) -> None:
-        """Draw and forget, so that the noise after it is that of a run which drew as much."""
+    def skip(self, num_draws: int, shape: tuple[int, int, int, int] | None = None) -> None:
+        """Draw and forget, so that the noise after it is that of a run which drew as much.
+
+        ``shape``: of what is drawn, if it is another one.
+        """
         for _ in range(num_draws):
-            self._draw()
+            self._draw(shape or self.shape)
 
-    def _draw(self) -> Tensor:
-        channels, frames, *size = self.shape
-        drawn_shape = (frames, channels, *size) if self.frames_first else self.shape
+    def _draw(self, shape: tuple[int, int, int, int]) -> Tensor:
+        channels, frames, *size = shape
+        drawn_shape = (frames, channels, *size) if self.frames_first else shape
         noise = torch.randn(
             drawn_shape,
             generator=self.generator,

@@ -15,7 +15,8 @@ from wan_dist.jobs.planned_job import PlannedJob
 from wan_dist.jobs.replicas import assign_degrees
 from wan_dist.output.video_encoding import VideoEncoding
 from wan_dist.planning.hardware import Hardware
-from wan_dist.planning.plan import VideoPlan, make_plan, plan_memory
+from wan_dist.planning.plan import make_plan, plan_memory
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.service.request_log import RequestLog, VideoRequest
 from wan_dist.service.video_files import get_uploads_folder

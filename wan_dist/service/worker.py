@@ -169,7 +169,7 @@ class ServiceWorker(JobWorker):
         plan = session.plan_memory(job.plan, quiet=True)
         session.has_memory_for_frames = can_buffer_frames(plan, job.config.output.bytes_per_value)
         session.possible_timesteps = tuple(list_timesteps(job))
-        texts = [text for text in (job.plan.prompt, job.plan.negative_prompt) if text is not None]
+        texts = list(job.plan.texts)
         if self.is_first:
             texts += self.requests.list_texts_ahead()
         session.prompt_embeddings = {

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -52,6 +53,14 @@ class AnimateInputs(TaskInputs):
         return self.file_keys if is_replacing else ANIMATION_KEYS
 
 
+class ClipFrames(Protocol):
+    """Frames of clips in a driving video."""
+
+    def list_frames(self, clip_index: int) -> tuple[int, ...]:
+        """Return a clip's frames."""
+        ...
+
+
 @dataclass(frozen=True)
 class DrivingVideo:
     """Videos of a person, frame by frame, and the clips that are made from them."""
@@ -80,6 +89,10 @@ class DrivingVideo:
     def find_first_frame(self, clip_index: int) -> int:
         """Return the index in the video of a clip's first frame, which the clip before has too."""
         return clip_index * (self.clip_frames - self.num_repeated)
+
+    def count_frames(self, clip_index: int) -> int:
+        """Return the number of frames of a clip."""
+        return self.clip_frames
 
     def list_frames(self, clip_index: int) -> tuple[int, ...]:
         """Return a clip's frames in the driving video; after its end they run backwards, and so on."""
@@ -167,7 +180,7 @@ def read_driving_video(
 
 
 def iterate_clip_frames(
-    video: VideoFacts, driving: DrivingVideo, clip_index: int, skip: int = 0
+    video: VideoFacts, driving: ClipFrames, clip_index: int, skip: int = 0
 ) -> Iterator[np.ndarray]:
     """Yield a clip's frames (height, width, 3) of one of the driving videos, without its first ``skip``.
 

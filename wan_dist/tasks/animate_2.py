@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from wan_dist.runtime.errors import InputError
-from wan_dist.tasks.base import TaskInputs
+from wan_dist.tasks.base import Task, TaskInputs
 from wan_dist.tasks.letterbox import compute_fitted_size
+from wan_dist.tasks.published_dims import DIMS_I2V_14B, SIZES_720P
 from wan_dist.tasks.source_video import VideoFacts
 
 MULTIPLE = 16
@@ -85,6 +86,52 @@ class FollowedVideo:
         """Clips that are made."""
         return len(self.clips)
 
+    def find_first_frame(self, clip_index: int) -> int:
+        """Return the index of a clip's first frame in the result."""
+        return self.clips[clip_index][0]
+
+    def count_frames(self, clip_index: int) -> int:
+        """Return the number of frames of a clip."""
+        return self.clips[clip_index][1]
+
+    @property
+    def slot_tokens(self) -> int:
+        """Tokens of a frame of the requested area."""
+        return self.requested_area // MULTIPLE**2
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame of the driving video."""
+        width, height = self.driving_size
+        return width * height // MULTIPLE**2
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the driving video of the longest clip."""
+        return ((self.clips[0][1] - 1) // 4 + 1) * self.frame_tokens
+
+    @property
+    def description(self) -> str:
+        """How the driving video is used, in one line."""
+        width, height = self.driving_size
+        num_left_out = self.clips[-1][0] + self.clips[-1][1] - self.num_frames
+        return (
+            f"src_video has {self.video.num_frames} frames of {self.video.width}x{self.video.height} in "
+            f"{self.video.seconds:.1f} s, of which {self.num_frames} are taken as {width}x{height}; they are "
+            f"made in {self.num_clips} clip{'s' * (self.num_clips > 1)}, and {num_left_out} frames are made "
+            f"beyond the end and left out"
+        )
+
+    @property
+    def crop(self) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) of the result in a clip: without the black around the image."""
+        left, top = (
+            (size - kept) // 2 for size, kept in zip(self.size, self.crop_size, strict=True)
+        )
+        # H.264 wants even sides.
+        width, height = (kept // 2 * 2 for kept in self.crop_size)
+        return left, top, left + width, top + height
+
     def list_frames(self, clip_index: int) -> tuple[int, ...]:
         """Return a clip's frames in the driving video; after its end they run backwards, and so on."""
         start, length = self.clips[clip_index]
@@ -141,3 +188,14 @@ def follow_video(
     return FollowedVideo(
         video, take_frames(video, fps), driving_size, size, crop_size, area, clip_frames
     )
+
+
+TASKS = (
+    Task(
+        name="animate-2-14B",
+        repository="Wan-AI/Wan2.2-Animate-2-14B",
+        transformer_dims=DIMS_I2V_14B,
+        inputs=Animate2Inputs(),
+        published_sizes=SIZES_720P,
+    ),
+)

@@ -138,6 +138,11 @@ class Task:
         return re.sub(r"^(fun-\w+)-.*", r"\1-*", self.name)
 
     @property
+    def is_animate_2(self) -> bool:
+        """Whether a driving video passes through the transformer."""
+        return self.inputs.kind == "animate_2"
+
+    @property
     def latent_channels(self) -> int:
         """Number of channels of the latents."""
         return self.vae_dims.latent_dim

@@ -7,7 +7,7 @@ what the user cannot change.
 from collections.abc import Iterable
 
 from wan_dist.runtime.errors import InputError, suggest_nearest
-from wan_dist.tasks import animate, fun, image, known_first_frame, speech, text, vace
+from wan_dist.tasks import animate, animate_2, fun, image, known_first_frame, speech, text, vace
 from wan_dist.tasks.base import Task
 
 TASKS = {
@@ -18,6 +18,7 @@ TASKS = {
         *vace.TASKS,
         *fun.TASKS,
         *animate.TASKS,
+        *animate_2.TASKS,
         *speech.TASKS,
         *known_first_frame.TASKS,
     )

@@ -12,9 +12,10 @@ from wan_dist.runtime.log import logger
 from wan_dist.runtime.signals import preemption
 from wan_dist.tasks.base import Task
 from wan_dist.tasks.registry import get_task
+from wan_dist.weights.download_patterns import list_download_patterns
 from wan_dist.weights.file_kinds import find_kind
 from wan_dist.weights.files import TensorFiles
-from wan_dist.weights.layout import NO_FILES, GivenFiles, find_layout, list_download_patterns
+from wan_dist.weights.layout import NO_FILES, GivenFiles, find_layout
 from wan_dist.weights.published_files import PublishedFiles
 
 _PROXY_VARIABLES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")

@@ -28,6 +28,9 @@ TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
 IMAGE_ENCODER_FILE = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER_FOLDER = "google/umt5-xxl"
 AUDIO_ENCODER_FOLDER = "wav2vec2-large-xlsr-53-english"
+ANIMATE_2_FOLDER, ANIMATE_2_FILE = "wan_animate_2", "wan_animate_2_bf16.safetensors"
+ANIMATE_2_MODELS, ANIMATE_2_VAE = "videomodel/Wan-AI", "vae.pth"
+"""Folders and files of the release of Animate-2, whose other models are in a folder of their own."""
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf")
 """Suffixes of files of weights, in upper or lower case; the format is detected by content, not by suffix."""
 
@@ -107,29 +110,6 @@ def get_vae_file_name(task: Task) -> str:
     return "Wan2.2_VAE.pth" if task.latent_channels == 48 else "Wan2.1_VAE.pth"
 
 
-def list_download_patterns(task: Task, given_files: GivenFiles = NO_FILES) -> list[str]:
-    """Return glob patterns of all files that a run can read from the task's repository, and no others.
-
-    Published repositories are in the original layout. ``given_files`` are used instead of some.
-    """
-    folders = ("high_noise_model/", "low_noise_model/") if task.expert_boundary else ("",)
-    patterns = [
-        f"{folder}{name}"
-        for folder in folders
-        for name in ("config.json", f"{WEIGHTS_STEM}*.safetensors*")
-        if name == "config.json" or "dit_file" not in given_files
-    ]
-    file_names = {"t5_file": TEXT_ENCODER_FILE, "vae_file": get_vae_file_name(task)}
-    if task.has_image_encoder:
-        file_names["clip_file"] = IMAGE_ENCODER_FILE
-    patterns += [name for setting, name in file_names.items() if setting not in given_files]
-    if task.audio_encoder_dims is not None:
-        patterns += [
-            f"{AUDIO_ENCODER_FOLDER}/{name}" for name in ("config.json", "model.safetensors")
-        ]
-    return [*patterns, f"{TOKENIZER_FOLDER}/*", *task.lora_files]
-
-
 def find_layout(
     folder: Path | None, task: Task, given_files: GivenFiles = NO_FILES
 ) -> CheckpointLayout:
@@ -152,11 +132,12 @@ def find_layout(
         found_files = comfyui_folder.find_files(folder, task, given_files)
         return _build_layout_of_files(found_files, task, folder)
     is_diffusers = (folder / "model_index.json").exists() or (folder / "transformer").is_dir()
-    layout = (
-        _build_diffusers_layout(folder, task)
-        if is_diffusers
-        else _build_original_layout(folder, task)
-    )
+    if (folder / ANIMATE_2_FOLDER).is_dir():
+        layout = _build_animate_2_layout(folder)
+    elif is_diffusers:
+        layout = _build_diffusers_layout(folder, task)
+    else:
+        layout = _build_original_layout(folder, task)
     layout = _use_given_files(layout, given_files)
     _check_complete(layout, folder, task, given_files)
     return layout
@@ -234,6 +215,28 @@ def _find_audio_encoder(folder: Path | None, task: Task) -> ComponentFiles | Non
         "model.safetensors",
         map_audio_encoder,
         "config.json",
+    )
+
+
+def _build_animate_2_layout(folder: Path) -> CheckpointLayout:
+    models = folder / ANIMATE_2_MODELS
+    return CheckpointLayout(
+        name="Animate-2",
+        transformers=(
+            ComponentFiles(
+                folder,
+                f"{ANIMATE_2_FOLDER}/{ANIMATE_2_FILE}",
+                key_maps.map_single_file_transformer,
+            ),
+        ),
+        text_encoder=ComponentFiles(models, TEXT_ENCODER_FILE, key_maps.map_original_text_encoder),
+        image_encoder=ComponentFiles(
+            models, IMAGE_ENCODER_FILE, key_maps.map_original_image_encoder
+        ),
+        vae=ComponentFiles(models, ANIMATE_2_VAE, key_maps.map_original_vae),
+        tokenizer_folder=models / Path(TOKENIZER_FOLDER).name,
+        # The release has none: heads are then of the published width.
+        transformer_configs=(folder / "config.json",),
     )
 
 

@@ -138,7 +138,9 @@ class ModuleNames:
         """
         if attribute == "modulation":
             module, attribute = f"{module}.modulation", "weight"
-        if (found := self._found.get(_underscore(module))) is None:
+        # LoRAs that were trained on Animate-2's own files have its wrapped blocks.
+        name_in_model = re.sub(r"^(blocks_\d+)_block_", r"\1_", _underscore(module))
+        if (found := self._found.get(name_in_model)) is None:
             return None
         owner, naming = found
         if owner in self.shapes:

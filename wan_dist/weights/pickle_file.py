@@ -21,7 +21,7 @@ _TYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "module")
+_WRAPPER_KEYS = ("state_dict", "model_state_dict", "model", "module", "model_state")
 """Keys under which training programs store a model's tensors, beside optimizer states and the like."""
 
 

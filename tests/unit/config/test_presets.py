@@ -25,8 +25,9 @@ def plan(*settings: str):
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "none"])
 def test_a_preset_names_itself_and_turns_guidance_off(preset: str) -> None:
-    made = plan("task=t2v-A14B", f"preset={preset}")
-    assert read("task=t2v-A14B", f"preset={preset}").preset == preset
+    task = "task=animate-2-14B" if preset.startswith("animate-2") else "task=t2v-A14B"
+    made = plan(task, f"preset={preset}")
+    assert read(task, f"preset={preset}").preset == preset
     assert (made.sampling.guide_scales, made.negative_prompt) == ((1, 1), None)
     assert 2 <= len(made.sampling.schedule) <= 10
     assert made.steps_advice is None
@@ -79,6 +80,8 @@ def test_values_of_a_preset_can_be_overridden() -> None:
         ("TurboWan2.1-T2V-14B-480P.pth", "turbowan-4step"),
         ("rCM_Wan2.1_T2V_1.3B_480p.pt", "rcm-4step"),
         ("wan2.1_mean_flow_distill.safetensors", "meanflow-2step"),
+        ("wan_animate_2/wan_animate_2_bf16_distillation.safetensors", "animate-2-10step"),
+        ("wan_animate_2/wan_animate_2_bf16.safetensors", None),
         ("Wan2.1-T2V-14B", None),
         ("diffusion_pytorch_model.safetensors", None),
         ("detailz-wan.safetensors", None),

@@ -1,16 +1,19 @@
 """Animate-2's attention and transformer against the goldens: its driving pass, and each step."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.conftest import golden_folder, relative_error
 from tests.sampling import make_plain_solver
+from wan_dist.config.loras import LoraSetting
 from wan_dist.models.animate_2 import SKIPPED_LAYER, record_driving
 from wan_dist.models.attention.driving import DrivenAttention, DrivingLayout, DrivingStream
 from wan_dist.models.attention.inner import InnerAttention
@@ -56,19 +59,23 @@ def test_two_attentions_are_the_masked_one(case: str) -> None:
     torch.testing.assert_close(zero_keys.repeat_interleave(frame_tokens), golden["zero_keys"])
     stream = DrivingStream()
     stream.layout = layout
-    attention = DrivenAttention(InnerAttention(), stream)
-    attention.driving_kv = golden["k_driving"][None], golden["v_driving"][None]
+    attention = DrivenAttention(InnerAttention(), stream, 0)
+    stream.kept[0] = golden["k_driving"][None], golden["v_driving"][None]
     out = attention(*(golden[name][None] for name in ("q", "k", "v")))
     torch.testing.assert_close(out[0], golden["out"], rtol=0, atol=2e-6)
 
 
-def open_golden(weights: str) -> Checkpoint:
+def open_golden(weights: str, loras: Sequence[LoraSetting] = ()) -> Checkpoint:
     given = {}
     if weights == "wan_animate_2":
         file = golden_folder(GOLDEN) / "wan_animate_2/wan_animate_2_bf16.safetensors"
         given = {"dit_file": [file]}
     return open_checkpoint(
-        golden_folder("wan2.1-i2v"), TASKS["i2v-14B"], torch.float32, given_files=given
+        golden_folder("wan2.1-i2v"),
+        TASKS["animate-2-14B"],
+        torch.float32,
+        given_files=given,
+        loras=loras,
     )
 
 
@@ -92,12 +99,11 @@ def check_kept(
     grid = driving.shape[1], driving.shape[2] // 2, driving.shape[3] // 2
     rotary = compute_rotary_tables(grid, model.dims.head_dim, device=CPU, offset=(1, 0, columns))
     num_checked = 0
-    for layer, attention in enumerate(model.self_attentions):
+    assert model.driving is not None
+    assert len(model.driving.kept) == model.dims.num_layers
+    for layer, (keys, values) in model.driving.kept.items():
         if (expected_keys := golden.get(f"clip{clip}.k.layer{layer}")) is None:
             continue
-        assert isinstance(attention.inner_attention, DrivenAttention)
-        assert attention.inner_attention.driving_kv is not None
-        keys, values = attention.inner_attention.driving_kv
         assert relative_error(keys, apply_rotary(expected_keys[None], rotary)) < 1e-5
         assert relative_error(values, golden[f"clip{clip}.v.layer{layer}"][None]) < 1e-5
         num_checked += 1
@@ -141,3 +147,24 @@ def test_every_step_of_the_transformer(case: str, slice_tokens: int | None) -> N
                 assert relative_error(velocity[0], expected) < 1e-4
         clip += 1
     assert clip == (2 if case in ("chained", "release") else 1)
+
+
+@pytest.mark.parametrize("infix", ["", "block."])
+def test_loras_of_either_names_fit(infix: str, tmp_path: Path) -> None:
+    """Those for image to video have no infix, those that were trained on the release's file have one."""
+    torch.manual_seed(0)
+    down, up = torch.randn(2, 64), torch.randn(64, 2)
+    modules = [f"blocks.3.{infix}{name}" for name in ("self_attn.q", "cross_attn.k_img")]
+    tensors = {}
+    for module in modules:
+        tensors |= {f"{module}.lora_A.weight": down.clone(), f"{module}.lora_B.weight": up.clone()}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    lora = LoraSetting("lora", tmp_path / "lora.safetensors", 1.0, None)
+    loaded = []
+    for loras in ([], [lora]):
+        checkpoint = open_golden("wan_animate_2", loras)
+        query = checkpoint.transformers[0].load(CPU).blocks[3].self_attn.qkv.weight[:64]
+        block = checkpoint.context_projections[0].load(CPU).layers()["blocks.3"]
+        loaded.append((query, block.cross_attn.kv_img.weight[:64]))
+    for weight, changed in zip(*loaded, strict=True):
+        torch.testing.assert_close(changed, weight + up @ down)

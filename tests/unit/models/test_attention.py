@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.conftest import relative_error
 from tests.live_bytes import LiveBytes
-from wan_dist.config.schema import ATTENTION_BACKENDS, EIGHT_BIT_BACKENDS, TRAINED_ATTENTIONS
+from wan_dist.config.choices import ATTENTION_BACKENDS, EIGHT_BIT_BACKENDS, TRAINED_ATTENTIONS
 from wan_dist.models.attention import backends as attention
 from wan_dist.models.attention import log_sum_exp
 from wan_dist.models.attention.inner import choose_attention

@@ -19,7 +19,8 @@ from wan_dist.config.settings import Effect, add_setting
 from wan_dist.output.video_file import save_tensors
 from wan_dist.planning import digests
 from wan_dist.planning.digests import WeightsDigests
-from wan_dist.planning.plan import VideoPlan, make_plan
+from wan_dist.planning.plan import make_plan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 
 DIFFERENT = {
@@ -83,7 +84,7 @@ ELSEWHERE = {
     "output.audio",
     *("src_video", "src_mask", "src_ref_images", "context_scale", "camera", "fit"),
     *("src_root_path", "src_pose", "src_face", "src_ref", "src_bg"),
-    *("replace_flag", "use_relighting_lora", "refert_num"),
+    *("replace_flag", "use_relighting_lora", "refert_num", "prompt_ref", "first_frame_bias"),
     *("audio", "pose_video", "num_clip", "infer_frames", "start_from_ref", "sync"),
     "preset",
     *("jobs", "parallel.cfg", "parallel.ring", "parallel.ulysses", "parallel.usp"),

@@ -10,7 +10,8 @@ from tests.conftest import FIXTURES
 from wan_dist.config.arguments import prepare_arguments
 from wan_dist.config.compose import compose_config
 from wan_dist.planning.degrees import plan_degrees
-from wan_dist.planning.plan import VideoPlan, make_plan
+from wan_dist.planning.plan import make_plan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
 
@@ -42,6 +43,7 @@ PUBLISHED = {
     "fun-control-5B": ("1280x704", 121, 24, "fun_euler", 40, 5.0, (6.0, 6.0)),
     "fun-camera-5B": ("1280x704", 81, 24, "fun_euler", 50, 5.0, (6.0, 6.0)),
     "animate-14B": ("1280x720", 77, 30, "unipc", 20, 5.0, (1.0, 1.0)),
+    "animate-2-14B": ("1280x720", 81, 24, "dpm++", 40, 5.0, (3.0, 3.0)),
     "s2v-14B": ("1024x704", 80, 16, "unipc", 40, 3.0, (4.5, 4.5)),
     "ti2v-5B": ("1280x704", 121, 24, "unipc", 50, 5.0, (5.0, 5.0)),
 }
@@ -70,7 +72,8 @@ def inputs(task: str, image: str) -> list[str]:
 
 @pytest.mark.parametrize("task", PUBLISHED)
 def test_defaults_are_the_published_ones(task: str, image: str) -> None:
-    is_dry_run = TASKS[task].inputs.kind in ("animate", "speech")  # which take videos and sound
+    # Those that take videos and sound.
+    is_dry_run = TASKS[task].inputs.kind in ("animate", "animate_2", "speech")
     files = [] if is_dry_run else inputs(task, image)
     config = compose_config(prepare_arguments([f"task={task}", *files, "prompt=x"]))
     assert config is not None

@@ -3,7 +3,7 @@
 from wan_dist.config.schema import list_settings
 from wan_dist.service.request_fields import is_request_key
 
-TEXTS = {"prompt", "negative_prompt", "size", "fit", "noise_device", "noise_layout"}
+TEXTS = {"prompt", "negative_prompt", "prompt_ref", "size", "fit", "noise_device", "noise_layout"}
 TEXTS |= {"sample.solver", "cache.steps", "sync", "output.video"}
 """Settings of a video that are text, and name no file."""
 

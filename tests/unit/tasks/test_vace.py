@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from launch import mask
-from wan_dist.planning.plan import VideoPlan, make_plan
+from wan_dist.planning.plan import make_plan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.errors import InputError
 from wan_dist.runtime.ffmpeg import read_packets
 from wan_dist.tasks.run_config import read_config

@@ -28,12 +28,12 @@ from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.registry import TASKS
 from wan_dist.weights import tokenizer_files
 from wan_dist.weights.checkpoint import Checkpoint, open_checkpoint
+from wan_dist.weights.download_patterns import list_download_patterns
 from wan_dist.weights.files import TensorFiles
 from wan_dist.weights.layout import (
     IMAGE_ENCODER_FILE,
     TEXT_ENCODER_FILE,
     TOKENIZER_FOLDER,
-    list_download_patterns,
 )
 
 CPU = torch.device("cpu")

@@ -64,6 +64,8 @@ class DrivingStream:
     def __init__(self) -> None:
         self.layout: DrivingLayout | None = None
         """None: attention is that to the sequence's own tokens."""
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        """By layer, keys and values (B, n, H, D) of the driving frames that the rows here attend to."""
         self.is_recording = False
         """Whether the sequence is the driving video, whose keys and values are kept."""
         self.locate_rows: Callable[[int], tuple[int, int]] = lambda num_tokens: (0, num_tokens)
@@ -96,19 +98,18 @@ class DrivenAttention(InnerAttention):
 
     accepts_partial_queries = False
 
-    def __init__(self, inner: InnerAttention, stream: DrivingStream) -> None:
+    def __init__(self, inner: InnerAttention, stream: DrivingStream, layer: int) -> None:
         super().__init__(inner.kernel, inner.name, inner.reason)
         self.inner = inner
         self.stream = stream
-        self.driving_kv: tuple[Tensor, Tensor] | None = None
-        """(B, n, H, D) each: of the driving frames that the rows here attend to."""
+        self.layer = layer
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Return attention (B, L, H, D) of q, k and v (B, L, H, D) of the clip, or of the driving video."""
         layout = self.stream.layout
         if layout is None or self.stream.is_recording:
             if layout is not None:
-                self.driving_kv = (
+                self.stream.kept[self.layer] = (
                     self.stream.select_driving_frames(k),
                     self.stream.select_driving_frames(v),
                 )
@@ -119,11 +120,11 @@ class DrivenAttention(InnerAttention):
 
     def _add_driving(self, q: Tensor, out: Tensor, lse: Tensor, layout: DrivingLayout) -> Tensor:
         """Merge attention to the driving frames, and empty slots, into ``out`` and ``lse``, in place."""
-        assert self.driving_kv is not None
+        driving_kv = self.stream.kept[self.layer]
         position, size = 0, layout.driving_tokens
         for frame, rows in self.stream.split_frames():
             if frame:
-                keys, values = (x[:, position : position + size] for x in self.driving_kv)
+                keys, values = (x[:, position : position + size] for x in driving_kv)
                 part = attend_with_lse(self.name, q[:, rows], keys, values)
                 merge_attention_(out[:, rows], lse[:, rows], *part)
                 position += size

@@ -21,12 +21,15 @@ from wan_dist.pipeline.conditioning.encoders import (
 )
 from wan_dist.pipeline.out_of_memory import free_memory
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.tasks.animate import DrivingVideo, iterate_clip_frames
 from wan_dist.tasks.letterbox import fit_on_black
 from wan_dist.tasks.source_video import VideoFacts
 
 _FACES_AT_ONCE = 4
+_ONE_FRAME_BEFORE = (0, 0, 0, 0, 1, 0)
+"""Padding (for `F.pad`) of latents (1, C, T, h, w)."""
 
 
 def encode_inputs(
@@ -42,7 +45,7 @@ def encode_inputs(
     given, latents of the poses; and ``face`` with ``negative_face``, where there is a negative prompt.
     """
     driving = plan.driving
-    assert driving is not None
+    assert isinstance(driving, DrivingVideo)
     image = fit_on_black(np.asarray(plan.images[0].convert("RGB")), (plan.width, plan.height))
     reference = convert_image_to_tensor(image)
     tensors: dict[str, Tensor] = {}
@@ -71,19 +74,23 @@ def encode_inputs(
         f"reference image and clip {plan.clip_index + 1} of the driving video",
     )
     if latents is not None:
+        reference_latents, given, poses = latents
         mask = read_clip_mask(plan, driving)
-        tensors["extra_channels"] = _join_channels(mask, *latents)
+        channels = [
+            *prepend_reference(mask, reference_latents, given),
+            F.pad(poses, _ONE_FRAME_BEFORE),  # the reference image has no pose
+        ]
+        tensors["extra_channels"] = torch.cat(channels, dim=1)
     return tensors
 
 
-def _join_channels(mask: Tensor, reference: Tensor, given: Tensor, poses: Tensor) -> Tensor:
-    """Return the channels beside the noise: mask, what is given, poses, with a reference's frame before.
+def prepend_reference(mask: Tensor, reference: Tensor, given: Tensor) -> list[Tensor]:
+    """Return a mask (1, 4, T, h, w) and the latents of what is given after those of a reference image.
 
-    That frame is given, and has no pose.
+    The image's frame is given.
     """
-    before = (0, 0, 0, 0, 1, 0)
-    mask = F.pad(mask.to(given), before, value=1.0)
-    return torch.cat([mask, torch.cat([reference, given], dim=2), F.pad(poses, before)], dim=1)
+    mask = F.pad(mask.to(given), _ONE_FRAME_BEFORE, value=1.0)
+    return [mask, torch.cat([reference, given], dim=2)]
 
 
 def _encode_faces(
@@ -120,12 +127,20 @@ def iterate_given_frames(
     plan: VideoPlan, driving: DrivingVideo, first_frames: Tensor | None
 ) -> Iterator[Tensor]:
     """Yield what is given of a clip's frames (3, H, W): the end of the clip before it, the background."""
+    if driving.background is None:
+        yield from iterate_with_grey(plan, first_frames)
+        return
     num_given = 0 if first_frames is None else first_frames.shape[1]
     if first_frames is not None:
         yield from first_frames.unbind(1)
-    if driving.background is not None:
-        yield from iterate_pixels(driving.background, driving, plan.clip_index, num_given)
-        return
+    yield from iterate_pixels(driving.background, driving, plan.clip_index, num_given)
+
+
+def iterate_with_grey(plan: VideoPlan, first_frames: Tensor | None) -> Iterator[Tensor]:
+    """Yield a clip's frames (3, H, W): the end of the clip before it, then grey ones."""
+    num_given = 0 if first_frames is None else first_frames.shape[1]
+    if first_frames is not None:
+        yield from first_frames.unbind(1)
     grey = torch.zeros(3, plan.height, plan.width)
     for _ in range(plan.frame_num - num_given):
         yield grey
@@ -147,5 +162,10 @@ def read_clip_mask(plan: VideoPlan, driving: DrivingVideo) -> Tensor:
         for index, frame in enumerate(frames, num_given):
             person = torch.from_numpy(frame[::stride, ::stride, 0].copy()).float() / 255
             mask[index] = 1 - person
+    return fold_mask(mask)
+
+
+def fold_mask(mask: Tensor) -> Tensor:
+    """Return a mask (F, h, w) of frames as that of latent frames (1, 4, T, h, w); of the first four times."""
     mask = torch.cat([mask[:1].expand(4, -1, -1), mask[1:]])
-    return mask.view(1, -1, 4, rows, columns).transpose(1, 2)
+    return mask.view(1, -1, 4, *mask.shape[1:]).transpose(1, 2)

@@ -23,7 +23,8 @@ from wan_dist.pipeline.conditioning.encoders import (
 )
 from wan_dist.pipeline.conditioning.image import make_image_chunks, make_image_mask
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.tasks.fun import START_KEYS, fit_image
 from wan_dist.tasks.source_video import SourceVideo, iterate_frames
 

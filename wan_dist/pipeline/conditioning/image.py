@@ -14,7 +14,8 @@ from wan_dist.pipeline.conditioning.encoders import (
     encode_latents,
 )
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.video_plan import VideoPlan
 
 
 def encode_inputs(

@@ -8,7 +8,8 @@ from wan_dist.config.schema import RunConfig
 from wan_dist.output.stage_report import StageReport
 from wan_dist.pipeline.conditioning.encoders import convert_image_to_tensor, encode_latents
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.tasks.images import crop_to_cover
 
 

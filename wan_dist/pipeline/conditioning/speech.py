@@ -21,7 +21,8 @@ from wan_dist.pipeline.conditioning.encoders import (
     gather_chunks,
 )
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.runtime.file_hash import hash_file
 from wan_dist.tasks.sound import read_speech_samples
 from wan_dist.tasks.source_video import VideoFacts, iterate_frames

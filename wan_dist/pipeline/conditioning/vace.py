@@ -20,7 +20,8 @@ from wan_dist.pipeline.conditioning.encoders import (
     gather_chunks,
 )
 from wan_dist.pipeline.session import Session
-from wan_dist.planning.plan import RunPlan, VideoPlan
+from wan_dist.planning.plan import RunPlan
+from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.tasks.images import compute_covering_size
 from wan_dist.tasks.source_video import SourceVideo, VideoFacts, iterate_frames
 
