@@ -66,11 +66,9 @@ def test_the_video_is_the_releases(case: str) -> None:
     check_source(Path("out"), settings)
 
 
-@pytest.fixture
-def release_folder(tmp_path: Path) -> Path:
-    """The release's folder, whose VAE is in a training checkpoint."""
+def make_release_folder(folder: Path) -> Path:
+    """Make a folder as the release's, whose VAE is in a training checkpoint."""
     golden, image_to_video = golden_folder(GOLDEN), golden_folder("wan2.1-i2v")
-    folder = tmp_path / "Wan2.2-Animate-2-14B"
     models = folder / "videomodel/Wan-AI"
     models.mkdir(parents=True)
     for name in ("wan_animate_2", "config.json"):
@@ -83,9 +81,10 @@ def release_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_releases_folder_is_a_checkpoint(release_folder: Path) -> None:
+def test_the_releases_folder_is_a_checkpoint(tmp_path: Path) -> None:
     settings = [s for s in list_settings("release") if not s.startswith("dit_file")]
-    assert main([*settings, f"ckpt_dir={release_folder}"]) == 0
+    folder = make_release_folder(tmp_path / "Wan2.2-Animate-2-14B")
+    assert main([*settings, f"ckpt_dir={folder}"]) == 0
     compare("release")
 
 

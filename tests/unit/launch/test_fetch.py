@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from launch.__main__ import main
 from tests.conftest import FIXTURES, golden_folder
+from tests.test_animate_2 import make_release_folder
 from wan_dist.config.loras import list_loras
 from wan_dist.planning.few_steps import find_few_step_model
 from wan_dist.runtime import signals as preemption
@@ -97,6 +98,30 @@ def test_animates_checkpoint_comes_with_its_lora(
     config = read_config(["task=animate-14B", f"ckpt_dir={folder}", "use_relighting_lora=true"])
     assert config is not None
     assert [lora.path for lora in list_loras(config)] == [folder / "relighting_lora.ckpt"]
+
+
+def test_the_release_of_animate_2_is_fetched_as_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    release = make_release_folder(tmp_path / "release")
+
+    def snapshot(repository: str, *, allow_patterns: list[str], local_dir: Path) -> str:
+        assert repository == "Wan-AI/Wan2.2-Animate-2-14B"
+        for pattern in [*allow_patterns, "config.json"]:  # of the tiny model, which has other heads
+            for file in release.glob(pattern):
+                target = local_dir / file.relative_to(release)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    target.symlink_to(file)
+        return str(local_dir)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot)
+    folder = tmp_path / "animate-2"
+    assert main(["fetch", "animate-2-14B", str(folder)]) == 0
+    assert f"{folder} is complete" in capsys.readouterr().out
+    assert not (folder / "wan_animate_2/wan_animate_2_bf16_distillation.safetensors").exists()
+    (folder / "videomodel/Wan-AI/vae.pth").unlink()
+    assert main(["fetch", "animate-2-14B", str(folder)]) == 0  # it comes again
 
 
 def test_a_truncated_file_is_found(
