@@ -62,6 +62,12 @@ def three_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_models_are_loaded_once_for_all_clips(three_clips: Path) -> None:
+    record = json.loads((three_clips / "clip.json").read_text(encoding="utf-8"))
+    assert [name for name in record["stages"] if name.startswith("load")] == ["load"]
+    assert "denoise clip3" in record["stages"]
+
+
 def test_a_further_clip_is_what_a_run_from_the_last_frame_gives(
     three_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,10 @@ def generate_video(config: RunConfig, plan: VideoPlan, coordinator: Coordinator)
             _report_finished_result(finished_file, resume_state.result_digest)
             return finished_file if groups.rank == 0 else None
         with process_group_session(groups):
+            if plan.num_clips > 1:  # else each clip would load the models again
+                session.run_together(
+                    lambda: session.choose_resident_models(plan), "plan the memory"
+                )
             video = prepare_video(session, config, plan, report, resume_state)
             for clip, latents in make_clips(video):
                 decode_and_write(clip, latents)
