@@ -41,14 +41,20 @@ def build_workload(row: dict[str, Any], folder: Path) -> Workload:
         width, height = 1280, 704 if task == "ti2v-5B" else 720
     image = folder / "image.png"
     Image.new("RGB", (width, height)).save(image)
-    settings = [setting.replace("IMAGE", str(image)) for setting in settings]
+    # A driving video is of the size and of one clip, as one that is not there is planned.
+    is_dry_run = any(setting.endswith("=DRIVING") for setting in settings)
+    settings = [
+        setting.replace("IMAGE", str(image))
+        for setting in settings
+        if not setting.endswith("=DRIVING")
+    ]
     settings += [f"image={image}"] if task.startswith("i2v") else []
     config = compose_config(
         prepare_arguments([f"task={task}", "prompt=two cats boxing on a stage", *settings])
     )
     assert config is not None
     plan = plan_memory(
-        make_plan(config, ranks=(row["ranks"], row["ranks"])),
+        make_plan(config, ranks=(row["ranks"], row["ranks"]), is_dry_run=is_dry_run),
         Hardware(139 * GIB, 200 * GIB, ""),
         get_task(task).model_dims,
         lambda text: min(512, len(clean_prompt(text).encode()) + 1),

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from toy.tokenizer import SPECIAL_TOKENS, add_end_mark, save_tokenizer
+from wan_dist.models.build_transformer import build_transformer
 from wan_dist.models.context import ContextProjection
 from wan_dist.models.dims import ModelDims
 from wan_dist.models.face_encoder import FaceVideoEncoder
 from wan_dist.models.image_encoder import build_image_encoder
 from wan_dist.models.text_encoder import build_text_encoder
-from wan_dist.models.vace import build_transformer
 from wan_dist.models.vae.model import WanVae
 from wan_dist.weights.key_maps import (
     KeyMap,

@@ -7,10 +7,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from wan_dist.models.attention.inner import InnerAttention
+from wan_dist.models.build_transformer import build_transformer
 from wan_dist.models.fused_block import ContextKV
 from wan_dist.models.fused_transformer import FusedTransformer
 from wan_dist.models.kernels.quantized_linear import QuantizedLinear, quantize_blocks, quantize_rows
-from wan_dist.models.vace import build_transformer
 from wan_dist.sampling.conditioning import Conditioning
 from wan_dist.tasks.base import Task
 
