@@ -46,16 +46,42 @@ def test_a_video_is_seen_from_its_first_steps_to_the_file(page: Any, tmp_path: P
         assert page.locator("article p").first.inner_text() == HOSTILE
         first = page.locator("article img").get_attribute("src")
         assert page.evaluate("document.querySelector('article img').naturalWidth") == 32
-        page.wait_for_selector("article button:visible")
+        page.wait_for_selector("article button:has-text('Save'):visible")
         page.wait_for_selector(f"article img:not([src='{first}'])")
         with page.expect_download() as download:
-            page.locator("article button").click()
+            page.locator("article button:has-text('Save')").click()
         assert download.value.suggested_filename.endswith(".mp4")
         assert Path(download.value.path()).read_bytes() in [
             file.read_bytes() for file in service.folder.glob("*.mp4")
         ]
         assert page.evaluate("window.hacked") is None
         assert not failures
+    finally:
+        service.stop()
+
+
+def test_a_video_is_asked_for_and_cancelled(page: Any, tmp_path: Path) -> None:
+    service = Service(tmp_path / "out")
+    try:
+        page.set_viewport_size({"width": 360, "height": 740})
+        page.goto(url_of(service))
+        page.wait_for_selector("#prompt", state="visible")
+        assert page.locator("#images input").get_attribute("name") == "image"
+        page.click("summary")
+        assert "sample.steps" in page.locator("#known").inner_text()
+        page.fill("#prompt", HOSTILE)
+        page.fill("#settings", "sample.steps=0")
+        page.click("#new button")
+        page.wait_for_selector("#answer:has-text('sample.steps=0')")
+        page.fill("#settings", "sample.steps=400\nseed=3")
+        page.click("#new button")
+        page.wait_for_selector("article:has-text('seed 3')")
+        assert page.locator("article p").first.inner_text() == HOSTILE
+        page.reload()
+        page.locator("article button:has-text('Cancel')").click()
+        page.wait_for_selector("text=There are no videos yet.")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert page.evaluate("window.hacked") is None
     finally:
         service.stop()
 

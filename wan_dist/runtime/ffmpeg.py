@@ -213,7 +213,7 @@ def list_encoders(ffmpeg: str) -> frozenset[str]:
         raise FfmpegError(f"{ffmpeg} cannot be run: {error.strerror}") from None
     if listing.returncode:
         raise FfmpegError(describe_failure(listing.stderr, listing.returncode))
-    names = re.findall(r"^ [VAS][A-Z.]{5} ([\w-]+)", listing.stdout.decode(), re.MULTILINE)
+    names = re.findall(r"^ [A-Z][A-Z.]{5} ([\w-]+)", listing.stdout.decode(), re.MULTILINE)
     return frozenset(names)
 
 

@@ -20,6 +20,7 @@ from wan_dist.service.access import AccessControl, build_error, read_token
 from wan_dist.service.metrics import ServiceCollector
 from wan_dist.service.page import build_security_policy, read_page
 from wan_dist.service.request_body import read_request_body
+from wan_dist.service.request_fields import describe_fields
 from wan_dist.service.video_service import QueueFullError, VideoService
 from wan_dist.service.video_states import COMPLETED, VideoState, select_page
 
@@ -165,6 +166,11 @@ def _add_monitoring_routes(app: FastAPI, service: VideoService) -> None:
             "Referrer-Policy": "no-referrer",
         }
         return HTMLResponse(read_page(), headers=headers)
+
+    @app.get("/v1/fields")
+    def list_fields() -> Response:
+        planner = service.planner
+        return JSONResponse(describe_fields(planner.config, planner.task))
 
     @app.get("/health")
     def read_health() -> Response:

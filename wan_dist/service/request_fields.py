@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 from wan_dist.config.checks import PATH_KEYS, PROMPT_KEYS
 from wan_dist.config.overrides import is_plain_key
-from wan_dist.config.schema import RunConfig, list_settings
+from wan_dist.config.schema import RunConfig, list_settings, read_all_settings
 from wan_dist.config.settings import LOADING, Effect
 from wan_dist.config.typed_settings import check_setting
 from wan_dist.jobs.job_entries import KEY_ALIASES
@@ -31,6 +31,22 @@ def is_request_key(key: str) -> bool:
     effect = list_settings()[key].metadata["effect"]
     is_of_video = bool(effect & (Effect.LATENTS | Effect.RESULT)) or key == "output.save_latents"
     return is_of_video and not effect & LOADING
+
+
+def describe_fields(config: RunConfig, task: Task) -> dict[str, object]:
+    """Return what a request may have beside its prompt: the task's images, and settings with their defaults.
+
+    ``config`` is the service's.
+    """
+    defaults = read_all_settings(config)
+    settings = [
+        {"name": key, "default": defaults[key], "help": field.metadata["help"]}
+        for key, field in list_settings().items()
+        if is_request_key(key) and key != "prompt"
+    ]
+    input_keys = (*task.inputs.file_keys, *task.inputs.alternative_keys)
+    images = [key for key in input_keys if key in IMAGE_FIELDS]
+    return {"task": task.name, "images": images, "settings": settings}
 
 
 def read_request_values(
