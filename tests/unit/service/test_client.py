@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ def answer_with(parts: Callable[[str, str], Part]) -> Iterator[str]:
             self.send_response(status)
             for name, value in ({"Content-Length": str(len(body))} | headers).items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(BrokenPipeError):  # of a client that does not wait
+                self.end_headers()
+                self.wfile.write(body)
 
         def __getattr__(self, name: str) -> Any:  # do_GET and others
             return self.answer if name.startswith("do_") else super().__getattribute__(name)
