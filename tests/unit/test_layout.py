@@ -167,6 +167,17 @@ def test_bad_input_is_answered_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_run_imports_nothing_that_takes_seconds() -> None:
+    """transformers, DTensor and the compiler take 1 to 3 s each: whoever needs them imports them then."""
+    slow = ("transformers", "torch.distributed.tensor", "torch._dynamo", "scipy", "soxr")
+    code = (
+        "import sys, wan_dist.pipeline.generate, wan_dist.jobs.worker; "
+        f"sys.exit(' '.join(name for name in {slow} if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_requests_are_answered_without_torch() -> None:
     code = "import sys, wan_dist.service.front; sys.exit(int('torch' in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

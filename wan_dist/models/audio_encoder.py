@@ -11,7 +11,6 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from wan_dist.models.dims import AudioEncoderDims
 
@@ -22,6 +21,9 @@ _STEPS_AT_ONCE = 1500
 
 def build_audio_encoder(dims: AudioEncoderDims) -> nn.Module:
     """Return wav2vec2 in float32, without values where the default device is meta."""
+    # Its import takes 3 s, which runs without sound need not wait for.
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
     config = Wav2Vec2Config(
         hidden_size=dims.dim,
         num_hidden_layers=dims.num_layers,
