@@ -20,6 +20,7 @@ from tests.test_batch import write_jobs
 from tests.test_command import reference_arguments
 from tests.unit.models.test_audio_encoder import write_wav
 from tests.weight_files import write_gguf
+from wan_dist.pipeline.monitor import VideoMonitor
 from wan_dist.run import main
 from wan_dist.runtime.ffmpeg import read_packets
 from wan_dist.tasks.registry import TASKS
@@ -93,6 +94,17 @@ def test_five_clips_that_are_stopped_twice_are_the_same_bit_for_bit(tmp_path: Pa
         assert all(torch.equal(made[key], expected[key]) for key in made), name
     videos = [(tmp_path / folder / "out.mp4").read_bytes() for folder in ("stopped", "whole")]
     assert videos[0] == videos[1]
+
+
+def test_a_further_clip_is_previewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latents that are decoded before it are none of its own."""
+    written: list[int] = []
+    monkeypatch.setattr(
+        VideoMonitor, "record_preview", lambda *arguments: written.append(arguments[2])
+    )
+    settings = [setting for setting in list_quick_settings() if not setting.startswith("num_clip=")]
+    assert main([*settings, "num_clip=2", "output.preview=true"]) == 0
+    assert written == [0, 1]
 
 
 def write_click(path: Path, seconds: float, click_seconds: float) -> Path:

@@ -233,7 +233,7 @@ def _open_preview(video: VideoInProgress) -> PreviewWriter | None:
         video.session.checkpoint.vae.dims,
         video.report.device,
         interval=interval,
-        frame_index=plan.num_reference_frames + plan.num_video_latents // 2,
+        frame_index=plan.num_reference_frames + plan.num_clip_latents // 2,
         report_written=partial(video.monitor.record_preview, file, plan.clip_index),
     )
 

@@ -122,9 +122,14 @@ class VideoPlan:
         return self.num_images if self.task.inputs.has_reference_frames else 0
 
     @property
+    def num_clip_latents(self) -> int:
+        """Latent frames of the clip itself: without reference images, and without what it depends on."""
+        return self.latent_shape[1] - self.num_reference_frames
+
+    @property
     def num_video_latents(self) -> int:
         """Latent frames that are decoded: without reference images, with those that a clip depends on."""
-        return self.latent_shape[1] - self.num_reference_frames + self.num_context_latents
+        return self.num_clip_latents + self.num_context_latents
 
     @property
     def has_encoded_input(self) -> bool:
