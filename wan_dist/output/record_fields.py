@@ -59,6 +59,8 @@ def describe_settings(settings: SettingValues, plan: VideoPlan, digest: str) -> 
     resolved_settings: dict[str, object] = {"seed": plan.seed}
     if settings["prompt"] is not None:
         resolved_settings["prompt"] = plan.prompt
+    if settings.get("prompt_ref") is not None:
+        resolved_settings["prompt_ref"] = plan.driving_prompt
     # without guidance it is not read
     resolved_settings["negative_prompt"] = plan.negative_prompt
     return format_settings({**settings, **resolved_settings}, version=__version__, digest=digest)

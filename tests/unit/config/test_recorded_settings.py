@@ -1,6 +1,7 @@
 """Settings that a video carries: what is written, what is read again, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from wan_dist.config.arguments import prepare_arguments
+from wan_dist.config.compose import compose_config
 from wan_dist.config.recorded_settings import (
     expand_recorded_settings,
     format_settings,
@@ -17,7 +20,9 @@ from wan_dist.config.recorded_settings import (
 from wan_dist.config.schema import RunConfig, read_settings
 from wan_dist.config.settings import OUTPUTS
 from wan_dist.jobs.planned_job import plan_jobs
+from wan_dist.output.record_fields import describe_settings
 from wan_dist.output.video_file import save_image, save_video
+from wan_dist.planning.plan import make_plan
 from wan_dist.runtime.errors import InputError
 from wan_dist.tasks.run_config import read_config
 
@@ -142,3 +147,14 @@ def test_files_without_settings_are_refused_in_a_line(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(InputError, match=rf"from=.*{name} cannot be read: .*{said}"):
             read(f"from={tmp_path / name}")
+
+
+def test_texts_of_files_are_recorded_and_not_the_files_names() -> None:
+    config = compose_config(prepare_arguments(["task=animate-2-14B", "prompt=@a.txt"]))
+    assert config is not None
+    plan = replace(
+        make_plan(replace(config, prompt="a man"), is_dry_run=True), driving_prompt="a woman"
+    )
+    settings = {"prompt": "@a.txt", "prompt_ref": "@b.txt"}
+    recorded = json.loads(describe_settings(settings, plan, "digest"))["settings"]
+    assert (recorded["prompt"], recorded["prompt_ref"]) == ("a man", "a woman")
