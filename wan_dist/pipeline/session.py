@@ -324,7 +324,7 @@ def _prepare_attention(
         transformer_ops.compile_kernels(device, dims.dim)
         cross_attention.compile_kernels(device, dims.head_dim)
         if dims.trained_attention is not None:
-            block_sparse.compile_kernels(device, dtype, dims.head_dim)
+            block_sparse.compile_kernels(device, dtype, dims)
         if kernel is None:
             compile_attention(device=device, dtype=dtype, head_dim=dims.head_dim)
 

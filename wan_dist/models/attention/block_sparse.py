@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wan_dist.models.dims import TransformerDims
 from wan_dist.models.kernels.dispatch import load_verified_kernels
 from wan_dist.runtime.errors import get_first_line
 from wan_dist.runtime.log import logger
@@ -92,10 +93,10 @@ def select_kernels(q: Tensor) -> ModuleType | None:
     return _load_kernels(q.device, q.dtype, q.shape[3])
 
 
-def compile_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Compile and verify the kernels now, rather than in the first step."""
-    q = torch.empty(1, 1, 1, head_dim, device=device, dtype=dtype)
-    if select_kernels(q) is not None and head_dim == 128:
+def compile_kernels(device: torch.device, dtype: torch.dtype, dims: TransformerDims) -> None:
+    """Compile and verify the kernels of a transformer now, rather than in its first step."""
+    q = torch.empty(1, 1, 1, dims.head_dim, device=device, dtype=dtype)
+    if select_kernels(q) is not None and dims.has_sla and dims.head_dim == 128:
         load_flash_attention(device)
 
 
