@@ -9,13 +9,15 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_dist.config.schema import RunConfig
+from wan_dist.models.dims import ImageEncoderDims
 from wan_dist.output.stage_report import StageReport
 from wan_dist.pipeline.conditioning.encoders import (
     convert_image_to_tensor,
     encode_image_features,
+    encode_on_first_rank,
     encode_videos,
     gather_chunks,
 )
@@ -26,6 +28,7 @@ from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.tasks.animate import DrivingVideo, iterate_clip_frames
 from wan_dist.tasks.letterbox import fit_on_black
 from wan_dist.tasks.source_video import VideoFacts
+from wan_dist.weights.component import Component
 
 _FACES_AT_ONCE = 4
 _ONE_FRAME_BEFORE = (0, 0, 0, 0, 1, 0)
@@ -48,19 +51,14 @@ def encode_inputs(
     assert isinstance(driving, DrivingVideo)
     image = fit_on_black(np.asarray(plan.images[0].convert("RGB")), (plan.width, plan.height))
     reference = convert_image_to_tensor(image)
-    tensors: dict[str, Tensor] = {}
 
-    def encode_on_first_rank() -> None:
-        if session.groups.replica.rank != 0:
-            return
-        image_encoder = session.checkpoint.image_encoder
-        assert image_encoder is not None
-        tensors["image_features"] = encode_image_features(
+    def encode(image_encoder: Component[nn.Module, ImageEncoderDims]) -> dict[str, Tensor]:
+        features = encode_image_features(
             image_encoder, [reference], plan, report, session.model_cache
         ).to(report.device)
-        tensors.update(_encode_faces(session, plan, driving, report))
+        return {"image_features": features, **_encode_faces(session, plan, driving, report)}
 
-    session.run_together(encode_on_first_rank, "encode the image", uses_collectives=False)
+    tensors = encode_on_first_rank(session, encode)
     latents = encode_videos(
         session,
         config,
@@ -120,7 +118,7 @@ def iterate_pixels(
 ) -> Iterator[Tensor]:
     """Yield a clip's frames (3, H, W) in [-1, 1] of one of the driving videos, without the first ``skip``."""
     for frame in iterate_clip_frames(video, driving, clip_index, skip):
-        yield torch.from_numpy(np.array(frame)).permute(2, 0, 1).float() / 127.5 - 1
+        yield convert_image_to_tensor(frame)
 
 
 def iterate_given_frames(

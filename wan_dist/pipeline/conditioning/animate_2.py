@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_dist.config.schema import RunConfig
+from wan_dist.models.dims import ImageEncoderDims
 from wan_dist.output.stage_report import StageReport
 from wan_dist.pipeline.conditioning.animate import (
     fold_mask,
@@ -16,6 +17,7 @@ from wan_dist.pipeline.conditioning.animate import (
 from wan_dist.pipeline.conditioning.encoders import (
     convert_image_to_tensor,
     encode_image_features,
+    encode_on_first_rank,
     encode_videos,
     gather_chunks,
 )
@@ -24,6 +26,7 @@ from wan_dist.planning.plan import RunPlan
 from wan_dist.tasks.animate import iterate_clip_frames
 from wan_dist.tasks.animate_2 import FollowedVideo
 from wan_dist.tasks.letterbox import fit_on_black
+from wan_dist.weights.component import Component
 
 
 def encode_inputs(
@@ -42,19 +45,14 @@ def encode_inputs(
     assert isinstance(followed, FollowedVideo)
     image = np.asarray(plan.images[0].convert("RGB"))
     reference = convert_image_to_tensor(fit_on_black(image, followed.size, shrinks_by_area=True))
-    tensors: dict[str, Tensor] = {}
 
-    def encode_on_first_rank() -> None:
-        if session.groups.replica.rank != 0:
-            return
-        image_encoder = session.checkpoint.image_encoder
-        assert image_encoder is not None
+    def encode(image_encoder: Component[nn.Module, ImageEncoderDims]) -> dict[str, Tensor]:
         images = [reference, next(iterate_driving_frames(followed, plan.clip_index))]
         features = encode_image_features(image_encoder, images, plan, report, session.model_cache)
-        tensors["image_features"] = features[:1].to(report.device)
-        tensors["driving_features"] = features[1:].to(report.device)
+        own, driving = features.to(report.device).split(1)
+        return {"image_features": own, "driving_features": driving}
 
-    session.run_together(encode_on_first_rank, "encode the image", uses_collectives=False)
+    tensors = encode_on_first_rank(session, encode)
     latents = encode_videos(
         session,
         config,

@@ -24,6 +24,24 @@ MakeChunks = Callable[[], Iterator[Tensor]]
 """Returns the chunks (1, 3, n, H, W) of a video in [-1, 1]: its first frame, then four frames at a time."""
 
 
+def encode_on_first_rank(
+    session: Session,
+    encode: Callable[[Component[nn.Module, ImageEncoderDims]], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Return what ``encode`` makes with the image encoder on the replica's first rank.
+
+    Empty on other ranks, and for models without an image encoder.
+    """
+    image_encoder = session.checkpoint.image_encoder
+
+    def encode_or_wait() -> dict[str, Tensor]:
+        if session.groups.replica.rank != 0 or image_encoder is None:
+            return {}
+        return encode(image_encoder)
+
+    return session.run_together(encode_or_wait, "encode the image", uses_collectives=False)
+
+
 def encode_image_features(
     image_encoder: Component[nn.Module, ImageEncoderDims],
     images: Sequence[Tensor],

@@ -10,14 +10,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_dist.config.schema import RunConfig
+from wan_dist.models.dims import ImageEncoderDims
 from wan_dist.output.stage_report import StageReport
 from wan_dist.pipeline.conditioning.encoders import (
     MakeChunks,
     convert_image_to_tensor,
     encode_image_features,
+    encode_on_first_rank,
     encode_videos,
     gather_chunks,
 )
@@ -27,6 +29,7 @@ from wan_dist.planning.plan import RunPlan
 from wan_dist.planning.video_plan import VideoPlan
 from wan_dist.tasks.fun import START_KEYS, fit_image
 from wan_dist.tasks.source_video import SourceVideo, iterate_frames
+from wan_dist.weights.component import Component
 
 _WEIGHT_BITS = 11
 """Of OpenCV's fixed-point weights of a bilinear resize."""
@@ -42,13 +45,12 @@ def encode_inputs(
     """Return fields of `Conditioning` on the ranks that encode; ``first_frame`` is None."""
     dims = session.checkpoint.transformers[0].dims
     images = dict(zip(plan.image_keys, plan.images, strict=True))
-    tensors: dict[str, Tensor] = {}
 
-    def encode_features() -> None:
-        if session.groups.replica.rank == 0 and session.checkpoint.image_encoder is not None:
-            tensors["image_features"] = _encode_features(session, config, plan, report, images)
+    def encode(image_encoder: Component[nn.Module, ImageEncoderDims]) -> dict[str, Tensor]:
+        features = _encode_features(image_encoder, session, config, plan, report, images)
+        return {"image_features": features}
 
-    session.run_together(encode_features, "encode the image", uses_collectives=False)
+    tensors = encode_on_first_rank(session, encode)
     videos = _list_videos(plan, config.fit, images, takes_reference=dims.ref_conv_in_dim > 0)
     encoded: list[Tensor] | None = []
     if videos:
@@ -107,6 +109,7 @@ def _find_first_image(images: dict[str, Image.Image]) -> Image.Image | None:
 
 
 def _encode_features(
+    encoder: Component[nn.Module, ImageEncoderDims],
     session: Session,
     config: RunConfig,
     plan: RunPlan,
@@ -117,8 +120,6 @@ def _encode_features(
 
     Models with a mask see the first image as it is fitted to the video, others at its own size.
     """
-    encoder = session.checkpoint.image_encoder
-    assert encoder is not None
     image = images.get("src_ref_images", _find_first_image(images))
     if image is None:
         num_tokens = (encoder.dims.image_size // encoder.dims.patch) ** 2 + 1

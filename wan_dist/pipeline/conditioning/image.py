@@ -4,18 +4,21 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from wan_dist.config.schema import RunConfig
+from wan_dist.models.dims import ImageEncoderDims
 from wan_dist.output.stage_report import StageReport
 from wan_dist.pipeline.conditioning.encoders import (
     convert_image_to_tensor,
     encode_image_features,
     encode_latents,
+    encode_on_first_rank,
 )
 from wan_dist.pipeline.session import Session
 from wan_dist.planning.plan import RunPlan
 from wan_dist.planning.video_plan import VideoPlan
+from wan_dist.weights.component import Component
 
 
 def encode_inputs(
@@ -27,16 +30,14 @@ def encode_inputs(
 ) -> dict[str, Tensor]:
     """Return ``extra_channels``, and ``image_features`` where the model takes them, on the first rank."""
     first_frame = None if first_frames is None else first_frames[:, 0]
-    conditioning_tensors: dict[str, Tensor] = {}
-    image_encoder = session.checkpoint.image_encoder
 
-    def encode_features() -> None:
-        if session.groups.replica.rank == 0 and image_encoder is not None:
-            conditioning_tensors["image_features"] = encode_image_features(
-                image_encoder, _list_images(plan, first_frame), plan, report, session.model_cache
-            ).to(report.device)
+    def encode(image_encoder: Component[nn.Module, ImageEncoderDims]) -> dict[str, Tensor]:
+        features = encode_image_features(
+            image_encoder, _list_images(plan, first_frame), plan, report, session.model_cache
+        )
+        return {"image_features": features.to(report.device)}
 
-    session.run_together(encode_features, "encode the image", uses_collectives=False)
+    conditioning_tensors = encode_on_first_rank(session, encode)
     latents = encode_latents(session, config, plan, report, lambda: _make_chunks(plan, first_frame))
     if latents is not None:
         mask = make_image_mask(plan.latent_shape, has_last_image=len(plan.images) == 2)
