@@ -3,7 +3,6 @@ nothing.
 """
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+from tests.chromium import launch_chromium, needs_chromium
 from tests.gallery_folder import describe_source, write_record, write_run, write_video
 from wan_dist.config.video_formats import VIDEO_FORMATS
 from wan_dist.output.gallery.page import write_page
 from wan_dist.output.video_encoding import VideoEncoding
 from wan_dist.output.video_file import save_video
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium here (on Debian: apt-get install chromium)"
-)
+pytestmark = needs_chromium
 HOSTILE = [
     "<script>window.hacked=1</script>",
     '"><img src=x onerror="window.hacked=1">',
@@ -33,15 +30,8 @@ HOSTILE = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip(
-        "playwright.sync_api",
-        reason="the package playwright is not installed (pip install '.[dev]')",
-    )
-    with api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.getuid() == 0 else []
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with launch_chromium() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

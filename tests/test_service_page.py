@@ -1,32 +1,22 @@
 """The service's page in a browser: the videos that are made, their pictures, and the token."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.chromium import launch_chromium, needs_chromium
 from tests.service import Service
-from tests.test_gallery_page import CHROMIUM
 
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium here (on Debian: apt-get install chromium)"
-)
+pytestmark = needs_chromium
 HOSTILE = '"><img src=x onerror="window.hacked=1"></script><script>window.hacked=1</script>'
 
 
 @pytest.fixture
 def page() -> Iterator[Any]:
-    api = pytest.importorskip(
-        "playwright.sync_api",
-        reason="the package playwright is not installed (pip install '.[dev]')",
-    )
-    with api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.getuid() == 0 else []
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with launch_chromium() as chromium:
         yield chromium.new_page()
-        chromium.close()
 
 
 def url_of(service: Service) -> str:
