@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import wan_dist
+from launch import plan
 from tests.conftest import golden_folder, relative_error
 from tests.forked import run_forked
 from tests.gallery_folder import check_source
@@ -191,6 +192,20 @@ def test_frames_run_backwards_after_the_end(
             read = list(iterate_clip_frames(facts, driving, clip_index, skip))
             assert len(read) == len(indices) - skip
             assert all(map(np.array_equal, read, (frames[index] for index in indices[skip:])))
+
+
+@pytest.mark.parametrize(("fps", "times"), [(24, None), (30, "1.2"), (12, "0.5")])
+def test_another_rate_than_the_driving_videos_is_told(
+    fps: int, times: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"src_pose": make_video(tmp_path / "pose.mp4", 15, "64x48")}
+    files["src_face"] = make_video(tmp_path / "face.mp4", 15, "512x512")
+    settings = [f"{key}={file}" for key, file in files.items()]
+    plan.main([*list_settings("animate"), *settings, f"fps={fps}"])
+    printed = capsys.readouterr()
+    told = printed.out + printed.err
+    expected = f"the result moves {times} times as fast; give fps=24"
+    assert (expected in told) if times else ("times as fast" not in told)
 
 
 def test_one_driving_frame_makes_a_video_of_one_frame(tmp_path: Path) -> None:

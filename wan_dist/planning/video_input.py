@@ -187,7 +187,8 @@ def _read_animate_input(
     else:
         image_size_reader(reference_file, "src_ref")
     size = driving.pose.width, driving.pose.height
-    notes = (driving.description,)
+    rate_note = driving.describe_rate(settings.fps)
+    notes = (driving.description, *([] if rate_note is None else [rate_note]))
     return VideoInput(*size, settings.frame_num, "", images, 1, notes=notes, driving=driving)
 
 

@@ -28,6 +28,8 @@ _FILE_NAMES = {
 }
 MULTIPLE = 16
 """Pixels of which width and height are multiples: stride of the VAE times patch."""
+_SAME_RATE = 0.02
+"""Share by which rates may differ: 29.97 frames a second are 30."""
 REPEATED_FRAMES = (1, 5)
 """Numbers of frames of a clip that the next one may start from."""
 
@@ -113,6 +115,16 @@ class DrivingVideo:
             f"src_pose has {self.num_frames} frames of {self.pose.width}x{self.pose.height}, which the video "
             f"has too, whatever size says; they are made in {self.num_clips} "
             f"clip{'s' * (self.num_clips > 1)} of {self.clip_frames}{beyond}"
+        )
+
+    def describe_rate(self, fps: int) -> str | None:
+        """Return what another rate than the driving video's does to the result, None for the same one."""
+        own_rate = self.num_frames / self.pose.seconds if self.pose.seconds > 0 else float(fps)
+        if abs(fps / own_rate - 1) < _SAME_RATE:
+            return None
+        return (
+            f"src_pose has {own_rate:.4g} frames a second and fps={fps}, so that the result moves "
+            f"{fps / own_rate:.2g} times as fast; give fps={round(own_rate)} for the same"
         )
 
 
